@@ -1,4 +1,4 @@
-//! Attaching, replacing and removing programs, on veths in namespaces.
+//! Attaching, replacing and detaching programs, on veth pairs in namespaces.
 
 mod common;
 
@@ -73,7 +73,7 @@ fn every_mode_attaches_as_named_and_detaches_completely() {
 fn programs_stay_attached_after_their_process_has_ended() {
     let world = World::new();
     let datapath = world.open_with(Role::Endpoint, Decision::Allow);
-    // XDP by link, clsact without.
+    // XDP is attached by a link, clsact without one.
     let attached = datapath.attach(&attachment(&world, &CASES[3])).unwrap();
     drop(datapath);
     assert_eq!(world.lost(3), 0);
@@ -89,13 +89,13 @@ fn programs_stay_attached_after_their_process_has_ended() {
     assert!(!world.options.pin_dir.exists());
 }
 
-/// Every few milliseconds the programs of another loading take the place of those that are there.
+/// Every few milliseconds the programs of another load replace the attached ones.
 #[test]
 fn replacing_programs_loses_no_packet() {
     let world = World::new();
     let loadings = [world.open_with(CASES[0].0, Decision::Allow), world.open()];
-    // Somebody's qdisc that stays: adding or removing one stops the interface for an instant, whoever does it
-    // (the kernel's qdisc_graft calls dev_deactivate). XDP coming and going does so to a veth's queues, too.
+    // A foreign qdisc stays during the test, since adding or removing a qdisc stops the interface for a moment (the
+    // kernel's qdisc_graft calls dev_deactivate). Attaching and detaching XDP does the same to the queues of a veth.
     world
         .node
         .run("tc", &["qdisc", "add", "dev", "v0", "clsact"])
@@ -149,7 +149,7 @@ fn two_interfaces_with_one_slot_are_an_error() {
         ),
         "{error}"
     );
-    // Once the other one is gone the slot is free.
+    // The slot is free after the other interface was deleted.
     world.node.ip("link del a0").unwrap();
     datapath.attach(&second).unwrap();
     assert_eq!(
@@ -283,7 +283,7 @@ fn detach_all_removes_everything_and_needs_no_maps() {
     let datapath = world.open_with(Role::Endpoint, Decision::Deny);
     datapath.attach(&attachment(&world, &CASES[3])).unwrap();
     drop(datapath);
-    // Maps of another version are removed, too.
+    // Maps of another version are removed as well.
     let other = world.options.pin_dir.join("v999");
     fs::create_dir(&other).unwrap();
     palisade_datapath::detach_all(&world.options.pin_dir).unwrap();
@@ -305,7 +305,7 @@ fn support_of_kernel_and_interface_is_reported() {
         .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
         .unwrap();
     assert_eq!(support.tcx, Some(attached.egress == Some(HookKind::Tcx)));
-    // A veth takes native XDP; the loopback has the generic way only. Kernels before 6.3 do not tell.
+    // A veth has native XDP, the loopback only generic XDP. Kernels before 6.3 do not report it.
     assert_ne!(
         palisade_datapath::xdp_support(world.ifindex()),
         XdpSupport::Generic
@@ -317,7 +317,7 @@ fn support_of_kernel_and_interface_is_reported() {
 fn a_driver_without_xdp_is_reported_and_tc_is_used_in_auto_mode() {
     let world = World::new();
     let datapath = world.open();
-    // The loopback interface, number 1 of every namespace, has generic XDP only.
+    // The loopback, index 1 in every namespace, has only generic XDP.
     let auto = Attachment {
         ifindex: 1,
         ..world.attachment(Role::Host, Hook::Auto, TcMode::Auto)
@@ -356,7 +356,7 @@ fn an_interface_has_programs_at_both_hooks_or_none() {
         (Hook::Xdp, XdpMode::Generic),
         (Hook::Tc, XdpMode::Native),
     ];
-    // An ingress qdisc stands where the clsact qdisc of the egress hook would.
+    // An ingress qdisc excludes the clsact qdisc of the egress hook.
     world
         .node
         .run("tc", &["qdisc", "add", "dev", "v0", "ingress"])
@@ -375,10 +375,10 @@ fn an_interface_has_programs_at_both_hooks_or_none() {
             .run("ip", &["-d", "link", "show", "dev", "v0"])
             .unwrap();
         assert!(!link.contains("prog/xdp"), "{link}");
-        // Nothing is judged, so nothing is cut off.
+        // No program is attached, so no packet is dropped.
         assert_eq!(world.lost(5), 0);
     }
-    // What was enforced goes on being enforced, on both sides.
+    // The attached programs still enforce both directions.
     let wanted = world.attachment(Role::Host, Hook::Auto, TcMode::Auto);
     let attached = datapath.attach(&wanted).unwrap();
     assert_eq!(world.lost(5), 5);

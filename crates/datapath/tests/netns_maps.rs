@@ -1,4 +1,4 @@
-//! Maps over restarts, changed sizes, plans and connections.
+//! Maps across restarts, size changes and plans; conntrack.
 
 mod common;
 
@@ -76,7 +76,7 @@ fn a_dump_after_a_plan_equals_the_plan() {
         ]),
         Op::AddressPut(address(1), info(256)),
         Op::AddressPut(address(2), info(257)),
-        // Later in the run: the last one counts.
+        // The last operation on a key counts.
         Op::AddressPut(address(1), info(258)),
         Op::PrefixPut(prefix(1), info(1 << 24)),
         Op::PrefixPut(prefix(2), info(2 << 24)),
@@ -152,7 +152,7 @@ fn stores_to_mapped_memory_are_visible_to_the_kernel() {
     datapath
         .apply(&[Op::EndpointPut(65_535, state), Op::ClassPut(vec![(0, 5)])])
         .unwrap();
-    // A second process has mappings of its own.
+    // A second instance has its own memory mappings.
     let other = world.open();
     assert_eq!(
         other.endpoint_states().into_iter().collect::<Vec<_>>(),
@@ -213,7 +213,7 @@ fn resized_maps_keep_their_entries() {
     assert_eq!(resized.conntrack().entries().unwrap(), [(ct_key(1), alive)]);
     assert_eq!(resized.conntrack().counts().unwrap().max_entries, 8192);
 
-    // Old programs are still attached somewhere and track a connection; attaching the new ones brings it over.
+    // Attached programs of before still write to the old map; attaching the new programs copies their entries.
     before.seed(&[(ct_key(2), alive)]).unwrap();
     assert_eq!(resized.conntrack().entries().unwrap().len(), 1);
     resized
@@ -221,7 +221,7 @@ fn resized_maps_keep_their_entries() {
         .unwrap();
     assert_eq!(resized.conntrack().entries().unwrap().len(), 2);
 
-    // And the next one finds all as it should be.
+    // The next instance finds the maps with the right sizes.
     drop(resized);
     assert!(world.open().resized().is_empty());
 }
@@ -282,7 +282,7 @@ fn a_sweep_removes_expired_flows_and_counts_them() {
         .remove_if(|key, _| key.endpoint == HOST_ENDPOINT)
         .unwrap();
     assert_eq!(gone.ended.len(), 200);
-    // The numbers outlive the process.
+    // The counters survive the process.
     drop(datapath);
     let counts = world.open().conntrack().counts().unwrap();
     assert_eq!((counts.seeded, counts.swept, counts.present), (300, 300, 0));
@@ -332,7 +332,7 @@ fn flows_of_an_address_end_when_the_address_moves_to_another_endpoint() {
         .flat_map(|&addr| [3, 4].map(|endpoint| (flow(addr, endpoint), alive)))
         .collect();
     datapath.conntrack().seed(&flows).unwrap();
-    // Written again as it is: nothing ends.
+    // An unchanged address ends no flow.
     datapath.apply(&[put(stays, 3)]).unwrap();
     assert_eq!(datapath.conntrack().entries().unwrap().len(), 8);
     datapath
@@ -382,7 +382,7 @@ fn every_endpoint_with_a_policy_has_a_share() {
     assert_eq!((seeded(5, 4), seeded(6, 5)), (1, 1));
     let counts = datapath.conntrack().counts().unwrap();
     assert_eq!((counts.protected, counts.present), (4, 6));
-    // What is removed gives its place back.
+    // Removed flows release their share.
     datapath
         .conntrack()
         .remove_if(|key, _| key.endpoint == 4)
@@ -391,7 +391,7 @@ fn every_endpoint_with_a_policy_has_a_share() {
     assert_eq!(datapath.conntrack().counts().unwrap().protected, 2);
 }
 
-/// The daemon may keep it in one thread and read counters in another.
+/// The daemon uses the value in several threads.
 #[test]
 fn the_datapath_is_send_and_sync() {
     fn shared<T: Send + Sync>() {}

@@ -1,10 +1,10 @@
-//! The nftables table, as nft reads it, in namespaces.
+//! The nftables table as nft lists it, in namespaces.
 
 use palisade_datapath::{Netfilter, NetfilterError, Rules};
 use palisade_testbed::ns::Ns;
 use serde_json::Value;
 
-/// What nft says of the table, without the numbers that the kernel gives and the counters' values.
+/// Returns the JSON of nft for the table, without handles and counter values.
 fn listed(ns: &Ns, family: &str) -> Value {
     let text = ns
         .run("nft", &["-j", "list", "table", family, "palisade"])
@@ -41,7 +41,7 @@ fn rules() -> Rules {
     }
 }
 
-/// `rules()` in nft's own words.
+/// `rules()` as a script for nft.
 const SCRIPT: &str = r#"
 table inet palisade {
   comment "palisade, pins in /p"
@@ -136,7 +136,7 @@ fn the_table_is_replaced_and_removed_and_other_tables_stay() {
         assert_eq!(table.counts().unwrap().len(), 0);
         table.write(&rules()).unwrap();
         let mut more = rules();
-        // More than fit into one message, and into the send buffer of a socket as it is.
+        // More elements than one message and the default send buffer of a socket can hold.
         for n in 0..6_000_u32 {
             more.endpoints
                 .insert(std::net::Ipv4Addr::from_bits(0x0a01_0000 + n).into());
@@ -150,7 +150,7 @@ fn the_table_is_replaced_and_removed_and_other_tables_stay() {
                 ..rules()
             })
             .unwrap();
-        // The same daemon by another name.
+        // The same daemon with another table name.
         Netfilter::open("palisade2", "a")
             .unwrap()
             .write(&rules())
@@ -190,7 +190,7 @@ fn the_table_is_replaced_and_removed_and_other_tables_stay() {
 #[test]
 fn counters_survive_a_replacement_of_the_table() {
     let ns = namespace();
-    // Group reports of a new interface would be counted at any time.
+    // Multicast reports of a new interface would be counted at an unpredictable time.
     ns.sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();
     ns.ip("addr add 192.0.2.1/24 dev v0\nlink set v0 up\nlink set v1 up")
         .unwrap();
@@ -204,7 +204,7 @@ fn counters_survive_a_replacement_of_the_table() {
         let socket = std::net::UdpSocket::bind("192.0.2.1:0").unwrap();
         socket.set_broadcast(true).unwrap();
         for _ in 0..3 {
-            // What the output hook drops is an error to the sender (EPERM).
+            // A drop at the output hook is an error of sendto (EPERM).
             let _ = socket.send_to(b"x", "192.0.2.255:9");
         }
         let first = table.counts().unwrap();

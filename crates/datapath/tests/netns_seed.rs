@@ -1,4 +1,4 @@
-//! Connections from the kernel's own tables.
+//! Seeding from the kernel's own tables.
 
 mod common;
 
@@ -8,7 +8,7 @@ use common::*;
 use palisade_abi::ct_flags;
 use palisade_datapath::{Scope, connections, connections_of_netns, seeds};
 
-/// The number of the workload's endpoint.
+/// Endpoint id of the workload.
 const WORKLOAD: u16 = 9;
 
 #[test]
@@ -30,16 +30,16 @@ fn sockets_of_the_node_and_of_a_workload_are_seeded() {
         "{found:?}"
     );
 
-    // The sockets of the other end show the same connections.
+    // The sockets of the peer have the same connections.
     let path = Path::new("/run/netns").join(world.peer.name());
     let theirs = connections_of_netns(&path, WORKLOAD).unwrap();
     for connection in live.expected() {
         let expected = (Scope::Endpoint(WORKLOAD), connection);
         assert!(theirs.contains(&expected), "{connection:?} in {theirs:?}");
     }
-    // They are no evidence for the node's own flows.
+    // They are not used for flows of the node.
     assert!(seeds(&theirs, &endpoints(), &config(), 0).is_empty());
-    // And this thread is still where it was.
+    // The calling thread has not changed its namespace.
     assert!(world.node.ifindex("v0").is_ok() && connections(HOST_ENDPOINT).unwrap().len() >= 2);
     let error = connections_of_netns(Path::new("/run/netns/palisade-none"), WORKLOAD).unwrap_err();
     assert!(error.to_string().contains("/run/netns/palisade-none"), "{error}");
@@ -61,7 +61,7 @@ fn entries_of_nf_conntrack_are_seeded() {
     let live = Live::new(&world);
     let found = connections(HOST_ENDPOINT).unwrap();
     let client = live.expected()[0];
-    // Once from the table, once from the socket.
+    // One connection from nf_conntrack, one from the socket.
     assert_eq!(found.iter().filter(|(_, c)| *c == client).count(), 2, "{found:?}");
     let entries = seeds(&found, &endpoints(), &config(), 0);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! The programs do what the maps say, at every instant.
+//! The programs enforce the contents of the maps without gaps.
 
 mod common;
 
@@ -13,18 +13,19 @@ use palisade_abi::Decision;
 use palisade_datapath::{Hook, Role, TcMode, connections, monotonic_coarse, seeds};
 use palisade_model::op::Op;
 
-/// The other half: nothing that is denied slips through while programs and modes are exchanged.
+/// Counterpart of `replacing_programs_loses_no_packet`: no denied packet passes while programs and modes are
+/// exchanged.
 #[test]
 fn replacing_programs_leaks_no_packet() {
     let world = World::new();
     let loadings = [world.open_with(Role::Endpoint, Decision::Deny), world.open()];
-    // Neighbour discovery passes, so every request would get an answer if there were no program for an instant.
+    // Neighbour discovery is allowed, so each echo request would be answered if there were no program for a moment.
     loadings[0].attach(&attachment(&world, &CASES[1])).unwrap();
     let count = 1000;
     let mut pings = world.start_pings(count);
     let mut times = 0;
     while pings.running() {
-        // Every case, native to generic XDP and back included. (What takes either keeps what is there.)
+        // All changes of mode, including native to generic XDP and back.
         let case = &CASES[..5][times % 5];
         let attached = loadings[times % 2].attach(&attachment(&world, case)).unwrap();
         assert_eq!((attached.ingress, attached.egress), (Some(case.4), Some(case.5)));
@@ -34,7 +35,7 @@ fn replacing_programs_leaks_no_packet() {
     assert_eq!(pings.lost(), count, "after {times} replacements");
 }
 
-/// The first packet that a program judges by a policy that was switched on by one store.
+/// Measures when a program first uses a policy that one store has switched on.
 #[test]
 fn one_store_switches_the_policy_of_an_endpoint() {
     let world = World::new();
@@ -66,7 +67,7 @@ fn one_store_switches_the_policy_of_an_endpoint() {
     );
 }
 
-/// More flows than the map holds: the kernel throws old ones out, and that can be seen.
+/// With more flows than entries the kernel evicts flows, and the counters show it.
 #[test]
 fn flows_that_the_kernel_evicts_are_counted() {
     let world = World::new();
@@ -79,7 +80,7 @@ fn flows_that_the_kernel_evicts_are_counted() {
         let socket = std::net::UdpSocket::bind("10.0.0.2:7").unwrap();
         for sent in 0..flows {
             socket.send_to(b"x", ("10.0.0.1", 1000 + sent as u16)).unwrap();
-            // A veth with XDP queues 256 packets for its receiver and drops what comes on top.
+            // A veth with XDP queues 256 packets for its peer and drops the rest.
             if sent % 128 == 127 {
                 let deadline = Instant::now() + Duration::from_secs(10);
                 while datapath.conntrack().counts().unwrap().made <= sent && Instant::now() < deadline {
@@ -92,7 +93,7 @@ fn flows_that_the_kernel_evicts_are_counted() {
     assert!(counts.made >= flows, "{counts:?}");
     assert!(counts.present <= counts.max_entries, "{counts:?}");
     assert_eq!(counts.evicted, counts.made - counts.present, "{counts:?}");
-    // What a sweep removes is not evicted.
+    // Flows that a sweep removes do not count as evicted.
     let before = counts.evicted;
     let sweep = datapath.conntrack().sweep(u64::MAX).unwrap();
     assert_eq!(sweep.ended.len() as u64, counts.present);
@@ -100,8 +101,8 @@ fn flows_that_the_kernel_evicts_are_counted() {
     assert_eq!((after.present, after.evicted), (0, before));
 }
 
-/// Two connections that are there before the programs. The policy allows what the node opened and denies what the
-/// other end opened: the one lives, the other is cut, whichever end sends first.
+/// Two connections exist before the programs. The policy allows the one that the node opened and denies the one that
+/// the peer opened: the first continues, the second is dropped, whichever end sends first.
 #[test]
 fn a_seeded_connection_continues_if_its_direction_is_allowed() {
     for node_sends_first in [true, false] {
@@ -144,7 +145,7 @@ fn a_seeded_connection_continues_if_its_direction_is_allowed() {
     }
 }
 
-/// Everybody may be asked, nobody may ask.
+/// Allows egress to every address and no ingress.
 fn egress_only() -> Vec<palisade_model::op::Op> {
     let mut ops = whole_policy(9, Role::Host, Decision::Allow);
     if let Op::PolicyPut(entries) = &mut ops[0] {

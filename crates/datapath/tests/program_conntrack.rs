@@ -1,4 +1,4 @@
-//! Connections: states, timeouts, re-judging.
+//! Conntrack: states, timeouts, repeated policy evaluation.
 #![allow(unsafe_code, reason = "system calls")]
 
 mod program;
@@ -15,7 +15,7 @@ const EGRESS: Direction = Direction::Egress;
 const SERVER: (&str, u16) = (HOST_V4, 80);
 const CLIENT: (&str, u16) = (WORLD_V4, 4000);
 
-/// A node whose port 80 is open, and nothing else, in either direction.
+/// A node that allows ingress to port 80 and denies everything else.
 fn server() -> World {
     let world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -34,13 +34,13 @@ fn flow(world: &World) -> CtEntry {
     world.flow(&key(HOST, 6, SERVER, CLIENT)).unwrap()
 }
 
-/// Seconds that a flow which was used just now has left.
+/// Returns the remaining lifetime of a flow after a packet, s.
 fn seconds_left(entry: &CtEntry) -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: fills the structure it is given.
+    // SAFETY: fills the given structure.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut now) };
     let left = entry.expires - (now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64);
     left.div_ceil(1_000_000_000)
@@ -59,7 +59,7 @@ fn a_connection_passes_through_all_states() {
     assert_eq!((entry.forward_packets, entry.reply_packets), (2, 1));
     assert_eq!((entry.forward_bytes, entry.reply_bytes), (80, 40));
     assert_eq!((entry.forward_tcp, entry.reply_tcp), (SYN | ACK, SYN | ACK));
-    // Half closed: still in use.
+    // A half-closed connection is still active.
     assert!(to_server(&mut world, FIN | ACK).events.is_empty());
     assert_eq!(seconds_left(&flow(&world)), 3600);
     let got = from_server(&mut world, FIN | ACK);
@@ -71,7 +71,7 @@ fn a_connection_passes_through_all_states() {
         trace.flags & (event_flags::REPLY | event_flags::EGRESS),
         event_flags::REPLY | event_flags::EGRESS
     );
-    // The last acknowledgment: passes, and the end is reported once.
+    // The last acknowledgement passes, and the end is reported once.
     let got = to_server(&mut world, ACK);
     assert_eq!(got.reason, Reason::Established);
     assert!(got.events.is_empty());
@@ -99,10 +99,10 @@ fn a_reset_shortens_the_timeout_until_the_next_valid_packet() {
     to_server(&mut world, ACK);
     assert_eq!(to_server(&mut world, RST | ACK).reason, Reason::Established);
     assert_eq!(seconds_left(&flow(&world)), 10);
-    // The other side may still send what it had under way.
+    // The peer may still send segments in flight.
     assert!(from_server(&mut world, ACK).passed);
     assert_eq!(seconds_left(&flow(&world)), 10);
-    // Who sends on has not reset.
+    // An end that sends again has not sent the reset.
     assert!(to_server(&mut world, ACK).passed);
     assert_eq!(seconds_left(&flow(&world)), 3600);
 }
@@ -120,7 +120,7 @@ fn reused_ports_are_a_new_flow() {
         (entry.forward_packets, entry.reply_packets, entry.reply_tcp),
         (1, 0, 0)
     );
-    // Judged by the rules of now: on an entry that is over, a denied SYN is dropped.
+    // The current rules count: for an expired entry, a denied SYN is dropped.
     from_server(&mut world, RST | ACK);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry_denied(9));
     assert_eq!(to_server(&mut world, SYN).reason, Reason::PolicyDenied);
@@ -137,7 +137,7 @@ fn a_retransmitted_syn_is_no_new_flow() {
     assert_eq!(to_server(&mut world, SYN).reason, Reason::Established);
     from_server(&mut world, SYN | ACK);
     to_server(&mut world, ACK);
-    // A challenge is the server's affair (RFC 5961, 4).
+    // The challenge ACK is sent by the server (RFC 5961, section 4).
     assert_eq!(to_server(&mut world, SYN).reason, Reason::Established);
     assert_eq!(flow(&world).forward_packets, 4);
 }
@@ -149,9 +149,9 @@ fn a_syn_of_the_responder_is_evaluated_as_a_new_flow() {
     from_server(&mut world, SYN | ACK);
     to_server(&mut world, ACK);
     assert_eq!(from_server(&mut world, SYN).reason, Reason::PolicyDenied);
-    // The connection has not suffered.
+    // The connection is unaffected.
     assert_eq!(from_server(&mut world, ACK).reason, Reason::Established);
-    // Allowed, it is a connection of its own.
+    // If the policy allows it, it opens a flow of its own.
     world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
     assert_eq!(from_server(&mut world, SYN).reason, Reason::Allowed);
     assert_eq!(flow(&world).flags & ct_flags::INGRESS, 0);
@@ -165,11 +165,11 @@ fn a_simultaneous_open_is_one_flow() {
     assert_eq!(to_server(&mut world, SYN | ACK).reason, Reason::Established);
     assert_eq!(from_server(&mut world, SYN | ACK).reason, Reason::Established);
     assert_eq!(seconds_left(&flow(&world)), 3600);
-    // Opened now: another SYN of the answering side is no part of it.
+    // The connection is open now; another SYN of the responder is not part of it.
     assert_eq!(from_server(&mut world, SYN).reason, Reason::PolicyDenied);
 }
 
-/// The source of a SYN may be forged; so may that of an acknowledgment which comes before there is an answer.
+/// The source of a SYN may be forged, and so may that of an acknowledgement before the SYN+ACK.
 #[test]
 fn a_connection_is_established_when_its_opener_acknowledges_the_syn_ack() {
     let mut world = server();
@@ -190,7 +190,8 @@ fn a_syn_ack_opens_no_flow() {
         let (client, server) = ((client, 4000), (server, 80));
         let mut world = World::new(NIC, HOST);
         world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
-        // The SYN may have come by another way. Nothing is read, so it passes, and whatever follows is judged by itself.
+        // The SYN may have taken another path. Without inspection the SYN+ACK passes, and each later packet is
+        // evaluated by itself.
         let answer = tcp(server, client, SYN | ACK);
         assert_eq!(world.run_local(&answer).reason, Reason::Allowed);
         assert!(world.flows().is_empty());
@@ -198,14 +199,14 @@ fn a_syn_ack_opens_no_flow() {
             world.run(Hook::Xdp, &tcp(client, server, ACK)).reason,
             Reason::PolicyDenied
         );
-        // Where a rule denies by name what it answers, it does not.
+        // If a deny rule matches the SYN, the SYN+ACK is dropped.
         world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::DenyExplicit, 9));
         assert_eq!(world.run_local(&answer).reason, Reason::CtInvalidState);
-        // And what comes in mid-stream makes no flow that would carry the denied one.
+        // A packet in mid-stream opens no flow that would allow the denied direction.
         let data = segment(server, client, ACK, b"answer");
         assert_eq!(world.run_local(&data).reason, Reason::CtInvalidState);
         assert!(world.flows().is_empty());
-        // UDP has nothing that says who began.
+        // UDP packets do not show which end opened the flow.
         assert_eq!(
             world.run_local(&udp(server, client, b"x")).reason,
             Reason::Allowed
@@ -216,10 +217,10 @@ fn a_syn_ack_opens_no_flow() {
 #[test]
 fn tcp_packets_without_a_flow_are_evaluated() {
     let mut world = server();
-    // In mid-stream where a rule allows it: a flow that was forgotten goes on.
+    // A packet in mid-stream that a rule allows continues an evicted flow.
     assert_eq!(to_server(&mut world, ACK).reason, Reason::Allowed);
     assert_eq!(flow(&world).flags & ct_flags::MIDSTREAM, ct_flags::MIDSTREAM);
-    // Where none does: denied, an answer to nothing with a reason that says so.
+    // Without such a rule it is denied; a SYN+ACK without a flow has its own reason.
     assert_eq!(
         world.run_local(&tcp((HOST_V4, 81), CLIENT, ACK)).reason,
         Reason::PolicyDenied
@@ -228,7 +229,7 @@ fn tcp_packets_without_a_flow_are_evaluated() {
         world.run_local(&tcp((HOST_V4, 81), CLIENT, SYN | ACK)).reason,
         Reason::CtInvalidState
     );
-    // A reset makes no flow.
+    // A reset opens no flow.
     let got = world.run(Hook::Xdp, &tcp((WORLD_V4, 5000), SERVER, RST));
     assert_eq!(got.reason, Reason::Allowed);
     assert!(world.flow(&key(HOST, 6, SERVER, (WORLD_V4, 5000))).is_none());
@@ -281,7 +282,7 @@ fn flows_of_other_protocols_have_timeouts() {
         assert_eq!(got.reason, Reason::Allowed);
         let got = world.run_local(&raw(server, client, 132, 64, &sctp(80, 4000)));
         assert_eq!(got.reason, Reason::Established);
-        // Echo: an answer to a question, and only that; a question never passes as an answer.
+        // An echo reply passes only as the reply to a request; a request never passes as a reply.
         assert_eq!(
             world.run_local(&echo(server, client, 9, true)).reason,
             Reason::PolicyDenied
@@ -328,9 +329,9 @@ fn a_new_policy_is_evaluated_for_live_flows_in_their_original_direction() {
         let mut world = server();
         to_server(&mut world, SYN);
         from_server(&mut world, SYN | ACK);
-        // Egress is allowed altogether; that must not help a flow that is ingress.
+        // Egress is allowed completely, which must not allow an ingress flow.
         world.rule(HOST, EGRESS, identity::ANY, 0, entry(Decision::Allow, 20));
-        // The same rule under a new revision: nothing to tell.
+        // The same rule with a new revision is not reported.
         world.state(HOST, u32::from(HOST), 2, identity::HOST);
         let got = from_server(&mut world, ACK);
         assert_eq!(got.reason, Reason::Established);
@@ -345,7 +346,7 @@ fn a_new_policy_is_evaluated_for_live_flows_in_their_original_direction() {
             },
         };
         world.rule(HOST, INGRESS, identity::ANY, 5, new);
-        // Without a new revision the flow goes on.
+        // Without a new revision the flow continues.
         assert_eq!(from_server(&mut world, ACK).reason, Reason::Established);
         world.state(HOST, u32::from(HOST), 3, identity::HOST);
         let got = from_server(&mut world, ACK);
@@ -360,7 +361,7 @@ fn a_new_policy_is_evaluated_for_live_flows_in_their_original_direction() {
                 assert!(got.event(EventKind::PolicyVerdict).is_none(), "told once");
                 assert_eq!(to_server(&mut world, ACK).reason, Reason::PolicyDenied);
             }
-            // Allowed again, it goes on.
+            // The flow continues when it is allowed again.
             world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
             world.state(HOST, u32::from(HOST), 4, identity::HOST);
             assert_eq!(to_server(&mut world, ACK).reason, Reason::Established);
@@ -400,7 +401,7 @@ fn a_full_table_evicts_flows_and_denies_as_before() {
     world_small.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     for port in 0..4 * room as u16 {
         let got = world_small.run(Hook::Xdp, &udp((WORLD_V4, 10_000 + port), (HOST_V4, 80), &[]));
-        // Never by any other way than a rule; where the map has no room for a moment the packet is dropped.
+        // Packets pass only by a rule; if the map is full for a moment, the packet is dropped.
         assert!(
             matches!(got.reason, Reason::Allowed | Reason::CtInsertionFailed),
             "{:?}",
@@ -408,7 +409,7 @@ fn a_full_table_evicts_flows_and_denies_as_before() {
         );
     }
     assert!(world_small.flows().len() <= room as usize);
-    // What was forgotten is not an answer any more; what is remembered is.
+    // Replies pass only for flows that are still in the map.
     let (mut answered, mut denied) = (0, 0);
     for port in 0..4 * room as u16 {
         match world_small
@@ -425,8 +426,8 @@ fn a_full_table_evicts_flows_and_denies_as_before() {
     assert!(to_server(&mut world, SYN).passed);
 }
 
-/// The object with every LRU hash as a plain hash, which refuses what an LRU hash makes room for. (The type of a map is
-/// the length of an array type in the BTF: `[i32; BPF_MAP_TYPE_LRU_HASH]`.)
+/// Returns the object with plain hash maps in the place of LRU hash maps, which reject entries instead of evicting.
+/// (In BTF, the type of a map is the length of an array type: `[i32; BPF_MAP_TYPE_LRU_HASH]`.)
 fn without_lru() -> Vec<u8> {
     const ARRAY: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0];
     const LRU_HASH: [u8; 4] = [9, 0, 0, 0];
@@ -446,7 +447,7 @@ fn without_lru() -> Vec<u8> {
 #[test]
 fn a_flow_that_the_map_refuses_is_dropped() {
     let mut world = World::of(&without_lru(), NIC, HOST, 2);
-    // A share for a larger map: so the flow before does not give way.
+    // The share is that of a larger map, so that no earlier flow is evicted.
     let share = Share {
         flows: 1000,
         flow_slots: 1000,
@@ -462,7 +463,7 @@ fn a_flow_that_the_map_refuses_is_dropped() {
     }
     let refused = Reason::CtInsertionFailed;
     assert_eq!(reasons, [Reason::Allowed, Reason::Allowed, refused, refused]);
-    // Known flows go on.
+    // Flows in the map continue.
     assert_eq!(
         world
             .run(Hook::Xdp, &udp((WORLD_V4, 4001), (HOST_V4, 80), &[]))

@@ -1,5 +1,5 @@
-//! What an established flow costs, against a program that only decodes and looks up. Figures need a quiet machine:
-//! `cargo test -p palisade-datapath --features bench-object --test program_cost -- --ignored --nocapture`.
+//! Cost of a packet of an established flow, compared with a program that only decodes and looks up. Measure on an idle
+//! machine: `cargo test -p palisade-datapath --test program_cost -- --ignored --nocapture`.
 
 mod program;
 
@@ -27,7 +27,7 @@ fn an_established_flow_against_the_baseline() {
         );
         let frame = tcp((client, 4000), (server, 80), ACK);
         assert!(world.run(Hook::Xdp, &frame).passed);
-        // Answered and acknowledged: kept.
+        // Answered and acknowledged, so the flow is protected.
         assert!(world.run_local(&tcp((server, 80), (client, 4000), ACK)).passed);
         assert!(world.run(Hook::Xdp, &frame).passed);
         let baseline = world.program_named("bench_baseline");

@@ -12,14 +12,14 @@ use palisade_abi::Reason;
 use program::{HOST, Hook, NIC, World};
 use proptest::prelude::*;
 
-/// Frames that are sent through the kernel, where each costs three system calls and more.
+/// Number of frames for the kernel; each costs at least three system calls.
 const FRAMES: u32 = 4_000;
 
-/// What the programs make of a frame: the reason for a malformed one, else what the event says.
+/// Result of the programs for a frame: the reason if it is malformed, else the decoded fields of the event.
 #[test]
 fn programs_and_decoder_agree() {
     let world = RefCell::new(World::new(NIC, HOST));
-    // Everything reaches the policy, and its event: each packet is dropped there, and none tracked.
+    // Every packet reaches the policy, is dropped there with an event, and opens no flow.
     world.borrow().config(|config| {
         config.events_per_second = 1_000_000;
         config.fragment = 0;
@@ -29,7 +29,7 @@ fn programs_and_decoder_agree() {
         .run(&frames(), |frame| {
             let (packet, result) = decoded(&frame);
             for hook in [Hook::Xdp, Hook::TcIn] {
-                // The kernel builds no socket buffer from half a network header.
+                // The kernel builds no socket buffer from a truncated network header.
                 if hook == Hook::TcIn && frame.len() < 14 + 40 {
                     continue;
                 }

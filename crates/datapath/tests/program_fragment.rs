@@ -10,7 +10,7 @@ const INGRESS: Direction = Direction::Ingress;
 const EGRESS: Direction = Direction::Egress;
 const FAMILIES: [(&str, &str); 2] = [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)];
 
-/// A node whose port 80 is open.
+/// A node that allows ingress to port 80.
 fn server() -> World {
     let world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -33,7 +33,7 @@ fn later_fragments_take_the_ports_of_the_first() {
             let mut world = server();
             let first = fragment(client, server_addr, 17, 1, 0, true, &udp_start(80));
             let later = fragment(client, server_addr, 17, 1, 3, false, &[2; 16]);
-            // The later one first.
+            // The later fragment arrives first.
             let got = world.run(hook, &later);
             assert_eq!(got.reason, Reason::FragmentNotFound);
             assert_eq!(got.events[0].flags & event_flags::FRAGMENT, event_flags::FRAGMENT);
@@ -43,10 +43,10 @@ fn later_fragments_take_the_ports_of_the_first() {
                 .flow(&key(HOST, 17, (server_addr, 80), (client, 4000)))
                 .unwrap();
             assert_eq!(flow.forward_packets, 2);
-            // Another datagram, and the same one on another hook.
+            // Another datagram, and the same one at another hook.
             let other = fragment(client, server_addr, 17, 2, 3, false, &[2; 16]);
             assert_eq!(world.run(hook, &other).reason, Reason::FragmentNotFound);
-            // Of a denied datagram: all by the same rule.
+            // All fragments of a denied datagram are dropped by the same rule.
             let first = fragment(client, server_addr, 17, 3, 0, true, &udp_start(81));
             let later = fragment(client, server_addr, 17, 3, 3, false, &[2; 16]);
             assert_eq!(world.run(hook, &first).reason, Reason::PolicyDenied);
@@ -118,7 +118,7 @@ fn fragments_that_hide_or_overlap_headers_are_dropped() {
             ),
         ];
         if client.contains(':') {
-            // Destination options that fill the first fragment.
+            // Destination options fill the first fragment.
             cases.push((
                 "no transport header",
                 fragment(client, server_addr, 60, 1, 0, true, &[17, 1, 1, 4, 0, 0, 0, 0]),
@@ -139,7 +139,7 @@ fn every_first_fragment_is_evaluated() {
     let first = |port| fragment(WORLD_V4, HOST_V4, 17, 1, 0, true, &udp_start(port));
     let later = fragment(WORLD_V4, HOST_V4, 17, 1, 3, false, &[2; 16]);
     assert!(world.run(Hook::Xdp, &first(80)).passed);
-    // Rewrites the ports of the datagram: denied, and with it what follows.
+    // A second first fragment changes the ports: it and the later fragments are denied.
     assert_eq!(world.run(Hook::Xdp, &first(22)).reason, Reason::PolicyDenied);
     assert_eq!(world.run(Hook::Xdp, &later).reason, Reason::PolicyDenied);
 }
@@ -150,7 +150,7 @@ fn a_whole_packet_with_a_fragment_header_is_no_fragment() {
     let datagram = [0x0f, 0xa0, 0, 80, 0, 8, 0, 0];
     let frame = fragment(WORLD_V6, HOST_V6, 17, 1, 0, false, &datagram);
     assert_eq!(world.run(Hook::Xdp, &frame).reason, Reason::Allowed);
-    // Two fragment headers are none that anybody sends.
+    // No sender writes two fragment headers.
     let mut twice = vec![17, 0, 0, 0, 0, 0, 0, 1];
     twice.extend_from_slice(&datagram);
     let frame = fragment(WORLD_V6, HOST_V6, 44, 1, 0, false, &twice);
@@ -197,7 +197,7 @@ fn icmp_errors_about_flows_are_related() {
             let mut world = server();
             let request = udp((client, 4000), (server_addr, 80), &[1; 8]);
             let answer = udp((server_addr, 80), (client, 4000), &[1; 8]);
-            // Before there is a flow.
+            // There is no flow yet.
             assert_eq!(
                 world.run(hook, &unreachable(router, server_addr, &answer)).reason,
                 Reason::UnrelatedIcmp
@@ -209,7 +209,7 @@ fn icmp_errors_about_flows_are_related() {
                 Reason::UnrelatedIcmp
             );
             world.run(hook, &request);
-            // A router on the way of the answer; the node itself about the request.
+            // From a router on the path of the reply, and from the node about the request.
             assert_eq!(
                 world.run(hook, &unreachable(router, server_addr, &answer)).reason,
                 Reason::Related
@@ -221,12 +221,12 @@ fn icmp_errors_about_flows_are_related() {
                 Reason::Related
             );
             assert_eq!(world.rule_counter(7).packets, 3);
-            // To somebody who did not send what is quoted; quoted in the wrong direction; of another port.
+            // To a host that did not send the quoted packet; with a quote of the wrong direction; with another port.
             for quoted in [&request, &udp((server_addr, 81), (client, 4000), &[])] {
                 let got = world.run(hook, &unreachable(router, server_addr, quoted));
                 assert_eq!(got.reason, Reason::UnrelatedIcmp);
             }
-            // To another of the node's addresses than the one that sent what is quoted.
+            // To another address of the node than the source of the quoted packet.
             let other = if client.contains(':') {
                 "fd00::99"
             } else {
@@ -234,18 +234,18 @@ fn icmp_errors_about_flows_are_related() {
             };
             let got = world.run(hook, &unreachable(router, other, &answer));
             assert_eq!(got.reason, Reason::UnrelatedIcmp);
-            // Cut short before the ports.
+            // Truncated before the ports.
             let header = if client.contains(':') { 40 } else { 20 };
             let got = world.run(
                 hook,
                 &unreachable(router, server_addr, &answer[..14 + header + 3]),
             );
             assert_eq!(got.reason, Reason::UnrelatedIcmp);
-            // From an address that never comes by a NIC.
+            // From an address that cannot arrive at a NIC.
             let spoofed = if client.contains(':') { A_V6 } else { A_V4 };
             let got = world.run(hook, &unreachable(spoofed, server_addr, &answer));
             assert_eq!(got.reason, Reason::InvalidSourceIp);
-            // The flow is denied: errors about it too.
+            // If the flow is denied, so are errors about it.
             world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Deny, 9));
             world.state(HOST, u32::from(HOST), 2, identity::HOST);
             let got = world.run(hook, &unreachable(router, server_addr, &answer));
@@ -264,7 +264,7 @@ fn icmp_errors_longer_than_routers_send_are_dropped() {
                     .run(hook, &udp((client, 4000), (server_addr, 80), &[]))
                     .passed
             );
-            // Network and ICMP header, and the quoted packet's network and UDP header.
+            // Network and ICMP header, and network and UDP header of the quoted packet.
             let headers = 2 * (if client.contains(':') { 40 } else { 20 } + 8);
             for (surplus, reason) in [(0, Reason::Related), (1, Reason::UnrelatedIcmp)] {
                 let payload = vec![0; longest - headers + surplus];
@@ -353,7 +353,7 @@ fn icmp_errors_at_an_interface_of_a_workload() {
         assert!(world.run(Hook::TcIn, &request).passed);
         let got = world.run(Hook::TcOut, &unreachable(router, a, &request));
         assert_eq!((got.reason, got.direction), (Reason::Related, INGRESS));
-        // The workload about what it was sent, but not under another's name.
+        // The workload may report errors about packets that it received, but only with its own address.
         let answer = udp((outside, 80), (a, 4000), &[]);
         assert_eq!(
             world.run(Hook::TcIn, &unreachable(a, outside, &answer)).reason,

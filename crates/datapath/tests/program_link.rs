@@ -1,4 +1,4 @@
-//! What belongs to a link, and where packets come from and go to.
+//! Link-local traffic, and sources and destinations of packets.
 
 mod program;
 
@@ -23,7 +23,7 @@ fn ip(arguments: &str) {
     );
 }
 
-/// Another link, by which the node reaches everything outside. Returns its index.
+/// Adds another link, which is the route of the node to everything outside. Returns its index.
 fn other_link() -> u32 {
     ip("link add out0 index 90 type veth peer name out1");
     for link in ["out0", "out1"] {
@@ -47,7 +47,7 @@ fn forwarded_neighbour_discovery_is_evaluated_by_the_policy() {
         icmp(A_V6, WORLD_V6, 134, 255, &[0; 8]),
         icmp(A_V6, WORLD_V6, 137, 255, &[0; 32]),
         neighbour(135, A_V6, "ff05::1", HOST_V6),
-        // On the link, but longer than the message is.
+        // With hop limit 255, but longer than the message type allows.
         icmp(A_V6, HOST_V6, 135, 255, &long),
         icmp(A_V6, "ff02::2", 133, 255, &[0; 64]),
     ];
@@ -56,7 +56,7 @@ fn forwarded_neighbour_discovery_is_evaluated_by_the_policy() {
             let got = world.run(hook, frame);
             assert_eq!(got.reason, Reason::PolicyDenied, "{hook:?} {frame:?}");
         }
-        // A source that no rule lets the workload have, whatever hop limit.
+        // A source that the workload must not use, with any hop limit.
         for source in [B_V6, HOST_V6, WORLD_V6] {
             for kind in [133, 135, 136] {
                 let got = world.run(hook, &neighbour(kind, source, WORLD_V6, A_V6));
@@ -77,7 +77,7 @@ fn forwarded_neighbour_discovery_is_evaluated_by_the_policy() {
             assert_eq!(got.reason, Reason::LinkControl, "{hook:?} {frame:?}");
         }
     }
-    // From a NIC, to a host behind the node: forwarded like any packet, not by rule.
+    // From a NIC to a host behind the node: forwarded like any packet, without policy evaluation.
     world.interface(NIC, HOST, 0);
     let got = world.run(Hook::TcIn, &neighbour(135, "fe80::1", A_V6, A_V6));
     assert_eq!(got.reason, Reason::Forwarded);
@@ -102,7 +102,7 @@ fn multicast_reports_of_a_workload_have_bounded_length() {
         }
         let got = world.run(hook, &mld_report("fe80::1", 1, &[0; 20]));
         assert_eq!(got.reason, Reason::LinkControl);
-        // Nothing allows it, and its source is no address that a packet may have.
+        // No rule allows it, and its source is not a valid address.
         let got = world.run(hook, &mld_report("fe80::1", 1, &[0; 512]));
         assert_eq!(got.reason, SPOOFED);
         let got = world.run(hook, &icmp("fe80::1", WORLD_V6, 131, 1, &[0; 16]));
@@ -114,7 +114,7 @@ fn multicast_reports_of_a_workload_have_bounded_length() {
 fn a_workload_advertises_only_its_own_addresses() {
     let mut world = World::new(WORKLOAD, A);
     world.set_address("fe80::77", HOST, identity::HOST);
-    // Also where nothing is enforced.
+    // The same without enforcement.
     for direction in [INGRESS, EGRESS] {
         world.rule(A, direction, identity::ANY, 0, entry(Decision::Allow, 7));
     }
@@ -149,7 +149,7 @@ fn a_workload_advertises_only_its_own_addresses() {
         *other_mac.last_mut().unwrap() ^= 1;
         assert_eq!(world.run(hook, &other_mac).reason, SPOOFED);
     }
-    // What others say of a workload's address or the node's comes from where these are guarded.
+    // Advertisements of a workload's or the node's address must come from the interface that has the address.
     world.interface(WORKLOAD, B, 0);
     world.set_interface(&interface(GUARDED, WORKLOAD, A));
     world.set_interface(&interface(8, NIC, HOST));
@@ -170,7 +170,8 @@ fn a_workload_advertises_only_its_own_addresses() {
             assert_eq!(got.passed, passes, "from {origin}: {frame:?} {:?}", got.reason);
         }
     }
-    // No host on a NIC's link has a workload's address; the node's own pass, so that the kernel sees a conflict.
+    // No host on the link of a NIC has a workload's address. Advertisements of the node's own address pass, so that
+    // the kernel detects the conflict.
     world.interface(NIC, HOST, 0);
     for hook in ENTRIES {
         for (frame, passes) in [
@@ -193,7 +194,7 @@ fn a_workload_receives_only_its_own_packets_and_answers_for_no_other() {
             world.rule(A, direction, identity::ANY, 0, entry(Decision::Allow, 7));
         }
         world.set_interface(&interface(8, NIC, HOST));
-        // A bridge that was told so sends another endpoint's traffic here.
+        // A bridge with a wrong forwarding entry delivers packets of another endpoint here.
         for other in [b, if v6 { "2001:db8::99" } else { "192.0.2.99" }] {
             let got = world.run_entered(&udp((outside, 53), (other, 4000), &[0; 8]), 8);
             assert_eq!(got.reason, Reason::NotTheEndpoints, "{other}");
@@ -204,7 +205,7 @@ fn a_workload_receives_only_its_own_packets_and_answers_for_no_other() {
         }
         let got = world.run_entered(&udp((outside, 53), (a, 4000), &[0; 8]), 8);
         assert_eq!(got.reason, Reason::Allowed);
-        // To a group, each is judged by itself: no answer has the group as its source.
+        // Packets to a group are evaluated one by one, since no reply has the group as its source.
         for group in if v6 {
             vec!["ff02::fb"]
         } else {
@@ -215,13 +216,13 @@ fn a_workload_receives_only_its_own_packets_and_answers_for_no_other() {
             let got = world.run(Hook::TcIn, &udp((group, 5353), (outside, 5353), &[0; 8]));
             assert_eq!(got.reason, SPOOFED, "{group}");
         }
-        // The configuration gives the address to another endpoint: what was allowed to the old one is over.
+        // The configuration assigns the address to another endpoint: flows of the former one are no longer allowed.
         world.set_address(a, B, B_IDENTITY);
         world.state(A, u32::from(A), 2, A_IDENTITY);
         let got = world.run_entered(&udp((outside, 53), (a, 4000), &[0; 8]), 8);
         assert_eq!(got.reason, SPOOFED);
     }
-    // The broadcast address of a subnet is known by the frame's destination.
+    // A subnet broadcast is recognized by the destination MAC address.
     let mut world = World::new(WORKLOAD, A);
     world.rule(A, INGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
     let mut frame = udp((WORLD_V4, 53), ("10.0.1.255", 53), &[0; 8]);
@@ -233,7 +234,7 @@ fn a_workload_receives_only_its_own_packets_and_answers_for_no_other() {
 #[test]
 fn link_local_addresses_are_distinct_on_each_link() {
     let mut world = World::new(NIC, HOST);
-    // The node has it on one link; on the NIC's link it is a router's.
+    // The node has the address on one link; on the link of the NIC a router has it.
     world.set_address("fe80::1", HOST, identity::HOST);
     world.rule(HOST, INGRESS, identity::WORLD_IPV6, 0, entry(Decision::Allow, 7));
     for hook in ENTRIES {
@@ -242,7 +243,7 @@ fn link_local_addresses_are_distinct_on_each_link() {
         let verdict = got.event(EventKind::PolicyVerdict).unwrap();
         assert_eq!(verdict.source_identity, identity::WORLD_IPV6);
     }
-    // The node asks the router, and gets its answer; also when the policy has changed between.
+    // The node sends to the router and receives the reply, also after a policy change in between.
     world.rule(HOST, EGRESS, identity::WORLD_IPV6, 0, entry(Decision::Allow, 8));
     let got = world.run_local(&udp(("fe80::5", 4000), ("fe80::1", 53), &[0; 8]));
     assert_eq!(got.reason, Reason::Allowed);
@@ -251,7 +252,7 @@ fn link_local_addresses_are_distinct_on_each_link() {
         let got = world.run(Hook::Xdp, &udp(("fe80::1", 53), ("fe80::5", 4000), &[0; 8]));
         assert_eq!(got.reason, Reason::Established);
     }
-    // To a workload it is the node's only if the node made the packet.
+    // At a workload's interface the source is the node only if the node sent the packet.
     world.interface(WORKLOAD, A, 0);
     world.set_interface(&interface(8, NIC, HOST));
     world.rule(A, INGRESS, identity::HOST, 0, entry(Decision::Allow, 9));
@@ -271,7 +272,7 @@ fn packets_from_interfaces_without_programs_are_not_forwarded() {
         world.set_interface(&interface(10, role::LINK, 0));
         world.set_interface(&interface(GUARDED, WORKLOAD, A));
         let unguarded = Reason::Unguarded;
-        // 66: an interface that the daemon has not looked at.
+        // 66: an interface that is not in the interface table.
         for (origin, from_workload, from_others) in [
             (66, unguarded, unguarded),
             (8, unguarded, Reason::Forwarded),
@@ -291,11 +292,11 @@ fn packets_from_interfaces_without_programs_are_not_forwarded() {
             let got = world.run_entered(&udp((other, 1), (outside, 9), &[0; 8]), origin);
             assert_eq!(got.reason, from_others, "from {origin}");
         }
-        // Masqueraded: the node's address, and still not of the node.
+        // Masqueraded: the packet has the address of the node as source, but is not from the node.
         let host = if a.contains(':') { HOST_V6 } else { HOST_V4 };
         let got = world.run_entered(&udp((host, 1), (outside, 9), &[0; 8]), 66);
         assert_eq!(got.reason, unguarded);
-        // To another workload, also in a flow that was allowed.
+        // To another workload, also within an allowed flow.
         world.interface(WORKLOAD, B, 0);
         world.rule(B, INGRESS, identity::ANY, 0, entry(Decision::Allow, 7));
         let frame = udp((a, 1), (b, 9), &[0; 8]);
@@ -404,10 +405,10 @@ fn frames_other_than_ip_pass_without_enforcement_or_by_configuration() {
             }
         }
     }
-    // A rule that allows every address and port says nothing of what has neither.
+    // A rule that allows all addresses and ports does not cover frames without them.
     world.rule(HOST, INGRESS, identity::ANY, 0, entry(Decision::Allow, 3));
     assert_eq!(world.run(Hook::Xdp, &frames[0].1).reason, Reason::UnsupportedL3);
-    // At a workload the node's policy counts too: the frame may be for the node.
+    // At the interface of a workload the policy of the node counts as well, since the frame may be for the node.
     world.set_interface(&Interface {
         ether_types: nic.ether_types,
         ..interface(IFINDEX, WORKLOAD, A)
@@ -434,7 +435,7 @@ fn replies_to_packets_that_nat_directed_to_the_node_are_dropped() {
         for frame in &answers {
             assert_eq!(world.run_local(frame).reason, Reason::Translated, "{vip}");
         }
-        // An address that the node has and the maps do not; none yet; and what is only sent on.
+        // An address of the node that is not in the maps; no address yet; a forwarded packet.
         assert_eq!(
             world
                 .run_local(&udp((untold, 53), (outside, 4000), &[0; 8]))
@@ -447,7 +448,7 @@ fn replies_to_packets_that_nat_directed_to_the_node_are_dropped() {
         }
         let got = world.run_entered(&answers[0], IFINDEX);
         assert_eq!(got.reason, Reason::Forwarded);
-        // A workload asks the service address; the node answers instead of the host that has it.
+        // A workload sends to the service address, and the node replies in the place of the host that has it.
         world.interface(WORKLOAD, A, 0);
         world.rule(A, EGRESS, identity::ANY, 0, entry(Decision::Allow, 8));
         let got = world.run(Hook::TcIn, &udp((a, 4000), (vip, 53), &[0; 8]));
@@ -455,7 +456,7 @@ fn replies_to_packets_that_nat_directed_to_the_node_are_dropped() {
         let answer = udp((vip, 53), (a, 4000), &[0; 8]);
         assert_eq!(world.run_local(&answer).reason, Reason::Translated);
         assert_eq!(world.run_entered(&answer, IFINDEX).reason, Reason::Established);
-        // Where everything may enter the node, there is nothing to go around.
+        // If all ingress of the node is allowed, no policy is bypassed.
         let mut unenforced = entry(Decision::Allow, 2);
         unenforced.flags = entry_flags::UNENFORCED;
         world.rule(HOST, INGRESS, identity::ANY, 0, unenforced);

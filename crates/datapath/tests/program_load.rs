@@ -1,4 +1,4 @@
-//! What the verifier makes of the programs.
+//! Limits of the verifier.
 
 mod program;
 
@@ -8,8 +8,8 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use palisade_abi::programs;
 use program::{NIC, World};
 
-/// What a program may cost the verifier, of the 1,000,000 instructions it walks at the most. Far above what they do
-/// cost (docs/VERIFIER.md), and far below what takes a second to load.
+/// Most instructions that the verifier may process for a program; the kernel allows 1,000,000. Far above the present
+/// numbers (docs/VERIFIER.md), and far below those that take a second to load.
 const BOUND: u32 = 100_000;
 
 #[test]
@@ -38,27 +38,27 @@ fn the_shipped_object_has_the_programs_of_the_abi_and_no_other() {
     assert_eq!(names, expected);
 }
 
-/// What Linux gives a chain of calls, bytes (`MAX_BPF_STACK`).
+/// Stack limit of a call chain, bytes (`MAX_BPF_STACK`).
 const STACK: u32 = 512;
-/// To what a frame is rounded up, bytes. Linux 6.1, the oldest supported, rounds to the 32 of its interpreter; newer
-/// kernels round to 16 where the JIT compiler is on.
+/// Rounding of stack frames, bytes. Linux 6.1, the oldest supported release, always rounds to 32 as for its
+/// interpreter; newer kernels round to 16 if the JIT compiler is enabled.
 const GRANULE: u32 = 32;
-/// How many functions may be in a chain (`MAX_CALL_FRAMES`).
+/// Most functions in a call chain (`MAX_CALL_FRAMES`).
 const FRAMES: usize = 8;
 
-/// A function of the object, as the verifier counts it.
+/// Function of the object, as the verifier sees it.
 struct Function {
     name: String,
     section: object::SectionIndex,
     start: u64,
     end: u64,
-    /// The lowest stack address that is made or used, in bytes below the frame pointer.
+    /// Lowest stack address that is computed or used, bytes below the frame pointer.
     depth: u32,
-    /// Indices of the functions that it calls.
+    /// Indices of the called functions.
     calls: BTreeSet<usize>,
 }
 
-/// The path of a Rust symbol (`_ZN8palisade9conntrack6insert17h…E`), or the name as it is.
+/// Returns the path of a Rust symbol (`_ZN8palisade9conntrack6insert17h…E`), or the name unchanged.
 fn path(symbol: &str) -> String {
     let Some(mut rest) = symbol.strip_prefix("_ZN") else {
         return symbol.into();
@@ -76,7 +76,7 @@ fn path(symbol: &str) -> String {
     parts.join("::")
 }
 
-/// The functions of the object: what each uses of its stack, and what it calls.
+/// Returns the functions of the object with their stack use and calls.
 fn functions(object: &[u8]) -> Vec<Function> {
     let file = object::File::parse(object).unwrap();
     let mut functions: Vec<Function> = file
@@ -105,8 +105,8 @@ fn functions(object: &[u8]) -> Vec<Function> {
         let section = file.section_by_index(function.section).unwrap();
         let code = section.data().unwrap();
         let relocations: HashMap<u64, object::Relocation> = section.relocations().collect();
-        // How far below the frame pointer each register points, if it does: in the order of the code, which is how
-        // LLVM makes such addresses (a copy of r10, then an addition, in one block).
+        // Offset of each register below the frame pointer, if it points there. One pass in code order is enough, since
+        // LLVM computes such addresses by a copy of r10 and an addition in one block.
         let mut below = [None::<i32>; 11];
         below[10] = Some(0);
         for offset in (function.start..function.end).step_by(8) {
@@ -117,7 +117,7 @@ fn functions(object: &[u8]) -> Vec<Function> {
             let (to, from) = (usize::from(registers & 15), usize::from(registers >> 4));
             let mut used = |lowest: i32| function.depth = function.depth.max(lowest.min(0).unsigned_abs());
             match operation & 7 {
-                // Loads (to a register) and stores.
+                // Loads and stores.
                 1 => {
                     if let Some(base) = below[from] {
                         used(base + displacement);
@@ -129,7 +129,7 @@ fn functions(object: &[u8]) -> Vec<Function> {
                         used(base + displacement);
                     }
                 }
-                // 64-bit arithmetic: a copy, and the addition of a constant.
+                // 64-bit copy, and addition of a constant.
                 7 if operation == 0xbf => below[to] = below[from],
                 7 if operation == 0x07 => {
                     below[to] = below[to].map(|base| base + immediate);
@@ -149,7 +149,7 @@ fn functions(object: &[u8]) -> Vec<Function> {
                         };
                         let symbol = file.symbol_by_index(symbol).unwrap();
                         let to = symbol.section_index().unwrap();
-                        // Against a section, the constant says where in it.
+                        // For a relocation against a section, the immediate is the offset in it.
                         match symbol.kind() {
                             object::SymbolKind::Section => at(to, ((immediate + 1) * 8) as u64),
                             _ => at(to, symbol.address()),
@@ -170,8 +170,8 @@ fn functions(object: &[u8]) -> Vec<Function> {
     functions
 }
 
-/// The chain of calls from a function that takes most stack, and how many bytes that is. The verifier knows no
-/// recursion, so there is an end.
+/// Returns the call chain of a function with the largest stack use, and this use in bytes. It ends, since the verifier
+/// allows no recursion.
 fn deepest(functions: &[Function], from: usize) -> (u32, Vec<usize>) {
     let (below, mut chain) = functions[from]
         .calls

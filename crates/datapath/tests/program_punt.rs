@@ -1,4 +1,4 @@
-//! Packets that must be read: what the programs put before them, and when they are not carried.
+//! Packets that need inspection: their punt headers, and when they are not punted.
 
 mod program;
 
@@ -35,7 +35,7 @@ fn inspected(rule: u32, ruleset: u32) -> PolicyEntry {
     }
 }
 
-/// A node whose port 80 is read, with a worker that lives.
+/// A node whose ingress to port 80 is inspected, with a live worker.
 fn reading(role: u8, endpoint: u16) -> World {
     let world = World::new(role, endpoint);
     world.config(carrying);
@@ -89,7 +89,7 @@ fn a_punted_packet_has_a_punt_header() {
                 (flow.serial, flow.inspector, flow.ruleset),
                 (slot.serial, Inspector::Dns as u8, 21)
             );
-            // The answer: the same worker, the same connection, the other direction.
+            // The reply goes to the same worker with the same serial and the other direction.
             let answer = udp((server, 80), (client, 4000), b"answer");
             let got = world.run_local(&answer);
             assert_eq!(got.reason, Reason::Established);
@@ -112,7 +112,7 @@ fn a_packet_is_punted_for_both_policies() {
     assert_eq!(first.slots.map(|slot| slot.ruleset), [22, 21]);
     assert_eq!(first.slots[0].flags, punt_flags::NEW);
     assert_eq!(first.slots[1].flags, punt_flags::NEW | punt_flags::INGRESS);
-    // Where only the node asks it is still the same worker.
+    // If only the policy of the node punts it, it goes to the same worker.
     let mut world = reading(WORKLOAD, A);
     world.rule(A, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     let alone = carried(&world.run(Hook::TcIn, &question), &question);
@@ -128,7 +128,7 @@ fn without_a_worker_packets_are_dropped_unless_fail_open() {
         world.beat(palisade_datapath::monotonic_coarse() - 2_000_000_000);
         let got = world.run(hook, &question);
         assert_eq!((got.passed, got.reason), (false, Reason::NoWorker));
-        // The flow that it made is no way round.
+        // The flow that it opened does not bypass inspection.
         assert_eq!(world.run(hook, &question).reason, Reason::NoWorker);
         world.config(|config| {
             carrying(config);
@@ -146,10 +146,10 @@ fn without_a_worker_packets_are_dropped_unless_fail_open() {
 fn packets_that_cannot_be_punted_are_dropped() {
     for hook in ENTRIES {
         let mut world = reading(NIC, HOST);
-        // What belongs to no flow.
+        // A packet without a flow.
         let got = world.run(hook, &tcp((WORLD_V4, 5000), SERVER, RST));
         assert_eq!(got.reason, Reason::CtInvalidState);
-        // An inspector that does not exist.
+        // A rule with an unknown inspector.
         let mut world = reading(NIC, HOST);
         world.config(|config| {
             carrying(config);
@@ -160,11 +160,11 @@ fn packets_that_cannot_be_punted_are_dropped() {
     }
 }
 
-/// Both ways the longest frame fits the punt link's MTU with all that stands around it.
+/// In both directions the longest frame with its headers fits the MTU of the punt link.
 #[test]
 fn the_longest_frame_is_punted_and_reinjected() {
     const LONGEST: usize = MAX_PUNT_FRAME as usize;
-    // veth takes its MTU and an Ethernet header.
+    // veth accepts its MTU plus an Ethernet header.
     let room = palisade_abi::PUNT_MTU as usize + 14;
     for (client, server, headers) in [(WORLD_V4, HOST_V4, 42), (WORLD_V6, HOST_V6, 62)] {
         let datagram = |length: usize| udp((client, 4000), (server, 80), &vec![1; length - headers]);
@@ -201,7 +201,7 @@ fn the_longest_frame_is_punted_and_reinjected() {
     }
 }
 
-/// What a socket of the node sends must not take a place in the queues to and from the workers.
+/// Packets of the node's sockets must not use the queues to and from the workers.
 #[test]
 fn at_the_egress_of_the_punt_link_only_redirected_packets_pass() {
     const UNSPEC: u32 = 0xffff_ffff;
@@ -216,7 +216,7 @@ fn at_the_egress_of_the_punt_link_only_redirected_packets_pass() {
         let (retval, _, counted) = world.run_at_punt_link(palisade_abi::programs::PUNT_FILTER, &foreign);
         assert_eq!((retval, counted), (SHOT, vec![(Reason::PuntForeign, 1)]));
     }
-    // Before the daemon has told its cookie, nothing passes.
+    // Before the daemon has written the cookie, no packet passes.
     world.config(|config| config.cookie = 0);
     let (retval, ..) = world.run_at_punt_link(palisade_abi::programs::PUNT_FILTER, &[0; 128]);
     assert_eq!(retval, SHOT);
@@ -236,7 +236,7 @@ fn audit_mode_inspects_and_does_not_deny() {
         first.slots[0].flags,
         punt_flags::INGRESS | punt_flags::NEW | punt_flags::AUDIT
     );
-    // Without the inspector it passes as before.
+    // Without inspection it passes as before.
     world.config(|config| {
         carrying(config);
         config.inspectors = 0;
@@ -264,7 +264,7 @@ fn a_new_policy_changes_whether_a_live_flow_is_inspected() {
 #[test]
 fn an_offload_window_passes_without_inspection() {
     let flow_key = key(HOST, 6, SERVER, CLIENT);
-    // Every frame of these tests has sequence number 1000.
+    // Every frame of these tests has the sequence number 1000.
     let mut world = reading(NIC, HOST);
     assert!(world.run(Hook::Xdp, &tcp(CLIENT, SERVER, SYN)).carried);
     let data = segment(CLIENT, SERVER, ACK, &[7; 100]);
@@ -285,15 +285,15 @@ fn an_offload_window_passes_without_inspection() {
     };
     assert_eq!(windows(1000, 1100, 1000), (false, false));
     assert_eq!(windows(900, 2000, 1100), (false, false));
-    // Wrapped round.
+    // The window wraps at 2^32.
     assert_eq!(windows(0xffff_ff00, 1100, 5), (false, false));
-    // One byte short, at either end.
+    // The window lacks one byte at either end.
     assert_eq!(windows(1001, 1100, 1001), (true, false));
     assert_eq!(windows(1000, 1099, 1098), (true, false));
     assert_eq!(windows(0, 0, 0), (true, true));
-    // Half the space is no window.
+    // Half of the sequence space is not a valid window.
     assert_eq!(windows(1000, 1000 + (1 << 31), 1000), (true, true));
-    // The acknowledgement of all of it, and one of something else, are for the inspector.
+    // The inspector gets the acknowledgement of the whole window, and of bytes outside.
     assert_eq!(windows(1000, 1100, 1099), (false, false));
     assert_eq!(windows(1000, 1100, 1100), (false, true));
     assert_eq!(windows(1000, 1100, 999), (false, true));
@@ -314,11 +314,11 @@ fn reinjected_packets_are_not_evaluated_again() {
     assert!(!world.passes_marked(Hook::TcIn, &frame, MARK + 1));
 }
 
-/// What the kernel does with what comes back.
+/// Result of the kernel for a reinjected packet.
 const SHOT: u32 = 2;
 const REDIRECT: u32 = 7;
 
-/// A TCP connection to the node that is read, and the bytes 1000 to 1100 of it.
+/// An inspected TCP connection to the node, and its bytes 1000 to 1100.
 struct Read {
     world: World,
     key: CtKey,
@@ -327,7 +327,7 @@ struct Read {
     data: Vec<u8>,
 }
 
-/// The same for both address families.
+/// Returns the same for both address families.
 fn read_connections(entry: PolicyEntry) -> impl Iterator<Item = Read> {
     let families = [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)];
     families.into_iter().map(move |(client, server)| {
@@ -352,13 +352,13 @@ impl Read {
         self.world.flow(&self.key).unwrap()
     }
 
-    /// A packet from the client, while the worker lives.
+    /// Runs a packet from the client while the worker is alive.
     fn run(&mut self, frame: &[u8]) -> Outcome {
         self.world.beat(palisade_datapath::monotonic_coarse());
         self.world.run(Hook::Xdp, frame)
     }
 
-    /// What agrees with the flow as it is.
+    /// Returns a flow command that matches the flow.
     fn command(&self, op: u32) -> FlowCommand {
         let flow = self.flow();
         FlowCommand {
@@ -371,14 +371,14 @@ impl Read {
         }
     }
 
-    /// Has a worker give a command. It is never an error: whether it still holds is the programs' business.
+    /// Runs a flow command of a worker. It is never an error; the programs decide whether it is still valid.
     fn give(&mut self, command: &FlowCommand) {
         let alone = released(&[0; 14], reinject_path::NONE, Some(command));
         let (retval, _, counted) = self.world.run_back(&alone);
         assert_eq!((retval, counted), (SHOT, vec![]));
     }
 
-    /// Whether data is read. A packet of the flow counts as such either way.
+    /// Returns whether data is punted. The packet counts for the flow in both cases.
     fn is_read(&mut self) -> bool {
         let got = self.run(&self.data.clone());
         assert_eq!((got.passed, got.reason), (true, Reason::Established));
@@ -386,7 +386,7 @@ impl Read {
     }
 }
 
-/// A packet as a worker sends it.
+/// Returns a packet as a worker sends it.
 fn released(packet: &[u8], path: u8, command: Option<&FlowCommand>) -> Vec<u8> {
     let behind = ReinjectTrailer {
         cookie: COOKIE,
@@ -406,12 +406,12 @@ fn released(packet: &[u8], path: u8, command: Option<&FlowCommand>) -> Vec<u8> {
 #[test]
 fn a_flow_command_that_matches_its_flow_is_executed() {
     for mut flow in read_connections(inspected(11, 21)) {
-        // The window: what lies in it is not read, what does not is.
+        // Segments inside the window pass, others are punted.
         let longer = segment(flow.client, flow.server, ACK, &[7; 101]);
         flow.give(&flow.command(flow_op::WINDOWS));
         assert!(!flow.is_read());
         assert!(flow.run(&longer).carried);
-        // All of it, in both directions.
+        // With offload, all segments of both directions pass.
         flow.give(&flow.command(flow_op::OFFLOAD));
         let answer = segment(flow.server, flow.client, ACK, &[8; 100]);
         let end = tcp(flow.client, flow.server, FIN | ACK);
@@ -424,8 +424,8 @@ fn a_flow_command_that_matches_its_flow_is_executed() {
     for mut flow in read_connections(inspected(11, 21)) {
         let before = flow.flow();
         flow.give(&flow.command(flow_op::CLOSE));
-        // A connection that has been reset lives for ten seconds, and the next one by its ports is another one, which
-        // is read.
+        // After a reset the entry lives for ten seconds. A new connection on the same ports is another flow, which is
+        // inspected.
         let after = flow.flow();
         assert_eq!(after.forward_tcp, before.forward_tcp | RST);
         assert!(after.expires < before.expires);
@@ -433,7 +433,7 @@ fn a_flow_command_that_matches_its_flow_is_executed() {
         assert_eq!((got.carried, got.reason), (true, Reason::Allowed));
         assert_ne!(flow.flow().serial, before.serial);
     }
-    // With audit, by the flag of audit.
+    // In audit mode, with the audit flag.
     let audited = PolicyEntry {
         flags: entry_flags::AUDIT,
         ..inspected(11, 21)
@@ -461,7 +461,7 @@ fn a_flow_command_that_does_not_match_its_flow_is_ignored() {
         ("audit, or not", |command| {
             command.punt_flags ^= u32::from(punt_flags::AUDIT);
         }),
-        // More than a flow's flags have room for.
+        // A value that exceeds the bits for it in a flow.
         ("a flag beyond", |command| command.punt_flags |= 256),
         ("another endpoint's", |command| command.key.endpoint = A),
     ];
@@ -471,7 +471,7 @@ fn a_flow_command_that_does_not_match_its_flow_is_ignored() {
                 for op in [flow_op::WINDOWS, flow_op::OFFLOAD, flow_op::CLOSE] {
                     let mut command = flow.command(op);
                     change(&mut command);
-                    // That a connection has been reset is so by whatever rules.
+                    // A reset is valid whatever the rule set.
                     if op == flow_op::CLOSE && command.serial == flow.flow().serial && command.key == flow.key
                     {
                         continue;
@@ -482,7 +482,7 @@ fn a_flow_command_that_does_not_match_its_flow_is_ignored() {
                     assert!(flow.is_read(), "{what}, op {op}");
                 }
             }
-            // It was not for something else that they were ignored.
+            // The mismatch is the only reason why they were ignored.
             flow.give(&flow.command(flow_op::OFFLOAD));
             assert!(!flow.is_read());
         }
@@ -498,7 +498,7 @@ fn a_reset_counts_whatever_the_rules() {
             ..flow.command(flow_op::CLOSE)
         };
         flow.give(&command);
-        // It says that the connection is over, and nothing about what is read.
+        // It reports the end of the connection, and decides nothing about inspection.
         let after = flow.flow();
         assert_eq!(after.forward_tcp & RST, RST);
         assert_eq!((after.inspector, after.windows), (Inspector::Dns as u8, [0; 4]));
@@ -506,8 +506,8 @@ fn a_reset_counts_whatever_the_rules() {
     }
 }
 
-/// The worker has decided by the rules that a packet came with; by the time that its command arrives the flow has been
-/// judged by others.
+/// The worker has decided with the rule set of the packet; when its flow command arrives, the flow has been evaluated
+/// with another one.
 #[test]
 fn a_flow_command_of_an_old_rule_set_is_ignored() {
     let audited = PolicyEntry {
@@ -527,7 +527,7 @@ fn a_flow_command_of_an_old_rule_set_is_ignored() {
                 assert!(flow.is_read());
                 flow.give(&command);
                 assert!(flow.is_read(), "op {op}");
-                // If it arrives first, the next packet is judged anew, and read.
+                // If the command arrives first, the next packet is evaluated again and punted.
                 flow.world
                     .rule(HOST, INGRESS, identity::ANY, 5, inspected(11, 21));
                 flow.world.state(HOST, u32::from(HOST), 4, identity::HOST);
@@ -542,8 +542,8 @@ fn a_flow_command_of_an_old_rule_set_is_ignored() {
     }
 }
 
-/// The same race on two CPUs: the command has been compared with the old rules, the new ones come in, and only then is
-/// the entry changed. What it looks like afterwards is put into the map.
+/// The same race on two CPUs: the command was compared with the old rule set, the new one is written, and only then
+/// the entry is changed. The test writes the resulting entry to the map.
 #[test]
 fn a_decision_for_another_rule_set_or_serial_is_not_used() {
     for mut flow in read_connections(inspected(11, 21)) {
@@ -551,7 +551,7 @@ fn a_decision_for_another_rule_set_or_serial_is_not_used() {
         let old = (21, 0);
         assert_eq!((now.ruleset, now.punt_flags), old, "the rules of the world");
         for (ruleset, flags) in [(20, 0), (21, punt_flags::AUDIT), (0, 0), old] {
-            // The entry may have gone to another connection, too.
+            // The entry may belong to another connection by now.
             for serial in [now.serial, now.serial ^ 1] {
                 let windows = [1000, 1100, 0, 0];
                 for decided in [
@@ -570,7 +570,7 @@ fn a_decision_for_another_rule_set_or_serial_is_not_used() {
                         "{ruleset} {flags} {serial}"
                     );
                 }
-                // Windows that another order has written.
+                // Windows of another flow command.
                 let other = CtEntry {
                     windows: [900, 1200, 0, 0],
                     decided: CtEntry::windowed(now.serial, old.0, old.1, windows),
@@ -605,7 +605,7 @@ fn a_flow_command_with_a_wrong_cookie_is_foreign() {
         let trailer = ours.len() - size_of::<ReinjectTrailer>();
         let mut other_cookie = ours.clone();
         other_cookie[trailer] ^= 1;
-        // It says that a command stands before it, and there is no room for one.
+        // It claims to have a flow command, but is too short for one.
         let without = [&[0; 30][..], &ours[trailer..]].concat();
         for frame in [other_cookie, without, vec![0; 40]] {
             let (retval, _, counted) = flow.world.run_back(&frame);
@@ -618,7 +618,7 @@ fn a_flow_command_with_a_wrong_cookie_is_foreign() {
     }
 }
 
-/// Ends a carried packet's checksum: what the receiver, and the worker, would drop.
+/// Breaks the checksum of a punted packet, so that the receiver and the worker drop it.
 fn spoilt(mut frame: Vec<u8>) -> Vec<u8> {
     let at = if frame[12..14] == [0x86, 0xdd] {
         14 + 40
@@ -629,10 +629,10 @@ fn spoilt(mut frame: Vec<u8>) -> Vec<u8> {
     frame
 }
 
-/// Both families: client, server.
+/// Client and server of both address families.
 const FAMILIES: [(&str, &str); 2] = [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)];
 
-/// A node whose port 80 is read by its ingress policy, and that may send whatever it likes.
+/// A node whose ingress to port 80 is inspected, and whose egress is allowed.
 fn one_way() -> World {
     let world = reading(NIC, HOST);
     for class in [0, 5] {
@@ -666,7 +666,7 @@ fn tcp_state_changes_only_by_verified_packets() {
         assert_eq!((flow.forward_tcp, flow.reply_tcp, flow.serial), (SYN, 0, serial));
         let left = flow.expires - palisade_datapath::monotonic_coarse();
         assert!((50_000_000_000..=60_000_000_000).contains(&left), "{left}");
-        // The worker says when it is open, and when it is over.
+        // The worker reports the open and the end of the connection.
         let command = |op| FlowCommand {
             key,
             serial,
@@ -687,7 +687,7 @@ fn tcp_state_changes_only_by_verified_packets() {
         let flow = world.flow(&key).unwrap();
         assert!(flow.expires - palisade_datapath::monotonic_coarse() > 3_500_000_000_000);
         assert!(give(&mut world, flow_op::CLOSE) <= 10_000_000_000);
-        // A connection that is over is not opened again by an order that was late.
+        // A late flow command does not open an ended connection again.
         assert!(give(&mut world, flow_op::OPENED) <= 10_000_000_000);
     }
 }
@@ -700,7 +700,7 @@ fn an_expired_flow_is_not_created_again_in_the_other_direction() {
         let key = key(HOST, 6, server, client);
         let answer = tcp(server, client, SYN | ACK);
         let data = segment(server, client, ACK, b"data");
-        // Never seen, and died.
+        // A flow that was never seen, and one that has expired.
         for died in [false, true] {
             if died {
                 assert!(world.run(Hook::Xdp, &tcp(client, server, SYN)).carried);
@@ -710,7 +710,8 @@ fn an_expired_flow_is_not_created_again_in_the_other_direction() {
             for odd in [&answer, &segment(server, client, RST | ACK, b"data")] {
                 assert_eq!(world.run_local(odd).reason, Reason::CtInvalidState);
             }
-            // In mid-stream it is a flow of the direction that is read, and its inspector ends it for both sides.
+            // A packet in mid-stream belongs to the inspected direction, and the inspector ends the connection for
+            // both ends.
             let first = carried(&world.run_local(&data), &data).slots[0];
             assert_eq!(
                 first.flags,
@@ -725,13 +726,13 @@ fn an_expired_flow_is_not_created_again_in_the_other_direction() {
             assert_eq!(second.flags, punt_flags::INGRESS | punt_flags::MIDSTREAM);
             expire(&world, &key);
         }
-        // Without the inspector it is dropped.
+        // Without the inspector the packet is dropped.
         world.config(|config| {
             carrying(config);
             config.inspectors = 0;
         });
         assert_eq!(world.run_local(&data).reason, Reason::NoDnsInspector);
-        // What the node opens itself is its own affair, by whatever port.
+        // Connections that the node opens are not inspected, on any port.
         assert_eq!(world.run_local(&tcp(server, client, SYN)).reason, Reason::Allowed);
     }
 }
@@ -740,7 +741,7 @@ fn an_expired_flow_is_not_created_again_in_the_other_direction() {
 fn an_unsolicited_datagram_does_not_choose_the_direction() {
     for (resolver, own) in FAMILIES {
         let (resolver, own) = ((resolver, 80), (own, 5000));
-        // The node's questions to port 80 are read; what others send it is allowed.
+        // Requests of the node to port 80 are inspected; its ingress is allowed.
         let mut world = reading(NIC, HOST);
         for class in [0, 5] {
             world.rule(HOST, INGRESS, identity::ANY, class, entry(Decision::Allow, 7));
@@ -756,12 +757,13 @@ fn an_unsolicited_datagram_does_not_choose_the_direction() {
         expire(&world, &flow_key);
         assert_eq!(world.run(Hook::Xdp, &answer).reason, Reason::CtInvalidState);
         carried(&world.run_local(&question), &question);
-        // Datagrams to other ports are what they were.
+        // Datagrams to other ports are unaffected.
         assert_eq!(
             world.run(Hook::Xdp, &udp((resolver.0, 81), own, b"x")).reason,
             Reason::Allowed
         );
-        // A flow that was there before the rule was: it is dropped both ways until it is over, and then it is read.
+        // A flow that is older than the rule is dropped in both directions until it expires; the next one is
+        // inspected.
         let mut world = reading(NIC, HOST);
         for direction in [INGRESS, EGRESS] {
             for class in [0, 5] {
@@ -802,7 +804,7 @@ fn a_flow_seen_in_mid_stream_is_inspected_for_rules_of_both_directions() {
     }
 }
 
-/// A SYN is forged in the other end's name, and the workload then "answers" with a SYN of its own.
+/// A SYN is forged with the address of the peer, and the workload then replies with a SYN of its own.
 #[test]
 fn a_forged_syn_does_not_choose_the_opener() {
     for (other, own) in FAMILIES {
@@ -820,7 +822,7 @@ fn a_forged_syn_does_not_choose_the_opener() {
         let slot = carried(&world.run_local(&syn), &syn).slots[0];
         assert_eq!((slot.flags, slot.ruleset), (punt_flags::NEW, 21));
         assert_eq!(world.flow(&key).unwrap().flags & ct_flags::INGRESS, 0);
-        // And the other way round: a SYN of the answering side does not turn a flow that is read.
+        // Conversely, a SYN of the responder does not change the direction of an inspected flow.
         let serial = world.flow(&key).unwrap().serial;
         for flags in [SYN, RST, SYN] {
             assert!(world.run(Hook::Xdp, &tcp(other, own, flags)).carried);
@@ -841,7 +843,7 @@ fn a_new_connection_on_offloaded_ports_is_inspected() {
             flow.give(&flow.command(decided));
             assert!(!flow.is_read());
             let before = flow.flow();
-            // A reset, and a segment that takes its mark away again; neither is what the receiver would take.
+            // A reset, and a segment that clears its mark; the receiver would accept neither.
             flow.run(&spoilt(tcp(client, server, RST)));
             flow.run(&spoilt(tcp(client, server, ACK)));
             for closing in [false, true] {
@@ -857,7 +859,7 @@ fn a_new_connection_on_offloaded_ports_is_inspected() {
                 assert!(flow.world.run_local(&tcp(server, client, SYN)).carried);
                 assert_eq!(flow.flow().serial, before.serial);
             }
-            // The worker has seen the server answer it.
+            // The worker has seen the SYN+ACK of the server.
             let replace = FlowCommand {
                 windows: [before.serial ^ 77, 0, 0, 0],
                 ..flow.command(flow_op::REPLACE)
@@ -871,7 +873,8 @@ fn a_new_connection_on_offloaded_ports_is_inspected() {
             let after = flow.flow();
             assert_eq!((after.serial, after.forward_tcp), (before.serial ^ 77, SYN));
             assert!(flow.is_read());
-            // Orders for the old one are late, and what would open a connection by one does not go on.
+            // Flow commands for the old connection are late, and a packet that would open a connection by one is not
+            // forwarded.
             flow.give(&late);
             assert!(flow.is_read());
             let (retval, _, counted) =
@@ -912,12 +915,12 @@ fn a_packet_carries_the_flow_commands_of_both_policies() {
     assert_eq!((retval, out), (REDIRECT, syn.clone()));
     assert_eq!(world.flow(&keys[0]).unwrap().serial, 5);
     assert!(world.flow(&keys[1]).unwrap().is_unread());
-    // One of them is for something else.
+    // One of the two commands is for another flow.
     let (retval, _, counted) = world.run_back(&both(replace(0), replace(1)));
     assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
 }
 
-/// The one's complement sum of all 16-bit words: 0xffff where a checksum is among them and right.
+/// Returns the one's complement sum of all 16-bit words: 0xffff if they include a valid checksum.
 fn sum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0_u32;
     for pair in parts.concat().chunks(2) {
@@ -938,7 +941,7 @@ fn an_icmp_error_about_an_inspected_flow_is_cut_to_its_quote() {
         let v6 = client.contains(':');
         let header = if v6 { 40 } else { 20 };
         let transport = 14 + header;
-        // Type, code, what stands in the second word, what is left of it.
+        // Type, code, the second word, and the second word after the cut.
         let cases: &[(u8, u8, [u8; 4], [u8; 4])] = if v6 {
             &[
                 (1, 4, [1, 2, 3, 4], [0; 4]),
@@ -986,11 +989,11 @@ fn an_icmp_error_about_an_inspected_flow_is_cut_to_its_quote() {
                     assert_eq!(cut[16..18], [0, cut.len() as u8 - 14]);
                     assert_eq!((sum(&[&cut[14..34]]), sum(&[message])), (0xffff, 0xffff));
                 }
-                // Such a one passes as it is.
+                // Such an error passes unchanged.
                 let got = world.run(hook, &cut);
                 assert_eq!((got.reason, got.frame), (Reason::Related, cut));
             }
-            // What quotes less, or with options or extension headers, is about nothing that is known.
+            // An error that quotes less, or a packet with options or extension headers, matches no flow.
             let short = unreachable(router, server, &quoted[..14 + header + 7]);
             assert_eq!(world.run(hook, &short).reason, Reason::UnrelatedIcmp);
             let longer = if v6 {
@@ -1015,7 +1018,7 @@ fn a_workload_sends_no_data_in_icmp_errors_about_an_inspected_flow() {
         let mut world = reading(WORKLOAD, A);
         let question = udp((a, 4000), (outside, 80), b"question");
         carried(&world.run(Hook::TcIn, &question), &question);
-        // About the answer that it might have got; whatever it writes behind the ports.
+        // About a reply that the workload may have received, with any bytes after the ports.
         let answer = udp((outside, 80), (a, 4000), &[0xdd; 300]);
         let got = world.run(Hook::TcIn, &unreachable(a, outside, &answer));
         assert_eq!(got.reason, Reason::Related);
@@ -1023,7 +1026,7 @@ fn a_workload_sends_no_data_in_icmp_errors_about_an_inspected_flow() {
     }
 }
 
-/// An error of a router about a packet that the destination of the error has sent.
+/// Returns an error of a router about a packet of the receiver of the error.
 fn error_about(router: &str, quoted: &[u8]) -> Vec<u8> {
     let (from, to) = if router.contains(':') { (22, 38) } else { (26, 30) };
     let bytes = &quoted[from..to];
@@ -1033,7 +1036,7 @@ fn error_about(router: &str, quoted: &[u8]) -> Vec<u8> {
     };
     let mut error = unreachable(router, &destination, quoted);
     if !router.contains(':') {
-        // The builder has written the checksum of another protocol.
+        // The builder has written the checksum of the other protocol.
         error[24..26].fill(0);
         let checksum = !sum(&[&error[14..34]]);
         error[24..26].copy_from_slice(&checksum.to_be_bytes());
@@ -1041,7 +1044,7 @@ fn error_about(router: &str, quoted: &[u8]) -> Vec<u8> {
     error
 }
 
-/// The error that a carried one is: cut to what it must quote.
+/// Returns the punted form of an error: cut to its mandatory quote.
 fn carried_error(got: &Outcome, error: &[u8]) -> PuntHeader {
     assert!(got.carried, "{:?}", got.reason);
     assert_eq!(got.reason, Reason::Related);
@@ -1076,7 +1079,7 @@ fn an_icmp_error_goes_to_the_worker_of_its_connection() {
         let (client, server) = (flow.client, flow.server);
         let data = flow.run(&flow.data.clone());
         let of_flow = carried(&data, &flow.data);
-        // About what the server has sent: it comes in, like what the client sends.
+        // About a packet of the server: the error arrives like packets of the client.
         let error = error_about(router_of(client), &segment(server, client, ACK, &[7; 400]));
         for hook in ENTRIES {
             flow.world.beat(palisade_datapath::monotonic_coarse());
@@ -1087,13 +1090,13 @@ fn an_icmp_error_goes_to_the_worker_of_its_connection() {
             assert_eq!(slot, of_flow.slots[0], "{hook:?}");
             assert_eq!(slot.flags, punt_flags::INGRESS);
         }
-        // About what the client has sent: the node itself says so.
+        // About a packet of the client: the node sends the error.
         let error = error_about(server.0, &flow.data);
         let got = carried_error(&flow.world.run_local(&error), &error);
         assert_eq!((got.hash, got.hook), (of_flow.hash, punt_hook::TC_EGRESS));
         assert_eq!(got.slots[0].flags, punt_flags::REPLY);
         assert_eq!(got.slots[0].serial, of_flow.slots[0].serial);
-        // It is no packet of the flow.
+        // The error does not count as a packet of the flow.
         let before = flow.flow();
         flow.run(&error_about(
             router_of(client),
@@ -1111,7 +1114,7 @@ fn icmp_errors_are_inspected_as_long_as_their_connection() {
         flow.give(&flow.command(flow_op::WINDOWS));
         assert!(!flow.is_read());
         assert!(flow.run(&error).carried, "in a window, too");
-        // Nothing else that is quoted is of the flow.
+        // No other quote matches the flow.
         for foreign in [
             segment((server.0, 81), client, ACK, &[7; 400]),
             segment(server, (client.0, 4001), ACK, &[7; 400]),
@@ -1126,7 +1129,7 @@ fn icmp_errors_are_inspected_as_long_as_their_connection() {
             (true, false, Reason::Related)
         );
     }
-    // By audit it is read, too.
+    // In audit mode it is inspected as well.
     let audited = PolicyEntry {
         flags: entry_flags::AUDIT,
         ..inspected(11, 21)
@@ -1158,7 +1161,7 @@ fn an_unreadable_icmp_error_is_dropped() {
             (true, false, Reason::FailedOpen)
         );
         assert!(got.frame.len() < 120, "it is cut all the same");
-        // A denied connection has no errors either.
+        // Errors about a denied connection are dropped.
         flow.world
             .rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Deny, 9));
         flow.world.state(HOST, u32::from(HOST), 2, identity::HOST);
@@ -1167,7 +1170,7 @@ fn an_unreadable_icmp_error_is_dropped() {
     }
 }
 
-/// Between a workload and the node both policies read it; a workload's errors are read like all others.
+/// Between a workload and the node both policies inspect the flow; errors of a workload are inspected like all others.
 #[test]
 fn an_icmp_error_is_punted_for_both_policies() {
     for (a, host, outside) in [(A_V4, HOST_V4, WORLD_V4), (A_V6, HOST_V6, WORLD_V6)] {
@@ -1176,7 +1179,7 @@ fn an_icmp_error_is_punted_for_both_policies() {
         let syn = tcp(client, server, SYN);
         let of_flow = carried(&world.run(Hook::TcIn, &syn), &syn);
         assert_eq!(of_flow.slots.map(|slot| slot.endpoint), [A, HOST]);
-        // The node refuses the SYN.
+        // The node rejects the SYN.
         let error = error_about(host, &syn);
         let got = carried_error(&world.run_local(&error), &error);
         assert_eq!((got.hash, got.hook), (of_flow.hash, punt_hook::TC_EGRESS));
@@ -1189,7 +1192,7 @@ fn an_icmp_error_is_punted_for_both_policies() {
             got.slots.map(|slot| slot.flags),
             [punt_flags::INGRESS | punt_flags::REPLY, punt_flags::REPLY]
         );
-        // A workload about an answer that it might have got.
+        // A workload about a reply that it may have received.
         let mut world = reading(WORKLOAD, A);
         let server = (outside, 80);
         let syn = tcp(client, server, SYN);
@@ -1202,7 +1205,7 @@ fn an_icmp_error_is_punted_for_both_policies() {
             slots
         });
         assert!(!got.frame.windows(4).any(|bytes| bytes == [0xdd; 4]));
-        // In another workload's name, or about what it has not been sent: no error of it.
+        // With the address of another workload, or about a packet that it has not received, the error is dropped.
         let other = if a == A_V4 { B_V4 } else { B_V6 };
         let forged = error_about(other, &segment(server, client, ACK, &[0xdd; 300]));
         assert!(!world.run(Hook::TcIn, &forged).passed);

@@ -1,4 +1,4 @@
-//! Floods: no endpoint takes from another one, and none loses its established flows to one.
+//! Floods: no endpoint takes the share of another one, and none loses established flows to its own flood.
 
 mod program;
 
@@ -9,16 +9,16 @@ use program::*;
 const INGRESS: Direction = Direction::Ingress;
 const EGRESS: Direction = Direction::Egress;
 
-/// Entries of the conntrack map of these tests.
+/// Entries of the conntrack map in these tests.
 const ROOM: u32 = 1024;
-/// Flows of a flood: several times the map.
+/// Flows of a flood, several times the size of the map.
 const FLOOD: u16 = 3 * ROOM as u16;
 
-/// Addresses of one family: the node, A, B, outside.
+/// Addresses of one family: node, A, B, outside.
 type Addresses = [&'static str; 4];
 const FAMILIES: [Addresses; 2] = [[HOST_V4, A_V4, B_V4, WORLD_V4], [HOST_V6, A_V6, B_V6, WORLD_V6]];
 
-/// Both workloads and the node may open port 80 of everything, and everything may open theirs.
+/// Both workloads and the node may open connections to port 80 of every host, and every host to theirs.
 fn open() -> World {
     let world = World::with_conntrack(WORKLOAD, A, ROOM);
     for endpoint in [HOST, A, B] {
@@ -29,7 +29,7 @@ fn open() -> World {
     world
 }
 
-/// A connection to port 80 that `local`, a workload, opens with all of its handshake.
+/// Opens a connection from `local`, a workload, to port 80, with its handshake.
 fn connect(world: &mut World, endpoint: u16, local: &str, remote: &str, port: u16) -> CtKey {
     world.interface(WORKLOAD, endpoint, 0);
     let (from, to) = ((local, port), (remote, 80));
@@ -39,19 +39,19 @@ fn connect(world: &mut World, endpoint: u16, local: &str, remote: &str, port: u1
     key(endpoint, 6, from, to)
 }
 
-/// Whether the other end's next segment of such a connection passes. (Workloads of these tests let nobody in at
-/// other ports than 80, so without its entry it does not.)
+/// Returns whether the next segment of the peer of such a connection passes. It passes only by its conntrack entry,
+/// since the workloads allow ingress only to port 80.
 fn lives(world: &mut World, endpoint: u16, flow: &CtKey, frame: &[u8]) {
     world.interface(WORKLOAD, endpoint, 0);
     assert!(world.flow(flow).is_some_and(|entry| entry.protected == 1));
     assert_eq!(world.run(Hook::TcOut, frame).reason, Reason::Established);
 }
 
-/// The floods that a workload makes: two packets for each flow, and whole handshakes.
+/// Floods of a workload: two packets for each flow, and complete handshakes.
 fn floods(world: &mut World, local: &str, remote: &str) {
     world.interface(WORKLOAD, A, 0);
     let ends = || (0..FLOOD).map(|port| ((local, port + 1), (remote, 80)));
-    // A question and an answer for each; half-open; answered, but not acknowledged.
+    // A request and a reply each; half-open; answered but not acknowledged.
     for (from, to) in ends() {
         world.flood(Hook::TcIn, [udp(from, to, &[1; 4])]);
         world.flood(Hook::TcOut, [udp(to, from, &[1; 4])]);
@@ -60,7 +60,7 @@ fn floods(world: &mut World, local: &str, remote: &str) {
         world.flood(Hook::TcIn, [tcp(from, to, SYN)]);
         world.flood(Hook::TcOut, [tcp(to, from, SYN | ACK)]);
     }
-    // Whole handshakes: more connections than the endpoint and the pool have room for.
+    // Complete handshakes: more connections than the endpoint and the pool can protect.
     for (from, to) in ends() {
         world.flood(Hook::TcIn, [tcp(from, to, SYN)]);
         world.flood(Hook::TcOut, [tcp(to, from, SYN | ACK)]);
@@ -86,7 +86,8 @@ fn a_flood_of_one_workload_evicts_no_protected_flow() {
             lives(&mut world, A, flow, &tcp((outside, 80), (a, *port), ACK));
         }
         assert!(world.flows().len() <= ROOM as usize);
-        // What the flood holds is bounded; others and the node still have what they are guaranteed.
+        // The flood has a bounded number of protected flows; the other endpoints and the node still have their
+        // guaranteed parts.
         let share = world.share(A, EGRESS);
         assert!(share.protected > i64::from(share.guaranteed), "{share:?}");
         for port in 50_000..50_000 + share.guaranteed as u16 / 2 {
@@ -101,12 +102,12 @@ fn a_flood_towards_an_endpoint_does_not_evict_its_own_flows() {
     for [_, a, _, outside] in FAMILIES {
         let mut world = open();
         let flow = connect(&mut world, A, a, outside, 60_000);
-        // Half-open, and a question without an answer yet.
+        // Half-open connections, and requests without a reply yet.
         let pending = tcp((a, 60_001), (outside, 80), SYN);
         let question = udp((a, 60_002), (outside, 80), &[]);
         assert!(world.run(Hook::TcIn, &pending).passed);
         assert!(world.run(Hook::TcIn, &question).passed);
-        // From spoofed sources; the workload answers, and acknowledgments are spoofed too.
+        // From spoofed sources; the workload replies, and the acknowledgements are spoofed, too.
         for port in 0..FLOOD {
             let (from, to) = ((outside, port + 1), (a, 80));
             world.flood(Hook::TcOut, [tcp(from, to, SYN)]);
@@ -128,12 +129,12 @@ fn a_flood_of_the_node_by_its_nic_evicts_no_other_flow() {
             let mut world = open();
             let flow = connect(&mut world, A, a, outside, 60_000);
             world.interface(NIC, HOST, 0);
-            // A client of the node, established.
+            // An established connection of a client to the node.
             let (client, server) = ((outside, 60_000), (host, 80));
             assert!(world.run(hook, &tcp(client, server, SYN)).passed);
             assert!(world.run_local(&tcp(server, client, SYN | ACK)).passed);
             assert!(world.run(hook, &tcp(client, server, ACK)).passed);
-            // A question of the node.
+            // A request of the node.
             let question = udp((host, 4000), (outside, 80), &[]);
             assert_eq!(world.run_local(&question).reason, Reason::Allowed);
             for port in 0..FLOOD {
@@ -174,7 +175,7 @@ fn closed_connections_release_their_share() {
                 assert_eq!(world.share(A, EGRESS), before, "round {round}, port {port}");
             }
         }
-        // A kept flow whose entry is overwritten by its successor counts once: the ports are used again.
+        // A protected flow whose entry is overwritten because its ports are reused counts once.
         let flow = connect(&mut world, A, a, outside, 60_000);
         let mut dead = world.flow(&flow).unwrap();
         dead.expires = 0;
@@ -241,7 +242,7 @@ fn fragments_of_one_workload_do_not_evict_those_of_others() {
         assert_eq!(world.run(Hook::TcIn, &first).reason, Reason::Allowed);
         world.interface(WORKLOAD, A, 0);
         for id in 0..u32::from(FLOOD) {
-            // Allowed ones; denied ones; spoofed ones, under B's name too.
+            // Allowed, denied and spoofed fragments, also with the address of B.
             let frames = [
                 fragment(a, outside, 17, id, 0, true, &udp_start(80)),
                 fragment(a, outside, 17, id + 10_000, 0, true, &udp_start(81)),
@@ -263,7 +264,7 @@ fn an_unevaluated_first_fragment_is_not_stored() {
             let first = fragment(source, outside, 17, 1, 0, true, &udp_start(80));
             assert_eq!(world.run(Hook::TcIn, &first).reason, Reason::InvalidSourceIp);
         }
-        // What a NIC forwards is judged at the workload's interface.
+        // Packets that the node forwards from a NIC are evaluated at the interface of the workload.
         world.interface(NIC, HOST, 0);
         for hook in ENTRIES {
             let first = fragment(outside, a, 17, 1, 0, true, &udp_start(80));

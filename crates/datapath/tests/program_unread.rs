@@ -1,8 +1,9 @@
-//! Whatever two ends send, whatever is forged in their names, and however late orders come: of a flow that must
-//! be read, no byte passes unread that no order of the worker for this very connection covers.
+//! No byte of a flow that must be inspected passes uninspected without a flow command of the worker for this very
+//! connection, whatever both ends send, whatever is forged in their names, and however late flow commands arrive.
 //!
-//! Random histories over the real programs. The worker is played here: it gives orders about what it was sent, at odd
-//! times too, and lets a SYN+ACK go on only with the order that the connection has taken the place of the one before.
+//! Random histories run over the real programs. The test is the worker: it sends flow commands about packets that it
+//! received, also at unusual times, and forwards a SYN+ACK only with the command that the connection replaces the one
+//! before.
 
 mod program;
 
@@ -22,12 +23,12 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 const COOKIE: u64 = 0x1122_3344_5566_7788;
 const REDIRECT: u32 = 7;
 
-/// Histories of each scene.
+/// Number of histories for each scene.
 const HISTORIES: u32 = 150;
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// A segment. `own`: from the endpoint. `place`: where in the sequence numbers.
+    /// A segment. `own`: sent by the endpoint. `place`: position in the sequence space.
     Tcp {
         own: bool,
         flags: u8,
@@ -38,19 +39,19 @@ enum Step {
     Udp {
         own: bool,
     },
-    /// The worker's order about a connection that it was told of: 0 the last one.
+    /// Flow command about a connection that was punted; 0 is the last one.
     Order {
         what: u32,
         which: u8,
         from: u8,
         length: u8,
     },
-    /// The worker lets the last SYN+ACK that it was sent go on.
+    /// The worker forwards the last punted SYN+ACK.
     Answered,
-    /// So much time passes that the entry dies, or the map gives its place to another flow.
+    /// The entry expires, or another flow evicts it.
     Expire,
     Evict,
-    /// Other rules: read by one set, by another one, or not at all.
+    /// Other rules: inspected by this or another rule set, or not inspected.
     Rules(u8),
 }
 
@@ -85,18 +86,18 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..30)
 }
 
-/// Two ends, and the direction in which what goes on between them is read.
+/// Two ends, and the direction in which their traffic is inspected.
 #[derive(Clone, Copy, Debug)]
 struct Scene {
     role: u8,
     endpoint: u16,
     own: (&'static str, u16),
     other: (&'static str, u16),
-    /// Read in this direction; the other one is allowed unread.
+    /// Inspected direction; the other one is allowed without inspection.
     read: Direction,
 }
 
-/// An order that the worker has given, and for which of the connections between the two ends.
+/// Flow command of the worker, and the connection for which it was sent.
 struct Given {
     connection: u64,
     command: FlowCommand,
@@ -107,13 +108,13 @@ struct Play<'a> {
     scene: Scene,
     rules: u8,
     revision: u32,
-    /// What the worker was sent: serial, rule set, flags.
+    /// Serial, rule set and flags of punted packets.
     told: Vec<(u32, u32, u32)>,
     answer: Option<(Vec<u8>, u32)>,
     orders: Vec<Given>,
-    /// Counts the connections.
+    /// Number of connections so far.
     connection: u64,
-    /// Serials of flows that were opened in the direction that is not read.
+    /// Serials of flows that were opened in the direction without inspection.
     plain: HashSet<u32>,
     unread: u64,
 }
@@ -128,7 +129,7 @@ fn reading(config: &mut Config) {
 }
 
 const fn sequence(place: u8) -> u32 {
-    // Around where the numbers begin again.
+    // Around the wrap of the sequence numbers.
     0xffff_ff00_u32.wrapping_add(place as u32 * 100)
 }
 
@@ -160,7 +161,7 @@ impl Play<'_> {
             .state(scene.endpoint, u32::from(scene.endpoint), self.revision, identity);
     }
 
-    /// Puts a frame on its way.
+    /// Runs a frame.
     fn run(&mut self, own: bool, frame: &[u8]) -> Outcome {
         self.world.beat(palisade_datapath::monotonic_coarse());
         match (self.scene.role, own) {
@@ -290,7 +291,7 @@ impl Play<'_> {
                     .world
                     .flow(&self.key(6))
                     .is_some_and(|entry| entry.serial == next);
-                // It goes on exactly if it was obeyed.
+                // The SYN+ACK is forwarded exactly if the flow command was executed.
                 prop_assert_eq!(retval == REDIRECT, is_of_it);
                 if is_of_it {
                     self.connection += 1;
@@ -321,7 +322,7 @@ impl Play<'_> {
         }
     }
 
-    /// A packet that has passed unread.
+    /// Checks a packet that has passed without inspection.
     fn check(
         &mut self,
         entry: Option<CtEntry>,
@@ -338,7 +339,7 @@ impl Play<'_> {
             return Ok(());
         }
         prop_assert_eq!(flags & SYN, 0, "a SYN");
-        // What the worker said last about the connection of this number, by the rules in force.
+        // The last flow command for the connection with this serial, under the rules in force.
         let last = self.orders.iter().rev().find(|given| {
             let command = &given.command;
             command.serial == entry.serial
@@ -447,7 +448,7 @@ fn nothing_passes_uninspected_without_a_flow_command_for_this_connection() {
             .unwrap_or_else(|problem| panic!("{scene:?}: {problem}"));
         unread += passed.into_inner();
     }
-    // The histories do reach what is left to the programs.
+    // The histories contain packets that offload lets pass.
     println!("{unread} packets passed unread, by command");
     assert!(unread > 100, "{unread}");
 }

@@ -1,4 +1,4 @@
-//! The verdict function, step by step.
+//! Policy evaluation, step by step.
 
 mod program;
 
@@ -35,7 +35,7 @@ fn empty_maps_deny_everything() {
     world.state(HOST, 0, 0, 0);
     let got = world.run(Hook::Xdp, &tcp((WORLD_V4, 4000), (HOST_V4, 80), SYN));
     assert_eq!(got.reason, Reason::NoPolicy);
-    // A policy of which not even the last entry exists.
+    // A policy without even its last entry.
     world.state(HOST, 77, 1, 0);
     let got = world.run(Hook::Xdp, &tcp((WORLD_V4, 4000), (HOST_V4, 80), SYN));
     assert_eq!(got.reason, Reason::NoPolicy);
@@ -53,7 +53,7 @@ fn a_configuration_of_zeros_tracks_and_reports_nothing() {
     let got = world.run(Hook::Xdp, &tcp((WORLD_V4, 4000), (HOST_V4, 80), SYN));
     assert_eq!(got.reason, Reason::Allowed);
     assert!(got.events.is_empty());
-    // The entry is dead at once: the answer is judged by itself, and denied.
+    // The entry expires at once, so the reply is evaluated by itself and denied.
     let got = world.run_local(&tcp((HOST_V4, 80), (WORLD_V4, 4000), SYN | ACK));
     assert_eq!(got.reason, Reason::CtInvalidState);
     assert!(world.suppressed(EventKind::Drop, Reason::CtInvalidState) > 0);
@@ -69,7 +69,7 @@ fn malformed_packets_have_their_own_reasons() {
         frame[at] = to;
         frame
     };
-    // With options in the header.
+    // With header options.
     let options = |options: &[u8]| {
         let mut frame = good.clone();
         frame[14] += (options.len() / 4) as u8;
@@ -189,7 +189,7 @@ fn malformed_packets_have_their_own_reasons() {
     ];
     for hook in ENTRIES {
         for (name, frame, reason) in &cases {
-            // The kernel builds no socket buffer from half a network header.
+            // The kernel builds no socket buffer from a truncated network header.
             if hook == Hook::TcIn && *reason == Reason::TruncatedL3 {
                 continue;
             }
@@ -214,7 +214,8 @@ fn headers_are_found_behind_tags_options_and_extensions() {
     options[17] += 8;
     options.splice(34..34, [1; 8]);
     let udp6 = &udp((WORLD_V6, 4000), (HOST_V6, 80), &[0; 4])[54..];
-    // Hop-by-hop, destination options of 16 bytes, authentication, routing of another type than 0.
+    // Hop-by-hop options, destination options of 16 bytes, authentication header, routing header of a type other than
+    // 0.
     let mut extended = vec![60, 0, 1, 4, 0, 0, 0, 0];
     extended.extend_from_slice(&[51, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     extended.extend_from_slice(&[
@@ -240,7 +241,7 @@ fn a_protocol_that_linux_delivers_is_evaluated_as_that_protocol() {
     let mut world = World::new(NIC, HOST);
     world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
     let datagram = &udp((WORLD_V6, 4000), (HOST_V6, 80), &[0; 4])[54..];
-    // Mobility, host identity, shim6: what looks like the header of a datagram to port 80 is their payload.
+    // For Mobility, HIP and Shim6 the bytes that look like a UDP header to port 80 are payload.
     for protocol in [135, 139, 140] {
         let mut message = vec![17, 0, 0, 0, 0, 0, 0, 0];
         message.extend_from_slice(datagram);
@@ -486,7 +487,7 @@ fn the_policy_of_the_node_is_evaluated_at_its_nic() {
                 got.event(EventKind::Trace).unwrap().trace_point,
                 TracePoint::Start as u8
             );
-            // The answer, and the next packet: no rule for either direction is asked.
+            // The reply and the next packet pass by the entry, without a rule for their direction.
             let got = world.run_local(&tcp((host, 80), (outside, 4000), SYN | ACK));
             assert_eq!((got.reason, got.direction), (Reason::Established, EGRESS));
             let got = world.run(hook, &tcp((outside, 4000), (host, 80), ACK));
@@ -495,13 +496,13 @@ fn the_policy_of_the_node_is_evaluated_at_its_nic() {
             // Another port.
             let got = world.run(hook, &tcp((outside, 4000), (host, 81), SYN));
             assert_eq!(got.reason, Reason::PolicyDenied);
-            // To a workload, and to somebody behind the node: not the NIC's business.
+            // To a workload and to a host behind the node: not evaluated at the NIC.
             for other in [a, if v6 { "2001:db8:2::1" } else { "203.0.113.1" }] {
                 let got = world.run(hook, &tcp((outside, 4000), (other, 80), SYN));
                 assert_eq!(got.reason, Reason::Forwarded, "to {other}");
                 assert!(got.events.is_empty());
             }
-            // An address that the node has and nobody told: only the routing table knows it. And multicast.
+            // An address of the node that is only in the routing table, and multicast.
             for other in if v6 {
                 ["fd00::99", "ff02::fb"]
             } else {
@@ -524,7 +525,7 @@ fn a_packet_that_leaves_by_a_nic_is_of_the_node_or_forwarded() {
         assert_eq!(got.reason, Reason::Forwarded);
         let got = world.run(Hook::TcOut, &tcp((host, 4000), (outside, 80), SYN));
         assert_eq!((got.reason, got.direction), (Reason::PolicyDenied, EGRESS));
-        // Made here, with an address that is not the node's.
+        // Sent by the node with an address that is not its own.
         let got = world.run_local(&tcp((a, 4000), (outside, 80), SYN));
         assert_eq!(got.reason, Reason::Translated);
         world.rule(HOST, EGRESS, identity::ANY, 5, entry(Decision::Allow, 7));
@@ -558,7 +559,7 @@ fn the_policy_of_a_workload_is_evaluated_at_its_interface() {
                 world.run(hook, &tcp((a, 4000), (outside, 80), SYN)).reason,
                 Reason::PolicyDenied
             );
-            // At the other workload's interface the flow is judged as its ingress.
+            // At the interface of the other workload the flow is evaluated as its ingress.
             world.interface(WORKLOAD, B, 0);
             let got = world.run(Hook::TcOut, &tcp((a, 4000), (b, 80), SYN));
             assert_eq!((got.reason, got.direction), (Reason::PolicyDenied, INGRESS));
@@ -599,14 +600,14 @@ fn between_a_workload_and_the_node_both_policies_are_evaluated() {
             assert_eq!(flow.flags, ct_flags::INGRESS | ct_flags::REMOTE_IS_LOCAL);
             let got = world.run_local(&tcp((host, 80), (a, 4001), SYN | ACK));
             assert_eq!(got.reason, Reason::Established);
-            // Denied to the node after all: the established flow too, both ways.
+            // When the node denies the flow, the established flow is dropped in both directions.
             world.rule(HOST, INGRESS, A_IDENTITY, 5, entry(Decision::Deny, 9));
             world.state(HOST, u32::from(HOST), 2, identity::HOST);
             let got = world.run(hook, &tcp((a, 4001), (host, 80), ACK));
             assert_eq!(got.reason, Reason::PolicyDenied);
             let got = world.run_local(&tcp((host, 80), (a, 4001), ACK));
             assert_eq!(got.reason, Reason::PolicyDenied);
-            // The node's own connections to the workload: its egress and the workload's ingress.
+            // Connections of the node to the workload: egress of the node and ingress of the workload.
             let got = world.run_local(&udp((host, 5000), (a, 80), &[1]));
             assert_eq!(got.reason, Reason::PolicyDenied);
             world.rule(A, INGRESS, identity::HOST, 5, entry(Decision::Allow, 10));
@@ -619,7 +620,7 @@ fn between_a_workload_and_the_node_both_policies_are_evaluated() {
                 world.run(hook, &udp((a, 80), (host, 5000), &[1])).reason,
                 Reason::Established
             );
-            // The same flow never comes by a NIC.
+            // The same flow cannot arrive at a NIC.
             world.interface(NIC, HOST, 0);
             let got = world.run(hook, &udp((a, 80), (host, 5000), &[1]));
             assert_eq!(got.reason, Reason::InvalidSourceIp);
@@ -634,7 +635,7 @@ fn a_workload_does_not_reach_a_node_without_a_policy() {
     world.state(HOST, 0, 1, identity::HOST);
     let got = world.run(Hook::TcIn, &udp((A_V4, 4000), (HOST_V4, 80), &[]));
     assert_eq!(got.reason, Reason::NoPolicy);
-    // The workload's rule let it through and is not blamed for the drop.
+    // The rule of the workload allowed the packet and is not reported as the cause of the drop.
     let drop = got.event(EventKind::Drop).unwrap();
     assert_eq!((drop.endpoint, drop.rule), (HOST, 0));
     assert_eq!(world.rule_counter(7).packets, 1);
@@ -683,7 +684,7 @@ fn a_frame_of_several_buffers_is_evaluated() {
         assert_eq!(world.run(Hook::Xdp, &frame).reason, Reason::Allowed);
         assert_eq!(world.run(Hook::Xdp, &frame).reason, Reason::Established);
         assert_eq!(world.rule_counter(7).bytes - before, 2 * (header + 8 + 8900));
-        // Longer than it is.
+        // The IP header claims more bytes than the frame has.
         let got = world.run(Hook::Xdp, &frame[..9000 - 100]);
         assert!(
             matches!(got.reason, Reason::InvalidIpv4 | Reason::InvalidIpv6),
@@ -706,7 +707,7 @@ fn events_are_rate_limited() {
             .filter(|event| event.kind == EventKind::Drop as u8)
             .count();
     }
-    // Three on each CPU the test ran on, and again if a second passed.
+    // Three for each CPU on which the test ran, and again after a second.
     assert!((3..=3 * 2 * sys::possible_cpus()).contains(&drops), "{drops}");
     assert_eq!(
         world.suppressed(EventKind::Drop, Reason::PolicyDenied),

@@ -1,4 +1,4 @@
-//! A node with one veth, in namespaces of its own, and the least that lets its packets pass.
+//! A node with one veth pair in its own namespaces, and the minimal maps for its packets to pass.
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::{
@@ -22,7 +22,7 @@ pub const WORKLOAD: u16 = 2;
 pub const NODE_ADDR: [u8; 4] = [10, 0, 0, 1];
 pub const PEER_ADDR: [u8; 4] = [10, 0, 0, 2];
 
-/// The calling thread stands in `node`, which has `v0`, whose other end is `eth0` of `peer`.
+/// Namespaces `node`, with `v0`, and `peer`, with its other end `eth0`. The calling thread is in `node`.
 pub struct World {
     pub node: Ns,
     pub peer: Ns,
@@ -42,7 +42,7 @@ impl World {
         peer.ip("addr add 10.0.0.2/24 dev eth0\nlink set eth0 up")
             .unwrap();
         node.join().unwrap();
-        // Small maps: many tests run at a time.
+        // Small maps, since many tests run at the same time.
         let limits = Limits {
             conntrack_entries: 4096,
             fragment_entries: 64,
@@ -63,7 +63,7 @@ impl World {
         }
     }
 
-    /// The same world as another daemon has it.
+    /// Returns the same options for another daemon.
     pub fn beside(&self) -> Self {
         let options = Options {
             pin_dir: pin_dir(),
@@ -80,7 +80,7 @@ impl World {
         Datapath::open(&self.options).unwrap()
     }
 
-    /// A data path that lets everything pass, or nothing, at a veth that has this role.
+    /// Returns a data path that allows or denies everything at a veth of this role.
     pub fn open_with(&self, role: Role, decision: Decision) -> Datapath {
         let datapath = self.open();
         datapath.set_config(&config()).unwrap();
@@ -109,7 +109,7 @@ impl World {
         }
     }
 
-    /// Packets lost of `count`, one every two milliseconds from the peer to the node, in percent.
+    /// Returns the loss in percent of `count` packets from the peer to the node, one every two milliseconds.
     pub fn start_pings(&self, count: u32) -> Pings {
         let child = self
             .peer
@@ -142,7 +142,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // Programs go with their interfaces, too; this removes the pins, whatever the test did.
+        // The kernel detaches the programs of deleted interfaces; this removes the pins, also after a failed test.
         let _ = palisade_datapath::detach_all(&self.options.pin_dir);
         palisade_testbed::ns::remove_pins(&self.options.pin_dir);
     }
@@ -151,7 +151,7 @@ impl Drop for World {
 pub struct Pings(Child);
 
 impl Pings {
-    /// Packets that got no answer.
+    /// Number of packets without a reply.
     pub fn lost(self) -> u32 {
         let out = self.0.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -189,8 +189,8 @@ pub fn config() -> Config {
     }
 }
 
-/// One policy for everybody, and the node and the peer under it: the peer is a workload if the veth has that role,
-/// and somebody else's host if the veth is a NIC.
+/// One policy for all endpoints, and the node and the peer under it: the peer is a workload if the veth has that role,
+/// else a foreign host.
 pub fn whole_policy(policy: u32, role: Role, decision: Decision) -> Vec<Op> {
     let entry = PolicyEntry {
         decision: decision as u8,
@@ -281,7 +281,7 @@ pub fn endpoints() -> LocalEndpoints {
     }
 }
 
-/// A connection that the peer opened to the node, and one that the node opened to the peer.
+/// A connection that the peer has opened to the node, and one that the node has opened to the peer.
 pub struct Live {
     pub incoming: (TcpStream, TcpStream),
     pub outgoing: (TcpStream, TcpStream),
@@ -318,7 +318,7 @@ impl Live {
     }
 }
 
-/// What was asked for, what must come of it.
+/// Wanted mode and expected result.
 pub type Case = (Role, Hook, XdpMode, TcMode, HookKind, HookKind);
 
 pub const CASES: [Case; 7] = [

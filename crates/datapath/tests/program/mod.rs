@@ -1,4 +1,4 @@
-//! A node without interfaces: the programs and their maps, filled by hand, run by BPF_PROG_TEST_RUN in a network
+//! A node without interfaces: the programs and their maps, filled by the test, run by BPF_PROG_TEST_RUN in a network
 //! namespace of the test's thread.
 #![allow(dead_code, reason = "each test file uses a part")]
 #![allow(unsafe_code, reason = "system calls")]
@@ -23,17 +23,17 @@ use palisade_abi::{
 use palisade_datapath::Sizes;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// BPF_PROG_TEST_RUN gives a packet the loopback device.
+/// BPF_PROG_TEST_RUN uses the loopback device for every packet.
 pub const IFINDEX: u32 = 1;
 
-/// The interface of a workload, for packets that entered the node by another one than [`IFINDEX`].
+/// Interface of a workload, for packets that entered the node by another interface than [`IFINDEX`].
 pub const GUARDED: u32 = 7;
 
-/// The node's endpoint.
+/// Endpoint of the node.
 pub const HOST: u16 = 1;
-/// A workload.
+/// Endpoint of a workload.
 pub const A: u16 = 2;
-/// Another one.
+/// Endpoint of another workload.
 pub const B: u16 = 3;
 
 pub const HOST_V4: &str = "10.0.0.1";
@@ -42,10 +42,10 @@ pub const A_V4: &str = "10.0.1.10";
 pub const A_V6: &str = "fd00:1::10";
 pub const B_V4: &str = "10.0.1.20";
 pub const B_V6: &str = "fd00:1::20";
-/// Outside, of no known identity.
+/// Addresses outside without an identity.
 pub const WORLD_V4: &str = "192.0.2.7";
 pub const WORLD_V6: &str = "2001:db8::7";
-/// Outside, in a prefix that has an identity.
+/// Addresses outside in a prefix with an identity.
 pub const PREFIX_V4: &str = "198.51.100.9";
 pub const PREFIX_V6: &str = "2001:db8:1::9";
 
@@ -53,7 +53,7 @@ pub const A_IDENTITY: u32 = 1000;
 pub const B_IDENTITY: u32 = 2000;
 pub const PREFIX_IDENTITY: u32 = identity::FIRST_LOCAL;
 
-/// Which program runs.
+/// Program to run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Hook {
     Xdp,
@@ -71,16 +71,16 @@ impl Hook {
     }
 }
 
-/// Both hooks at which a packet enters.
+/// Both hooks for packets that enter.
 pub const ENTRIES: [Hook; 2] = [Hook::Xdp, Hook::TcIn];
 
-/// What a packet met.
+/// Result of a run.
 #[derive(Debug)]
 pub struct Outcome {
     pub passed: bool,
-    /// It goes to a worker.
+    /// Whether the packet was punted.
     pub carried: bool,
-    /// What the program has made of it.
+    /// Resulting packet.
     pub frame: Vec<u8>,
     pub reason: Reason,
     pub direction: Direction,
@@ -93,7 +93,7 @@ impl Outcome {
     }
 }
 
-/// What the programs are told of an interface.
+/// Returns an entry of the interface table.
 pub fn interface(ifindex: u32, role: u8, endpoint: u16) -> Interface {
     Interface {
         ifindex,
@@ -104,7 +104,7 @@ pub fn interface(ifindex: u32, role: u8, endpoint: u16) -> Interface {
     }
 }
 
-/// An entry of the policy table.
+/// Returns an entry of the policy table.
 pub fn entry(decision: Decision, rule: u32) -> PolicyEntry {
     PolicyEntry {
         decision: decision as u8,
@@ -120,14 +120,14 @@ pub struct World {
     ebpf: Ebpf,
     events: RingBuf<aya::maps::MapData>,
     counters: Vec<(u32, u64)>,
-    /// What POLICY and ENDPOINTS hold.
+    /// Contents of POLICY and ENDPOINTS.
     rules: RefCell<HashMap<PolicyKey, PolicyEntry>>,
     states: RefCell<HashMap<u16, EndpointState>>,
 }
 
 impl World {
-    /// Endpoints, identities and a class for ports 80 (class 5) and ICMP echo requests (class 6); everything is
-    /// denied by rule 1. The program stands at the interface of role `role` of `endpoint`.
+    /// Returns a node with endpoints, identities, and port classes for port 80 (class 5) and ICMP echo requests (class
+    /// 6); rule 1 denies everything. The program is at an interface of role `role` and endpoint `endpoint`.
     pub fn new(role: u8, endpoint: u16) -> Self {
         Self::with_conntrack(role, endpoint, 1024)
     }
@@ -156,7 +156,7 @@ impl World {
                 Program::SchedClassifier(program) => program.load(),
                 _ => panic!("a program of another type"),
             };
-            // The verifier gives up with EAGAIN when a signal arrives (here: that a child has ended).
+            // The verifier returns EAGAIN when a signal arrives, here SIGCHLD.
             let is_interrupted = |error: &ProgramError| matches!(error, ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EAGAIN));
             let mut loaded = load();
             while loaded.as_ref().is_err_and(is_interrupted) {
@@ -263,7 +263,7 @@ impl World {
         sys::update(self.map(maps::CONFIG), 0u32.as_bytes(), config.as_bytes()).unwrap();
     }
 
-    /// The interface that packets of these tests have.
+    /// Writes the interface by which the packets of these tests enter.
     pub fn interface(&self, role: u8, endpoint: u16, flags: u8) {
         self.set_interface(&Interface {
             ifindex: IFINDEX,
@@ -275,7 +275,7 @@ impl World {
         });
     }
 
-    /// Any interface.
+    /// Writes an interface.
     pub fn set_interface(&self, interface: &Interface) {
         sys::update(
             self.map(maps::INTERFACES),
@@ -285,7 +285,7 @@ impl World {
         .unwrap();
     }
 
-    /// What the ipcache knows of an address.
+    /// Writes the ipcache entry of an address.
     pub fn set_address(&self, addr: &str, endpoint: u16, identity: u32) {
         let value = IpcacheEntry {
             identity,
@@ -300,12 +300,13 @@ impl World {
         .unwrap();
     }
 
-    /// Runs a packet at the egress of the interface that entered the node by `origin`.
+    /// Runs a packet that entered the node by `origin` at the egress of the interface.
     pub fn run_entered(&mut self, frame: &[u8], origin: u32) -> Outcome {
         self.run_from(Hook::TcOut, frame, origin)
     }
 
-    /// An endpoint's policy and revision. Its flags say which directions of the policy are plain, as the compiler does.
+    /// Writes policy and revision of an endpoint. The flags mark the directions without inspection, as the compiler
+    /// does.
     pub fn state(&self, endpoint: u16, policy: u32, revision: u32, identity: u32) {
         let state = EndpointState {
             policy,
@@ -347,7 +348,7 @@ impl World {
         }
     }
 
-    /// Port classes, by slot; every other slot has class 0.
+    /// Writes the port classes by slot; every other slot has class 0.
     pub fn classes(&self, slots: &[(u32, u16)]) {
         let mut table = vec![0u16; CLASS_SLOTS];
         for &(slot, class) in slots {
@@ -356,7 +357,7 @@ impl World {
         sys::update(self.map(maps::CLASSES), 0u32.as_bytes(), table.as_bytes()).unwrap();
     }
 
-    /// A policy entry. Here the policy of an endpoint has the endpoint's number.
+    /// Writes a policy entry. In these tests the policy id is the number of the endpoint.
     pub fn rule(&self, policy: u16, direction: Direction, identity: u32, class: u16, entry: PolicyEntry) {
         let key = PolicyKey {
             policy: u32::from(policy),
@@ -399,7 +400,7 @@ impl World {
         }
     }
 
-    /// Verified instructions of every program.
+    /// Returns the verified instructions of every program.
     pub fn verified(&self) -> Vec<(String, u32)> {
         let mut counts: Vec<_> = self
             .ebpf
@@ -420,12 +421,12 @@ impl World {
         counts
     }
 
-    /// Runs a packet that was received on the interface it came by.
+    /// Runs a packet that was received by the interface.
     pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Outcome {
         self.run_from(hook, frame, IFINDEX)
     }
 
-    /// Runs a packet that this machine made itself.
+    /// Runs a packet that the node itself sent.
     pub fn run_local(&mut self, frame: &[u8]) -> Outcome {
         self.run_from(Hook::TcOut, frame, 0)
     }
@@ -467,13 +468,13 @@ impl World {
         }
     }
 
-    /// Runs a packet that comes back from a worker. Answers what the program returned, what it made of the packet, and
-    /// what it counted.
+    /// Runs a packet from a worker. Returns the return value of the program, the resulting packet and the counted
+    /// reasons.
     pub fn run_back(&mut self, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
         self.run_at_punt_link(programs::REINJECT, frame)
     }
 
-    /// Runs a packet through a tc program of the punt link. Answers as [`Self::run_back`].
+    /// Runs a packet through a tc program of the punt link. Returns the same as [`Self::run_back`].
     pub fn run_at_punt_link(&mut self, program: &str, frame: &[u8]) -> (u32, Vec<u8>, Vec<(Reason, u64)>) {
         let (retval, out, counted) = self.run_counted(program, frame, &[]);
         let counted = counted
@@ -483,7 +484,7 @@ impl World {
         (retval, out, counted)
     }
 
-    /// Runs a program. Answers what it returned, what it made of the packet, and the reasons' counters that went up.
+    /// Runs a program. Returns its return value, the resulting packet and the reasons whose counters increased.
     fn run_counted(
         &mut self,
         program: &str,
@@ -506,7 +507,7 @@ impl World {
         (retval, out, counted)
     }
 
-    /// Whether a packet with a mark passes.
+    /// Returns whether a packet with a mark passes.
     pub fn passes_marked(&self, hook: Hook, frame: &[u8], mark: u32) -> bool {
         // struct __sk_buff: mark is the third word.
         let mut skb = [0u32; 48];
@@ -516,12 +517,12 @@ impl World {
         retval == 0xffff_ffff
     }
 
-    /// The worker of the first queue says that it lives.
+    /// Writes a heartbeat of the worker of the first queue.
     pub fn beat(&self, now: u64) {
         sys::update(self.map(maps::WORKERS), 0u32.as_bytes(), now.as_bytes()).unwrap();
     }
 
-    /// Runs frames, whatever becomes of them: for many.
+    /// Runs many frames without looking at the results.
     pub fn flood(&mut self, hook: Hook, frames: impl IntoIterator<Item = Vec<u8>>) {
         // See `run_from`.
         let mut skb = [0u32; 48];
@@ -565,12 +566,12 @@ impl World {
             })
     }
 
-    /// Packets and bytes of a rule.
+    /// Returns packets and bytes of a rule.
     pub fn rule_counter(&self, rule: u32) -> Counter {
         self.counter(maps::RULES, rule)
     }
 
-    /// Suppressed events of a kind and reason.
+    /// Returns the number of suppressed events of a kind and reason.
     pub fn suppressed(&self, kind: EventKind, reason: Reason) -> u64 {
         let slot = budget_slot(kind as u32, reason as u8);
         let values = sys::lookup(
@@ -585,7 +586,7 @@ impl World {
             .sum()
     }
 
-    /// Gives an address to an endpoint.
+    /// Assigns an address to an endpoint.
     pub fn address(&self, addr: &str, endpoint: u16, identity: u32) {
         let value = IpcacheEntry {
             identity,
@@ -596,12 +597,12 @@ impl World {
         sys::update(self.map(maps::IPCACHE), key.as_bytes(), value.as_bytes()).unwrap();
     }
 
-    /// How many fragmented datagrams are known.
+    /// Returns the number of tracked fragmented datagrams.
     pub fn datagrams(&self) -> usize {
         sys::keys(self.map(maps::FRAGMENTS), size_of::<palisade_abi::FragmentKey>()).len()
     }
 
-    /// The share of an endpoint's flows of a direction.
+    /// Returns the share of an endpoint and direction.
     pub fn share(&self, endpoint: u16, direction: Direction) -> Share {
         let slot = palisade_datapath::share_slot(endpoint, direction as usize);
         let share = sys::lookup(self.map(maps::SHARES), slot.as_bytes(), size_of::<Share>()).unwrap();
@@ -640,7 +641,7 @@ pub fn addr_of(text: &str) -> Addr {
     text.parse::<IpAddr>().unwrap().into()
 }
 
-/// Key of a flow as `endpoint` sees it.
+/// Returns the key of a flow as `endpoint` sees it.
 pub fn key(endpoint: u16, protocol: u8, local: (&str, u16), remote: (&str, u16)) -> CtKey {
     CtKey {
         local: addr_of(local.0),
@@ -653,8 +654,8 @@ pub fn key(endpoint: u16, protocol: u8, local: (&str, u16), remote: (&str, u16))
     }
 }
 
-/// A network namespace of the calling thread's, in which loopback has the node's addresses and a default route, so
-/// that the routing table knows what is local and what is forwarded.
+/// Gives the calling thread a network namespace in which the loopback has the addresses of the node and a default
+/// route, so that the routing table tells local from forwarded packets.
 fn own_network() {
     // SAFETY: takes no pointer; only the calling thread changes its namespace.
     let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
@@ -689,6 +690,6 @@ fn own_network() {
     }
 }
 
-/// Roles, for the tests.
+/// Roles of interfaces.
 pub const NIC: u8 = role::HOST;
 pub const WORKLOAD: u8 = role::ENDPOINT;

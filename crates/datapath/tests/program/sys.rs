@@ -1,4 +1,4 @@
-//! The few bpf(2) calls that these tests make.
+//! The bpf(2) calls of these tests.
 #![allow(unsafe_code, reason = "bpf(2)")]
 
 use std::io;
@@ -42,7 +42,7 @@ struct TestAttr {
 }
 
 fn bpf<T>(command: i64, attr: &mut T) -> io::Result<()> {
-    // SAFETY: every pointer in `attr` is of a slice that outlives the call, with the size the kernel expects.
+    // SAFETY: every pointer in `attr` is of a slice that outlives the call and has the size that the kernel expects.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr as *mut T, size_of::<T>()) };
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -68,7 +68,7 @@ pub fn delete(fd: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
     bpf(BPF_MAP_DELETE_ELEM, &mut map_attr(fd, key, 0))
 }
 
-/// The value, which has `size` bytes.
+/// Returns the value of a key, `size` bytes.
 pub fn lookup(fd: BorrowedFd<'_>, key: &[u8], size: usize) -> Option<Vec<u8>> {
     let mut value = vec![0; size];
     let found = bpf(
@@ -78,7 +78,7 @@ pub fn lookup(fd: BorrowedFd<'_>, key: &[u8], size: usize) -> Option<Vec<u8>> {
     found.is_ok().then_some(value)
 }
 
-/// Every key, of `size` bytes.
+/// Returns every key, `size` bytes each.
 pub fn keys(fd: BorrowedFd<'_>, size: usize) -> Vec<Vec<u8>> {
     let mut keys = Vec::new();
     let mut next = vec![0; size];
@@ -91,12 +91,12 @@ pub fn keys(fd: BorrowedFd<'_>, size: usize) -> Vec<Vec<u8>> {
     keys
 }
 
-/// Number of values of a per-CPU map.
+/// Returns the number of values of a per-CPU map.
 pub fn possible_cpus() -> usize {
     aya::util::nr_cpus().unwrap()
 }
 
-/// What a program returned, and how long one of `repeat` runs took on average, ns.
+/// Runs a program. Returns its return value and the mean duration of one of `repeat` runs, ns.
 pub fn test_run(
     program: BorrowedFd<'_>,
     frame: &[u8],
@@ -120,7 +120,7 @@ pub fn test_run(
     Ok((attr.retval, attr.duration))
 }
 
-/// What a program returned, and what it made of the packet.
+/// Runs a program. Returns its return value and the resulting packet.
 pub fn test_packet(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<(u32, Vec<u8>)> {
     let mut out = vec![0; frame.len() + 512];
     let mut attr = TestAttr {
