@@ -405,7 +405,7 @@ impl Enforcer {
         self.wanted = self.granted.values().flatten().cloned().collect();
     }
 
-    /// Drops the identities of sets that no learned address uses any more, if they are at least [`MIN_PRUNED_SETS`].
+    /// Drops the identities of sets that no learned address uses any more, if they are at least `MIN_PRUNED_SETS`.
     /// Returns whether the maps hold more than the compiler's state; then [`Self::enforce`] removes the rest.
     pub(super) fn prune(&mut self, names: &FqdnManager) -> bool {
         /// Fewest unused sets that are worth a compilation.
