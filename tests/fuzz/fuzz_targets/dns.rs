@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use palisade_protocols::dns::{Answer, Head, Limits, Query, Rcode, ParseError, first_message, reply};
+use palisade_protocols::dns::{Answer, Head, Limits, ParseError, Query, Rcode, first_message, reply};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = Query::parse(bytes, &Limits::QUERY);
