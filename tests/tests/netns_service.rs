@@ -125,7 +125,7 @@ fn the_sandbox_of_the_unit_permits_everything_the_daemon_needs() {
         assert!(read.is_ok(), "{family:?}: {got:?}\n{}", daemon.report());
     }
     let table = apps.ns("node").run("nft", &["list", "table", "inet", "palisade"]);
-    assert!(table.expect("the table").contains("@judged"));
+    assert!(table.expect("the table").contains("@enforced"));
     let log = daemon.log();
     assert!(
         !log.contains("Permission denied") && !log.contains("not permitted"),

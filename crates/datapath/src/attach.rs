@@ -17,7 +17,7 @@ use palisade_abi::{Direction, Interface, interface_flags, role};
 
 use crate::{
     AttachError, Attached, Attachment, Datapath, Hook, HookKind, Role, XdpMode,
-    hook::{AttachPoint, find_device, is_guarded, resolve_tc, slot, tcx_type},
+    hook::{AttachPoint, find_device, has_programs, resolve_tc, slot, tcx_type},
     pin::{make_dir, pinned_link, unpin},
     present::{attached_points, on_tcx},
     programs::Program,
@@ -78,8 +78,8 @@ impl Datapath {
             None => self.interfaces()?.iter().map(|i| i.ifindex).collect(),
         };
         for ifindex in stale {
-            let told = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
-            if !others.contains_key(&ifindex) && told.ifindex == ifindex && !is_guarded(&told) {
+            let entry = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+            if !others.contains_key(&ifindex) && entry.ifindex == ifindex && !has_programs(&entry) {
                 self.interfaces.insert(&slot(ifindex), &Interface::default())?;
             }
         }
@@ -87,10 +87,10 @@ impl Datapath {
             if before.and_then(|before| before.get(&ifindex)) == Some(&is_link) {
                 continue;
             }
-            let told = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+            let entry = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
             // Two interfaces share a slot if their indexes differ by a multiple of 65536. The one with programs keeps
             // the slot; packets that enter by the other are not forwarded.
-            if is_guarded(&told) && (told.ifindex == ifindex || find_device(told.ifindex)?.is_some()) {
+            if has_programs(&entry) && (entry.ifindex == ifindex || find_device(entry.ifindex)?.is_some()) {
                 continue;
             }
             let interface = Interface {
@@ -181,14 +181,14 @@ impl Datapath {
             ether_types: wanted.ether_types,
         };
         let present = self.interfaces.get(&slot)?.unwrap_or_default();
-        let attached = is_guarded(&present)
+        let attached = has_programs(&present)
             && present.ifindex == wanted.ifindex
             && present.flags & interface_flags::PENDING == 0;
         let interface = Interface {
             flags: interface.flags | if attached { 0 } else { interface_flags::PENDING },
             ..interface
         };
-        if is_guarded(&present) && present.ifindex != wanted.ifindex {
+        if has_programs(&present) && present.ifindex != wanted.ifindex {
             let other = present.ifindex;
             if find_device(other)?.is_some() {
                 return Err(AttachError::SlotCollision {

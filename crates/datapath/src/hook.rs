@@ -277,7 +277,7 @@ pub(crate) fn tcx_type(direction: Direction) -> AttachType {
 }
 
 /// Returns whether the entry is of an interface with programs.
-pub(crate) fn is_guarded(interface: &Interface) -> bool {
+pub(crate) fn has_programs(interface: &Interface) -> bool {
     matches!(interface.role, role::HOST | role::ENDPOINT)
 }
 

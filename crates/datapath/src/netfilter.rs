@@ -45,7 +45,7 @@ const COUNTERS: [(&str, Reason, Direction); 3] = [
     (TRANSLATED, Reason::Translated, Direction::Ingress),
 ];
 
-const JUDGED: &str = "judged";
+const ENFORCED: &str = "enforced";
 const NAMES: &str = "names";
 const WORKLOADS: &str = "workloads";
 const ENDPOINTS_V4: &str = "endpoints4";
@@ -57,10 +57,10 @@ const OWN_V6: &str = "own6";
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rules {
     /// Indexes of the interfaces with programs, and of those stacked on them (bridges, VRFs, VLANs).
-    pub judged: BTreeSet<u32>,
-    /// Interfaces of `judged` that belong to workloads or are stacked on such an interface.
+    pub enforced: BTreeSet<u32>,
+    /// Interfaces of `enforced` that belong to workloads or are stacked on such an interface.
     pub workloads: BTreeSet<u32>,
-    /// Names of configured interfaces: no packet passes them unless their index is in `judged`.
+    /// Names of configured interfaces: no packet passes them unless their index is in `enforced`.
     pub names: BTreeSet<String>,
     /// Addresses of workloads: a packet with such a source is accepted by the node only from an interface in
     /// `workloads`.
@@ -394,7 +394,7 @@ fn steps(
     }
     let (endpoints4, endpoints6) = split(&rules.endpoints);
     let sets = [
-        (JUDGED, KeyType::InterfaceIndex, indexes(&rules.judged)),
+        (ENFORCED, KeyType::InterfaceIndex, indexes(&rules.enforced)),
         (WORKLOADS, KeyType::InterfaceIndex, indexes(&rules.workloads)),
         (NAMES, KeyType::InterfaceName, names(&rules.names)),
         (ENDPOINTS_V4, KeyType::Ipv4, endpoints4),
@@ -553,7 +553,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),
             Of(Meta::InIndex),
-            In(JUDGED),
+            In(ENFORCED),
         ];
         expressions.extend_from_slice(family);
         expressions.extend([destination, NotIn(own), DestinationType]);
@@ -585,7 +585,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             And(DESTINATION_CHANGED),
             Compare(Comparison::NotEqual, vec![0; 4]),
             Of(Meta::InIndex),
-            In(JUDGED),
+            In(ENFORCED),
             Load(destination),
             NotIn(own),
             Count(TRANSLATED),
@@ -604,7 +604,7 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
         ("prerouting", Meta::InIndex, Meta::InName, UNGUARDED_IN),
         ("postrouting", Meta::OutIndex, Meta::OutName, UNGUARDED_OUT),
     ] {
-        all.push((chain, vec![Of(index), In(JUDGED), Accept], ""));
+        all.push((chain, vec![Of(index), In(ENFORCED), Accept], ""));
         all.push((chain, vec![Of(name), In(NAMES), Count(counter), Drop], UNGUARDED));
     }
     all
@@ -625,7 +625,7 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
             Of(Meta::Protocol),
             Compare(Comparison::Equal, vec![protocol::ICMPV6]),
             Of(index),
-            NotIn(JUDGED),
+            NotIn(ENFORCED),
             Transport { offset: 0, length: 1 },
             Compare(Comparison::GreaterOrEqual, vec![135]),
             Compare(Comparison::LessOrEqual, vec![136]),
@@ -647,7 +647,7 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
     let unguarded = |index: Meta, name: Meta, counter: &'static str| {
         vec![
             Of(index),
-            NotIn(JUDGED),
+            NotIn(ENFORCED),
             Of(name),
             In(NAMES),
             Count(counter),
@@ -670,7 +670,7 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
     ];
     if forwards {
         all.extend([
-            ("forward", vec![Of(Meta::InIndex), In(JUDGED), Accept], ""),
+            ("forward", vec![Of(Meta::InIndex), In(ENFORCED), Accept], ""),
             (
                 "forward",
                 vec![Of(Meta::InName), In(NAMES), Count(UNGUARDED_IN), Drop],

@@ -20,7 +20,7 @@ impl Datapath {
     /// [`AttachError`] if a pin or an interface cannot be read.
     pub fn attachments(&self) -> Result<Vec<Attached>> {
         let mut attached = Vec::new();
-        for ifindex in guarded(&self.pin_dir)? {
+        for ifindex in recorded_interfaces(&self.pin_dir)? {
             let Some(device) = find_device(ifindex)? else {
                 continue;
             };
@@ -71,7 +71,7 @@ pub(crate) fn attached_points(dir: &Path, device: &Device) -> Result<Vec<AttachP
 }
 
 /// Returns the indexes of the interfaces of which a pin directory has records.
-pub(crate) fn guarded(pin_dir: &Path) -> Result<Vec<u32>> {
+pub(crate) fn recorded_interfaces(pin_dir: &Path) -> Result<Vec<u32>> {
     let dir = links_dir(pin_dir);
     let failed = |source| AttachError::Io {
         path: dir.clone(),

@@ -9,9 +9,9 @@ use palisade_abi::{Direction, Interface};
 
 use crate::{
     AttachError, Datapath,
-    hook::{AttachPoint, find_device, is_guarded, slot},
+    hook::{AttachPoint, find_device, has_programs, slot},
     pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, unpin, version_dirs},
-    present::{guarded, our_filter},
+    present::{our_filter, recorded_interfaces},
     punt_link::remove_punt_link,
     sys::{bpf, clsact, link::Device},
 };
@@ -52,7 +52,7 @@ impl Datapath {
     /// [`AttachError`] if a record cannot be removed.
     pub fn forget_dead(&self) -> Result<Vec<u32>> {
         let mut dead = Vec::new();
-        for ifindex in guarded(&self.pin_dir)? {
+        for ifindex in recorded_interfaces(&self.pin_dir)? {
             if find_device(ifindex)?.is_some() {
                 continue;
             }
@@ -85,16 +85,16 @@ impl Datapath {
         for point in AttachPoint::ALL {
             // A direction that had a program before keeps one, even if the program has moved to another attach point
             // (XDP, tcx or clsact).
-            let judged_before = before.iter().any(|b| b.direction() == point.direction());
-            if !judged_before && !foreign.contains(&point) {
+            let had_program = before.iter().any(|b| b.direction() == point.direction());
+            if !had_program && !foreign.contains(&point) {
                 remove(&dir, device.ifindex, Some(device), point)?;
             }
         }
         if before.is_empty() && foreign.is_empty() {
             remove_qdisc(&dir, device.ifindex, Some(device))?;
             let ours = self.interfaces.get(&slot(device.ifindex))?.unwrap_or_default();
-            if ours.ifindex == device.ifindex && is_guarded(&ours) {
-                let restored = if is_guarded(slot_before) && slot_before.ifindex == device.ifindex {
+            if ours.ifindex == device.ifindex && has_programs(&ours) {
+                let restored = if has_programs(slot_before) && slot_before.ifindex == device.ifindex {
                     Interface::default()
                 } else {
                     *slot_before
@@ -123,7 +123,7 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
             outcome = result;
         }
     };
-    for ifindex in guarded(pin_dir)? {
+    for ifindex in recorded_interfaces(pin_dir)? {
         note(detach_interface(
             &links_dir(pin_dir).join(ifindex.to_string()),
             ifindex,

@@ -27,7 +27,7 @@ fn forget(value: &mut Value, names: &[&str]) {
 
 fn rules() -> Rules {
     Rules {
-        judged: [1, 77].into(),
+        enforced: [1, 77].into(),
         workloads: [77].into(),
         names: ["eth0", "veth-a"].map(str::to_owned).into(),
         endpoints: ["10.0.1.10", "fd00::10"].map(|a| a.parse().unwrap()).into(),
@@ -48,7 +48,7 @@ table inet palisade {
   counter unguarded_in { }
   counter unguarded_out { }
   counter translated { }
-  set judged { type iface_index; size 2; elements = { "lo", "v0" } }
+  set enforced { type iface_index; size 2; elements = { "lo", "v0" } }
   set workloads { type iface_index; size 1; elements = { "v0" } }
   set names { type ifname; size 2; elements = { "eth0", "veth-a" } }
   set endpoints4 { type ipv4_addr; size 1; elements = { 10.0.1.10 } }
@@ -60,39 +60,39 @@ table inet palisade {
     iif 1 accept comment "the node itself"
     meta nfproto ipv4 ip saddr @endpoints4 iif != @workloads counter name "unguarded_in" drop comment "219: an address of a workload by an interface that is not guarded"
     meta nfproto ipv6 ip6 saddr @endpoints6 iif != @workloads counter name "unguarded_in" drop comment "219: an address of a workload by an interface that is not guarded"
-    meta nfproto ipv6 meta l4proto ipv6-icmp iif != @judged icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 ip6 daddr @own6 accept comment "neighbour discovery"
-    iif != @judged iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
-    meta mark != 0 iif @judged meta nfproto ipv4 ip daddr != @own4 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
-    meta mark != 0 iif @judged meta nfproto ipv6 ip6 daddr != @own6 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
-    ct direction original ct status & dnat != 0 iif @judged ct original ip daddr != @own4 counter name "translated" drop comment "229: turned to the node by DNAT"
-    ct direction original ct status & dnat != 0 iif @judged ct original ip6 daddr != @own6 counter name "translated" drop comment "229: turned to the node by DNAT"
+    meta nfproto ipv6 meta l4proto ipv6-icmp iif != @enforced icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 ip6 daddr @own6 accept comment "neighbour discovery"
+    iif != @enforced iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
+    meta mark != 0 iif @enforced meta nfproto ipv4 ip daddr != @own4 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
+    meta mark != 0 iif @enforced meta nfproto ipv6 ip6 daddr != @own6 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
+    ct direction original ct status & dnat != 0 iif @enforced ct original ip daddr != @own4 counter name "translated" drop comment "229: turned to the node by DNAT"
+    ct direction original ct status & dnat != 0 iif @enforced ct original ip6 daddr != @own6 counter name "translated" drop comment "229: turned to the node by DNAT"
   }
   chain forward {
     type filter hook forward priority 300;
-    iif @judged accept
+    iif @enforced accept
     iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
-    oif != @judged oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
+    oif != @enforced oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
   }
   chain output {
     type filter hook output priority 300;
-    meta nfproto ipv6 meta l4proto ipv6-icmp oif != @judged icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 accept comment "neighbour discovery"
-    oif != @judged oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
+    meta nfproto ipv6 meta l4proto ipv6-icmp oif != @enforced icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 accept comment "neighbour discovery"
+    oif != @enforced oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
   }
 }
 table bridge palisade {
   comment "palisade, pins in /p"
   counter unguarded_in { }
   counter unguarded_out { }
-  set judged { type iface_index; size 2; elements = { "lo", "v0" } }
+  set enforced { type iface_index; size 2; elements = { "lo", "v0" } }
   set names { type ifname; size 2; elements = { "eth0", "veth-a" } }
   chain prerouting {
     type filter hook prerouting priority -300;
-    iif @judged accept
+    iif @enforced accept
     iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
   }
   chain postrouting {
     type filter hook postrouting priority 300;
-    oif @judged accept
+    oif @enforced accept
     oifname @names counter name "unguarded_out" drop comment "219: configured and not guarded"
   }
 }

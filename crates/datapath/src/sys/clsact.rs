@@ -196,17 +196,17 @@ mod tests {
     fn the_error_of_a_kernel_without_clsact_names_module_and_option() {
         let refused =
             |errno| SyscallError::new("RTM_NEWQDISC of clsact", io::Error::from_raw_os_error(errno));
-        let told = missing(
+        let error = missing(
             refused(libc::ENOENT),
             "clsact qdisc",
             "sch_ingress",
             "CONFIG_NET_SCH_INGRESS",
         );
-        let text = told.to_string();
+        let text = error.to_string();
         for part in [&kernel_release(), "sch_ingress", "CONFIG_NET_SCH_INGRESS"] {
             assert!(text.contains(part), "{text}");
         }
-        assert_eq!(told.errno(), libc::ENOENT);
+        assert_eq!(error.errno(), libc::ENOENT);
         let other = missing(
             refused(libc::EPERM),
             "clsact qdisc",

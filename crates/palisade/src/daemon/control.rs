@@ -441,7 +441,7 @@ impl Control {
         // that did not enter by a guarded one (219).
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
-            name != "lo" && !punt_link.contains(name) && !guarded.judged.contains(ifindex)
+            name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)
         });
         let inventory = self.enforcer.compiler.inventory();
         let (nodes, workloads): (Vec<_>, Vec<_>) = inventory

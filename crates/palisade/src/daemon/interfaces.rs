@@ -296,7 +296,7 @@ impl Interfaces {
     ///
     /// A NIC at which attaching failed is left out, so that an operator can still reach the node; `status` reports it.
     pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
-        let (mut judged, mut workloads) = (BTreeSet::new(), BTreeSet::new());
+        let (mut enforced, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
         let mut forwards = false;
         for (name, wanted) in &self.wanted {
@@ -308,7 +308,7 @@ impl Interfaces {
             };
             forwards |= guarded.is_none();
             if let Some(ifindex) = guarded {
-                judged.insert(ifindex);
+                enforced.insert(ifindex);
                 if wanted.role == Role::Endpoint {
                     workloads.insert(ifindex);
                 }
@@ -327,10 +327,10 @@ impl Interfaces {
             names.extend(first.map(|(first, _)| first.clone()));
             names.insert(name.clone());
         }
-        judged.extend(network.above(&judged));
+        enforced.extend(network.above(&enforced));
         workloads.extend(network.above(&workloads));
         Rules {
-            judged,
+            enforced,
             workloads,
             names,
             forwards,
