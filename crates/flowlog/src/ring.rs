@@ -4,6 +4,8 @@
 //! it; a late reader gets the number of flows that it missed. A slot is locked only to copy or replace one pointer,
 //! not while a flow is filtered, formatted or sent, so a slow reader does not delay the writer.
 //!
+//! Hand-written, since a broadcast channel can neither be read from a time on nor backwards.
+//!
 //! Inspectors may produce many more records than are ever read. The ring stores the records, and makes a flow with its
 //! texts only when a reader needs it ([`Ring::push_record`]).
 
@@ -23,14 +25,14 @@ use crate::{Filters, Flow, FlowResolver, Timestamp};
 pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
 
 /// Record of an inspector, and its flow after the first read.
-struct Unseen {
+struct Deferred {
     record: Record,
     time: Timestamp,
     names: Resolver,
     flow: OnceLock<Arc<Flow>>,
 }
 
-impl Unseen {
+impl Deferred {
     fn flow(&self) -> &Arc<Flow> {
         let make = || Arc::new(Flow::from_record(&self.record, &*self.names, self.time));
         self.flow.get_or_init(make)
@@ -38,30 +40,30 @@ impl Unseen {
 }
 
 #[derive(Clone)]
-enum Seen {
+enum Entry {
     Flow(Arc<Flow>),
-    Record(Arc<Unseen>),
+    Record(Arc<Deferred>),
 }
 
-impl Seen {
+impl Entry {
     fn time(&self) -> Timestamp {
         match self {
             Self::Flow(flow) => flow.time,
-            Self::Record(unseen) => unseen.time,
+            Self::Record(deferred) => deferred.time,
         }
     }
 
     fn flow(&self) -> Arc<Flow> {
         Arc::clone(match self {
             Self::Flow(flow) => flow,
-            Self::Record(unseen) => unseen.flow(),
+            Self::Record(deferred) => deferred.flow(),
         })
     }
 }
 
 struct Slot {
     number: u64,
-    seen: Option<Seen>,
+    entry: Option<Entry>,
 }
 
 /// Bounded ring of flows.
@@ -103,7 +105,7 @@ impl Ring {
         let slot = |_| {
             Mutex::new(Slot {
                 number: 0,
-                seen: None,
+                entry: None,
             })
         };
         Arc::new(Self {
@@ -142,13 +144,13 @@ impl Ring {
 
     /// Adds a flow; a full ring overwrites the oldest one. Returns the number of the new flow.
     pub fn push(&self, flow: Flow) -> u64 {
-        self.put(Seen::Flow(Arc::new(flow)))
+        self.put(Entry::Flow(Arc::new(flow)))
     }
 
     /// Adds a record of an inspector. The flow is made at the first read, with the names that `names` returns then, or
     /// in [`Ring::settle`] before these names change. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
-        self.put(Seen::Record(Arc::new(Unseen {
+        self.put(Entry::Record(Arc::new(Deferred {
             record: *record,
             time,
             names: Arc::clone(names),
@@ -160,29 +162,29 @@ impl Ring {
     /// when the daemon is idle, and before names change.
     pub fn settle(&self, until: Timestamp) {
         for slot in &self.slots {
-            let (number, seen) = {
+            let (number, entry) = {
                 let slot = lock(slot);
-                match &slot.seen {
-                    Some(seen @ Seen::Record(_)) if seen.time() < until => (slot.number, seen.clone()),
+                match &slot.entry {
+                    Some(entry @ Entry::Record(_)) if entry.time() < until => (slot.number, entry.clone()),
                     _ => continue,
                 }
             };
-            let flow = seen.flow();
+            let flow = entry.flow();
             let mut slot = lock(slot);
             if slot.number == number {
-                slot.seen = Some(Seen::Flow(flow));
+                slot.entry = Some(Entry::Flow(flow));
             }
         }
     }
 
-    fn put(&self, seen: Seen) -> u64 {
+    fn put(&self, entry: Entry) -> u64 {
         let turn = lock(&self.writing);
         let number = self.next.load(Ordering::SeqCst);
         let before = std::mem::replace(
             &mut *lock(self.slot(number)),
             Slot {
                 number,
-                seen: Some(seen),
+                entry: Some(entry),
             },
         );
         self.next.store(number + 1, Ordering::SeqCst);
@@ -214,8 +216,8 @@ impl Ring {
     pub fn since(self: &Arc<Self>, time: Timestamp) -> Cursor {
         let mut cursor = self.oldest();
         while cursor.at < self.seen() {
-            match self.seen_as(cursor.at) {
-                Some(seen) if seen.time() >= time => break,
+            match self.entry(cursor.at) {
+                Some(entry) if entry.time() >= time => break,
                 _ => cursor.at += 1,
             }
         }
@@ -251,17 +253,17 @@ impl Ring {
         &self.slots[(number % self.slots.len() as u64) as usize]
     }
 
-    fn seen_as(&self, number: u64) -> Option<Seen> {
+    fn entry(&self, number: u64) -> Option<Entry> {
         let slot = lock(self.slot(number));
         if slot.number == number {
-            slot.seen.clone()
+            slot.entry.clone()
         } else {
             None
         }
     }
 
     fn get(&self, number: u64) -> Option<Arc<Flow>> {
-        self.seen_as(number).map(|seen| seen.flow())
+        self.entry(number).map(|entry| entry.flow())
     }
 }
 
