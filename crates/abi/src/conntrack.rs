@@ -51,9 +51,6 @@ pub mod ct_flags {
     pub const CLOSED: u8 = 128;
 }
 
-/// State of one direction of a TCP connection: the flags that its sender has sent, or-ed.
-pub type TcpState = u8;
-
 /// A conntrack entry: one flow of one endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -101,8 +98,8 @@ pub struct CtEntry {
     pub over: u8,
     /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
-    /// Offload windows, TCP sequence numbers: of the original direction from the first number to before the second, of
-    /// the reply direction from the third to before the fourth. Equal bounds: no window.
+    /// Offload windows, TCP sequence numbers: [0] to before [1] of the original direction, [2] to before [3] of the reply
+    /// direction. Equal bounds: no window.
     pub windows: [u32; 4],
     /// Hash of the inspector's last decision, and of the connection and rules that it holds for: [`CtEntry::offload`]
     /// or [`CtEntry::windowed`].
@@ -140,10 +137,10 @@ impl CtEntry {
         mix(mix(flow, forward), reply) | 1
     }
 
-    /// Whether the inspector needs to see nothing of the connection any more, by the rules in force.
+    /// Returns whether the inspector has offloaded the connection under the rules in force.
     #[inline(always)]
     #[must_use]
-    pub const fn is_unread(&self) -> bool {
+    pub const fn is_offloaded(&self) -> bool {
         self.decided == Self::offload(self.serial, self.ruleset, self.punt_flags)
     }
 }

@@ -64,7 +64,7 @@ pub mod endpoint_flags {
     /// The ingress table has no entry that inspects or denies by a deny rule: it need not be looked up for a flow in
     /// the egress direction. Holds only for the policy in the same value.
     pub const PLAIN_INGRESS: u32 = 2;
-    /// The same for the egress table and flows in the ingress direction.
+    /// The egress table has no such entry: it need not be looked up for a flow in the ingress direction.
     pub const PLAIN_EGRESS: u32 = PLAIN_INGRESS << 1;
 }
 

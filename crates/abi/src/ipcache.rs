@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+/// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 ///
 /// Four words instead of sixteen bytes: the programs compare and copy words in registers. Each word holds four bytes of
 /// the address in memory order (network order), whatever the byte order of the machine.

@@ -28,7 +28,7 @@ pub use class::{
 };
 pub use conntrack::{
     CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SHARE_SLOTS, SHARE_WAYS, Share,
-    TcpState, ct_flags,
+    ct_flags,
 };
 pub use event::{BUDGET_SLOTS, Event, EventKind, MatchKind, TracePoint, budget_of, budget_slot, event_flags};
 pub use interface::{

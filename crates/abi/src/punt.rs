@@ -16,7 +16,7 @@ pub mod punt_flags {
     pub const INGRESS: u8 = 1;
     /// The packet is of the reply direction of the flow.
     pub const REPLY: u8 = 2;
-    /// Audit mode: what the application rules deny passes and is reported as AUDIT.
+    /// Audit mode: a request that the application rules deny passes and is reported as AUDIT.
     pub const AUDIT: u8 = 4;
     /// The flow was first seen in mid-stream (TCP without SYN).
     pub const MIDSTREAM: u8 = 8;

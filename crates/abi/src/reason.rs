@@ -112,7 +112,7 @@ reasons! {
     /// The kernel could not make the packet's headers readable.
     PullFailed = 228, "Packet data not accessible";
     /// The node generated the packet with a source address that it does not have: a reply to a packet that DNAT or
-    /// TPROXY turned to the node without a verdict of the node's policy.
+    /// TPROXY redirected to the node, without a verdict of the node's policy.
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// The packet needs inspection, and no worker runs.
     NoWorker = 230, "No worker";
@@ -132,7 +132,7 @@ reasons! {
     FragmentsIncomplete = 237, "Fragments incomplete";
     /// A limit of the inspection is reached.
     InspectLimit = 238, "Inspection limit reached";
-    /// No verdict was possible in time, or the receiver did not acknowledge in time what Palisade delivers to it.
+    /// No verdict was possible in time, or the receiver did not acknowledge in time the bytes that Palisade delivers.
     InspectDeadline = 239, "No verdict in time";
     /// The application rules do not allow the request.
     AppDenied = 240, "Denied by application rules";
@@ -142,7 +142,7 @@ reasons! {
     DnsUnsolicited = 242, "Unsolicited DNS answer";
     /// A DNS answer whose addresses could not be written to the maps.
     DnsUncommitted = 243, "DNS answer not committed";
-    /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, 3.10.7.4).
+    /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, section 3.10.7.4).
     TcpOutOfWindow = 244, "TCP segment out of window";
     /// A TCP retransmission with other data than the first transmission.
     TcpOverlap = 245, "TCP retransmission differs";
@@ -189,7 +189,7 @@ pub(crate) const REASONS: usize = 1 << u8::BITS;
 /// Slots of the COUNTERS map: reason × direction, and [`counter_slot`].
 pub const COUNTER_SLOTS: usize = 2 * REASONS;
 
-/// Slots of the COUNTERS map that count something else than packets by reason. No reason has a number above 253.
+/// Slots of the COUNTERS map that do not count packets by reason. They lie behind those of the highest reason, 252.
 pub mod counter_slot {
     /// `packets`: conntrack entries that user space made from the tables of the kernel.
     pub const CONNTRACK_SEEDED: u32 = 508;

@@ -535,7 +535,7 @@ fn a_flow_command_of_an_old_rule_set_is_ignored() {
                 flow.world.rule(HOST, INGRESS, identity::ANY, 5, new);
                 flow.world.state(HOST, u32::from(HOST), 5, identity::HOST);
                 flow.give(&command);
-                assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().is_unread()), 0);
+                assert_ne!(flow.flow().windows[1] + u32::from(flow.flow().is_offloaded()), 0);
                 assert!(flow.is_read(), "op {op}");
             }
         }
@@ -914,7 +914,7 @@ fn a_packet_carries_the_flow_commands_of_both_policies() {
     let (retval, out, _) = world.run_back(&both(replace(0), command(1, flow_op::OFFLOAD, [0; 4])));
     assert_eq!((retval, out), (REDIRECT, syn.clone()));
     assert_eq!(world.flow(&keys[0]).unwrap().serial, 5);
-    assert!(world.flow(&keys[1]).unwrap().is_unread());
+    assert!(world.flow(&keys[1]).unwrap().is_offloaded());
     // One of the two commands is for another flow.
     let (retval, _, counted) = world.run_back(&both(replace(0), replace(1)));
     assert_eq!((retval, counted), (SHOT, vec![(Reason::CtInvalidState, 1)]));
