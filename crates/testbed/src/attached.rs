@@ -67,8 +67,8 @@ fn tcx_programs(ifindex: u32, attach_type: u32) -> io::Result<u32> {
         attach_type,
         ..ProgQuery::default()
     };
-    // SAFETY: the kernel reads and writes at most the given size of the structure, which outlives the call. `prog_ids`
-    // and `link_ids` are null, so the kernel returns only the count.
+    // SAFETY: the kernel reads and writes at most `size_of::<ProgQuery>()` bytes of `query`, which outlives the call.
+    // `prog_ids` and `link_ids` are null, so the kernel writes no arrays and returns only the count.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -82,7 +82,8 @@ fn tcx_programs(ifindex: u32, attach_type: u32) -> io::Result<u32> {
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        // ENOENT: no program was ever attached. EINVAL: the kernel has no tcx.
+        // ENOENT: no program is attached (other kernels return success and a count of 0). EINVAL: the kernel has no
+        // tcx.
         Some(libc::ENOENT | libc::EINVAL) => Ok(0),
         _ => Err(error),
     }

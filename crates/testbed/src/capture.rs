@@ -123,7 +123,8 @@ pub(crate) fn open(index: u32) -> io::Result<Socket> {
     // SAFETY: the storage holds a `sockaddr_ll` of that size, initialised above.
     let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
     socket.bind(&address)?;
-    // The default size holds some hundred packets. If this fails, a fast sender may lose packets of the capture.
+    // The default receive buffer holds only some hundred packets. If the buffer cannot be enlarged, the capture may
+    // miss packets of a fast sender.
     let _ = socket.set_recv_buffer_size(8 << 20);
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     Ok(socket)
@@ -139,7 +140,8 @@ fn receive(
     while !stop.load(Ordering::Relaxed) {
         let mut from = std::mem::MaybeUninit::<libc::sockaddr_ll>::zeroed();
         let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: buffer and address are valid for writes of the lengths given, and outlive the call.
+        // SAFETY: `buffer` and `from` are valid for writes of the lengths that are passed with them, and outlive the
+        // call.
         let n = unsafe {
             libc::recvfrom(
                 socket.as_raw_fd(),
@@ -151,7 +153,7 @@ fn receive(
             )
         };
         let Ok(n) = usize::try_from(n) else { continue };
-        // SAFETY: `from` was zeroed, and the kernel has written at most its size.
+        // SAFETY: `from` was zeroed, and every bit pattern is a valid `sockaddr_ll`.
         let from = unsafe { from.assume_init() };
         if let Some(packet) = parse(&buffer[..n], from.sll_pkttype == libc::PACKET_OUTGOING)
             && wanted(&packet)

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest time that a start may take; most of it is spent in the kernel's verifier.
 const START: Duration = Duration::from_secs(90);
 
-/// The hooks of the programs, with the words of the configuration.
+/// The hooks of the programs, as values of the configuration file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hooks {
     /// `ingress` of workloads: `auto`, `xdp` or `tc`.
@@ -53,11 +53,12 @@ pub struct Settings {
     pub audit: bool,
     /// `[policy] allow_localhost`.
     pub allow_localhost: &'static str,
-    /// Whether the NIC is a guarded interface, and so the node an endpoint.
+    /// Whether the configuration lists the NIC as an interface of role `host`, which makes the node an endpoint.
     pub nic: bool,
     /// The hooks of the programs.
     pub hooks: Hooks,
-    /// Whether the configuration names the workloads' network namespaces, from which the daemon seeds open connections.
+    /// Whether the configuration names the workloads' network namespaces. The daemon seeds conntrack with the
+    /// connections that are open in them.
     pub seed: bool,
     /// Further tables in TOML: `[limits]`, `[timeouts]`, `[[peer]]`, `[[namespace]]`.
     pub tables: String,
@@ -209,8 +210,8 @@ impl Daemon {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Sets a command through which the daemon is started. The daemon's command line is appended to its arguments, and
-    /// the command must end with `exec` of that command line.
+    /// Sets a wrapper command that starts the daemon. The daemon's command line is appended to the arguments of the
+    /// wrapper, which must end with `exec` of that command line.
     pub fn start_through(&mut self, command: Vec<String>) {
         self.through = command;
     }

@@ -93,7 +93,7 @@ pub struct Said {
     pub port: Option<u16>,
     /// Source address, if it differs from the address that the query was sent to.
     pub address: Option<IpAddr>,
-    /// Record counts and raw bytes that replace all sections behind the question.
+    /// Record counts and raw bytes that replace all sections after the question section.
     pub raw: Option<([u16; 3], Vec<u8>)>,
 }
 
@@ -117,7 +117,7 @@ impl Said {
     }
 }
 
-/// Returns the responses to a question.
+/// A function that returns the responses to a question.
 type Script = dyn Fn(&Asked) -> Vec<Said> + Send + Sync;
 
 /// A DNS server whose responses a script determines.
@@ -510,7 +510,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts unbound with these records in zone file format, authoritative for the last labels of their owners.
+    /// Starts unbound with these records in zone file format. It is authoritative for the top-level domain of each
+    /// record's owner name.
     pub fn unbound(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let mut more = String::new();
         for zone in zones(records) {
@@ -594,7 +595,8 @@ impl Server {
         Self::run("dnsmasq", ns, command, addresses, dir)
     }
 
-    /// Starts knotd with these records in the zone of their owners' last label. Every client may transfer the zone.
+    /// Starts knotd with these records, each in the zone of the top-level domain of its owner name. Every client may
+    /// transfer the zones.
     pub fn knot(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let dir = temp_dir("knot")?;
         let root = dir.path().display();
@@ -728,8 +730,8 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> &'a str {
     rest.split_once(after).map_or(rest, |(part, _)| part)
 }
 
-/// Sends a datagram from a new port or a given one, and returns all datagrams that the port receives within `wait`,
-/// from any sender.
+/// Sends a datagram from `source` (port 0: any free port), and returns all datagrams that this port receives within
+/// `wait`, from any sender.
 pub fn ask(
     ns: &Ns,
     source: SocketAddr,

@@ -1,11 +1,11 @@
 //! Forged packets: TCP segments, UDP datagrams and ICMP messages with any field, on the link of a namespace.
 //!
-//! A [`Wire`] is a packet socket on one interface. Its frames bypass netfilter, routing and neighbour lookup of its
-//! namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat them as ordinary
-//! frames. [`Wire::wait`] returns the packets that arrive on the link.
+//! A [`Wire`] is a packet socket on one interface. Its frames bypass the routing, the neighbour lookup and the IP
+//! netfilter hooks of its namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat
+//! them as ordinary frames. [`Wire::wait`] returns the packets that arrive on the link.
 //!
-//! The kernel of the namespace receives these packets too, and resets connections that it does not know if the
-//! destination is one of its addresses. To prevent that, use a local port of [`PORTS`] after
+//! The network stack of the namespace also receives the packets that arrive. It answers a TCP segment to one of its
+//! addresses with a reset if no socket has the connection. To prevent that, use a local port of [`PORTS`] after
 //! [`prepare`](crate::rawtcp::prepare), or an address that the namespace does not have.
 
 use std::{
@@ -141,7 +141,7 @@ impl Tcp {
         self
     }
 
-    /// Returns the bytes of the segment. The checksum covers both addresses.
+    /// Returns the bytes of the segment. The addresses are part of the checksum's pseudo header.
     #[must_use]
     pub fn bytes(&self, from: IpAddr, to: IpAddr) -> Vec<u8> {
         let options = self.options.len().next_multiple_of(4);
@@ -220,8 +220,9 @@ pub mod option {
         any(19, &digest)
     }
 
-    /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). The SYN
-    /// has no key; the third packet has the keys of both ends and the length of its payload.
+    /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). For a
+    /// SYN, `keys` is empty. For the third packet of the handshake, `keys` has the keys of both ends, and `length` is
+    /// the length of its payload if it has one.
     #[must_use]
     pub fn mp_capable(keys: &[[u8; 8]], length: Option<u16>) -> Vec<u8> {
         let mut data = vec![0x01, 0x01];
@@ -232,7 +233,7 @@ pub mod option {
 
     /// Returns a DSS option without checksum (RFC 8684, section 3.3). It maps `length` bytes from byte `subflow` of the
     /// subflow (1 is the first byte after the SYN) to `data_seq` of the connection, and acknowledges `data_ack`.
-    /// Numbers have eight bytes if `wide` is set, otherwise four.
+    /// `data_seq` and `data_ack` have eight bytes if `wide` is set, otherwise four.
     #[must_use]
     pub fn dss(data_ack: Option<u64>, data_seq: u64, subflow: u32, length: u16, wide: bool) -> Vec<u8> {
         let number = |number: u64| {
@@ -309,7 +310,7 @@ pub fn transport_checksum(from: IpAddr, to: IpAddr, protocol: u8, bytes: &[u8]) 
 /// Returns an IP packet with a correct header checksum. An IPv4 packet has the DF flag.
 ///
 /// # Panics
-/// The addresses have different families.
+/// Panics if the addresses have different families.
 #[must_use]
 pub fn ip(from: IpAddr, to: IpAddr, protocol: u8, hop_limit: u8, contents: &[u8]) -> Vec<u8> {
     let mut packet = Vec::with_capacity(40 + contents.len());
@@ -426,7 +427,7 @@ impl Wire {
     /// on the link.
     ///
     /// # Errors
-    /// The interface does not exist, or the MAC address of `gateway` cannot be resolved.
+    /// Returns an error if the interface does not exist, or if the MAC address of `gateway` cannot be resolved.
     pub fn open(ns: &Ns, interface: &str, gateway: IpAddr) -> Result<Self> {
         let index = ns.ifindex(interface)?;
         let socket = ns.enter(|| capture::open(index)).context("packet socket")?;
@@ -457,7 +458,7 @@ impl Wire {
     /// Sends an Ethernet frame unchanged.
     ///
     /// # Errors
-    /// The frame is longer than the MTU, or the link is down.
+    /// Returns an error if the frame is longer than the MTU of the interface allows, or if the link is down.
     pub fn send_frame(&self, frame: &[u8]) -> Result<()> {
         self.socket
             .send(frame)
@@ -540,17 +541,20 @@ impl Wire {
         while self.receive_with(&mut buffer, libc::MSG_DONTWAIT).is_some() {}
     }
 
-    /// Waits for one incoming frame until the timeout of the socket (50 ms).
+    /// Receives one frame, waiting at most the read timeout of the socket (50 ms). Returns its length; `None` after the
+    /// timeout or for an outgoing frame.
     fn receive(&self, buffer: &mut [u8]) -> Option<usize> {
         self.receive_with(buffer, 0).flatten()
     }
 
-    /// Receives a frame. Returns `None` if there is none, `Some(None)` for an outgoing frame.
+    /// Receives a frame and returns its length. Returns `None` if there is no frame, `Some(None)` for an outgoing
+    /// frame.
     #[expect(clippy::option_option, reason = "outgoing frames are looked at by no caller")]
     fn receive_with(&self, buffer: &mut [u8], how: i32) -> Option<Option<usize>> {
         let mut from = std::mem::MaybeUninit::<libc::sockaddr_ll>::zeroed();
         let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: buffer and address are valid for writes of the lengths given, and outlive the call.
+        // SAFETY: `buffer` and `from` are valid for writes of the lengths that are passed with them, and outlive the
+        // call.
         let n = unsafe {
             libc::recvfrom(
                 self.socket.as_raw_fd(),
@@ -562,7 +566,7 @@ impl Wire {
             )
         };
         let n = usize::try_from(n).ok()?;
-        // SAFETY: `from` was zeroed, and the kernel has written at most its size.
+        // SAFETY: `from` was zeroed, and every bit pattern is a valid `sockaddr_ll`.
         let from = unsafe { from.assume_init() };
         Some((from.sll_pkttype != libc::PACKET_OUTGOING).then_some(n))
     }
@@ -571,7 +575,7 @@ impl Wire {
 /// A TCP connection with forged segments. [`Forged::open`] does the handshake; the caller sends all further segments.
 #[derive(Debug)]
 pub struct Forged {
-    /// The socket for its segments and those of the other end.
+    /// The packet socket that sends and receives the segments.
     pub wire: Wire,
     /// Local address and port.
     pub local: SocketAddr,
@@ -584,10 +588,11 @@ pub struct Forged {
 }
 
 impl Forged {
-    /// Opens a connection with options in the SYN and in the ACK of the SYN+ACK. The latter can depend on the SYN+ACK.
+    /// Opens a connection. `in_syn`: options of the SYN. `in_ack`: returns the options of the third segment of the
+    /// handshake, given the received SYN+ACK.
     ///
     /// # Errors
-    /// The other end does not send a SYN+ACK in time.
+    /// Returns an error if the other end does not send a SYN+ACK in time.
     pub fn open(
         wire: Wire,
         local: SocketAddr,
@@ -624,7 +629,8 @@ impl Forged {
         Ok(own)
     }
 
-    /// Returns an ACK segment that acknowledges the SYN+ACK. `at`: its offset from the SYN, so 1 is the first byte.
+    /// Returns a segment that acknowledges the SYN+ACK. `at`: its sequence number relative to the SYN; 1 is the first
+    /// byte of the stream.
     #[must_use]
     pub fn segment(&self, at: u32) -> Tcp {
         Tcp::new(self.local.port(), self.remote.port())

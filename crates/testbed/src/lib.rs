@@ -11,7 +11,7 @@
 //!                                             2001:db8:f::1
 //! ```
 //!
-//! Depends on `palisade-abi` for the TCP flags. Start at [`topology`] and [`daemon`].
+//! The crate depends on `palisade-abi` for the TCP flags. Start reading at [`topology`] and [`daemon`].
 #![allow(unsafe_code, reason = "setns and raw sockets")]
 
 pub mod attached;

@@ -57,7 +57,7 @@ fn fnv(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Measures the longest time between two events.
+/// Measures the longest time between two consecutive events.
 #[derive(Debug)]
 struct Gap {
     last: Mutex<(Instant, Duration)>,
@@ -92,7 +92,7 @@ pub struct TcpReport {
     pub returned: u64,
     /// Number of blocks that either end has received changed or out of order.
     pub changed: u64,
-    /// Number of segments that both ends have retransmitted.
+    /// Number of retransmitted segments, the sum of both ends.
     pub retransmitted: u32,
     /// Longest time between two blocks that came back.
     pub longest_gap: Duration,
@@ -221,8 +221,8 @@ impl TcpLoad {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
             if Instant::now() > deadline + Duration::from_secs(1) {
-                // The server's thread still waits for a peer that was cut off. Leave the thread to the end of the
-                // process.
+                // The server's thread is still blocked on its socket, because the policy drops the client's FIN or
+                // reset. Do not join the thread; it ends with the process.
                 self.threads.clear();
                 break;
             }
@@ -442,7 +442,7 @@ impl Drop for UdpLoad {
 pub struct LeakReport {
     /// Number of datagrams and connection attempts sent.
     pub tried: u64,
-    /// Number of their packets on the receiver's interface; a firewall without leaks has 0.
+    /// Number of packets of these attempts that reached the receiver's interface; 0 if the firewall drops all of them.
     pub leaked: usize,
     /// Descriptions of some of these packets.
     pub examples: Vec<String>,

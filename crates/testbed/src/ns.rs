@@ -98,7 +98,7 @@ impl Ns {
     /// Runs `f` on a new thread in the namespace. Sockets that `f` opens remain in the namespace.
     ///
     /// # Panics
-    /// `setns` fails, or `f` panics.
+    /// Panics if `setns` fails or `f` panics.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -117,8 +117,8 @@ impl Ns {
     }
 
     /// Returns a command that runs in the network namespace, but with the machine's mounts (`ip netns exec` would hide
-    /// the BPF file system). The kernel kills its process when the *thread* that spawned it ends. It does not receive
-    /// the terminal's Ctrl-C.
+    /// the BPF file system). The kernel kills the process of the command when the *thread* that spawned it ends. The
+    /// process has its own process group, so Ctrl-C on the terminal does not interrupt it.
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
@@ -187,7 +187,7 @@ impl Drop for Inner {
     }
 }
 
-/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. For use
+/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. May be called
 /// between fork and exec.
 pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
@@ -248,8 +248,8 @@ pub fn sweep() {
     remove_where(|pid| kill(pid, None) == Err(Errno::ESRCH));
 }
 
-/// Removes all namespaces, pins and temporary directories of this process, even if they are in use. For a process that
-/// ends without running its destructors.
+/// Removes all namespaces, pins and temporary directories of this process, even if they are in use. Must be called by a
+/// process that ends without running its destructors.
 pub fn remove_own() {
     remove_where(|pid| pid == Pid::this());
 }
@@ -322,7 +322,7 @@ pub fn ensure_bpffs() -> Result<()> {
 /// Calls `done` every 5 ms until it returns true.
 ///
 /// # Errors
-/// `done` has not returned true within `timeout`.
+/// Returns an error if `done` has not returned true within `timeout`.
 pub fn wait_until(what: &str, timeout: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + timeout;
     loop {

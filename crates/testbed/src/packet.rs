@@ -104,7 +104,7 @@ pub fn parse(frame: &[u8], outgoing: bool) -> Option<Packet> {
     Some(packet)
 }
 
-/// Returns the internet checksum (RFC 1071) of `bytes`, starting from the sum `sum`.
+/// Returns the internet checksum (RFC 1071) of `bytes`. `sum`: a partial sum to add, such as that of a pseudo header.
 #[must_use]
 pub fn checksum(sum: u32, bytes: &[u8]) -> u16 {
     let mut sum = u64::from(sum);
@@ -117,7 +117,8 @@ pub fn checksum(sum: u32, bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Returns an ICMP message with its checksum. A raw ICMPv6 socket makes the kernel replace the checksum.
+/// Returns an ICMP message with its checksum. On a raw ICMPv6 socket the kernel replaces the checksum (RFC 3542,
+/// section 3.1).
 #[must_use]
 pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     let mut message = vec![kind, code, 0, 0];
@@ -151,7 +152,7 @@ pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, conten
             packet.extend_from_slice(&[protocol::UDP, 64]);
             packet.extend_from_slice(&source.octets());
             packet.extend_from_slice(&destination.octets());
-            // The checksum covers addresses, length and protocol too (RFC 8200, section 8.1).
+            // The checksum also covers the addresses, the length and the protocol (RFC 8200, section 8.1).
             let sum = checksum(
                 u32::from(length) + u32::from(protocol::UDP),
                 &[&packet[8..], &datagram].concat(),

@@ -229,8 +229,8 @@ pub fn send_raw(ns: &Ns, source: Option<IpAddr>, to: IpAddr, protocol: u8, paylo
     .with_context(|| format!("raw packet of protocol {protocol} to {to}"))
 }
 
-/// A receiver of all packets of one IP protocol that reach the network stack of a namespace, that is, after all hooks
-/// of its interfaces. A [`crate::capture::Capture`] receives packets before the tc hooks.
+/// A receiver of all packets of one IP protocol that reach the network stack of a namespace, that is, after the XDP and
+/// tc hooks of its interfaces. A [`crate::capture::Capture`] receives packets before the tc ingress hook.
 #[derive(Debug)]
 pub struct RawReceiver {
     socket: Socket,
@@ -245,8 +245,8 @@ impl RawReceiver {
         Ok(Self { socket })
     }
 
-    /// Waits for a packet from `source` whose first byte after the network header is `first`. Returns whether it came
-    /// within `timeout`.
+    /// Waits for a packet from `source` whose first byte after the network header is `first`. Returns whether such a
+    /// packet came within `timeout`. The source of IPv6 packets is not checked.
     pub fn hears(&self, source: IpAddr, first: u8, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 1 << 16];

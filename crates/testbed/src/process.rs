@@ -144,7 +144,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], timeout: Duration)
     thread::scope(|scope| {
         scope.spawn(move || {
             if let Some(mut stdin) = stdin {
-                // Writing fails if the program ends before it has read all input. The exit status shows that.
+                // Ignore the error of a program that ends before it has read all input; callers check the exit status.
                 let _ = stdin.write_all(input);
             }
         });
@@ -167,7 +167,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], timeout: Duration)
     })
 }
 
-/// Returns whether [`output`] has killed the command.
+/// Returns whether SIGKILL ended the command, as [`output`] does after its timeout.
 #[must_use]
 pub fn timed_out(output: &Output) -> bool {
     output.status.signal() == Some(libc::SIGKILL)

@@ -1,8 +1,9 @@
 //! A TCP client in user space that can send any segment.
 //!
-//! No kernel socket has its ports, so the kernel of its namespace would send resets; an nftables rule in the namespace
-//! drops them ([`prepare`]). The client sends through a raw socket, so that routing, tc and offloads apply as for other
-//! programs. It receives the packets that reach the network stack of the namespace, that is, after all hooks.
+//! No TCP socket of the kernel has the client's port, so the kernel would answer the segments of the other end with
+//! resets; an nftables rule in the namespace drops these resets ([`prepare`]). The client sends through a raw socket,
+//! so that routing, tc and offloads apply as for other programs. It receives the packets that reach the network stack
+//! of the namespace, that is, after the XDP and tc hooks.
 
 use std::{
     io,
@@ -70,7 +71,7 @@ impl Segment {
         self
     }
 
-    /// Sets the acknowledgement number, by default that of the received stream.
+    /// Sets the acknowledgement number. By default a segment acknowledges all received bytes.
     #[must_use]
     pub fn ack(mut self, ack: u32) -> Self {
         self.ack = Some(ack);
@@ -106,14 +107,14 @@ impl Segment {
         self
     }
 
-    /// Appends options; their length must be a multiple of four bytes.
+    /// Sets the options; their length must be a multiple of four bytes.
     #[must_use]
     pub fn options(mut self, options: &[u8]) -> Self {
         self.options = options.into();
         self
     }
 
-    /// Sets the timestamp, by default that of the clock.
+    /// Sets the value of the timestamps option. By default it increases by one each millisecond.
     #[must_use]
     pub fn timestamp(mut self, value: u32) -> Self {
         self.timestamp = Some(value);
@@ -142,7 +143,7 @@ pub enum Delivered {
     Whole,
     /// The connection was reset.
     Reset,
-    /// The timeout has ended before.
+    /// The timeout has passed without a reset and without an acknowledgement of all bytes.
     Not,
 }
 
@@ -170,7 +171,8 @@ pub struct RawTcp {
     pub acknowledges: bool,
 }
 
-/// Prepares a namespace for these clients: drops the kernel's resets for their ports. May be called repeatedly.
+/// Prepares a namespace for these clients: an nftables rule drops the resets that the kernel sends from their ports.
+/// May be called repeatedly.
 pub fn prepare(ns: &Ns) -> Result<()> {
     ns.nft(&format!(
         "table inet rawtcp {{}}\ndelete table inet rawtcp\ntable inet rawtcp {{\nchain output {{\n\
@@ -282,8 +284,8 @@ impl RawTcp {
         self.acked
     }
 
-    /// Returns whether a valid reset has arrived: its sequence number is the next expected one, or the connection is
-    /// not open.
+    /// Returns whether a valid reset has arrived: one with the next expected sequence number, or any reset before the
+    /// other end has acknowledged the SYN.
     #[must_use]
     pub fn is_reset(&self) -> bool {
         self.reset
@@ -388,7 +390,8 @@ impl RawTcp {
         packets
     }
 
-    /// Returns a packet. `fragment`: its offset, and whether more fragments follow.
+    /// Returns an IP packet. `fragment`: offset of the fragment in bytes, and whether more fragments follow; `None` for
+    /// a whole packet.
     fn packet(&self, contents: &[u8], ttl: u8, fragment: Option<(u16, bool)>) -> Vec<u8> {
         let mut packet = Vec::new();
         let id = if fragment.is_some() { self.id } else { 0 };
@@ -426,7 +429,7 @@ impl RawTcp {
     }
 
     /// Sends segments, and retransmits those that are not acknowledged, until all bytes before offset `end` are
-    /// acknowledged.
+    /// acknowledged, the connection is reset, or `timeout` has passed.
     pub fn deliver(&mut self, segments: &[Segment], end: i64, timeout: Duration) -> Result<Delivered> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -466,7 +469,7 @@ impl RawTcp {
         self.deliver(&pieces(at, bytes, size), at + bytes.len() as i64, timeout)
     }
 
-    /// Receives packets until `done` returns true. Returns whether it did within `timeout`.
+    /// Receives packets until `done` returns true. Returns whether `done` returned true within `timeout`.
     pub fn listen(&mut self, timeout: Duration, done: impl Fn(&Self) -> bool) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -571,7 +574,8 @@ impl RawTcp {
         if set & flags::FIN != 0 && !self.finished && end == self.next() {
             self.finished = true;
         }
-        // A zero-window probe requires an acknowledgement (RFC 9293, section 3.8.6.1).
+        // A zero-window probe requires an acknowledgement (RFC 9293, section 3.8.6.1). Linux sends probes without data
+        // that have an acknowledged sequence number (`tcp_xmit_probe_skb`).
         let is_probe = seq.wrapping_add(1) == self.next();
         if self.acknowledges && (!data.is_empty() || set & flags::FIN != 0 || is_probe) {
             let at = self.acked.max(0);
@@ -613,11 +617,12 @@ fn sockets(local: SocketAddr, remote: SocketAddr) -> io::Result<(Socket, Socket)
     }
     out.set_mark(MARK)?;
     let inward = Socket::new(domain, Type::RAW, Some(Protocol::TCP))?;
-    // Receive only packets to this address. Each client has a raw socket of its own, which receives a copy.
+    // Receive only TCP packets from the remote to the local address. The raw socket of each client gets a copy of each
+    // of these packets; `take` checks the ports.
     inward.bind(&SocketAddr::new(local.ip(), 0).into())?;
     inward.connect(&SocketAddr::new(remote.ip(), 0).into())?;
-    // The socket receives the packets of all clients at this address. If this fails, some may be lost and
-    // retransmitted.
+    // The socket receives the packets of all clients at this address. If the buffer cannot be enlarged, some packets
+    // may be lost, and the other end retransmits them.
     let _ = inward.set_recv_buffer_size(4 << 20);
     Ok((out, inward))
 }

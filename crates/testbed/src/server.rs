@@ -166,7 +166,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
                             to: *to,
                             tcp: true,
                         });
-                        // A peer that does not read its echo must not block the other connections for long.
+                        // A client that does not read its echo must not block the other connections for long.
                         if stream.set_write_timeout(Some(Duration::from_secs(1))).is_ok() {
                             new.push(Open::Stream(stream));
                         }
@@ -195,7 +195,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
     }
 }
 
-/// nginx with a configuration of its own. It responds to each path with its name.
+/// nginx with a configuration of its own. It responds to each path with the name of the server.
 #[derive(Debug)]
 pub struct Nginx {
     _process: Process,
@@ -224,7 +224,7 @@ impl Nginx {
         );
         let file = root.join("nginx.conf");
         fs::write(&file, conf)?;
-        // nginx workers run as another user, who must be able to read the files.
+        // A temporary directory is only accessible to its owner, but nginx may run as another user.
         set_mode(root, 0o755)?;
         let mut command = ns.command("nginx");
         command
@@ -262,8 +262,8 @@ impl Iperf3 {
         let mut command = ns.command("iperf3");
         command.args(["-s", "--forceflush", "-p", &port.to_string()]);
         let process = Process::spawn("iperf3", command, dir.path())?;
-        // iperf3 serves one client at a time, so a connection to check that it listens would block the first real
-        // client.
+        // Do not connect to check that iperf3 listens: iperf3 serves one client at a time, so the check would block the
+        // first real client.
         wait_until("iperf3 listens", START, || process.log().contains("listening"))?;
         Ok(Self {
             _process: process,

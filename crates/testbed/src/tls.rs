@@ -165,7 +165,7 @@ pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
         .arg(&cert);
     let out = output(&mut command, Duration::from_secs(20))?;
     ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    // Servers may run as another user.
+    // Servers may run as another user, which must be able to read the files.
     for file in [&cert, &key] {
         let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         fs::set_permissions(file, readable).with_context(|| file.display().to_string())?;

@@ -200,7 +200,7 @@ impl Topology {
         Ok(self)
     }
 
-    /// Adds a workload that has addresses and is in the configuration, but has no interface yet.
+    /// Adds a workload that has addresses and is part of the daemon's configuration, but has no interface yet.
     pub fn declare(&mut self, spec: WorkloadSpec) -> Result<()> {
         let n = self.workloads.len() + self.declared.len() + 1;
         let octet = u8::try_from(n).context("at most 255 workloads")?;
@@ -268,8 +268,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 may take a second
-    /// for that (RETRANS_TIMER of RFC 4861).
+    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 neighbour
+    /// discovery may take a second (RETRANS_TIMER, RFC 4861, section 10).
     pub fn meet(&self) -> Result<()> {
         let links = self
             .workloads
@@ -293,7 +293,7 @@ impl Topology {
         })
     }
 
-    /// Adds addresses to the internet, which the node reaches through the NIC.
+    /// Adds addresses to the internet namespace; the node reaches them through its NIC.
     pub fn internet_addresses(self, addresses: &[&str]) -> Result<Self> {
         let mut lines = String::new();
         for address in addresses {
@@ -305,8 +305,8 @@ impl Topology {
         Ok(self)
     }
 
-    /// Enables the kernel's conntrack on the node, as a stateful firewall or NAT does. In a new namespace it is off
-    /// until an nftables rule uses it.
+    /// Enables the kernel's conntrack on the node, as a stateful firewall or NAT does. In a new namespace nf_conntrack
+    /// tracks nothing until a netfilter rule uses it.
     pub fn track_connections(&self) -> Result<()> {
         self.node.nft(
             "table inet tracking {\n\
@@ -320,7 +320,7 @@ impl Topology {
     /// Returns a workload by its name.
     ///
     /// # Panics
-    /// There is no workload with this name.
+    /// Panics if there is no workload with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> &Workload {
         self.workloads

@@ -289,7 +289,7 @@ pub fn by_name(name: &str, at: SocketAddr, path: &str) -> Vec<String> {
 pub struct Counted {
     /// Number of requests with a response.
     pub answered: u64,
-    /// Number of responses with another status than 2xx and 3xx.
+    /// Number of responses with a status other than 2xx or 3xx.
     pub other_status: u64,
     /// Number of failed connections and of requests without a response.
     pub failed: u64,
@@ -304,7 +304,7 @@ pub struct Wrk {
 }
 
 impl Wrk {
-    /// Starts to request `url` repeatedly on `connections` connections for `seconds` seconds.
+    /// Starts wrk, which requests `url` repeatedly on `connections` connections for `seconds` seconds.
     pub fn start(ns: &Ns, url: &str, connections: u32, seconds: u32) -> Result<Self> {
         let dir = temp_dir("wrk")?;
         let mut command = ns.command("wrk");
@@ -422,8 +422,8 @@ impl Talk {
         self.stream.write_all(bytes)
     }
 
-    /// Receives until `done` returns true for the received bytes, the other end closes, or `timeout` ends. Returns all
-    /// received bytes.
+    /// Receives until `done` returns true for all received bytes, the other end closes, or `timeout` has passed.
+    /// Returns all received bytes.
     pub fn hear(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
         let deadline = Instant::now() + timeout;
         let mut buffer = [0; 1 << 14];
@@ -461,7 +461,7 @@ impl Talk {
     /// Receives until the connection ends. Returns `true` after a FIN and `false` after `timeout`.
     ///
     /// # Errors
-    /// The connection was reset.
+    /// Returns an error if the connection was reset.
     pub fn hear_all(&mut self, timeout: Duration) -> io::Result<bool> {
         self.hear(timeout, |_| false)?;
         Ok(self.ended)

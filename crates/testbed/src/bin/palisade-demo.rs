@@ -43,7 +43,7 @@ const OUTSIDE: &[(&str, &str, &str)] = &[
     ("tracker", "198.18.0.66", "2001:db8:b::66"),
 ];
 
-/// The records of the resolver: name, and the host of its addresses.
+/// The records of the resolver: name, and the host in [`OUTSIDE`] whose addresses the name has.
 const NAMES: &[(&str, &str)] = &[("api.pay.example", "payments"), ("tracker.example", "tracker")];
 
 /// The program that makes an attempt.
@@ -116,7 +116,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("frontend", "backend", Iperf, Allowed),
 ];
 
-/// Attempts that run in order, because a DNS answer allows the connections after it.
+/// Attempts that run in order, because a DNS answer allows later connections to the addresses in it.
 const BY_NAME: &[Attempt] = &[
     ("backend", "payments", Curl(443), Denied),
     ("backend", "resolver", Dig("tracker.example"), Refused),
@@ -158,7 +158,7 @@ fn main() -> ExitCode {
     };
     let outcome = clean_up_on_signals().and_then(|()| demo(verbose));
     while INTERRUPTED.load(Ordering::SeqCst) {
-        // After a signal, the thread of `clean_up_on_signals` ends the process when the namespaces are removed.
+        // After a signal, the thread of `clean_up_on_signals` removes the namespaces and then ends the process.
         thread::park();
     }
     match outcome {
@@ -177,8 +177,8 @@ fn clean_up_on_signals() -> Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         set.add(signal);
     }
-    // Block the signals before other threads start, which inherit the mask, so that only the thread below receives
-    // them.
+    // Block the signals before other threads start. These threads inherit the mask, so only the thread below receives
+    // the signals.
     set.thread_block()?;
     thread::spawn(move || {
         if let Ok(signal) = set.wait() {
@@ -256,7 +256,7 @@ fn resolver(world: &World) -> Result<Server> {
     Server::unbound(world.ns("resolver"), &addresses, &records)
 }
 
-/// Runs the demo. Returns the number of attempts with another outcome than expected.
+/// Runs the demo. Returns the number of attempts whose outcome was not the expected one.
 fn demo(verbose: bool) -> Result<usize> {
     let start = Instant::now();
     let style = Style {
@@ -455,7 +455,7 @@ fn attempt_in_turn(world: &World, daemon: &Daemon, attempts: &[Attempt]) -> Resu
     attempts.iter().map(both).collect()
 }
 
-/// Returns the result of an attempt. `known`: number of matching flows before the attempt.
+/// Returns the result of an attempt. `known`: number of matching flow records before the attempt.
 fn judge(
     world: &World,
     daemon: &Daemon,
@@ -600,7 +600,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     Ok(Got::Answer(measured))
 }
 
-/// Prints the table. Returns the number of attempts with another outcome than expected.
+/// Prints the table. Returns the number of attempts whose outcome was not the expected one.
 fn show(style: &Style, attempts: &[Attempt], rows: &[Row]) -> usize {
     let mut table =
         vec![["FROM", "TO", "PROGRAM", "EXPECTED", "IPv4", "IPv6", "DECIDED BY"].map(str::to_owned)];
@@ -680,7 +680,7 @@ fn color_of(cell: &str) -> &'static str {
     }
 }
 
-/// Returns the flows so far that match an attempt.
+/// Returns the flow records so far that match an attempt.
 fn flows_of(
     world: &World,
     daemon: &Daemon,
@@ -710,7 +710,8 @@ fn flows_of(
     daemon.flows(&filters)
 }
 
-/// Returns whether an attempt passed only because of audit mode, and the policies that decided, according to its flows.
+/// Returns, according to the flow records of an attempt, whether the attempt passed only because of audit mode, and the
+/// policies that decided. `known`: number of matching flow records before the attempt.
 fn deciding(
     world: &World,
     daemon: &Daemon,
@@ -729,7 +730,8 @@ fn deciding(
         thread::sleep(Duration::from_millis(50));
     }
     let audited = flows.iter().any(|f| f["verdict"] == "AUDIT");
-    // If a flow was dropped, or would have been dropped without audit mode, its policies decided.
+    // If a flow record shows a drop, or a pass that only audit mode allowed, its policies decided; other records do not
+    // matter.
     let stopped = |f: &&Value| f["verdict"] == "DROPPED" || f["verdict"] == "AUDIT";
     let relevant: Vec<&Value> = if flows.iter().any(|f| stopped(&f)) {
         flows.iter().filter(stopped).collect()
@@ -742,7 +744,8 @@ fn deciding(
     ))
 }
 
-/// Returns the deciding policy of a flow, such as `shop/backend (ingress)`, or the policies that caused a default deny.
+/// Returns the deciding policy of a flow record, such as `shop/backend (ingress)`, or the policies that caused a
+/// default deny.
 fn decision(flow: &Value) -> Result<String> {
     let direction = flow["traffic_direction"].as_str().unwrap_or("?").to_lowercase();
     let rule = &flow["palisade"]["rule"];
