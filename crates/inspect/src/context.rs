@@ -2,7 +2,7 @@
 
 use crate::{Millis, frames::Spare, rules::Rules};
 
-/// Time, rules, and the sink of one call. Each inspector passes it on to the functions that it calls.
+/// Time, rules and sink of one call, passed down to all functions of the call.
 pub(crate) struct Cx<'a, F, S> {
     /// Time of the call, ms.
     pub(crate) now: Millis,

@@ -270,7 +270,7 @@ impl<F> Reassembler<F> {
             Ok(Added::New) => {}
             Ok(Added::Again) => {
                 self.stats.duplicates += 1;
-                // The first copy is held, so dropping this one makes no record.
+                // A duplicate needs no record, because the first copy is held.
                 cx.sink.discard(frame, Reason::InvalidFragment);
                 return Ok(None);
             }

@@ -148,8 +148,8 @@ pub struct Record {
     pub verdict: Verdict,
     /// Reason of a drop; also in audit mode.
     pub reason: Reason,
-    /// Number of the deciding rule: the rule of the application rule that matched, else the rule that required the
-    /// inspection.
+    /// Number of the deciding rule: the policy rule with the application rule that matched, else the rule that
+    /// required the inspection.
     pub rule: u32,
     /// Time from the request to this answer, ms; none in other records.
     pub latency: Option<u32>,

@@ -41,7 +41,7 @@ struct Flow {
     is_shared: bool,
     /// Offset up to which the client's messages may be forwarded.
     asked: u64,
-    /// Ends of queries that may be forwarded and are not known to be.
+    /// Offsets of the ends of judged queries whose forwarding is not confirmed yet.
     leaving: VecDeque<u64>,
     /// Number of queries that were forwarded.
     sent: u64,

@@ -101,7 +101,7 @@ struct Exchange {
     url: Text,
     method: Word,
     since: Millis,
-    /// Whether the server may switch to another protocol behind it (Upgrade, CONNECT).
+    /// Whether the server may switch to another protocol after this request (Upgrade, CONNECT).
     may_switch: bool,
     /// Protocols to which a 101 may switch, in lower case, each behind a comma.
     upgrades: Vec<u8>,

@@ -19,7 +19,7 @@ const ONE: usize = 1 << 20;
 const TOGETHER: usize = 32 << 20;
 /// Maximum size of a worker's cache of DFA states for one field, bytes. A full cache is cleared.
 const CACHE: usize = 8 << 20;
-/// Maximum number of texts to which an expression is expanded, to be looked up instead of matched.
+/// Maximum number of texts to which an expression is expanded. An expression with more texts is compiled.
 const LITERALS: usize = 64;
 
 /// Expressions, numbered in the order in which they were given.

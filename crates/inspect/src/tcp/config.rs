@@ -10,8 +10,9 @@ pub struct TcpLimits {
     /// Maximum number of open connections of one endpoint. Besides, an endpoint gets at most three times as many as
     /// are left for the others.
     pub connections_per_endpoint: usize,
-    /// Maximum number of half-open connections: the client has not acknowledged the server's SYN. Beyond it the
-    /// oldest one of the endpoint that has most is removed, because its source may be forged.
+    /// Maximum number of half-open connections: the client has not acknowledged the server's SYN. If there are more,
+    /// the oldest one of the endpoint with the most half-open connections is removed, because its source may be
+    /// forged.
     pub half_open: usize,
     /// Idle timeout of a half-open connection, ms.
     pub half_open_idle: Millis,

@@ -67,7 +67,7 @@ pub(crate) struct Connection<F> {
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
     command: bool,
-    /// Number of bytes behind the skipped ones that need no inspection either.
+    /// Number of further bytes of each direction that need no inspection, behind those that were skipped.
     rest: PerSide<u64>,
     /// Bytes and packets of this connection that are counted in [`Shared`].
     counted: (u64, u64),
@@ -405,7 +405,8 @@ impl<F> Connection<F> {
         self.count(cx.shared);
     }
 
-    /// Handles a packet of an offloaded connection that the BPF programs do not know to be offloaded yet.
+    /// Handles a packet of an offloaded connection. Such packets are punted until the BPF programs have the OFFLOAD
+    /// command.
     fn pass_offloaded<S: Sink<F>>(
         &mut self,
         side: Side,

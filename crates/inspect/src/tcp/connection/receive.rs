@@ -178,8 +178,8 @@ impl<F> Connection<F> {
             || (has_fin && own.highest > at.end)
     }
 
-    /// Handles a segment that begins with bytes that the receiver has acknowledged. A receiver that has acknowledged
-    /// bytes ignores them here, unless it has lied to get bytes that no inspector has seen. So the segment is not
+    /// Handles a segment that begins with acknowledged bytes, which are not compared any more. A receiver that has
+    /// acknowledged bytes without having them would get other bytes than the inspected ones. So the segment is not
     /// forwarded: the sender gets the acknowledgement, and new bytes behind the acknowledged ones are delivered in
     /// built packets.
     fn on_retransmission<S: Sink<F>>(
