@@ -1,7 +1,7 @@
 //! Frames: the chunks of a UMEM, each with room for one packet.
 //!
 //! A [`Frame`] owns its chunk: it cannot be cloned, sending it gives the chunk to the kernel, and dropping it frees the
-//! chunk. Depends on the frame states; start at [`Frame`].
+//! chunk. This module depends on the frame states; start at [`Frame`].
 
 use std::{fmt, rc::Rc, slice};
 
@@ -10,7 +10,7 @@ use xsk_rs::umem::{Umem, frame::FrameDesc};
 
 use crate::frame_states::{Counts, FrameState, FrameStates};
 
-/// Size of a chunk, bytes. The kernel limits it to a page.
+/// Size of a chunk, bytes: one page, because the kernel accepts larger chunks only in a UMEM of huge pages.
 pub(crate) const CHUNK: usize = 4096;
 
 /// The UMEM of a socket and the states of its frames. Each held frame keeps the pool alive.
@@ -64,7 +64,7 @@ impl Pool {
         Some(Frame::new(self, *desc, 0))
     }
 
-    /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not have that frame or the
+    /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not own that frame or the
     /// descriptor is not within one chunk.
     pub(crate) fn received(self: &Rc<Self>, desc: FrameDesc) -> Option<Frame> {
         let (length, start) = (desc.lengths().data(), desc.addr() % CHUNK);
@@ -91,7 +91,8 @@ pub struct NoRoom;
 /// A frame that user space owns, with a packet in it. Dropping it frees the chunk.
 pub struct Frame {
     pool: Rc<Pool>,
-    /// Descriptor of the usable part of the chunk: from where the kernel put the packet to the end of the chunk.
+    /// Descriptor of the usable part of the chunk: from the address at which the kernel put the packet to the end of
+    /// the chunk.
     desc: FrameDesc,
     /// Offset of the packet in the usable part.
     start: usize,
@@ -144,7 +145,7 @@ impl Frame {
         self.room_mut().get_mut(packet).unwrap_or_default()
     }
 
-    /// Returns the packet and the rest of the chunk behind it, which has unspecified contents.
+    /// Returns the packet and the rest of the chunk after the packet. The rest has unspecified contents.
     #[inline]
     pub fn data_and_tail_mut(&mut self) -> &mut [u8] {
         let start = self.start;
@@ -172,7 +173,7 @@ impl Frame {
         self.desc.lengths().data() - self.start - self.length
     }
 
-    /// Sets the length of the packet. A longer packet ends with bytes that were in the chunk before.
+    /// Sets the length of the packet. If the length grows, the added bytes are those that were in the chunk before.
     ///
     /// # Errors
     /// The packet would reach beyond the chunk.
@@ -185,7 +186,7 @@ impl Frame {
         Ok(())
     }
 
-    /// Removes bytes at the front of the packet.
+    /// Removes the first `bytes` bytes of the packet.
     ///
     /// # Errors
     /// The packet is shorter than `bytes`.
@@ -196,8 +197,8 @@ impl Frame {
         Ok(())
     }
 
-    /// Inserts bytes at the front of the packet. Moves the packet unless at least as many bytes have been stripped
-    /// before.
+    /// Inserts bytes at the front of the packet. Moves the packet within the chunk unless at least `bytes.len()` bytes
+    /// have been stripped from its front.
     ///
     /// # Errors
     /// The packet would not fit into the chunk.
@@ -270,7 +271,7 @@ impl Frame {
         desc
     }
 
-    /// Passes ownership to the kernel: the frame's descriptor is in the transmit ring.
+    /// Passes ownership to the kernel. The caller has put the frame's descriptor into the transmit ring.
     pub(crate) fn into_tx(self) {
         let index = self.desc.addr() / CHUNK;
         self.pool
@@ -310,7 +311,7 @@ impl fmt::Debug for Frame {
 
 /// Sets the data length of a descriptor, limited to the end of its chunk.
 fn set_length(umem: &Umem, desc: &mut FrameDesc, length: usize) {
-    // SAFETY: the descriptor is of this UMEM, and both callers own its frame, so there is no other reference to the
-    // chunk. This changes the descriptor and accesses no packet memory.
+    // SAFETY: `desc` is of `umem`, and both callers own its frame, so there is no other reference to the chunk.
+    // `set_pos` changes the descriptor and accesses no packet memory.
     unsafe { umem.data_mut(desc) }.cursor().set_pos(length);
 }

@@ -1,8 +1,8 @@
 //! A ring that hands packets from one worker to another by copy.
 //!
-//! A frame belongs to the UMEM of one socket, and a socket to one thread, so a packet that arrives at the wrong
-//! worker's queue cannot be moved to the right one. It is copied into a slot of this ring; slots are allocated once.
-//! Depends on [`spsc`].
+//! A frame belongs to the UMEM of one socket, and a socket to one thread, so a frame that arrives at the queue of a
+//! worker that does not own the flow cannot be moved to the owner. The packet is copied into a slot of this ring
+//! instead; slots are allocated once. The ring is that of [`spsc`].
 
 use crate::spsc;
 
@@ -25,7 +25,7 @@ pub struct Receiver<H>(spsc::Reader<Slot<H>>);
 /// The reason why a packet was not handed off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum SendError {
-    /// The receiver is behind: no slot is free.
+    /// No slot is free, because the receiver has not yet read the earlier packets.
     #[error("the hand-off ring is full")]
     Full,
     /// The packet is larger than a slot.
@@ -50,8 +50,8 @@ impl<H> Sender<H> {
     /// # Errors
     /// [`SendError`]: the ring is unchanged.
     pub fn send(&mut self, header: H, packet: &[u8]) -> Result<(), SendError> {
-        // The size of a slot is known only from a slot, so a packet that is too large has to be refused after the slot
-        // is acquired: `write_if` then leaves the slot unpublished.
+        // The sender does not store the size of the slots, so a packet is compared with the slot that it would be
+        // copied into. If the packet is too large, `write_if` does not publish the slot.
         let written = self.0.write_if(|slot| {
             let Some(room) = slot.bytes.get_mut(..packet.len()) else {
                 return false;

@@ -1,10 +1,11 @@
-//! Scheduling attributes of the calling thread. Depends on nothing else in this crate; start at [`set_sched_slice`].
+//! Scheduling attributes of the calling thread. This module depends on nothing else in this crate; start at
+//! [`set_sched_slice`].
 
 use std::{io, ptr, time::Duration};
 
-/// Requests an EEVDF slice for this thread (`sched_setattr(2)`, `sched_runtime`). A shorter slice gives an earlier
-/// virtual deadline, so the thread waits less for a busy CPU; its share of CPU time stays the same. Kernels before 6.12
-/// ignore the request.
+/// Requests an EEVDF slice for the calling thread (`sched_setattr(2)`, `sched_runtime`). A shorter slice gives an
+/// earlier virtual deadline, so the thread waits less for a busy CPU; its share of CPU time stays the same. Kernels
+/// before 6.12 ignore the request.
 ///
 /// # Errors
 /// `sched_getattr` or `sched_setattr` failed; the attributes are unchanged.

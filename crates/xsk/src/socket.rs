@@ -1,6 +1,6 @@
 //! An AF_XDP socket with its UMEM and four rings (`Documentation/networking/af_xdp.rst` of the kernel).
 //!
-//! Depends on the frames and their states, and on xsk-rs. Start at [`Socket::new`], then [`Socket::receive`],
+//! This module depends on the frames, their states, and xsk-rs. Start at [`Socket::new`], then [`Socket::receive`],
 //! [`Socket::send`] and [`Socket::flush`].
 
 use std::{
@@ -75,7 +75,7 @@ pub struct Config {
     pub copy_mode: CopyMode,
     /// How the thread waits for packets.
     pub mode: Mode,
-    /// Time that the kernel polls the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL`), µs.
+    /// Time for which the kernel polls the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL`), µs.
     pub busy_poll: u32,
     /// Most packets per poll of the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL_BUDGET`).
     pub busy_budget: u32,
@@ -162,8 +162,8 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Returns the error for a UMEM that could not be made. Making it opens the first AF_XDP socket, so `EAFNOSUPPORT`
-/// shows here.
+/// Returns the error for a UMEM that could not be made. xsk-rs opens an AF_XDP socket to register the UMEM, so a kernel
+/// without AF_XDP fails here, with `EAFNOSUPPORT`.
 fn umem_error(frames: u32, source: io::Error) -> Error {
     if source.raw_os_error() != Some(libc::EAFNOSUPPORT) {
         return Error::Memory { frames, source };
@@ -177,8 +177,8 @@ fn umem_error(frames: u32, source: io::Error) -> Error {
 /// Losses of a socket since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
-    /// Packets dropped for another reason than a full ring: larger than a frame or, in copy mode, no frame in the fill
-    /// ring. The latter also count in `rx_fill_ring_empty`.
+    /// Packets dropped because they were larger than a frame or, in copy mode, because the fill ring was empty. In the
+    /// second case the kernel counts the packet in `rx_fill_ring_empty` too.
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
@@ -188,20 +188,21 @@ pub struct Statistics {
     pub rx_invalid: u64,
     /// Invalid descriptors in the transmit ring.
     pub tx_invalid: u64,
-    /// Times that the kernel found the transmit ring empty, which is not a loss.
+    /// Number of times that the kernel found the transmit ring empty, which is not a loss.
     pub tx_ring_empty: u64,
-    /// Descriptors in the receive and completion rings whose frame the kernel did not own. Other values than 0 indicate
-    /// a driver bug.
+    /// Descriptors in the receive and completion rings whose frame the kernel did not own. A value other than 0
+    /// indicates a bug in the driver.
     pub unexpected: u64,
 }
 
 /// A socket on one queue of one interface, with a UMEM of its own. It stays on the thread that made it.
 ///
-/// Another socket can bind to the queue once this one and all of its frames are dropped. Frames keep the UMEM alive,
-/// and the kernel releases the queue when the file descriptor that UMEM and socket share is closed.
+/// Another socket can bind to the queue only after this socket and all of its frames have been dropped: frames keep the
+/// UMEM alive, UMEM and socket share one file descriptor, and the kernel releases the queue when that descriptor is
+/// closed.
 #[derive(Debug)]
 pub struct Socket {
-    // Fields drop in order: the rings before the pool, since they point into its UMEM.
+    // Fields are dropped in this order. The rings must be dropped before the pool, because they point into its UMEM.
     rx: RxQueue,
     tx: TxQueue,
     fill: FillQueue,
@@ -251,7 +252,7 @@ impl Socket {
         let socket_config = SocketConfig::builder()
             .rx_queue_size(size(frames / 2)?)
             .tx_queue_size(size(frames / 2)?)
-            // The datapath attaches its own program and inserts the socket into the map.
+            // Prevent libxdp from loading a program: the datapath attaches one and inserts the socket into its map.
             .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
             .xdp_flags(XdpFlags::XDP_FLAGS_DRV_MODE)
             .bind_flags(copy_flags | BindFlags::XDP_USE_NEED_WAKEUP)
@@ -339,7 +340,7 @@ impl Socket {
         self.pool.alloc()
     }
 
-    /// Puts a packet into the transmit ring. The kernel sends it with the next [`Socket::flush`] at the latest.
+    /// Puts a packet into the transmit ring. The kernel may not send the packet until [`Socket::flush`] wakes it.
     ///
     /// # Errors
     /// The ring is full, the packet is empty, or the frame belongs to another socket. Returns the frame.
@@ -357,8 +358,9 @@ impl Socket {
         Ok(())
     }
 
-    /// Wakes the kernel to send the packets in the transmit ring, and frees those that are sent. Returns the number of
-    /// packets that remain in the ring because the kernel made no progress for 2 ms.
+    /// Wakes the kernel to send the packets in the transmit ring, and frees the frames of sent packets. Returns the
+    /// number of packets that remain in the ring because the kernel made no progress, or because the driver sends them
+    /// without being woken.
     ///
     /// # Errors
     /// The kernel could not be woken: the interface is down or gone.
@@ -377,7 +379,7 @@ impl Socket {
             }
             if let Err(error) = self.kick() {
                 match error.raw_os_error() {
-                    // The kernel has sent one batch, or the device has no room for more now.
+                    // The kernel has sent the most packets that it sends per call, or the device is busy.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
                     _ => return Err(error),
                 }
@@ -450,8 +452,8 @@ impl Socket {
         }
     }
 
-    /// Enters the kernel once on the receive side (`recvfrom`). It wakes a driver that waits for fill ring entries and,
-    /// in [`Mode::BusyPoll`], runs the interface's NAPI in this thread.
+    /// Enters the kernel once on the receive side (`recvfrom`). The call wakes a driver that waits for fill ring
+    /// entries and, in [`Mode::BusyPoll`], runs the interface's NAPI in this thread.
     ///
     /// # Errors
     /// The interface is down or gone.
@@ -516,8 +518,8 @@ impl Socket {
     /// Moves free frames to the fill ring, except the reserve.
     fn refill(&mut self) {
         let mut room = self.fill.nb_free(self.fill_size as u32) as usize;
-        // Each update of the ring's producer index takes its cache line from the kernel's CPU, so update for a batch
-        // only.
+        // Each update of the ring's producer index takes its cache line from the CPU on which the kernel reads it, so
+        // refill only when a batch fits.
         if room < BATCH.min(self.fill_size / 2) {
             return;
         }
@@ -594,7 +596,8 @@ impl Socket {
             tv_sec: timeout.as_secs().min(3600) as libc::time_t,
             tv_nsec: timeout.subsec_nanos().into(),
         };
-        // SAFETY: one `pollfd` and one `timespec`, both on this function's stack; no signal mask.
+        // SAFETY: `fd` and `time` are on this function's stack and outlive the call, the count of 1 is that of `fd`,
+        // and the signal mask is null.
         let ready = unsafe { libc::ppoll(&raw mut fd, 1, &raw const time, ptr::null()) };
         if ready < 0 {
             let error = io::Error::last_os_error();
@@ -604,14 +607,15 @@ impl Socket {
             return Ok(false);
         }
         if fd.revents & libc::POLLIN == 0 {
-            // The kernel does not wake a thread that polls a socket whose interface has gone.
+            // `poll` reports no event for a socket whose interface is gone (`xsk_poll`), so check for that after a
+            // timeout.
             self.check()?;
         }
         Ok(fd.revents & libc::POLLIN != 0)
     }
 
-    /// Returns an error if the interface is gone. For a socket that neither sends nor wakes the kernel, `SO_ERROR` is
-    /// the only sign.
+    /// Returns an error if the interface is gone. A thread that only waits for packets, without calling `sendto` or
+    /// `recvfrom`, learns of that only through `SO_ERROR`.
     fn check(&self) -> io::Result<()> {
         let error = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
         if error != 0 {
@@ -679,7 +683,8 @@ impl AsRawFd for Socket {
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the rings keep the descriptor open, and they live as long as `self`, which the result borrows.
+        // SAFETY: the rings keep the descriptor open, and they live as long as `self`, which the returned descriptor
+        // borrows.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
@@ -728,7 +733,7 @@ fn bind(
     }
 }
 
-/// Returns the kernel's error below an error of xsk-rs.
+/// Returns the kernel's error that caused an error of xsk-rs.
 fn cause(error: &(dyn std::error::Error + 'static)) -> io::Error {
     error
         .source()

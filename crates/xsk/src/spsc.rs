@@ -1,5 +1,5 @@
-//! A wait-free ring between one writing and one reading thread. Depends on nothing else in this crate; start at
-//! [`ring`].
+//! A wait-free ring between one writing and one reading thread. This module depends on nothing else in this crate;
+//! start at [`ring`].
 //!
 //! Slots are allocated once and used in place, so a packet is copied once and never moved. The ends cannot be cloned
 //! and their methods take `&mut self`, so the type system guarantees a single writer and a single reader.
@@ -45,8 +45,8 @@ mod plain {
     }
 }
 
-/// The state that both ends share. Positions only increase, and wrap; the slot of a position is the position modulo the
-/// number of slots.
+/// The state that both ends share. Positions count slots since the start and wrap at `usize::MAX`; the slot of a
+/// position is the position modulo the number of slots.
 struct Ring<P> {
     slots: Box<[UnsafeCell<P>]>,
     /// Position of the next slot to write.
@@ -77,7 +77,8 @@ pub struct Writer<P> {
     ring: Arc<Ring<P>>,
     /// Copy of the shared `written`, which only this end changes.
     written: usize,
-    /// Cached value of the shared `read`; reloaded only when the ring seems full, to leave the reader its cache line.
+    /// Cached value of the shared `read`. It is reloaded only when the ring seems full, because each load takes the
+    /// cache line from the reader's CPU.
     read: usize,
 }
 
@@ -86,8 +87,8 @@ pub struct Reader<P> {
     ring: Arc<Ring<P>>,
     /// Copy of the shared `read`, which only this end changes.
     read: usize,
-    /// Cached value of the shared `written`; reloaded only when the ring seems empty, to leave the writer its cache
-    /// line.
+    /// Cached value of the shared `written`. It is reloaded only when the ring seems empty, because each load takes the
+    /// cache line from the writer's CPU.
     written: usize,
 }
 
