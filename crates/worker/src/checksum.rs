@@ -1,4 +1,4 @@
-//! Transport checksums of punted packets. A checksum that the local sender left to its device is completed; all others
+//! Checksums of punted packets. A transport checksum that the local sender left to its device is completed; all others
 //! are verified.
 //!
 //! The sum itself is [`palisade_packet::checksum`].
@@ -6,12 +6,12 @@
 use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
 
-/// Completes or verifies the checksums of a frame. Does not check fragments, protocols without a checksum, and UDP over
-/// IPv4 without one.
+/// Verifies the IPv4 header checksum of a frame, and completes or verifies its TCP or UDP checksum. The checksums of
+/// fragments and of other protocols are not verified, and a UDP datagram over IPv4 may have none.
 ///
 /// # Errors
 /// A checksum is wrong. The receiver will discard the packet, so inspecting it would allow an insertion attack: the
-/// inspector would see bytes that the receiver never does.
+/// inspector would process bytes that the receiver ignores.
 pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reason> {
     let network = usize::from(packet.network_offset);
     let transport = usize::from(packet.transport_offset);
@@ -42,7 +42,7 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
     } else {
         network + 12..network + 20
     };
-    // The decoder has checked these lengths, so this error does not occur; it stands here instead of a panic.
+    // The decoder has checked these lengths, so this error does not occur; it is returned instead of a panic.
     let malformed = Reason::TruncatedL4;
     let pseudo = Sum::default()
         .add(frame.get(addresses).ok_or(malformed)?)
@@ -56,8 +56,8 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
     }
     if field == pseudo.fold() {
         // CHECKSUM_PARTIAL: the kernel has left the checksum to the device and has written only the sum of the pseudo
-        // header. AF_XDP has no flag for that, so the value itself is the sign. One valid checksum in 65,536 happens to
-        // equal that sum; completing it again gives the same value.
+        // header. AF_XDP does not pass `skb->ip_summed`, so only the value shows this. One valid checksum in 65,536
+        // happens to equal that sum; completing it gives the same value again.
         let complete = match !Sum::default().add(segment).fold() {
             0 if packet.protocol == protocol::UDP => 0xffff,
             complete => complete,

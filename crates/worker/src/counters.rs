@@ -81,9 +81,9 @@ pub struct Counters {
     pub flows: Count,
     /// Records lost because the queue was full.
     pub records_lost: Count,
-    /// Times that the worker slept in `epoll_wait`.
+    /// Number of times that the worker slept in `epoll_wait`.
     pub sleeps: Count,
-    /// Times that the worker was restarted after a failure.
+    /// Number of times that the worker was restarted after a failure.
     pub restarts: Count,
     /// Frames of the socket.
     pub frames: Count,
@@ -91,7 +91,7 @@ pub struct Counters {
     dropped: [Count; 256],
     /// Losses in the rings of all sockets of this worker, in the order of [`Counters::ring`].
     ring: [Count; 4],
-    /// The metrics of all engines of this worker. The first engine sets the list.
+    /// The metrics of all engines of this worker, in the order in which the first engine listed them.
     metrics: OnceLock<Box<[(Metric, Count)]>>,
     /// The failure that ended the worker's last run.
     failure: Mutex<Option<Arc<Failure>>>,
@@ -184,7 +184,7 @@ impl Counters {
             if number.now {
                 count.set(value);
             } else {
-                // A new engine counts from zero, but this total does not.
+                // A new engine counts from zero, but the counter continues across engines.
                 count.add(value.saturating_sub(*before));
                 *before = value;
             }

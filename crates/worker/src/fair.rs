@@ -1,5 +1,5 @@
 //! Fair shedding: chooses the packets to drop when more packets arrive than the worker can inspect. A flood loses
-//! packets before small flows do. Depends on nothing else in this crate; start at [`Fair::halve`].
+//! packets before small flows do. This module depends on nothing else in this crate; start at [`Fair::halve`].
 
 /// Number of counters. The hash of a flow selects its counter.
 const BUCKETS: usize = 256;
@@ -36,8 +36,8 @@ impl Fair {
         }
     }
 
-    /// Admits half of a batch, the packets whose buckets were admitted least, and calls `refuse` with the index of each
-    /// other packet. `hashes`: the packets' flow hashes.
+    /// Admits half of a batch: the packets in whose buckets the fewest packets were admitted before. Calls `refuse`
+    /// with the index of each other packet. `hashes`: the packets' flow hashes.
     pub(crate) fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
         self.ranks.clear();
         for hash in hashes.clone() {

@@ -1,4 +1,4 @@
-//! The punt header in front of a punted packet, and the reinject trailer behind a forwarded one. The functions only
+//! The punt header in front of a punted packet, and the reinject trailer after a forwarded packet. The functions only
 //! convert bytes; they do no I/O.
 //!
 //! A packet goes through [`parse`], [`prepare`] and [`normalise_options`] before it is inspected, and through
@@ -82,8 +82,8 @@ impl Prepared {
 }
 
 /// Rewrites the TCP options of a packet in place ([`palisade_inspect::normalise_options`]) and limits the MSS of a SYN
-/// to what fits on the punt link. The packet is forwarded with the new options. Returns whether a byte was changed;
-/// always false for fragments and for other protocols.
+/// to [`MAX_PUNT_MSS`], so that segments fit on the punt link. The packet is forwarded with the new options. Returns
+/// whether a byte was changed; always false for fragments and for protocols other than TCP.
 ///
 /// # Errors
 /// The packet must not be forwarded.
@@ -119,8 +119,8 @@ fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
     ((transport + header).min(end), end)
 }
 
-/// Prepares a punted packet for inspection: puts the VLAN tag that the device had stripped back into the frame, decodes
-/// the headers, and completes or verifies the checksums.
+/// Prepares a punted packet for inspection: inserts a VLAN tag that was in `skb->vlan_tci` into the frame, decodes the
+/// headers, and completes or verifies the checksums.
 ///
 /// # Errors
 /// The packet cannot be decoded, or its receiver would discard it. Returns the drop reason and the headers that were
@@ -161,10 +161,12 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     }
 }
 
-/// Returns the trailer of a packet that was punted at a hook, or was made in response to one (`route.back`).
+/// Returns the trailer of a packet that was punted at the hook of `route`, or that was made in response to a packet
+/// punted there (`route.back`).
 ///
-/// The mark makes the tc program of that direction pass the packet. It is not set if XDP is the ingress hook of the
-/// interface (`xdp`): a reinjected packet does not go through XDP again, so no program would clear the mark.
+/// The mark makes the tc program of the reinjected packet's direction pass the packet. A packet that is reinjected to
+/// ingress is not marked if XDP is the ingress hook of the interface (`xdp`): a reinjected packet does not go through
+/// XDP again, so no program would clear the mark.
 #[must_use]
 pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
     let ingress = (route.hook == punt_hook::TC_EGRESS) == route.back;

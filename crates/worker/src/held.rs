@@ -5,8 +5,8 @@
 
 use palisade_abi::{FlowCommand, PuntRequest};
 
-/// A handle on a held frame. It cannot be cloned, and a decision about the frame consumes it, so there is one decision
-/// per frame.
+/// A handle on a held frame. It cannot be cloned, and the effect that forwards or drops the frame consumes it, so each
+/// frame is forwarded or dropped once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Handle(u32);
 

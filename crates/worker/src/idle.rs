@@ -4,8 +4,8 @@
 //! other threads. So a worker in [`Mode::Poll`] first spins for a short budget, yields the CPU while it spins, and then
 //! sleeps. The budget doubles if spinning found work or longer spinning would have found it, and halves otherwise.
 //!
-//! The strategy is a state machine over [`Host`], which has the clock and the system calls; the tests give it a
-//! simulated one. Start at [`Idle::wait`]. Depends on nothing else in this crate.
+//! The strategy is a state machine over [`Host`], which has the clock and the system calls; the tests simulate a host.
+//! Start at [`Idle::wait`]. This module depends on nothing else in this crate.
 
 use std::{io, time::Duration};
 
@@ -26,8 +26,8 @@ const IDLE_YIELD: Duration = Duration::from_micros(2);
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(50);
 /// Longest time that a record or a refresh waits until its reader is woken.
 const MAX_FLUSH_DELAY: Duration = Duration::from_millis(4);
-/// Sleep while the transmit ring has packets that the kernel did not take. The kernel does not wake the worker when the
-/// device can send again.
+/// Longest sleep while the transmit ring has packets that the kernel did not take. The kernel does not wake the worker
+/// when the device can send again.
 const TX_RETRY: Duration = Duration::from_millis(1);
 /// Shortest sleep before a deadline: the resolution of `epoll_wait`.
 const MIN_SLEEP: Duration = Duration::from_millis(1);
@@ -76,7 +76,7 @@ impl Idle {
         }
     }
 
-    /// Waits until there is work or the sleep timeout ends. The caller does a turn in either case.
+    /// Waits until there is work or the sleep timeout has passed. The caller does a turn in either case.
     ///
     /// # Errors
     /// The socket or `epoll_wait` failed.
@@ -132,7 +132,7 @@ impl Idle {
         }
     }
 
-    /// Polls the driver until that finds work or the budget is used up. Returns whether there was work.
+    /// Polls the driver until a poll finds work or the budget is used up. Returns whether there was work.
     fn busy_poll<H: Host>(&self, host: &mut H, since: Duration) -> io::Result<bool> {
         while host.now().saturating_sub(since) < self.budget {
             if host.busy_poll()? {

@@ -236,7 +236,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Drops a packet before an inspector sees it, and records that.
+    /// Counts the drop of a packet that no inspector sees, and queues a record of it unless the rate limit is exceeded.
     fn refuse(&mut self, punted: &PuntHeader, reason: Reason, detail: &'static str, packet: &Packet) {
         self.counters.count_drop(reason);
         let Some(slot) = punted.slots.iter().find(|slot| slot.endpoint != 0) else {
@@ -248,8 +248,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Passes the results of commits of learned addresses to the engine, which forwards the answers that were held for
-    /// them. Returns whether there was a result.
+    /// Passes the results of commits of learned addresses to the engine, which forwards the DNS answers that it held
+    /// until their addresses were committed. Returns whether there was a result.
     pub(crate) fn take_commits(&mut self, port: &mut P) -> bool {
         let mut any = false;
         while let Some(learned) = self.effects.next_committed() {
@@ -302,7 +302,7 @@ struct RateLimit {
 }
 
 impl RateLimit {
-    /// Returns whether an event at this time is within the limit, and counts it.
+    /// Counts an event at time `now` and returns whether it is within the limit.
     fn admit(&mut self, now: u64) -> bool {
         if now.saturating_sub(self.since) >= 1_000_000_000 {
             *self = Self { since: now, count: 0 };

@@ -1,16 +1,17 @@
 //! The workers: threads that receive punted packets, inspect them, and reinject them.
 //!
 //! Each worker owns an AF_XDP socket with its UMEM, an engine (the inspectors of its flows with their state), and
-//! timers. It shares hand-off rings with the other workers ([`palisade_xsk::handoff`]), two queues with the control
-//! plane (learned addresses to commit, records), and a watched value with the control plane's settings. A worker blocks
-//! at none of them: in the steady state a packet costs no lock, no allocation and no system call of its own.
+//! timers. It shares hand-off rings with the other workers ([`palisade_xsk::handoff`]). With the control plane it
+//! shares two queues (learned addresses to commit, records) and a watched value (the settings). A worker blocks at none
+//! of them: in the steady state a packet costs no lock, no allocation and no system call of its own.
 //!
-//! A worker that panics or whose socket fails is restarted with a new socket and a new engine. Its connections are
-//! reset, because their state is lost. Until it runs again its heartbeat is withdrawn, and the programs drop the
-//! packets that it should inspect.
+//! A worker that panics or whose socket fails is restarted with a new socket and a new engine. The connections that it
+//! inspected are reset, because their state is lost. Until the worker runs again its heartbeat is withdrawn, and the
+//! programs do not punt to it: they drop the packets that need inspection, or pass them (`[worker] on_failure =
+//! "pass"`).
 //!
-//! Depends on `palisade-inspect` (inspectors), `palisade-packet` (decoder) and `palisade-xsk` (sockets). Start at
-//! [`Pool`], which runs the workers; the loop of one is `run.rs`.
+//! This crate depends on `palisade-inspect` (inspectors), `palisade-packet` (decoder) and `palisade-xsk` (sockets).
+//! Start at [`Pool`], which runs the workers; the loop of one worker is in `run.rs`.
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

@@ -92,7 +92,8 @@ impl<R: Send + Sync + 'static> Pool<R> {
             wakers.push(Arc::new(Waker::new(poll.registry(), WAKER)?));
             polls.push(poll);
         }
-        // Row `from` has the senders of worker `from`, row `to` the receivers of worker `to`.
+        // Row `from` of `senders` has the senders of worker `from`, row `to` of `receivers` the receivers of worker
+        // `to`.
         let mut senders: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         let mut receivers: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         for (from, senders) in senders.iter_mut().enumerate() {

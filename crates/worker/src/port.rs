@@ -7,7 +7,7 @@ use std::{collections::VecDeque, io, os::fd::RawFd};
 /// Losses in the rings of a socket since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PortStatistics {
-    /// Packets dropped for another reason than a full ring.
+    /// Packets dropped because they were larger than a frame or, in copy mode, because the fill ring was empty.
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
@@ -50,14 +50,14 @@ pub trait Port {
     fn free(&mut self, frame: Self::Frame);
 
     /// Puts a frame into the transmit ring; the packet is `length` bytes from offset `start` of [`Port::buffer_mut`].
-    /// The kernel sends it with the next [`Port::flush`] at the latest.
+    /// The kernel may not send the packet until [`Port::flush`] wakes it.
     ///
     /// # Errors
     /// The transmit ring is full. Returns the frame.
     fn transmit(&mut self, frame: Self::Frame, start: usize, length: usize) -> Result<(), Self::Frame>;
 
-    /// Wakes the kernel to send, and frees the frames that are sent. Returns the number of packets left in the transmit
-    /// ring.
+    /// Wakes the kernel to send the packets in the transmit ring, and frees the frames of sent packets. Returns the
+    /// number of packets left in the transmit ring.
     ///
     /// # Errors
     /// The interface is down or gone.

@@ -139,8 +139,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(busy)
     }
 
-    /// Checks every [`LINK_CHECK_INTERVAL`] that the interface is up. Must run before the heartbeat: a recent heartbeat
-    /// makes the programs punt, and packets punted to a dead socket would be lost without a drop reason.
+    /// Checks every [`LINK_CHECK_INTERVAL`] that the interface is up. The check must run before the heartbeat: a recent
+    /// heartbeat makes the programs punt, and packets punted to a dead socket would be lost without a drop reason.
     fn check_link(&mut self) -> io::Result<()> {
         if self.now.saturating_sub(self.checked) >= LINK_CHECK_INTERVAL {
             self.port.check()?;
@@ -159,7 +159,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         });
     }
 
-    /// Inspects the packets that other workers have handed off. Returns whether there was one.
+    /// Inspects the packets that other workers have handed off. Returns whether there was a packet.
     fn inspect_handoffs(&mut self) -> bool {
         let Self {
             port, rx, inspection, ..

@@ -40,7 +40,7 @@ pub(crate) struct Rx<'a, F> {
     fair: Fair,
     /// For each packet of the batch, whether it is shed.
     shed: Vec<bool>,
-    /// For each worker, whether a packet was handed off to it and it has not been woken yet.
+    /// For each worker, whether a packet was handed off to it since this worker last woke it.
     to_wake: Vec<bool>,
     counters: Arc<Counters>,
 }
@@ -72,8 +72,8 @@ impl<'a, F> Rx<'a, F> {
         Ok(received != 0)
     }
 
-    /// Drops half of the batch, mostly packets of the flows that were admitted most. Dropping takes far less time than
-    /// inspecting, so the ring drains.
+    /// Drops half of the batch, mostly packets of the flows that send most ([`Fair::halve`]). Dropping takes far less
+    /// time than inspecting, so the ring drains.
     fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);

@@ -26,7 +26,7 @@ const SCHED_SLICE: Duration = Duration::from_micros(100);
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 /// Longest delay before a restart.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
-/// Run time after which a failure starts with [`MIN_BACKOFF`] again.
+/// Run time after which the delay of the next restart is [`MIN_BACKOFF`] again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
 /// Callbacks that make the socket and the engine of a worker at each start.
@@ -59,7 +59,7 @@ pub(crate) fn supervise<P: Port, E: Inspect>(
         if started.elapsed() > HEALTHY_AFTER {
             delay = MIN_BACKOFF;
         }
-        // A failure that repeats is logged once.
+        // Log a failure only if its text differs from that of the last failure.
         let last = context.counters.failure();
         if last.is_none_or(|last| last.to_string() != failure.to_string()) {
             error!(

@@ -1,4 +1,4 @@
-//! The transmit side of a worker: puts the reinject trailer behind a packet and the packet into the transmit ring.
+//! The transmit side of a worker: appends the reinject trailer to a packet and puts the packet into the transmit ring.
 //!
 //! Each frame passed to [`Tx`] is either put into the transmit ring, or freed and counted as lost. Start at
 //! [`Tx::forward`].
@@ -75,7 +75,7 @@ impl Tx {
         self.send(port, frame, 0, packet.len(), &self.trailer(route), [None; 2])
     }
 
-    /// Sends a flow command behind an empty Ethernet header; the programs drop that frame after they have run the
+    /// Sends a flow command after an empty Ethernet header; the programs drop that frame after they have run the
     /// command.
     ///
     /// Without a free frame the command is lost. The worker then continues to inspect the flow, which is slower but not
@@ -106,7 +106,8 @@ impl Tx {
         header::trailer(self.cookie, route, self.xdp.contains(&route.ifindex))
     }
 
-    /// Appends commands and trailer to the packet and transmits it. Returns whether it is in the transmit ring.
+    /// Appends commands and trailer to a packet and puts the packet into the transmit ring. Returns whether that
+    /// succeeded.
     fn send<P: Port>(
         &self,
         port: &mut P,
@@ -118,8 +119,8 @@ impl Tx {
     ) -> bool {
         let buffer = port.buffer_mut(&mut frame);
         if buffer.len() - start < length + header::MAX_TRAILER_BYTES && start > 0 {
-            // The trailer does not fit behind the packet. The punt header in front has been parsed and can be
-            // overwritten.
+            // The trailer does not fit after the packet. The punt header in front of the packet has been parsed and can
+            // be overwritten.
             buffer.copy_within(start..start + length, 0);
             start = 0;
         }

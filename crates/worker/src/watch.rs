@@ -1,8 +1,8 @@
 //! A value that the control plane changes and one worker watches. Without a change, the worker pays one load per check.
 //!
-//! This is `tokio::sync::watch` for threads. `arc-swap` would replace whole values, but both ends must modify this one:
-//! the settings include the list of deleted endpoints, to which the control plane appends and which the worker empties.
-//! Depends on nothing else in this crate; start at [`watch`].
+//! This is `tokio::sync::watch` for threads. `arc-swap` would replace whole values, but both ends must modify this
+//! value: the settings include the list of deleted endpoints, to which the control plane appends and which the worker
+//! empties. This module depends on nothing else in this crate; start at [`watch`].
 
 use std::sync::{
     Arc, Mutex, PoisonError,
