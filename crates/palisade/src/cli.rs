@@ -38,8 +38,8 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// Returns whether `--config` or the environment names the configuration, so that it is not merely the default
-    /// path.
+    /// Returns whether `--config` or the environment variable names the configuration. Otherwise `config` is the
+    /// default path.
     pub(crate) fn names_config(&self) -> bool {
         let mut arguments = std::env::args_os();
         std::env::var_os("PALISADE_CONFIG").is_some()
@@ -104,8 +104,8 @@ Examples:
   palisade status --wait 0s || echo not ready"
     )]
     Status {
-        /// Wait until all programs are attached and all policies enforced. After this time print the missing parts and
-        /// exit with 1.
+        /// Wait until all programs are attached and all policies enforced. When DURATION is over, print what is missing
+        /// and exit with 1.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
         #[command(flatten)]
@@ -362,8 +362,8 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.
         name: Option<String>,
-        /// Format. For one policy, yaml is the text in force, even if the file is broken now, and json has the same
-        /// resource and its rules.
+        /// Format. For one policy, yaml prints the document in force, even if the file is broken now, and json prints
+        /// the same resource and its rules.
         #[arg(short, long, value_enum, default_value_t)]
         output: PolicyOutput,
     },
@@ -388,7 +388,7 @@ pub(crate) struct TraceArgs {
         required_unless_present = "to_fqdn"
     )]
     pub to: Option<String>,
-    /// Name by which the source has learned the destination; --to can give its address.
+    /// Name by which the source has learned the destination; --to can give the destination's address.
     #[arg(long, value_name = "NAME")]
     pub to_fqdn: Option<String>,
     /// Name that the packet queries in DNS (without --port and --protocol: 53/udp).

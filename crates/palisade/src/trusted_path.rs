@@ -1,6 +1,6 @@
-//! Paths whose entries no user but root can replace, and locks on them. A user that can rename an entry of a directory
-//! above a file controls what the daemon opens: an unprivileged user that made the pin directory first could unlink the
-//! pins that hold the programs at their interfaces.
+//! Paths whose entries no user other than root can replace, and locks on such paths. A user that can rename an entry of
+//! a directory above a file controls what the daemon opens: an unprivileged user that made the pin directory first
+//! could unlink the pins that hold the programs at their interfaces.
 
 use std::{
     collections::VecDeque,
@@ -23,15 +23,15 @@ use nix::{
 
 /// Longest wait for a lock that a daemon holds while it ends.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
-/// Most links that are followed in a path, as in the kernel (path_resolution(7)).
+/// Most symbolic links that are followed in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
-/// Deepest level of directories that is checked. The daemon makes at most two.
+/// Deepest level of directories that is checked. The daemon makes at most two levels.
 const MAX_DEPTH: usize = 8;
 
 /// Why a path is not used.
 #[derive(Debug)]
 pub(crate) enum UnsafePath {
-    /// Another user than root could replace or change its entries.
+    /// A user other than root could replace or change an entry of the path.
     Untrusted(String),
     /// The path does not exist and cannot be made, or cannot be read.
     Failed(String),
@@ -46,8 +46,9 @@ impl fmt::Display for UnsafePath {
 
 impl std::error::Error for UnsafePath {}
 
-/// Returns the path of a directory without links, after making it if it is missing. Every directory from there down
-/// gets mode 0700, everything in it must be root's, and no other user may be able to replace a directory above it.
+/// Returns the path of a directory without symbolic links. The directory is made if it is missing. It and all
+/// directories in it get mode 0700. All entries must belong to root or to the user of this process, and no other user
+/// may be able to replace a directory above.
 ///
 /// # Errors
 /// See [`UnsafePath`]. `setting` is the option that the message names.
@@ -60,7 +61,7 @@ pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafeP
             .mode(0o700)
             .create(&whole)
             .map_err(|error| failed(&whole, &error))?;
-        // Walked again, because another process may have made the directory at the same time.
+        // The path is walked again, because another process may have made the directory at the same time.
         let again = walk(&whole)?;
         return private(again.there, setting);
     }
@@ -137,7 +138,8 @@ fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePa
     Ok(())
 }
 
-/// Returns the directory of the socket without links, after making it if it is missing. Other users may search it.
+/// Returns the directory of the socket without symbolic links. The directory is made if it is missing. Other users may
+/// search it.
 ///
 /// # Errors
 /// See [`UnsafePath`].
@@ -266,8 +268,8 @@ fn failed(path: &Path, error: &io::Error) -> UnsafePath {
     UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
-/// Locks the directory itself and not a file in it: a full or read-only file system cannot have a lock file, and bpffs
-/// never can.
+/// Locks the directory itself and not a file in it: on a full or read-only file system no lock file can be made, and in
+/// bpffs never.
 pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     loop {
         let dir = OpenOptions::new()
@@ -280,7 +282,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
         let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match (locked, named) {
             (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
-            // `palisade stop --detach` of the previous daemon has just removed the directory.
+            // `palisade stop --detach` has removed the directory after it was opened.
             _ => DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -290,7 +292,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
     }
 }
 
-/// Locks an open file. Waits a moment for a daemon that is ending.
+/// Locks an open file. Waits up to [`LOCK_TIMEOUT`] for a daemon that is ending.
 pub(crate) fn lock_file(mut file: File, path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     let until = Instant::now() + LOCK_TIMEOUT;
     loop {

@@ -1,4 +1,4 @@
-//! Commands that list what the daemon has.
+//! Commands that list the state of the daemon.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -131,7 +131,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     }
 }
 
-/// Returns the socket of the daemon: that of the command line, of the configuration, or the default.
+/// Returns the path of the daemon's socket: from the command line, else from the configuration, else the default.
 fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     if let Some(socket) = &cli.socket {
         return Ok(socket.clone());
@@ -145,7 +145,8 @@ fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
             cli.config.display()
         ),
     };
-    // Only the path is read, so that a file that is broken now does not prevent commands to the running daemon.
+    // Only the socket's path is read, so that a file that is broken now does not prevent commands to the running
+    // daemon.
     Ok(Config::node_path(&text, "socket").unwrap_or_else(|| config::DEFAULT_SOCKET.into()))
 }
 

@@ -21,7 +21,7 @@ pub(super) const EXIT_NO_DAEMON: u8 = 3;
 /// Any other failure.
 pub(super) const EXIT_FAILED: u8 = 4;
 
-/// Returns the configuration; `None`, after printing every error, if it is wrong.
+/// Returns the configuration. If it has errors, prints all of them and returns `None`.
 pub(super) fn load_config(path: &Path) -> Option<Config> {
     Config::load(path).map_err(|errors| print_errors(&errors)).ok()
 }
@@ -32,7 +32,7 @@ fn print_errors(errors: &[ConfigError]) {
     }
 }
 
-/// Prints an answer as JSON, or as `table` writes it. Returns [`EXIT_OK`].
+/// Prints an answer as JSON, or with `table`. Returns [`EXIT_OK`].
 pub(super) fn show<T: Serialize>(
     answer: &T,
     output: Output,

@@ -147,7 +147,7 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     })
 }
 
-/// Returns protocol and port of `--protocol` and `--port`; TCP without a protocol.
+/// Returns the protocol and the port of `--protocol` and `--port`. The default protocol is TCP.
 fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Result<(u8, u16)> {
     let (port, with_port) = match port.map(|port| port.split_once('/').unwrap_or((port, ""))) {
         None => (None, None),
@@ -285,7 +285,7 @@ fn plural(count: usize, what: &str) -> String {
     }
 }
 
-/// Policy files that were found by the paths of a command line.
+/// Policy files at the paths of a command line.
 #[derive(Debug, Default)]
 struct Sources {
     files: Vec<(PathBuf, Parsed)>,
@@ -328,7 +328,7 @@ impl Sources {
         }
         for name in names {
             let file = path.join(name);
-            // A directory that is named like a policy file is a broken policy file, as in the daemon.
+            // A directory that is named like a policy file counts as a broken policy file, as in the daemon.
             self.add(file.clone(), fs::read(file));
         }
         let folders = fs::read_dir(path)
@@ -381,7 +381,8 @@ fn contents(files: &[(PathBuf, Parsed)]) -> Vec<(PathBuf, FileContent)> {
         .collect()
 }
 
-/// Returns an error for each resource that several files have. The daemon takes the first file and refuses the others.
+/// Returns an error for each resource that several files contain. The daemon takes the first file and refuses the
+/// others.
 fn doubles(files: &[(PathBuf, FileContent)]) -> Vec<Diagnostic> {
     let mut seen: BTreeMap<ResourceName, &Location> = BTreeMap::new();
     let mut found = Vec::new();

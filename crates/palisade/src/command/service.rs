@@ -33,7 +33,7 @@ use crate::{
     text::count,
 };
 
-/// Most policy files that `status` lists completely; with more, only files with something to report are listed.
+/// Most policy files that `status` lists completely. If there are more, only those with something to report are listed.
 const MAX_FILES_SHOWN: usize = 50;
 /// Interval between two requests of `status --wait`.
 const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -170,7 +170,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
 
 /// Runs `palisade reload`.
 pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
-    // Usually this is the file that the daemon reads. Its errors are shown here, one per line.
+    // Usually the daemon reads this file too. The errors of the file are shown here, one per line.
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
     }

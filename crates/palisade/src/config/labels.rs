@@ -15,7 +15,7 @@ const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// Label sources that only Palisade assigns.
 const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
 
-/// Returns the labels of each `[[namespace]]`, without the label of its name.
+/// Returns the labels of each `[[namespace]]`, without the label that holds its name.
 pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<Label>> {
     let mut namespaces = HashMap::new();
     for section in sections {

@@ -1,4 +1,4 @@
-//! Adds the `[limits]` option to errors about a map that is too small. `palisade-datapath` knows maps and no
+//! Adds the `[limits]` option to errors about a map that is too small. `palisade-datapath` does not know the
 //! configuration, so its errors name only the map.
 
 use std::fmt::Display;
@@ -8,7 +8,7 @@ use palisade_datapath::{ApplyError, MapError, OpenError};
 
 /// An error that a larger map may solve.
 pub(crate) trait SizeError: Display {
-    /// Returns the map that is too small, if that is the cause.
+    /// Returns the name of the map that is too small; `None` if the error has another cause.
     fn too_small(&self) -> Option<&str>;
 }
 
@@ -30,7 +30,8 @@ impl SizeError for OpenError {
     }
 }
 
-/// Returns the option of `[limits]` that sets the size of a map (named in either case); `None` if no option does.
+/// Returns the option of `[limits]` that sets the size of a map; `None` if no option does. Upper and lower case of the
+/// name are equal.
 pub(super) fn limit_option(map: &str) -> Option<&'static str> {
     Some(match map.to_uppercase().as_str() {
         maps::CONNTRACK => "conntrack",
@@ -49,7 +50,7 @@ pub(crate) fn limit_hint(map: &str) -> String {
     limit_option(map).map_or_else(String::new, |option| format!("; raise [limits] {option}"))
 }
 
-/// Returns the text of an error, with the option to raise if a map is too small.
+/// Returns the text of an error; if a map is too small, with the `[limits]` option to raise.
 pub(crate) fn with_option(error: &impl SizeError) -> String {
     let hint = error.too_small().map(limit_hint).unwrap_or_default();
     format!("{error}{hint}")

@@ -39,8 +39,8 @@ impl Config {
             }]
         })?;
         if palisade_policy::parse::is_blank(&text) {
-            // A power failure can leave a newly written file empty. Accepted as a configuration, it would guard
-            // nothing.
+            // A power failure can leave a newly written file empty. With an empty configuration no interface would be
+            // guarded.
             return Err(vec![ConfigError {
                 file: path.display().to_string(),
                 line: 0,
@@ -61,8 +61,8 @@ impl Config {
         path.is_absolute().then_some(path)
     }
 
-    /// Validates a text. `path` is the file that errors name, and its directory is the base of a relative policy
-    /// folder.
+    /// Validates a text. Errors name the file `path`, and a relative policy folder is relative to the directory of
+    /// `path`.
     ///
     /// # Errors
     /// All errors of the text, in the order of their places.

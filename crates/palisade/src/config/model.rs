@@ -73,11 +73,11 @@ pub(crate) struct Node {
     pub state_dir: PathBuf,
     /// Path of the control socket.
     pub socket: PathBuf,
-    /// What happens to traffic while policies cannot be read.
+    /// Treatment of traffic while policies cannot be read.
     pub on_failure: WithoutPolicies,
 }
 
-/// What happens to traffic if existing policies cannot be read at a start.
+/// Treatment of traffic if policies exist and cannot be read at a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WithoutPolicies {
     /// The readable policies are enforced; without any, everything passes.
@@ -98,7 +98,7 @@ pub(crate) struct Policy {
     pub audit: bool,
     /// Whether the node may always connect to its workloads.
     pub allow_localhost: bool,
-    /// Time without a change of the folder after which changes are read.
+    /// Time for which the folder must be unchanged before its changes are read.
     pub debounce: Duration,
 }
 
@@ -155,7 +155,7 @@ pub(crate) struct Dns {
     pub addresses_per_name: u32,
     /// Most addresses per endpoint.
     pub addresses_per_endpoint: u32,
-    /// Whether a selector that matches a CNAME of the answer counts too.
+    /// Whether selectors are also matched against the CNAMEs of an answer.
     pub follow_cname: bool,
     /// Response to a query that no rule allows.
     pub deny_answer: DenyAnswer,
@@ -174,7 +174,7 @@ pub(crate) struct Dns {
 pub(crate) enum DenyAnswer {
     /// REFUSED.
     Refused,
-    /// NXDOMAIN, for clients that try the next name of their search list only then.
+    /// NXDOMAIN, because some clients try the next name of their search list only after it.
     NxDomain,
 }
 
@@ -183,7 +183,7 @@ pub(crate) enum DenyAnswer {
 pub(crate) struct Http {
     /// Forms of the path that rules match.
     pub paths: Paths,
-    /// What happens to a GET with a body.
+    /// Treatment of a GET request with a body.
     pub get_bodies: GetBodies,
     /// Time within which a request head must be complete.
     pub header_timeout: Duration,
@@ -196,11 +196,11 @@ pub(crate) struct Http {
 /// `[tls]`: policies on server names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tls {
-    /// What happens to a ClientHello with an encrypted ClientHello in it.
+    /// Treatment of a ClientHello that contains an encrypted ClientHello.
     pub ech: Ech,
     /// Time within which a ClientHello must be complete.
     pub hello_timeout: Duration,
-    /// Whether the destination address must have been learned for the server name.
+    /// Whether the destination address of a connection must have been learned for its server name.
     pub verify_sni_address: bool,
 }
 
@@ -211,7 +211,7 @@ pub(crate) struct Worker {
     pub threads: usize,
     /// How workers wait for packets.
     pub mode: Mode,
-    /// What happens to packets that no worker can inspect.
+    /// Treatment of packets that no worker can inspect.
     pub on_failure: OnFailure,
     /// Frames of each worker's socket.
     pub frames: u32,
@@ -219,7 +219,7 @@ pub(crate) struct Worker {
     pub interface: String,
 }
 
-/// What happens to packets that need inspection while no worker runs.
+/// Treatment of packets that need inspection while no worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OnFailure {
     /// The packets are dropped.

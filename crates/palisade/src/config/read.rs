@@ -80,7 +80,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     config
 }
 
-/// Names and addresses that may occur only once, each with its owner.
+/// Names and addresses that may occur only once, each with the section that has it.
 #[derive(Default)]
 struct Taken {
     interfaces: HashMap<String, String>,
@@ -261,7 +261,7 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 }
 
 fn http(section: Section<'_, '_>) -> Http {
-    // Request heads are buffered completely, and a connection buffers up to twice this size per direction.
+    // Request heads are buffered completely, and a connection buffers up to twice their largest size per direction.
     const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];
@@ -288,7 +288,7 @@ fn http(section: Section<'_, '_>) -> Http {
     http
 }
 
-/// Returns `record_headers`. A record has a few hundred bytes for them.
+/// Returns `record_headers`. A record has room for a few hundred bytes of header fields, so the list is limited.
 fn record_headers(section: &Section<'_, '_>) -> Vec<String> {
     const MAX_NAMES: usize = 16;
     const DEFAULT: [&str; 3] = ["content-type", "user-agent", "x-request-id"];
@@ -363,7 +363,7 @@ fn worker(section: Section<'_, '_>) -> Worker {
     ];
     let failures = [("drop", OnFailure::Drop), ("pass", OnFailure::Pass)];
     let threads = section.integer("threads", 0..MAX_WORKERS as u64 + 1);
-    // The rings of an AF_XDP socket have a power of two of descriptors.
+    // The number of descriptors of an AF_XDP ring must be a power of two (`xsk_init_queue`).
     let frames = section.integer("frames", 256..(1 << 17) + 1).filter(|frames| {
         let fits = frames.is_power_of_two();
         if !fits {
@@ -457,8 +457,8 @@ fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
     })
 }
 
-/// Returns an interface name by the kernel's rule (`dev_valid_name`): 1 to 15 bytes, no slash, colon or white space,
-/// not a dot or two.
+/// Returns an interface name that is valid by the kernel's rule (`dev_valid_name`): 1 to 15 bytes, no slash, colon or
+/// white space, and neither `.` nor `..`.
 fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
     let at = section.required_string(key, example)?;
     let name = &at.value;
@@ -479,7 +479,8 @@ fn is_interface_name(name: &str) -> bool {
         && !name.chars().any(|c| c == '/' || c == ':' || c.is_whitespace())
 }
 
-/// Returns the `addresses` of an endpoint or of the node, without duplicates, IPv4-mapped ones as IPv4.
+/// Returns the `addresses` of an endpoint or of the node without duplicates. IPv4-mapped addresses are returned as
+/// IPv4.
 fn unique_addresses(section: &Section<'_, '_>) -> Vec<At<IpAddr>> {
     let mut list: Vec<At<IpAddr>> = Vec::new();
     for mut at in section.addresses("addresses").unwrap_or_default() {

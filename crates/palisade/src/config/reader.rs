@@ -111,11 +111,11 @@ pub(super) struct At<T> {
     pub offset: usize,
 }
 
-/// One table of the text. Without [`Section::finish`] its unknown keys would not be reported.
+/// One table of the text. Its unknown keys are reported by [`Section::finish`], which must be called.
 pub(super) struct Section<'r, 'a> {
     reader: &'r Reader<'a>,
     name: String,
-    /// `None` for a table that the text does not have: every value has its default.
+    /// `None` if the text does not have the table. Every value then has its default.
     table: Option<&'r DeTable<'r>>,
     span: Range<usize>,
     asked: RefCell<Vec<&'static str>>,
@@ -367,7 +367,7 @@ impl<'r, 'a> Section<'r, 'a> {
             |text| {
                 let bare = text.parse::<IpAddr>();
                 let address = bare.or_else(|error| match text.parse::<IpNet>() {
-                    // A full-length prefix is an address. A shorter one would be several addresses.
+                    // A prefix of full length is an address. A shorter prefix would be several addresses.
                     Ok(net) if net.prefix_len() == net.max_prefix_len() => Ok(net.addr()),
                     Ok(_) => Err(format!("'{text}' is a prefix; an address is wanted")),
                     Err(_) => Err(format!("'{text}' is no IP address ({error})")),
@@ -380,7 +380,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    /// Returns a list of IP addresses, each with a port if that is not `port`.
+    /// Returns a list of IP addresses with ports. An address without a port gets `port`.
     pub(super) fn servers(&self, key: &'static str, port: u16) -> Option<Vec<At<SocketAddr>>> {
         self.list(
             key,
@@ -424,7 +424,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 None => text.parse(),
             };
             match number {
-                // These frames are parsed as packets, or have a tag before a packet.
+                // Policies decide on these frames: they are parsed as packets, or have a tag before a packet.
                 Ok(0x0800 | 0x86dd | 0x0806 | 0x8100 | 0x88a8) => Err(format!(
                     "'{text}' is IPv4, IPv6, ARP or a VLAN tag: policies decide on these, never a list"
                 )),

@@ -2,7 +2,7 @@
 
 use palisade_policy::suggest::nearest;
 
-/// Returns `; did you mean 'WORD'?`, or an empty text if no word is near.
+/// Returns `; did you mean 'WORD'?`, or an empty text if no word is similar.
 pub(super) fn suggestion<'a>(wrong: &str, words: impl IntoIterator<Item = &'a str>) -> String {
     nearest(wrong, words).map_or_else(String::new, |word| format!("; did you mean '{word}'?"))
 }

@@ -1,4 +1,4 @@
-//! Requests and answers of the control socket. The answers are also what `-o json` prints.
+//! Requests and answers of the control socket. `-o json` prints answers in this form.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ pub(crate) enum Request {
     Ping,
     /// Returns the [`Status`].
     Status,
-    /// Ends the daemon; with `detach` everything that it attached is removed.
+    /// Ends the daemon; with `detach` everything that the daemon attached is removed.
     Stop { detach: bool },
     /// Reads the configuration and the policies again.
     Reload,
@@ -44,8 +44,8 @@ pub(crate) enum Request {
     BpfIpcacheList,
     /// Returns the [`FqdnRow`]s of one endpoint or of all.
     FqdnCacheList { endpoint: Option<String> },
-    /// Removes learned names: of one endpoint or of all, one name, those that match a pattern, or all. Returns the
-    /// number of removed addresses.
+    /// Removes learned names of one endpoint or of all: one name, the names that match a pattern, or all names. Returns
+    /// the number of removed addresses.
     FqdnCacheClean {
         endpoint: Option<String>,
         name: Option<String>,
@@ -277,11 +277,11 @@ pub(crate) struct MapFill {
 /// State of all workers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Workers {
-    /// Interface at the node's end of the punt link; empty without workers.
+    /// Name of the node's end of the punt link; empty without workers.
     pub punt_link: String,
     /// `poll`, `spin` or `busy-poll`.
     pub mode: String,
-    /// What happens to packets that no worker can inspect: `drop` or `pass`.
+    /// Treatment of packets that no worker can inspect: `drop` or `pass`.
     pub on_failure: String,
     /// Why there are no workers.
     pub problem: Option<String>,
@@ -327,7 +327,7 @@ pub(crate) struct Worker {
     pub packets_out: u64,
     /// Bytes of reinjected packets.
     pub bytes_out: u64,
-    /// Packets that the worker generated and sent: refusals, resets, acknowledgements, redelivered bytes.
+    /// Packets that the worker generated and sent: responses, resets, acknowledgements, redelivered bytes.
     pub generated: u64,
     /// Generated packets that were not sent, for lack of a frame or of space in the TX ring.
     pub generated_lost: u64,
@@ -368,10 +368,10 @@ pub(crate) struct WorkerDrops {
     pub packets: u64,
 }
 
-/// Packets that the rings of a worker's sockets have lost (`struct xdp_statistics`).
+/// Packets that the rings of a worker's socket have lost (`struct xdp_statistics`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerRing {
-    /// Packets dropped for another reason than a full ring.
+    /// Packets dropped for a reason other than a full ring.
     pub rx_dropped: u64,
     /// Packets dropped because the RX ring was full.
     pub rx_ring_full: u64,
@@ -429,18 +429,18 @@ pub(crate) struct NamesStatus {
     pub bytes: usize,
     /// Number of committed answers.
     pub committed: u64,
-    /// Number of withheld answers, because the maps do not hold their addresses.
+    /// Number of answers withheld because the maps do not hold their addresses.
     pub refused: u64,
     /// Number of answers that waited for an identity.
     pub waited: u64,
     /// Number of addresses evicted by a limit.
     pub evicted: u64,
-    /// Number of addresses that were not learned, because the limit is reached and all addresses are in use.
+    /// Number of addresses that were not learned because the limit is reached and all addresses are in use.
     pub over_limit: u64,
     /// Special-purpose addresses that were not learned.
     #[serde(default)]
     pub special: u64,
-    /// Number of withheld answers of endpoints that have too many combinations of names.
+    /// Number of answers withheld because the endpoint has too many sets of selectors.
     #[serde(default)]
     pub identities_over_limit: u64,
     /// Number of addresses that expired unused.
@@ -464,7 +464,8 @@ pub(crate) struct FqdnRow {
     pub address: String,
     /// Selectors of the endpoint's policies that match the name.
     pub selectors: Vec<String>,
-    /// Identity of the address for the endpoint; 0 if no name gives it one.
+    /// Identity of the address in the map of learned addresses; 0 if the map has no entry for the endpoint and the
+    /// address.
     pub identity: u32,
     /// Remaining lifetime, s; 0 if the address has expired.
     pub ttl: u64,
@@ -510,7 +511,7 @@ pub(crate) struct PolicySummary {
     /// The same resource as JSON: `kind`, `metadata`, `spec`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource: Option<serde_json::Value>,
-    /// Whether the file is broken now, so that its present content is not in force.
+    /// Whether the file is broken now. Its last good content is then in force, not the present one.
     #[serde(default)]
     pub file_broken: bool,
 }
@@ -518,11 +519,11 @@ pub(crate) struct PolicySummary {
 /// A rule of a policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RuleSummary {
-    /// Number of the rule in the maps; 0 if no table has it.
+    /// Number of the rule in the maps; 0 if no policy table refers to the rule.
     pub id: u32,
     /// Text of the rule.
     pub rule: String,
-    /// The rule itself, if the policy was requested by name: its entry of `ingress`, `egressDeny` and so on.
+    /// Entry of `ingress`, `egressDeny` and so on in the resource, if the policy was requested by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec: Option<serde_json::Value>,
     /// Number of packets that the rule has decided.
@@ -602,11 +603,11 @@ pub(crate) struct ConnectionRow {
     pub direction: String,
     /// Address that opened the connection, with port if the protocol has one.
     pub source: String,
-    /// Address to which it was opened, with port if the protocol has one.
+    /// Address to which the connection was opened, with port if the protocol has one.
     pub destination: String,
     /// Number of the endpoint.
     pub endpoint: u16,
-    /// Time to expiry, s; negative if it has expired and was not swept yet.
+    /// Time to expiry, s; negative if the entry has expired and is not swept yet.
     pub expires: i64,
     /// Packets of the original direction.
     pub forward_packets: u64,
@@ -637,7 +638,7 @@ pub(crate) struct IpcacheRow {
     pub prefix: String,
     /// Identity of the prefix.
     pub identity: u32,
-    /// Number of the endpoint of this node with this address; 0 if there is none.
+    /// Number of the endpoint of this node that has this address; 0 if there is none.
     pub endpoint: u16,
     /// Labels of the identity.
     pub labels: Vec<String>,

@@ -97,9 +97,9 @@ impl Client {
             Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
         );
         if changes {
-            // A ping first, because a hanging daemon is then reported sooner than by the timeout of a change.
+            // A ping finds out within [`READ_TIMEOUT`] whether the daemon hangs, before the longer wait for a change.
             match ask_within::<serde_json::Value>(socket, &Request::Ping, READ_TIMEOUT) {
-                // A daemon of an older version refuses the unknown request, which is an answer too.
+                // A daemon of an older version refuses the unknown request, which shows that it answers.
                 Ok(_) | Err(ClientError::Refused(_)) => {}
                 Err(error) => return Err(error),
             }
@@ -134,12 +134,12 @@ impl Client {
             None,
         )
         .map_err(failed)?;
-        // SO_SNDTIMEO also limits how long connect(2) waits for the listener's queue (unix(7), socket(7)).
+        // SO_SNDTIMEO also limits how long connect(2) waits for space in the listener's queue (`unix_stream_connect`).
         let send =
             TimeVal::milliseconds(i64::try_from(timeout.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
         setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
         connect(socket.as_raw_fd(), &address).map_err(failed)?;
-        // Root must not trust answers of another user's process, which could have made the socket.
+        // Another user's process could have made the socket, and root must not trust its answers.
         let peer = getsockopt(&socket, PeerCredentials).map_err(failed)?;
         if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
             return Err(ClientError::NotRoot {
@@ -187,7 +187,7 @@ impl Client {
         }
     }
 
-    /// Returns a line. The timeout starts again with each piece that arrives.
+    /// Returns a line. The timeout restarts with each part of the line that arrives.
     fn line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
         loop {
@@ -232,7 +232,7 @@ pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Resu
     Client::send(socket, request)?.answer()
 }
 
-/// Sends a request and returns its answer, which must arrive within `timeout`.
+/// Sends a request and returns its answer. Fails if the daemon sends nothing for `timeout`.
 pub(crate) fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,

@@ -1,4 +1,4 @@
-//! Protocol between command line and daemon: a unix socket, one request per connection, JSON lines both ways.
+//! Protocol between the command line and the daemon: a unix socket, one request per connection, JSON lines both ways.
 //!
 //! ```text
 //! -> {"command":"endpoint-get","endpoint":"default/web"}

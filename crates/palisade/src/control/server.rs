@@ -1,4 +1,4 @@
-//! Server of the control socket: answers only root, a bounded number of clients, each within deadlines.
+//! Server of the control socket. It answers only root, and a bounded number of clients, each within deadlines.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -51,14 +51,15 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
 /// Most clients that follow flows; the remaining connections stay free for other requests.
 const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 
-/// Longest wait for clients at the end of the daemon, because following clients do not end by themselves.
+/// Longest wait for clients when the daemon ends. Clients that follow flows do not disconnect by themselves.
 const CLOSE_GRACE_PERIOD: Duration = Duration::from_millis(300);
 
 /// Writes the lines of an answer.
 pub(crate) trait Sink {
     /// Sends a line now.
     fn send(&mut self, answer: &Answer) -> io::Result<()>;
-    /// Appends a line to the buffer, which is sent by the next [`Sink::send`] or [`Sink::flush`], or when it is full.
+    /// Appends a line to the buffer. The buffer is sent by the next [`Sink::send`] or [`Sink::flush`], or when it is
+    /// full.
     fn queue(&mut self, answer: &Answer) -> io::Result<()>;
     /// Sends the buffer.
     fn flush(&mut self) -> io::Result<()>;
@@ -95,7 +96,7 @@ pub(crate) struct Claim {
 /// Takes the right to listen at a path, and makes its directory.
 ///
 /// # Errors
-/// Another daemon has it, a process listens there, or another user could replace the socket.
+/// Another daemon has the right, a process listens at the path, or another user could replace the socket.
 pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     let shown = || format!("[node] socket {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -138,7 +139,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     Ok(Claim { path, _lock: lock })
 }
 
-/// Returns whether a process listens at a socket. Does not wait if the process accepts no connections.
+/// Returns whether a process listens at a socket. Does not wait if the queue of the listener is full.
 fn is_alive(path: &Path) -> bool {
     let connected = socket(
         AddressFamily::Unix,
@@ -147,7 +148,8 @@ fn is_alive(path: &Path) -> bool {
         None,
     )
     .and_then(|socket| connect(socket.as_raw_fd(), &UnixAddr::new(path)?));
-    // EAGAIN means a listener with a full queue (unix(7)). Only ECONNREFUSED means that there is none.
+    // EAGAIN means a listener with a full queue (connect(2)). Only ECONNREFUSED and ENOENT mean that no process
+    // listens.
     !matches!(connected, Err(Errno::ECONNREFUSED | Errno::ENOENT))
 }
 
@@ -162,8 +164,8 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Waits a moment for clients to read their last answer, because their threads end with the process. Then removes
-    /// the socket.
+    /// Waits up to [`CLOSE_GRACE_PERIOD`] for clients to read their last answer, because their threads end with the
+    /// process. Then removes the socket.
     pub(crate) fn close(self) {
         let until = Instant::now() + CLOSE_GRACE_PERIOD;
         while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
@@ -204,7 +206,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
                 Ok(stream) => accept(stream, &handler, &counts),
                 Err(error) => {
                     warn!(%error, "a client cannot be accepted");
-                    // Probably no free file descriptor: retrying at once would only burn CPU.
+                    // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn CPU.
                     thread::sleep(Duration::from_millis(100));
                 }
             }
@@ -214,7 +216,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
 }
 
 fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>) {
-    // A second check besides the file's mode: the user id of the peer as the kernel reports it.
+    // Besides the file's mode, the user id that the kernel reports for the client's process is checked (SO_PEERCRED).
     let root = getsockopt(&stream, PeerCredentials).is_ok_and(|credentials| credentials.uid() == 0);
     if !root {
         refuse(stream, "only root may talk to the daemon");
@@ -277,7 +279,7 @@ enum Line {
     Closed,
 }
 
-/// Reads one line. The deadline is for the whole line, so that single bytes do not prolong it.
+/// Reads one line. The deadline is for the whole line, so that a client that sends single bytes cannot prolong it.
 fn read_request(stream: &UnixStream) -> io::Result<Line> {
     let deadline = Instant::now() + REQUEST_DEADLINE;
     let mut line = Vec::new();
@@ -305,8 +307,8 @@ fn read_request(stream: &UnixStream) -> io::Result<Line> {
     }
 }
 
-/// Writes all bytes in chunks. The deadline is for a whole chunk, so that a client that reads single bytes counts as
-/// slow.
+/// Writes all bytes in chunks. The deadline is for a whole chunk, so that a client that reads single bytes also counts
+/// as slow.
 fn write_all(
     mut stream: &UnixStream,
     bytes: &[u8],

@@ -1,5 +1,5 @@
-//! Texts in the state directory. The first line of each file has the length and the CRC-32 of the rest, so that a file
-//! that a power failure has truncated, filled with zeroes or mixed with another one is detected and not used.
+//! Text files in the state directory. The first line of each file has the length and the CRC-32 of the rest, so that a
+//! file that a power failure has truncated, filled with zeroes or mixed with another one is detected and not used.
 
 use std::{
     fs::{self, OpenOptions},

@@ -71,7 +71,7 @@ pub(super) struct Control {
     /// Number of changes that were put in force.
     pub(super) changes: u64,
     pub(super) last_change: Duration,
-    /// Whether every direction is denied by default, because policies cannot be read.
+    /// Whether both directions of every endpoint are under default deny, because policies cannot be read.
     pub(super) closed: bool,
     /// Time of the first and of the last change since the state was last written; `None` without a change.
     pub(super) unsaved: Option<(Instant, Instant)>,
@@ -81,7 +81,7 @@ pub(super) struct Control {
     pub(super) start_notes: Vec<String>,
     /// Options of the last reload that take effect after a restart, for `status`.
     pub(super) notes: Vec<String>,
-    /// Rules that translate addresses on this node, and the time at which they were looked up.
+    /// Rules of this node that translate or redirect packets, as texts, and the time at which they were read.
     pub(super) translations: RefCell<Option<(Instant, Vec<String>)>>,
 }
 
@@ -97,7 +97,8 @@ impl Control {
     /// Handles messages until one of them ends the daemon.
     pub(super) fn serve(&mut self, messages: &Receiver<Message>) -> End {
         loop {
-            // Checked before each message, because a continuous stream of messages would starve `idle`.
+            // The deadline of the unsaved state is checked before each message, because a continuous stream of messages
+            // would keep `idle` from running.
             if self
                 .unsaved
                 .is_some_and(|(first, _)| first.elapsed() > SAVE_MAX_DELAY)
@@ -108,12 +109,13 @@ impl Control {
             let message = match messages.recv_timeout(self.timeout()) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.activity.begin("looking after everything");
+                    self.activity
+                        .begin("checking attachments and retrying failed operations");
                     self.idle();
                     self.write_netfilter();
                     continue;
                 }
-                // Not reached while the daemon runs: the threads of the clients hold senders.
+                // This error cannot occur while the daemon runs, because the threads that answer clients hold senders.
                 Err(RecvTimeoutError::Disconnected) => return End::Stay,
             };
             self.activity.begin(message.task());
@@ -246,7 +248,7 @@ impl Control {
                     file,
                     policy = policies,
                     revision,
-                    "policy file refused, what it said before stays in force if it was good"
+                    "policy file refused; its last good content, if any, stays in force"
                 ),
                 (event, Some(problem)) => info!(
                     event = "rolled-back",
@@ -331,7 +333,7 @@ impl Control {
         }
     }
 
-    /// Compiles whatever depends on endpoints, peers and options, and puts it in force.
+    /// Compiles the endpoints, peers and options of the configuration, and puts the result in force.
     pub(super) fn update_inventory(&mut self, begun: Instant) -> anyhow::Result<()> {
         let mut inventory = inventory(&self.config, &self.network, &mut self.state.state)?;
         self.closed =
@@ -364,7 +366,7 @@ impl Control {
         self.netfilter_due = true;
     }
 
-    /// Passes the names that policies give in full, and the DNS servers, to the prefetcher.
+    /// Passes the names in `matchName` selectors and the DNS servers to the prefetcher.
     fn prefetch(&mut self) {
         let dns = &self.config.dns;
         if self.prefetch.is_none() && dns.prefetch {
@@ -393,8 +395,8 @@ impl Control {
         known.filter(|id| !wanted.contains_key(id)).collect()
     }
 
-    /// Removes the connections of endpoints. Their numbers can be used again, and a new endpoint must not inherit
-    /// connections.
+    /// Removes the conntrack entries of endpoints. Otherwise a new endpoint that gets one of their numbers would
+    /// inherit them.
     fn forget_connections(&self, endpoints: &[u16]) {
         if endpoints.is_empty() {
             return;
@@ -427,8 +429,9 @@ impl Control {
         self.netfilter_due = true;
     }
 
-    /// Writes the nftables table for the current interfaces, addresses and node policy. Runs after the interfaces are
-    /// attached, because until then only the table of the previous daemon knows which interfaces are guarded.
+    /// Writes the nftables table for the current interfaces, addresses and node policy. Must run after the interfaces
+    /// are attached: a table written earlier would lack them, and would replace the complete table of the previous
+    /// daemon.
     pub(super) fn write_netfilter(&mut self) {
         if !std::mem::take(&mut self.netfilter_due) {
             return;
@@ -436,9 +439,8 @@ impl Control {
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
         let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
-        // A packet that entered by a guarded interface can leave the node by an interface without programs. If there is
-        // no such interface, one end of each forwarded packet is a guarded interface, and its programs drop packets
-        // that did not enter by a guarded one (219).
+        // The programs at either interface of a forwarded packet drop forbidden packets (219). Only packets between two
+        // interfaces without programs need the forward chain, so the chain is written if any interface has no programs.
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)
@@ -501,9 +503,9 @@ impl Control {
         self.state.keeper.policies(self.files.to_keep());
     }
 
-    /// Keeps a copy of the configuration for a start that finds its file broken.
+    /// Keeps a copy of the configuration for a later start that finds the file broken.
     pub(super) fn keep_config(&self) {
-        // After a failed reload the file is broken; the copy must stay the last good one.
+        // After a failed reload the file is broken, and the copy must stay the last good one.
         if self.reload_problem.is_none() {
             let text = last_good::text(&self.config);
             self.state.keeper.config(text);

@@ -35,8 +35,8 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Most distinct sets of selectors that the learned addresses of one endpoint may have. An address of the world with a
-/// single selector does not count.
+/// Most selector sets of learned addresses for which one endpoint gets identities. A single selector on an address of
+/// the world always has an identity and needs no grant.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and which of its results the maps hold.
@@ -82,7 +82,7 @@ impl Enforcer {
     }
 
     /// Compiles a new inventory and all new policy files. If the compiler refuses them together, each file is tried
-    /// alone, so that one bad file does not keep out the others.
+    /// alone, so that one bad file does not prevent the others from taking effect.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
@@ -111,7 +111,7 @@ impl Enforcer {
         if let [name] = names.as_slice() {
             return self.refuse(name, problems, files);
         }
-        // Usually everything but the files with errors compiles at once. Trying each file alone takes long with
+        // Usually all files that the errors do not name compile together. Trying each file alone takes long with
         // thousands of files.
         let is_named = |name: &String| {
             let shown = files.shown(name);
@@ -139,7 +139,7 @@ impl Enforcer {
 
     fn one_by_one(&mut self, names: &[String], files: &mut PolicyFiles) {
         let offers = names.iter().map(|name| (name, files.offered(name)));
-        // Removals first: a removed file can resolve the conflict of an added one.
+        // Removals come first, because a removed file can resolve a conflict of an added one.
         let (gone, here): (Vec<_>, Vec<_>) = offers.partition(|(_, content)| content.is_none());
         for (name, content) in gone.into_iter().chain(here) {
             let changes = Changes {
@@ -174,10 +174,10 @@ impl Enforcer {
     }
 
     /// Makes the maps hold the compiler's state, learned addresses included, in an order in which every packet meets
-    /// the old rules or the new ones. Returns whether anything changed. After a failure the last state is put back, and
-    /// the next attempt starts from there.
+    /// the old rules or the new ones. Returns whether anything changed. After a failure the last complete state is put
+    /// back, and the next attempt starts from there.
     ///
-    /// `set_rules` gets the rule sets before a map refers to them.
+    /// `set_rules` is called with the rule sets before any map entry refers to them.
     pub(super) fn enforce(
         &mut self,
         datapath: &Datapath,
@@ -283,7 +283,8 @@ impl Enforcer {
             })
     }
 
-    /// Moves the maps from their content to another state. Returns whether that took any operation.
+    /// Applies the plan from the current content of the maps to another state. Returns whether the plan had any
+    /// operation.
     fn apply(
         &mut self,
         datapath: &Datapath,
@@ -307,8 +308,8 @@ impl Enforcer {
         }
     }
 
-    /// Makes the identities that pending DNS answers need. The cost depends on their number, not on the size of the
-    /// policies. `set_rules`: see [`Self::enforce`].
+    /// Makes the identities that pending DNS answers need. The cost depends on the number of these identities, not on
+    /// the size of the policies. `set_rules`: see [`Self::enforce`].
     pub(super) fn extend(
         &mut self,
         datapath: &Datapath,
@@ -332,7 +333,8 @@ impl Enforcer {
             }
         }
         if !full.is_empty() {
-            // Counts again before refusing: sets that went out of use since the last count free their places.
+            // The sets in use are counted again before an answer is refused, because unused sets do not count against
+            // the limit.
             self.count_granted(&state.learned_map, &before);
             let missing = state.learned_map.missing(&state.view, false);
             full.clear();
@@ -378,9 +380,9 @@ impl Enforcer {
         }
     }
 
-    /// Allows an identity for a set of selectors of an endpoint. Returns false if the endpoint has
-    /// [`MAX_SETS_PER_ENDPOINT`] sets: DNS servers choose which addresses share which names, so without a bound they
-    /// would choose the size of the endpoint's tables.
+    /// Grants an identity to a selector set of an endpoint. Returns whether the set is granted. An endpoint can have at
+    /// most [`MAX_SETS_PER_ENDPOINT`] sets: DNS servers choose which addresses share which names, and could otherwise
+    /// choose the size of the endpoint's policy table.
     fn grant(&mut self, endpoint: EndpointId, set: LearnedSet) -> bool {
         let granted = self.granted.entry(endpoint).or_default();
         granted.contains(&set) || (granted.len() < MAX_SETS_PER_ENDPOINT && granted.insert(set))
@@ -405,8 +407,9 @@ impl Enforcer {
         self.wanted = self.granted.values().flatten().cloned().collect();
     }
 
-    /// Drops the identities of sets that no learned address uses any more, if they are at least `MIN_PRUNED_SETS`.
-    /// Returns whether the maps hold more than the compiler's state; then [`Self::enforce`] removes the rest.
+    /// Removes from the compiler the identities of sets that no learned address uses any more, if there are enough of
+    /// them to be worth a compilation. Returns whether any identity was removed; [`Self::enforce`] then removes these
+    /// identities from the maps.
     pub(super) fn prune(&mut self, names: &FqdnManager) -> bool {
         /// Fewest unused sets that are worth a compilation.
         const MIN_PRUNED_SETS: usize = 32;
@@ -565,7 +568,7 @@ impl IdentityResolver for SnapshotResolver {
     }
 }
 
-/// Returns whether an address can have another identity in the new snapshot although its names are the same.
+/// Returns whether an address can have another identity in the new snapshot although its learned names are the same.
 fn may_differ(old: &Snapshot, new: &Snapshot) -> bool {
     !Arc::ptr_eq(&old.addresses, &new.addresses)
         || !Arc::ptr_eq(&old.prefixes, &new.prefixes)

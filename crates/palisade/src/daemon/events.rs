@@ -22,9 +22,9 @@ use super::view::{EventNames, Shared};
 
 /// Most events between two checks for a new view.
 const MAX_BATCH: usize = 512;
-/// Time without a new record after which records are turned into flows.
+/// Time without a new record after which the records in the ring are converted to flow records.
 const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);
-/// Age at which records are turned into flows even while new ones arrive.
+/// Age at which records are converted to flow records even while new records arrive.
 const MAX_UNSETTLED_AGE: Duration = Duration::from_secs(1);
 /// Longest sleep of the thread that takes records.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -73,9 +73,9 @@ pub(super) fn read(
 
 /// Starts the thread that moves records of workers into the flow ring. The thread ends with the workers.
 ///
-/// The ring converts a record to a flow when a client reads it. This thread converts the remaining records: when the
-/// view changes, with the names of the old view; when no record arrives; and at intervals, because names of addresses
-/// expire.
+/// The ring converts a record to a flow record when a client reads it. This thread converts the remaining records: when
+/// the view changes, with the names of the old view; when no record arrives; and at intervals, because names of
+/// addresses expire.
 pub(super) fn records(
     records: Receiver<TimedRecord>,
     ring: Arc<Ring>,
@@ -104,7 +104,8 @@ pub(super) fn records(
                 ring.settle(Timestamp::MAX);
                 unsettled = None;
             } else if unsettled.is_some_and(|since| since.elapsed() > MAX_UNSETTLED_AGE) {
-                // Under load no record in the ring is that old, because newer ones overwrite it, so this costs little.
+                // Under load newer records overwrite the older ones before they reach this age, so this call converts
+                // few records.
                 ring.settle(now.before(MAX_UNSETTLED_AGE));
                 unsettled = Some(Instant::now());
             }
@@ -122,7 +123,7 @@ pub(super) fn records(
     Ok(())
 }
 
-/// Returns what to add to the monotonic clock to get the time since 1970, ns.
+/// Returns the difference between the time since 1970 and the monotonic clock, ns.
 pub(super) fn clock_offset() -> i64 {
     let zero = Clock::now().wall(0);
     match zero.duration_since(UNIX_EPOCH) {
@@ -131,8 +132,8 @@ pub(super) fn clock_offset() -> i64 {
     }
 }
 
-/// Returns the end event of a flow that expired without FIN or RST; `None` if the programs have reported its end. The
-/// programs see no packet when a flow falls silent, so the sweep reports it.
+/// Returns the end event of a flow that expired without FIN or RST; `None` if the programs have reported its end. When
+/// a flow falls silent the programs see no packet, so the sweep reports the end.
 pub(super) fn ended(ended: &Ended, now: u64) -> Option<Event> {
     let (key, entry) = (&ended.key, &ended.entry);
     if entry.flags & ct_flags::CLOSED != 0 {

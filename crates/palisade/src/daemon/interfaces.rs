@@ -1,4 +1,5 @@
-//! Attaches the programs to the configured interfaces and keeps them attached.
+//! Attaches the programs to the configured interfaces and keeps them attached. An interface is *guarded* while programs
+//! are attached to it in both directions.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,18 +43,19 @@ pub(super) struct Interfaces {
     outcomes: BTreeMap<String, Outcome>,
     /// Index of each interface at the last check; absent if the interface did not exist.
     present: BTreeMap<String, u32>,
-    /// Whether seeding is over: the existing connections were seeded, or must not be seeded any more.
+    /// Whether seeding is over: the existing connections were seeded, or must no longer be seeded.
     seeded: bool,
-    /// The list of unguarded interfaces that the programs have; `None` before the first write.
+    /// Interfaces that are not configured, as last written to the programs' interface table: by index, whether each is
+    /// stacked on an interface of a workload. `None` before the first write.
     others: Option<BTreeMap<u32, bool>>,
-    /// Index of each interface at which attaching failed and the programs of an earlier attachment still run.
+    /// Index of each interface at which attaching failed while the programs of an earlier attachment still run.
     kept: BTreeMap<String, u32>,
     /// Whether one of the interfaces is or was a port of a bridge.
     had_bridge: bool,
 }
 
 impl Interfaces {
-    /// Takes over the interfaces of the configuration. Called after the endpoints have received their numbers.
+    /// Takes over the interfaces of the configuration. Must be called after the endpoints have received their numbers.
     pub(super) fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();
         for interface in &config.interfaces {
@@ -80,7 +82,7 @@ impl Interfaces {
     }
 
     /// Attaches the programs to configured interfaces and detaches them from others. Interfaces that are attached as
-    /// configured are left alone; failed ones are tried again. Returns whether anything changed.
+    /// configured are left alone; failed attempts are repeated. Returns whether anything changed.
     pub(super) fn reconcile(
         &mut self,
         datapath: &Datapath,
@@ -99,14 +101,16 @@ impl Interfaces {
         }
         if !self.seeded {
             self.seeded = true;
-            // Seed once, before the first program of this boot sees a packet: the packets of an existing connection do
-            // not show which end opened it. Never again while the maps exist: from then on every connection begins
-            // under the policy, and workloads can forge the socket lists that seeds come from.
+            // Existing connections are seeded once, before the first program of this boot sees a packet, because the
+            // packets of such a connection do not show which end opened it. They are never seeded again while the maps
+            // exist: every later connection begins under the policy, and workloads can forge the socket lists from
+            // which seeds are made.
             if datapath.is_fresh() {
                 seed(datapath, config, inventory);
             }
         }
-        // Workloads first: a guarded NIC does not forward packets that entered by an unguarded workload interface.
+        // Workload interfaces come first, because the programs of a NIC do not forward packets that entered by an
+        // unguarded workload interface.
         let mut order: Vec<_> = self.wanted.iter().collect();
         order.sort_by_key(|(_, wanted)| wanted.role == Role::Host);
         for (name, wanted) in order {
@@ -181,8 +185,8 @@ impl Interfaces {
         changed
     }
 
-    /// Returns the index of every configured interface that exists: by its name, by an alternative name, or, if it was
-    /// renamed while guarded and no other interface has its name, by its attachment.
+    /// Returns the index of every configured interface that exists, found by its name or an alternative name. A guarded
+    /// interface that was renamed is found by its attachment, unless another interface has the configured name.
     fn find(&self, network: &Network, kernel: &[Attached]) -> BTreeMap<String, u32> {
         let mut found: BTreeMap<String, u32> = self
             .wanted
@@ -198,8 +202,8 @@ impl Interfaces {
                 Some(Outcome::Guarded(attachment, _)) => Some(attachment.ifindex),
                 _ => None,
             };
-            // Before the first write of the unguarded list, the attachment may be that of a previous daemon; it is
-            // recognised by role and endpoint. Later the name of each attachment is known.
+            // Before the first write of `others`, the attachment may be that of a previous daemon, which is recognised
+            // by role and endpoint. Later `outcomes` has the index of each attachment.
             if known.is_none() && self.others.is_some() {
                 continue;
             }
@@ -218,8 +222,8 @@ impl Interfaces {
         found
     }
 
-    /// Writes the list of interfaces that need not be guarded into the map of the programs. Configured interfaces that
-    /// are not guarded yet are left out, so that the programs forward nothing that enters by them.
+    /// Writes the list of interfaces that are not configured to the programs' interface table. Configured interfaces
+    /// that are not guarded yet are not in the list, so the programs forward nothing that enters by them.
     fn tell_of_others(
         &mut self,
         datapath: &Datapath,
@@ -246,8 +250,8 @@ impl Interfaces {
         Ok(())
     }
 
-    /// Detaches interfaces that are not configured any more and removes the pins of deleted ones. Returns the
-    /// attachments that the kernel has now, and whether they have changed.
+    /// Detaches the programs from interfaces that are no longer configured, and removes the pins of deleted interfaces.
+    /// Returns `guarded`, and whether any of its interfaces is no longer configured.
     fn release(
         &mut self,
         datapath: &Datapath,
@@ -270,7 +274,7 @@ impl Interfaces {
                         error!(interface = attached.name, %error, "the programs cannot be detached")
                     }
                 }
-                // Removed from the list, so that the next write adds the interface as an unguarded one.
+                // The entry is removed here, so that the next write adds the interface as an unguarded one.
                 if let Some(others) = &mut self.others {
                     others.remove(&attached.ifindex);
                 }
@@ -294,7 +298,8 @@ impl Interfaces {
     /// Returns the part of the nftables rules that depends on interfaces. `nics`: whether the table stops traffic of
     /// unguarded NICs.
     ///
-    /// A NIC at which attaching failed is left out, so that an operator can still reach the node; `status` reports it.
+    /// A NIC at which attaching failed is left out, so that an operator can still reach the node; `status` reports the
+    /// failure.
     pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
         let (mut enforced, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();

@@ -51,7 +51,7 @@ enum Order {
     State(String),
     Config(String),
     Policies(PolicyTexts),
-    /// Send a result once everything before this order is on the disk or has failed.
+    /// Send a result once the files of all earlier orders are on the disk or have failed.
     Flush(Sender<Result<(), String>>),
 }
 
@@ -91,7 +91,7 @@ impl Keeper {
         let _ = self.orders.send(Order::Policies(texts));
     }
 
-    /// Waits until everything that was ordered before is on the disk.
+    /// Waits until the files of all earlier orders are on the disk.
     ///
     /// # Errors
     /// Text of the first failed write, or that the disk has not answered for [`FLUSH_DEADLINE`]. Failed writes are
@@ -181,7 +181,7 @@ impl Writing {
             return Ok(());
         }
         if !self.dir.exists() {
-            // The directory could not be made at the start, or was removed since.
+            // The directory could not be made at the start, or was removed later.
             private_dir(&self.dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
         }
         let mut outcome = Ok(());
@@ -251,8 +251,8 @@ pub(super) fn keep_policies(
         let put = if synced.is_ok() && outcome.is_ok() {
             fs::rename(temporary, path)
         } else {
-            // After a failure no file of the batch is replaced; the temporary ones take space on a disk that may be
-            // full.
+            // After a failure no file of the batch is replaced. The temporary files are removed, because the disk may
+            // be full.
             fs::remove_file(temporary)
         };
         match put {

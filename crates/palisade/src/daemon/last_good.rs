@@ -1,5 +1,5 @@
-//! The last good configuration, for a start that finds the file broken. Without it nothing would be guarded, because
-//! only the configuration names interfaces and endpoints.
+//! The last good configuration, for a start that finds the file broken. Without the copy no interface would be guarded,
+//! because only the configuration names interfaces and endpoints.
 
 use std::{
     env, fs, io,
@@ -36,8 +36,8 @@ pub(crate) fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
     Err(problems)
 }
 
-/// Returns the possible state directories: that of the broken file, if that line can be read; that of the service
-/// manager (systemd.exec(5), `StateDirectory=`); the default one.
+/// Returns the possible state directories: the `state_dir` of the broken file, if that line can be read; that of the
+/// service manager (systemd.exec(5), `StateDirectory=`); the default one.
 fn state_dirs(broken: &str) -> Vec<PathBuf> {
     let managed = env::var_os("STATE_DIRECTORY")
         .map(PathBuf::from)
@@ -80,7 +80,7 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
             of.unwrap_or("which is not named")
         ));
     }
-    // Without the first line, so that line numbers in errors are those of the original file.
+    // The first line is removed, so that line numbers in errors are those of the original file.
     let text = content.split_once('\n').map_or("", |(_, text)| text);
     Config::parse(path, text).map_err(|errors| {
         let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();

@@ -1,4 +1,4 @@
-//! What other threads send to the control thread.
+//! Messages from other threads to the control thread.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ pub(super) enum Message {
     Fqdn(ControlRequest),
     /// A worker has ended. It starts again by itself.
     WorkerEnded,
-    /// A client wants the daemon to end; with `detach` everything that it attached is removed first.
+    /// A client wants the daemon to end; with `detach` everything that the daemon attached is removed first.
     Stop { detach: bool, reply: Reply<()> },
     /// A client needs what only the control thread has.
     Client(ClientRequest),

@@ -1,5 +1,5 @@
-//! Finds rules that translate addresses or redirect packets in this network namespace. Where there are any, a packet
-//! can have other addresses at the hook that decides than at its socket.
+//! Finds rules that translate addresses or redirect packets in this network namespace. With such rules the addresses of
+//! a packet at the hook where policy decides can differ from those at its socket.
 
 use std::{fs, io};
 
@@ -14,7 +14,7 @@ const GET_CHAIN: u16 = 10 << 8 | 4;
 const GET_RULE: u16 = 10 << 8 | 7;
 /// `RTM_GETRULE` (linux/rtnetlink.h).
 const GET_ROUTING_RULE: u16 = 34;
-/// `NFTA_CHAIN_USE`: number of rules and jumps that use the chain.
+/// `NFTA_CHAIN_USE`: number of rules in the chain and of jumps to the chain.
 const CHAIN_USE: u16 = 6;
 /// `NFTA_CHAIN_TYPE`.
 const CHAIN_TYPE: u16 = 7;
@@ -29,7 +29,7 @@ const HEADER: usize = 16;
 /// Returns the number of nat chains of nftables that have rules.
 pub(super) fn nft_chains() -> usize {
     let mut chains = 0;
-    // A kernel without nf_tables has no such rules and answers with an error.
+    // A kernel without nf_tables answers with an error, and has no such chains.
     let _ = dump(NETLINK_NETFILTER, GET_CHAIN, 4, &mut |message| {
         let is_nat = attribute(message, CHAIN_TYPE).is_some_and(|kind| kind.starts_with(b"nat\0"));
         let used = attribute(message, CHAIN_USE).is_some_and(|used| used.iter().any(|byte| *byte != 0));
@@ -38,8 +38,8 @@ pub(super) fn nft_chains() -> usize {
     chains
 }
 
-/// Returns the programs whose nat table is loaded. Only the kernel's own iptables has such a table; iptables-nft writes
-/// nftables.
+/// Returns the legacy iptables programs whose nat table is loaded. iptables-nft writes nftables rules and loads no such
+/// table.
 pub(super) fn legacy_tables() -> Vec<&'static str> {
     [
         ("iptables", "/proc/thread-self/net/ip_tables_names"),

@@ -28,7 +28,7 @@ use crate::config::Config;
 const GROUP: u32 = 1 << (7 - 1);
 /// Wait after a notification, because the kernel sends many for one transaction.
 const DEBOUNCE: Duration = Duration::from_millis(5);
-/// Interval at which the tables of the kernel's own iptables are read, ms: the kernel sends no notification about them.
+/// Interval at which the tables of legacy iptables are read, ms. The kernel sends no notification when they change.
 const POLL_INTERVAL_MS: u16 = 2_000;
 /// Size of the socket's receive buffer, bytes.
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
@@ -46,7 +46,7 @@ const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, 
 /// Name and owner of this daemon's table.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
-    /// Name of the punt link, which is unique in the network namespace.
+    /// Name of the table: that of the punt link, which is unique in the network namespace.
     name: String,
     owner: String,
 }
@@ -63,7 +63,7 @@ impl Place {
         Netfilter::open(&self.name, &self.owner)
     }
 
-    /// Returns the packets that the table has dropped; empty if the table cannot be read.
+    /// Returns the counters of the packets that the table has dropped; empty if the table cannot be read.
     pub(crate) fn counts(&self) -> Vec<(Reason, Direction, Counter)> {
         self.open()
             .and_then(|mut table| table.counts())
@@ -142,7 +142,7 @@ impl Keeper {
         }
     }
 
-    /// Closes forwarding between unguarded interfaces. Called at the end of the daemon, because no daemon will guard
+    /// Makes the table check forwarded packets. Called when the daemon ends, because no daemon will attach programs to
     /// interfaces that appear later.
     pub(super) fn close_forwarding(&mut self) {
         if let Some(rules) = self.written.clone() {
@@ -196,8 +196,8 @@ impl Keeper {
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
             socket.set_non_blocking(true)?;
-            // A rule set is replaced as a whole, with one notification per rule. After lost notifications the daemon
-            // writes its table again, so a large buffer avoids needless writes.
+            // A program that replaces a rule set causes one notification per rule. After lost notifications (ENOBUFS)
+            // the daemon writes its table again, so a large buffer avoids needless writes.
             let _ = setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER_BYTES);
             Ok(socket)
         });
@@ -296,8 +296,8 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     }
 }
 
-/// Reads the messages of one notification. Messages that `port` has caused are skipped, because the daemon's own writes
-/// are no change by another program.
+/// Reads the messages of one notification. Messages that requests of the netlink port `port` have caused are skipped,
+/// because they report the daemon's own writes.
 fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
     while let Some(header) = messages.first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, .., p0, p1, p2, p3] = *header;
@@ -311,7 +311,8 @@ fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
             if kind & 0xff == NEW_GENERATION {
                 seen.ruleset = true;
             } else {
-                // The first attribute of every other message is the name of its table.
+                // In every other nftables message the attribute of type 1 is the name of the table (`NFTA_RULE_TABLE`
+                // and so on).
                 let name = message
                     .get(HEADERS..)
                     .and_then(|attributes| nat::find(attributes, 1));

@@ -33,11 +33,11 @@ pub(super) struct Network {
     pub links: BTreeMap<String, u32>,
     /// Index of every interface, by alternative name (`ip link property add altname`).
     pub alternatives: BTreeMap<String, u32>,
-    /// Index of the bridge, VRF or bond of which an interface is a port.
+    /// Index of the bridge, VRF or bond, by the index of its port.
     pub masters: BTreeMap<u32, u32>,
     /// Indices of ports of a bridge.
     pub bridge_ports: BTreeSet<u32>,
-    /// Index of the interface below a VLAN, macvlan or ipvlan.
+    /// Index of the lower interface, by the index of a VLAN, macvlan or ipvlan.
     pub lowers: BTreeMap<u32, u32>,
     /// Indices of interfaces that are down.
     pub down: BTreeSet<u32>,
@@ -75,8 +75,8 @@ impl Network {
             .copied()
     }
 
-    /// Returns the interfaces through which packets that entered by `ports` pass to the node's stack: bridges and VRFs
-    /// of these ports, VLANs on them, and so on.
+    /// Returns the interfaces that are stacked on `ports`: bridges and VRFs of these ports, VLANs on them, and so on.
+    /// Packets that enter by a port pass through them to the node's stack.
     pub(super) fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = ports.clone();
         loop {
@@ -133,7 +133,8 @@ impl Network {
                 _ => {}
             }
         }
-        // A veth has the index of its peer in the same attribute, so only kinds with a lower interface count.
+        // A veth has the index of its peer in `IFLA_LINK`, so this attribute is used only for kinds that have a lower
+        // interface.
         if let Some(lower) = lower
             && stands_on_another
             && !is_elsewhere
@@ -143,8 +144,7 @@ impl Network {
     }
 }
 
-/// Returns the prefixes of the table of local routes: addresses, broadcast and anycast addresses, and routes of type
-/// local.
+/// Returns the prefixes of the local routing table (`RT_TABLE_LOCAL`): local, broadcast and anycast routes.
 pub(super) fn local_routes() -> BTreeSet<IpNet> {
     /// `RT_TABLE_LOCAL`.
     const LOCAL: u8 = 255;
@@ -185,8 +185,8 @@ pub(super) fn local_routes() -> BTreeSet<IpNet> {
     routes
 }
 
-/// Returns the address of this node. On a point-to-point interface `Address` is the peer's and `Local` the node's. On
-/// others they are equal, and IPv6 has no `Local`.
+/// Returns the node's address. On a point-to-point interface `IFA_LOCAL` is the node's address and `IFA_ADDRESS` that
+/// of the remote end. On other interfaces both are equal, or `IFA_LOCAL` is absent (IPv6).
 fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     let local = attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -203,7 +203,8 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    // With strict checking the kernel dumps only the requested table; a router has a million other routes.
+    // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router may have a
+    // million routes in others.
     if matches!(request, RouteNetlinkMessage::GetRoute(_)) {
         socket.set_netlink_get_strict_chk(true)?;
     }
@@ -237,7 +238,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     }
 }
 
-/// Repeats a dump until no change interrupts it (`NLM_F_DUMP_INTR`).
+/// Repeats the dumps until no change interrupts them (`NLM_F_DUMP_INTR`).
 fn read_whole() -> io::Result<Network> {
     loop {
         match read() {

@@ -92,8 +92,8 @@ struct File {
     good: Option<Good>,
     /// Content that is to be in force.
     candidate: Option<Candidate>,
-    /// Content that has no errors but that the compiler refused together with the other files. It is offered again with
-    /// each change.
+    /// Content that has no errors of its own, but that the compiler refused together with the other files. It is
+    /// offered again with each change.
     rejected: Option<Arc<str>>,
     /// Diagnostics of the present content.
     diagnostics: Vec<Diagnostic>,
@@ -191,8 +191,8 @@ impl PolicyFiles {
         }
     }
 
-    /// Returns a text that names the policies that existed and cannot be read since the start; `None` without any. What
-    /// they would deny is unknown.
+    /// Returns a text that names the policy files that existed before and cannot be read since the start; `None` if
+    /// there are none. The rules of these files are unknown, deny rules included.
     pub(super) fn unknown(&self) -> Option<String> {
         if self.never_read {
             return self.folder_problem.clone();
@@ -241,7 +241,7 @@ impl PolicyFiles {
                 .any(|candidate| candidate.content.is_some())
     }
 
-    /// Handles a folder that cannot be read: unlike with an empty folder, all policies stay in force.
+    /// Handles a folder that cannot be read. All policies stay in force, whereas an empty folder would remove them.
     fn folder_failed(&mut self, problem: &io::Error) {
         let meaning = if self.never_read {
             "no policy is known and there are no copies; make the folder ([policy] dir)"
@@ -411,7 +411,7 @@ impl PolicyFiles {
         let text = checked_file::read(&path)
             .inspect_err(|error| warn!(file = %path.display(), %error, "the last good copy of a policy file cannot be read"))
             .ok()?;
-        // Parsed under the name of the original file, so that the locations of rules lead to it.
+        // The copy is parsed under the name of the original file, so that the locations of rules refer to that file.
         let parsed = parse(&self.dir.join(name).display().to_string(), &text);
         if parsed.has_errors() {
             warn!(
@@ -426,7 +426,8 @@ impl PolicyFiles {
         })
     }
 
-    /// Returns the content for the compiler: changed files, and files that the compiler has refused before.
+    /// Returns the content for the compiler: removed files, changed files, and files that the compiler has refused
+    /// before.
     pub(super) fn offers(&mut self) -> Offers {
         let mut offers = Offers::new();
         for name in std::mem::take(&mut self.removed) {
@@ -451,7 +452,7 @@ impl PolicyFiles {
         offers
     }
 
-    /// Returns the last offer of a file once more; `None` if the file was removed.
+    /// Returns the last offered content of a file again; `None` if the file was removed.
     pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
@@ -511,8 +512,8 @@ impl PolicyFiles {
         instead
     }
 
-    /// Returns the texts to keep for a restart that finds files broken: the content in force of each file; `None` for a
-    /// file without content in force, whose copy on the disk stays.
+    /// Returns the texts that a restart needs if it finds files broken: the content in force of each file. `None` for a
+    /// file without content in force: its copy on the disk stays.
     pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
@@ -540,7 +541,7 @@ impl PolicyFiles {
         report.collect()
     }
 
-    /// Returns the content in force of a file. A broken file has another content now.
+    /// Returns the content in force of a file. The present content of a broken file differs from it.
     pub(super) fn text_in_force(&self, name: &str) -> Option<Arc<str>> {
         let good = self.files.get(name)?.good.as_ref()?;
         Some(Arc::clone(&good.text))
@@ -569,7 +570,8 @@ fn problem_of_file(file: &str, message: String) -> Diagnostic {
     }
 }
 
-/// Returns whether a file that cannot be opened is a link without a target. That is a broken file, not a removed one.
+/// Returns whether a file that cannot be opened is a symbolic link without a target. Such a file is broken, not
+/// removed.
 fn is_dangling(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }

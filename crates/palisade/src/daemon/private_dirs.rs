@@ -15,7 +15,8 @@ use crate::{
     trusted_path::{UnsafePath, is_own, lock_dir, private_dir, walk},
 };
 
-/// What only one daemon can have at a time. It is released when this value is dropped.
+/// The directories and the socket that only one daemon can have at a time. They are released when this value is
+/// dropped.
 #[derive(Debug)]
 pub(crate) struct PrivateDirs {
     /// The right to listen at the path of the socket.
@@ -37,7 +38,7 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
         Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
         Err(refusal) => return Err(refusal.into()),
     };
-    // Checked first, so that no directory is made on another file system than bpffs.
+    // The file system is checked first, so that no directory is made outside of bpffs.
     check_pin_dir(&node.pin_dir)?;
     let pins = private_dir(&node.pin_dir, "[node] pin_dir")?;
     let pins = lock_dir(&pins, "pin_dir")?;
@@ -53,7 +54,7 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
 /// made.
 ///
 /// # Errors
-/// Those of [`take`]. In a pin directory of another user, a link in place of a pin directory would make the command
+/// Those of [`take`]. A pin directory that another user controls is refused too: a link in it could make the command
 /// remove files elsewhere.
 pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
@@ -68,7 +69,7 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Returns a warning for the configuration file and for the policy folder, if another user than root can change them.
+/// Returns a warning for each of the configuration file and the policy folder that a user other than root can change.
 /// An operator may intend that, so it is no error.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();

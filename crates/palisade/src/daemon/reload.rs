@@ -15,11 +15,12 @@ use crate::{
 enum Effect {
     /// At a reload.
     Reload,
-    /// At a restart. The function puts the running value into the new configuration and returns whether it differed.
+    /// At a restart. The function puts the running value into the new configuration and returns whether the new value
+    /// differed.
     Restart(fn(&Config, &mut Config) -> bool),
 }
 
-/// An [`Effect::Restart`] of the option that this field of [`Config`] holds.
+/// Returns the [`Effect::Restart`] of the option that this field of [`Config`] holds.
 macro_rules! restart {
     ($($field:ident).+) => {
         Effect::Restart(|running, new| {

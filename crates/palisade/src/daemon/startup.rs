@@ -1,5 +1,5 @@
-//! The phases of the daemon: [`open`] takes over state file and maps of the previous process, [`watch`] reads and
-//! watches policies, interfaces and nftables, [`fill`] writes the maps, [`attach`] attaches the programs, [`serve`]
+//! The phases of the daemon: [`open`] takes over the state file and the maps of the previous process, [`watch`] reads
+//! and watches policies, interfaces and nftables, [`fill`] writes the maps, [`attach`] attaches the programs, [`serve`]
 //! starts the remaining threads; then the control thread handles messages until [`shut_down`].
 //!
 //! The order keeps two invariants. No change is missed: each source is watched before it is read, and a later change
@@ -62,7 +62,7 @@ use crate::{
 pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
     let (sender, messages) = mpsc::channel();
-    // Installed first, so that a signal during the start is queued and handled after it.
+    // The signal handlers are installed first, so that a signal during the start is queued and handled after it.
     forward_signals(sender.clone())?;
     let dirs = private_dirs::take(&config.node)?;
     let opened = open(&config, dirs.state_problem.as_deref())?;
@@ -80,7 +80,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     notify(&[NotifyState::Ready]);
     feed_watchdog(Arc::clone(&control.activity), control.workers.heartbeats())
         .context("the thread that feeds the watchdog")?;
-    // The start has succeeded with this configuration: a later start with a broken file uses it.
+    // The start has succeeded with this configuration, so a later start that finds the file broken uses the copy.
     control.keep_config();
     let end = control.serve(&messages);
     shut_down(control, socket, end)
@@ -249,7 +249,7 @@ fn attach(control: &mut Control) {
     for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
         warn!(%limited, "the MTU of an interface exceeds the longest punted frame");
     }
-    // Maps of another version serve until every interface has the programs of this one.
+    // The maps of another version are in use until every interface has the programs of this version.
     if !control.interfaces.has_failures()
         && let Err(problem) = control.datapath.retire_other_versions()
     {
@@ -364,7 +364,7 @@ fn open_datapath(config: &Config) -> anyhow::Result<Datapath> {
         Ok(datapath) => return Ok(datapath),
         Err(error) => error,
     };
-    // The error contains only the end of the log, but a bug report needs all of it.
+    // The error contains only the end of the verifier's log, but a bug report needs all of it.
     let Some(log) = error.verifier_log() else {
         return Err(anyhow::anyhow!(with_option(&error)));
     };
@@ -393,8 +393,8 @@ fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
         max_ttl: milliseconds(dns.max_ttl),
         addresses_per_name: dns.addresses_per_name as usize,
         addresses_per_endpoint: dns.addresses_per_endpoint as usize,
-        // The addresses of an answer are written before the entries that they evict are removed, so the map holds more than
-        // the cache by the addresses of some answers (at most 4,095 A records fit into one).
+        // The addresses of an answer are written before the entries that they evict are removed. So for a moment the
+        // map holds the addresses of some answers more than the cache (at most 4,095 A records fit into one answer).
         addresses_total: learned - (learned / 8).min(8192),
         aliases: dns.follow_cname,
         special: if dns.refuse_special {

@@ -50,7 +50,7 @@ impl<C> StateFile<C>
 where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
-    /// Reads the file. A file that cannot be read or parsed is renamed. Then identities and endpoints get new numbers,
+    /// Reads the file. A file that cannot be read or parsed is renamed. Identities and endpoints then get new numbers,
     /// and audit mode is off.
     ///
     /// # Errors
@@ -121,14 +121,14 @@ fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, St
 }
 
 impl<C> State<C> {
-    /// Returns the number of an endpoint; a new endpoint gets one. `configured` returns which endpoints keep their
-    /// numbers when all numbers are used. `None`: no number is free.
+    /// Returns the number of an endpoint, and assigns one to a new endpoint; `None` if no number is free. Once all
+    /// numbers are used, only endpoints for which `configured` returns true keep their numbers.
     pub(super) fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {
         if let Some(id) = self.endpoints.get(name) {
             return Some(*id);
         }
         let free = |taken: &BTreeMap<String, u16>| {
-            // Numbers are given in ascending order, so that a number is used again as late as possible.
+            // Numbers are assigned in ascending order, so that a number is used again as late as possible.
             let taken: BTreeSet<u16> = taken.values().copied().collect();
             let after = taken.last().copied().unwrap_or(0).max(FIRST_WORKLOAD - 1);
             (after..u16::MAX)

@@ -31,7 +31,7 @@ use crate::{
 const NAT_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Control {
-    /// Returns a text for each interface whose MTU exceeds the longest punted frame, if any traffic is inspected.
+    /// Returns a warning for each interface whose MTU exceeds the longest punted frame, if any traffic is inspected.
     pub(super) fn limited_interfaces(&self, interfaces: &[InterfaceStatus]) -> Vec<String> {
         if self.enforcer.compiler.snapshot().rulesets.is_empty() {
             return Vec::new();
@@ -184,7 +184,8 @@ impl Handlers {
                     .push(format!("map {} is {percent}% full{hint}", map.map));
             }
         }
-        // Computed here and not by the control thread, because the tables may be large.
+        // The thread of the client computes this list and not the control thread, because the policy tables may be
+        // large.
         status.missing_inspectors = missing_inspectors(&self.shared.get().snapshot);
         let counters = self.datapath.counters();
         for (kind, _, budget) in counters.unsent_events().map_err(map_error)? {

@@ -23,7 +23,7 @@ use super::{
     view::{EventNames, Shared},
 };
 
-/// Most end events of one sweep. More would push all other flows out of the ring.
+/// Most end events of one sweep. More of them could push all other flow records out of the ring.
 const MAX_END_EVENTS: usize = 1_000;
 
 /// Interval between two sweeps. It can be changed while the sweeper runs.

@@ -1,4 +1,4 @@
-//! `palisade policy trace`: the verdict on a packet that is described by hand.
+//! `palisade policy trace`: the verdict on a packet that the operator describes.
 
 use palisade_inspect::Inspectors;
 use palisade_model::request::{self, HttpOptions};
@@ -46,7 +46,7 @@ pub(super) fn trace(
     })
 }
 
-/// Returns the application request of the packet in the terms of the compiler.
+/// Converts the application request of the packet to the type that the compiler uses.
 fn application_request(request: &TraceRequest) -> request::Request {
     request::Request {
         http: request.http.as_ref().map(|http| request::HttpRequest {

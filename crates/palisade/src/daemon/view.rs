@@ -135,7 +135,7 @@ pub(super) struct EventNames {
     rules: Mutex<HashMap<u32, FlowRule>>,
 }
 
-/// Locks. A poisoned lock is used, because no panic can leave these maps inconsistent.
+/// Locks the mutex. A poisoned mutex is used too, because no panic can leave the maps in it inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -247,7 +247,7 @@ fn flow_rule(rule: &RuleInfo) -> FlowRule {
     }
 }
 
-/// Returns the ports of each class of a class table, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
+/// Returns the ports of each port class, in the form `80/TCP`, `8000-8999/UDP`, `ANY/SCTP`, `ICMP 8`.
 pub(super) fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
     let mut names: HashMap<Class, Vec<String>> = HashMap::new();
     names.insert(CLASS_ANY, vec!["ANY".to_owned()]);
@@ -321,7 +321,7 @@ fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
     runs
 }
 
-/// Returns a prefix of the trie in the notation of its family.
+/// Returns a key of the prefix trie as a prefix of its address family.
 pub(super) fn prefix_text(key: palisade_abi::PrefixKey) -> String {
     let address = IpAddr::from(key.addr);
     let length = match address {

@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 /// Age of the last heartbeat at which a worker is reported as hanging. Workers write one every 50 ms, and the programs
 /// stop punting after one second; the rest is tolerance for an overloaded machine.
 const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
-/// Notifications in each watchdog interval. With four, a late one does no harm.
+/// Notifications in each watchdog interval. With four, one late notification does not cause a restart.
 const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
 
 /// Task of the control thread and its start; `None` while the thread waits for a message.

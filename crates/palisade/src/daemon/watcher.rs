@@ -155,8 +155,8 @@ fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
     batch.file(&name, now);
 }
 
-/// Starts a thread that passes the changes of the folder to `changed` until `changed` returns false. A missing folder
-/// is awaited.
+/// Starts a thread that passes the changes of the folder to `changed` until `changed` returns false. If the folder is
+/// missing, the thread waits for it.
 pub(super) fn watch(
     dir: PathBuf,
     debounce: Duration,
@@ -176,7 +176,8 @@ pub(super) fn watch(
             }
             let look_again = watched.is_none().then_some(DIR_POLL_INTERVAL);
             let wait = [batch.wait(now), look_again].into_iter().flatten().min();
-            // Rounded up, because poll(2) with a timeout that is too short would spin for the rest of the millisecond.
+            // The timeout is rounded up: with a shorter one the loop would spin until the rest of the millisecond is
+            // over.
             let timeout = wait.map_or(PollTimeout::NONE, |wait| {
                 PollTimeout::try_from(wait.as_micros().div_ceil(1_000)).unwrap_or(PollTimeout::MAX)
             });
@@ -194,7 +195,7 @@ pub(super) fn watch(
                 let gone = AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_MOVE_SELF;
                 if event.mask.intersects(gone) && watched == Some(event.wd) {
                     if event.mask.contains(AddWatchFlags::IN_MOVE_SELF) {
-                        // The folder at this path counts, not the one that was moved away.
+                        // The daemon watches the folder at this path, not the folder that was moved away.
                         let _ = inotify.rm_watch(event.wd);
                     }
                     watched = None;

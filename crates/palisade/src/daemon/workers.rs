@@ -1,4 +1,4 @@
-//! Starts the workers and the punt link, and keeps the punt link in order.
+//! Starts the workers and the punt link, and repairs the punt link.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +31,7 @@ use super::{network::Network, watchdog::WorkerHeartbeats};
 
 /// Age of a worker's heartbeat at which the programs stop punting to it. A worker writes 20 heartbeats in this time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest wait for the sockets of all workers at the start. After this time the daemon goes on starting without them.
+/// Longest wait for the sockets of all workers at the start. After this time the start continues without the rest.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
@@ -59,8 +59,8 @@ struct Running {
     pool: Pool<Rules>,
     /// Last punt link that existed; `None` before the first.
     punt_link: Option<PuntLink>,
-    /// Whether workers may bind sockets to the interface with the punt link's name. False if that interface is of
-    /// another kind.
+    /// Whether workers may bind sockets to the interface that has the punt link's name. False while the punt link
+    /// cannot be made or repaired: that interface may then be of another kind.
     usable: Arc<AtomicBool>,
     heartbeats: Arc<WorkerHeartbeats>,
     rules: Arc<Rules>,
@@ -111,9 +111,9 @@ impl Workers {
         Ok((workers, output))
     }
 
-    /// Makes or repairs the punt link if a worker does not run or the end at the node is down. The link may have been
-    /// deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether the
-    /// punt link is a new one, so that the datapath configuration must be written.
+    /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down. The link may have
+    /// been deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether
+    /// the punt link is a new one, so that the datapath configuration must be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
@@ -151,7 +151,8 @@ impl Workers {
         true
     }
 
-    /// Fills in the fields of the workers: secrets, timeout, punt link, inspectors.
+    /// Fills in the fields of the datapath configuration that concern the workers: secrets, timeout, punt link,
+    /// inspectors.
     pub(super) fn fill_datapath_config(&self, config: &mut DatapathConfig) {
         config.cookie = self.cookie;
         config.mark = self.mark;
@@ -172,7 +173,7 @@ impl Workers {
         self.wanted.on_failure = on_failure;
     }
 
-    /// Gives the workers the rule sets of a state that is about to be in force.
+    /// Gives the workers the rule sets of a policy state that is about to be in force.
     pub(super) fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
         let Ok(running) = &mut self.running else { return };
         let rules = Rules::prepare(sets, Some(&running.rules));
@@ -183,7 +184,8 @@ impl Workers {
         running.pool.set_rules(&running.rules);
     }
 
-    /// Gives the workers the interfaces with XDP programs. Packets that are reinjected there must not carry the mark.
+    /// Gives the workers the interfaces with XDP programs. A packet that is reinjected at the ingress of such an
+    /// interface does not pass XDP again, so it must not carry the mark, which no program would clear.
     pub(super) fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
         let Ok(running) = &mut self.running else { return };
         let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));

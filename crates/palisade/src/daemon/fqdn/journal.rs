@@ -1,6 +1,6 @@
-//! Journal of learned names in the state directory. The file has all names at its beginning, followed by one line for
-//! each later change. A thread writes each line to the kernel at once, so that lines survive a crash of the daemon, and
-//! flushes the file at intervals.
+//! Journal of learned names in the state directory. The file begins with all names that were known when it was made,
+//! followed by one line for each name that was learned or renewed later. A thread writes each line to the kernel at
+//! once, so that lines survive a crash of the daemon, and flushes the file at intervals.
 
 use std::{
     collections::BTreeMap,
@@ -23,8 +23,8 @@ use tracing::{error, info, warn};
 
 /// Interval at which the file is flushed to the disk.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
-/// Fewest appended bytes after which the journal is compacted. A journal that began with more than this is compacted
-/// when it has doubled.
+/// Fewest appended bytes after which the journal is compacted. A journal whose initial names are longer than this is
+/// compacted when it has doubled.
 const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 /// Interval between two attempts after a failed write.
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
@@ -37,7 +37,7 @@ const MAX_QUEUED_WRITES: usize = 1_024;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Line {
-    /// Names of endpoints by number. A number can belong to another endpoint at the next start.
+    /// Names of endpoints by number. At the next start a number can belong to another endpoint.
     Endpoints(BTreeMap<u16, String>),
     /// Time of writing, ms since 1970, and a learned name.
     Name(u64, SavedName),
@@ -50,7 +50,7 @@ pub(super) struct Found {
     pub names: Vec<(SavedName, u64)>,
     /// Number of lines that could not be read.
     pub broken: usize,
-    /// Number of names whose endpoint number belongs to another endpoint now, or to none.
+    /// Number of names that were skipped because their endpoint number now belongs to another endpoint or to none.
     pub orphaned: usize,
 }
 
@@ -75,7 +75,7 @@ fn path_of(dir: &Path) -> PathBuf {
     dir.join("names.journal")
 }
 
-/// Returns the path of the previous file. It exists only if the current one was not completely written.
+/// Returns the path of the previous file. The file exists only until the current one is completely on the disk.
 fn old_path_of(dir: &Path) -> PathBuf {
     dir.join("names.journal.old")
 }
@@ -225,7 +225,7 @@ impl Writing {
     fn serve(mut self, orders: &Receiver<Order>) {
         loop {
             if self.failed.is_some_and(|when| when.elapsed() >= RETRY_INTERVAL) {
-                // Marks the journal for compaction, which also writes the names of failed writes.
+                // The compaction also writes the names whose earlier write failed.
                 self.failed = None;
                 self.appended.store(u64::MAX / 2, Ordering::Relaxed);
             }

@@ -1,8 +1,8 @@
 //! The addresses that endpoints have learned, and the content of the map of learned addresses.
 //!
-//! The cache knows which selectors an address of an endpoint belongs to, the policy in force knows the identity of such
-//! an address, and the map holds that identity. A change is first noted here and makes its entry *unwritten*. No answer
-//! is committed while one of its entries is unwritten.
+//! The cache knows the selectors that an address of an endpoint matches, the policy in force knows the identity of such
+//! an address, and the map holds that identity. A change of an address is first noted here and makes the entry of the
+//! address *unwritten*. No answer is committed while an entry of one of its addresses is unwritten.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -16,8 +16,8 @@ use palisade_fqdn::{
 };
 use palisade_model::snapshot::Learned;
 
-/// Most attempts to commit an answer. An attempt fails if the answer has come to imply further entries since its
-/// entries were written. Under one lock that happens at most once.
+/// Most attempts to commit an answer. An attempt fails if the policy was replaced or another write failed since the
+/// entries of the answer were written. Under one lock that happens at most once.
 const MAX_COMMIT_RETRIES: usize = 4;
 
 /// A set of selectors of an address, in ascending order.
@@ -64,7 +64,7 @@ pub(crate) enum Outcome {
     Waits(Pending),
 }
 
-/// The cache of learned names and the state of the map. See the module.
+/// The cache of learned names, and the content of the map. See the documentation of the module.
 #[derive(Debug, Default)]
 pub(crate) struct LearnedMap {
     /// Names and addresses. Every change must be passed to [`Self::update`] or [`Self::settle`].
@@ -112,8 +112,9 @@ impl LearnedMap {
         learned_map
     }
 
-    /// Writes the addresses of an answer and commits it if possible. `again`: this is a retry. The changes of a retried
-    /// answer were noted before, and newer ones may have been noted since.
+    /// Writes the addresses of an answer and commits the answer if all of them are written. `again`: whether this is a
+    /// retry, which does not note the changes of the answer a second time, because newer changes may have been noted
+    /// since.
     pub(crate) fn settle(
         &mut self,
         mut pending: Pending,
@@ -154,7 +155,7 @@ impl LearnedMap {
         Outcome::Refused
     }
 
-    /// Writes changes that do not come from an answer. A later sweep repeats changes that cannot be written.
+    /// Writes changes that do not come from an answer. A later sweep repeats the changes that could not be written.
     pub(crate) fn update(&mut self, update: Update, resolver: &impl IdentityResolver, writer: &impl Writer) {
         self.note(update.changes());
         let keys: BTreeSet<LearnedKey> = keys_of(&update).collect();
@@ -182,8 +183,8 @@ impl LearnedMap {
                     selectors.remove(at);
                     self.intern(&selectors)
                 }
-                // A repeated change. The cache repeats a change until it is told that the map holds it, so there is
-                // nothing to note.
+                // The cache repeats a change until it is told that the map holds it. A repeated change is noted
+                // already.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
             self.unwritten.insert(key);
@@ -206,7 +207,8 @@ impl LearnedMap {
         set
     }
 
-    /// Writes the unwritten entries among `keys`, as far as they have an identity.
+    /// Writes the unwritten entries among `keys` that have an identity, and removes those without selectors. An entry
+    /// whose identity is not made yet stays unwritten.
     fn write(
         &mut self,
         keys: impl Iterator<Item = LearnedKey>,
@@ -286,8 +288,8 @@ impl LearnedMap {
         }
     }
 
-    /// Returns the learned addresses for which a policy has no identity. `all`: also those that were written under the
-    /// previous policy.
+    /// Returns the learned addresses for which a policy has no identity. `all`: whether to include the addresses that
+    /// were written under the previous policy.
     pub(crate) fn missing(
         &self,
         resolver: &impl IdentityResolver,
@@ -323,8 +325,8 @@ impl LearnedMap {
             .map(|(key, entry)| (key.endpoint as EndpointId, key.addr.into(), &entry.selectors))
     }
 
-    /// Returns the changes that make the map conform to another policy. `all`: includes written entries, whose
-    /// identities may differ under that policy.
+    /// Returns the changes that make the map conform to another policy. `all`: whether to include written entries,
+    /// whose identities may differ under that policy.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
         let mut transition = Transition::default();
         let mut others = BTreeSet::new();
@@ -401,7 +403,7 @@ impl LearnedMap {
         self.sets.retain(|set| Arc::strong_count(set) > 1);
     }
 
-    /// Notes that a transition was not completed: every entry that it changes becomes `Unknown`.
+    /// Notes that a transition was not completed: every entry that the transition changes becomes `Unknown`.
     pub(crate) fn aborted(&mut self, transition: &Transition) {
         let keys: BTreeSet<LearnedKey> = transition
             .old

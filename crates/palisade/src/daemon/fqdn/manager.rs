@@ -80,14 +80,14 @@ impl Source {
     }
 }
 
-/// What the FQDN manager needs from the control thread.
+/// Request of the FQDN manager to the control thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ControlRequest {
-    /// Identities for pending answers that the policy in force does not have.
+    /// Make the identities that pending answers need and that the policy in force does not have.
     Identities,
-    /// A new evaluation of connections: see [`FqdnManager::take_reevaluated`].
+    /// Evaluate connections again: see [`FqdnManager::take_reevaluated`].
     Reevaluate,
-    /// The removal of identities that no learned address uses any more, after a sweep.
+    /// Remove the identities that no learned address uses any more, after a sweep.
     Prune,
 }
 
@@ -96,7 +96,7 @@ pub(crate) struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
     on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
-    /// Whether a request of each kind is on its way; a second one would be redundant.
+    /// Whether a request of each kind waits for the control thread. A second one would be redundant.
     requested: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
@@ -237,7 +237,7 @@ impl FqdnManager {
         }
     }
 
-    /// Restores the names of the journal and starts a new one.
+    /// Restores the names of the journal and starts a new journal.
     ///
     /// # Errors
     /// The thread of the journal cannot be started.
@@ -290,7 +290,7 @@ impl FqdnManager {
         }
     }
 
-    /// Allows the next request of this kind. Called when the control thread begins to handle one.
+    /// Allows the next request of this kind. The control thread calls this function when it begins to handle a request.
     pub(crate) fn rearm(&self, request: ControlRequest) {
         self.requested[request as usize].store(false, Ordering::Release);
     }
@@ -328,8 +328,7 @@ impl FqdnManager {
         let _ = self.epoch.set(epoch);
     }
 
-    /// Ends all leases, because a committed address is about to leave the map before its lease ends, or may have left
-    /// it.
+    /// Ends all leases. Called when a committed address leaves the map, or may have left it, before its lease ends.
     fn end_epoch(&self) {
         if let Some(epoch) = self.epoch.get() {
             epoch.end();
@@ -437,7 +436,7 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // The control thread writes the address next and then evaluates the connections of the endpoint
+                    // The control thread next writes the address, and then evaluates the connections of the endpoint
                     // again.
                     state.reevaluate.insert(endpoint);
                 }
@@ -454,7 +453,7 @@ impl FqdnManager {
         }
         if let Some(task) = task {
             let epoch = self.epoch.get().map(Epoch::now);
-            // No lease for an answer that has waited: meanwhile an address may have been removed and learned again for
+            // An answer that has waited gets no lease: meanwhile an address may have been removed and learned again for
             // a shorter time.
             let lease = epoch.zip(lease).filter(|_| committed && since.is_none());
             task.done(
@@ -507,8 +506,8 @@ impl FqdnManager {
         }
     }
 
-    /// Notes by which name the addresses of an answer were learned. Only addresses that the cache has accepted, so that
-    /// its limits bound this memory too.
+    /// Notes the name by which the addresses of an answer were learned. Addresses that the cache has not accepted are
+    /// left out, so that the limits of the cache bound this memory too.
     fn note_names(&self, cache: &Cache, endpoint: EndpointId, answer: &Answer, source: Source) {
         if let Some(question) = &answer.question
             && !answer.addresses.is_empty()
@@ -519,7 +518,7 @@ impl FqdnManager {
         }
     }
 
-    /// Notes by which name an endpoint has learned addresses last, for reports.
+    /// Notes the latest name by which an endpoint has learned addresses, for reports.
     fn known_as(
         &self,
         endpoint: EndpointId,
@@ -552,7 +551,7 @@ impl FqdnManager {
         }
     }
 
-    /// Returns the name by which an endpoint has learned an address last.
+    /// Returns the latest name by which an endpoint has learned an address.
     pub(crate) fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
         let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
         known
@@ -573,7 +572,7 @@ impl FqdnManager {
     pub(crate) fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
         let endpoints = self.lock().learned_map.cache.endpoints();
         for endpoint in endpoints {
-            // Locked for one endpoint at a time, so that an answer does not wait for the whole sweep.
+            // The lock is held for one endpoint at a time, so that an answer does not wait for the whole sweep.
             let mut guard = self.lock();
             let state = &mut *guard;
             let now = self.now();
@@ -608,7 +607,7 @@ impl FqdnManager {
     }
 
     /// Removes the names that match `filter`, of one endpoint or of all, even if they are in use. Returns the number of
-    /// removed addresses. Connections to them are evaluated again.
+    /// removed addresses. Connections to these addresses are evaluated again.
     pub(crate) fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -691,8 +690,8 @@ impl FqdnManager {
         }
     }
 
-    /// Takes the resolver of a policy with additional identities, and settles the pending answers. `full`: endpoints
-    /// that get no further identities; their pending answers are refused.
+    /// Replaces the resolver by that of a policy with additional identities, and settles the pending answers. `full`:
+    /// endpoints that get no further identities; their pending answers are refused.
     pub(crate) fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
@@ -717,8 +716,8 @@ impl FqdnManager {
         self.end_epoch();
     }
 
-    /// Begins a policy change. No answer is committed until it is done or has failed. `all`: identities can change even
-    /// where the names of an address do not.
+    /// Begins a policy change. No answer is committed until the change is done or has failed. `all`: whether the
+    /// identity of an address can change even if its names do not.
     pub(crate) fn change(
         &self,
         policy: &Policy,
@@ -730,7 +729,8 @@ impl FqdnManager {
         let before = Policy {
             selectors: state.selectors.clone(),
             denied: std::mem::take(&mut state.denied),
-            // Addresses that a failed policy has removed are learned again from the next answer.
+            // A rollback does not restore the previous list. Addresses that the failed policy has removed are learned
+            // again from the next answer.
             listed: policy.listed.clone(),
         };
         let mut updates = Vec::new();
@@ -771,7 +771,8 @@ impl State {
             .copied()
             .collect();
         for endpoint in endpoints {
-            // Set before the selectors, so that special-purpose addresses that are not listed get no selector.
+            // The listed prefixes are set before the selectors, so that special-purpose addresses that are not listed
+            // get no selector.
             let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
             let update = self.learned_map.cache.set_listed(endpoint, listed);
             if !update.changes().is_empty() {
@@ -818,7 +819,7 @@ impl Change<'_> {
         self.names.finish_waiting(state);
     }
 
-    /// Aborts the change: the maps hold a part of the new state, and the old policy stays in force.
+    /// Aborts the change. The maps may hold a part of the new state, and the old policy stays in force.
     pub(crate) fn failed(&mut self, transition: &Transition) {
         self.state.learned_map.aborted(transition);
         // The next sweep repeats the changes of these updates.

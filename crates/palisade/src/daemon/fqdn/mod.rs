@@ -1,4 +1,5 @@
-//! The FQDN manager: which addresses endpoints have learned by name, and the map that holds their identities.
+//! The FQDN manager: the addresses that endpoints have learned by name, and the map that holds the identities of these
+//! addresses.
 
 mod journal;
 mod learned_map;

@@ -1,5 +1,5 @@
-//! Resolves the names that policies give in full before clients ask. A client that has the answer in its own cache
-//! sends no query from which its addresses could be learned. The queries come from the node.
+//! Resolves the names in `matchName` selectors before clients ask. A client that has the answer in its own cache sends
+//! no query, so without this module the addresses would not be learned. The node sends the queries.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,7 @@ use super::manager::FqdnManager;
 const MAX_CONCURRENT_QUERIES: usize = 16;
 /// Shortest time between two queries for a name, whatever its TTL.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
-/// Longest time between two queries for a name, because an address can change before a TTL of a day ends.
+/// Longest time between two queries for a name. An address can change before a TTL of a day ends.
 const MAX_REFRESH_INTERVAL: Duration = Duration::from_secs(3_600);
 /// Delay after the first failed query for a name; it doubles with each further failure.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
@@ -203,7 +203,8 @@ async fn ask(resolver: TokioResolver, name: String) -> Asked {
     Asked { name, answers }
 }
 
-/// Returns the records in the form of an answer that was parsed from a packet.
+/// Converts the records of a lookup to the form of an answer that was parsed from a packet; `None` if there is no
+/// address.
 fn answer_of(name: &str, kind: u16, records: &[hickory_resolver::proto::rr::Record]) -> Option<Answer> {
     let mut answer = Answer {
         question: Some(Question {

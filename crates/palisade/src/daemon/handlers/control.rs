@@ -1,4 +1,4 @@
-//! Answers of the control thread, which has the compiler and the configuration.
+//! Requests that are answered on the control thread, which has the compiler and the configuration.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -227,7 +227,7 @@ impl Control {
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
                     continue;
                 }
-                // The text in force. A file that is broken now has another content.
+                // If the file is broken now, the text in force differs from the content of the file.
                 let text = name.and_then(|_| self.files.text_in_force(file));
                 let resource = text.as_ref().and_then(|text| resource_of(text, policy));
                 let own = rules.get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()));
@@ -293,7 +293,7 @@ impl Control {
     /// Switches audit mode of an endpoint.
     ///
     /// # Errors
-    /// The state cannot be written. The option is in force, but lost at the next start.
+    /// The state cannot be written. The option is in force, but is lost at the next start.
     fn set_audit(&mut self, name: String, audit: bool) -> Result<(), String> {
         let begun = Instant::now();
         let changed = if audit {
@@ -312,7 +312,7 @@ impl Control {
                 "PolicyAuditMode was switched"
             );
         }
-        // Saved even if nothing has changed, because an earlier write may have failed.
+        // The state is saved even if the option has not changed, because an earlier write may have failed.
         self.save();
         self.state.keeper.flush().map_err(|problem| {
             format!(
@@ -343,7 +343,7 @@ fn peers_of(spec: &palisade_model::rule::Spec) -> impl Iterator<Item = &Peer> {
         })
 }
 
-/// Returns the resource of a policy in the text of its file; it may be an item of a list.
+/// Returns the resource of a policy from the text of its file. The resource may be an item of a list.
 fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
     fn find<'v>(value: &'v Value, policy: &Policy) -> Option<&'v Value> {
         if let Some(items) = value["items"].as_array() {
@@ -368,7 +368,8 @@ fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
         .cloned()
 }
 
-/// Returns a rule in a resource. A NetworkPolicy that denies a direction without rules has none there.
+/// Returns a rule from a resource; `None` if the rule has no entry there, as in a NetworkPolicy that denies a direction
+/// by listing no rules for it.
 fn rule_at<'v>(resource: &'v Value, place: &RulePlace) -> Option<&'v Value> {
     let one = Some(&resource["spec"]).filter(|spec| spec.is_object());
     let several = resource["specs"].as_array().into_iter().flatten();
@@ -376,7 +377,7 @@ fn rule_at<'v>(resource: &'v Value, place: &RulePlace) -> Option<&'v Value> {
     spec.get(place.section.name())?.get(place.index as usize)
 }
 
-/// Returns the YAML document that contains a line; a text of another format is returned whole.
+/// Returns the YAML document that contains a line. A text without separators is returned whole.
 fn document_at(text: &str, line: u32) -> &str {
     let is_separator = |line: &str| {
         ["---", "..."].iter().any(|marker| {

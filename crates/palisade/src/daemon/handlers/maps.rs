@@ -1,4 +1,4 @@
-//! Answers from the published view and the maps.
+//! Requests that are answered from the published view and the maps.
 
 use std::net::IpAddr;
 

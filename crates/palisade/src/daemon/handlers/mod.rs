@@ -35,20 +35,21 @@ use crate::{
     },
 };
 
-/// Time for a change by the control thread. A compilation of thousands of policies takes seconds.
+/// Longest wait for a change by the control thread. A compilation of thousands of policies takes seconds.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
-/// Time for a lookup by the control thread. After this time the error names the task that keeps the thread busy.
+/// Longest wait for a lookup by the control thread. After this time the error names the task that keeps the thread
+/// busy.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
-/// Interval of the check whether a following client has disconnected, while no flow arrives.
+/// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
 const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// Time within which followed flows are put in order. A record of a worker reaches the ring later than an event of the
-/// programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
+/// Time for which followed flows are held back so that they can be sorted. A record of a worker reaches the ring later
+/// than an event of the programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
 const REORDER_WINDOW: Duration = Duration::from_millis(50);
 /// Most flows that are held back to be put in order.
 const MAX_REORDERED_FLOWS: usize = 4_096;
 
-/// Answers clients, each on a thread of its own. Whatever the published view or the maps can answer does not involve the
-/// control thread, which may be busy with a compilation.
+/// Answers clients, each on a thread of its own. Requests that the published view or the maps can answer do not involve
+/// the control thread, which may be busy with a compilation.
 pub(super) struct Handlers {
     pub(super) control: Sender<Message>,
     pub(super) datapath: Arc<Datapath>,
@@ -113,7 +114,7 @@ fn json<T: Serialize>(answer: Result<T, String>) -> Result<Value, String> {
     serde_json::to_value(answer?).map_err(|error| error.to_string())
 }
 
-/// Returns the text of an error, with the option to raise if a map is too small.
+/// Returns the text of an error; if a map is too small, with the `[limits]` option to raise.
 pub(super) fn map_error(error: MapError) -> String {
     with_option(&error)
 }
