@@ -148,7 +148,7 @@ fn known_remote(pkt: &PacketContext) -> IpcacheHit {
     identity::exact(&pkt.key.remote)
 }
 
-/// Looks up the policy for the flow `pkt.key` as one that was opened in the given direction. `known`: the ipcache
+/// Looks up the policy for the flow `pkt.key` as if the flow was opened in the given direction. `known`: the ipcache
 /// entry of the peer.
 #[inline(never)]
 fn lookup_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {

@@ -1,4 +1,4 @@
-//! The state of one packet on its way through the programs.
+//! The state of one packet in the programs.
 //!
 //! Every function of the pipeline gets a [`PacketContext`], reads what earlier steps wrote into it, and writes its own
 //! result.

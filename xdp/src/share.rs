@@ -76,7 +76,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
     let mut oldest_at = created_at(oldest);
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
-        // A slot that was never used is as good as any.
+        // A slot that was never used holds no flow to evict: take it.
         if way >= slots || oldest_at == 0 {
             break;
         }

@@ -98,8 +98,8 @@ pub struct CtEntry {
     pub over: u8,
     /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
-    /// Offload windows, TCP sequence numbers: [0] to before [1] of the original direction, [2] to before [3] of the reply
-    /// direction. Equal bounds: no window.
+    /// Offload windows, TCP sequence numbers: [0] to before [1] of the original direction, [2] to before [3] of the
+    /// reply direction. Equal bounds: no window.
     pub windows: [u32; 4],
     /// Hash of the inspector's last decision, and of the connection and rules that it holds for: [`CtEntry::offload`]
     /// or [`CtEntry::windowed`].

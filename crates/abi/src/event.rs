@@ -78,8 +78,8 @@ pub mod event_flags {
     pub const IPV6: u8 = 4;
     /// The packet leaves the endpoint (egress); otherwise it goes to the endpoint.
     pub const EGRESS: u8 = 8;
-    /// It is unknown whether the packet is of the original or of the reply direction: a verdict on the first packet of a flow,
-    /// or a drop before the conntrack lookup.
+    /// It is unknown whether the packet is of the original or of the reply direction: a verdict on the first packet of
+    /// a flow, or a drop before the conntrack lookup.
     pub const REPLY_UNKNOWN: u8 = 16;
     /// The packet is an ICMP error about a live flow.
     pub const RELATED: u8 = 32;

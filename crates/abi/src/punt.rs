@@ -128,9 +128,9 @@ pub mod flow_op {
     pub const CLOSE: u32 = 2;
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;
-    /// A new connection with the same addresses and ports replaces the one that the entry was made for. Nothing decided
-    /// for the old one holds for it, and its serial is the first number of the windows. A packet that brings this
-    /// command is reinjected only if the command was applied.
+    /// A new connection with the same addresses and ports replaces the connection that the entry was made for. The
+    /// decisions for the old connection become void; `windows[0]` is the serial of the new one. A packet that brings
+    /// this command is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
 }
 
