@@ -38,8 +38,8 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// Returns whether `--config` or the environment variable names the configuration. Otherwise `config` is the
-    /// default path.
+    /// Returns whether `--config` or the environment variable PALISADE_CONFIG names the configuration. Otherwise
+    /// `config` is the default path.
     pub(crate) fn names_config(&self) -> bool {
         let mut arguments = std::env::args_os();
         std::env::var_os("PALISADE_CONFIG").is_some()

@@ -46,9 +46,9 @@ impl fmt::Display for UnsafePath {
 
 impl std::error::Error for UnsafePath {}
 
-/// Returns the path of a directory without symbolic links. The directory is made if it is missing. It and all
-/// directories in it get mode 0700. All entries must belong to root or to the user of this process, and no other user
-/// may be able to replace a directory above.
+/// Returns the path of a directory without symbolic links. The directory is made if it is missing. The directory and
+/// all directories in it get mode 0700. All entries must belong to root or to the user of this process, and no other
+/// user may be able to replace a parent directory.
 ///
 /// # Errors
 /// See [`UnsafePath`]. `setting` is the option that the message names.

@@ -231,7 +231,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
 }
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
-    // Held until the end, so that no daemon can start meanwhile.
+    // The directories are locked until the end, so that no daemon can start meanwhile.
     let _dirs = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
     let table = daemon::NetfilterTable::new(config)

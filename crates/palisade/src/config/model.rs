@@ -82,7 +82,7 @@ pub(crate) struct Node {
 pub(crate) enum WithoutPolicies {
     /// The readable policies are enforced; without any, everything passes.
     Open,
-    /// Every direction of every endpoint is denied by default. Packets pass only if a policy that can be read allows
+    /// All endpoints are under default deny in both directions. Packets pass only if a policy that can be read allows
     /// them.
     Closed,
 }
@@ -159,7 +159,7 @@ pub(crate) struct Dns {
     pub follow_cname: bool,
     /// Response to a query that no rule allows.
     pub deny_answer: DenyAnswer,
-    /// Whether names that policies give in full are resolved before clients ask.
+    /// Whether the names in `matchName` selectors are resolved before clients ask.
     pub prefetch: bool,
     /// DNS servers for `prefetch`; empty for the node's own.
     pub servers: Vec<SocketAddr>,
@@ -250,7 +250,7 @@ pub(crate) enum IngressHook {
     Tc,
 }
 
-/// Mode of XDP. The daemon never falls back silently: an unsupported mode is an error.
+/// Mode of XDP. If the interface does not support the configured mode, that is an error and not a silent fallback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum XdpMode {
     /// In the driver.

@@ -27,7 +27,7 @@ pub(crate) struct ConfigError {
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
-    /// What is wrong, and what to write instead.
+    /// Description of the error, with a correction.
     pub message: String,
 }
 

@@ -139,7 +139,7 @@ pub(crate) struct Status {
     pub uptime: u64,
     /// Whether everything is attached and enforced.
     pub ready: bool,
-    /// What is not attached or enforced.
+    /// Descriptions of everything that is not attached or enforced.
     pub missing: Vec<String>,
     /// Problems that do not affect what is enforced.
     pub warnings: Vec<String>,
@@ -396,7 +396,7 @@ pub(crate) struct ConntrackStatus {
     pub swept: u64,
     /// Entries evicted by newer flows of the same endpoint and direction, or by the kernel because the map was full.
     pub evicted: u64,
-    /// Flows in use by both ends, which newer flows do not evict.
+    /// Number of protected flows: both ends use them, so newer flows do not evict them.
     #[serde(default)]
     pub protected: u64,
 }

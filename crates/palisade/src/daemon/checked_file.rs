@@ -54,8 +54,8 @@ pub(super) fn read(path: &Path) -> io::Result<String> {
     Ok(text.to_owned())
 }
 
-/// Writes a sealed text to a temporary file in the same directory and returns its path. The caller flushes it and
-/// renames it to `path`.
+/// Writes a sealed text to a temporary file in the same directory and returns the path of that file. The caller flushes
+/// the file and renames it to `path`.
 pub(super) fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
     let temporary = temporary_name(path)?;
     let mut file = OpenOptions::new()

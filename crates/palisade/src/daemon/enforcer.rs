@@ -35,8 +35,8 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Most selector sets of learned addresses for which one endpoint gets identities. A single selector on an address of
-/// the world always has an identity and needs no grant.
+/// Most selector sets of learned addresses per endpoint for which identities are made on request. A single selector on
+/// an address of the world always has an identity.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and which of its results the maps hold.

@@ -26,7 +26,7 @@ pub(super) enum Message {
     WorkerEnded,
     /// A client wants the daemon to end; with `detach` everything that the daemon attached is removed first.
     Stop { detach: bool, reply: Reply<()> },
-    /// A client needs what only the control thread has.
+    /// A request that only the control thread can answer.
     Client(ClientRequest),
 }
 
@@ -62,7 +62,7 @@ pub(super) enum ClientRequest {
     },
     /// The selectors of all policies.
     Selectors(Reply<Vec<SelectorRow>>),
-    /// Explains the verdict on a packet that is described by hand.
+    /// Explains the verdict on a packet that a client describes.
     Trace(TraceRequest, Reply<TraceAnswer>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),

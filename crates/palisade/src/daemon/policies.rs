@@ -1,4 +1,4 @@
-//! The policy files: their content, which of it is in force, and the last good copies on disk.
+//! The policy files: their present content, the content in force, and the last good copies on disk.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -54,13 +54,13 @@ pub(super) struct PolicyFiles {
 pub(super) struct News {
     /// Name of the file in the folder.
     pub file: String,
-    /// What happened.
+    /// Kind of the event.
     pub event: Event,
     /// Names of the policies in the file.
     pub policies: Arc<[String]>,
 }
 
-/// What happened to a file.
+/// Kind of event of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
     /// A new file is to be in force.

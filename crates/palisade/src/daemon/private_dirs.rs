@@ -31,7 +31,7 @@ pub(crate) struct PrivateDirs {
 /// full or read-only), the daemon runs without it.
 ///
 /// # Errors
-/// Another daemon has one of them, or another user could change their content.
+/// Another daemon uses one of the directories or the socket, or another user could replace or change their content.
 pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
@@ -69,8 +69,8 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Returns a warning for each of the configuration file and the policy folder that a user other than root can change.
-/// An operator may intend that, so it is no error.
+/// Returns a warning for the configuration file, and one for the policy folder, if a user other than root can change
+/// it. An operator may intend that, so it is no error.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {

@@ -125,7 +125,8 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
     })
 }
 
-/// Policies, interfaces and nftables. A thread watches each of them and sends a message when it changes.
+/// Policies, interfaces and nftables as first read. A thread watches each source and sends a message when the source
+/// changes.
 struct Watched {
     files: PolicyFiles,
     network: Network,
@@ -189,7 +190,8 @@ fn fill(
     let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
     let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
     let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
-    // Learned names are a cache: without the journal connections to learned addresses fail, but the daemon starts.
+    // Learned names are a cache. Without the journal, connections to learned addresses fail until clients resolve the
+    // names again, but the daemon can start.
     if let Err(problem) = names.remember(&config.node.state_dir, endpoints) {
         let note = format!("learned names will not survive a restart: {problem}");
         error!(error = %problem, "the journal of learned names cannot be begun");
@@ -393,8 +395,9 @@ fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
         max_ttl: milliseconds(dns.max_ttl),
         addresses_per_name: dns.addresses_per_name as usize,
         addresses_per_endpoint: dns.addresses_per_endpoint as usize,
-        // The addresses of an answer are written before the entries that they evict are removed. So for a moment the
-        // map holds the addresses of some answers more than the cache (at most 4,095 A records fit into one answer).
+        // The addresses of an answer are written before the entries that they evict are removed. For a moment the map
+        // then holds more addresses than the cache: those of a few answers (at most 4,095 A records fit into one
+        // answer).
         addresses_total: learned - (learned / 8).min(8192),
         aliases: dns.follow_cname,
         special: if dns.refuse_special {

@@ -21,7 +21,7 @@ const MAX_DEBOUNCE_PERIODS: u32 = 10;
 /// Interval at which a missing folder is looked up.
 const DIR_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Returns whether a file of this name is a policy file. Names of temporary and backup files of editors are not.
+/// Returns whether a file of this name is a policy file. Temporary and backup files of editors are not.
 pub(super) fn is_policy_file(name: &str) -> bool {
     let hidden = name.starts_with(['.', '#']);
     let extension = Path::new(name)

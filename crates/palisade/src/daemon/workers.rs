@@ -31,7 +31,8 @@ use super::{network::Network, watchdog::WorkerHeartbeats};
 
 /// Age of a worker's heartbeat at which the programs stop punting to it. A worker writes 20 heartbeats in this time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest wait for the sockets of all workers at the start. After this time the start continues without the rest.
+/// Longest wait for the sockets of all workers at the start. After this time the start continues without the missing
+/// sockets.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
@@ -120,7 +121,7 @@ impl Workers {
         };
         let counters = running.pool.counters();
         let all_run = counters.iter().all(|counters| counters.state() == State::Running);
-        // Workers cannot see that the end at the node is down.
+        // Workers cannot see that the node's end of the punt link is down.
         let is_down = |punt_link: PuntLink| network.down.contains(&punt_link.ifindex());
         if all_run && !running.punt_link.is_some_and(is_down) {
             return false;
@@ -167,8 +168,8 @@ impl Workers {
         }
     }
 
-    /// Sets what happens to traffic that needs inspection while no worker runs. It takes effect with the next write of
-    /// the datapath configuration.
+    /// Sets the treatment of traffic that needs inspection while no worker runs. The change takes effect with the next
+    /// write of the datapath configuration.
     pub(super) fn set_on_failure(&mut self, on_failure: OnFailure) {
         self.wanted.on_failure = on_failure;
     }

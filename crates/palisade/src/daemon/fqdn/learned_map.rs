@@ -38,7 +38,7 @@ pub(crate) trait Writer {
     fn remove(&self, keys: &[LearnedKey]) -> Result<(), String>;
 }
 
-/// What the map holds for an address.
+/// Content of the map for an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum InMap {
     Nothing,
@@ -183,8 +183,7 @@ impl LearnedMap {
                     selectors.remove(at);
                     self.intern(&selectors)
                 }
-                // The cache repeats a change until it is told that the map holds it. A repeated change is noted
-                // already.
+                // The cache repeats a change until it is marked as written. A repeated change is noted already.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
             self.unwritten.insert(key);

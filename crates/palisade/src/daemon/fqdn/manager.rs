@@ -96,7 +96,7 @@ pub(crate) struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
     on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
-    /// Whether a request of each kind waits for the control thread. A second one would be redundant.
+    /// For each kind of request, whether one waits for the control thread. A second one would be redundant.
     requested: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
@@ -128,7 +128,7 @@ impl fmt::Debug for FqdnManager {
     }
 }
 
-/// What the lock protects.
+/// State that the lock protects.
 pub(crate) struct State {
     /// Names, addresses, and what of them is in the map.
     pub learned_map: LearnedMap,
@@ -436,8 +436,8 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // The control thread next writes the address, and then evaluates the connections of the endpoint
-                    // again.
+                    // The address matches a deny selector. The control thread first writes it to the maps, and then
+                    // evaluates the connections of the endpoint again.
                     state.reevaluate.insert(endpoint);
                 }
                 state.waiting.push(Waiting {
@@ -729,8 +729,8 @@ impl FqdnManager {
         let before = Policy {
             selectors: state.selectors.clone(),
             denied: std::mem::take(&mut state.denied),
-            // A rollback does not restore the previous list. Addresses that the failed policy has removed are learned
-            // again from the next answer.
+            // A rollback does not restore the previous list of prefixes. Addresses that the failed policy has removed
+            // are learned again from the next answer.
             listed: policy.listed.clone(),
         };
         let mut updates = Vec::new();

@@ -58,7 +58,7 @@ pub(super) struct Handlers {
     pub(super) ring: Arc<Ring>,
     /// Number of events read.
     pub(super) events: Arc<AtomicU64>,
-    /// What the control thread does at the moment.
+    /// Current task of the control thread.
     pub(super) activity: Arc<ControlActivity>,
     /// Last heartbeat of each worker; `None` without workers.
     pub(super) heartbeats: Option<Arc<WorkerHeartbeats>>,
