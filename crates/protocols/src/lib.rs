@@ -3,7 +3,7 @@
 //! The input comes from the network and may be crafted by an attacker. The parsers do no I/O, read no clock and do not
 //! panic. They refuse malformed or ambiguous input with an error that has a text and a counter of its own.
 //!
-//! Depends on `palisade-model` for the type of patterns. Start at [`dns::Query`] and [`dns::Answer`],
+//! This crate depends on `palisade-model` for the type of patterns. Start at [`dns::Query`] and [`dns::Answer`],
 //! [`http1::Request`], [`tls::ClientReader`].
 #![forbid(unsafe_code)]
 #![deny(

@@ -43,10 +43,10 @@ pub enum ParseError {
     /// A name of more than 255 bytes.
     #[strum(serialize = "name longer than 255 bytes")]
     NameTooLong,
-    /// A compression pointer that does not point to an earlier name: it makes a loop or points into the header.
+    /// A compression pointer that does not point to an earlier name: it could make a loop, or points into the header.
     #[strum(serialize = "compression pointer that does not point backwards")]
     BadPointer,
-    /// More followed compression pointers than [`super::Limits::pointers`].
+    /// More compression pointers to follow than [`super::Limits::pointers`].
     #[strum(serialize = "too many compression pointers")]
     TooManyPointers,
     /// A, AAAA or CNAME data of the wrong length.

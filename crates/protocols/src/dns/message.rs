@@ -230,7 +230,8 @@ pub struct Answer {
     pub question: Option<Question>,
     /// The targets of the CNAME chain that starts at the queried name, in order.
     pub aliases: Vec<Name>,
-    /// The addresses of the queried name and its aliases, in the order of the message.
+    /// The addresses of the queried name and its aliases, in the order of the message. If there are none, the addresses
+    /// of the A and AAAA records with other owners.
     pub addresses: Vec<Address>,
     /// The lowest time to live of the aliases and addresses, s; `None` if there are none.
     pub ttl: Option<u32>,
@@ -312,7 +313,7 @@ impl Answer {
             return reader.end();
         };
 
-        // First pass: check all records up to the last byte, and collect CNAME records, whose order is arbitrary.
+        // First pass: check all records up to the last byte, and collect the CNAME records, which may be in any order.
         let section = reader.at;
         let mut addresses = 0_u32;
         let (mut cnames, mut aliases) = ([Cname::default(); ALIASES], 0);
@@ -409,7 +410,8 @@ impl Answer {
     /// Collects addresses of other owners if neither the queried name nor an alias has one.
     ///
     /// Servers that rewrite questions send such answers. musl, c-ares and the resolver of Go use these addresses; glibc
-    /// does not. Learning them gives the server no new power: it could as well put the queried name there as the owner.
+    /// does not. Learning these addresses gives the server no new power, because the server could put the queried name
+    /// into the records as their owner.
     fn take_strays(
         &mut self,
         reader: &mut Reader<'_>,
@@ -661,7 +663,7 @@ impl<'a> Reader<'a> {
                 self.pointers = self.pointers.checked_sub(1).ok_or(ParseError::TooManyPointers)?;
                 continue;
             }
-            // A label or the root label, with its length byte. Length bytes are below 64, so ASCII case does not apply.
+            // `label` starts with its length byte. That byte is below 64, so ignoring ASCII case does not affect it.
             let end = at + 1 + usize::from(length);
             let label = self.message.get(at..end).ok_or(ParseError::Truncated)?;
             let Some((expected, tail)) = rest.split_at_checked(label.len()) else {
@@ -678,7 +680,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Returns the target of the compression pointer at `at`. The target must be behind the header and before `start`.
+    /// Returns the target of the compression pointer at `at`. The target must be after the header and before `start`.
     fn pointer(&self, at: usize, start: usize) -> Result<usize, ParseError> {
         let &[high, low] = self
             .message
@@ -724,7 +726,7 @@ impl<'a> Reader<'a> {
         }
         let owner = self.at;
         self.skip_name()?;
-        // Address records belong to the last name of the CNAME chain, so compare that one first.
+        // Address records usually have the last name of the CNAME chain as their owner, so compare that name first.
         for name in aliases.iter().rev().chain([asked]) {
             if self.name_is(owner, name)? {
                 return Ok(true);
@@ -743,7 +745,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Reads the additional section. Returns its OPT record and skips all others.
+    /// Reads the additional section. Returns its OPT record and skips all other records.
     fn additionals(&mut self, count: u16) -> Result<Option<Edns>, ParseError> {
         let mut edns = None;
         for _ in 0..count {

@@ -14,8 +14,8 @@ pub(super) const MAX_LABEL: usize = 63;
 
 /// A domain name in wire form: length-prefixed labels and the root label, in lower case and uncompressed.
 ///
-/// In text a dot within a label looks like a separator; in wire form it does not. Two names are compared as one slice.
-/// The bytes are stored inline, so a name needs no allocation.
+/// In text a dot within a label looks like a separator; in wire form it does not. A comparison of two names is one
+/// comparison of slices. The bytes are stored inline, so a name needs no allocation.
 #[derive(Clone)]
 pub struct Name {
     len: u8,
@@ -200,7 +200,8 @@ pub enum NameError {
     LabelTooLong,
     /// Two adjacent dots, a leading dot, or empty text.
     EmptyLabel,
-    /// A backslash that is followed neither by a character nor by three digits up to 255.
+    /// A backslash at the end of the text, or a backslash and a digit that are not followed by two more digits or that
+    /// give a number above 255.
     Escape,
     /// Bytes that are not an uncompressed name in wire form.
     NotWire,

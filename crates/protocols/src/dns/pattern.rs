@@ -14,7 +14,7 @@ use super::name::{MAX_LABEL, Name, NameError};
 ///
 /// All names without a wildcard are checked by one lookup of the whole name. Patterns form a tree of labels from right
 /// to left. A literal label is found by one lookup, a label with wildcards by lookups of its literal prefix or suffix.
-/// Only labels such as `*a*`, which have neither, are compared one by one.
+/// Only label patterns such as `*a*`, which have neither prefix nor suffix, are compared one by one.
 ///
 /// ```
 /// use palisade_model::rule::FqdnPattern;
@@ -44,7 +44,7 @@ pub struct NameSet {
 /// One label position in the tree.
 #[derive(Clone, Debug, Default)]
 struct Node {
-    /// Patterns that end at this label, their leftmost one.
+    /// Patterns whose leftmost label is this one.
     ends: Vec<u32>,
     /// Patterns that have `**.` to the left of this label.
     deep: Vec<u32>,
@@ -126,7 +126,7 @@ struct Key {
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // Bytes behind `len` are zero in every key, so `Eq` may compare them and the hash may omit them.
+        // Bytes after the first `len` are zero in every key, so `Eq` may compare them and the hash may omit them.
         state.write_u64(u64::from(self.node) << 16 | u64::from(self.kind) << 8 | u64::from(self.len));
         state.write(self.bytes.get(..usize::from(self.len)).unwrap_or_default());
     }
@@ -148,7 +148,7 @@ impl Key {
     }
 }
 
-/// Returns whether a wildcard matches the byte (in lower case), as Cilium's patterns do.
+/// Returns whether a wildcard matches the byte (in lower case). The set of bytes is that of Cilium's patterns.
 const fn is_plain(byte: u8) -> bool {
     matches!(byte, b'-' | b'_' | b'0'..=b'9' | b'a'..=b'z')
 }
@@ -250,8 +250,9 @@ impl NameSet {
         }
     }
 
-    /// Descends the tree with the remaining labels, from right to left. `plain`: the number of labels at the start of
-    /// the name that a wildcard matches. The nodes form a tree, so no node is visited twice.
+    /// Descends the tree with the remaining labels, from right to left. `plain`: number of labels, counted from the
+    /// left end of the name, that consist only of bytes that a wildcard matches. The nodes form a tree, so no node is
+    /// visited twice.
     fn walk(&self, node: u32, labels: &[&[u8]], plain: usize, report: &mut impl FnMut(&[u32])) {
         let Some(here) = self.nodes.get(node as usize) else {
             return;

@@ -13,9 +13,9 @@ const UDP_PAYLOAD: u16 = 1232;
 
 /// Writes the response with code `rcode` to a query into `out` and returns its length.
 ///
-/// The question is echoed byte for byte, because some clients compare its case. A query with an OPT record gets one
-/// back (RFC 6891, section 7), with the same DO bit (RFC 3225, section 3). The response to a malformed query is a
-/// header without a question.
+/// The question is echoed byte for byte, because some clients randomise the letter case of the name and check it in the
+/// response. If the query has an OPT record, so has the response (RFC 6891, section 7), with the same DO bit (RFC 3225,
+/// section 3). The response to a malformed query is a header without a question.
 ///
 /// # Errors
 /// [`ParseError::Short`] or [`ParseError::WrongDirection`] if `query` does not begin with the header of a query.
@@ -29,8 +29,8 @@ pub fn reply(query: &[u8], rcode: Rcode, out: &mut [u8]) -> Result<usize, ParseE
         return Err(ParseError::WrongDirection);
     }
     let parsed = Query::parse(query, &Limits::QUERY).ok();
-    // The name of a question has no compression pointer: no name precedes it. So the question has its uncompressed
-    // length.
+    // The name of a question has no compression pointer, because no name precedes it. So the name takes as many bytes
+    // in the message as in uncompressed form.
     let question = parsed
         .as_ref()
         .and_then(|parsed| query.get(HEADER_LEN..HEADER_LEN + parsed.question.name.wire().len() + 4))

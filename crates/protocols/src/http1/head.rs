@@ -12,8 +12,9 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Returns limits above those of common servers, and below a receiver's initial TCP window: the worker holds the
-    /// segments of a head until the head is complete.
+    /// Returns limits that are higher than those of common servers, and lower than a receiver's usual initial TCP
+    /// window. The worker holds the segments of a head until the head is complete, so the whole head must fit into that
+    /// window.
     fn default() -> Self {
         Self {
             line: 16_384,
@@ -24,7 +25,7 @@ impl Default for Limits {
 
 /// First line of the preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// Most empty lines before a request. RFC 9112, section 2.2, requires servers to ignore at least one.
+/// Most empty lines before a request. By RFC 9112, section 2.2, servers should ignore at least one.
 const LEADING_LINES: usize = 4;
 
 /// A search for the end of a head. Each byte is examined once, however the stream is segmented.
@@ -100,7 +101,7 @@ impl Head {
                         ParseError::NotHttp
                     });
                 }
-                // A start line begins with a method or a version, both tokens (RFC 9110, section 5.6.2).
+                // A start line begins with a method or with `HTTP`, so its first byte is allowed in a token.
                 _ if !self.begun && at == self.line && !is_token(byte) => return Err(ParseError::NotHttp),
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
@@ -117,8 +118,8 @@ impl Head {
         }
     }
 
-    /// Returns the number of the next bytes that need no check of their own: within a line, no control characters, and
-    /// within all limits.
+    /// Returns how many of the next bytes need no check of their own: they are within a line and within all limits, and
+    /// none is a control character.
     fn plain(&self, stream: &[u8], limits: &Limits) -> usize {
         if self.carriage || self.seen == self.line {
             return 0;
@@ -140,7 +141,8 @@ impl Head {
     }
 }
 
-/// A field name reduced to its letters and digits in lower case, for comparison with names that some servers confuse.
+/// A field name reduced to its letters and digits in lower case. Some servers treat names as equal if their reduced
+/// forms are equal.
 ///
 /// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit,
 /// and gateways reverse that. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same

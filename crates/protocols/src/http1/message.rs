@@ -10,7 +10,7 @@ use super::{
 /// Most fields in a head.
 pub const MAX_HEADERS: usize = 128;
 
-/// The fields that frame or route a message: their names and the [`Folded`] names.
+/// The fields that frame or route a message: each name, and the same name in the form of [`Folded`].
 const FRAMING: [(&str, &[u8]); 9] = [
     ("content-length", b"contentlength"),
     ("transfer-encoding", b"transferencoding"),
@@ -79,14 +79,14 @@ impl<'a> Headers<'a> {
         self.0.iter().map(|field| (field.name, field.value))
     }
 
-    /// Returns the values of all fields with this name; the case of names is ignored.
+    /// Returns the values of all fields with this name; letter case is ignored.
     pub fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.iter()
             .filter(move |(known, _)| known.eq_ignore_ascii_case(name))
             .map(|(_, value)| value)
     }
 
-    /// Returns whether a comma-separated field has an element; the case is ignored.
+    /// Returns whether a comma-separated field has an element; letter case is ignored.
     #[must_use]
     pub fn has(&self, name: &str, element: &str) -> bool {
         self.elements(name)
@@ -101,9 +101,9 @@ impl<'a> Headers<'a> {
         Ok(Self(parsed))
     }
 
-    /// Returns whether servers could disagree about this field. One cause is another field that becomes the same
-    /// variable in CGI and similar interfaces (`X_Role` and `X-Role`). The other is a `Connection` field that names
-    /// this field, so that a proxy removes it (RFC 9110, section 7.6.1).
+    /// Returns whether servers could disagree about the value of this field. One cause is another field that becomes
+    /// the same variable in CGI and similar interfaces (`X_Role` and `X-Role`). The other cause is a `Connection` field
+    /// that names this field, so that a proxy removes it (RFC 9110, section 7.6.1).
     #[must_use]
     pub fn is_doubtful(&self, name: &str) -> bool {
         fn folded(name: &str) -> impl Iterator<Item = u8> {
@@ -116,7 +116,7 @@ impl<'a> Headers<'a> {
                 .any(|(other, _)| !other.eq_ignore_ascii_case(name) && folded(other).eq(folded(name)))
     }
 
-    /// Returns whether there is a field whose name is not in `fields`, but some servers read it as one of `fields`.
+    /// Returns whether there is a field whose name is not in `fields`, but which some servers read as one of `fields`.
     fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
         self.iter().any(|(name, _)| {
             let folded = Folded::of(name);
@@ -127,8 +127,7 @@ impl<'a> Headers<'a> {
     }
 
     /// Returns the elements of a comma-separated field, from all of its lines, without empty elements (RFC 9110,
-    /// section
-    /// 5.6.1).
+    /// section 5.6.1).
     pub fn elements(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.values(name)
             .flat_map(|value| value.split(|byte| *byte == b','))
@@ -173,7 +172,7 @@ pub struct Request<'a> {
     pub method: &'a str,
     /// The form of the target.
     pub form: Target,
-    /// Path and query, as sent. `/` if an absolute URI has no path, `*` for OPTIONS, empty for CONNECT.
+    /// Path and query, as sent. `/` if an absolute URI has no path, `*` for [`Target::Asterisk`], empty for CONNECT.
     pub path: &'a str,
     /// Host and optional port, as sent; empty if an HTTP/1.0 request has no Host.
     pub host: &'a str,
@@ -201,8 +200,8 @@ impl<'a> Request<'a> {
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
             return Err(ParseError::BadStartLine);
         };
-        // Responses to HEAD and CONNECT are framed in another way. Some servers ignore the case of methods, so `head`
-        // would make the end of the response ambiguous.
+        // Responses to HEAD and CONNECT are framed differently from others. Some servers treat `head` as HEAD, so the
+        // end of the response to `head` would be ambiguous.
         if ["HEAD", "CONNECT"]
             .iter()
             .any(|name| method != *name && method.eq_ignore_ascii_case(name))
@@ -226,8 +225,8 @@ impl<'a> Request<'a> {
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| ParseError::BadHost)?;
                 // Host is empty if the target URI has no authority (RFC 9110, section 7.2). Some clients (h2load) send
-                // an IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against it as
-                // sent.
+                // an IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against the
+                // address without brackets.
                 let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
                 if !host.is_empty() && !is_bare_address && !is_authority(host) {
                     return Err(ParseError::BadHost);
@@ -262,8 +261,8 @@ impl<'a> Request<'a> {
         })
     }
 
-    /// Returns the protocols that the client requests with Upgrade (RFC 9110, section 7.8). Empty in HTTP/1.0, and if
-    /// Connection does not contain `upgrade`.
+    /// Returns the protocols that the client requests with Upgrade (RFC 9110, section 7.8). The iterator is empty for
+    /// HTTP/1.0, and if Connection does not contain `upgrade`.
     pub fn upgrades(&self) -> impl Iterator<Item = &'a [u8]> {
         let asks = self.version > 0 && self.headers.has("connection", "upgrade");
         self.headers.elements("upgrade").filter(move |_| asks)
@@ -277,7 +276,7 @@ impl<'a> Request<'a> {
     }
 
     /// Returns whether the request has a body although RFC 9110, section 9.3, defines none for its method. Many servers
-    /// do not read such a body and parse it as the next request.
+    /// do not read such a body, and parse its bytes as the next request.
     #[must_use]
     pub fn has_unexpected_body(&self) -> bool {
         const WITHOUT: [&str; 6] = ["GET", "HEAD", "DELETE", "TRACE", "OPTIONS", "CONNECT"];
@@ -285,8 +284,8 @@ impl<'a> Request<'a> {
             && WITHOUT.iter().any(|name| self.method.eq_ignore_ascii_case(name))
     }
 
-    /// Returns whether the client may wait for a 100 response before it sends the body (RFC 9110, section 10.1.1). This
-    /// includes HTTP/1.0, where servers must ignore Expect, but some do not.
+    /// Returns whether the client may wait for a 100 response before it sends the body (RFC 9110, section 10.1.1).
+    /// HTTP/1.0 requests count too: servers must ignore their Expect, but some do not.
     #[must_use]
     pub fn expects_continue(&self) -> bool {
         self.headers.values("expect").next().is_some()
@@ -333,7 +332,8 @@ impl<'a> Response<'a> {
             return Err(ParseError::BadStartLine);
         };
         let headers = Headers::of(parsed.headers)?;
-        // Only the names that frame a response: if they were ambiguous, the start of the next response would be too.
+        // Check only the names that frame a response: if they were ambiguous, the start of the next response would be
+        // too.
         if headers.has_disguised(&FRAMING[..2]) {
             return Err(ParseError::DisguisedName);
         }
@@ -353,9 +353,8 @@ impl<'a> Response<'a> {
         })
     }
 
-    /// Returns whether this is an interim response, which another response to the same request follows (RFC 9110,
-    /// section
-    /// 15.2). No further response follows a 101.
+    /// Returns whether this is an interim response: another response to the same request follows (RFC 9110, section
+    /// 15.2). A 101 is not one, because no further response follows it.
     #[must_use]
     pub fn is_interim(&self) -> bool {
         (100..200).contains(&self.status) && self.status != 101
@@ -460,7 +459,7 @@ fn is_authority(text: &str) -> bool {
     !host.is_empty() && host.bytes().all(is_host) && is_port(port)
 }
 
-/// Returns whether the authority of a target and the Host field name the same host. The case and the default port of
+/// Returns whether the authority of a target and the Host field name the same host. Letter case and the default port of
 /// the scheme are ignored. For CONNECT, Host may omit the port of the target.
 fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
     let default = match () {
@@ -475,7 +474,7 @@ fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
     authority.eq_ignore_ascii_case(host) || without_port(authority).eq_ignore_ascii_case(without_port(host))
 }
 
-/// Returns what follows the scheme of an absolute target; `None` if the target has another scheme.
+/// Returns the part of an absolute target after the scheme; `None` if the target has another scheme.
 fn strip_scheme<'a>(target: &'a str, scheme: &str) -> Option<&'a str> {
     let (begin, rest) = target.split_at_checked(scheme.len())?;
     begin.eq_ignore_ascii_case(scheme).then_some(rest)

@@ -59,7 +59,7 @@ pub enum ParseError {
     /// White space between a field name and its colon (RFC 9112, section 5.1), or no colon.
     #[strum(serialize = "malformed header name")]
     BadName,
-    /// A malformed request or status line, or one with other white space than single spaces.
+    /// A malformed request or status line, or a request line with white space other than two single spaces.
     #[strum(serialize = "malformed start line")]
     BadStartLine,
     /// A version other than 1.0 and 1.1.
@@ -77,8 +77,7 @@ pub enum ParseError {
     /// A field name such as `Transfer_Encoding`, which some servers read as a field that frames or routes the message.
     #[strum(serialize = "header name that some servers read as a framing header")]
     DisguisedName,
-    /// A `Connection` field that names a field that frames or routes the message, which makes a proxy remove that
-    /// field.
+    /// A `Connection` field that makes a proxy remove a field that frames or routes the message.
     #[strum(serialize = "Connection names a framing header")]
     BadConnection,
     /// An Expect other than `100-continue` (RFC 9110, section 10.1.1).
@@ -97,10 +96,10 @@ pub enum ParseError {
     /// Content-Length together with Transfer-Encoding (RFC 9112, section 6.1).
     #[strum(serialize = "Content-Length with Transfer-Encoding")]
     LengthAndEncoding,
-    /// A Content-Length that is not a number, or several of them.
+    /// A Content-Length that is not a number, or more than one Content-Length.
     #[strum(serialize = "malformed or repeated Content-Length")]
     BadLength,
-    /// A Transfer-Encoding other than a single `chunked`, or one in HTTP/1.0.
+    /// A Transfer-Encoding other than a single `chunked`, or any Transfer-Encoding in HTTP/1.0.
     #[strum(serialize = "Transfer-Encoding other than chunked")]
     BadEncoding,
     /// An HTTP/1.1 request without Host (RFC 9112, section 3.2).
@@ -112,7 +111,7 @@ pub enum ParseError {
     /// A Host that is not a host with an optional port.
     #[strum(serialize = "malformed Host")]
     BadHost,
-    /// A request target in absolute form with another host than the Host field.
+    /// A request target whose host differs from the Host field.
     #[strum(serialize = "target and Host disagree")]
     HostDiffers,
     /// A request target in a form that its method does not have (RFC 9112, section 3.2).

@@ -25,15 +25,15 @@ impl fmt::Display for PathError {
 
 impl std::error::Error for PathError {}
 
-/// Number of times that a path is decoded. A proxy decodes it once, the server behind it may decode it again; the third
-/// round is a reserve.
+/// Number of times that a path is decoded. A proxy may decode the path, and the server after it may decode the path
+/// again; the third round is a reserve.
 const ROUNDS: usize = 3;
 
 /// Replaces the contents of `out` by `path` as a server would resolve it. `path` includes the query, which is copied
 /// unchanged.
 ///
-/// Decodes percent-encoding, replaces backslashes by slashes and repeated slashes by one, and resolves `.` and `..`
-/// segments, including those with parameters after `;`.
+/// Decodes percent-encoding, replaces backslashes by slashes and repeated slashes by one slash, and resolves `.` and
+/// `..` segments, including those with parameters after `;`.
 ///
 /// # Errors
 /// [`PathError`] if servers could resolve the path in different ways.
@@ -49,7 +49,7 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
         if rounds == ROUNDS {
             return Err(PathError::EncodedTooOften);
         }
-        // In later rounds a percent sign may be a literal one that was encoded, so it need not begin an escape.
+        // In later rounds a percent sign may be the result of decoding `%25`, so it need not begin an escape.
         if !decode(out, rounds == 0)? {
             break;
         }

@@ -1,9 +1,9 @@
 //! Regular expressions of HTTP rules.
 //!
-//! Cilium's HTTP rules have the syntax of RE2. The `regex` crate has nearly the same syntax, but gives some parts
-//! another meaning, so this module translates them. In RE2, classes such as `\d` are ASCII, `&&` and `[` have no
-//! special meaning within a class, `\<` is `<`, a `{` that begins no repetition is a literal, and a repetition of a
-//! repetition is an error.
+//! Cilium's HTTP rules have the syntax of RE2. The `regex` crate has nearly the same syntax, but gives some parts a
+//! different meaning, so this module translates the expressions. In RE2, classes such as `\d` are ASCII, `&&` and `[`
+//! have no special meaning within a class, `\<` is `<`, a `{` that begins no repetition is a literal, and a repetition
+//! of a repetition is an error.
 
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::{
@@ -21,8 +21,8 @@ const MAX_LENGTH: usize = 8 << 10;
 /// Greatest cost of one expression, see [`cost`].
 pub const MAX_COST: usize = 40_000;
 
-/// Estimates the cost of parsing an expression without parsing it. Unicode classes cost most, and `(?i)` multiplies
-/// their cost.
+/// Estimates the cost of parsing an expression, in the unit of [`cost`], without parsing it. Unicode classes cost most,
+/// and `(?i)` multiplies the cost of classes.
 fn cost_of_reading(pattern: &str) -> usize {
     let folds = pattern.contains("(?") && pattern.contains('i');
     let classes = pattern.matches(r"\p").count() + pattern.matches(r"\P").count();
@@ -34,7 +34,7 @@ fn cost_of_reading(pattern: &str) -> usize {
 /// the cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
 ///
 /// # Errors
-/// The expression is not valid RE2 syntax, or its cost exceeds [`MAX_COST`]. Returns the text for the operator.
+/// The expression is not valid RE2 syntax, or its cost exceeds [`MAX_COST`]. The error is a text for the operator.
 pub fn cost(pattern: &str) -> Result<usize, String> {
     if pattern.len() > MAX_LENGTH {
         return Err(format!("it is longer than {MAX_LENGTH} bytes"));
@@ -62,7 +62,7 @@ pub fn cost(pattern: &str) -> Result<usize, String> {
     }
 }
 
-/// Returns the approximate number of states of an expression. The depth of the recursion is that of the groups, which
+/// Returns the approximate number of states of an expression. The recursion is as deep as the groups are nested, which
 /// the parser limits.
 fn states(hir: &Hir) -> usize {
     match hir.kind() {
@@ -93,7 +93,7 @@ fn last_line(error: &str) -> String {
 /// Translates an expression into the syntax of the `regex` crate.
 ///
 /// # Errors
-/// The expression is not valid RE2 syntax. Returns the text for the operator.
+/// The expression is not valid RE2 syntax. The error is a text for the operator.
 pub fn translate(pattern: &str) -> Result<String, String> {
     Translator::new(pattern).translate()
 }
@@ -101,7 +101,7 @@ pub fn translate(pattern: &str) -> Result<String, String> {
 /// Compiles an expression that must match the whole text.
 ///
 /// # Errors
-/// The expression is not valid RE2 syntax, or its compiled form is too large. Returns the text for the operator.
+/// The expression is not valid RE2 syntax, or its compiled form is too large. The error is a text for the operator.
 pub fn compile(pattern: &str) -> Result<Regex, String> {
     let translated = translate(pattern)?;
     RegexBuilder::new(&format!(r"\A(?:{translated})\z"))

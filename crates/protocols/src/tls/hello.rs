@@ -13,7 +13,7 @@ pub struct ClientHello {
     /// The server name.
     pub server_name: ServerName,
     /// Whether the hello has an encrypted inner hello (ECH), so that `server_name` is the outer name. A GREASE
-    /// extension looks the same (RFC 9849, section 6.2).
+    /// extension without an inner hello looks the same (RFC 9849, section 6.2).
     pub ech: bool,
     /// Whether the client sends early data (0-RTT, RFC 8446, section 4.2.10).
     pub early_data: bool,
@@ -41,7 +41,8 @@ const ENCRYPTED_HELLO: u16 = 0xfe0d;
 /// Name type `host_name`.
 const HOST_NAME: u8 = 0;
 
-/// Most extensions in a hello. Each is compared with all before it, so the limit bounds that quadratic cost.
+/// Most extensions in a hello. Each extension is compared with all earlier ones to find duplicates, so the limit bounds
+/// a quadratic cost.
 const MAX_EXTENSIONS: usize = 128;
 
 /// Reads big-endian numbers and length-prefixed vectors from the front of a slice.

@@ -1,11 +1,11 @@
 //! Parser of the unencrypted part of TLS handshakes: the ClientHello, and the server's first message.
 //!
-//! [`ClientReader`] assembles the ClientHello from any number of records and segments. [`ServerReader`] finds out
-//! whether the server requests a second ClientHello. Each buffers at most one handshake message. Both refuse streams
-//! that implementations could read in different ways: bytes behind a ClientHello in its record, records of another
-//! type between its fragments, duplicate extensions.
+//! [`ClientReader`] assembles the ClientHello from any number of records and segments. [`ServerReader`] determines
+//! whether the server requests a second ClientHello. Each reader buffers at most one handshake message. Both refuse
+//! streams that implementations could read in different ways: bytes after a ClientHello in the same record, records of
+//! another type between fragments of a ClientHello, duplicate extensions.
 //!
-//! RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2), RFC 6066 (server names), RFC 9849 (ECH).
+//! The specifications are RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2), RFC 6066 (server names) and RFC 9849 (ECH).
 //!
 //! ```
 //! use palisade_protocols::tls::{ClientReader, ClientStep, ParseError};
@@ -40,25 +40,27 @@ pub enum ParseError {
     /// A ClientHello in SSL 2 format (RFC 6101, appendix E.1).
     #[strum(serialize = "hello in the form of SSL 2")]
     Ssl2,
-    /// A record longer than 2^14 bytes (RFC 8446, section 5.1).
+    /// A record whose content is longer than 2^14 bytes (RFC 8446, section 5.1), or than 2^14 + 2,048 bytes if it is
+    /// protected.
     #[strum(serialize = "record too long")]
     RecordTooLong,
-    /// A handshake record without content (RFC 8446, section 5.1).
+    /// A record without content that is not application data (RFC 8446, section 5.1).
     #[strum(serialize = "handshake record without content")]
     EmptyRecord,
     /// A record of another type before the ClientHello is complete (RFC 8446, section 5.1).
     #[strum(serialize = "record of another type within the hello")]
     Interleaved,
-    /// A handshake message of another type where a hello is required.
+    /// A record or a handshake message of another type where a hello is required.
     #[strum(serialize = "handshake message other than a hello")]
     NotHello,
     /// A ClientHello longer than [`MAX_HELLO`].
     #[strum(serialize = "hello too long")]
     HelloTooLong,
-    /// Bytes behind the hello in its last record: another message, which the parser would not check.
+    /// Bytes after the hello in its last record: another message, which the parser would not check.
     #[strum(serialize = "bytes behind the hello in its record")]
     Trailing,
-    /// A wrong length, or a vector that is truncated or must not be empty.
+    /// A length that does not fit the message or the field, too many extensions, or an empty list where at least one
+    /// element is required.
     #[strum(serialize = "malformed hello")]
     Malformed,
     /// A duplicate extension (RFC 8446, section 4.2).

@@ -15,7 +15,8 @@ const RECORD_HEADER: usize = 5;
 const MESSAGE_HEADER: usize = 4;
 /// Longest plaintext record, bytes (RFC 8446, section 5.1).
 const MAX_RECORD: usize = 1 << 14;
-/// Longest protected record, bytes: that of TLS 1.2 (RFC 5246, section 6.2.3), which exceeds that of TLS 1.3.
+/// Longest protected record, bytes. This is the limit of TLS 1.2 (RFC 5246, section 6.2.3), which is higher than that
+/// of TLS 1.3.
 const MAX_PROTECTED: usize = MAX_RECORD + 2_048;
 
 /// The random of a HelloRetryRequest: the SHA-256 of "HelloRetryRequest" (RFC 8446, section 4.1.3).
@@ -56,8 +57,8 @@ impl Records {
                 *slot = *byte;
                 self.have += 1;
                 *input = rest;
-                // Refuse a stream that is not TLS at its first wrong byte: its client may never send the rest of a
-                // header.
+                // Refuse a stream that is not TLS at its first wrong byte, without waiting for the rest of the header,
+                // which may never come.
                 match self.header.get(..self.have).unwrap_or_default() {
                     [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
@@ -118,9 +119,10 @@ impl Records {
 pub enum ClientStep {
     /// The hello is not complete; its bytes must be held.
     More,
-    /// A complete hello, which ends where the rest of the input starts.
+    /// A complete hello. The rest of the input starts after it.
     Hello(Box<ClientHello>),
-    /// A piece of another record that needs no decision: an alert, early data, or ChangeCipherSpec.
+    /// A piece of a record without handshake messages, which needs no inspection: an alert, early data, or
+    /// ChangeCipherSpec.
     Other,
 }
 
@@ -135,8 +137,8 @@ pub struct ClientReader {
 }
 
 impl ClientReader {
-    /// Removes bytes from the front of `input` up to the next hello or other record; `input` is empty after
-    /// [`ClientStep::More`].
+    /// Removes bytes from the front of `input` up to the end of the next hello, or of the next piece of another record.
+    /// `input` is empty after [`ClientStep::More`].
     ///
     /// # Errors
     /// [`ParseError`]; the rest of the stream cannot be parsed.
@@ -220,7 +222,7 @@ pub struct ServerReader {
 const SERVER_HELLO_FIXED: usize = MESSAGE_HEADER + 2 + 32;
 
 impl ServerReader {
-    /// Removes bytes from the front of `input` up to the end of the first message. After [`ServerStep::Answered`] and
+    /// Removes bytes from the front of `input` until the first message is complete. After [`ServerStep::Answered`] and
     /// [`ServerStep::Refused`] no further bytes need to be read.
     ///
     /// # Errors
@@ -262,8 +264,8 @@ impl ServerReader {
         };
         let again = body.get(2..34) == Some(&RETRY_RANDOM[..]);
         let version = server_version(body);
-        // A server sends nothing behind a HelloRetryRequest in its record. Whether such bytes were parsed would depend
-        // on the segmentation of the stream, so they are refused.
+        // A server sends nothing after a HelloRetryRequest in the same record. Whether such bytes were parsed would
+        // depend on the segmentation of the stream, so they are refused.
         if again && (self.held.len() > length || !piece.last) {
             return Err(ParseError::Trailing);
         }
