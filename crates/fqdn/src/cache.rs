@@ -22,8 +22,8 @@ use crate::{
 /// Limits on the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Shortest lifetime of an address, ms. It exceeds the time to live of an answer if that is lower, because the
-    /// client connects after the answer even if its time to live is 0.
+    /// Shortest lifetime of an address, ms, even if the answer has a shorter time to live: a client connects after it
+    /// has received the answer, also if the time to live is 0.
     pub min_ttl: Millis,
     /// Longest lifetime of an address, ms, even if the answer has a longer time to live.
     pub max_ttl: Millis,
@@ -88,8 +88,8 @@ pub struct Cache {
     total: usize,
     /// Number of answers learned so far, which is the number of the last answer.
     learnings: u64,
-    /// Number of transitions of (endpoint, selector, address) triples between live and gone so far. It is the number of
-    /// the last transition.
+    /// Number of transitions of (endpoint, selector, address) triples between live and gone so far, which is the number
+    /// of the last transition.
     turns: u64,
     stats: Stats,
     sni_index: Option<Arc<SniAddressIndex>>,
@@ -114,7 +114,7 @@ impl Cache {
         }
     }
 
-    /// Learns the addresses of an answer for an endpoint. Error responses and answers of other classes than IN add no
+    /// Learns the addresses of an answer for an endpoint. Error responses and answers of a class other than IN add no
     /// address, but they too are forwarded only after [`Cache::commit`].
     pub fn learn(&mut self, endpoint: EndpointId, answer: &Answer, now: Millis) -> Pending {
         self.learnings += 1;
@@ -194,8 +194,8 @@ impl Cache {
         pending
     }
 
-    /// Removes the special-purpose addresses that are listed neither in the configuration nor in a rule of the
-    /// endpoint.
+    /// Removes from `addresses` the special-purpose addresses that the endpoint must not learn, see [`Special::Refuse`]
+    /// and [`ListedPrefixes`].
     fn refuse_special(
         &mut self,
         endpoint: EndpointId,
@@ -360,7 +360,7 @@ impl Cache {
         }
     }
 
-    /// Sets the selectors of an endpoint's policy. They apply to names that were learned before, too.
+    /// Sets the selectors of an endpoint's policy. The selectors also apply to names that were learned before.
     pub fn set_selectors(&mut self, endpoint: EndpointId, selectors: Arc<Selectors>) -> Update {
         self.endpoints.entry(endpoint).or_default();
         self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
@@ -402,8 +402,8 @@ impl Cache {
         update
     }
 
-    /// Marks addresses as used by connections of an endpoint. Between two sweeps the caller must pass all such
-    /// addresses, because [`Cache::sweep`] treats the others as unused.
+    /// Marks addresses as used by connections of an endpoint. Between two sweeps the caller must pass all addresses
+    /// that connections use, because [`Cache::sweep`] treats the others as unused.
     pub fn mark_in_use(&mut self, endpoint: EndpointId, addresses: impl IntoIterator<Item = IpAddr>) {
         if let Some(state) = self.endpoints.get_mut(&endpoint) {
             addresses
@@ -412,7 +412,7 @@ impl Cache {
         }
     }
 
-    /// Removes the expired addresses that were unused before this sweep and before the previous one. The update also
+    /// Removes the addresses that were expired and unused at this sweep and at the previous one. The update also
     /// repeats changes that were not written.
     pub fn sweep(&mut self, endpoint: EndpointId, now: Millis) -> Update {
         self.update(endpoint, |state, sink| state.sweep(now, sink))
@@ -528,8 +528,9 @@ impl Cache {
         })
     }
 
-    /// Returns the names and addresses of an answer, for the journal. The journal holds what was learned since the last
-    /// complete save, so an answer must be appended to it before the answer is forwarded.
+    /// Returns the names and addresses of an answer, for the journal. The journal holds the names and addresses that
+    /// were learned since the last complete save, so those of an answer must be appended to the journal before the
+    /// answer is forwarded.
     #[must_use]
     pub fn journal(&self, pending: &Pending, now: Millis) -> Vec<SavedName> {
         let Some(state) = self.endpoints.get(&pending.endpoint) else {
@@ -599,9 +600,10 @@ impl Cache {
     /// Returns the number of entries and the memory that they take.
     #[must_use]
     pub fn memory(&self) -> Memory {
-        // hashbrown: one control byte per slot, and at most seven of eight slots are filled.
+        // hashbrown has one control byte per slot and fills at most seven of eight slots.
         let table = |capacity: usize, entry: usize| (capacity * 8 / 7) * (entry + 1);
-        // malloc of glibc: a header of eight bytes, sizes rounded up to 16 bytes, at least 32.
+        // glibc's malloc adds a header of eight bytes, and rounds sizes up to a multiple of 16 bytes and to at least
+        // 32.
         let heap = |bytes: usize| {
             if bytes == 0 {
                 0

@@ -1,5 +1,5 @@
-//! Changes to the maps, and the types that order the forwarding of an answer after its changes: [`Pending`] before they
-//! are written, [`Committed`] afterwards.
+//! Changes to the maps, and the types by which an answer is forwarded only after its changes are written: [`Pending`]
+//! before the writes, [`Committed`] after them.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
@@ -29,7 +29,7 @@ pub struct Change {
     pub(crate) turn: u64,
 }
 
-/// Changes that have another cause than an answer: expiry, a policy, an operator.
+/// Changes that are not caused by an answer, but by expiry, a policy or an operator.
 ///
 /// The caller writes all changes, those of answers included, in the order in which the cache has returned them, and
 /// then calls [`crate::Cache::written`]. If a write fails, the caller drops the update; the next sweep repeats its
@@ -58,7 +58,7 @@ pub struct Pending {
     pub(crate) number: u64,
     pub(crate) endpoint: EndpointId,
     pub(crate) changes: Vec<Change>,
-    /// All (name in wire form, address) pairs of the answer, known ones included.
+    /// All (name in wire form, address) pairs of the answer, including those that the cache already had.
     pub(crate) pairs: Vec<(Arc<[u8]>, IpAddr)>,
     pub(crate) refused: usize,
     /// Shortest time that the pairs are kept after the answer was learned, ms.
@@ -84,7 +84,8 @@ impl Pending {
         self.endpoint
     }
 
-    /// Returns the addresses of the answer, known ones included. An address can occur several times.
+    /// Returns the addresses of the answer, including those that the cache already had. An address can occur several
+    /// times.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.pairs.iter().map(|(_, address)| *address)
     }
@@ -95,8 +96,8 @@ impl Pending {
         self.refused
     }
 
-    /// Returns the time that all addresses of the answer are kept after it was learned, ms; `None` if it has no
-    /// addresses or some were not learned.
+    /// Returns the time for which all addresses of the answer are kept after it was learned, ms; `None` if the answer
+    /// has no addresses or if some of them were not learned.
     #[must_use]
     pub fn lease(&self) -> Option<Millis> {
         (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)
@@ -121,10 +122,11 @@ impl Committed {
 /// The reason why an answer must not be forwarded.
 #[derive(Debug)]
 pub enum Uncommitted {
-    /// The maps lack changes of the answer, because the policy was replaced or another write failed since. The caller
-    /// writes the changes of this [`Pending`] and commits again.
+    /// The maps lack changes of the answer, because the policy was replaced or another write failed after the answer
+    /// was learned. The caller writes the changes of this [`Pending`] and commits again.
     Missing(Pending),
-    /// A limit or an operator has removed an address of the answer since. The caller drops the answer.
+    /// An address of the answer was removed after the answer was learned, because of a limit, a policy or an operator.
+    /// The caller drops the answer.
     Superseded,
 }
 

@@ -31,7 +31,8 @@ pub(crate) struct Limits {
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) selectors: Option<Arc<Selectors>>,
-    /// The special-purpose addresses that its policy lists; `None` before the first [`crate::Cache::set_listed`].
+    /// The special-purpose addresses that the endpoint's policy lists; `None` before the first
+    /// [`crate::Cache::set_listed`].
     pub(crate) listed: Option<Arc<ListedPrefixes>>,
     pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
     pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
@@ -41,8 +42,8 @@ pub(crate) struct Endpoint {
     pub(crate) pairs: usize,
     /// Number of the current round. Each sweep ends a round.
     round: u64,
-    /// Whether the limit was reached while all addresses were in use, and no address has been removed since. The search
-    /// for an unused address is skipped then.
+    /// Whether the limit was reached while all addresses were in use, and since then no address was removed and no
+    /// sweep has run. If so, the search for an unused address is skipped.
     exhausted: bool,
 }
 
@@ -354,7 +355,8 @@ impl Endpoint {
         }
     }
 
-    /// Returns the unused address of a name that was learned longest ago, other than by the answer `number`.
+    /// Returns the address of a name that was learned longest ago, of those that no connection uses and that the answer
+    /// `number` does not contain.
     fn victim_of(&self, name: &Arc<[u8]>, number: u64) -> Option<IpAddr> {
         let pairs = &self.names.get(name)?.pairs;
         pairs
@@ -481,7 +483,7 @@ impl Endpoint {
 
     /// Repeats the changes that are not confirmed.
     fn repair(&mut self, sink: &mut Sink<'_>) {
-        // A triple that has just changed is in the list already.
+        // `sink` already has the changes of this operation, which must not be repeated.
         let from = sink
             .changes
             .iter()
@@ -588,7 +590,7 @@ impl Endpoint {
             return;
         };
         triple.map = match change.kind {
-            // A newer change exists, and the order of the two writes is unknown.
+            // The triple has changed again since, so the maps may not hold its current state.
             _ if triple.turn != change.turn => MapState::Unsure,
             ChangeKind::Live => MapState::Present,
             ChangeKind::Gone => MapState::Absent,
@@ -636,7 +638,7 @@ impl AddressEntry {
         complete
     }
 
-    /// Counts one more name of the address that matches the selector.
+    /// Counts one more name of the address that matches `selector`. Emits a change unless the maps hold the triple.
     fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let at = self.find(selector).unwrap_or_else(|at| {
             // Most addresses have one selector, but `Vec` would reserve room for four.
@@ -666,7 +668,7 @@ impl AddressEntry {
         }
     }
 
-    /// Counts one name less of the address that matches the selector.
+    /// Counts one name less of the address that matches `selector`. Emits a change if no such name is left.
     fn release(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let Ok(at) = self.find(selector) else { return };
         let Some(triple) = self.triples.get_mut(at) else {

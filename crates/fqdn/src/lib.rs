@@ -5,7 +5,7 @@
 //! must not be forwarded before the maps hold all of its changes. Therefore [`Cache::learn`] returns a [`Pending`], and
 //! only [`Cache::commit`] turns it into a [`Committed`], which the caller needs to forward the answer.
 //!
-//! [`Tracker`] stores the open questions, so that answers without a question are dropped.
+//! [`Tracker`] stores the open questions, so that the caller can drop answers that match none of them.
 //!
 //! This crate does no I/O and reads no clock: all times are parameters, in ms of one monotonic clock.
 //!
@@ -37,7 +37,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Depends on `palisade-protocols` (names, answers) and `palisade-model` (patterns).
+//! This crate depends on `palisade-protocols` (names, answers) and `palisade-model` (patterns).
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

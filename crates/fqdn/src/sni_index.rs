@@ -16,14 +16,15 @@ use crate::EndpointId;
 /// The (endpoint, address, name) triples of a [`crate::Cache`], for other threads. The index always has the same
 /// triples as the cache, so the limits of the cache bound the index too.
 ///
-/// A lookup waits at most for one insertion or removal in the same shard.
+/// A lookup takes the read lock of a shard, so it can only wait for insertions and removals in that shard.
 #[derive(Debug)]
 pub struct SniAddressIndex {
     hashes: RandomState,
     entries: DashSet<Entry, RandomState>,
 }
 
-/// A name is represented by a 64-bit hash with a random key, so no peer can construct two names with the same hash.
+/// An entry has a 64-bit hash of the name instead of the name. The key of the hash is random, so an attacker cannot
+/// construct two names with the same hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Entry {
     endpoint: EndpointId,
@@ -62,7 +63,7 @@ impl SniAddressIndex {
 
     /// Returns the memory that the index takes, in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        // The tables of hashbrown: 7 of 8 slots are filled at most, and each slot has a control byte.
+        // hashbrown has one control byte per slot and fills at most seven of eight slots.
         size_of::<Self>() + (self.entries.capacity() * 8 / 7) * (size_of::<Entry>() + 1)
     }
 

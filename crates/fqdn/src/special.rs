@@ -1,8 +1,8 @@
 //! Special-purpose addresses (RFC 6890), to which public names should not resolve.
 //!
-//! The owner of a name decides to which addresses it resolves. If a name that a policy allows resolved to
-//! 169.254.169.254, to a loopback or to a LAN address, learning that address would let the name's owner open the node's
-//! own network to the workload (DNS rebinding). So such an address is learned only if the operator lists it.
+//! The owner of a name decides to which addresses the name resolves. If a name that a policy allows resolved to
+//! 169.254.169.254, to a loopback address or to a LAN address, learning that address would let the name's owner open
+//! the node's own network to the workload (DNS rebinding). So such an address is learned only if the operator lists it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -26,8 +26,8 @@ pub enum Special {
 pub struct ListedPrefixes {
     /// Prefixes in egress rules of the endpoint.
     pub prefixes: Vec<IpNet>,
-    /// Selectors of egressDeny rules. Addresses of names that match one of them are always learned, because a rule
-    /// cannot deny an address that was not learned for its name.
+    /// Selectors of egressDeny rules. Addresses of names that match one of these selectors are always learned, because
+    /// an egressDeny rule can deny only addresses that were learned.
     pub denied: Vec<SelectorId>,
 }
 
@@ -114,7 +114,8 @@ pub fn is_special_prefix(prefix: &IpNet) -> bool {
     match prefix {
         IpNet::V4(net) => IPV4.iter().any(|block| block.contains(net)),
         IpNet::V6(net) => {
-            // The embedded IPv4 address of a NAT64 or 6to4 prefix, and how many of its bits the prefix covers.
+            // The IPv4 address that is embedded in a NAT64 or 6to4 prefix, and the number of bits of that address that
+            // the prefix fixes.
             let (first, length) = (net.network().segments(), net.prefix_len());
             let embedded = match first {
                 [0x64, 0xff9b, 0, 0, 0, 0, high, low] if length >= 96 => Some((high, low, length - 96)),
@@ -132,7 +133,8 @@ pub fn is_special_prefix(prefix: &IpNet) -> bool {
     }
 }
 
-/// Returns whether one of the prefixes lists a special-purpose address.
+/// Returns whether a special-purpose address is in one of the prefixes, not counting prefixes that are wider than a
+/// special-purpose block ([`is_special_prefix`]).
 pub(crate) fn lists(prefixes: &[IpNet], address: IpAddr) -> bool {
     prefixes
         .iter()

@@ -2,12 +2,12 @@
 
 use serde::Serialize;
 
-/// Counters of the cache. The unit is (name, address) pairs, except for `superseded` and `aborted`.
+/// Counters of the cache. The unit is (name, address) pairs, except for `special`, `superseded` and `aborted`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct Stats {
     /// Pairs that were added.
     pub learned: u64,
-    /// Known pairs that another answer contained.
+    /// Pairs that the cache already had when an answer contained them.
     pub refreshed: u64,
     /// Pairs that were evicted because of a limit.
     pub evicted: u64,
@@ -21,7 +21,7 @@ pub struct Stats {
     pub cleaned: u64,
     /// Answers that were not forwarded because one of their addresses was removed before the commit.
     pub superseded: u64,
-    /// Answers that were aborted.
+    /// Answers that the caller aborted ([`crate::Cache::abort`]).
     pub aborted: u64,
 }
 

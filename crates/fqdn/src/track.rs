@@ -1,9 +1,10 @@
 //! Open DNS questions. An answer is accepted only if its id, addresses, ports and question match an open question (RFC
-//! 5452). [`Tracker`] has a limit per endpoint and one for all, and does not allocate in the steady state.
+//! 5452). [`Tracker`] has a limit per endpoint and a limit for all endpoints, and does not allocate in the steady
+//! state.
 //!
 //! The questions are in a vector with a free list, linked by age and by key. `inspect` has a similar queue for values
-//! that expire in order (`expiry_queue.rs`). It is not used here: each slot is also in the chain of its key, so that an
-//! answer finds its question by id, and a removal must update both lists.
+//! that expire in order (`expiry_queue.rs`). That queue is not used here, because each slot is also in the chain of its
+//! key, by which an answer finds its question, and a removal must update both lists.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -19,7 +20,7 @@ use crate::{EndpointId, Millis};
 /// The client and the resolver of questions and answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
-    /// The endpoint that sends the questions or receives them.
+    /// The endpoint that sends or receives the questions.
     pub endpoint: EndpointId,
     /// Whether the transport is TCP; otherwise it is UDP.
     pub tcp: bool,
@@ -238,8 +239,8 @@ impl<T: Copy> Tracker<T> {
         self.expire(now);
         let key = Key { flow, id: answer.id };
         let Some(question) = &answer.question else {
-            // Some error responses omit the question. They have no records, and close the newest question with their
-            // id.
+            // Some error responses omit the question. Such a response has no records, and closes the newest open
+            // question of the flow with the same id.
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
             return newest
                 .and_then(|at| self.close(at))
@@ -258,7 +259,8 @@ impl<T: Copy> Tracker<T> {
         })
     }
 
-    /// Closes the questions that have timed out. The other methods do so too; this one is for times without queries.
+    /// Closes the questions that have timed out. [`Tracker::asked`] and [`Tracker::answered`] do this too; the caller
+    /// uses this method while no DNS messages arrive.
     pub fn expire(&mut self, now: Millis) {
         while let Some(slot) = self.slots.get(self.oldest as usize)
             && now.saturating_sub(slot.asked.at) > self.limits.timeout
