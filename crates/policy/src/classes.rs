@@ -1,4 +1,4 @@
-//! Port classes: which (protocol, port) no rule tells apart from another, and the number each such set has.
+//! Port classes: sets of (protocol, port) that no rule distinguishes, and their numbers.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -9,8 +9,8 @@ use palisade_abi::{
     CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, class_slot, class_slot_unknown_port, protocol,
 };
 
-/// The classes that always exist: what no rule names within each protocol that has ports or types. The slot of
-/// an unknown port belongs to it too: like it, it is only covered by rules about the whole protocol.
+/// The classes that always exist: for each protocol with ports or types, those that no rule names. The slot for an
+/// unknown port has the same class, because only rules for the whole protocol match it too.
 const BASE: [(u8, Class); 5] = [
     (protocol::TCP, FIRST_DYNAMIC_CLASS),
     (protocol::UDP, FIRST_DYNAMIC_CLASS + 1),
@@ -19,20 +19,20 @@ const BASE: [(u8, Class); 5] = [
     (protocol::ICMPV6, FIRST_DYNAMIC_CLASS + 4),
 ];
 
-/// The class of every protocol that no rule names.
+/// Class of all protocols that no rule names.
 const OTHER: Class = FIRST_DYNAMIC_CLASS + BASE.len() as Class;
 
-/// The first class that is given out on demand.
+/// First class that is assigned on demand.
 const FIRST_FREE: Class = OTHER + 1;
 
-/// What a rule says about protocol and port, with names resolved.
+/// The ports of a rule, with names resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortSet {
-    /// Everything, whatever the protocol.
+    /// Every packet.
     All,
     /// Every packet of one protocol.
     Protocol(u8),
-    /// Some ports of TCP, UDP or SCTP, or one type of ICMP or ICMPv6; not all of them.
+    /// Some ports of TCP, UDP or SCTP, or some types of ICMP or ICMPv6.
     Range {
         /// IP protocol number.
         protocol: u8,
@@ -44,7 +44,8 @@ pub enum PortSet {
 }
 
 impl PortSet {
-    /// Whether a packet of this protocol and destination port (ICMP: type) is in it; `None`: the port is not known.
+    /// Returns whether the set contains a packet of this protocol and destination port (or ICMP type). `None` if the
+    /// port is unknown, as for a later fragment.
     #[must_use]
     pub fn contains(&self, packet_protocol: u8, port: Option<u16>) -> bool {
         match *self {
@@ -58,13 +59,13 @@ impl PortSet {
         }
     }
 
-    /// How narrow it is; more is narrower. The deciding rule is the narrowest that matches.
+    /// Returns how narrow the set is; a higher rank is narrower. The narrowest matching rule decides.
     #[must_use]
     pub fn rank(&self) -> u8 {
         match *self {
             Self::All => 0,
             Self::Protocol(_) => 1,
-            // From 2 (nearly everything) to 18 (a single port).
+            // From 2 (nearly all ports) to 18 (one port).
             Self::Range { first, last, .. } => {
                 let size = u32::from(last - first) + 1;
                 18u8.saturating_sub((u32::BITS - 1 - size.leading_zeros()) as u8)
@@ -72,7 +73,7 @@ impl PortSet {
         }
     }
 
-    /// Whether it makes a difference between packets of one protocol, or for a protocol without ports.
+    /// Returns whether the set distinguishes packets of one protocol, or names a protocol without ports.
     fn cuts(&self) -> bool {
         match *self {
             Self::All => false,
@@ -86,24 +87,24 @@ fn base(protocol: u8) -> Option<Class> {
     BASE.iter().find(|(p, _)| *p == protocol).map(|(_, class)| *class)
 }
 
-/// More sets of ports are told apart than there are class numbers.
+/// Rules distinguish more port sets than there are class numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the policies tell more than {} sets of ports apart; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
 pub struct TooManyClasses;
 
-/// Gives out class numbers. A number keeps its meaning (the set of rules' port sets that cover its ports) as long
-/// as some port has it; then it rests until all others have been given out once.
+/// Assigns class numbers. While a class has ports, its number stands for the same combination of port sets. A free
+/// number is reused only after all others have been assigned once.
 #[derive(Clone, Debug)]
 pub struct Classes {
-    /// Port sets in use, and by how many.
+    /// Port sets in use, with the number of their users.
     cuts: HashMap<PortSet, u32>,
-    /// By protocol: where the cover changes, with the hash of what begins or ends there.
+    /// Ports at which the combination of port sets changes, by protocol.
     boundaries: BTreeMap<u8, BTreeMap<u32, Boundary>>,
     /// Ports that rules name, by protocol: first, last, class; sorted, without overlap.
     intervals: BTreeMap<u8, Vec<(u16, u16, Class)>>,
-    /// Classes by protocol and cover.
+    /// Classes by protocol and combination of port sets.
     numbers: HashMap<(u8, u128), Class>,
-    /// The numbers given out.
+    /// Numbers in use.
     taken: HashSet<Class>,
     /// Protocols whose boundaries have changed since the last refresh.
     stale: Vec<u8>,
@@ -117,7 +118,7 @@ struct Boundary {
     users: u32,
 }
 
-/// The class of every slot where there are no rules; made once.
+/// Class of every slot if there are no rules; computed once.
 static SLOTS: OnceLock<Arc<Vec<Class>>> = OnceLock::new();
 
 fn slots_without_rules() -> Vec<Class> {
@@ -133,7 +134,7 @@ fn slots_without_rules() -> Vec<Class> {
             }
         }
     }
-    // Past the last protocol there is a slot that no packet reaches.
+    // No packet has a protocol beyond 255, so the last slot is unused.
     for slot in &mut slots {
         if *slot == CLASS_UNKNOWN {
             *slot = OTHER;
@@ -158,7 +159,7 @@ impl Default for Classes {
 }
 
 impl Classes {
-    /// Somebody uses these port sets from now on.
+    /// Adds a user to each of the port sets.
     pub fn retain(&mut self, sets: &[PortSet]) {
         for set in sets.iter().filter(|set| set.cuts()) {
             let users = self.cuts.entry(*set).or_insert(0);
@@ -169,7 +170,7 @@ impl Classes {
         }
     }
 
-    /// Somebody uses these port sets no more.
+    /// Removes a user from each of the port sets.
     pub fn release(&mut self, sets: &[PortSet]) {
         for set in sets.iter().filter(|set| set.cuts()) {
             if let Some(users) = self.cuts.get_mut(set) {
@@ -211,7 +212,7 @@ impl Classes {
         }
     }
 
-    /// Brings classes and slots up to date. Returns the protocols in which a slot has changed its class.
+    /// Recomputes classes and slots. Returns the protocols in which the class of a slot has changed.
     pub fn refresh(&mut self) -> Result<Vec<u8>, TooManyClasses> {
         let mut changed = Vec::new();
         for protocol in std::mem::take(&mut self.stale) {
@@ -298,8 +299,8 @@ impl Classes {
         Ok(class)
     }
 
-    /// The classes of a set of ports; `None`: of every packet. Only sets that are retained (and refreshed) have
-    /// classes of their own.
+    /// Returns the classes of a port set; `None` for every packet. Only sets that were retained before the last
+    /// refresh have classes of their own.
     #[must_use]
     pub fn of(&self, set: PortSet) -> Option<Arc<[Class]>> {
         let (protocol, first, last) = match set {
@@ -335,20 +336,20 @@ impl Classes {
         Some(classes.into())
     }
 
-    /// The class of every slot.
+    /// Returns the class of every slot.
     #[must_use]
     pub fn slots(&self) -> &Arc<Vec<Class>> {
         &self.slots
     }
 }
 
-/// A fingerprint of a port set, such that the exclusive-or of several is the fingerprint of their combination.
+/// Returns the hash of a port set. The exclusive-or of several hashes identifies their combination.
 fn cover_hash(protocol: u8, first: u32, last: u32) -> u128 {
     let seed = u64::from(protocol) << 40 | u64::from(first) << 20 | u64::from(last);
     u128::from(mix(seed)) << 64 | u128::from(mix(seed ^ 0x5851_f42d_4c95_7f2d))
 }
 
-/// Spreads the bits of a number over all 64 (the finaliser of SplitMix64).
+/// Mixes the bits of a number (the finaliser of SplitMix64).
 fn mix(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

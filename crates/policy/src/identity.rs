@@ -1,4 +1,4 @@
-//! Numbers for label sets: kept as long as possible, so that a number seen in an old event still means the same.
+//! Identity numbers of label sets. A number keeps its meaning as long as possible, because old events refer to it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -6,10 +6,10 @@ use palisade_abi::{Identity, identity};
 use palisade_model::{identity::is_combined, labels::Labels};
 use serde::{Deserialize, Serialize};
 
-/// Gives a number to a set of labels, and the same one whenever it is asked again.
+/// Assigns identity numbers to label sets; the same set always gets the same number.
 ///
-/// A number that is no longer in use stays with its labels until the range is exhausted; then the unused ones
-/// are given away, oldest range position first, so that a number comes back as late as possible.
+/// An unused number stays with its labels until the range is exhausted. Then unused numbers are assigned again,
+/// beginning after the last one assigned, so that a number is reused as late as possible.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allocator {
     numbers: HashMap<Labels, Identity>,
@@ -18,14 +18,14 @@ pub struct Allocator {
     next_local: Identity,
 }
 
-/// What of an [`Allocator`] goes into the state file.
+/// The part of an [`Allocator`] that goes into the state file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllocatorState {
-    /// Number and labels.
+    /// Labels by identity number.
     pub identities: BTreeMap<Identity, Labels>,
-    /// Where the search for a free number of label sets goes on.
+    /// Number at which the next search of the label range begins.
     pub next_labels: Identity,
-    /// The same for prefixes and names.
+    /// Number at which the next search of the local range (prefixes, names) begins.
     pub next_local: Identity,
 }
 
@@ -35,7 +35,7 @@ pub struct AllocatorState {
 pub struct Exhausted(u32);
 
 impl Allocator {
-    /// Goes on where a state file ends. Numbers outside the range of their labels and doubles are left out.
+    /// Creates an allocator from a state file. Ignores numbers outside the range of their labels, and duplicates.
     #[must_use]
     pub fn from_state(state: &AllocatorState) -> Self {
         let mut allocator = Self {
@@ -56,9 +56,9 @@ impl Allocator {
         allocator
     }
 
-    /// Returns what has to be kept for [`Self::from_state`]. The numbers of combinations of learned names are left out:
-    /// the DNS servers choose how many of them there are. Where the search goes on is kept, so such a number does not
-    /// come back soon with another meaning.
+    /// Returns the state for [`Self::from_state`], without combinations of learned names: DNS servers determine how
+    /// many of them there are. The positions of the search are part of the state, so the number of such a combination
+    /// is not reused soon.
     #[must_use]
     pub fn state(&self) -> AllocatorState {
         AllocatorState {
@@ -73,16 +73,15 @@ impl Allocator {
         }
     }
 
-    /// Takes the number from a set of labels that no address has any more. The number is given away again only after all
-    /// others of the range.
+    /// Frees the number of a label set that no address has any more. It is reused only after all others of the range.
     pub fn release(&mut self, labels: &Labels) {
         if let Some(number) = self.numbers.remove(labels) {
             self.taken.remove(&number);
         }
     }
 
-    /// Never gives away numbers that the maps of a running node hold and the state does not know: entries that stand in
-    /// the maps would get the meaning of another identity.
+    /// Reserves numbers that the maps of a running node hold but the state file does not: their entries would get the
+    /// meaning of another identity.
     pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
         self.taken.extend(
             numbers
@@ -91,8 +90,10 @@ impl Allocator {
         );
     }
 
-    /// The number of a set of labels. `in_use` says whether a number is referred to (asked only when the range
-    /// is exhausted).
+    /// Returns the number of a label set. `in_use` returns whether a number is referred to; it is called only if the
+    /// range is exhausted.
+    ///
+    /// # Errors All numbers of the range are in use.
     pub fn number(
         &mut self,
         labels: &Labels,
@@ -145,7 +146,7 @@ impl Allocator {
     }
 }
 
-/// The range a label set gets its number from: what is made on this node (prefixes, names) has one of its own.
+/// Returns the range of numbers for a label set. Prefixes and names have a local range of their own.
 fn range(labels: &Labels) -> (Identity, Identity) {
     let local = labels.iter().any(|label| {
         matches!(label.source.as_str(), "cidr" | "cidrgroup" | "fqdn")
@@ -158,7 +159,7 @@ fn range(labels: &Labels) -> (Identity, Identity) {
     }
 }
 
-/// The number of the sets that consist of one reserved label.
+/// Returns the number of a set that consists of one reserved label.
 fn fixed(labels: &Labels) -> Option<Identity> {
     let mut all = labels.iter();
     let label = all.next()?;
@@ -237,13 +238,13 @@ mod tests {
         assert_eq!(state.identities.keys().copied().collect::<Vec<_>>(), [numbers[0]]);
         let mut restarted = Allocator::from_state(&state);
         assert_eq!(restarted.number(&one, &|_| true), Ok(numbers[0]));
-        // The programs may still hold the number of `two` when the daemon comes back.
+        // The programs may still hold the number of `two` after a restart.
         assert_eq!(restarted.number(&prefix, &|_| true), Ok(numbers[2] + 1));
         allocator.release(&two);
         assert_eq!(allocator.number(&two, &|_| true), Ok(numbers[2] + 1));
         assert!(!allocator.state().identities.values().any(is_combined));
 
-        // A state that was not written before the daemon was killed: the maps say what is taken.
+        // The daemon was killed before it wrote the state: the maps tell which numbers are taken.
         let mut older = Allocator::default();
         older.avoid(numbers);
         assert_eq!(older.number(&two, &|_| true), Ok(numbers[2] + 1));

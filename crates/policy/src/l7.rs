@@ -1,7 +1,7 @@
-//! Described requests, and whether one passes the application rules of an entry.
+//! Evaluation of described requests by the application rules of an entry.
 //!
-//! Case files and explanations ask a [`Judge`]: the inspector that reads such traffic. [`passing_as`] is the plainest
-//! form of the rules, for what no inspector reads, and the model that the inspectors' prepared form is tested against.
+//! Case files and `policy trace` use the inspector of the protocol through [`Judge`]. [`passing_as`] is a plain
+//! evaluation of the rules: for protocols without an inspector, and as the reference model in tests of the inspectors.
 
 use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
@@ -14,7 +14,8 @@ use palisade_model::{
 use palisade_protocols::http1::{re2, resolved};
 use regex::bytes::Regex;
 
-/// The rules in their plainest form ([`passing_as`]); it knows nothing of malformed requests.
+/// A [`Judge`] without inspectors: every request is evaluated by [`passing_as`], and malformed requests are not
+/// recognised.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
@@ -26,8 +27,7 @@ impl Judge for Plain {
 
 /// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if no inspector reads such traffic.
 ///
-/// # Errors
-/// Why the request is denied.
+/// # Errors Why the request is denied.
 pub(crate) fn decide(
     judge: &dyn Judge,
     set: &Arc<RuleSet>,
@@ -41,14 +41,14 @@ pub(crate) fn decide(
     })
 }
 
-/// The first alternative that lets the request pass.
+/// Returns the first alternative that allows the request.
 #[must_use]
 pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternative> {
     passing_as(set, request, Paths::Both)
 }
 
-/// The same, with the path in one form or in both. Where both are judged, each needs an alternative, not
-/// necessarily the same; given is that of the path as sent.
+/// Returns the first alternative that allows the request, with its path in the given forms. If both forms are checked,
+/// each needs an alternative, not necessarily the same; the result is that of the path as sent.
 #[must_use]
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
@@ -63,7 +63,7 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
     if let Some(kafka) = &request.kafka
         && kafka.topics.len() > 1
     {
-        // Every topic needs a rule, not necessarily the same.
+        // Each topic needs an alternative, not necessarily the same.
         let mut last = None;
         for topic in &kafka.topics {
             let alone = KafkaRequest {
@@ -90,15 +90,16 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
     Some(found)
 }
 
-/// `path`: what is judged in place of the request's own; none if it cannot be known.
+/// Returns the first alternative that matches the request with another path; `None` for a path that cannot be
+/// resolved.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
     set.alternatives.iter().find(|alternative| {
         is_asked(&alternative.matcher, set) && matches(&alternative.matcher, request, path)
     })
 }
 
-/// Whether traffic that is read as `set` says can match at all: rules of several protocols may meet on a port, and
-/// one of them is read.
+/// Returns whether a matcher applies to the protocol that the inspector reads. Rules of several protocols may be
+/// merged for a port, and only one protocol is read.
 fn is_asked(matcher: &Matcher, set: &RuleSet) -> bool {
     let read = |inspector: Inspector| set.reads == inspector as u8;
     match matcher {
@@ -135,7 +136,7 @@ fn matches(matcher: &Matcher, request: &Request, path: Option<&[u8]>) -> bool {
 }
 
 fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> bool {
-    // What is not there matches no expression. (CONNECT has no path.)
+    // A missing part matches no expression. CONNECT has no path.
     let path = path.filter(|path| !path.is_empty());
     let host = Some(http.host.as_bytes()).filter(|host| !host.is_empty());
     let full = |pattern: &str, text: Option<&[u8]>| text.is_some_and(|text| full_match(pattern, text));
@@ -143,7 +144,7 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
         match name.to_ascii_lowercase().as_str() {
             ":method" => vec![http.method.as_bytes()],
             ":path" => path.into_iter().collect(),
-            // As proxies have it: the host, whether it stood in a field or in the target.
+            // As in Envoy, `:authority` is the host, from the Host field or from the target.
             ":authority" | "host" => host.into_iter().collect(),
             name if name.starts_with(':') => Vec::new(),
             name => http
@@ -154,7 +155,7 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
                 .collect(),
         }
     };
-    // A header that occurs twice: who knows which of its values a server uses. Each has to be the one that is wanted.
+    // If a header occurs twice, servers differ in which value they use, so each value must match.
     let header = |name: &str, wanted: Option<&str>| {
         let values = values(name);
         let all = |wanted: &str| values.iter().all(|value| *value == wanted.as_bytes());
@@ -166,7 +167,7 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
             .as_ref()
             .is_none_or(|pattern| full(pattern, Some(http.method.as_bytes())))
         && rule.host.as_ref().is_none_or(|pattern| {
-            // A server takes hosts in any case: no change of case may open a door that is otherwise closed.
+            // Servers ignore the case of hosts, so no change of case may allow a request that is otherwise denied.
             full(pattern, host)
                 && (!http.host.bytes().any(|byte| byte.is_ascii_uppercase())
                     || full(&format!("(?i:{pattern})"), host))
@@ -176,10 +177,10 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
             .iter()
             .all(|(name, wanted)| header(name, wanted.as_deref()))
         && rule.header_matches.iter().all(|wanted| {
-            // Only LOG lets pass what does not match. What would change the request cannot be done.
+            // Only LOG accepts a mismatch. The actions that modify the request are not supported.
             wanted.mismatch == MismatchAction::Log
                 || match (&wanted.value, &wanted.secret) {
-                    // Beside a secret, it is what counts as long as the secret cannot be read.
+                    // Palisade cannot read secrets, so the value beside a secret is compared.
                     (Some(value), _) => header(&wanted.name, Some(value)),
                     (None, None) => header(&wanted.name, None),
                     (None, Some(_)) => false,
@@ -202,13 +203,13 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
             .is_none_or(|topic| kafka.topics.first() == Some(topic))
 }
 
-/// Whether a server name is meant by a name or pattern. No pattern means a hello without a name (here an empty one), or
-/// with an address in its place (RFC 6066, 3, allows none).
+/// Returns whether a pattern matches a server name. No pattern matches a ClientHello without a name (an empty one
+/// here), or with an address as its name (not allowed by RFC 6066, section 3).
 fn server_name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     !name.is_empty() && name.parse::<IpAddr>().is_err() && name_matches(pattern, name)
 }
 
-/// Whether a DNS name is meant by a name or pattern. Case and a trailing dot do not matter.
+/// Returns whether a name or pattern matches a DNS name. Case and a trailing dot are ignored.
 #[must_use]
 pub fn name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
@@ -238,7 +239,7 @@ thread_local! {
     static PATTERNS: RefCell<HashMap<String, Option<Regex>>> = RefCell::default();
 }
 
-/// Whether a pattern matches a text from its first to its last character. One that cannot be compiled matches nothing.
+/// Returns whether a pattern matches the whole text. An invalid pattern matches nothing.
 fn full_match(pattern: &str, text: &[u8]) -> bool {
     const REMEMBERED: usize = 1024;
     PATTERNS.with_borrow_mut(|known| {
@@ -327,13 +328,13 @@ mod tests {
         }
         assert!(passing_as(&rules, &get("/public/../secret", &[]), Paths::Raw).is_some());
         assert!(passing(&rules, &get("/public/x/../a", &[])).is_some());
-        // Either form may have a rule of its own.
+        // Different rules may allow the two forms.
         let rules = allowing(vec![path("/x/.*"), path("/public/.*")]);
         assert!(passing(&rules, &get("/x/../public/a", &[])).is_some());
-        // Who does not look at paths does not mind what they are.
+        // A rule without a path ignores malformed paths.
         let rules = allowing(vec![path("/public/.*"), HttpRule::default()]);
         assert!(passing(&rules, &get("/%zz", &[])).is_some());
-        // CONNECT has none.
+        // CONNECT has no path.
         assert!(passing(&allowing(vec![path(".*")]), &get("", &[])).is_none());
     }
 

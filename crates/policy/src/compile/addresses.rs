@@ -1,4 +1,4 @@
-//! Who exists, and who has which address.
+//! The identities that exist, and the addresses that have them.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -17,18 +17,19 @@ use palisade_model::{
 
 use super::{
     changes::Progress, compiler::Compiler, named_ports::NamedPortOwners, named_prefixes::is_world,
-    select::ResolvedSelector, spec::UnitPeers,
+    select::ResolvedSelector, spec::CompiledPeers,
 };
 
 impl Compiler {
-    /// Who exists, who has which address; what peers mean if that has changed.
+    /// Recomputes identities, addresses and the members of selectors after the inventory or the groups of prefixes
+    /// changed.
     pub(super) fn refresh_identities(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         let mut wanted: BTreeMap<Identity, Labels> = BTreeMap::new();
         let mut addresses: HashMap<Addr, IpcacheEntry> = HashMap::new();
         let mut prefixes: HashMap<PrefixKey, IpcacheEntry> = HashMap::new();
         let options = self.inventory.options;
 
-        // The node's own labels have the node's own number, whatever they are.
+        // The labels of the node have the reserved identity of the node, whatever else they contain.
         let node_labels = self
             .inventory
             .endpoints
@@ -74,10 +75,10 @@ impl Compiler {
             wanted.insert(identity::HOST, Labels::reserved("host"));
         }
 
-        // Later ones replace earlier ones: what policies mention, then peers, then what is on this node.
+        // Later entries replace earlier ones: first the prefixes of policies, then peers, then endpoints of this node.
         let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
-            // In the trie IPv4 addresses are mapped ones. No packet has such an address as IPv6.
+            // The trie stores IPv4 prefixes below ::ffff:0:0/96, and no IPv6 packet has such an address.
             if mapped.contains(prefix) {
                 continue;
             }
@@ -101,7 +102,8 @@ impl Compiler {
                     put(prefix.trunc(), entry(identity, 0));
                 }
             } else {
-                // Part of the world, with labels on top: prefixes of policies mean it too.
+                // A labelled part of the world also has the labels of its prefix, so that rules about prefixes select
+                // it too.
                 for prefix in &peer.prefixes {
                     let labels = Labels::new(peer.labels.iter().cloned().chain([cidr_label(*prefix)]));
                     let identity = number(&labels)?;
@@ -122,7 +124,7 @@ impl Compiler {
             }
         }
         if let Some(labels) = &node_labels {
-            // A peer that is only called `reserved:host` is the node too.
+            // A peer with no label but `reserved:host` is the node as well.
             wanted.insert(identity::HOST, labels.clone());
         }
         let world = |v6| number(&options.world_labels(v6));
@@ -150,7 +152,7 @@ impl Compiler {
             .map(|(number, labels)| (*number, labels.clone()))
             .collect();
         self.change_identities(&gone, &new, progress);
-        // Those of learned addresses come to them again.
+        // Forces `finish_names` to add the learned identities to the snapshot again.
         self.names.changed = true;
         if *self.snapshot.identities != wanted {
             self.snapshot.identities = Arc::new(wanted);
@@ -164,7 +166,8 @@ impl Compiler {
         Ok(())
     }
 
-    /// The same where only prefixes that policies mention came or went, and stand alone: what they add or take away.
+    /// Adds or removes the identities of prefixes that only policies name. Falls back to [`Self::refresh_identities`]
+    /// if a prefix is also in the inventory, or overlaps the IPv4-mapped range.
     pub(super) fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         let mapped = IpNet::V6(V4_MAPPED);
         let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);
@@ -219,7 +222,8 @@ impl Compiler {
         Ok(())
     }
 
-    /// Identities that exist no more, and others that do now: which peers mean somebody else?
+    /// Updates the members of selectors for identities that are gone and identities that are new, and marks the
+    /// subjects that use the selectors.
     pub(super) fn change_identities(
         &mut self,
         gone: &[Identity],
@@ -272,13 +276,13 @@ impl Compiler {
         if !changed.is_empty() {
             for (key, unit) in &self.specs {
                 let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
-                    UnitPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
+                    CompiledPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
                     _ => false,
                 });
                 if touched {
                     for at in &unit.subjects {
-                        if let Some(selecting) = self.subjects[*at].specs.get_mut(key) {
-                            selecting.regrouped = true;
+                        if let Some(applied) = self.subjects[*at].specs.get_mut(key) {
+                            applied.regrouped = true;
                         }
                         progress.dirty.insert(*at);
                     }
@@ -288,7 +292,7 @@ impl Compiler {
     }
 }
 
-/// Where IPv4 addresses are among the IPv6 ones (RFC 4291, 2.5.5.2).
+/// Prefix of IPv4-mapped IPv6 addresses (RFC 4291, section 2.5.5.2).
 const V4_MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
 
 const fn entry(identity: Identity, endpoint: u16) -> IpcacheEntry {
@@ -303,7 +307,7 @@ fn full_length(prefix: IpNet) -> Option<Addr> {
     (prefix.prefix_len() == prefix.max_prefix_len()).then(|| Addr::from(prefix.addr()))
 }
 
-/// A prefix as the trie has it.
+/// Returns a prefix as a key of the trie.
 #[must_use]
 pub fn prefix_key(prefix: IpNet) -> PrefixKey {
     let shift = match prefix {

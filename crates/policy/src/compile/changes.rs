@@ -11,29 +11,29 @@ use palisade_model::inventory::Inventory;
 
 use super::spec::FileContent;
 
-/// What has changed since the last [`Compiler::update`].
+/// What has changed since the last [`Compiler::update`](super::Compiler::update).
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
-    /// The world as it is now, if it has changed.
+    /// The new inventory, if it has changed.
     pub inventory: Option<Inventory>,
-    /// Files as they are now, by name; `None`: the file is gone.
+    /// New contents of changed files, by file name; `None` if a file is gone.
     pub files: BTreeMap<String, Option<FileContent>>,
 }
 
-/// [`Changes`], with the contents shared.
+/// [`Changes`] with shared contents, so that an update can be rolled back.
 pub(super) struct SharedChanges {
     pub(super) inventory: Option<Inventory>,
     pub(super) files: BTreeMap<String, Option<Arc<FileContent>>>,
 }
 
-/// What went on during one update.
+/// What one update has touched so far.
 #[derive(Default)]
 pub(super) struct Progress {
     /// Subjects to compile again.
     pub(super) dirty: BTreeSet<usize>,
-    /// Identities that came or went.
+    /// Identities that are new or gone.
     pub(super) moved: BTreeSet<Identity>,
-    /// Prefixes that policies mention and did not before (or the other way round).
+    /// Prefixes that policies name now and did not before (positive), or the other way round (negative).
     pub(super) prefixes: BTreeMap<IpNet, i8>,
 }
 

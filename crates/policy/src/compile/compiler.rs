@@ -1,4 +1,4 @@
-//! The state of the compiler, and what can be asked of it.
+//! The state of the compiler, and queries about it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -32,49 +32,49 @@ use crate::{
     identity::{Allocator, AllocatorState},
 };
 
-/// What has to be kept over a restart, so that numbers mean the same afterwards.
+/// State to keep over a restart, so that numbers keep their meaning.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CompilerState {
     /// Identity numbers.
     pub identities: AllocatorState,
-    /// Rule ids by what they stand for.
+    /// Rule ids by their meaning.
     pub rules: BTreeMap<String, u32>,
-    /// Policy ids below this one have been used.
+    /// First policy id that has never been used.
     pub next_policy: u32,
-    /// The last revision that has been used.
+    /// Last revision that has been used.
     pub revision: u32,
 }
 
-/// Turns policies and a world into [`Snapshot`]s.
+/// Compiles policies and an inventory to [`Snapshot`]s.
 #[derive(Clone, Debug, Default)]
 pub struct Compiler {
     pub(super) inventory: Inventory,
     pub(super) files: BTreeMap<String, Arc<FileContent>>,
-    /// In which file each resource is, and where.
+    /// File and place of each resource.
     pub(super) owners: HashMap<ResourceName, (Arc<str>, Location)>,
     pub(super) identities: Allocator,
     pub(super) rule_ids: RuleIds,
     pub(super) rulesets: RuleSetIds,
     pub(super) classes: Classes,
     pub(super) identity_index: IdentityIndex,
-    /// Prefixes that policies mention, and how often.
+    /// Prefixes that policies name, with the number of selectors that name them.
     pub(super) prefixes: BTreeMap<IpNet, u32>,
     pub(super) peers: PeerCache,
-    /// Prefixes and addresses that the world names.
+    /// Prefixes and addresses of the inventory.
     pub(super) named: NamedPrefixes,
     pub(super) specs: BTreeMap<SpecKey, Arc<CompiledSpec>>,
     pub(super) names: LearnedNames,
     pub(super) subjects: Vec<Subject>,
-    /// Ports by name over all endpoints and peers, with the identities of those that have them.
+    /// Named ports of all endpoints and peers.
     pub(super) named_ports: NamedPortOwners,
     pub(super) next_policy: u32,
-    /// What regular expressions cost that have been asked for.
+    /// Cost of regular expressions that were measured before, in states.
     pub(super) expressions: HashMap<String, usize>,
     pub(super) snapshot: Snapshot,
 }
 
 impl Compiler {
-    /// A compiler without policies or a world.
+    /// Creates a compiler without policies and with an empty inventory.
     #[must_use]
     pub fn new(state: &CompilerState) -> Self {
         Self {
@@ -93,7 +93,7 @@ impl Compiler {
         }
     }
 
-    /// What has to be kept for [`Self::new`].
+    /// Returns the state to keep for [`Self::new`].
     #[must_use]
     pub fn state(&self) -> CompilerState {
         CompilerState {
@@ -109,7 +109,7 @@ impl Compiler {
         }
     }
 
-    /// Keeps away from the policy ids and revisions that are in the kernel already (after a restart).
+    /// Avoids the policy ids, identities and revisions that the maps of a running node hold, after a restart.
     pub fn avoid(&mut self, found: &Snapshot) {
         let policies = found.tables.keys().copied();
         let in_use = found.endpoints.values().map(|state| state.policy);
@@ -130,9 +130,9 @@ impl Compiler {
         self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
     }
 
-    /// Has the connections of endpoints judged again: the next plan raises their revisions.
+    /// Has the next plan raise the revisions of endpoints, so that their flows are evaluated again.
     pub fn judge_again(&mut self, endpoints: impl IntoIterator<Item = u16>) {
-        // Two at a time: a plan may need one in between.
+        // In steps of two, because a plan may need the revision in between.
         let revision = self.snapshot.revision.wrapping_add(2);
         for endpoint in endpoints {
             if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {
@@ -142,27 +142,27 @@ impl Compiler {
         }
     }
 
-    /// The result of the last update.
+    /// Returns the result of the last update.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// The world of the last update.
+    /// Returns the inventory of the last update.
     #[must_use]
     pub fn inventory(&self) -> &Inventory {
         &self.inventory
     }
 
-    /// The policies in use, file by file.
+    /// Returns the policies in use, file by file.
     pub fn files(&self) -> impl Iterator<Item = (&str, &FileContent)> {
         self.files
             .iter()
             .map(|(name, content)| (name.as_str(), &**content))
     }
 
-    /// For each distinct peer of the policies: how it is written, how many rules use it, whom it means. A name means
-    /// the identities of the addresses that have been learned by it.
+    /// Returns each distinct peer of the policies, with the number of rules that use it and the identities that it
+    /// selects. A `toFQDNs` selector selects the identities of addresses that were learned through it.
     pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, BTreeSet<Identity>)> {
         self.peers.slots.iter().flatten().map(|slot| {
             let mut members = (*slot.members).clone();
@@ -180,7 +180,7 @@ impl Compiler {
         })
     }
 
-    /// The policies that select an endpoint, with whether they have rules for ingress and egress.
+    /// Returns the policies that select an endpoint.
     #[must_use]
     pub fn policies_of(&self, endpoint: u16) -> Vec<&Policy> {
         let subject = self
@@ -191,8 +191,8 @@ impl Compiler {
             return Vec::new();
         };
         let mut policies: Vec<&Policy> = Vec::new();
-        for (_, selecting) in subject.selecting() {
-            let policy = selecting.unit.policy();
+        for (_, applied) in subject.applied_specs() {
+            let policy = applied.unit.policy();
             if policies.last().is_none_or(|last| !std::ptr::eq(*last, policy)) {
                 policies.push(policy);
             }
@@ -200,17 +200,17 @@ impl Compiler {
         policies
     }
 
-    /// What there is to say about the policies that select an endpoint, for one direction: names of ports without
-    /// effect, groups that do not exist.
+    /// Returns the warnings about policies that select an endpoint, for one direction: port names without effect,
+    /// groups of prefixes that do not exist.
     pub fn remarks_of(&self, endpoint: u16, direction: Direction) -> impl Iterator<Item = &Diagnostic> {
         self.subjects
             .iter()
             .filter(move |subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint))
-            .flat_map(Subject::selecting)
-            .flat_map(move |(_, selecting)| &selecting.remarks[direction as usize])
+            .flat_map(Subject::applied_specs)
+            .flat_map(move |(_, applied)| &applied.remarks[direction as usize])
     }
 
-    /// The rules that match a packet of an endpoint, whatever they come to together, each with what it says by itself.
+    /// Returns the ids of the rules that match a packet of an endpoint, each with its effect if it were the only rule.
     #[must_use]
     pub fn matching_rules(
         &self,
@@ -230,8 +230,8 @@ impl Compiler {
         let learned = self.names.identities().get(&other);
         let mut found = Vec::new();
         for rule in self.subjects[at]
-            .selecting()
-            .flat_map(|(_, selecting)| &selecting.rules[direction as usize])
+            .applied_specs()
+            .flat_map(|(_, applied)| &applied.rules[direction as usize])
         {
             let named = match &rule.members {
                 Members::Any => !rule.excepts(other),

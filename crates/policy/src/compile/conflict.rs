@@ -1,4 +1,4 @@
-//! Rules about the same peer and port that ask for traffic to be read in ways that exclude each other.
+//! Conflicts: rules for the same peer and port whose application rules exclude each other.
 
 use std::{
     borrow::Cow,
@@ -16,10 +16,10 @@ use palisade_model::{
 
 use super::{l7_policy::L7Policy, select::ResolvedSelector};
 
-/// Ports as they are written, one protocol of them, and a peer (`None`: everybody): what L7 rules are merged by.
+/// A port as written, one of its protocols, and a peer (`None`: any). L7 rules are merged if these three are equal.
 type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
-/// A port as it is written, without its protocol.
+/// A port as written, without its protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Port<'a> {
     Range(u16, u16),
@@ -27,7 +27,7 @@ pub(super) enum Port<'a> {
     Icmp(u8),
 }
 
-/// Finds what [`L7Policy::conflict`] finds, over several specs.
+/// Finds conflicts ([`L7Policy::conflict`]) between the rules of several specs.
 #[derive(Default)]
 pub(super) struct ConflictFinder<'a> {
     seen: HashMap<Spot<'a>, Vec<(L7Policy, String, &'a Location)>>,
@@ -45,12 +45,12 @@ impl<'a> ConflictFinder<'a> {
                 if !section.denies() && entries.iter().all(|entry| entry.l7.is_none()) {
                     continue;
                 }
-                // Everybody is one peer, in whatever way it is written and whoever is named beside.
-                let everybody = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
+                // Rules that select any peer are compared as one peer, however the peer is written.
+                let any = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
                 let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
                     Peers::None => continue,
                     Peers::Any => vec![None],
-                    Peers::OneOf(peers) if peers.iter().any(everybody) => vec![None],
+                    Peers::OneOf(peers) if peers.iter().any(any) => vec![None],
                     Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
                 };
                 for entry in entries {
@@ -78,7 +78,7 @@ impl<'a> ConflictFinder<'a> {
     }
 
     fn check(&mut self, key: Spot<'a>, l7: &L7Policy, policy: &str, location: &'a Location) {
-        // Denied before it is read: nothing to disagree about.
+        // A deny takes precedence over application rules, so these cannot conflict.
         if self.denied.contains(&key) {
             return;
         }
@@ -109,8 +109,7 @@ impl<'a> ConflictFinder<'a> {
     }
 }
 
-/// The entities that another one is made of, and that one itself; everything else is one part. A selector for
-/// nothing but `reserved:X` is the entity X.
+/// Returns the peer and the entities that it consists of. A selector that requires only `reserved:X` is the entity X.
 fn parts(peer: &Peer) -> Vec<Cow<'_, Peer>> {
     const CLUSTER: [Entity; 7] = [
         Entity::Host,
@@ -159,7 +158,7 @@ fn entity_of(requirement: &Requirement) -> Option<Entity> {
     })
 }
 
-/// Port and protocols, so that the same port of `ANY` and of `TCP` is recognised.
+/// Splits a port into its protocols, so that the same port of `ANY` and of `TCP` is recognised.
 fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
     let each = |protocol: L4Protocol| match protocol {
         L4Protocol::Any => vec![L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp],
@@ -179,8 +178,8 @@ fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
     }
 }
 
-/// Conflicts between policies that are about the same subjects by the way they are written, whether or not anybody
-/// here is such a subject. (The compiler finds those between all policies of each endpoint.)
+/// Returns the conflicts between policies with equal endpoint selectors, even if no endpoint of this node matches
+/// them. The compiler itself finds the conflicts between all policies of each endpoint.
 pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     let mut errors = Vec::new();
     let mut subjects: Vec<&SpecSubject> = Vec::new();
@@ -206,7 +205,8 @@ pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     errors
 }
 
-/// Conflicts between any two specs that could be about the same endpoint, for a world without endpoints.
+/// Returns the conflicts between any two specs that could select the same endpoint, for an inventory without
+/// endpoints.
 pub(crate) fn possible_conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     let specs: Vec<(String, &Spec)> = policies
         .iter()
@@ -233,7 +233,7 @@ pub(crate) fn possible_conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     errors
 }
 
-/// Whether there can be labels that both subjects select. Sources of labels are not told apart.
+/// Returns whether labels can exist that both subjects select. Sources of labels are ignored.
 fn can_overlap(a: &SpecSubject, b: &SpecSubject) -> bool {
     let (a, b) = match (a, b) {
         (SpecSubject::Endpoints(a), SpecSubject::Endpoints(b))
@@ -269,7 +269,7 @@ mod tests {
     use super::*;
     use crate::parse::parse_rules_json;
 
-    /// Two toPorts entries of two rules about the same peers; what is wrong with them together.
+    /// Returns the conflicts between two `toPorts` entries of two rules with the same peers.
     fn together(a: &str, b: &str) -> Vec<String> {
         let rules = format!(
             r#"[{{"endpointSelector":{{}},"egress":[{{"toEntities":["world"],"toPorts":[{a}]}}]}},

@@ -13,13 +13,13 @@ use super::{
 };
 
 impl Compiler {
-    /// What holds for a direction of a subject where no rule matches.
+    /// Returns the verdict of a direction of a subject where no rule matches.
     pub(super) fn default_verdict(&mut self, at: usize, direction: Direction) -> DefaultVerdict {
         let number = direction as u8;
         let subject = &self.subjects[at];
         let mut any_rules: Option<&SpecKey> = None;
         let mut denying: Vec<(&SpecKey, bool)> = Vec::new();
-        for (key, AppliedSpec { unit, .. }) in subject.selecting() {
+        for (key, AppliedSpec { unit, .. }) in subject.applied_specs() {
             let Some(denies) = unit.denies[direction as usize] else {
                 continue;
             };
@@ -34,7 +34,7 @@ impl Compiler {
             || (enforcement == Enforcement::Default && !init && any_rules.is_none());
         let strict = enforcement == Enforcement::Always || init;
         let audit = !strict && denying.iter().all(|(_, audit)| *audit);
-        // Who really denies is named first: policies in audit mode only if all are.
+        // Name a policy that really denies; one in audit mode only if all of them are.
         denying.retain(|(_, in_audit)| audit || !*in_audit);
         let mut policies: Vec<&SpecKey> = denying.into_iter().map(|(key, _)| key).collect();
         policies.dedup_by(|a, b| (&a.policy, a.kind, &a.file) == (&b.policy, b.kind, &b.file));

@@ -12,7 +12,7 @@ use palisade_model::{
 use super::compiler::Compiler;
 
 impl Compiler {
-    /// Makes the snapshot from the compiled subjects.
+    /// Assembles the snapshot from the compiled subjects.
     pub(super) fn finish(&mut self, before: Snapshot) {
         self.finish_names(&before);
         self.snapshot.classes = Arc::clone(self.classes.slots());
@@ -23,10 +23,11 @@ impl Compiler {
             .iter()
             .map(|subject| (subject.policy, Arc::clone(&subject.table)))
             .collect();
-        // Who an address is has changed, so any flow may have to be judged anew.
+        // If identities of addresses changed, the peer of any flow may have another identity: all flows are evaluated
+        // again.
         let moved = !Arc::ptr_eq(&before.addresses, &self.snapshot.addresses)
             || !Arc::ptr_eq(&before.prefixes, &self.snapshot.prefixes);
-        // Two at a time: a plan may need one in between.
+        // In steps of two, because a plan may need the revision in between.
         let revision = before.revision.wrapping_add(2);
         let mut used = false;
         self.snapshot.endpoints = self
@@ -37,7 +38,8 @@ impl Compiler {
                 let flags = if subject.names.selectors.is_empty() {
                     subject.plain
                 } else {
-                    // Rows for learned identities join the live egress table under the same flags.
+                    // Rows of learned identities join the live egress table without a change of flags, and such a row may
+                    // inspect or deny explicitly. So egress is not plain where names are learned.
                     endpoint_flags::LEARNS | (subject.plain & !endpoint_flags::PLAIN_EGRESS)
                 };
                 subject
@@ -81,7 +83,7 @@ impl Compiler {
             .subjects
             .iter()
             .flat_map(|subject| subject.specs.values())
-            .flat_map(|selecting| selecting.remarks.iter().flatten().cloned())
+            .flat_map(|applied| applied.remarks.iter().flatten().cloned())
             .collect();
         remarks.extend(self.unselected_nodes());
         remarks.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
@@ -89,8 +91,8 @@ impl Compiler {
         self.snapshot.diagnostics = remarks;
     }
 
-    /// Remarks about specs for nodes that do not select this one. On a node that has other labels this is as it should be;
-    /// but a label's value that differs a little leaves the node without its policy, and nothing else says so.
+    /// Returns warnings about node policies that do not select this node. This is normal on a node with other labels,
+    /// but a typo in a label would leave the node without its policy, and nothing else reports that.
     fn unselected_nodes(&self) -> Vec<Diagnostic> {
         let Some(node) = self
             .inventory

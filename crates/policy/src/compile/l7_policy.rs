@@ -6,14 +6,14 @@ use palisade_model::{
     snapshot::{Matcher, inspector_name},
 };
 
-/// What is read on a port, ready to be merged.
+/// The application rules of one `toPorts` entry, ready to be merged with others.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct L7Policy {
-    /// What the traffic is read as.
+    /// Protocol that the inspector reads.
     pub(super) kind: Inspector,
-    /// Of several kinds the one with the lower number wins.
+    /// Priority of the protocol; of several, the lowest number wins.
     pub(super) priority: u8,
-    /// What passes.
+    /// Requests that pass.
     pub(super) matchers: Vec<Matcher>,
     /// `serverNames` beside rules of another protocol.
     pub(super) server_names: Vec<FqdnPattern>,
@@ -23,9 +23,11 @@ pub(super) struct L7Policy {
 }
 
 impl L7Policy {
-    /// What an entry of toPorts asks for. Whether requests that no rule matches pass is not decided here but by the
-    /// default of the endpoint and direction ([`merge`]): a policy without default deny takes nothing away where
-    /// everything is allowed by default, and its rules restrict where anything else denies by default.
+    /// Returns the application rules of an entry; `None` if it has none.
+    ///
+    /// Whether requests that no rule matches pass depends on the default verdict of the endpoint
+    /// ([`merge`](super::precedence)): where the default is allow, application rules restrict nothing, and where any
+    /// policy denies by default, they do.
     pub(super) fn of(l7: &L7) -> Option<Self> {
         if l7.is_none() {
             return None;
@@ -88,10 +90,11 @@ impl L7Policy {
         })
     }
 
-    /// What of a rule's reading cannot be combined with another's on the same peer and port, in words.
+    /// Returns why the application rules of two rules for the same peer and port exclude each other; `None` if they
+    /// can be merged.
     pub(super) fn conflict(&self, other: &Self) -> Option<String> {
         let name = |l7: &Self| inspector_name(l7.kind as u8);
-        // Server names can stand beside rules about what is inside, if that can be seen.
+        // Server names combine with rules about the encrypted protocol only if TLS is terminated.
         let names = |l7: &Self| {
             let names = l7
                 .matchers

@@ -1,7 +1,7 @@
-//! Identities of addresses that are learned by name.
+//! Rows of learned identities in the policy tables.
 //!
-//! They are no ordinary identities: only endpoints that use all their selectors can meet them, and only where they
-//! send to. So they have rows in the egress tables of those endpoints and nowhere else, however many there are.
+//! Only endpoints that use all selectors of a learned identity can meet it, and only as a destination. So its rows are
+//! in the egress tables of those endpoints and nowhere else, which bounds the size of the other tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -28,35 +28,34 @@ use super::{
 };
 use crate::plan::plan;
 
-/// What [`Compiler::learned`] came to.
+/// Result of [`Compiler::learned`].
 #[derive(Clone, Debug, Default)]
 pub struct LearnedUpdate {
-    /// The identity of each wanted set. One that cannot be (nobody uses one of its selectors any more, its base is
-    /// gone) is missing.
+    /// Identity of each requested set. A set is missing if no endpoint uses one of its selectors any more, or if its
+    /// base is gone.
     pub numbers: BTreeMap<LearnedSet, Identity>,
-    /// What has to be written before an address may be mapped to one of them: from the snapshot before to the one now.
+    /// Operations to carry out before an address may be mapped to one of these identities.
     pub ops: Vec<Op>,
-    /// Whether there are new sets of application rules, which whoever inspects has to know before `ops` are carried out.
+    /// Whether there are new rule sets, which the inspectors must have before `ops` are carried out.
     pub rulesets: bool,
 }
 
 impl Compiler {
-    /// Makes the learned identities that are wanted beyond the standing ones (one selector, on the world): gives them
-    /// numbers and rows in the tables as they are. Nothing maps to a new one yet, so no packet notices; the entries of
-    /// [`LearnedUpdate::ops`] are only added.
+    /// Creates the requested learned identities, beyond those that always exist (one selector, on the world): assigns
+    /// numbers and adds rows to the current tables. No address maps to a new identity yet, so the added entries of
+    /// [`LearnedUpdate::ops`] affect no packet.
     ///
-    /// `wanted` replaces what was wanted before: a set that is not among them any more is dropped by the next
-    /// [`Self::update`]. Costs what the new sets cost, and a look at the rules of the endpoints that use their selectors.
+    /// `wanted` replaces the sets requested before: the next [`Self::update`] drops sets that are not among them. The
+    /// cost grows with the number of new sets, and with the rules of the endpoints that use their selectors.
     ///
-    /// # Errors
-    /// If there is no number left.
+    /// # Errors No identity number is left.
     pub fn learned(&mut self, wanted: &BTreeSet<LearnedSet>) -> Result<LearnedUpdate, Vec<Diagnostic>> {
         if self.names.wanted != *wanted {
             self.names.wanted.clone_from(wanted);
             self.names.wanted_changed = true;
         }
         let mut update = LearnedUpdate::default();
-        // A change that was rejected may have left the subjects with other numbers than the snapshot.
+        // After a rejected change, the subjects may have other numbers than the snapshot.
         let before = (!self.in_step()).then(|| self.snapshot.clone());
         let mut touched: BTreeMap<usize, BTreeSet<Identity>> = BTreeMap::new();
         let mut more = Vec::new();
@@ -122,13 +121,13 @@ impl Compiler {
         Ok(update)
     }
 
-    /// What was asked for by [`Self::learned`].
+    /// Returns the sets that were requested by [`Self::learned`].
     #[must_use]
     pub fn wanted(&self) -> &BTreeSet<LearnedSet> {
         &self.names.wanted
     }
 
-    /// Whether the snapshot holds the tables that the subjects have.
+    /// Returns whether the snapshot holds the tables of the subjects.
     fn in_step(&self) -> bool {
         self.subjects.iter().all(|subject| {
             self.snapshot
@@ -138,7 +137,7 @@ impl Compiler {
         })
     }
 
-    /// The number and the labels of a set; none if the set cannot be.
+    /// Returns the identity and the labels of a set; `None` if the set cannot have an identity.
     fn number_of(&mut self, set: &LearnedSet) -> Result<Option<(Identity, Labels)>, Vec<Diagnostic>> {
         let ascending = set.selectors.windows(2).all(|two| two[0] < two[1]);
         if !ascending || set.selectors.is_empty() || !learnable(set.base) {
@@ -163,7 +162,7 @@ impl Compiler {
         Ok(Some((number, labels)))
     }
 
-    /// The subjects that use all of some selectors.
+    /// Returns the subjects that use all of the selectors.
     fn users_of(&self, selectors: &[SelectorNumber]) -> Vec<usize> {
         let users: Option<Vec<&BTreeSet<usize>>> = selectors
             .iter()
@@ -182,7 +181,8 @@ impl Compiler {
             .collect()
     }
 
-    /// Who uses which selectors now, which learned identities there are, and which rows of which subjects differ.
+    /// Updates which subject uses which selectors and which learned identities exist. Returns the identities whose
+    /// rows change, by subject.
     pub(super) fn refresh_learned(
         &mut self,
         progress: &mut Progress,
@@ -196,7 +196,7 @@ impl Compiler {
                 .specs
                 .values()
                 .filter(|_| enforced)
-                .flat_map(|selecting| selecting.unit.selectors.iter().copied())
+                .flat_map(|applied| applied.unit.selectors.iter().copied())
                 .collect();
             if selectors == subject.names.selectors && (subject.names.list.is_some() != selectors.is_empty())
             {
@@ -235,7 +235,7 @@ impl Compiler {
                     affected.insert(at);
                     differing.entry(at).or_default().insert(number);
                 }
-                // Those that used it and do not any more have changed themselves.
+                // Subjects that stopped using a selector are in `changed_users`.
             }
             self.names.made_for = made_for;
             self.names.wanted_changed = false;
@@ -266,7 +266,7 @@ impl Compiler {
         Ok(differing)
     }
 
-    /// Makes the sets anew. Returns the identities that are others than before.
+    /// Recomputes the sets. Returns the identities that are new, gone, or have another base or other labels.
     fn renew_sets(
         &mut self,
         made_for: &Option<(BTreeSet<SelectorNumber>, [Identity; 2])>,
@@ -281,7 +281,7 @@ impl Compiler {
                 }));
             }
         }
-        // Until this comes to an end, `sets` are not what they were made for.
+        // If a number is missing below, the next update must recompute the sets.
         self.names.made_for = None;
         self.names.changed = true;
         let old_sets = std::mem::take(&mut self.names.sets);
@@ -320,7 +320,7 @@ impl Compiler {
         Ok(changes)
     }
 
-    /// The learned identities that a subject can meet.
+    /// Returns the learned identities that a subject can meet.
     fn learned_rows(&self, subject: &Subject) -> LearnedRows {
         let mut rows = LearnedRows::default();
         for selector in &subject.names.selectors {
@@ -340,7 +340,7 @@ impl Compiler {
         rows
     }
 
-    /// The rows of some learned identities in the table of a subject.
+    /// Returns the entries of some learned identities in the table of a subject.
     fn rows_of(&mut self, at: usize, identities: &BTreeSet<Identity>) -> Vec<(TableKey, PolicyEntry)> {
         let default_verdict = self.default_verdict(at, Direction::Egress);
         let mut entries = Vec::new();
@@ -355,9 +355,9 @@ impl Compiler {
         entries
     }
 
-    /// What the snapshot says about names.
+    /// Updates the selectors and learned identities of the snapshot.
     pub(super) fn finish_names(&mut self, before: &palisade_model::snapshot::Snapshot) {
-        // Selectors that no rule uses any more; their numbers never come back.
+        // Forget selectors that no rule uses any more. Their numbers are not reused.
         let used: HashSet<SelectorNumber> = self
             .specs
             .values()

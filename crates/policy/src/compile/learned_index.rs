@@ -12,7 +12,7 @@ use palisade_model::{
     rule::{FqdnPattern, Label},
 };
 
-/// An identity of learned addresses.
+/// A learned identity.
 #[derive(Debug, PartialEq)]
 pub(super) struct LearnedIdentity {
     pub(super) base: Identity,
@@ -20,26 +20,26 @@ pub(super) struct LearnedIdentity {
     pub(super) labels: Labels,
 }
 
-/// Selectors and the identities that come of them.
+/// Numbers of selectors, and the learned identities.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LearnedNames {
-    /// Selector by its text.
+    /// Selector numbers by the text of the selector.
     pub(super) numbers: HashMap<String, SelectorNumber>,
     pub(super) last: SelectorNumber,
     pub(super) patterns: BTreeMap<SelectorNumber, FqdnPattern>,
-    /// Who uses a selector.
+    /// Subjects that use each selector.
     pub(super) users: BTreeMap<SelectorNumber, BTreeSet<usize>>,
-    /// What was asked for beyond the standing sets.
+    /// Sets that the daemon requested beyond the standing ones.
     pub(super) wanted: BTreeSet<LearnedSet>,
-    /// Every set there is.
+    /// Identities of all sets.
     pub(super) sets: BTreeMap<LearnedSet, Identity>,
-    /// What the numbers stand for; without those that ordinary identities have too.
+    /// Meaning of the learned identities, except those that are also ordinary identities.
     pub(super) identities: BTreeMap<Identity, Arc<LearnedIdentity>>,
     pub(super) by_selector: HashMap<SelectorNumber, BTreeSet<Identity>>,
-    /// The selectors and the wanted sets that `sets` were made for.
+    /// Selectors in use and identities of the world for which `sets` were computed.
     pub(super) made_for: Option<(BTreeSet<SelectorNumber>, [Identity; 2])>,
     pub(super) wanted_changed: bool,
-    /// Identities, ordinary ones or learned ones, have changed since the snapshot was made.
+    /// Whether any identity has changed since the last snapshot.
     pub(super) changed: bool,
 }
 
@@ -50,7 +50,7 @@ pub(super) fn text(pattern: &FqdnPattern) -> &str {
 }
 
 impl LearnedNames {
-    /// The number of a selector, a new one if nobody uses it yet.
+    /// Returns the number of a selector, and assigns one to a new selector.
     pub(super) fn selector(&mut self, pattern: &FqdnPattern) -> SelectorNumber {
         if let Some(number) = self.numbers.get(text(pattern)) {
             return *number;
@@ -69,7 +69,7 @@ impl LearnedNames {
         &self.identities
     }
 
-    /// Whether any of these identities is the base of a set or has the number of one.
+    /// Returns whether one of these identities is the base or the number of a set.
     pub(super) fn concerned(&self, moved: &BTreeSet<Identity>) -> bool {
         let bases = |set: &LearnedSet| moved.contains(&set.base);
         !moved.is_empty()
@@ -94,7 +94,7 @@ impl LearnedNames {
         Some(Labels::new(base.iter().cloned().chain(names?)))
     }
 
-    /// The subjects are made anew: nobody has said yet which selectors it uses.
+    /// Forgets which subjects use which selectors, before all subjects are created again.
     pub(super) fn forget_users(&mut self) {
         self.users.clear();
         self.made_for = None;
@@ -116,24 +116,24 @@ impl LearnedNames {
     }
 }
 
-/// The learned identities that one subject can meet.
+/// The selectors of one subject, and the learned identities that it can meet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SubjectNames {
     pub(super) selectors: BTreeSet<SelectorNumber>,
-    /// The same as snapshots have it.
+    /// The selectors as in the snapshot.
     pub(super) list: Option<SelectorList>,
     pub(super) rows: LearnedRows,
-    /// Whether the endpoints learn, as the table's policy id has it.
+    /// Whether the endpoints learn names, as written with the subject's policy id.
     pub(super) learns: bool,
 }
 
-/// Learned identities, findable by what rules ask for.
+/// Learned identities, indexed by base and by selector.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LearnedRows {
     pub(super) identities: BTreeMap<Identity, Arc<LearnedIdentity>>,
     pub(super) by_base: BTreeMap<Identity, Vec<Identity>>,
     pub(super) by_selector: HashMap<SelectorNumber, Vec<Identity>>,
-    /// The texts of the selectors: a label selector can ask for them too.
+    /// Texts of the selectors, because a label selector can require a `fqdn` label.
     pub(super) texts: HashSet<String>,
 }
 

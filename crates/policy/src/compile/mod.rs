@@ -1,8 +1,13 @@
-//! Policies and a world to what the maps hold; a change recompiles only what it touches.
+//! The compiler: policies and an inventory to a snapshot. A change recompiles only what it touches.
 //!
-//! What is kept between changes: for each peer of a rule the identities it means; for each subject (a set of
-//! labels that an endpoint has, with its named ports) the specs that select it and its table. A changed file
-//! costs its own specs, the subjects they select, and a look at the peers if a prefix appears or goes.
+//! Between updates the compiler keeps the identities that each distinct peer selects and, for each subject (endpoints
+//! with the same labels and named ports), the specs that select it and its table. The cost of a changed file grows
+//! with its own specs, with the subjects that they select, and, if a prefix is new or gone, with the number of
+//! distinct peers.
+//!
+//! [`Compiler::update`] takes changes in (`update.rs`); it compiles the dirty subjects (`tables.rs`) from rules whose
+//! peers and ports are resolved (`rules.rs`, `ports.rs`), by the order of precedence (`precedence.rs`), and assembles
+//! the snapshot (`finish.rs`).
 
 mod addresses;
 mod changes;

@@ -1,4 +1,4 @@
-//! Ports by name, as rules of egress look them up: a name means, for each peer, the number that this peer gave it.
+//! Named ports in egress rules. A name stands for the number that each peer has given to it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,25 +8,25 @@ use std::{
 use palisade_abi::Identity;
 use palisade_model::inventory::{NamedPort, NamedPorts};
 
-/// Ports by name over all endpoints and peers, with the identities of those that have them.
+/// Identities that have a named port, by name and number.
 #[derive(Clone, Debug, Default)]
 pub(super) struct NamedPortOwners(BTreeMap<String, BTreeMap<NamedPort, BTreeSet<Identity>>>);
 
-/// What a name means for one protocol.
+/// Meaning of a port name for one protocol.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Numbers {
-    /// No endpoint and no peer has a port of that name and protocol.
+    /// No endpoint and no peer has a port of this name and protocol.
     Unknown,
-    /// Those that have it agree about the number: it holds towards peers that have none as well.
+    /// All that have the port give it this number, which then also applies towards peers without such a port.
     Agreed(u16),
-    /// They do not.
+    /// Peers give the name different numbers.
     Own {
-        /// By number, those that give the name this number and no other.
+        /// Identities that give the name one number, by number.
         by_number: Vec<(u16, Arc<BTreeSet<Identity>>)>,
-        /// Identities whose endpoints give the name several numbers, by number. Policies cannot tell these endpoints
-        /// apart.
+        /// Identities whose endpoints give the name several numbers, by number. Policies cannot distinguish these
+        /// endpoints.
         several: Vec<(u16, Arc<BTreeSet<Identity>>)>,
-        /// Both together.
+        /// All identities of `by_number` and `several`.
         owners: Arc<BTreeSet<Identity>>,
     },
 }

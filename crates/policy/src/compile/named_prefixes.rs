@@ -5,13 +5,13 @@ use std::collections::{BTreeSet, HashSet};
 use ipnet::IpNet;
 use palisade_model::{inventory::Inventory, labels::Labels};
 
-/// Prefixes and addresses that the world names.
+/// Prefixes and addresses of the inventory.
 #[derive(Clone, Debug, Default)]
 pub(super) struct NamedPrefixes {
     pub(super) all: HashSet<IpNet>,
-    /// Those of labelled peers that are not part of the world.
+    /// Prefixes of labelled peers outside the world.
     pub(super) labelled: HashSet<IpNet>,
-    /// Family (is IPv6) and length of those.
+    /// Address family (whether IPv6) and length of the prefixes in `labelled`.
     pub(super) lengths: BTreeSet<(bool, u8)>,
 }
 
@@ -41,7 +41,8 @@ impl NamedPrefixes {
         }
     }
 
-    /// An address of a labelled peer is the peer, however narrow a prefix a policy mentions.
+    /// Returns whether a labelled peer contains the prefix. Its addresses keep the peer's identity, however narrow a
+    /// prefix a policy names.
     pub(super) fn shadows(&self, prefix: IpNet) -> bool {
         let v6 = matches!(prefix, IpNet::V6(_));
         self.lengths

@@ -30,9 +30,8 @@ impl RuleIds {
     }
 }
 
-/// Application rules have numbers that are made of what they say, so that a daemon that begins anew gives the same
-/// rules the same number, and other rules another: connections that were read by a set and left to the kernel stay
-/// there as long as its number holds for them.
+/// Numbers of rule sets. The number is a hash of the content: after a restart the same rules have the same number, so
+/// connections that were offloaded under a rule set stay offloaded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleSetIds {
     pub(super) numbers: HashMap<RuleSet, u32>,
@@ -50,7 +49,7 @@ impl RuleSetIds {
         id
     }
 
-    /// The number that is made of a set, or the next one that nobody has; never 0.
+    /// Returns the hash of a set, or the next number that is free; never 0.
     fn free_id(&self, set: &RuleSet) -> u32 {
         let mut hasher = Fnv::default();
         set.hash(&mut hasher);
@@ -63,7 +62,7 @@ impl RuleSetIds {
     }
 }
 
-/// FNV-1a: the same in every process and every build.
+/// FNV-1a hash, which is the same in every process and build.
 struct Fnv(u64);
 
 impl Default for Fnv {

@@ -1,4 +1,4 @@
-//! Whom each distinct peer of the rules means, looked up once.
+//! The identities that each distinct peer of the rules selects.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -10,7 +10,7 @@ use palisade_model::rule::{CidrGroup, Peer};
 
 use super::select::{IdentityIndex, ResolvedSelector};
 
-/// The identities that each distinct peer means.
+/// Distinct peers, with the identities that they select and the number of their users.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PeerCache {
     pub(super) numbers: HashMap<Peer, u32>,
@@ -31,7 +31,7 @@ impl PeerCache {
         self.slots.get(number as usize).and_then(Option::as_ref)
     }
 
-    /// Returns the number and whether the peer is new.
+    /// Adds a user of a peer. Returns the number of the peer, and whether the peer is new.
     pub(super) fn retain(
         &mut self,
         peer: &Peer,
@@ -65,7 +65,7 @@ impl PeerCache {
         (number, true)
     }
 
-    /// Returns the meaning of the peer if this was its last user.
+    /// Removes a user of a peer. Returns the resolved selector if this was the last user.
     pub(super) fn release(&mut self, number: u32) -> Option<Arc<ResolvedSelector>> {
         let entry = self.slots.get_mut(number as usize)?;
         let slot = entry.as_mut()?;

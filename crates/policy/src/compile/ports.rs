@@ -14,22 +14,22 @@ use palisade_model::{
 use super::{compiler::Compiler, named_ports::Numbers, spec::CompiledSpec};
 use crate::classes::PortSet;
 
-/// What a port of a rule comes to.
+/// The port sets that a port of a rule resolves to.
 #[derive(Default)]
 pub(super) struct Resolved {
-    /// Towards every peer.
+    /// Port sets towards every peer.
     pub(super) sets: Vec<PortSet>,
-    /// For names that peers number differently, by protocol.
+    /// Port names that peers number differently, one for each protocol.
     pub(super) apart: Vec<NumberedDistinctPorts>,
 }
 
-/// What a name of a port comes to where peers number it differently.
+/// A port name that peers number differently.
 pub(super) struct NumberedDistinctPorts {
-    /// Towards peers that have it, by their number.
+    /// Port set and identities of the peers that have the name, by number.
     pub(super) own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
-    /// Those peers.
+    /// All peers that have the name.
     pub(super) owners: Arc<BTreeSet<Identity>>,
-    /// Towards all other peers.
+    /// Port sets towards all other peers.
     pub(super) others: Vec<PortSet>,
 }
 
@@ -43,7 +43,7 @@ impl NumberedDistinctPorts {
 }
 
 impl Compiler {
-    /// The port sets that the rules of a spec use.
+    /// Returns the port sets that the rules of a spec use.
     pub(super) fn port_sets(&self, unit: &CompiledSpec, own: &NamedPorts) -> Vec<PortSet> {
         let mut sets: HashSet<PortSet> = HashSet::new();
         for section in Section::ALL {
@@ -61,10 +61,10 @@ impl Compiler {
         sets.into_iter().collect()
     }
 
-    /// A port of a rule with its name looked up: for ingress among the subject's own, for egress among those of the
-    /// peers.
+    /// Resolves a port of a rule. For ingress, names are looked up among the subject's own ports; for egress, among
+    /// those of the peers.
     ///
-    /// Bare rules of case files are those of the original: there an allow by a name that peers number differently means
+    /// Bare rules of case files follow Cilium 1.19, where an allow by a name that peers number differently matches
     /// nothing.
     pub(super) fn resolve(
         &self,
@@ -135,8 +135,8 @@ impl Compiler {
                                 .into_iter()
                                 .map(|(port, owners)| (set(port), owners))
                                 .collect();
-                            // Of peers that cannot be told apart an allow must not open a number that one of them
-                            // does not mean. A denial may not leave out a number: it takes all that come into question.
+                            // The endpoints of one identity may have several numbers. An allow must not open a number
+                            // that one of them does not have, so it takes none of them; a deny takes all of them.
                             let mut others = Vec::new();
                             if section.denies() {
                                 own.extend(several.into_iter().map(|(port, owners)| (set(port), owners)));

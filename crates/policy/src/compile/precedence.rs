@@ -354,8 +354,8 @@ impl<'a> Builder<'a> {
 
     fn entry(&self, decision: Decision, (rule, ports): &Hit<'_>, audit: bool) -> PolicyEntry {
         let may_deny = decision != Decision::Allow;
-        let everybody = matches!(rule.members, Members::Any);
-        let match_kind = match (everybody, ports.set) {
+        let any = matches!(rule.members, Members::Any);
+        let match_kind = match (any, ports.set) {
             (true, PortSet::All) => MatchKind::All,
             (true, PortSet::Protocol(_)) => MatchKind::ProtoOnly,
             (true, PortSet::Range { .. }) => MatchKind::L4Only,
@@ -378,7 +378,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// The hit with the narrowest ports; of those one that names its peers; of those the first.
+/// Returns the hit with the narrowest ports; of several, one that names its peers; of several, the first.
 fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h Hit<'a>> {
     let mut best: Option<(&Hit<'a>, (u8, bool))> = None;
     for hit in hits {
@@ -390,8 +390,8 @@ fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h 
     best.map(|(hit, _)| hit)
 }
 
-/// The application rules of an entry: those of every matching rule; a plain allow lets everything pass.
-/// `audited`: what they do not allow passes all the same, and is reported.
+/// Merges the application rules of all matching allows. A plain allow adds an alternative that matches every request.
+/// `audited`: requests that no alternative matches pass and are reported.
 fn merge(
     hits: &[Hit<'_>],
     best: &L7Policy,
@@ -422,9 +422,9 @@ fn merge(
                     add(rule.id, matcher);
                 }
             }
-            // Server names of a peer and port hold for everything that is allowed to the same peer and port:
-            // "if any rule requires SNI, all traffic to that remote and port requires TLS". But a policy in audit
-            // mode takes away nothing that another one allows.
+            // As in Cilium, server names for a peer and port apply to all traffic of that peer and port, so a plain
+            // allow does not lift them. But `serverNames` of a policy in audit mode must not restrict what another
+            // policy allows.
             None if best.kind == Inspector::Tls
                 && named_elsewhere(hits, rule, ports, audited || rule.audit) => {}
             None => add(rule.id, &Matcher::Everything),
@@ -433,7 +433,7 @@ fn merge(
     if default_verdict.allow {
         add(default_verdict.rule, &Matcher::Everything);
     }
-    // What lets everything pass is named only where nothing else does.
+    // The first matching alternative names the rule, so alternatives that match every request come last.
     set.alternatives
         .sort_by_key(|alternative| alternative.matcher == Matcher::Everything);
     let l7s = || allows().filter_map(|(_, ports)| ports.l7.as_deref());
@@ -457,8 +457,8 @@ fn merge(
     (inspector, set)
 }
 
-/// Whether another hit asks for server names on the same ports of one of the same peers. `by_audited`: also one of a
-/// policy in audit mode.
+/// Returns whether another hit requires server names for the same ports of one of the same peers. `by_audited`:
+/// policies in audit mode count as well.
 fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_audited: bool) -> bool {
     hits.iter().any(|(other, other_ports)| {
         let names = other_ports
@@ -474,7 +474,7 @@ fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_au
                     a.iter().any(|one| b.iter().any(|other| other.peer == one.peer))
                 }
                 (Members::Any, Members::Of(some)) | (Members::Of(some), Members::Any) => {
-                    some.iter().any(|member| member.peer == Member::EVERYBODY)
+                    some.iter().any(|member| member.peer == Member::ANY)
                 }
             }
     })

@@ -9,7 +9,7 @@ use palisade_model::{
 
 use super::spec::FileContent;
 
-/// What may be there only once: a kind of resource with its namespace and name.
+/// Name of a resource, of which only one may exist: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ResourceName {
     kind: &'static str,
@@ -23,7 +23,7 @@ impl fmt::Display for ResourceName {
 }
 
 impl FileContent {
-    /// The resources of the file with their places. Bare rules of case files have no names.
+    /// Returns the resources of the file with their places. Bare rules of case files have no names.
     pub fn resources(&self) -> impl Iterator<Item = (ResourceName, &Location)> {
         let policies = self.policies.iter().filter_map(|policy| {
             let kind = match policy.kind {
@@ -44,7 +44,7 @@ impl FileContent {
     }
 }
 
-/// The error about a resource that another file has already.
+/// Returns the error about a resource that another file already has.
 #[must_use]
 pub fn already_there(name: &ResourceName, location: &Location, first: &Location) -> Diagnostic {
     Diagnostic::error(

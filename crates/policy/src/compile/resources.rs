@@ -1,5 +1,5 @@
-//! Which resources there are. Each is in one file: of two with the same kind, namespace and name, both would be in force,
-//! and what one of them was tightened to would still be open by the other.
+//! Each resource is in one file. If two files defined it, both policies would be in force, and a restriction added to
+//! one file would have no effect, because the other file still allows the traffic.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,8 +15,8 @@ use super::{
 };
 
 impl Compiler {
-    /// Errors about resources of changed files that other files have. The file that has had the resource so far keeps
-    /// it; of files that are new, the one whose name sorts first.
+    /// Returns errors about resources in changed files that another file has. The file that had the resource before
+    /// keeps it; of new files, the one whose name sorts first.
     pub(super) fn resources_in_two_files(
         &self,
         changes: &BTreeMap<String, Option<Arc<FileContent>>>,
@@ -53,7 +53,7 @@ impl Compiler {
         errors
     }
 
-    /// Takes down which file has which resource, after some files have been replaced.
+    /// Updates the owners of resources after files have been replaced.
     pub(super) fn own_resources(&mut self, replaced: &BTreeMap<String, Option<Arc<FileContent>>>) {
         for (file, before) in replaced {
             for (name, _) in before.iter().flat_map(|content| content.resources()) {
@@ -123,7 +123,7 @@ mod tests {
     fn a_resource_is_in_one_file() {
         let mut compiler = Compiler::new(&CompilerState::default());
         update(&mut compiler, [file("b", &[P, OTHER_NAMESPACE, OTHER_KIND])]).unwrap();
-        // The one that is in force stays, whatever the name of the other file.
+        // The resource in force stays, whatever the name of the other file.
         let expected = "CiliumNetworkPolicy default/p is in b:1:1 already, and stays as it is there; delete one of the \
                         two, or rename it";
         for name in ["a", "c"] {
@@ -133,12 +133,12 @@ mod tests {
         let both = update(&mut compiler, [file("a", &[P]), file("b", &[P, Q])]);
         assert_eq!(both.unwrap_err(), [format!("a:1:1: {expected}")]);
         assert_eq!(compiler.files().map(|(name, _)| name).collect::<Vec<_>>(), ["b"]);
-        // It moves with its file's name, or when it goes at the same time.
+        // A resource moves with the name of its file, or if the first file drops it at the same time.
         update(&mut compiler, [file("a", &[P]), file("b", &[Q])]).unwrap();
         update(&mut compiler, [("a".into(), None), file("c", &[P])]).unwrap();
         assert!(update(&mut compiler, [file("a", &[P])]).is_err());
         update(&mut compiler, [("c".into(), None)]).unwrap();
-        // Of two new ones the first.
+        // Of two new files the first by name wins.
         let both = update(&mut compiler, [file("x", &[P]), file("y", &[P])]).unwrap_err();
         assert_eq!(both.len(), 1);
         assert!(

@@ -17,7 +17,7 @@ use super::{
     peers::PeerSlot,
     ports::Resolved,
     select::ResolvedSelector,
-    spec::{CompiledSpec, SpecKey, UnitPeers, UnitRule},
+    spec::{CompiledPeers, CompiledRule, CompiledSpec, SpecKey},
     subject::Subject,
     table_rule::{Learned, Member, Members, TablePorts, TableRule},
 };
@@ -39,7 +39,7 @@ struct DistinctPorts {
     ports: TablePorts,
 }
 
-/// What resolving the rules of one spec and direction needs and leaves behind.
+/// Input and output of the resolution of one spec and direction.
 pub(super) struct RuleContext<'a> {
     pub(super) subject: &'a Subject,
     pub(super) key: &'a SpecKey,
@@ -93,14 +93,14 @@ impl Compiler {
     fn rule_members(
         &self,
         rule: &Rule,
-        compiled: &UnitRule,
+        compiled: &CompiledRule,
         section: Section,
         cx: &mut RuleContext<'_>,
     ) -> Option<Members> {
         let peers = match &compiled.peers {
-            UnitPeers::None => return None,
-            UnitPeers::Any => return Some(Members::Any),
-            UnitPeers::OneOf(peers) => peers,
+            CompiledPeers::None => return None,
+            CompiledPeers::Any => return Some(Members::Any),
+            CompiledPeers::OneOf(peers) => peers,
         };
         let required = &cx.subject.required[section as usize];
         let mut members = Vec::with_capacity(peers.len());
@@ -250,7 +250,7 @@ impl Compiler {
     }
 }
 
-/// A remark about a group of prefixes by name that does not exist, or is empty.
+/// Returns the warning about a reference to a group of prefixes that does not exist or is empty.
 fn missing_group(slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
     match (&slot.peer, &*slot.resolved) {
         (Peer::CidrGroup { name, .. }, ResolvedSelector::Cidrs(rules)) if rules.is_empty() => {

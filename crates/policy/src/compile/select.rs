@@ -1,4 +1,4 @@
-//! Which identities a peer of a rule means.
+//! Selectors: the identities that a peer of a rule selects.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -13,10 +13,10 @@ use palisade_model::{
     rule::{CidrGroup, CidrRule, Entity, FqdnPattern, Peer, Selector, Test},
 };
 
-/// The label that says which cluster an endpoint belongs to, and the name of ours.
+/// Label with the name of the cluster: source, key, and the value of this cluster.
 const CLUSTER_LABEL: (&str, &str, &str) = ("k8s", "io.cilium.k8s.policy.cluster", "default");
 
-/// A peer with its groups of prefixes looked up.
+/// A peer with its groups of prefixes resolved.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum ResolvedSelector {
     Any,
@@ -59,7 +59,7 @@ impl ResolvedSelector {
         }
     }
 
-    /// The prefixes it mentions, excluded ones too.
+    /// Returns the prefixes of the selector, including excluded ones.
     pub(super) fn prefixes(&self) -> impl Iterator<Item = IpNet> + '_ {
         let rules = match self {
             Self::Cidrs(rules) => rules.as_slice(),
@@ -70,7 +70,7 @@ impl ResolvedSelector {
             .flat_map(|rule| std::iter::once(rule.cidr).chain(rule.except.iter().copied()))
     }
 
-    /// Whether it has a requirement about a key for which `known` says so.
+    /// Returns whether a requirement has a key for which `known` returns true.
     pub(super) fn asks_for(&self, known: impl Fn(&str) -> bool) -> bool {
         match self {
             Self::Labels(selector) | Self::Nodes(selector) => selector
@@ -81,7 +81,7 @@ impl ResolvedSelector {
         }
     }
 
-    /// Whether it means an identity with these labels.
+    /// Returns whether the selector matches an identity with these labels.
     pub(super) fn matches(&self, labels: &Labels) -> bool {
         match self {
             Self::Any => true,
@@ -101,7 +101,7 @@ impl ResolvedSelector {
     }
 }
 
-/// The labels of a group as selectors see them.
+/// Returns the labels of a group of prefixes, as selectors match them.
 fn group_labels(group: &CidrGroup) -> Labels {
     Labels::new(
         group
@@ -119,14 +119,14 @@ fn normal_name(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
-/// Whether the known prefix of an identity lies in another.
+/// Returns whether a prefix contains the prefix of an identity.
 fn contains(prefix: IpNet, labels: &Labels) -> bool {
     labels
         .iter()
         .any(|label| cidr_of(label).is_some_and(|cidr| prefix.contains(&cidr)))
 }
 
-/// Whether the addresses of an identity lie in a prefix. A world without a known prefix lies in its `/0` only.
+/// Returns whether a prefix contains the addresses of an identity. A world identity without a prefix is only in `/0`.
 fn covers(prefix: IpNet, labels: &Labels) -> bool {
     let own_world = match prefix {
         IpNet::V4(_) => "world-ipv4",
@@ -166,7 +166,7 @@ fn entity_matches(entity: Entity, labels: &Labels) -> bool {
     }
 }
 
-/// Whether somebody gave it labels: an endpoint, or a peer that is like one.
+/// Returns whether the labels are those of an endpoint or of a labelled peer.
 fn is_labelled(labels: &Labels) -> bool {
     !entity_matches(Entity::World, labels)
         && labels
@@ -174,12 +174,12 @@ fn is_labelled(labels: &Labels) -> bool {
             .any(|label| !matches!(label.source.as_str(), "reserved" | "cidr" | "cidrgroup" | "fqdn"))
 }
 
-/// The identities that exist, findable by what selectors ask for.
+/// The existing identities, indexed by labels and prefixes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct IdentityIndex {
     labels: BTreeMap<Identity, Labels>,
     by_label: HashMap<String, HashMap<String, BTreeSet<Identity>>>,
-    /// Family (is IPv6), first address and length of `cidr` labels.
+    /// Address family (whether IPv6), first address and length of `cidr` labels.
     by_prefix: BTreeSet<(bool, u128, u8, Identity)>,
 }
 
@@ -227,7 +227,7 @@ impl IdentityIndex {
         }
     }
 
-    /// The identities that a peer means. ([`ResolvedSelector::Any`]: those there are.)
+    /// Returns the existing identities that a selector matches.
     pub(super) fn select(&self, resolved: &ResolvedSelector) -> BTreeSet<Identity> {
         let candidates: Option<BTreeSet<Identity>> = match resolved {
             ResolvedSelector::Labels(selector) => self.candidates(selector),
@@ -262,7 +262,8 @@ impl IdentityIndex {
             .copied()
     }
 
-    /// A superset of what the selector selects: those that meet its rarest positive requirement.
+    /// Returns a superset of the identities that the selector matches: those that meet the positive requirement with
+    /// the fewest matches.
     fn candidates(&self, selector: &Selector) -> Option<BTreeSet<Identity>> {
         let count = |key: &str, values: &[String]| -> usize {
             let Some(known) = self.by_label.get(key) else {

@@ -9,43 +9,43 @@ use palisade_model::{
     rule::{CidrGroup, Policy, PolicyKind, Section, Selector, Spec, Subject as SpecSubject},
 };
 
-/// What is in one policy file.
+/// Content of one policy file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FileContent {
-    /// Its policies, in their order.
+    /// Policies, in the order of the file.
     pub policies: Vec<Policy>,
-    /// Its groups of prefixes.
+    /// Groups of prefixes.
     pub cidr_groups: Vec<CidrGroup>,
 }
 
-/// Where a spec stands; also the order in which rules are considered.
+/// Position of a spec, by which specs are ordered.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct SpecKey {
     pub(super) policy: Arc<str>,
     pub(super) kind: PolicyKind,
     pub(super) file: Arc<str>,
-    /// Of the policy in the file, and of the spec in the policy.
+    /// Index of the policy in the file, and of the spec in the policy.
     pub(super) position: (u32, u32),
 }
 
-/// A spec with its peers looked up.
+/// A spec with its peers resolved.
 #[derive(Clone, Debug)]
 pub(super) struct CompiledSpec {
     pub(super) content: Arc<FileContent>,
-    /// Which policy of the file.
+    /// Index of the policy in the file.
     pub(super) policy: usize,
     pub(super) spec: usize,
-    /// By section in the order of [`Section::ALL`].
-    pub(super) sections: [Vec<UnitRule>; 4],
-    /// The `toFQDNs` selectors of its egress rules.
+    /// Rules by section, in the order of [`Section::ALL`].
+    pub(super) sections: [Vec<CompiledRule>; 4],
+    /// `toFQDNs` selectors of the egress rules.
     pub(super) selectors: Vec<SelectorNumber>,
-    /// Whether a rule asks for traffic to be read.
+    /// Whether a rule has application rules.
     pub(super) reads: bool,
-    /// What the regular expressions of its http rules cost together, in states.
+    /// Cost of the regular expressions of all http rules, in states.
     pub(super) expressions: usize,
-    /// The policy is in audit mode.
+    /// Whether the policy is in audit mode.
     pub(super) audit: bool,
-    /// By direction: whether it denies by default; none without rules.
+    /// Whether the spec denies by default, by direction; `None` for a direction without rules.
     pub(super) denies: [Option<bool>; 2],
     pub(super) subjects: Vec<usize>,
 }
@@ -61,19 +61,19 @@ impl CompiledSpec {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct UnitRule {
+pub(super) struct CompiledRule {
     pub(super) id: u32,
-    pub(super) peers: UnitPeers,
+    pub(super) peers: CompiledPeers,
 }
 
 #[derive(Clone, Debug)]
-pub(super) enum UnitPeers {
+pub(super) enum CompiledPeers {
     Any,
     None,
     OneOf(Vec<u32>),
 }
 
-/// Whether a spec is about somebody with these labels.
+/// Returns whether a spec selects an endpoint with these labels.
 pub(super) fn selects(subject: &SpecSubject, labels: &Labels, node: bool) -> bool {
     let matches = |selector: &Selector| selector.matches(labels);
     match subject {
@@ -99,7 +99,7 @@ pub(super) fn spec_keys(file: &str, content: &FileContent) -> Vec<SpecKey> {
     keys
 }
 
-/// Whether a spec denies by default in a direction; none if it has no rules for it.
+/// Returns whether a spec denies by default in a direction; `None` if it has no rules for the direction.
 pub(super) fn default_deny(spec: &Spec, direction: Direction) -> Option<bool> {
     let rules = Section::of(direction).map(|section| spec.rules(section).len());
     let denies = match direction {

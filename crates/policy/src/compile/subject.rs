@@ -1,4 +1,4 @@
-//! Subjects: endpoints that policies cannot tell apart, with the specs that apply to them and their table.
+//! Subjects: endpoints that policies cannot distinguish, with the specs that select them and their table.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,37 +21,37 @@ use super::{
 };
 use crate::classes::PortSet;
 
-/// Endpoints that policies cannot tell apart.
+/// Endpoints that policies cannot distinguish.
 #[derive(Clone, Debug)]
 pub(super) struct Subject {
     pub(super) labels: Labels,
     pub(super) named_ports: NamedPorts,
     pub(super) audit: bool,
     pub(super) node: bool,
-    /// Endpoint ids with their identity.
+    /// Endpoint numbers with their identities.
     pub(super) endpoints: Vec<(u16, Identity)>,
     pub(super) specs: BTreeMap<SpecKey, AppliedSpec>,
-    /// Specs that do not select it any more, since the table was made.
+    /// Specs that have stopped selecting the subject since the table was built.
     pub(super) retired: Vec<AppliedSpec>,
-    /// What the specs require of the endpoints that rules select, by section in the order of [`Section::ALL`].
+    /// Requirements of `fromRequires` and `toRequires` of all specs, by section in the order of [`Section::ALL`].
     pub(super) required: [Selector; 4],
-    /// For each direction what the table was made with.
+    /// Default verdicts with which the table was built, by direction.
     pub(super) default_verdict: [Option<DefaultVerdict>; 2],
     pub(super) names: SubjectNames,
     pub(super) policy: u32,
     pub(super) table: Arc<Table>,
-    /// [`Table::plain`] of it.
+    /// Flags of [`Table::plain`] for the table.
     pub(super) plain: u32,
 }
 
 impl Subject {
-    /// Takes down what the specs require now. Returns whether every rule has to be looked at again for it.
+    /// Recomputes the requirements of the specs. Returns whether all rules of the subject must be resolved again.
     pub(super) fn renew_required(&mut self) -> bool {
         let required = Section::ALL.map(|section| Selector {
             requirements: self
                 .specs
                 .values()
-                .flat_map(|selecting| selecting.unit.spec().rules(section))
+                .flat_map(|applied| applied.unit.spec().rules(section))
                 .flat_map(|rule| &rule.requires)
                 .flat_map(|selector| selector.requirements.iter().cloned())
                 .collect(),
@@ -61,45 +61,45 @@ impl Subject {
         changed || self.requires_something()
     }
 
-    /// Whether any spec has requirements.
+    /// Returns whether any spec has requirements.
     pub(super) fn requires_something(&self) -> bool {
         self.required
             .iter()
             .any(|selector| !selector.requirements.is_empty())
     }
 
-    pub(super) fn selecting(&self) -> impl Iterator<Item = (&SpecKey, &AppliedSpec)> {
+    pub(super) fn applied_specs(&self) -> impl Iterator<Item = (&SpecKey, &AppliedSpec)> {
         self.specs.iter()
     }
 }
 
-/// A spec as it applies to a subject.
+/// A spec that selects a subject, with its rules resolved for the subject.
 #[derive(Clone, Debug)]
 pub(super) struct AppliedSpec {
     pub(super) unit: Arc<CompiledSpec>,
-    /// Whether `rules` are still to be made from it (they are of before).
+    /// Whether `rules` must be resolved again.
     pub(super) stale: bool,
-    /// Whether only its peers mean others than when `rules` were made.
+    /// Whether only the members of the peers have changed since `rules` were resolved.
     pub(super) regrouped: bool,
-    /// By direction.
+    /// Resolved rules by direction.
     pub(super) rules: [Vec<TableRule>; 2],
-    /// Port sets held in [`Classes`].
+    /// Port sets retained in [`Classes`](crate::classes::Classes).
     pub(super) sets: Vec<PortSet>,
-    /// By direction.
+    /// Warnings by direction.
     pub(super) remarks: [Vec<Diagnostic>; 2],
 }
 
-/// The rows of a table that a change may touch.
+/// Rows of a table that a change may affect.
 pub(super) enum DirtyRows {
     Everything,
     Only(BTreeSet<Identity>),
 }
 
 impl DirtyRows {
-    /// More rows than this are not worth picking out.
+    /// Largest number of rows to rebuild one by one; beyond it the whole table is rebuilt.
     const MANY: usize = 64;
 
-    /// Verdicts change towards whom the rules mean.
+    /// Adds the rows of all identities that the rules select.
     pub(super) fn add(&mut self, rules: &[Vec<TableRule>; 2]) {
         for rule in rules.iter().flatten() {
             match &rule.members {

@@ -1,4 +1,4 @@
-//! Rules as a table is built from them: peers are identities, ports are classes.
+//! Rules as input for a table: peers are identities, ports are classes.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -12,21 +12,21 @@ use super::{
 };
 use crate::classes::PortSet;
 
-/// Whom a rule is about, looked up.
+/// Peers of a rule, resolved to identities.
 #[derive(Clone, Debug)]
 pub(super) enum Members {
-    /// Everybody, known or not.
+    /// Any peer, also one without a known identity.
     Any,
-    /// Whom one of its peers means.
+    /// The identities that one of the peers selects.
     Of(Vec<Member>),
 }
 
 impl Members {
-    /// Those of the members that are among some identities.
+    /// Returns the members that are among some identities.
     pub(super) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
         Self::Of(match self {
             Self::Any => vec![Member {
-                peer: Member::EVERYBODY,
+                peer: Member::ANY,
                 members: Arc::clone(identities),
                 learned: Learned::Base,
             }],
@@ -42,7 +42,7 @@ impl Members {
         })
     }
 
-    /// The members without some identities. Of everybody these cannot be taken away, see [`TableRule::except`].
+    /// Returns the members without some identities. `Any` cannot exclude identities; [`TableRule::except`] does it.
     pub(super) fn without(&self, identities: &BTreeSet<Identity>) -> Self {
         match self {
             Self::Any => Self::Any,
@@ -59,25 +59,25 @@ impl Members {
     }
 }
 
-/// A peer of a rule, looked up.
+/// A peer of a rule, resolved to identities.
 #[derive(Clone, Debug)]
 pub(super) struct Member {
-    /// Names the peer, so that equal peers can be recognised.
+    /// Number of the peer, so that equal peers can be recognised.
     pub(super) peer: u32,
-    /// The ordinary identities that it means.
+    /// Ordinary identities that the peer selects.
     pub(super) members: Arc<BTreeSet<Identity>>,
-    /// Which identities of learned addresses it means.
+    /// Learned identities that the peer selects.
     pub(super) learned: Learned,
 }
 
-/// Which identities of learned addresses a peer means.
+/// The learned identities that a peer selects.
 #[derive(Clone, Debug)]
 pub(super) enum Learned {
-    /// Those whose base it means.
+    /// Those whose base identity the peer selects.
     Base,
-    /// Those of a selector, and those whose base it means.
+    /// Those of a `toFQDNs` selector, and those whose base identity the peer selects.
     Selector(SelectorNumber),
-    /// Those that meet the requirements of a label selector; they may ask for names.
+    /// Those that match a label selector, which may require `fqdn` labels.
     Labels(Arc<ResolvedSelector>),
 }
 
@@ -92,10 +92,10 @@ impl Member {
         }
     }
 
-    /// Who of everybody has a port of some name: stands for everybody where peers are compared.
-    pub(super) const EVERYBODY: u32 = u32::MAX - 1;
+    /// Number of the peer "any" in rules that a port name has split by identities.
+    pub(super) const ANY: u32 = u32::MAX - 1;
 
-    /// The same for all that a subject can meet.
+    /// Calls `name` with each learned identity of `rows` that the peer selects.
     pub(super) fn name_learned(&self, rows: &LearnedRows, mut name: impl FnMut(Identity)) {
         let mut by_base = || {
             for (base, identities) in &rows.by_base {
@@ -123,23 +123,23 @@ impl Member {
     }
 }
 
-/// A rule (of one direction) with everything looked up.
+/// A rule of one direction with peers and ports resolved.
 #[derive(Clone, Debug)]
 pub(super) struct TableRule {
     pub(super) id: u32,
     pub(super) denies: bool,
-    /// The policy is in audit mode.
+    /// Whether the policy is in audit mode.
     pub(super) audit: bool,
     pub(super) auth_required: bool,
     pub(super) members: Members,
-    /// Of everybody, those that the rule is not about: peers with a port of the name that the rule asks for under
-    /// another number, for which there is a rule of its own.
+    /// Identities that a rule for any peer does not apply to. They have the named port of the rule under another
+    /// number, and the rule is split: another part applies to them.
     pub(super) except: Option<Arc<BTreeSet<Identity>>>,
     pub(super) ports: Vec<TablePorts>,
 }
 
 impl TableRule {
-    /// Whether the rule is not about an identity although it is about everybody.
+    /// Returns whether a rule for any peer does not apply to an identity.
     pub(super) fn excepts(&self, identity: Identity) -> bool {
         self.except
             .as_ref()
@@ -151,19 +151,19 @@ impl TableRule {
 #[derive(Clone, Debug)]
 pub(super) struct TablePorts {
     pub(super) set: PortSet,
-    /// `None`: whatever the class.
+    /// Classes of the ports; `None` for every class.
     pub(super) classes: Option<Arc<[Class]>>,
     pub(super) l7: Option<Arc<L7Policy>>,
 }
 
-/// What holds where no rule matches.
+/// Verdict of a direction where no rule matches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct DefaultVerdict {
     pub(super) allow: bool,
-    /// Nothing is enforced in this direction.
+    /// Whether nothing is enforced in this direction.
     pub(super) unenforced: bool,
-    /// The id that names the cause.
+    /// Rule id that names the cause.
     pub(super) rule: u32,
-    /// All policies that cause the denial are in audit mode.
+    /// Whether all policies that cause the denial are in audit mode.
     pub(super) audit: bool,
 }

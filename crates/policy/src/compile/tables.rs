@@ -1,4 +1,4 @@
-//! The tables of subjects: the rows that a change touches are built anew, and the others stay.
+//! The tables of subjects. A change rebuilds the rows that it affects; the others stay.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -27,11 +27,11 @@ use super::{
 };
 use crate::classes::PortSet;
 
-/// What the regular expressions of all policies that select an endpoint may cost together, in states: they are matched
-/// as one automaton, with which an endpoint could take memory and time from all others.
+/// Bound on the cost of the regular expressions of all policies that select an endpoint, in states. The inspector
+/// matches them as one automaton, so one endpoint could otherwise use the memory and time of all.
 const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
 impl Compiler {
-    /// Compiles the dirty subjects, and those whose port classes change with them, and makes the snapshot.
+    /// Compiles the dirty subjects and the subjects whose port classes change with them, and assembles the snapshot.
     pub(super) fn compile(
         &mut self,
         mut progress: Progress,
@@ -59,7 +59,8 @@ impl Compiler {
             match self.compile_subject(*at, rows, &progress.moved) {
                 Ok(table) => {
                     let subject = &mut self.subjects[*at];
-                    // Who begins to look at names (or ends) does so at once with the table made for that.
+                    // If an endpoint starts or stops learning names, one store must change the flag and the policy id
+                    // together.
                     let learns = !subject.names.selectors.is_empty();
                     let anew = subject.policy == 0 || subject.names.learns != learns;
                     subject.names.learns = learns;
@@ -84,30 +85,29 @@ impl Compiler {
         Ok(())
     }
 
-    /// The port sets of specs that are new to a subject are held, those of specs that are gone released.
+    /// Retains the port sets of specs that are new to a subject, and releases those of specs that are gone.
     pub(super) fn hold_port_sets(&mut self, dirty: &BTreeSet<usize>) {
         for at in dirty {
             let subject = &self.subjects[*at];
             let new: Vec<(SpecKey, Vec<PortSet>)> = subject
-                .selecting()
-                .filter(|(_, selecting)| selecting.stale)
-                .map(|(key, selecting)| (key.clone(), self.port_sets(&selecting.unit, &subject.named_ports)))
+                .applied_specs()
+                .filter(|(_, applied)| applied.stale)
+                .map(|(key, applied)| (key.clone(), self.port_sets(&applied.unit, &subject.named_ports)))
                 .collect();
             let subject = &mut self.subjects[*at];
             for (key, sets) in new {
                 self.classes.retain(&sets);
-                if let Some(selecting) = subject.specs.get_mut(&key) {
-                    self.classes
-                        .release(&std::mem::replace(&mut selecting.sets, sets));
+                if let Some(applied) = subject.specs.get_mut(&key) {
+                    self.classes.release(&std::mem::replace(&mut applied.sets, sets));
                 }
             }
-            for selecting in &mut subject.retired {
-                self.classes.release(&std::mem::take(&mut selecting.sets));
+            for applied in &mut subject.retired {
+                self.classes.release(&std::mem::take(&mut applied.sets));
             }
         }
     }
 
-    /// Gives the rules their new classes where slots have changed.
+    /// Updates the classes of rules whose slots have changed, and marks their subjects dirty.
     pub(super) fn follow_classes(
         &mut self,
         protocols: &[u8],
@@ -116,8 +116,8 @@ impl Compiler {
     ) {
         let mut known: HashMap<PortSet, Option<Arc<[Class]>>> = HashMap::new();
         for (at, subject) in self.subjects.iter_mut().enumerate() {
-            for selecting in subject.specs.values_mut().filter(|selecting| !selecting.stale) {
-                let concerned = selecting.sets.iter().any(|set| match set {
+            for applied in subject.specs.values_mut().filter(|applied| !applied.stale) {
+                let concerned = applied.sets.iter().any(|set| match set {
                     PortSet::All => false,
                     PortSet::Protocol(protocol) | PortSet::Range { protocol, .. } => {
                         protocols.contains(protocol)
@@ -127,7 +127,7 @@ impl Compiler {
                     continue;
                 }
                 let mut changed = false;
-                for ports in selecting
+                for ports in applied
                     .rules
                     .iter_mut()
                     .flatten()
@@ -146,39 +146,41 @@ impl Compiler {
                     touched
                         .entry(at)
                         .or_insert_with(|| DirtyRows::Only(BTreeSet::new()))
-                        .add(&selecting.rules);
+                        .add(&applied.rules);
                 }
             }
         }
     }
 
-    /// The table of a subject. Of a table that is there, only the rows that a change touches are made anew.
+    /// Builds the table of a subject. If a table exists, only the affected rows are rebuilt.
     pub(super) fn compile_subject(
         &mut self,
         at: usize,
-        mut touched: DirtyRows,
+        mut dirty_rows: DirtyRows,
         moved: &BTreeSet<Identity>,
     ) -> Result<Table, Vec<Diagnostic>> {
-        // A requirement of one spec is one of all of them. Few have any, so all is made anew where one has.
+        // A requirement in one spec applies to the rules of all specs. Few policies have requirements, so the whole
+        // table is rebuilt.
         let subject = &mut self.subjects[at];
         if subject.renew_required() {
-            for selecting in subject.specs.values_mut() {
-                selecting.stale = true;
+            for applied in subject.specs.values_mut() {
+                applied.stale = true;
             }
-            touched = DirtyRows::Everything;
+            dirty_rows = DirtyRows::Everything;
         }
         if let Some(error) = self.too_many_expressions(at) {
             self.subjects[at].default_verdict = [None, None];
             return Err(vec![error]);
         }
-        // Specs that are new, or whose peers mean others now: towards whom they meant and whom they mean.
+        // Resolve the rules of specs that are new or whose members changed. Rows of both the old and the new members
+        // change.
         let subject = &self.subjects[at];
         let mut made = Vec::new();
         let mut classes = HashMap::new();
         let remade = subject
-            .selecting()
-            .filter(|(_, selecting)| selecting.stale || selecting.regrouped);
-        for (key, selecting) in remade {
+            .applied_specs()
+            .filter(|(_, applied)| applied.stale || applied.regrouped);
+        for (key, applied) in remade {
             let mut remarks: [Vec<Diagnostic>; 2] = Default::default();
             let rules = palisade_abi::DIRECTIONS.map(|direction| {
                 let mut cx = RuleContext {
@@ -188,44 +190,44 @@ impl Compiler {
                     classes: &mut classes,
                     remarks: &mut remarks[direction as usize],
                 };
-                self.table_rules(&selecting.unit, &mut cx)
+                self.table_rules(&applied.unit, &mut cx)
             });
-            if selecting.stale {
-                touched.add(&rules);
-                touched.add(&selecting.rules);
+            if applied.stale {
+                dirty_rows.add(&rules);
+                dirty_rows.add(&applied.rules);
             } else {
-                touched.add_identities(moved.iter().copied());
+                dirty_rows.add_identities(moved.iter().copied());
             }
             made.push((key.clone(), rules, remarks));
         }
         let subject = &mut self.subjects[at];
         for (key, rules, remarks) in made {
-            if let Some(selecting) = subject.specs.get_mut(&key) {
-                selecting.stale = false;
-                selecting.regrouped = false;
-                selecting.rules = rules;
-                selecting.remarks = remarks;
+            if let Some(applied) = subject.specs.get_mut(&key) {
+                applied.stale = false;
+                applied.regrouped = false;
+                applied.rules = rules;
+                applied.remarks = remarks;
             }
         }
-        for selecting in subject.retired.drain(..) {
-            touched.add(&selecting.rules);
+        for applied in subject.retired.drain(..) {
+            dirty_rows.add(&applied.rules);
         }
 
-        // Where nothing is enforced nothing is read either.
+        // If enforcement is off, no traffic is inspected, and conflicts do not matter.
         let enforced = self.inventory.options.enforcement != Enforcement::Never;
-        if enforced && subject.specs.values().any(|selecting| selecting.unit.reads) {
+        if enforced && subject.specs.values().any(|applied| applied.unit.reads) {
             let mut errors = Vec::new();
             for direction in palisade_abi::DIRECTIONS {
                 let mut finder = ConflictFinder::default();
-                for (key, selecting) in self.subjects[at].selecting() {
-                    finder.add(&key.policy, selecting.unit.spec(), direction);
+                for (key, applied) in self.subjects[at].applied_specs() {
+                    finder.add(&key.policy, applied.unit.spec(), direction);
                 }
                 if let Err(mut conflicts) = finder.finish() {
                     errors.append(&mut conflicts);
                 }
             }
             if !errors.is_empty() {
-                // The next table is made from the ground up.
+                // Rebuild the whole table next time.
                 self.subjects[at].default_verdict = [None, None];
                 return Err(errors);
             }
@@ -234,9 +236,9 @@ impl Compiler {
         let default_verdict = palisade_abi::DIRECTIONS.map(|direction| self.default_verdict(at, direction));
         let subject = &self.subjects[at];
         if subject.default_verdict != default_verdict.map(Some) {
-            touched = DirtyRows::Everything;
+            dirty_rows = DirtyRows::Everything;
         }
-        let rows = match &touched {
+        let rows = match &dirty_rows {
             DirtyRows::Everything => None,
             DirtyRows::Only(identities) => Some(identities),
         };
@@ -279,22 +281,22 @@ impl Compiler {
         Ok(table)
     }
 
-    /// The error about expressions that cost too much together, at a spec that is new to the subject if one is.
+    /// Returns the error about regular expressions that cost too much together, preferably at a spec that is new to
+    /// the subject.
     fn too_many_expressions(&self, at: usize) -> Option<Diagnostic> {
         let subject = &self.subjects[at];
         let units = || {
             subject
-                .selecting()
-                .filter(|(_, selecting)| selecting.unit.expressions > 0)
+                .applied_specs()
+                .filter(|(_, applied)| applied.unit.expressions > 0)
         };
-        let sum = units().fold(0usize, |sum, (_, selecting)| {
-            sum.saturating_add(selecting.unit.expressions)
+        let sum = units().fold(0usize, |sum, (_, applied)| {
+            sum.saturating_add(applied.unit.expressions)
         });
         if sum <= MAX_ENDPOINT_EXPRESSIONS {
             return None;
         }
-        let (key, selecting) =
-            units().max_by_key(|(_, selecting)| (selecting.stale, selecting.unit.expressions))?;
+        let (key, applied) = units().max_by_key(|(_, applied)| (applied.stale, applied.unit.expressions))?;
         let endpoint = subject.endpoints.first().map(|(id, _)| *id);
         let endpoint = self
             .inventory
@@ -302,7 +304,7 @@ impl Compiler {
             .iter()
             .find(|known| Some(known.id) == endpoint);
         Some(Diagnostic::error(
-            selecting.unit.spec().location.clone(),
+            applied.unit.spec().location.clone(),
             format!(
                 "policy {}: the regular expressions of the policies that select endpoint {} are too large together: they \
                  need about {sum} states, of at most {MAX_ENDPOINT_EXPRESSIONS}",
@@ -312,7 +314,7 @@ impl Compiler {
         ))
     }
 
-    /// The entries of one direction: all of them, or those of some rows and those towards everybody.
+    /// Appends the entries of one direction: all of them, or those of some rows and of any identity.
     pub(super) fn build(
         &mut self,
         at: usize,
@@ -333,7 +335,7 @@ impl Compiler {
                 subject
                     .specs
                     .values()
-                    .flat_map(|selecting| &selecting.rules[direction as usize]),
+                    .flat_map(|applied| &applied.rules[direction as usize]),
             );
         }
         rules.extend(&localhost);
@@ -349,7 +351,7 @@ impl Compiler {
         .build(entries);
     }
 
-    /// The rule by which the node may always reach its workloads.
+    /// Returns the rule by which the node may always reach its workloads.
     fn localhost(&mut self) -> TableRule {
         TableRule {
             id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
@@ -374,9 +376,9 @@ impl Compiler {
     }
 }
 
-/// Whether the difference is better written into the live table, entry by entry, than as a table of its own: it
-/// is small, and the table is large. Each packet finds one verdict, the old or the new one, either way (see
-/// `plan`); a table of its own makes them change all at once.
+/// Returns whether to change the live table entry by entry instead of writing a new table: if only rows of new
+/// identities are added, or if the table is large and the difference small. Either way each packet meets the old or
+/// the new verdict (see [`plan`](crate::plan)), but only a new table changes all verdicts at once.
 pub(super) fn small_step(old: &Table, new: &Table) -> bool {
     const LARGE: usize = 2048;
     let size = old.entries.len().max(new.entries.len());

@@ -1,4 +1,4 @@
-//! Updates of the compiler: a change of files or of the inventory, taken in or rolled back.
+//! Updates of the compiler: a change of files or of the inventory is taken in as a whole, or rolled back.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -20,15 +20,17 @@ use super::{
     named_prefixes::NamedPrefixes,
     peers::PeerCache,
     select::{IdentityIndex, ResolvedSelector},
-    spec::{CompiledSpec, FileContent, UnitPeers, UnitRule, default_deny, selects, spec_keys},
+    spec::{CompiledPeers, CompiledRule, CompiledSpec, FileContent, default_deny, selects, spec_keys},
     subject::{AppliedSpec, Subject},
 };
 
-/// Of more expressions than these it is forgotten what they cost.
+/// Largest number of regular expressions whose cost is cached.
 const REMEMBERED_EXPRESSIONS: usize = 1 << 16;
 
 impl Compiler {
-    /// Takes the changes in. On errors (each with its place) everything stays as it was.
+    /// Takes changes in.
+    ///
+    /// # Errors What is wrong, with its place. The compiler then keeps its previous state.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
         let intake = SharedChanges {
             inventory: changes.inventory,
@@ -55,8 +57,8 @@ impl Compiler {
         match self.take_in(intake) {
             Ok(()) => self.own_resources(&replaced),
             Err(errors) => {
-                // What was there before compiled; it compiles again. It may come to other numbers (of port classes, of
-                // policies); they become visible with the next update, as its difference to what is in the maps.
+                // The previous content compiled before, so it compiles again. Numbers of port classes and policies may
+                // differ from those in the maps; the next update covers the difference.
                 let _ = self.take_in(undo);
                 self.snapshot = before;
                 return Err(errors);
@@ -100,7 +102,7 @@ impl Compiler {
         self.compile(progress, before)
     }
 
-    /// Everything anew, but with the numbers and, where it comes to the same, the tables of before.
+    /// Recreates all subjects. Numbers stay the same, and so do tables whose content does not change.
     fn start_over(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         self.specs.clear();
         self.peers = PeerCache::default();
@@ -109,11 +111,11 @@ impl Compiler {
         self.named = NamedPrefixes::of(&self.inventory);
 
         let mut before: Vec<Subject> = std::mem::take(&mut self.subjects);
-        for selecting in before
+        for applied in before
             .iter()
             .flat_map(|subject| subject.specs.values().chain(&subject.retired))
         {
-            self.classes.release(&selecting.sets);
+            self.classes.release(&applied.sets);
         }
         let mut subjects: Vec<Subject> = Vec::new();
         for endpoint in &self.inventory.endpoints {
@@ -147,8 +149,8 @@ impl Compiler {
                 }
             }
         }
-        // An endpoint that changes its subject must not meet the old table changing under it, nor change the table
-        // of others by joining them: then the subjects it leaves and joins get tables of their own.
+        // An endpoint that changes its subject must not see its old table modified, and must not modify a table that
+        // other endpoints use. So both the old and the new subject get tables with new policy ids.
         let before = &self.snapshot.endpoints;
         let changed: HashSet<u32> = subjects
             .iter()
@@ -167,7 +169,7 @@ impl Compiler {
         self.names.forget_users();
         progress.dirty = (0..self.subjects.len()).collect();
 
-        // Prefixes first, then identities, so that the peers are looked up once.
+        // First the prefixes, then the identities, so that the members of selectors are computed once.
         let groups = self.groups();
         let groups: Vec<&CidrGroup> = groups.iter().collect();
         let mut mentioned: BTreeSet<IpNet> = BTreeSet::new();
@@ -200,7 +202,7 @@ impl Compiler {
         Ok(())
     }
 
-    /// What the regular expressions of a spec cost.
+    /// Returns the cost of the regular expressions of a spec, in states.
     fn expressions_of(&mut self, spec: &Spec) -> usize {
         if self.expressions.len() > REMEMBERED_EXPRESSIONS {
             self.expressions.clear();
@@ -258,7 +260,7 @@ impl Compiler {
                 progress.dirty.insert(*at);
             }
             for rule in unit.sections.iter().flatten() {
-                let UnitPeers::OneOf(peers) = &rule.peers else {
+                let CompiledPeers::OneOf(peers) = &rule.peers else {
                     continue;
                 };
                 for number in peers {
@@ -314,8 +316,8 @@ impl Compiler {
                             },
                         );
                         let peers = match &rule.peers {
-                            Peers::Any => UnitPeers::Any,
-                            Peers::None => UnitPeers::None,
+                            Peers::Any => CompiledPeers::Any,
+                            Peers::None => CompiledPeers::None,
                             Peers::OneOf(peers) => {
                                 let numbers: Vec<u32> = peers
                                     .iter()
@@ -335,10 +337,10 @@ impl Compiler {
                                         number
                                     })
                                     .collect();
-                                UnitPeers::OneOf(numbers)
+                                CompiledPeers::OneOf(numbers)
                             }
                         };
-                        UnitRule { id, peers }
+                        CompiledRule { id, peers }
                     })
                     .collect()
             });
@@ -375,7 +377,7 @@ impl Compiler {
                 subjects,
             });
             for at in &unit.subjects {
-                let selecting = AppliedSpec {
+                let applied = AppliedSpec {
                     unit: Arc::clone(&unit),
                     stale: true,
                     regrouped: false,
@@ -383,7 +385,7 @@ impl Compiler {
                     sets: Vec::new(),
                     remarks: Default::default(),
                 };
-                self.subjects[*at].specs.insert(key.clone(), selecting);
+                self.subjects[*at].specs.insert(key.clone(), applied);
                 progress.dirty.insert(*at);
             }
             self.specs.insert(key, unit);
