@@ -315,7 +315,7 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     let out = daemon.try_cli(&trace).expect("trace");
     let text = String::from_utf8_lossy(&out.stdout);
     assert!(
-        out.status.code() == Some(1) && text.contains("read as kafka, and nobody can yet"),
+        out.status.code() == Some(1) && text.contains("inspected as kafka, which is not implemented"),
         "{text}"
     );
 }

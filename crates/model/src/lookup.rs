@@ -51,7 +51,7 @@ impl Snapshot {
     /// Returns the policy table entry that decides the first packet of a flow of an endpoint. `port` is the
     /// destination port or the ICMP type; `None` for a later fragment, whose port is unknown.
     #[must_use]
-    pub fn judge(
+    pub fn policy_entry(
         &self,
         endpoint: u16,
         direction: Direction,

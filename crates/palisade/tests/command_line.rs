@@ -95,7 +95,7 @@ fn validate_continues_after_unreadable_paths() {
         "{out}"
     );
     assert!(
-        out.contains("./copy.yaml:1:1 already, and stays as it is there"),
+        out.contains("already in ./copy.yaml:1:1, which stays in force"),
         "{out}"
     );
     assert!(out.contains("note: subfolders are not read: more"), "{out}");
@@ -242,7 +242,7 @@ fn trace_decides_requests_and_server_names() {
         (
             trace(&["--sni", "api.example.com", "--port", "80"]),
             1,
-            "it is read as http, and the server name api.example.com is none",
+            "it is inspected as http, and the server name api.example.com is another protocol",
         ),
     ] {
         let (code, out, error) = answer;

@@ -1,5 +1,5 @@
-//! Case files: unit tests for firewalls. Each case names policies, endpoints, peers, and checks; the verdicts come
-//! from the compiled table, found by the lookups that the programs do.
+//! Case files: unit tests for policies. Each case has policies, endpoints, peers and checks. The verdicts come from
+//! the compiled tables, by the same lookups that the programs do.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,26 +24,26 @@ use crate::{
     parse::{parse_rules_json, yaml_to_json},
 };
 
-/// What came of a case file.
+/// Result of a case file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// A line for each check that differs, and for each case that cannot be run.
+    /// A line for each check with another verdict, and for each invalid case.
     pub lines: Vec<String>,
-    /// Checks that were as expected.
+    /// Number of checks with the expected verdict.
     pub passed: usize,
-    /// Checks that were not.
+    /// Number of other checks.
     pub failed: usize,
 }
 
 impl Report {
-    /// Adds another report.
+    /// Adds another report to this one.
     pub fn add(&mut self, other: Self) {
         self.lines.extend(other.lines);
         self.passed += other.passed;
         self.failed += other.failed;
     }
 
-    /// `N passed, M failed`.
+    /// Returns `N passed, M failed`.
     #[must_use]
     pub fn summary(&self) -> String {
         format!("{} passed, {} failed", self.passed, self.failed)
@@ -91,7 +91,7 @@ struct CaseConfig {
     http: CaseHttp,
 }
 
-/// `[http]` of the configuration, as far as verdicts depend on it.
+/// The part of `[http]` of the configuration that affects verdicts.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct CaseHttp {
@@ -181,7 +181,7 @@ struct HttpFacts {
     version: Option<String>,
 }
 
-/// The value of a field, or those of a field that occurs several times.
+/// The value of a header field, or the values of a repeated one.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Values {
@@ -198,7 +198,7 @@ impl Values {
     }
 }
 
-/// A name, alone or in an object that says what it is.
+/// A name, or an object with a name and properties.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum NameFacts {
@@ -230,7 +230,7 @@ struct KafkaFacts {
     topics: Vec<String>,
 }
 
-/// A number, or its name, or the number as a text.
+/// A number, a number as text, or a name.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Number {
@@ -257,8 +257,8 @@ impl Number {
     }
 }
 
-/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is how lines name it; `judge` says what
-/// becomes of the requests of checks.
+/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is its name in messages; `judge`
+/// evaluates the requests of checks.
 #[must_use]
 pub fn run(file: &str, text: &str, judge: &dyn Judge) -> Report {
     let mut report = run_cases(file, text, judge);
@@ -305,7 +305,7 @@ fn run_cases(file: &str, text: &str, judge: &dyn Judge) -> Report {
     report
 }
 
-/// Whether the first line with anything on it is a JSON object by itself.
+/// Returns whether the first line that is not blank is a complete JSON object.
 fn is_json_lines(text: &str) -> bool {
     text.lines()
         .find(|line| !line.trim().is_empty())
@@ -337,7 +337,8 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
         .cloned()
         .collect();
     if case.endpoints.is_empty() {
-        // Without endpoints the compiler has no tables to find them in: whoever there could be counts.
+        // Without endpoints the compiler builds no tables and finds no conflicts, so all specs that could select one
+        // endpoint are compared.
         errors.extend(possible_conflicts(&parsed.policies));
     }
     let (inventory, options) =
@@ -400,7 +401,7 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     report
 }
 
-/// Whom the names of a case stand for.
+/// Meaning of the names of a case.
 struct CaseNames<'a> {
     endpoints: HashMap<&'a str, u16>,
     identities: HashMap<&'a str, Identity>,
@@ -432,7 +433,7 @@ impl<'a> CaseNames<'a> {
     }
 }
 
-/// `None`: as expected. Else what was found instead, and why.
+/// Returns `None` if the verdict is as expected, else the actual verdict and its cause.
 fn run_check(
     snapshot: &Snapshot,
     names: &CaseNames<'_>,
@@ -463,7 +464,7 @@ fn run_check(
     };
     let protocol = protocol_number(&check.protocol)?;
     let entry = snapshot
-        .judge(subject, direction, peer, protocol, Some(check.port))
+        .policy_entry(subject, direction, peer, protocol, Some(check.port))
         .ok_or("the compiled policy has no verdict")?;
     let request = request(check)?;
     let (got, rule, refused) = outcome(snapshot, &entry, &request, options, judge);
@@ -486,7 +487,7 @@ fn run_check(
     Ok(Some(format!("expected {expected}, got {got}: {because}")))
 }
 
-/// What becomes of a packet, the rule that decides, and what is wrong with the request if the rules did not decide.
+/// Returns the verdict, the deciding rule and, if the request is refused whatever the rules say, the reason.
 fn outcome(
     snapshot: &Snapshot,
     entry: &PolicyEntry,
@@ -516,12 +517,12 @@ fn outcome(
                 return (
                     denied(),
                     entry.rule,
-                    Some("the traffic is read as another protocol"),
+                    Some("the traffic is inspected as another protocol"),
                 );
             }
             match decide(judge, set, request, options) {
                 Ok(rule) => ("allow".into(), rule, None),
-                // In audit mode, what no application rule allows passes too.
+                // In audit mode, requests that no rule allows pass and are reported.
                 Err(Denial::NoRule) => (denied(), entry.rule, None),
                 Err(Denial::Refused { why, .. }) => (denied(), entry.rule, Some(why)),
             }
@@ -568,7 +569,7 @@ fn request(check: &Check) -> Result<Request, String> {
     })
 }
 
-/// The IP protocol number of a name of the policy language, or of a number.
+/// Returns the IP protocol number of a protocol name, or of a number.
 pub fn protocol_number(name: &str) -> Result<u8, String> {
     Ok(match name.to_ascii_uppercase().as_str() {
         "TCP" => protocol::TCP,
@@ -645,7 +646,7 @@ fn inventory(case: &Case) -> Result<Inventory, String> {
     })
 }
 
-/// `{"http": "8080/TCP"}`; without a protocol the name holds for each.
+/// Parses named ports, as in `{"http": "8080/TCP"}`. Without a protocol the name applies to every protocol.
 fn named_ports(whose: &str, named: &Named) -> Result<NamedPorts, String> {
     let mut ports = NamedPorts::new();
     for (name, text) in &named.named_ports {
@@ -702,7 +703,7 @@ checks:
 ";
 
     #[test]
-    fn yaml_documents_and_facts_about_requests() {
+    fn cases_as_yaml_documents_with_requests() {
         let report = run("web.yaml", YAML);
         assert_eq!(report.lines, [] as [String; 0]);
         assert_eq!(report.summary(), "5 passed, 0 failed");
@@ -746,14 +747,14 @@ checks:
 ";
 
     #[test]
-    fn facts_about_server_names_hosts_and_headers() {
+    fn requests_with_server_names_hosts_and_headers() {
         let report = run("names.yaml", NAMES);
         assert_eq!(report.lines, [] as [String; 0]);
         assert_eq!(report.summary(), "11 passed, 0 failed");
     }
 
     #[test]
-    fn what_no_application_rule_allows_passes_in_audit_mode() {
+    fn requests_that_no_rule_allows_pass_in_audit_mode() {
         let audited = NAMES.replace("id: names\n", "id: names\nconfig: {audit: true}\n");
         let report = run("names.yaml", &audited.replace("expect: deny", "expect: audit"));
         assert_eq!(report.lines, [] as [String; 0]);
@@ -763,7 +764,7 @@ checks:
     }
 
     #[test]
-    fn a_difference_names_the_deciding_rule() {
+    fn a_failed_check_names_the_deciding_rule() {
         let wrong = YAML.replace(
             "peer: front, protocol: TCP, port: 8080, expect: 'l7:http'",
             "peer: front, protocol: TCP, port: 81, expect: allow",
@@ -781,7 +782,7 @@ checks:
     }
 
     #[test]
-    fn what_checks_nothing_is_an_error() {
+    fn a_case_without_checks_is_an_error() {
         let empty = run("c.yaml", "id: a\nendpoints: {web: {labels: [app=web]}}\n");
         assert_eq!(empty.summary(), "0 passed, 1 failed");
         assert!(
@@ -796,7 +797,7 @@ checks:
     }
 
     #[test]
-    fn rules_to_be_rejected_and_cases_that_cannot_be_read() {
+    fn rejected_rules_and_invalid_cases() {
         let lines = concat!(
             r#"{"id":"a","rules":[{"endpointSelector":{}}],"error":true}"#,
             "\n",

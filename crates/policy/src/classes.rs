@@ -89,7 +89,7 @@ fn base(protocol: u8) -> Option<Class> {
 
 /// Rules distinguish more port sets than there are class numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the policies tell more than {} sets of ports apart; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
+#[error("the policies distinguish more than {} sets of ports; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
 pub struct TooManyClasses;
 
 /// Assigns class numbers. While a class has ports, its number stands for the same combination of port sets. A free
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_class_keeps_its_number_while_it_is_used_and_rests_after() {
+    fn a_class_number_is_stable_while_used_and_reused_late() {
         let mut classes = Classes::default();
         classes.retain(&[tcp(1, 1000)]);
         classes.refresh().unwrap();
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_port_and_every_icmp_type_can_be_named() {
+    fn port_65535_and_icmp_type_255_have_classes() {
         let mut classes = Classes::default();
         let echo = PortSet::Range {
             protocol: protocol::ICMP,

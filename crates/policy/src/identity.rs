@@ -93,7 +93,8 @@ impl Allocator {
     /// Returns the number of a label set. `in_use` returns whether a number is referred to; it is called only if the
     /// range is exhausted.
     ///
-    /// # Errors All numbers of the range are in use.
+    /// # Errors
+    /// All numbers of the range are in use.
     pub fn number(
         &mut self,
         labels: &Labels,
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_given_away_only_when_nobody_uses_it_and_none_is_free() {
+    fn a_number_is_reused_only_if_unused_and_the_range_is_exhausted() {
         let mut allocator = Allocator::default();
         for n in 0..=(identity::LAST_LABELS - identity::FIRST_LABELS) {
             allocator
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn combinations_of_names_are_not_kept_and_their_numbers_come_back_late() {
+    fn combined_learned_identities_are_not_saved_and_reused_late() {
         let mut allocator = Allocator::default();
         let one = labels(&["reserved:world", "fqdn:a.test"]);
         let two = labels(&["reserved:world", "fqdn:a.test", "fqdn:b.test"]);
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_state_gives_no_number_twice() {
+    fn a_corrupt_state_assigns_no_number_twice() {
         let state: AllocatorState = serde_json::from_str(
             r#"{"identities":{"2":["k8s:app=a"],"300":["k8s:app=b"],"301":["k8s:app=b"]},"next_labels":0,"next_local":0}"#,
         )

@@ -27,7 +27,8 @@ impl Judge for Plain {
 
 /// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if no inspector reads such traffic.
 ///
-/// # Errors Why the request is denied.
+/// # Errors
+/// Why the request is denied.
 pub(crate) fn decide(
     judge: &dyn Judge,
     set: &Arc<RuleSet>,
@@ -316,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_judged_as_sent_and_as_a_server_resolves_it() {
+    fn rules_match_a_path_as_sent_and_as_resolved() {
         let rules = allowing(vec![path("/public/.*")]);
         for there in [
             "/public/../secret",
@@ -353,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn only_log_lets_a_mismatch_pass() {
+    fn only_the_action_log_accepts_a_mismatch() {
         for (mismatch, passes) in [
             (MismatchAction::Fail, false),
             (MismatchAction::Log, true),
@@ -382,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_are_judged_as_sent_and_no_change_of_case_opens_a_door() {
+    fn a_host_in_another_case_allows_no_more() {
         let host = |pattern: &str, host: &str| {
             let rules = allowing(vec![HttpRule {
                 host: Some(pattern.into()),
@@ -450,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_as_another_protocol_matches_only_what_lets_everything_pass() {
+    fn requests_of_another_protocol_match_only_everything() {
         assert!(
             passing(
                 &set(vec![Matcher::Http(HttpRule::default())]),

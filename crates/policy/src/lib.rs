@@ -51,7 +51,7 @@
 //!     .expect("the policies do not conflict");
 //! let client = snapshot.identity_of("192.0.2.1".parse()?).identity;
 //! let decision = |port| {
-//!     let entry = snapshot.judge(7, Direction::Ingress, client, palisade_abi::protocol::TCP, Some(port));
+//!     let entry = snapshot.policy_entry(7, Direction::Ingress, client, palisade_abi::protocol::TCP, Some(port));
 //!     entry.map(|entry| Decision::from_u8(entry.decision))
 //! };
 //! assert_eq!(decision(80), Some(Decision::Allow));

@@ -1,4 +1,4 @@
-//! One packet explained: the verdict of both ends, and the rules that led to it, in words.
+//! Explanation of one packet: the verdicts at both ends, and the rules that led to them, in words.
 
 use std::{borrow::Cow, fmt, net::IpAddr};
 
@@ -17,47 +17,47 @@ use crate::{
     l7::{decide, name_matches},
 };
 
-/// A packet that somebody asks about.
+/// The packet to explain.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Question {
-    /// An endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a reserved
-    /// identity by name.
+    /// Source: an endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a
+    /// reserved identity by name.
     pub source: String,
-    /// The same for where it goes. With `to_fqdn` the address that the name has, or nothing (any IPv4 address).
+    /// Destination, in the same forms. With `to_fqdn`: an address of the name, or empty for any IPv4 address.
     pub destination: String,
-    /// The source has learned the destination by this name.
+    /// Name by which the source has learned the destination.
     pub to_fqdn: Option<String>,
-    /// What the flow asks for, once it is read.
+    /// Request of the flow, for inspected traffic.
     pub request: Request,
-    /// How HTTP requests are judged.
+    /// Options for HTTP requests.
     pub http: HttpOptions,
-    /// Who can read traffic: a bit for each [`palisade_abi::Inspector`]. None: all of them.
+    /// Available inspectors: a bit for each [`palisade_abi::Inspector`]; `None` for all.
     pub readers: Option<u32>,
     /// IP protocol number.
     pub protocol: u8,
-    /// Destination port, or type of ICMP; 0 where there is none.
+    /// Destination port or ICMP type; 0 for protocols without either.
     pub port: u16,
 }
 
-/// The answer.
+/// The explanation of a packet.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Trace {
-    /// Where the packet comes from.
+    /// Source of the packet.
     pub source: End,
-    /// Where it goes.
+    /// Destination of the packet.
     pub destination: End,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port or ICMP type.
     pub port: u16,
-    /// What is asked for, in words.
+    /// Request of the flow, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request: Option<String>,
-    /// What it comes to.
+    /// Overall verdict.
     pub verdict: Outcome,
-    /// The endpoints of this node that were asked: the source's egress first.
+    /// Verdicts of the endpoints of this node: egress of the source, then ingress of the destination.
     pub sides: Vec<Side>,
-    /// What else may happen to it that this answer does not count.
+    /// Circumstances that the verdict does not cover, such as address translation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
@@ -65,27 +65,27 @@ pub struct Trace {
 /// One end of a packet.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct End {
-    /// As it was asked for.
+    /// Name, as in the question.
     pub name: String,
     /// Numeric identity.
     pub identity: Identity,
     /// Labels of the identity.
     pub labels: Labels,
-    /// The endpoint of this node that it is, if it is one.
+    /// Endpoint number, if the end is an endpoint of this node.
     pub endpoint: Option<u16>,
 }
 
-/// What becomes of a packet.
+/// Verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// It passes.
+    /// The packet passes.
     Allowed,
-    /// It passes once user space has read it.
+    /// The packet passes once an inspector has read it.
     Inspected,
-    /// It would be dropped, but for audit mode.
+    /// The packet would be dropped, but passes in audit mode.
     Audited,
-    /// It is dropped.
+    /// The packet is dropped.
     Denied,
 }
 
@@ -100,26 +100,26 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The verdict of one endpoint's policy.
+/// Verdict of the policy of one endpoint.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Side {
-    /// Endpoint id.
+    /// Endpoint number.
     pub endpoint: u16,
     /// `namespace/name`, or the name of the node.
     pub name: String,
     /// `ingress` or `egress`.
     pub direction: &'static str,
-    /// The verdict.
+    /// Verdict.
     pub verdict: Outcome,
-    /// Why, in words.
+    /// Reason, in words.
     pub reason: String,
-    /// What decided it: policy, rule, `FILE:LINE`.
+    /// The rule or policy that decides, with `FILE:LINE`.
     pub decided_by: String,
-    /// Its id, as in flows and counters.
+    /// Id of the deciding rule, as in flows and counters.
     pub rule: u32,
-    /// Every rule that matches the packet, with what it says.
+    /// All rules that match the packet, each with its effect.
     pub matching: Vec<Matching>,
-    /// What in the policies of the endpoint has no effect in this direction, like port names that no peer has.
+    /// Parts of the endpoint's policies without effect in this direction, such as port names that no peer has.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remarks: Vec<String>,
 }
@@ -127,15 +127,18 @@ pub struct Side {
 /// A rule that matches a packet.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Matching {
-    /// `allow`, `deny`, `inspect http`, ...
+    /// Effect: `allow`, `deny`, `inspect http`, ...
     pub effect: String,
-    /// Policy, rule, `FILE:LINE`.
+    /// Policy, rule and `FILE:LINE`.
     pub rule: String,
-    /// Its id.
+    /// Rule id.
     pub id: u32,
 }
 
-/// Explains a packet; `judge` says what becomes of the request that it carries. An error says which end is not known.
+/// Explains a packet. `judge` evaluates its request.
+///
+/// # Errors
+/// A message if an end of the packet is unknown.
 pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Result<Trace, String> {
     let source = end(compiler, &question.source)?;
     let Some(name) = &question.to_fqdn else {
@@ -146,12 +149,15 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
         "" => IpAddr::from([0, 0, 0, 0]),
         text => text
             .parse()
-            .map_err(|_| format!("{text:?} is no address: say which one {name} has, or none"))?,
+            .map_err(|_| format!("{text:?} is not an address: give an address of {name}, or none"))?,
     };
-    let endpoint = source
-        .endpoint
-        .ok_or_else(|| format!("{} is no endpoint of this node: it learns no names", source.name))?;
-    // The identity may be one that nobody has needed yet.
+    let endpoint = source.endpoint.ok_or_else(|| {
+        format!(
+            "{} is not an endpoint of this node: it learns no names",
+            source.name
+        )
+    })?;
+    // The combination of selectors may have no identity yet. Then a copy of the compiler creates it.
     let mut compiler = Cow::Borrowed(compiler);
     let snapshot = compiler.snapshot();
     let selectors: Vec<SelectorNumber> = snapshot
@@ -164,7 +170,7 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
         .collect();
     let names = snapshot.names.clone();
     let learn = |names: &LearnedIdentities| match question.destination.as_str() {
-        // Not an address that a policy or a peer names.
+        // The address is taken for one that neither a policy nor a peer names.
         "" => names.identity_in_world(&selectors),
         _ => names.identity(address, &selectors),
     };
@@ -254,8 +260,8 @@ fn trace_between(
     })
 }
 
-/// Where a workload talks to the outside, the node may translate addresses: masquerading on the way out, published ports
-/// on the way in. A translated packet is the node's own at its NIC, and judged by the node's policy too.
+/// Returns notes on address translation. The node may masquerade packets of a workload, or publish a port for it. Such
+/// a packet has the node's address at its NIC, and the node's policy decides on it as well.
 fn judged_as_the_node(
     compiler: &Compiler,
     question: &Question,
@@ -288,11 +294,11 @@ fn judged_as_the_node(
         side(compiler, node.id, direction, other.identity, question, judge),
     ) {
         (Direction::Egress, Ok(side)) => format!(
-            "if the node masquerades it, egress of {} judges it too: {} ({}), decided by {}",
+            "if the node masquerades it, egress of {} applies too: {} ({}), decided by {}",
             side.name, side.verdict, side.reason, side.decided_by
         ),
         (Direction::Ingress, _) => format!(
-            "if it comes by a port that the node publishes for the workload, ingress of {} judges that port too; trace it \
+            "if it comes by a port that the node publishes for the workload, ingress of {} applies to that port too; trace it \
              with --to {} and the published port",
             node.name, node.name
         ),
@@ -368,7 +374,7 @@ fn side(
 ) -> Result<Side, String> {
     let snapshot = compiler.snapshot();
     let entry = snapshot
-        .judge(endpoint, direction, other, question.protocol, Some(question.port))
+        .policy_entry(endpoint, direction, other, question.protocol, Some(question.port))
         .ok_or_else(|| format!("endpoint {endpoint} has no compiled policy"))?;
     let name = compiler
         .inventory()
@@ -411,7 +417,7 @@ fn side(
         let inspector = inspector_name(entry.inspector);
         (verdict, reason) = (
             refused,
-            format!("it would have to be read as {inspector}, and nobody can yet"),
+            format!("it would have to be inspected as {inspector}, which is not implemented"),
         );
     } else if inspected
         && let Some(what) = asked(&question.request)
@@ -420,7 +426,9 @@ fn side(
         let judged = match set.reads {
             reads if reads != question.request.inspector() => {
                 let reads = inspector_name(reads);
-                Err(format!("it is read as {reads}, and {what} is none"))
+                Err(format!(
+                    "it is inspected as {reads}, and {what} is another protocol"
+                ))
             }
             _ => decide(judge, set, &question.request, question.http).map_err(|denial| match denial {
                 Denial::NoRule => format!("no rule allows {what}; {}", becomes(&question.request)),
@@ -454,7 +462,7 @@ fn side(
     })
 }
 
-/// What a request asks for, in words; none if nothing is known of it.
+/// Returns a description of the request; `None` if no request is described.
 fn asked(request: &Request) -> Option<String> {
     if let Some(http) = &request.http {
         let on = if http.host.is_empty() { "" } else { "http://" };
@@ -470,7 +478,7 @@ fn asked(request: &Request) -> Option<String> {
     dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
 }
 
-/// What becomes of a request that no rule allows.
+/// Returns the effect on a request that no rule allows.
 const fn becomes(request: &Request) -> &'static str {
     match request {
         Request { http: Some(_), .. } => "it is answered 403",
@@ -491,7 +499,7 @@ fn explain(compiler: &Compiler, entry: &PolicyEntry) -> (Outcome, String) {
         Decision::DenyExplicit => (denied, "a deny rule names it; no allow outweighs that".into()),
         Decision::AuthRequired => (
             denied,
-            "the ends would have to authenticate, and nobody can yet".into(),
+            "a rule requires authentication, which is not implemented".into(),
         ),
         Decision::Allow => {
             let reason = match info.map(|info| &info.key) {
@@ -545,7 +553,7 @@ impl fmt::Display for Trace {
         if self.sides.is_empty() {
             writeln!(
                 f,
-                "neither end is an endpoint of this node: nothing here judges it"
+                "neither end is an endpoint of this node: no policy of this node applies"
             )?;
         }
         for note in &self.notes {
@@ -639,7 +647,7 @@ spec:
     }
 
     #[test]
-    fn both_ends_are_asked_and_the_rule_is_named_with_its_line() {
+    fn both_ends_have_a_verdict_with_rule_and_line() {
         let answer = ask("front", "default/web", 80);
         assert_eq!(answer.verdict, Outcome::Allowed);
         assert_eq!(answer.sides.len(), 2);
@@ -757,7 +765,7 @@ spec:
             "policy default/names egress rule 2 (names.yaml:11)"
         );
         assert!(answer.destination.labels.has("fqdn", "*.example.com"));
-        // A prefix that a policy mentions: an identity that nobody has needed before.
+        // In a prefix that a policy names: the combination has no identity yet.
         let answer = ask_by_name(to_name("api.example.com", "203.0.113.9", 22)).unwrap();
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert!(answer.destination.labels.has("cidr", "203.0.113.0/24"));
@@ -766,7 +774,7 @@ spec:
             let answer = ask_by_name(to_name(name, address, 443)).unwrap();
             assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         }
-        // Two selectors, one of which denies: that name has an identity of its own.
+        // Two selectors match, and one of them denies: the combination has an identity of its own.
         let answer = ask_by_name(to_name("bad.example.com", "192.0.2.1", 443)).unwrap();
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert!(
@@ -781,7 +789,7 @@ spec:
     }
 
     #[test]
-    fn names_that_are_asked_for() {
+    fn dns_queries() {
         let ask = |name: &str| {
             let question = Question {
                 source: "front".into(),
@@ -911,7 +919,7 @@ spec:
     }
 
     #[test]
-    fn what_nobody_can_read_does_not_pass() {
+    fn traffic_without_an_inspector_is_denied() {
         for (readers, verdict) in [
             (None, Outcome::Inspected),
             (Some(1 << Inspector::Http as u32), Outcome::Inspected),
@@ -927,7 +935,8 @@ spec:
             };
             let answer = trace(&compiler_with("requests.yaml", REQUESTS), &question, &Plain).unwrap();
             assert_eq!(answer.verdict, verdict, "{answer}");
-            let said = answer.sides[0].reason == "it would have to be read as http, and nobody can yet";
+            let said =
+                answer.sides[0].reason == "it would have to be inspected as http, which is not implemented";
             assert_eq!(said, verdict == Outcome::Denied, "{answer}");
         }
     }
@@ -962,16 +971,16 @@ spec:
     }
 
     #[test]
-    fn what_is_read_as_something_else_does_not_pass() {
+    fn requests_of_another_protocol_are_denied() {
         let answer = ask_for(443, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert_eq!(
             answer.sides[0].reason,
-            "it is read as tls, and GET http://a.test/ is none"
+            "it is inspected as tls, and GET http://a.test/ is another protocol"
         );
         let answer = ask_for(80, hello("api.example.com"));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
-        // Where nothing is read, it does not matter what is asked for.
+        // Where traffic is not inspected, the request does not matter.
         let answer = ask_for(22, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert!(answer.sides[0].reason.contains("nothing allows it"), "{answer}");

@@ -1,4 +1,4 @@
-//! What application rules of several policies come to: which of them meet on an entry, who wins, and what is audited.
+//! Application rules of several policies: which are merged, which protocol is inspected, and what audit mode reports.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +31,7 @@ fn endpoint(id: u16, app: &str) -> Endpoint {
     }
 }
 
-/// A policy for the web server: `name!` is in audit mode.
+/// Returns a policy for the web server. A name that ends with `!` is in audit mode.
 fn policy(name: &str, spec: &str) -> FileContent {
     let (name, audit) = match name.strip_suffix('!') {
         Some(name) => (name, "\n  annotations: {palisade.io/audit: 'true'}"),
@@ -56,7 +56,7 @@ fn inventory() -> Inventory {
     }
 }
 
-/// The policies of a world, compiled.
+/// A compiler with the policies of a test.
 struct Compiled(Compiler);
 
 fn compile(inventory: Inventory, policies: &[(&str, &str)]) -> Result<Compiled, Vec<String>> {
@@ -80,7 +80,7 @@ fn compiled(policies: &[(&str, &str)]) -> Compiled {
 }
 
 impl Compiled {
-    /// What `app` finds at TCP port 80 of the web server.
+    /// Returns the entry for `app` and TCP port 80 of the web server.
     fn entry(&self, app: &str) -> PolicyEntry {
         let snapshot = self.0.snapshot();
         let address = inventory()
@@ -88,7 +88,9 @@ impl Compiled {
             .iter()
             .find_map(|endpoint| (endpoint.name == app).then(|| endpoint.addresses[0]));
         let other = snapshot.identity_of(address.unwrap()).identity;
-        snapshot.judge(1, Direction::Ingress, other, 6, Some(80)).unwrap()
+        snapshot
+            .policy_entry(1, Direction::Ingress, other, 6, Some(80))
+            .unwrap()
     }
 
     fn rules(&self, app: &str) -> &RuleSet {
@@ -105,7 +107,7 @@ impl Compiled {
         }
     }
 
-    /// By which policy a request of `app` passes.
+    /// Returns the policy that allows a request of `app`.
     fn asks(&self, app: &str, path: &str) -> Option<&str> {
         let request = Request {
             http: Some(HttpRequest {
@@ -119,7 +121,7 @@ impl Compiled {
         passing(self.rules(app), &request).map(|alternative| self.policy_of(alternative.rule))
     }
 
-    /// By which policy a connection to a server name passes.
+    /// Returns the policy that allows a connection to a server name.
     fn connects(&self, app: &str, name: &str) -> Option<&str> {
         let request = Request {
             tls: Some(name.into()),
@@ -156,7 +158,7 @@ const ALL: &str = "fromEntities: [all]";
 const PLAIN_80: &str = "toPorts: [{ports: [{port: '80', protocol: TCP}]}]";
 
 #[test]
-fn rules_of_several_policies_are_united() {
+fn application_rules_of_several_policies_are_merged() {
     let all = compiled(&[
         ("a", &http(FRONT, "/a.*")),
         ("b", &http(FRONT, "/b.*")),
@@ -172,7 +174,7 @@ fn rules_of_several_policies_are_united() {
 }
 
 #[test]
-fn a_plain_allow_of_the_same_peer_and_port_lets_every_request_pass_and_it_is_read_all_the_same() {
+fn a_plain_allow_for_the_same_peer_and_port_allows_every_inspected_request() {
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[("a", &http(FRONT, "/a.*")), ("plain", &plain)]);
     assert!(all.is_read_as("front", Inspector::Http));
@@ -183,7 +185,7 @@ fn a_plain_allow_of_the_same_peer_and_port_lets_every_request_pass_and_it_is_rea
 }
 
 #[test]
-fn a_broader_allow_lets_pass_what_no_rule_of_the_port_does() {
+fn a_broader_allow_allows_requests_that_no_rule_of_the_port_allows() {
     for (name, broad) in [
         ("every port", format!("  ingress:\n  - {FRONT}")),
         ("every peer", format!("  ingress:\n  - {PLAIN_80}")),
@@ -204,7 +206,7 @@ fn a_broader_allow_lets_pass_what_no_rule_of_the_port_does() {
         assert_eq!(all.asks("front", "/a"), Some("a"), "{name}");
         assert_eq!(all.asks("front", "/x"), Some("broad"), "{name}");
     }
-    // The other way round too: what is read of everybody is read of whom a plain rule allows.
+    // The same with the roles exchanged: application rules for any peer apply to a peer that a plain rule allows.
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[("a", &http(ALL, "/a.*")), ("plain", &plain)]);
     assert!(all.is_read_as("front", Inspector::Http));
@@ -213,7 +215,7 @@ fn a_broader_allow_lets_pass_what_no_rule_of_the_port_does() {
 }
 
 #[test]
-fn no_request_gets_past_a_denial() {
+fn a_deny_wins_over_application_rules() {
     let deny = format!("  ingressDeny:\n  - {FRONT}");
     let all = compiled(&[
         ("a", &http(FRONT, "/a.*")),
@@ -227,7 +229,7 @@ fn no_request_gets_past_a_denial() {
 }
 
 #[test]
-fn of_several_kinds_the_first_is_read_and_the_rules_of_others_let_nothing_pass() {
+fn of_several_protocols_only_the_first_is_inspected() {
     let all = compiled(&[("a", &names(ALL, "a.test")), ("b", &http(FRONT, "/b.*"))]);
     assert!(all.is_read_as("front", Inspector::Http) && all.is_read_as("back", Inspector::Tls));
     assert_eq!(all.asks("front", "/b"), Some("b"));
@@ -237,7 +239,7 @@ fn of_several_kinds_the_first_is_read_and_the_rules_of_others_let_nothing_pass()
 }
 
 #[test]
-fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named() {
+fn conflicting_protocols_are_refused_with_both_policies_named() {
     for (one, other) in [
         (http(FRONT, "/a.*"), names(FRONT, "a.test")),
         (
@@ -279,7 +281,7 @@ fn other_kinds_for_the_same_peer_and_port_are_refused_with_both_policies_named()
 }
 
 #[test]
-fn server_names_are_united_and_hold_for_all_that_is_allowed_to_the_same_peer_and_port() {
+fn server_names_are_merged_and_apply_to_all_traffic_of_the_peer_and_port() {
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[
         ("a", &names(FRONT, "a.test")),
@@ -289,14 +291,14 @@ fn server_names_are_united_and_hold_for_all_that_is_allowed_to_the_same_peer_and
     assert_eq!(all.connects("front", "a.test"), Some("a"));
     assert_eq!(all.connects("front", "x.b.test"), Some("b"));
     assert_eq!(all.connects("front", "c.test"), None);
-    // A broader allow does not ask for names.
+    // A broader allow does not require server names.
     let broad = format!("  ingress:\n  - {FRONT}");
     let all = compiled(&[("a", &names(FRONT, "a.test")), ("broad", &broad)]);
     assert_eq!(all.connects("front", "c.test"), Some("broad"));
 }
 
 #[test]
-fn a_rule_without_application_rules_of_its_own_policy_counts_as_any_other() {
+fn a_plain_allow_of_the_same_policy_counts_as_any_other() {
     let both = format!("{}\n  - {FRONT}\n    {PLAIN_80}", http(FRONT, "/a.*"));
     let all = compiled(&[("both", &both)]);
     assert_eq!(all.asks("front", "/x"), Some("both"));
@@ -307,7 +309,7 @@ fn a_rule_without_application_rules_of_its_own_policy_counts_as_any_other() {
 }
 
 #[test]
-fn where_nothing_denies_by_default_every_request_passes() {
+fn without_default_deny_every_request_passes() {
     let lenient = format!("  enableDefaultDeny: {{ingress: false}}\n{}", http(FRONT, "/a.*"));
     let all = compiled(&[("a", &lenient)]);
     assert!(all.is_read_as("front", Inspector::Http));
@@ -316,7 +318,7 @@ fn where_nothing_denies_by_default_every_request_passes() {
 }
 
 #[test]
-fn audit_mode_of_all_or_of_the_endpoint_is_that_of_its_requests() {
+fn audit_mode_of_node_or_endpoint_applies_to_requests() {
     let rule = http(FRONT, "/a.*");
     let policies = [("a", rule.as_str())];
     assert!(!compiled(&policies).is_audited("front"));
@@ -341,7 +343,7 @@ fn audit_mode_of_all_or_of_the_endpoint_is_that_of_its_requests() {
 }
 
 #[test]
-fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
+fn audit_mode_of_a_policy_applies_to_requests_that_only_it_denies() {
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let elsewhere = "  ingress:\n  - toPorts: [{ports: [{port: '22', protocol: TCP}]}]";
     let lenient = "  enableDefaultDeny: {ingress: false}\n  ingress:\n  - toPorts: [{ports: [{port: '22'}]}]";
@@ -366,7 +368,7 @@ fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
     assert!(!all.is_audited("front"));
     assert_eq!(all.asks("front", "/b"), Some("b"), "what it allows is allowed");
 
-    // Without the policy in audit mode nothing would be read.
+    // Without the policy in audit mode nothing would be inspected.
     let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("plain", &plain)]);
     assert!(all.is_audited("front"));
     let all = compiled(&[("a!", &names(FRONT, "a.test")), ("plain", &plain)]);
@@ -377,7 +379,7 @@ fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
         "it is told that it would be denied"
     );
 
-    // Somebody else asks for names: that is enforced, also against what is allowed otherwise.
+    // Another policy, which is enforced, requires server names: they apply to traffic that a plain rule allows.
     let all = compiled(&[
         ("a!", &names(FRONT, "a.test")),
         ("b", &names(FRONT, "b.test")),
@@ -386,7 +388,7 @@ fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
     assert!(!all.is_audited("front"));
     assert_eq!(all.connects("front", "c.test"), None);
 
-    // Nor does it take away what others allow.
+    // `serverNames` in audit mode do not restrict what other policies allow.
     let all = compiled(&[
         ("a!", &names(FRONT, "a.test")),
         ("b", &names("fromEntities: [cluster]", "b.test")),
@@ -396,10 +398,10 @@ fn audit_mode_of_a_policy_is_that_of_what_only_it_denies() {
     assert_eq!(all.connects("front", "c.test"), Some("plain"));
 }
 
-/// Each policy is within its own bound; what selects one endpoint is matched together, so it has a bound together.
+/// The policies are each within their bound, but the expressions of all policies of one endpoint are bounded as well.
 #[test]
-fn the_expressions_of_an_endpoint_have_a_bound_together() {
-    // About 3,000 states each, 200,000 a policy.
+fn the_expressions_of_an_endpoint_are_bounded_together() {
+    // About 3,000 states an expression, 200,000 a policy.
     let rules = |policy: usize| {
         let paths = (0..66).map(|n| format!("        - path: '/[a-z]{{1000}}/{policy}/{n}'\n"));
         let paths: String = paths.collect();
@@ -427,7 +429,7 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
     ] {
         assert!(errors[0].contains(part), "{part}: {errors:?}");
     }
-    // The policies of another endpoint do not count.
+    // Policies of another endpoint do not count.
     let elsewhere = specs[4].clone();
     let mut compiler = compile(inventory(), &policies[..4])
         .unwrap_or_else(|errors| panic!("{errors:?}"))
@@ -451,7 +453,7 @@ fn the_expressions_of_an_endpoint_have_a_bound_together() {
 }
 
 #[test]
-fn a_table_is_plain_where_nothing_is_read_and_nothing_denied_by_name() {
+fn a_table_is_plain_without_inspection_and_explicit_denies() {
     let (ingress, egress) = (endpoint_flags::PLAIN_INGRESS, endpoint_flags::PLAIN_EGRESS);
     let read =
         "  ingress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{path: /a}]}}]";
@@ -463,7 +465,7 @@ fn a_table_is_plain_where_nothing_is_read_and_nothing_denied_by_name() {
         assert_eq!(endpoints[&1].flags, plain, "{spec}");
         assert_eq!(endpoints[&2].flags, ingress | egress);
     }
-    // The same when a policy comes and goes.
+    // The same after a policy was added and removed.
     let Compiled(mut compiler) = compile(inventory(), &[("a", allowed)]).unwrap();
     for (content, plain) in [
         (Some(policy("b", read)), egress),

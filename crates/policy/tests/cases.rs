@@ -1,4 +1,4 @@
-//! Verdicts case by case.
+//! Verdicts of the case files.
 
 use palisade_policy::{cases::run, l7::Plain};
 
@@ -14,21 +14,21 @@ fn all_pass(file: &str, text: &str, count: usize) {
 }
 
 #[test]
-fn verdicts_are_those_of_the_original_engine() {
+fn verdicts_equal_those_of_cilium() {
     let text = include_str!("../../../tests/cases/policy-cases.jsonl");
     all_pass("policy-cases.jsonl", text, 2335 + 10);
 }
 
-/// One behaviour a case, named by its id: what the original refuses (`err-`) and what it takes for all that it looks
-/// odd (`ok-`), read from its sources; then precedence, default deny, empty forms, scoping, conflicts.
+/// One behaviour per case, named by its id. `err-` cases are refused by Cilium, `ok-` cases are accepted although they
+/// look wrong (both from its sources). Others cover precedence, default deny, empty forms, scoping and conflicts.
 #[test]
-fn each_behaviour_is_as_in_the_original() {
+fn each_behaviour_equals_that_of_cilium() {
     let text = include_str!("../../../tests/cases/semantics.jsonl");
     all_pass("semantics.jsonl", text, 467);
 }
 
 #[test]
-fn selectors_that_only_exclude_namespaces_mean_endpoints() {
+fn selectors_that_only_exclude_namespaces_select_endpoints() {
     let text = include_str!("../../../tests/cases/negative-namespace-selectors.yaml");
     all_pass("negative-namespace-selectors.yaml", text, 28);
 }
@@ -40,7 +40,7 @@ fn application_rules_without_default_deny_restrict_where_something_else_denies()
 }
 
 #[test]
-fn a_port_name_means_the_number_of_each_peer() {
+fn a_port_name_stands_for_the_number_of_each_peer() {
     let text = include_str!("../../../tests/cases/port-names-with-several-numbers.yaml");
     all_pass("port-names-with-several-numbers.yaml", text, 26);
 }

@@ -1,4 +1,4 @@
-//! Identities of learned addresses.
+//! Learned identities.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -94,7 +94,7 @@ fn compiler() -> Compiler {
     compiler
 }
 
-/// The number of a selector as an endpoint has it.
+/// Returns the number of a selector of an endpoint.
 fn selector(snapshot: &Snapshot, endpoint: u16, text: &str) -> SelectorNumber {
     snapshot.fqdn[&endpoint]
         .iter()
@@ -112,13 +112,13 @@ fn ip(text: &str) -> IpAddr {
 
 fn passes(snapshot: &Snapshot, endpoint: u16, other: u32, protocol: u8, port: u16) -> bool {
     let entry = snapshot
-        .judge(endpoint, Direction::Egress, other, protocol, Some(port))
+        .policy_entry(endpoint, Direction::Egress, other, protocol, Some(port))
         .unwrap();
     entry.decision == Decision::Allow as u8
 }
 
 #[test]
-fn endpoints_know_the_selectors_they_use_and_the_usual_answer_needs_nothing_new() {
+fn standing_learned_identities_need_no_request() {
     let compiler = compiler();
     let snapshot = compiler.snapshot();
     assert_eq!(snapshot.fqdn.keys().copied().collect::<Vec<_>>(), [1, 2]);
@@ -128,7 +128,7 @@ fn endpoints_know_the_selectors_they_use_and_the_usual_answer_needs_nothing_new(
         selector(snapshot, 1, "*.example.com"),
     );
     assert_eq!(any, selector(snapshot, 2, "*.example.com"));
-    // Rows for learned identities join a live egress table, so none that may get them is plain.
+    // Rows of learned identities join a live egress table, so a table that can have them is not plain.
     let plain = endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS;
     let learns = endpoint_flags::LEARNS | endpoint_flags::PLAIN_INGRESS;
     for (id, flags) in [(1, learns), (2, learns), (3, plain)] {
@@ -143,10 +143,10 @@ fn endpoints_know_the_selectors_they_use_and_the_usual_answer_needs_nothing_new(
         let other = snapshot.names.identity(ip(address), &[any]).unwrap();
         assert!(passes(snapshot, 1, other, 6, 80));
         assert!(!passes(snapshot, 1, other, 6, 443));
-        // The rules about the world hold for it as before.
+        // Rules about the world apply to learned addresses as well.
         assert!(passes(snapshot, 2, other, 6, 8080) && passes(snapshot, 2, other, 17, 53));
     }
-    // Only who uses a selector has rows for it.
+    // Only endpoints that use the selector have rows for it.
     let api = snapshot.names.identity(ip("198.51.100.7"), &[api]).unwrap();
     let rows = |id: u16| {
         let table = &snapshot.tables[&snapshot.endpoints[&id].policy];
@@ -157,7 +157,7 @@ fn endpoints_know_the_selectors_they_use_and_the_usual_answer_needs_nothing_new(
 }
 
 #[test]
-fn what_is_somebody_stays_who_it_is() {
+fn names_do_not_change_the_identity_of_endpoints_and_peers() {
     let compiler = compiler();
     let snapshot = compiler.snapshot();
     let any = selector(snapshot, 1, "*.example.com");
@@ -176,7 +176,7 @@ fn what_is_somebody_stays_who_it_is() {
 }
 
 #[test]
-fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
+fn requested_sets_only_add_entries() {
     let mut compiler = compiler();
     let before = compiler.snapshot().clone();
     let (api, any) = (
@@ -201,7 +201,7 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
     let inside = after.names.identity(ip("192.0.2.7"), &[api]).unwrap();
     assert!(passes(&after, 1, inside, 6, 443) && passes(&after, 1, inside, 6, 22));
     assert!(!passes(&after, 1, inside, 6, 80));
-    // `policy selectors` shows them by each of their names.
+    // `policy selectors` lists a combined identity under each of its selectors.
     let members = |text: &str| {
         let found = compiler.selectors().find_map(|(peer, _, members)| match peer {
             rule::Peer::Fqdn(FqdnPattern::Name(name) | FqdnPattern::Pattern(name)) if name == text => {
@@ -220,7 +220,7 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
         of_any.contains(&both_number) && !of_any.contains(&inside),
         "{of_any:?}"
     );
-    // The steps are what the difference of the states is, and only add.
+    // The operations equal the difference of the snapshots, and only add entries.
     let [Op::PolicyPut(entries)] = &update.ops[..] else {
         panic!("{:?}", update.ops);
     };
@@ -244,11 +244,11 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
         })
         .sum();
     assert_eq!(planned, entries.len());
-    // Asked again, it is there.
+    // A second request creates nothing.
     let again = compiler.learned(&wanted).unwrap();
     assert_eq!((again.numbers, again.ops.len()), (update.numbers, 0));
 
-    // An update keeps what is wanted and drops what is not.
+    // An update keeps requested sets and drops the others.
     let no_change = || Changes {
         inventory: None,
         files: BTreeMap::from([("b".into(), Some(file("b", "b", B)))]),
@@ -265,7 +265,7 @@ fn other_sets_are_made_when_they_are_asked_for_and_only_add_entries() {
 }
 
 #[test]
-fn selectors_keep_their_numbers_as_long_as_they_are_used() {
+fn selector_numbers_are_stable_while_used() {
     let mut compiler = compiler();
     let any = selector(compiler.snapshot(), 1, "*.example.com");
     let api = selector(compiler.snapshot(), 1, "api.example.com");

@@ -1,4 +1,4 @@
-//! How long compiling takes at size. Run with `cargo test --release -p palisade-policy --test scale -- --ignored
+//! Compile times of large inputs. Run with `cargo test --release -p palisade-policy --test scale -- --ignored
 //! --nocapture`; the limits are for a release build.
 
 use std::{
@@ -70,7 +70,8 @@ fn file(number: usize, endpoint: usize, port: usize) -> FileContent {
     }
 }
 
-/// Time on a CPU, so that others on the machine do not count (the wall clock where the kernel does not tell).
+/// Returns the CPU time of the thread, so that the load of the machine does not count; the wall-clock time if the
+/// kernel does not report it.
 fn now() -> Duration {
     static START: OnceLock<Instant> = OnceLock::new();
     let on_cpu = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
@@ -116,7 +117,7 @@ fn measure(policies: usize, endpoints: u16, ports: usize) {
     let mut worst = Duration::ZERO;
     for round in 0..20 {
         let number = round * 37 % policies;
-        // Another port, or prefixes that nobody mentions otherwise.
+        // Another port, or prefixes that no other policy names.
         let other = if round % 2 == 0 { number } else { policies + round };
         let change = Changes {
             inventory: None,

@@ -146,7 +146,7 @@ impl Control {
                 Message::Fqdn(ControlRequest::Reevaluate) => {
                     self.names.rearm(ControlRequest::Reevaluate);
                     let endpoints = self.names.take_reevaluated();
-                    self.enforcer.compiler.judge_again(endpoints);
+                    self.enforcer.compiler.reevaluate_flows(endpoints);
                     self.enforce(Instant::now());
                 }
                 Message::Fqdn(ControlRequest::Prune) => {

@@ -921,8 +921,8 @@ mod tests {
         files.save().unwrap();
         let report = files.files.report();
         assert!(
-            report[0].diagnostics[0].contains("CiliumNetworkPolicy default/p is in")
-                && report[0].diagnostics[0].contains("b.yaml:1:1 already"),
+            report[0].diagnostics[0].contains("CiliumNetworkPolicy default/p is already in")
+                && report[0].diagnostics[0].contains("b.yaml:1:1, which"),
             "{report:?}"
         );
         // Of two new files with the same resource the first by name owns it.

@@ -131,7 +131,7 @@ impl Compiler {
     }
 
     /// Has the next plan raise the revisions of endpoints, so that their flows are evaluated again.
-    pub fn judge_again(&mut self, endpoints: impl IntoIterator<Item = u16>) {
+    pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
         // In steps of two, because a plan may need the revision in between.
         let revision = self.snapshot.revision.wrapping_add(2);
         for endpoint in endpoints {

@@ -88,7 +88,7 @@ impl<'a> ConflictFinder<'a> {
                 self.errors.push(Diagnostic::error(
                     location.clone(),
                     format!(
-                        "policy {policy} and policy {other_policy} ({other_location}) disagree about the same peer and \
+                        "policy {policy} and policy {other_policy} ({other_location}) conflict for the same peer and \
                          port: {what}; give one of them other ports or peers"
                     ),
                 ));
@@ -291,7 +291,7 @@ mod tests {
         r#"{"ports":[{"port":"80","protocol":"TCP"}],"rules":{"http":[{"method":"GET"}]}}"#;
 
     #[test]
-    fn kinds_of_reading_exclude_each_other_on_one_port() {
+    fn protocols_on_one_port_exclude_each_other() {
         for (a, b) in [(NAMES, HTTP), (HTTP, DNS), (NAMES, DNS)] {
             let errors = together(a, b);
             assert!(!errors.is_empty(), "{a} {b}");
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn server_names_go_with_http_where_tls_is_terminated() {
+    fn server_names_combine_with_http_if_tls_is_terminated() {
         let tls = r#""terminatingTLS":{"secret":{"namespace":"n","name":"s"}}"#;
         let http = format!(
             r#"{{"ports":[{{"port":"443","protocol":"TCP"}}],{tls},"rules":{{"http":[{{"method":"GET"}}]}}}}"#
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn subjects_overlap_unless_a_label_cannot_be_both() {
+    fn subjects_overlap_unless_their_labels_contradict() {
         let subject = |key: &str, test: Test| {
             SpecSubject::Endpoints(Selector {
                 requirements: vec![Requirement {

@@ -110,7 +110,11 @@ impl L7Policy {
                     || !(names(outer) || names(inner)))
         };
         if self.kind != other.kind && !can_join(self, other) && !can_join(other, self) {
-            return Some(format!("{} and {} cannot both be read", name(self), name(other)));
+            return Some(format!(
+                "{} and {} cannot both be inspected",
+                name(self),
+                name(other)
+            ));
         }
         if let (Some(a), Some(b)) = (&self.listener, &other.listener)
             && self.priority == other.priority
@@ -125,7 +129,7 @@ impl L7Policy {
             (self.matchers.first()?, other.matchers.first()?)
             && a != b
         {
-            return Some(format!("{a} and {b} cannot both be read"));
+            return Some(format!("{a} and {b} cannot both be inspected"));
         }
         let differ = |a: &Option<TlsContext>, b: &Option<TlsContext>| a.is_some() && b.is_some() && a != b;
         if differ(&self.terminating_tls, &other.terminating_tls) {

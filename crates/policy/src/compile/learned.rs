@@ -48,7 +48,8 @@ impl Compiler {
     /// `wanted` replaces the sets requested before: the next [`Self::update`] drops sets that are not among them. The
     /// cost grows with the number of new sets, and with the rules of the endpoints that use their selectors.
     ///
-    /// # Errors No identity number is left.
+    /// # Errors
+    /// No identity number is left.
     pub fn learned(&mut self, wanted: &BTreeSet<LearnedSet>) -> Result<LearnedUpdate, Vec<Diagnostic>> {
         if self.names.wanted != *wanted {
             self.names.wanted.clone_from(wanted);

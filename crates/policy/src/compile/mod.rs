@@ -5,7 +5,7 @@
 //! with its own specs, with the subjects that they select, and, if a prefix is new or gone, with the number of
 //! distinct peers.
 //!
-//! [`Compiler::update`] takes changes in (`update.rs`); it compiles the dirty subjects (`tables.rs`) from rules whose
+//! [`Compiler::update`] applies changes (`update.rs`). It compiles the dirty subjects (`tables.rs`) from rules whose
 //! peers and ports are resolved (`rules.rs`, `ports.rs`), by the order of precedence (`precedence.rs`), and assembles
 //! the snapshot (`finish.rs`).
 

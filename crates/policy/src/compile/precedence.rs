@@ -309,8 +309,8 @@ impl<'a> Builder<'a> {
             let l7 = ports.l7.as_deref();
             l7.is_some_and(|l7| l7.priority == best.priority)
         }))?;
-        // A request that no application rule allows gets the default verdict. It is only reported if nothing but
-        // policies in audit mode has the traffic inspected.
+        // A request that no application rule allows gets the default verdict. If only policies in audit mode have
+        // application rules, such a request passes and is reported.
         let only_audited = self.would_pass_uninspected(hits);
         let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
         let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);

@@ -49,8 +49,6 @@ impl FileContent {
 pub fn already_there(name: &ResourceName, location: &Location, first: &Location) -> Diagnostic {
     Diagnostic::error(
         location.clone(),
-        format!(
-            "{name} is in {first} already, and stays as it is there; delete one of the two, or rename it"
-        ),
+        format!("{name} is already in {first}, which stays in force; delete one of the two, or rename it"),
     )
 }

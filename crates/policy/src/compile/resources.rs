@@ -124,7 +124,7 @@ mod tests {
         let mut compiler = Compiler::new(&CompilerState::default());
         update(&mut compiler, [file("b", &[P, OTHER_NAMESPACE, OTHER_KIND])]).unwrap();
         // The resource in force stays, whatever the name of the other file.
-        let expected = "CiliumNetworkPolicy default/p is in b:1:1 already, and stays as it is there; delete one of the \
+        let expected = "CiliumNetworkPolicy default/p is already in b:1:1, which stays in force; delete one of the \
                         two, or rename it";
         for name in ["a", "c"] {
             let refused = update(&mut compiler, [file(name, &[Q, P])]);
@@ -142,7 +142,7 @@ mod tests {
         let both = update(&mut compiler, [file("x", &[P]), file("y", &[P])]).unwrap_err();
         assert_eq!(both.len(), 1);
         assert!(
-            both[0].starts_with("y:1:1: CiliumNetworkPolicy default/p is in x:1:1 already"),
+            both[0].starts_with("y:1:1: CiliumNetworkPolicy default/p is already in x:1:1"),
             "{both:?}"
         );
     }

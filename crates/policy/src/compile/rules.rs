@@ -60,7 +60,7 @@ impl Compiler {
                     cx.remarks.push(Diagnostic {
                         severity: Severity::Warning,
                         location: rule.location.clone(),
-                        message: "authentication is required, and nobody can authenticate yet: \
+                        message: "authentication is required but not implemented: \
                                   what this rule allows is dropped (189)"
                             .into(),
                     });
@@ -258,7 +258,7 @@ fn missing_group(slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
                 severity: Severity::Warning,
                 location: location.clone(),
                 message: format!(
-                    "there is no CiliumCIDRGroup {name} with prefixes; the reference means nobody"
+                    "there is no CiliumCIDRGroup {name} with prefixes; the reference selects no peer"
                 ),
             })
         }

@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_mean_addresses_without_a_better_identity() {
+    fn prefixes_select_only_addresses_identified_by_a_prefix() {
         assert_eq!(found(&cidrs("10.0.0.0/8", &[])), [20_000_000, 20_000_001]);
         assert_eq!(found(&cidrs("10.0.0.0/8", &["10.1.0.0/16"])), [20_000_000]);
         assert_eq!(found(&cidrs("10.1.0.0/24", &[])), [] as [u32; 0]);
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn selectors_find_through_the_index_what_they_match_one_by_one() {
+    fn the_index_selects_what_selectors_match() {
         let selectors = [
             ("app", Test::In(vec!["a".into(), "b".into()])),
             ("app", Test::NotIn(vec!["a".into()])),
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_is_not_found() {
+    fn removed_identities_are_not_selected() {
         let mut known = known();
         known.remove(300);
         known.remove(20_000_001);
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_compared_as_dns_does() {
+    fn fqdn_labels_compare_without_case_and_trailing_dot() {
         assert_eq!(
             found(&ResolvedSelector::Fqdn("*.example.com".into())),
             [20_000_003]

@@ -1,4 +1,4 @@
-//! Updates of the compiler: a change of files or of the inventory is taken in as a whole, or rolled back.
+//! Updates of the compiler: a change of files or of the inventory is applied completely, or rolled back.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -28,9 +28,10 @@ use super::{
 const REMEMBERED_EXPRESSIONS: usize = 1 << 16;
 
 impl Compiler {
-    /// Takes changes in.
+    /// Applies changes, and recompiles what they touch.
     ///
-    /// # Errors What is wrong, with its place. The compiler then keeps its previous state.
+    /// # Errors
+    /// Errors of the changes, with their places. The compiler keeps its previous state.
     pub fn update(&mut self, changes: Changes) -> Result<&Snapshot, Vec<Diagnostic>> {
         let intake = SharedChanges {
             inventory: changes.inventory,
@@ -54,12 +55,12 @@ impl Compiler {
         };
         let before = self.snapshot.clone();
         let replaced = undo.files.clone();
-        match self.take_in(intake) {
+        match self.apply(intake) {
             Ok(()) => self.own_resources(&replaced),
             Err(errors) => {
                 // The previous content compiled before, so it compiles again. Numbers of port classes and policies may
                 // differ from those in the maps; the next update covers the difference.
-                let _ = self.take_in(undo);
+                let _ = self.apply(undo);
                 self.snapshot = before;
                 return Err(errors);
             }
@@ -67,7 +68,7 @@ impl Compiler {
         Ok(&self.snapshot)
     }
 
-    fn take_in(&mut self, changes: SharedChanges) -> Result<(), Vec<Diagnostic>> {
+    fn apply(&mut self, changes: SharedChanges) -> Result<(), Vec<Diagnostic>> {
         let before = self.snapshot.clone();
         let mut progress = Progress::default();
         let groups_change = changes.files.iter().any(|(name, content)| {

@@ -12,7 +12,7 @@ use super::{
     selector::{self, Keys},
 };
 
-/// `ADDRESS/LENGTH` as it was written: the address may have bits below the length.
+/// `ADDRESS/LENGTH` as written. The address may have bits beyond the length.
 #[derive(Clone, Copy)]
 struct Prefix {
     address: IpAddr,
@@ -51,7 +51,7 @@ fn parse_address(text: &str) -> Option<IpAddr> {
     text.parse().ok()
 }
 
-/// `ADDRESS/LENGTH`, host bits masked.
+/// Parses `ADDRESS/LENGTH` and masks the host bits.
 pub(super) fn net(at: At<'_>) -> Option<IpNet> {
     let text = at.string()?;
     match prefix(text) {
@@ -63,7 +63,7 @@ pub(super) fn net(at: At<'_>) -> Option<IpNet> {
     }
 }
 
-/// `ADDRESS/LENGTH` or `ADDRESS`, as fromCIDR and toCIDR take it.
+/// Parses `ADDRESS/LENGTH` or `ADDRESS`, as in `fromCIDR` and `toCIDR`.
 pub(super) fn net_or_address(at: At<'_>) -> Option<IpNet> {
     let text = at.string()?;
     if text.contains('/') {
@@ -71,7 +71,7 @@ pub(super) fn net_or_address(at: At<'_>) -> Option<IpNet> {
     }
     let address = match text.split_once('%') {
         Some((address, zone)) if at.is_bare() && address.contains(':') && !zone.is_empty() => {
-            at.warning("the zone of the address says nothing here");
+            at.warning("the zone of the address is ignored");
             address
         }
         _ => text,
@@ -85,7 +85,7 @@ pub(super) fn net_or_address(at: At<'_>) -> Option<IpNet> {
     }
 }
 
-/// An element of fromCIDRSet or toCIDRSet.
+/// Parses an element of `fromCIDRSet` or `toCIDRSet`.
 pub(super) fn cidr_set_entry(at: At<'_>) -> Option<Peer> {
     let object = at.object()?;
     let cidr = object.field("cidr").filter(|at| at.node.as_str() != Some(""));
@@ -139,7 +139,7 @@ fn group_name(at: At<'_>) -> Option<String> {
     None
 }
 
-/// `ipBlock` of a NetworkPolicy: its exceptions must be smaller than it.
+/// Parses `ipBlock` of a NetworkPolicy. Its exceptions must be smaller than the block.
 pub(super) fn ip_block(at: At<'_>) -> Option<Peer> {
     let object = at.object()?;
     let rule = object

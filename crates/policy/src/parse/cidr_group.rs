@@ -1,10 +1,10 @@
-//! CiliumCIDRGroup: prefixes under a name.
+//! `CiliumCIDRGroup`: a named group of prefixes.
 
 use palisade_model::rule::CidrGroup;
 
 use super::{cidr::net, metadata::Metadata, reader::At};
 
-/// Reads the spec of a group.
+/// Parses the spec of a group.
 pub(super) fn read(document: At<'_>, spec: At<'_>, metadata: Metadata<'_>) -> Option<CidrGroup> {
     let object = spec.object()?;
     let cidrs = object

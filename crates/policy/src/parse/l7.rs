@@ -1,4 +1,4 @@
-//! Application rules: what stands beside `ports` in an entry of toPorts.
+//! Application rules: the members beside `ports` in an entry of `toPorts`.
 
 use palisade_model::rule::{
     FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
@@ -13,7 +13,7 @@ use super::{
     section::{Direction, Section},
 };
 
-/// Reads the members of an entry that lets through.
+/// Parses the application rules of an entry in an allow section.
 pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
     let rules = object
         .field("rules")
@@ -32,7 +32,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
     if has_rules && !server_names.is_empty() && object.field("terminatingTLS").is_none() {
         object.error_at_key(
             "serverNames",
-            "serverNames together with rules need terminatingTLS: else nothing can be read",
+            "serverNames together with rules need terminatingTLS: else the traffic is encrypted",
         );
     }
     if let Some(at) = object.field("listener") {
@@ -40,7 +40,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
             at.error("listener is for egress only");
         }
         if has_rules {
-            at.error("listener and rules cannot stand in one entry");
+            at.error("listener and rules cannot be combined in one entry");
         }
     }
     let l7 = L7 {
@@ -60,7 +60,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> L7 {
     l7
 }
 
-/// What asks for more than the packet path can do yet.
+/// Returns the member of an entry that no inspector implements yet, with a description for a warning.
 fn not_inspected(l7: &L7) -> Option<(&'static str, &'static str)> {
     if l7.listener.is_some() {
         return Some(("listener", "there are no listeners yet"));
@@ -87,7 +87,7 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
         .into_iter()
         .filter(|name| object.field(name).is_some_and(|at| at.is_empty_list()))
         .collect();
-    // An empty list is the same as none (`rules: {http: []}` asks for nothing).
+    // An empty list is the same as no list: `rules: {http: []}` restricts nothing.
     if let Some(list) = object
         .field("http")
         .and_then(|at| at.list())
@@ -133,22 +133,24 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
     if let [(first, _), (second, _), ..] = kinds.as_slice() {
         object.error_at_key(
             second,
-            format!("{second} and {first} cannot stand in one entry; write an entry for each"),
+            format!("{second} and {first} cannot be combined in one entry; write an entry for each"),
         );
     }
-    // Beside another kind an empty list is one kind too many all the same.
+    // An empty list beside rules of another kind is an error all the same.
     if let ([(first, rules), ..], [second, ..]) = (kinds.as_slice(), empty.as_slice())
         && rules_of_its_own(rules)
     {
         object.error_at_key(
             second,
-            format!("{second} and {first} cannot stand in one entry, even without rules; leave {second} out"),
+            format!(
+                "{second} and {first} cannot be combined in one entry, even without rules; leave {second} out"
+            ),
         );
     }
     kinds.into_iter().next().map_or(L7Rules::None, |(_, rules)| rules)
 }
 
-/// Whether there is a rule: a parser may be named without any.
+/// Returns whether there is at least one rule. A parser may be named without rules.
 fn rules_of_its_own(rules: &L7Rules) -> bool {
     match rules {
         L7Rules::None => false,
@@ -204,7 +206,7 @@ fn http_rule(at: At<'_>, section: Section<'_>) -> Option<HttpRule> {
     Some(rule)
 }
 
-/// `Name: value`, `Name value`, or `Name`.
+/// Parses `Name: value`, `Name value`, or `Name`.
 fn header(at: At<'_>) -> Option<(String, Option<String>)> {
     let text = at.string()?;
     let (name, value) = match text.split_once([':', ' ']) {
@@ -223,7 +225,7 @@ fn header(at: At<'_>) -> Option<(String, Option<String>)> {
     ))
 }
 
-/// A token (RFC 9110, 5.6.2), or a pseudo-header of HTTP/2.
+/// Returns whether the name is a token (RFC 9110, section 5.6.2) or a pseudo-header of HTTP/2.
 fn is_header_name(name: &str) -> bool {
     let token = name.strip_prefix(':').unwrap_or(name);
     !token.is_empty()
@@ -250,7 +252,7 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
             "LOG" => Some(MismatchAction::Log),
             action @ ("ADD" | "DELETE" | "REPLACE") => {
                 at.unfit(format!(
-                    "mismatch: {action} is refused until requests can be changed"
+                    "mismatch: {action} is not supported: requests are never modified"
                 ));
                 Some(match action {
                     "ADD" => MismatchAction::Add,
@@ -277,7 +279,7 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
     })
 }
 
-/// Kafka's requests by the numbers of the protocol.
+/// Names of Kafka requests; the index is the API key of the protocol.
 const KAFKA_KEYS: [&str; 34] = [
     "produce",
     "fetch",
@@ -315,16 +317,16 @@ const KAFKA_KEYS: [&str; 34] = [
     "alterconfigs",
 ];
 
-/// The number of a Kafka request by its name, in any case.
+/// Returns the API key of a Kafka request by its name; case is ignored.
 pub(crate) fn kafka_api_key(name: &str) -> Option<i16> {
     let name = name.to_ascii_lowercase();
     let at = KAFKA_KEYS.iter().position(|known| *known == name)?;
     i16::try_from(at).ok()
 }
 
-/// What producing takes: produce, metadata, apiversions.
+/// API keys of the role `produce`: produce, metadata, apiversions.
 const PRODUCE: [i16; 3] = [0, 3, 18];
-/// What consuming takes: fetch, offsets, metadata, the requests of a consumer group, apiversions.
+/// API keys of the role `consume`: fetch, offsets, metadata, the requests of a consumer group, apiversions.
 const CONSUME: [i16; 11] = [1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 18];
 
 fn kafka_rule(at: At<'_>) -> Option<KafkaRule> {
@@ -415,7 +417,7 @@ fn server_names(at: At<'_>) -> Vec<FqdnPattern> {
     })
 }
 
-/// A reference to a secret as `namespace/name`.
+/// Parses a reference to a secret, as `namespace/name`.
 fn secret(at: At<'_>, section: Section<'_>) -> Option<String> {
     let object = at.object()?;
     let namespace = object

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::suggest::nearest;
 
-/// What Palisade needs to know of it.
+/// The metadata that Palisade uses.
 pub(super) struct Metadata<'a> {
     pub name: &'a str,
     pub namespace: Option<&'a str>,
@@ -15,12 +15,12 @@ pub(super) struct Metadata<'a> {
     pub audit: bool,
 }
 
-/// Palisade's own annotations begin with this.
+/// Prefix of Palisade's annotations.
 const ANNOTATIONS: &str = "palisade.io/";
-/// What a policy would drop passes, and is reported.
+/// Annotation for audit mode of a policy: packets that it denies pass and are reported.
 const AUDIT: &str = "palisade.io/audit";
 
-/// What the API server adds to a resource, and tools leave in files.
+/// Fields that the API server adds to a resource and that tools leave in files.
 const OTHERS: [&str; 13] = [
     "generateName",
     "selfLink",
@@ -37,7 +37,7 @@ const OTHERS: [&str; 13] = [
     "initializers",
 ];
 
-/// Reads the metadata of a resource.
+/// Parses the metadata of a resource.
 pub(super) fn read<'d>(document: &'d Object<'_>) -> Option<Metadata<'d>> {
     let object = document.required("metadata")?.object()?;
     let name = object.required_text("name").filter(|name| {
@@ -85,7 +85,7 @@ pub(super) fn read<'d>(document: &'d Object<'_>) -> Option<Metadata<'d>> {
     })
 }
 
-/// Whether the policy is to be audited. Of annotations only Palisade's own are looked at.
+/// Parses the annotations. Returns whether the policy is in audit mode. Annotations of others are ignored.
 fn annotations(at: At<'_>) -> bool {
     let Some(object) = at.object() else {
         return false;

@@ -1,15 +1,17 @@
-//! The text of policy files to validated policies.
+//! The parser: texts of policy files to validated policies.
 //!
 //! ```text
-//! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr
-//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7
+//! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr, fqdn
+//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7 ── fqdn
 //! JSON value ─────────┘          (metadata) └─ cidr_group
 //! ```
 //!
-//! A tree whose every node knows its place is read with `reader`: members are taken by name, what nobody asked
-//! for is an unknown field. Reading goes on after an error, so that all of them are reported. What a policy of
-//! the language means is put into the form that [`rule`](palisade_model::rule) documents: namespaces into selectors,
-//! empty forms into what they mean.
+//! A document becomes a tree whose nodes have line and column. `reader` reads the tree: each member is requested by
+//! name, and members that are never requested are unknown fields. After an error the parser continues, so that all
+//! errors of a file are reported. The output has the normal form of [`rule`](palisade_model::rule).
+//!
+//! Hand-written on `saphyr-parser` instead of serde: serde stops at the first error and loses the places of fields and
+//! values.
 
 mod cidr;
 mod cidr_group;
@@ -42,10 +44,10 @@ pub use parsed::Parsed;
 use reader::{At, Context};
 use resource::Resources;
 
-/// The text of a file, or what is wrong with its bytes: policies are UTF-8.
+/// Decodes the bytes of a file, which must be UTF-8.
 ///
 /// # Errors
-/// With the place of the first byte that is not part of any character.
+/// An error at the place of the first byte that is not UTF-8.
 pub fn decode(file: &str, bytes: Vec<u8>) -> Result<String, Diagnostic> {
     let utf16 = matches!(bytes.as_slice(), [0xff, 0xfe, ..] | [0xfe, 0xff, ..]);
     String::from_utf8(bytes).map_err(|error| {
@@ -67,7 +69,7 @@ pub fn decode(file: &str, bytes: Vec<u8>) -> Result<String, Diagnostic> {
     })
 }
 
-/// Whether a text holds neither a document nor a comment. A file in this state was truncated, or is being written.
+/// Returns whether a text has neither a document nor a comment. Such a file was truncated, or is being written.
 #[must_use]
 pub fn is_blank(text: &str) -> bool {
     text.lines().all(|line| {
@@ -76,7 +78,7 @@ pub fn is_blank(text: &str) -> bool {
     })
 }
 
-/// Reads the text of a YAML (or JSON) file; `file` is how messages name it.
+/// Parses the text of a YAML or JSON file. `file` is its name in messages.
 #[must_use]
 pub fn parse(file: &str, text: &str) -> Parsed {
     let context = Context::new(file);
@@ -88,8 +90,8 @@ pub fn parse(file: &str, text: &str) -> Parsed {
     resources.into_parsed(context)
 }
 
-/// Reads what a case file holds: whole resources (`policies`) and bare specs (`rules`, to which no namespace
-/// scoping is applied), each a list of objects. `case` is how messages name it.
+/// Parses the policies of a case: resources (`policies`), and bare rules (`rules`), to which no namespace scoping is
+/// applied. Each is a list of objects. `case` is the name of the case in messages.
 #[must_use]
 pub fn parse_rules_json(
     case: &str,
@@ -118,7 +120,7 @@ pub fn parse_rules_json(
     resources.into_parsed(context)
 }
 
-/// Calls `read` with each element of a list, and the name of the element.
+/// Calls `read` with the name and the node of each element of a list.
 fn each(
     context: &Context,
     name: &'static str,
@@ -141,7 +143,7 @@ fn each(
     }
 }
 
-/// The documents of a YAML text as JSON values, for files that are not policies (case files).
+/// Returns the documents of a YAML text as JSON values, for case files.
 pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Vec<Diagnostic>> {
     let context = Context::new(file);
     let documents = documents(&context, text);

@@ -1,14 +1,14 @@
-//! What may be the name of something: resources, labels, ports, hosts.
+//! Syntax of names: resources, labels, ports, hosts.
 
-/// The longest DNS name (RFC 1035, 2.3.4), as text.
+/// Longest DNS name (RFC 1035, section 2.3.4), in characters.
 const MAX_DNS_NAME: usize = 255;
 
-/// A name of a Kubernetes resource: a DNS subdomain in lower case (RFC 1123, 2.1).
+/// Returns whether the name is valid for a Kubernetes resource: a DNS subdomain in lower case (RFC 1123, section 2.1).
 pub(super) fn is_dns_subdomain(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(is_dns_label)
 }
 
-/// A name of a namespace: one DNS label in lower case.
+/// Returns whether the name is valid for a namespace: one DNS label in lower case.
 pub(super) fn is_namespace(name: &str) -> bool {
     is_dns_label(name)
 }
@@ -22,13 +22,13 @@ fn is_dns_label(label: &str) -> bool {
         && !label.ends_with('-')
 }
 
-/// `[PREFIX/]NAME`: what a label's key has to be.
+/// Checks the key of a label, `[PREFIX/]NAME`.
 pub(super) fn check_label_key(key: &str) -> Result<(), &'static str> {
     let name = match key.split_once('/') {
         Some((prefix, name)) => {
-            // Prefixes of addresses are labels too ("cidr:10.0.0.0/8", "cidr:2001-db8--0/32").
+            // Labels of prefixes also pass, as "cidr:10.0.0.0/8" or "cidr:2001-db8--0/32".
             if prefix.len() > 253 || !prefix.split('.').all(is_dns_label) {
-                return Err("what stands before the \"/\" must be a DNS name in lower case");
+                return Err("the part before the \"/\" must be a DNS name in lower case");
             }
             name
         }
@@ -46,7 +46,7 @@ pub(super) fn check_label_key(key: &str) -> Result<(), &'static str> {
     }
 }
 
-/// What a label's value has to be. It may be empty.
+/// Checks the value of a label, which may be empty.
 pub(super) fn check_label_value(value: &str) -> Result<(), &'static str> {
     if value.len() > 63 {
         Err("it is longer than 63 characters")
@@ -67,7 +67,8 @@ fn is_label_text(text: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-/// A service name (RFC 6335, 5.1): at most 15 letters, digits and single hyphens inside, at least one letter.
+/// Returns whether the name is a service name (RFC 6335, section 5.1): at most 15 letters, digits and single inner
+/// hyphens, with at least one letter.
 pub(super) fn is_service_name(name: &str) -> bool {
     (1..=15).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
@@ -77,9 +78,9 @@ pub(super) fn is_service_name(name: &str) -> bool {
         && !name.contains("--")
 }
 
-/// The port that a number stands for, and whether it was written with a base: as in the original `0x`, `0b`, `0o`
-/// and a mere `0` at the start give one, and `_` may stand between digits if there is one. (`0x50` alone is
-/// the *name* of a port, see [`is_service_name`].)
+/// Parses a port number. Returns also whether it was written with a base. As in Cilium, `0x`, `0b`, `0o` and a leading
+/// `0` are bases, and with a base `_` may separate digits. A text like `0x50` may also be a port *name*
+/// ([`is_service_name`]).
 pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     let lower = text.to_ascii_lowercase();
     let (base, digits) = match lower.as_bytes() {
@@ -90,7 +91,7 @@ pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
         _ => (10, lower.as_str()),
     };
     let based = base != 10;
-    // After a base one more `_` may stand.
+    // One more `_` may follow the base.
     let plain = if based {
         digits.strip_prefix('_').unwrap_or(digits)
     } else {
@@ -104,7 +105,8 @@ pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     Some((port, based || plain.contains('_')))
 }
 
-/// A host name or, with `wildcards`, a pattern of host names; given back in lower case without the last dot.
+/// Parses a host name or, with `wildcards`, a pattern of host names. Returns it in lower case without the trailing
+/// dot.
 pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static str> {
     let allowed =
         |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.') || wildcards && b == b'*';
@@ -120,7 +122,7 @@ pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static 
     Ok(text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase())
 }
 
-/// Why no host can have a name or pattern, whose letters are fine, all the same.
+/// Returns why no host can have a name or pattern, although its characters are valid.
 pub(super) fn names_no_host(text: &str) -> Option<&'static str> {
     if text.len() > MAX_DNS_NAME {
         Some("it is longer than 255 characters")

@@ -1,4 +1,4 @@
-//! NetworkPolicy of networking.k8s.io/v1.
+//! Kubernetes `NetworkPolicy` (networking.k8s.io/v1).
 
 use palisade_model::rule::{Entity, Peer, Peers, PolicyKind, Ports, Rule, Selector, Spec, Subject};
 
@@ -10,7 +10,7 @@ use super::{
     selector::{self, Keys, Scope},
 };
 
-/// Reads the spec of a NetworkPolicy.
+/// Parses the spec of a NetworkPolicy.
 pub(super) fn spec(at: At<'_>, namespace: &str) -> Option<Spec> {
     let object = at.object()?;
     let scope = Scope {
@@ -41,7 +41,7 @@ pub(super) fn spec(at: At<'_>, namespace: &str) -> Option<Spec> {
             let types = list.read(policy_type);
             (types.contains(&"Ingress"), types.contains(&"Egress"))
         }
-        // The default: ingress always, egress if there are rules for it.
+        // The default of `policyTypes`: ingress always, and egress if there are egress rules.
         None => (true, !egress.is_empty()),
     };
     object.finish();
@@ -74,7 +74,8 @@ fn policy_type(at: At<'_>) -> Option<&'static str> {
     }
 }
 
-/// A direction that the policy is about denies what no rule of it lets through, also if there is no rule.
+/// Returns the rules of a direction. If the policy applies to the direction, it denies everything that no rule allows,
+/// even if there is no rule. `concerned`: the policy applies to the direction.
 fn section(object: &Object<'_>, name: &'static str, concerned: bool, rules: Vec<Rule>) -> Option<Vec<Rule>> {
     match (concerned, rules.is_empty()) {
         (true, false) => Some(rules),
@@ -106,7 +107,7 @@ fn rule(at: At<'_>, peers_name: &'static str, namespace: &str) -> Option<Rule> {
     let peers = object.field(peers_name).and_then(|at| at.list());
     let peers = match peers {
         Some(list) if !list.is_empty() => Peers::OneOf(list.read(|at| peer(at, namespace))),
-        // None, and an empty list: everybody.
+        // No list of peers, or an empty one, selects every peer.
         _ => Peers::OneOf(vec![Peer::Entity(Entity::All)]),
     };
     let ports = match object.field("ports").and_then(|at| at.list()) {
@@ -132,7 +133,7 @@ fn peer(at: At<'_>, namespace: &str) -> Option<Peer> {
     match (pods, namespaces, block) {
         (None, None, Some(block)) => ip_block(block),
         (_, _, Some(block)) => {
-            block.error("ipBlock cannot stand beside a selector; write a peer for each");
+            block.error("ipBlock cannot be combined with a selector; write a peer for each");
             None
         }
         (None, None, None) => {
@@ -144,7 +145,7 @@ fn peer(at: At<'_>, namespace: &str) -> Option<Peer> {
             match namespaces {
                 Some(at) => {
                     requirements.extend(selector::read(at, Keys::Namespace)?.requirements);
-                    // Pods are in a namespace: what is in none is no peer, whatever the selector excludes.
+                    // A pod has a namespace, so a selector that only excludes labels must not match the world.
                     requirements.push(selector::has_namespace());
                 }
                 None => requirements.push(selector::in_namespace(namespace)),

@@ -1,30 +1,30 @@
-//! A document as a tree whose every node knows its place. YAML and JSON values become the same tree.
+//! Documents as trees of nodes with line and column. YAML and JSON values become the same tree.
 
-/// Line and column from 1; 0 where there is no text behind a node.
+/// Line and column, from 1; 0 for a node without text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) struct Position {
     pub line: u32,
     pub column: u32,
 }
 
-/// A value and its place.
+/// A value with its place.
 #[derive(Clone, Debug)]
 pub(crate) struct Node {
     pub position: Position,
     pub value: Value,
 }
 
-/// What a node holds.
+/// Value of a node.
 #[derive(Clone, Debug)]
 pub(crate) enum Value {
     Null,
     Bool(bool),
     Integer(i128),
-    /// Any other number; the language has none, so only its text is of interest.
+    /// A number that is not an integer. The policy language has none, so only its text matters, for messages.
     Float(String),
     String {
         text: String,
-        /// Written without quotes.
+        /// Whether the string is written without quotes.
         plain: bool,
     },
     List(Vec<Node>),
@@ -35,13 +35,13 @@ pub(crate) enum Value {
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub key: String,
-    /// Of the key.
+    /// Place of the key.
     pub position: Position,
     pub value: Node,
 }
 
 impl Node {
-    /// What was found, for "expected ..., found ...".
+    /// Returns a description of the value, for "expected ..., found ...".
     pub(super) fn describe(&self) -> String {
         match &self.value {
             Value::Null => "nothing (null)".into(),
@@ -54,7 +54,7 @@ impl Node {
         }
     }
 
-    /// The member of a map by name.
+    /// Returns the member of a map by name.
     pub(super) fn get(&self, name: &str) -> Option<&Node> {
         match &self.value {
             Value::Map(entries) => entries
@@ -65,7 +65,7 @@ impl Node {
         }
     }
 
-    /// The text of a string.
+    /// Returns the text of a string.
     pub(super) fn as_str(&self) -> Option<&str> {
         match &self.value {
             Value::String { text, .. } => Some(text),
@@ -77,7 +77,7 @@ impl Node {
         matches!(self.value, Value::Null)
     }
 
-    /// The tree of a JSON value. It has no places.
+    /// Creates the tree of a JSON value. Its nodes have no places.
     pub(super) fn from_json(json: &serde_json::Value) -> Self {
         let value = match json {
             serde_json::Value::Null => Value::Null,
@@ -110,7 +110,7 @@ impl Node {
         }
     }
 
-    /// The JSON value of a tree.
+    /// Returns the tree as a JSON value.
     pub(super) fn to_json(&self) -> serde_json::Value {
         match &self.value {
             Value::Null => serde_json::Value::Null,
@@ -134,7 +134,7 @@ impl Node {
     }
 }
 
-/// Something from a file, safe and short enough for a message of one line.
+/// Quotes a text of a file for a message: shortened, on one line, without control characters.
 pub(crate) fn quoted(text: &str) -> String {
     const LONGEST: usize = 60;
     let mut out = String::from("\"");

@@ -5,22 +5,22 @@ use palisade_model::{
     rule::{CidrGroup, Policy},
 };
 
-/// What was read from a file.
+/// The result of parsing a file.
 ///
-/// A resource with an error is not among the policies; whether the others are used is the caller's decision
-/// (a file with an error must not replace a good one).
+/// A resource with an error is not among the policies. The caller decides whether to use the others: a file with an
+/// error must not replace its last good content.
 #[derive(Clone, Debug, Default)]
 pub struct Parsed {
-    /// The policies without errors, in their order.
+    /// Policies without errors, in the order of the file.
     pub policies: Vec<Policy>,
-    /// The `CiliumCIDRGroup`s without errors, in their order.
+    /// `CiliumCIDRGroup`s without errors, in the order of the file.
     pub cidr_groups: Vec<CidrGroup>,
-    /// Everything there is to say, in the order of the text.
+    /// Errors, warnings and notes, in the order of the text.
     pub diagnostics: Vec<Diagnostic>,
 }
 
 impl Parsed {
-    /// Whether something in it is wrong.
+    /// Returns whether the file has an error.
     #[must_use]
     pub fn has_errors(&self) -> bool {
         self.diagnostics

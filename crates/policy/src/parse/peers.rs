@@ -1,4 +1,4 @@
-//! Whom a rule is about: the from* and to* members.
+//! Peers of a rule: the `from*` and `to*` members.
 
 use palisade_model::rule::{CidrRule, Entity, Peer, Peers, Selector};
 
@@ -11,7 +11,7 @@ use super::{
     selector::{self, Keys},
 };
 
-/// The names of the members by direction.
+/// Names of the members that depend on the direction.
 struct MemberNames {
     endpoints: &'static str,
     nodes: &'static str,
@@ -42,7 +42,7 @@ const EGRESS: MemberNames = MemberNames {
     requires: "toRequires",
 };
 
-/// The peers of a rule; none if it has no member about peers at all.
+/// Parses the peers of a rule; `None` if the rule has no member about peers.
 pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     let egress = section.direction == Direction::Egress;
     let names = if egress { EGRESS } else { INGRESS };
@@ -69,7 +69,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     members.read(names.cidr_set, cidr_set_entry);
     members.read(names.entities, |at| entity(at).map(Peer::Entity));
     if egress {
-        // Further than the original. Bare rules are its own, and it refuses these.
+        // Palisade accepts toFQDNs in deny rules. Bare rules follow Cilium, which refuses it.
         if section.deny && object.at.is_bare() {
             object.refuse(
                 "toFQDNs",
@@ -88,10 +88,9 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     members.finish()
 }
 
-/// fromRequires or toRequires: what the endpoints that a rule selects must be besides.
+/// Parses `fromRequires` or `toRequires`: requirements that the endpoint selectors of rules must meet as well.
 ///
-/// Resources may have them, as in the versions of the language before 1.19. Bare rules are those of 1.19, which
-/// refuses them.
+/// Resources may have them, as before Cilium 1.19. Bare rules follow Cilium 1.19, which refuses them.
 pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Selector> {
     let name = if section.direction == Direction::Egress {
         EGRESS.requires
@@ -111,10 +110,10 @@ pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Sel
     list.read(|at| section.scope.peer(at))
 }
 
-/// The members as they are read, one after the other.
+/// The members of a rule that have been parsed so far.
 struct Members<'o> {
     object: &'o Object<'o>,
-    /// The first one that names somebody: there can be only one.
+    /// First member with at least one element; a rule may have only one.
     first: Option<&'static str>,
     any: bool,
     empty: bool,
@@ -122,7 +121,7 @@ struct Members<'o> {
 }
 
 impl<'o> Members<'o> {
-    /// A list that is there, after it has been seen not to stand beside another.
+    /// Returns the list of a member, if present, after a check that no other member has elements.
     fn list(&mut self, name: &'static str) -> Option<List<'o>> {
         self.object.warn_null(&[name]);
         let list = self.object.field(name)?.list()?;
@@ -134,7 +133,7 @@ impl<'o> Members<'o> {
         match self.first {
             Some(first) => self.object.error_at_key(
                 name,
-                format!("{name} and {first} cannot stand in one rule; write a rule for each"),
+                format!("{name} and {first} cannot be combined in one rule; write a rule for each"),
             ),
             None => self.first = Some(name),
         }
@@ -147,7 +146,8 @@ impl<'o> Members<'o> {
         }
     }
 
-    /// Members that need a cluster or a cloud to be resolved: nobody, where they would let through.
+    /// Parses a member that only a cluster or a cloud provider could resolve. In an allow rule it selects no peer; in
+    /// a deny rule it is an error.
     fn unresolvable(
         &mut self,
         name: &'static str,
@@ -164,11 +164,11 @@ impl<'o> Members<'o> {
                 format!("{name} cannot be resolved here, so it cannot deny: there are no {what} to look up");
             self.object.error_at_key(name, message);
         } else if let Some(at) = self.object.field(name) {
-            at.warning(format!("{name} selects nobody: there are no {what} to look up"));
+            at.warning(format!("{name} selects no peer: there are no {what} to look up"));
         }
     }
 
-    /// An empty list selects nobody, whatever stands beside it.
+    /// Returns the peers. A rule with an empty list selects no peer, whatever its other members are.
     fn finish(self) -> Option<Peers> {
         match (self.any, self.empty || self.peers.is_empty()) {
             (false, _) => None,
@@ -210,7 +210,7 @@ fn entity(at: At<'_>) -> Option<Entity> {
     entity
 }
 
-/// An element of fromGroups or toGroups.
+/// Parses an element of `fromGroups` or `toGroups`.
 fn group(at: At<'_>) -> Option<()> {
     let object = at.object()?;
     if let Some(aws) = object.field("aws").and_then(|at| at.object()) {
@@ -221,7 +221,7 @@ fn group(at: At<'_>) -> Option<()> {
     Some(())
 }
 
-/// An element of toServices.
+/// Parses an element of `toServices`.
 fn service(at: At<'_>) -> Option<()> {
     let object = at.object()?;
     if let Some(by_name) = object.field("k8sService").and_then(|at| at.object()) {

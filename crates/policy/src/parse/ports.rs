@@ -11,14 +11,14 @@ use super::{
 };
 use crate::suggest::nearest;
 
-/// The IP protocols of icmps.
+/// IP protocol numbers of `icmps`.
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
 
-/// How many ports an entry of toPorts, or types an entry of icmps, may have.
+/// Largest number of ports in an entry of `toPorts`, and of types in an entry of `icmps`.
 const MAX_PORTS: usize = 40;
 
-/// The protocols by name. Those without ports come with their IP numbers.
+/// Protocols by name; those without ports are given by IP protocol number.
 const PROTOCOLS: [(&str, L4Protocol); 11] = [
     ("ANY", L4Protocol::Any),
     ("TCP", L4Protocol::Tcp),
@@ -33,7 +33,7 @@ const PROTOCOLS: [(&str, L4Protocol); 11] = [
     ("AH", L4Protocol::Other(51)),
 ];
 
-/// An entry of toPorts.
+/// Parses an entry of `toPorts`.
 pub(super) fn port_rule(at: At<'_>, section: Section<'_>) -> Option<PortRule> {
     let object = at.object()?;
     let (mut ports, mut given) = (Vec::new(), false);
@@ -76,12 +76,12 @@ pub(super) fn port_rule(at: At<'_>, section: Section<'_>) -> Option<PortRule> {
     })
 }
 
-/// What application rules ask of the ports they stand with.
+/// Checks the ports of an entry with application rules.
 fn check_l7_ports(object: &Object<'_>, l7: &L7, ports: &[Port], given: bool) {
     let dns = match &l7.rules {
         L7Rules::None => return,
         L7Rules::Dns(_) => true,
-        // A parser without rules of its own asks nothing of the ports.
+        // A parser without rules works on any ports.
         L7Rules::Generic { rules, .. } if rules.is_empty() => return,
         L7Rules::Http(_) | L7Rules::Kafka(_) | L7Rules::Generic { .. } => false,
     };
@@ -117,7 +117,7 @@ fn protocol_name(protocol: L4Protocol) -> &'static str {
         .map_or("another", |(name, _)| name)
 }
 
-/// A port as it was read, and what was special about it.
+/// A parsed port, with properties that later checks need.
 pub(super) struct Port {
     pub spec: PortSpec,
     is_zero: bool,
@@ -135,11 +135,11 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         Some(at) => last_port(at),
         None => Some(0),
     };
-    // Of a number that is too large the original's agent keeps the lower half.
+    // Cilium keeps the lower 16 bits of a number that is too large.
     let last = written_last.map(|last| last as u16);
     let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();
-    // A protocol without ports need not name one.
+    // For a protocol without ports, `port` may be absent.
     if let Some(protocol @ L4Protocol::Other(_)) = protocol {
         if let Some(port) = port.filter(|port| port.node.as_str() != Some("0")) {
             port.error(format!(
@@ -218,7 +218,7 @@ fn whole(protocol: L4Protocol) -> PortSpec {
     }
 }
 
-/// `endPort` as it was written: in a bare rule any number of 32 bits.
+/// Parses `endPort`. In a bare rule it may be any 32-bit number, as in Cilium.
 fn last_port(at: At<'_>) -> Option<i32> {
     if !at.is_bare() {
         return at.integer(0..=65535).and_then(|port| i32::try_from(port).ok());
@@ -235,7 +235,7 @@ fn last_port(at: At<'_>) -> Option<i32> {
     Some(port)
 }
 
-/// A port's number. A leading zero makes it octal, as in the original.
+/// Parses a port number. A leading zero makes it octal, as in Cilium.
 fn number(at: At<'_>, text: &str) -> Option<u16> {
     match port_number(text) {
         Some((port, based)) => {
@@ -276,7 +276,7 @@ fn protocol(at: At<'_>) -> Option<L4Protocol> {
     None
 }
 
-/// An element of the `ports` of a NetworkPolicy's rule.
+/// Parses an element of `ports` in a NetworkPolicy rule.
 pub(super) fn network_policy_port(at: At<'_>) -> Option<PortRule> {
     let object = at.object()?;
     let protocol = match object.field("protocol") {
@@ -366,7 +366,7 @@ pub(super) fn network_policy_port(at: At<'_>) -> Option<PortRule> {
     })
 }
 
-/// An entry of icmps.
+/// Parses an entry of `icmps`.
 pub(super) fn icmp_rule(at: At<'_>) -> Option<PortRule> {
     let object = at.object()?;
     let (mut ports, mut given) = (Vec::new(), false);
@@ -420,8 +420,8 @@ fn icmp_field(at: At<'_>) -> Option<PortSpec> {
     Some(PortSpec::Icmp { v6, kind })
 }
 
-/// A number in a bare rule that is no type: the original's agent looks for it among 16 bits, so it is none there
-/// either; one that is negative it cannot read, and takes for every type.
+/// Returns the port of a bare rule whose ICMP type is out of range. Cilium keeps 16 bits of such a number, so it
+/// matches no packet; a negative number it reads as every type.
 fn odd_icmp_type(at: At<'_>, v6: bool) -> Option<PortSpec> {
     let number = at.integer(i64::from(i32::MIN)..=i64::from(i32::MAX))?;
     if number < 0 {
@@ -432,7 +432,7 @@ fn odd_icmp_type(at: At<'_>, v6: bool) -> Option<PortSpec> {
     None
 }
 
-/// A type by its name, or by a number in quotes.
+/// Parses an ICMP type: a name, or a number in quotes.
 fn icmp_type(at: At<'_>, v6: bool) -> Option<u8> {
     let text = at.string()?;
     let number = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
@@ -463,7 +463,7 @@ fn icmp_type(at: At<'_>, v6: bool) -> Option<u8> {
     None
 }
 
-/// The names of ICMP types (IANA's, without spaces).
+/// Names of ICMP types, as registered at IANA but without spaces.
 const ICMP_TYPES: &[(&str, u8)] = &[
     ("EchoReply", 0),
     ("DestinationUnreachable", 3),
@@ -471,7 +471,7 @@ const ICMP_TYPES: &[(&str, u8)] = &[
     ("Echo", 8),
     ("EchoRequest", 8),
     ("RouterAdvertisement", 9),
-    // The language's own slip of the pen for solicitation, and the right name.
+    // Cilium's misspelling of "solicitation", and the correct name.
     ("RouterSelection", 10),
     ("RouterSolicitation", 10),
     ("TimeExceeded", 11),
@@ -483,7 +483,7 @@ const ICMP_TYPES: &[(&str, u8)] = &[
     ("ExtendedEchoReply", 43),
 ];
 
-/// The names of ICMPv6 types.
+/// Names of ICMPv6 types.
 const ICMPV6_TYPES: &[(&str, u8)] = &[
     ("DestinationUnreachable", 1),
     ("PacketTooBig", 2),

@@ -1,5 +1,4 @@
-//! Reading a tree: a cursor that knows the way it came, objects whose members are taken by name, and the
-//! remarks that reading leaves behind.
+//! Reading of trees: a cursor with the path to its node, objects whose members are requested by name, and diagnostics.
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,23 +22,23 @@ pub(super) const MAX_POLICY_COST: usize = 250_000;
 /// Bound on the cost of all regular expressions of one file, in states.
 const MAX_FILE_COST: usize = 2_000_000;
 
-/// What is common to everything that is read from one file: its name, and what was found wrong so far.
+/// State of the parsing of one file: its name and the diagnostics so far.
 pub(super) struct Context {
     file: Arc<str>,
     diagnostics: RefCell<Vec<Diagnostic>>,
     errors: Cell<usize>,
-    /// What is being read is a bare rule of a case file. No schema of the API server guards those: they are taken
-    /// as the original's agent takes them, with a warning where a resource would be refused.
+    /// Whether a bare rule of a case file is being parsed. In a cluster, no schema validates such rules: they mean
+    /// what Cilium's agent makes of them, and what a resource must not have is only a warning.
     bare: Cell<bool>,
     expressions: RefCell<Expressions>,
 }
 
-/// The regular expressions of a file so far.
+/// Regular expressions of the file so far.
 #[derive(Default)]
 struct Expressions {
-    /// What each came to.
+    /// Result of the check of each expression.
     known: HashMap<String, Result<(), String>>,
-    /// What they cost together: those of the file, those of the policy that is being read.
+    /// Cost of all expressions of the file, and of the current policy, in states.
     of_file: usize,
     of_policy: usize,
 }
@@ -55,29 +54,29 @@ impl Context {
         }
     }
 
-    /// How many errors there were so far: whether something that was just read is whole.
+    /// Returns the number of errors so far, to find out whether an element was parsed without error.
     pub(super) fn errors(&self) -> usize {
         self.errors.get()
     }
 
-    /// From here on bare rules are read.
+    /// Declares that bare rules follow.
     pub(super) fn read_bare(&self) {
         self.bare.set(true);
     }
 
-    /// A policy begins.
+    /// Declares that a policy begins, which resets the cost of its expressions.
     pub(super) fn begin_policy(&self) {
         self.expressions.borrow_mut().of_policy = 0;
     }
 
-    /// Checks a regular expression. What its compilation costs is bounded before it begins: by itself, and with the
-    /// others of its policy and file. Else a small file could keep the daemon from everything else for minutes.
+    /// Checks a regular expression. Its cost is bounded before it is compiled: by itself, and together with the others
+    /// of its policy and file. Without bounds a small file could occupy the daemon for minutes.
     pub(super) fn check_expression(&self, pattern: &str) -> Result<(), String> {
         let mut expressions = self.expressions.borrow_mut();
         if let Some(known) = expressions.known.get(pattern) {
             return known.clone();
         }
-        // Once the bound is reached, nothing more is read either.
+        // Once a bound is exceeded, not even the cost of further expressions is computed.
         let used_up = expressions.of_policy > MAX_POLICY_COST || expressions.of_file > MAX_FILE_COST;
         let cost = if used_up { Ok(1) } else { re2::cost(pattern) };
         if cost.is_err() {
@@ -126,7 +125,7 @@ impl Context {
         });
     }
 
-    /// Everything that was said, in the order of the text.
+    /// Returns the diagnostics in the order of the text.
     pub(super) fn into_diagnostics(self) -> Vec<Diagnostic> {
         let mut diagnostics = self.diagnostics.into_inner();
         diagnostics.sort_by_key(|diagnostic| (diagnostic.location.line, diagnostic.location.column));
@@ -154,16 +153,16 @@ pub(super) mod compiled {
     }
 }
 
-/// One step of the way to a node.
+/// One step of the path to a node.
 #[derive(Clone, Copy)]
 enum Step<'a> {
-    /// The start: a document, or an element of a list of resources.
+    /// Root of the tree: a document, or an element of a list of resources.
     Root(&'a str),
     Member(&'a str),
     Index(usize),
 }
 
-/// A node, and the way to it.
+/// A node, with the path to it.
 #[derive(Clone, Copy)]
 pub(super) struct At<'a> {
     pub context: &'a Context,
@@ -173,7 +172,7 @@ pub(super) struct At<'a> {
 }
 
 impl fmt::Display for At<'_> {
-    /// The way: `spec.egress[0].toPorts[1].ports[0].port`.
+    /// Writes the path, as in `spec.egress[0].toPorts[1].ports[0].port`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(parent) = self.parent {
             parent.fmt(f)?;
@@ -192,7 +191,7 @@ impl fmt::Display for At<'_> {
 }
 
 impl<'a> At<'a> {
-    /// The start of a tree. `name` stands before the way in messages that have no line; it may be empty.
+    /// Returns the root of a tree. `name` precedes the path in messages without a line; it may be empty.
     pub(super) fn root(context: &'a Context, node: &'a Node, name: &'a str) -> Self {
         At {
             context,
@@ -207,7 +206,7 @@ impl<'a> At<'a> {
     }
 
     fn say(&self, severity: Severity, position: Position, message: &str) {
-        // Where the text is not there to point at, the way says where it is.
+        // Without a line the message gives the path.
         let way = if position.line == 0 {
             self.to_string()
         } else {
@@ -229,12 +228,12 @@ impl<'a> At<'a> {
         self.say(Severity::Warning, self.node.position, message.as_ref());
     }
 
-    /// Whether it is part of a bare rule of a case file.
+    /// Returns whether the node is part of a bare rule of a case file.
     pub(super) fn is_bare(&self) -> bool {
         self.context.bare.get()
     }
 
-    /// Something that the schema of a resource forbids, and nobody else: a mere warning in a bare rule.
+    /// Reports something that only the schema of resources forbids: an error in a resource, a warning in a bare rule.
     pub(super) fn unfit(&self, message: impl AsRef<str>) {
         if self.is_bare() {
             self.warning(message);
@@ -256,7 +255,7 @@ impl<'a> At<'a> {
         None
     }
 
-    /// What to call it in a message.
+    /// Returns the name of the node in messages.
     fn name(&self) -> &str {
         match self.step {
             Step::Root(_) => "this",
@@ -294,7 +293,7 @@ impl<'a> At<'a> {
         }
     }
 
-    /// Whether it is a list without elements.
+    /// Returns whether the node is an empty list.
     pub(super) fn is_empty_list(&self) -> bool {
         matches!(&self.node.value, Value::List(items) if items.is_empty())
     }
@@ -323,7 +322,7 @@ impl<'a> At<'a> {
     pub(super) fn boolean(&self) -> Option<bool> {
         match &self.node.value {
             Value::Bool(value) => Some(*value),
-            // Words of YAML 1.1, which Kubernetes' reader still takes.
+            // Booleans of YAML 1.1, which the reader of Kubernetes still accepts.
             Value::String { text, plain: true } => match text.to_ascii_lowercase().as_str() {
                 "yes" | "on" | "y" => Some(true),
                 "no" | "off" | "n" => Some(false),
@@ -362,7 +361,7 @@ impl<'a> At<'a> {
     }
 }
 
-/// A list at its place.
+/// A list with the path to it.
 pub(super) struct List<'a> {
     at: At<'a>,
     items: &'a [Node],
@@ -377,7 +376,7 @@ impl<'a> List<'a> {
         self.items.is_empty()
     }
 
-    /// Reads every element; those that give nothing (they said why) are left out.
+    /// Calls `element` for each element. Elements for which it returns `None` have been reported and are left out.
     pub(super) fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
         let at = self.at;
         self.items
@@ -395,7 +394,7 @@ impl<'a> List<'a> {
     }
 }
 
-/// An object whose members are asked for by name; what nobody asked for is not known to the language.
+/// An object whose members are requested by name. Members that are never requested are unknown fields.
 pub(super) struct Object<'a> {
     pub at: At<'a>,
     entries: &'a [Entry],
@@ -403,12 +402,12 @@ pub(super) struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// The member `name`, unless it is absent or null.
+    /// Returns the member `name`, unless it is absent or null.
     pub(super) fn field(&self, name: &'static str) -> Option<At<'_>> {
         self.field_or_null(name).filter(|at| !at.node.is_null())
     }
 
-    /// The member `name`, unless it is absent.
+    /// Returns the member `name`, unless it is absent.
     pub(super) fn field_or_null(&self, name: &'static str) -> Option<At<'_>> {
         self.known.borrow_mut().push(name);
         self.entry(name).map(|entry| At {
@@ -419,7 +418,7 @@ impl<'a> Object<'a> {
         })
     }
 
-    /// A member that must be there.
+    /// Returns a mandatory member, or reports its absence.
     pub(super) fn required(&self, name: &'static str) -> Option<At<'_>> {
         let field = self.field(name);
         if field.is_none() {
@@ -428,13 +427,13 @@ impl<'a> Object<'a> {
         field
     }
 
-    /// A string that is not empty; the empty one counts as absent.
+    /// Returns a string member; an empty string counts as absent.
     pub(super) fn text(&self, name: &'static str) -> Option<&'a str> {
         self.field(name)?.string()?;
         self.entry(name)?.value.as_str().filter(|text| !text.is_empty())
     }
 
-    /// A string that must be there and not be empty.
+    /// Returns a mandatory string member that must not be empty.
     pub(super) fn required_text(&self, name: &'static str) -> Option<&'a str> {
         let field = self.required(name)?;
         if field.string()?.is_empty() {
@@ -444,7 +443,7 @@ impl<'a> Object<'a> {
         self.entry(name)?.value.as_str()
     }
 
-    /// A member that is refused wherever it says something (null and an empty list say nothing).
+    /// Reports an error if a forbidden member is present. Null and an empty list are accepted.
     pub(super) fn refuse(&self, name: &'static str, why: &str) {
         self.known.borrow_mut().push(name);
         if let Some(entry) = self.entry(name) {
@@ -460,20 +459,20 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Warns of members that are null: they restrict nothing, which is hardly meant where only a name was left over.
+    /// Warns of members that are null: they restrict nothing, and often the author only forgot the value.
     pub(super) fn warn_null(&self, names: &[&'static str]) {
         if self.at.is_bare() {
             return;
         }
         for entry in self.entries.iter().filter(|entry| entry.value.is_null()) {
             if names.contains(&entry.key.as_str()) {
-                let message = format!("{} holds nothing (null): as if it were not there", entry.key);
+                let message = format!("{} is null, which is the same as absent", entry.key);
                 self.at.say(Severity::Warning, entry.position, &message);
             }
         }
     }
 
-    /// Members that are there for others and are not looked into.
+    /// Ignores members that Palisade has no use for.
     pub(super) fn ignore(&self, names: &[&'static str]) {
         self.known.borrow_mut().extend(names);
     }
@@ -482,7 +481,7 @@ impl<'a> Object<'a> {
         self.entries.iter().find(|entry| entry.key == name)
     }
 
-    /// Every member, whatever its name.
+    /// Returns all members.
     pub(super) fn members(&self) -> impl Iterator<Item = (&'a str, At<'_>)> {
         self.entries.iter().map(|entry| {
             let at = At {
@@ -495,7 +494,7 @@ impl<'a> Object<'a> {
         })
     }
 
-    /// Says something about the name of a member.
+    /// Reports an error at the name of a member.
     pub(super) fn error_at_key(&self, key: &str, message: impl AsRef<str>) {
         let position = self
             .entry(key)
@@ -503,7 +502,7 @@ impl<'a> Object<'a> {
         self.at.say(Severity::Error, position, message.as_ref());
     }
 
-    /// Says something about the value of a member.
+    /// Reports an error at the value of a member.
     pub(super) fn error_at_value(&self, key: &str, message: impl AsRef<str>) {
         let position = self
             .entry(key)
@@ -511,7 +510,8 @@ impl<'a> Object<'a> {
         self.at.say(Severity::Error, position, message.as_ref());
     }
 
-    /// To be called when everything has been asked for: the rest is unknown. True if there is no rest.
+    /// Reports all members that were not requested as unknown fields. Returns whether there are none. To be called
+    /// last.
     pub(super) fn finish(&self) -> bool {
         let known = self.known.borrow();
         let mut all_known = true;
@@ -538,7 +538,7 @@ impl<'a> Object<'a> {
     }
 }
 
-/// ", did you mean X?", or what there is to choose from.
+/// Returns `, did you mean "X"?`, or else the list of known names.
 pub(super) fn hint(written: &str, names: &[&str]) -> String {
     match nearest(written, names.iter().copied()) {
         Some(name) => format!(", did you mean \"{name}\"?"),
@@ -561,7 +561,7 @@ mod tests {
             error.contains("of this policy up to here are too large together"),
             "{error}"
         );
-        // IdentityIndex ones cost nothing more; another policy begins at zero, but for the file.
+        // A known expression costs nothing more. The next policy begins at zero, but the sum of the file stays.
         context.check_expression("/a.*").unwrap();
         context.begin_policy();
         context.check_expression("/c.*").unwrap();

@@ -1,4 +1,4 @@
-//! Documents to resources: which kind it is, what all kinds have in common.
+//! Documents to resources: the kind, and what all kinds have in common.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::suggest::nearest;
 
-/// The kinds that are read, with their groups and versions.
+/// Known kinds, with group and versions.
 const KINDS: [(&str, &str, &[&str]); 4] = [
     ("CiliumNetworkPolicy", "cilium.io", &["v2"]),
     ("CiliumClusterwideNetworkPolicy", "cilium.io", &["v2"]),
@@ -23,16 +23,16 @@ const KINDS: [(&str, &str, &[&str]); 4] = [
     ("NetworkPolicy", "networking.k8s.io", &["v1"]),
 ];
 
-/// What has been read so far.
+/// Resources parsed so far.
 #[derive(Default)]
 pub(super) struct Resources {
     pub policies: Vec<Policy>,
     cidr_groups: Vec<CidrGroup>,
-    /// Where a resource of this kind, namespace and name was first seen.
+    /// First place of each resource, by kind, namespace and name.
     seen: HashMap<(&'static str, Option<String>, String), Location>,
 }
 
-/// What a list says of its elements, which then need not say it themselves.
+/// `apiVersion` and `kind` that a list declares for its elements.
 #[derive(Clone, Copy)]
 struct Inherited<'a> {
     api_version: &'a str,
@@ -48,7 +48,7 @@ impl Resources {
         }
     }
 
-    /// Reads a document. An empty one is nothing.
+    /// Parses a document. An empty document is ignored.
     pub(super) fn read(&mut self, document: At<'_>) {
         if !document.node.is_null() {
             self.resource(document, None);
@@ -68,8 +68,8 @@ impl Resources {
             return;
         };
         let api_version = api_version.unwrap_or_default();
-        // No kind or version of Kubernetes has other characters: what looks like one of ours is none, and would be
-        // skipped as a resource that is no policy.
+        // Kinds and versions of Kubernetes are ASCII. A look-alike of a known kind must not be skipped as a foreign
+        // resource: the policy would silently have no effect.
         for (name, text) in [("kind", kind), ("apiVersion", api_version)] {
             if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
                 object.error_at_value(
@@ -99,7 +99,7 @@ impl Resources {
             (None, Some(element))
                 if object.field("items").is_some() || (element.is_empty() && api_version == "v1") =>
             {
-                // `kind: List` says nothing of its elements.
+                // `kind: List` declares no kind for its elements.
                 let inherited = Some(Inherited {
                     api_version,
                     kind: element,
@@ -111,7 +111,7 @@ impl Resources {
         }
     }
 
-    /// The elements of `kind: List`, `kind: CiliumNetworkPolicyList`, and so on.
+    /// Parses the elements of `kind: List`, `kind: CiliumNetworkPolicyList` and the like.
     fn items(&mut self, object: &Object<'_>, inherited: Option<Inherited<'_>>) {
         if let Some(items) = object.required("items").and_then(|at| at.list()) {
             items.read(|at| {
@@ -188,7 +188,8 @@ impl Resources {
         })
     }
 
-    /// Two resources of the same name are a mistake: in a cluster the second would replace the first.
+    /// Reports a second resource of the same name. In a cluster the second would replace the first, so it is a
+    /// mistake.
     fn remember(
         &mut self,
         kind: &'static str,
@@ -213,7 +214,7 @@ impl Resources {
     }
 }
 
-/// `spec` and `specs`: one of them, or both.
+/// Parses `spec` and `specs`; either or both may be present.
 fn cilium_specs(object: &Object<'_>, kind: PolicyKind, namespace: Option<&str>) -> Vec<Spec> {
     let one = object.field("spec");
     let several = object.field("specs");
@@ -230,12 +231,12 @@ fn cilium_specs(object: &Object<'_>, kind: PolicyKind, namespace: Option<&str>) 
     specs
 }
 
-/// Whether an apiVersion is of a group; one that is missing may be.
+/// Returns whether an apiVersion has the group. A missing apiVersion may have any group.
 fn belongs(api_version: &str, group: &str) -> bool {
     api_version.is_empty() || api_version.split_once('/').is_some_and(|(of, _)| of == group)
 }
 
-/// A resource that is none of ours. What may have been meant as a policy is not passed over in silence.
+/// Reports a resource that is not parsed. It is an error if the resource was probably meant as a policy, else a note.
 fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
     let group = api_version
         .split_once('/')
@@ -245,7 +246,7 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
             .iter()
             .any(|(_, own, _)| belongs(api_version, own) || nearest(group, [*own]).is_some())
         || api_version.starts_with("cilium/")
-        // No other API group has kinds of this name.
+        // No other API group has kinds with this prefix.
         || kind.starts_with("Cilium") && KINDS.iter().any(|(name, _, _)| *name == kind);
     let meant = nearest(kind, KINDS.map(|(name, _, _)| name)).filter(|_| ours);
     if let Some(name) = meant {
@@ -270,7 +271,7 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
         );
     } else if kind.ends_with("NetworkPolicy") || kind.ends_with("NetworkPolicyList") {
         object.at.warning(format!(
-            "{kind} of {} is not understood: it is skipped",
+            "{kind} of {} is not supported: it is skipped",
             quoted(api_version)
         ));
     } else {
@@ -285,13 +286,13 @@ fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
     }
 }
 
-/// A text in quotes, with every character that is not ASCII written as its number.
+/// Quotes a text, with escapes for all characters that are not ASCII.
 fn escaped(text: &str) -> String {
     let ascii: String = text.chars().take(60).flat_map(char::escape_default).collect();
     format!("\"{ascii}\"")
 }
 
-/// A kind as it is shown: it comes from the file, so it may be anything.
+/// Returns a kind for a message. The kind comes from the file, so it may contain anything.
 fn shown(kind: &str) -> String {
     let quoted = quoted(kind);
     quoted.trim_matches('"').to_owned()

@@ -10,7 +10,7 @@ use super::{
     section::Section,
 };
 
-/// One rule of ingress, ingressDeny, egress or egressDeny.
+/// Parses one rule of `ingress`, `ingressDeny`, `egress` or `egressDeny`.
 pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
     let object = at.object()?;
     let peers = peers::read(&object, section);
@@ -21,7 +21,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
     if given(&to_ports) && given(&icmps) {
         object.error_at_key(
             "icmps",
-            "icmps and toPorts cannot stand in one rule; write a rule for each",
+            "icmps and toPorts cannot be combined in one rule; write a rule for each",
         );
     }
     let mut port_rules = Vec::new();
@@ -50,7 +50,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
 
     let peers = match peers {
         Some(peers) => peers,
-        // Ports alone are about everybody; a rule that says nothing is about nobody.
+        // A rule with ports but without peers selects every peer; an empty rule selects none.
         None if has_ports => Peers::Any,
         None => Peers::None,
     };
@@ -63,7 +63,7 @@ pub(super) fn read(at: At<'_>, section: Section<'_>) -> Option<Rule> {
     })
 }
 
-/// Whether traffic is let through only between ends that have authenticated.
+/// Parses `authentication`. Returns whether the rule allows only authenticated peers.
 fn authentication(at: At<'_>) -> bool {
     const MODES: [&str; 2] = ["disabled", "required"];
     let Some(object) = at.object() else {
@@ -77,9 +77,9 @@ fn authentication(at: At<'_>) -> bool {
     object.finish();
     match mode {
         Some("disabled") | None => false,
-        // The second one is meant to fail always, which is what the first does as long as nobody can authenticate.
+        // `test-always-fail` always fails, and so does `required` as long as Palisade cannot authenticate peers.
         Some("required" | "test-always-fail") => {
-            at.warning("nobody can authenticate yet; until then this traffic is dropped (reason 189)");
+            at.warning("authentication is not implemented; this traffic is dropped (reason 189)");
             true
         }
         Some(other) => {

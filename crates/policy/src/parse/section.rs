@@ -2,14 +2,14 @@
 
 use super::selector::Scope;
 
-/// Which way a section looks.
+/// Direction of a section.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     Ingress,
     Egress,
 }
 
-/// The section that something stands in.
+/// The section that a rule is in.
 #[derive(Clone, Copy)]
 pub(super) struct Section<'a> {
     pub direction: Direction,

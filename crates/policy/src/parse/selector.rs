@@ -1,4 +1,4 @@
-//! Label selectors, and the namespaces that are put into them.
+//! Label selectors, with namespaces as requirements.
 
 use palisade_model::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
 
@@ -8,30 +8,30 @@ use super::{
     reader::{At, hint},
 };
 
-/// The label that says in which namespace an endpoint is.
+/// Label with the namespace of an endpoint.
 pub(super) const NAMESPACE: &str = "io.kubernetes.pod.namespace";
-/// What stands before the labels of an endpoint's namespace, among the labels of the endpoint.
+/// Prefix of the labels of an endpoint's namespace, among the labels of the endpoint.
 pub(super) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 
-/// How the keys of a selector are to be read.
+/// Interpretation of the keys of a selector.
 #[derive(Clone, Copy)]
 pub(super) enum Keys {
-    /// `SOURCE:KEY`; without a source any one is meant; `$KEY` is `reserved:KEY`.
+    /// `SOURCE:KEY`. Without a source any source matches; `$KEY` is `reserved:KEY`.
     Sourced,
-    /// Keys have no source of their own; they are all of this one.
+    /// Keys without a source; their source is this one.
     Of(&'static str),
-    /// Labels of the namespace that an endpoint is in.
+    /// Labels of the endpoint's namespace.
     Namespace,
 }
 
-/// A selector as it was written.
+/// Parses a selector, without adding a namespace.
 pub(super) fn read(at: At<'_>, keys: Keys) -> Option<Selector> {
     let (mut requirements, expressions) = read_parts(at, keys)?;
     requirements.extend(expressions);
     Some(Selector { requirements })
 }
 
-/// What matchLabels say, and what matchExpressions say.
+/// Returns the requirements of `matchLabels`, and those of `matchExpressions`.
 fn read_parts(at: At<'_>, keys: Keys) -> Option<(Vec<Requirement>, Vec<Requirement>)> {
     let object = at.object()?;
     let mut labels = Vec::new();
@@ -138,13 +138,13 @@ fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String)
         && let Some(source) = source
         && (source.is_empty() || !source.bytes().all(|b| b.is_ascii_alphanumeric()))
     {
-        return Err(refused("what stands before the \":\" is no source"));
+        return Err(refused("the part before the \":\" is not a source"));
     }
     if !bare || key.is_empty() {
         check_label_key(key).map_err(refused)?;
     }
     if let Keys::Sourced = keys {
-        // The original's agent holds it to the rules of Kubernetes in the form `SOURCE.KEY`.
+        // Cilium validates the key in the form `SOURCE.KEY` by the rules of Kubernetes.
         let source = source.filter(|source| !source.is_empty()).unwrap_or("any");
         check_label_key(&format!("{source}.{key}")).map_err(refused)?;
     }
@@ -153,7 +153,7 @@ fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String)
         Some(source) => LabelSource::Named(source.to_owned()),
     };
     let key = match keys {
-        // Every namespace of Kubernetes carries its own name under this label; an endpoint has it directly.
+        // Every namespace has this label with its own name. Endpoints have the name directly, under another label.
         Keys::Namespace if key == "kubernetes.io/metadata.name" => NAMESPACE.to_owned(),
         Keys::Namespace => format!("{NAMESPACE_LABELS}.{key}"),
         _ => key.to_owned(),
@@ -161,17 +161,18 @@ fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String)
     Ok((source, key))
 }
 
-/// What the resource that a selector stands in says about namespaces.
+/// Kind and namespace of the resource of a selector.
 #[derive(Clone, Copy)]
 pub(super) struct Scope<'a> {
     pub kind: PolicyKind,
     pub namespace: Option<&'a str>,
-    /// The policy is about endpoints that have no labels yet (`reserved:init`), so not of a namespace either.
+    /// Whether the policy selects endpoints without labels (`reserved:init`), which have no namespace either.
     pub selects_init: bool,
 }
 
 impl Scope<'_> {
-    /// The subject of a policy of a namespace is in that namespace, whatever its matchLabels say.
+    /// Parses the endpoint selector of a policy. The endpoints of a namespaced policy are in its namespace, whatever
+    /// its `matchLabels` are.
     pub(super) fn subject(&self, at: At<'_>, keys: Keys) -> Option<Selector> {
         let (mut requirements, expressions) = read_parts(at, keys)?;
         if let (PolicyKind::Cnp | PolicyKind::Knp, Some(namespace)) = (self.kind, self.namespace) {
@@ -190,8 +191,8 @@ impl Scope<'_> {
         Some(Selector { requirements })
     }
 
-    /// Reads a selector of peers. The peers of a policy are of its namespace, unless they say something else about
-    /// namespaces.
+    /// Parses a selector of peers. Peers of a namespaced policy are in its namespace, unless the selector names
+    /// namespaces itself.
     pub(super) fn peer(&self, at: At<'_>) -> Option<Selector> {
         let selector = read(at, Keys::Sourced)?;
         let is_about_endpoints = |selector: &Selector| selector.requirements.contains(&has_namespace());
@@ -223,8 +224,8 @@ impl Scope<'_> {
             .requirements
             .iter()
             .any(|requirement| names_a_namespace(requirement) && requirement.key != NAMESPACE);
-        // A selector that only says which namespaces it does not mean is still about endpoints: the world and the
-        // nodes have no namespace, so a negative requirement alone would match them.
+        // A selector that only excludes namespaces selects endpoints. The world and nodes have no namespace, so the
+        // negative requirement alone would match them as well.
         let only_negative = !names_reserved
             && (names_namespace || names_namespace_labels)
             && !selector
@@ -239,7 +240,7 @@ impl Scope<'_> {
             (PolicyKind::Cnp, Some(namespace)) if !names_namespace_labels => {
                 selector.requirements.push(in_namespace(namespace));
             }
-            // Else an empty selector would mean the world too.
+            // Without this requirement an empty selector would also match the world.
             (PolicyKind::Ccnp, _) if !self.selects_init => selector.requirements.push(has_namespace()),
             _ => {}
         }
@@ -263,7 +264,7 @@ pub(super) fn has_namespace() -> Requirement {
     }
 }
 
-/// Whether a selector names `reserved:init`.
+/// Returns whether a selector requires `reserved:init`.
 pub(super) fn names_init(selector: &Selector) -> bool {
     selector
         .requirements

@@ -9,7 +9,7 @@ use super::{
     selector::{self, Keys, Scope},
 };
 
-/// Reads a spec of a policy of this kind and namespace.
+/// Parses a spec of a policy of this kind and namespace.
 pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Option<Spec> {
     let object = at.object()?;
     let mut scope = Scope {
@@ -49,14 +49,14 @@ pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Opt
         .and_then(|at| at.string())
         .unwrap_or_default()
         .to_owned();
-    // For whoever sorts rules by labels, and for flow logs; neither has a say in verdicts.
+    // Neither field influences verdicts: labels group rules, and log is for flow logs.
     object.ignore(&["labels", "log"]);
     object.warn_null(&["ingress", "ingressDeny", "egress", "egressDeny"]);
     let all_known = object.finish();
 
     let sections = ["ingress", "ingressDeny", "egress", "egressDeny"];
     let says_nothing = |name| object.field(name).is_none_or(|at| at.is_empty_list());
-    // An unknown field may be the section that is missing.
+    // Not with an unknown field: that may be the section, misspelled.
     if all_known && sections.into_iter().all(says_nothing) {
         at.error(
             "one of ingress, ingressDeny, egress and egressDeny must hold a rule; \
@@ -77,7 +77,7 @@ pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Opt
 }
 
 fn subject(object: &Object<'_>, scope: Scope<'_>) -> Option<Subject> {
-    // `null` is everybody in a bare rule.
+    // In a bare rule, a null selector selects every endpoint.
     let selector = |name| {
         if object.at.is_bare() {
             object.field_or_null(name)
@@ -90,7 +90,7 @@ fn subject(object: &Object<'_>, scope: Scope<'_>) -> Option<Subject> {
     match (endpoints, node) {
         (Some(_), Some(at)) => {
             at.error(
-                "endpointSelector and nodeSelector cannot stand in one spec; write a spec for each (specs)",
+                "endpointSelector and nodeSelector cannot be combined in one spec; write a spec for each (specs)",
             );
             None
         }
@@ -110,7 +110,7 @@ fn subject(object: &Object<'_>, scope: Scope<'_>) -> Option<Subject> {
     }
 }
 
-/// A section; an empty one is the same as none.
+/// Parses a section. An empty section is the same as none.
 fn rules_of(object: &Object<'_>, name: &'static str, section: Section<'_>) -> Option<Vec<Rule>> {
     let list = object.field(name)?.list()?;
     if list.is_empty() {

@@ -1,9 +1,9 @@
-//! YAML text to trees of nodes.
+//! YAML texts to trees of nodes.
 //!
-//! Of YAML 1.2 with what Kubernetes' own reader takes beyond it: merge keys (`<<`), and JSON objects one after the
-//! other. The text is hostile: nesting is bounded, and so is what aliases may multiply ("billion laughs"). Characters
-//! at which a reader may stop, or which one reader takes for a line break and another does not, are refused before
-//! anything is read: what stands behind them must not vanish.
+//! Reads YAML 1.2 and the extensions that the reader of Kubernetes accepts: merge keys (`<<`) and concatenated JSON
+//! objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
+//! laughs"). Some characters are refused before parsing: those at which a parser may stop, and those that only some
+//! parsers treat as a line break. Otherwise rules behind such a character could vanish without an error.
 
 use std::{
     borrow::Cow,
@@ -14,25 +14,24 @@ use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Span, Tag};
 
 use super::node::{Entry, Node, Position, Value, quoted};
 
-/// How deep lists and objects may nest. The language itself needs about 15.
+/// Deepest nesting of lists and objects. Policies need about 15.
 const MAX_DEPTH: usize = 64;
 
-/// How many nodes aliases may add to a file, counted over all of its documents.
+/// Largest number of nodes that aliases may add to a file, over all documents.
 pub(super) const MAX_ALIASED_NODES: usize = 100_000;
 
-/// Something wrong with the text itself.
+/// An error of the text, with its place.
 #[derive(Debug)]
 pub(crate) struct YamlError {
     pub position: Position,
     pub message: String,
 }
 
-/// The documents of a text, and what is wrong with it.
-///
-/// After an error of syntax nothing more can be read; the documents before it are there.
+/// Returns the documents of a text, and its errors. A syntax error ends the parsing; the documents before it are
+/// returned.
 pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
-    // Text that comes from Windows may begin with a byte order mark; it is no part of the document.
+    // A file from Windows may begin with a byte order mark, which is not part of the document.
     let text = match without_marks(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         Ok(text) => text,
         Err(error) => return (Vec::new(), vec![error]),
@@ -49,11 +48,11 @@ pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     (loader.documents, loader.errors)
 }
 
-/// The first character that no policy file may contain as it is.
+/// Returns the error about the first character that no policy file may contain.
 ///
-/// YAML 1.2.2, 5.1 excludes control characters but tab, LF, CR (and NEL). The YAML parser takes NUL for the end of the
-/// text, so the rest of the file would be gone without an error; a file full of NULs is what a power failure leaves.
-/// U+0085, U+2028 and U+2029 end a line, and so a comment, in YAML 1.1 (Kubernetes' reader) but not in 1.2.
+/// YAML 1.2.2, section 5.1, excludes control characters except tab, LF, CR (and NEL). The YAML parser ends at NUL, so
+/// the rest of the file would be lost without an error; files full of NULs occur after power failures. U+0085, U+2028
+/// and U+2029 end a line, and so a comment, in YAML 1.1 (Kubernetes) but not in 1.2.
 fn forbidden_character(text: &str) -> Option<YamlError> {
     let is_forbidden = |c: char| match c {
         '\t' | '\n' | '\r' => false,
@@ -79,14 +78,16 @@ fn forbidden_character(text: &str) -> Option<YamlError> {
     })
 }
 
-/// Takes byte order marks out where a document begins (YAML 1.2.2, 5.2): two files that were joined. Elsewhere they
-/// are an error: the mark would become part of a key or value that looks like another one.
+/// Removes byte order marks where a document begins (YAML 1.2.2, section 5.2), as in two concatenated files.
+///
+/// # Errors
+/// A mark elsewhere. It would become part of a key or value that looks like another one.
 fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
     if !text.contains('\u{feff}') {
         return Ok(Cow::Borrowed(text));
     }
     let mut out = String::with_capacity(text.len());
-    // Whether only comments and blank lines stand between the last document's end and here.
+    // Whether only comments and blank lines follow the end of the last document.
     let mut between = true;
     let mut at = 0;
     for line in text.split_inclusive('\n') {
@@ -114,8 +115,8 @@ fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
     Ok(Cow::Owned(out))
 }
 
-/// The text cut where one JSON value follows another without a separator, each part with the place of its start. Any
-/// text that is not wholly JSON is one part.
+/// Splits a text of concatenated JSON values into the values with their places. A text that is not entirely JSON is
+/// one part.
 fn json_values(text: &str) -> Vec<(Position, &str)> {
     let whole = vec![(Position { line: 1, column: 1 }, text)];
     if !text.trim_start().starts_with('{') {
@@ -137,13 +138,13 @@ fn json_values(text: &str) -> Vec<(Position, &str)> {
     if parts.len() > 1 { parts } else { whole }
 }
 
-/// Line and column, from 1, of a byte of a text.
+/// Returns line and column, from 1, of a byte of a text.
 pub(crate) fn position_at(text: &str, byte: usize) -> Position {
     let (line, column) = advance((1, 1), &text[..byte]);
     Position { line, column }
 }
 
-/// Where one is after reading a text from a place on. LF, CR and CR LF end a line.
+/// Returns line and column after a text that begins at the given place. LF, CR and CR LF end a line.
 fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {
@@ -157,16 +158,16 @@ fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
     (line, column)
 }
 
-/// Reading cannot go on; the error has been noted.
+/// The parsing ends; the error has been recorded.
 struct Stop;
 
-/// What tests count in place of time, which depends on what else the machine does.
+/// Counts nodes: tests bound the work by this number, as the time depends on the load of the machine.
 #[cfg(test)]
 pub(super) mod work {
     use std::cell::Cell;
 
     thread_local! {
-        /// Nodes that this thread has made or copied while it read texts.
+        /// Nodes that this thread has created or copied.
         static NODES: Cell<usize> = const { Cell::new(0) };
     }
 
@@ -174,16 +175,16 @@ pub(super) mod work {
         NODES.set(NODES.get() + nodes);
     }
 
-    /// Returns the count and begins anew.
+    /// Returns the count and resets it.
     pub(in crate::parse) fn take() -> usize {
         NODES.take()
     }
 }
 
-/// A list or object that is not at its end yet.
+/// A list or object that is not complete yet.
 struct Open {
     position: Position,
-    /// Number of its anchor; 0 for none.
+    /// Number of the anchor; 0 for none.
     anchor: usize,
     value: OpenValue,
 }
@@ -192,20 +193,20 @@ enum OpenValue {
     List(Vec<Node>),
     Map {
         entries: Vec<Entry>,
-        /// For objects too large to look through.
+        /// Names of the members, to find duplicates in large objects.
         names: HashSet<String>,
-        /// The key whose value comes next.
+        /// Key whose value comes next.
         key: Option<(String, Position)>,
-        /// What `<<` brought in, if it did.
+        /// Members of merge keys (`<<`).
         merged: Vec<Entry>,
-        /// A key that cannot be one was read: its value is to be skipped.
+        /// Whether the next value is skipped, because its key was invalid.
         skip: bool,
     },
 }
 
 #[derive(Default)]
 struct Loader {
-    /// Where the part of the text that is being read begins.
+    /// Place at which the current part of the text begins.
     start: Position,
     documents: Vec<Node>,
     errors: Vec<YamlError>,
@@ -228,7 +229,7 @@ impl Loader {
                         .unwrap_or_default();
                     let here = line.char_indices().nth(marker.col());
                     let here = here.map_or("", |(byte, _)| &line[byte..]);
-                    // In the first column these characters stand for something else, like a directive.
+                    // In the first column these characters have another meaning, such as a directive.
                     let here = if marker.col() == 0 { "" } else { here };
                     self.error(self.position(marker), in_plain_words(error.info(), here));
                     return Err(Stop);
@@ -238,7 +239,7 @@ impl Loader {
         Ok(())
     }
 
-    /// The place in the whole text of a place in the part that is being read.
+    /// Returns the place in the whole text of a place in the current part.
     fn position(&self, marker: Marker) -> Position {
         let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         // The parser counts lines from 1 and columns from 0.
@@ -260,7 +261,7 @@ impl Loader {
     fn event(&mut self, event: Event<'_>, span: Span) -> Result<(), Stop> {
         let position = self.position(span.start);
         match event {
-            // An anchor belongs to its document (YAML 1.2.2, 3.2.2.2).
+            // Anchors are valid within one document (YAML 1.2.2, section 3.2.2.2).
             Event::DocumentStart(_) => self.anchors.clear(),
             Event::Scalar(text, style, anchor, tag) => {
                 let value = self.scalar(&text, style, tag.as_deref(), position);
@@ -314,7 +315,7 @@ impl Loader {
     fn alias(&mut self, anchor: usize, position: Position) -> Result<(), Stop> {
         let Some((node, size)) = self.anchors.get(&anchor) else {
             let message = if self.open.iter().any(|open| open.anchor == anchor) {
-                "this alias is inside of what it stands for"
+                "this alias is inside the value of its own anchor"
             } else {
                 "this alias has no anchor in this document"
             };
@@ -333,12 +334,12 @@ impl Loader {
         self.complete(node, 0)
     }
 
-    /// A node is complete: it goes to where it belongs.
+    /// Adds a complete node to the list, object or document that contains it.
     fn complete(&mut self, node: Node, anchor: usize) -> Result<(), Stop> {
         #[cfg(test)]
         work::count(1);
         if anchor != 0 {
-            // Keeping it costs a copy, so it counts as well.
+            // The copy kept for aliases counts as well.
             let size = size(&node);
             #[cfg(test)]
             work::count(size);
@@ -371,7 +372,7 @@ impl Loader {
                     if key == "<<" {
                         problem = merge(node, merged).err();
                     } else if names.contains(&key) {
-                        problem = Some((position, format!("{} is given twice", quoted(&key))));
+                        problem = Some((position, format!("{} occurs twice", quoted(&key))));
                     } else {
                         names.insert(key.clone());
                         entries.push(Entry {
@@ -400,8 +401,8 @@ impl Loader {
         Ok(())
     }
 
-    /// A tag that says anything else of a list or object than that it is one is refused: another reader may make
-    /// something else of it.
+    /// Refuses tags on a list or object other than those of lists and objects: another parser may interpret them
+    /// differently.
     fn collection_tag(&mut self, tag: Option<&Tag>, expected: &str, position: Position) {
         let known = tag.is_none_or(|tag| {
             (tag.handle.is_empty() && tag.suffix == "!")
@@ -423,7 +424,7 @@ impl Loader {
         match tag {
             None if style == ScalarStyle::Plain => plain_scalar(text),
             None => string(),
-            // "!" alone: not to be resolved (YAML 1.2.2, 6.9.1).
+            // The tag "!" alone forces a string (YAML 1.2.2, section 6.9.1).
             Some(tag) if tag.handle.is_empty() && tag.suffix == "!" => string(),
             Some(tag) if tag.is_yaml_core_schema() && tag.suffix == "str" => string(),
             Some(tag)
@@ -453,7 +454,7 @@ impl OpenValue {
                 merged,
                 ..
             } => {
-                // What is written out wins over what is merged in; of that, the first.
+                // Explicit members win over merged ones; of merged ones, the first wins.
                 for entry in merged {
                     if names.insert(entry.key.clone()) {
                         entries.push(entry);
@@ -465,7 +466,7 @@ impl OpenValue {
     }
 }
 
-/// What the YAML parser says, with what it most likely means: an unquoted `*` begins an alias.
+/// Returns the parser's message, with the likely cause: an unquoted `*` begins an alias.
 fn in_plain_words(said: &str, here: &str) -> String {
     match here.chars().next() {
         Some('*') => {
@@ -483,7 +484,7 @@ fn in_plain_words(said: &str, here: &str) -> String {
     }
 }
 
-/// The value of `<<`: an object, or a list of objects.
+/// Adds the members of the value of `<<`, which is an object or a list of objects.
 fn merge(node: Node, merged: &mut Vec<Entry>) -> Result<(), (Position, String)> {
     match node.value {
         Value::Map(entries) => merged.extend(entries),
@@ -510,7 +511,7 @@ fn merge(node: Node, merged: &mut Vec<Entry>) -> Result<(), (Position, String)> 
     Ok(())
 }
 
-/// A key as text. `1: x` and `true: x` have the keys "1" and "true", as in Kubernetes' reader.
+/// Returns a key as text. `1: x` and `true: x` have the keys "1" and "true", as in Kubernetes.
 fn key_text(node: &Node) -> Option<String> {
     match &node.value {
         Value::String { text, .. } | Value::Float(text) => Some(text.clone()),
@@ -520,7 +521,7 @@ fn key_text(node: &Node) -> Option<String> {
     }
 }
 
-/// The core schema (YAML 1.2.2, 10.3.2).
+/// Parses a plain scalar by the core schema (YAML 1.2.2, section 10.3.2).
 fn plain_scalar(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -542,7 +543,7 @@ fn plain_scalar(text: &str) -> Value {
 }
 
 fn integer(text: &str) -> Option<i128> {
-    // Octal in YAML 1.1 (Kubernetes' reader), decimal in 1.2: no number that two readers agree about.
+    // A leading zero means octal in YAML 1.1 (Kubernetes) and decimal in 1.2, so such numbers are not numbers here.
     let digits = text.trim_start_matches(['+', '-']);
     if digits.len() > 1 && digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -562,7 +563,7 @@ fn is_float(text: &str) -> bool {
     {
         return true;
     }
-    // Rust's own reader takes "inf", "nan" and "infinity" too, which are words in YAML.
+    // `f64::from_str` also accepts "inf", "nan" and "infinity", which are strings in YAML.
     text.starts_with(|c: char| c.is_ascii_digit() || matches!(c, '+' | '-' | '.'))
         && text.bytes().any(|b| b.is_ascii_digit())
         && text
@@ -571,7 +572,7 @@ fn is_float(text: &str) -> bool {
         && text.parse::<f64>().is_ok()
 }
 
-/// How many nodes a tree has. Trees are at most [`MAX_DEPTH`] deep, so recursion is safe.
+/// Returns the number of nodes of a tree. Recursion is safe, as trees are at most [`MAX_DEPTH`] deep.
 fn size(node: &Node) -> usize {
     1 + match &node.value {
         Value::List(items) => items.iter().map(size).sum(),

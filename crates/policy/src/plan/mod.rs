@@ -207,8 +207,8 @@ impl<'a> Plan<'a> {
 
 /// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: its flags before.
 fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [EndpointState; 2] {
-    // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. The same if LEARNS
-    // changes, as a program may have read LEARNS of one state and the policy id of the other.
+    // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. It also does
+    // so if LEARNS changes, because a program may have read LEARNS of one state and the policy id of the other.
     let learns_as_before = (old_flags ^ state.flags) & endpoint_flags::LEARNS == 0;
     let revision = if !settles && learns_as_before {
         state.revision

@@ -1,4 +1,4 @@
-//! Verdicts of the compiled table: against the rules themselves, and while the maps change.
+//! Verdicts of the compiled table, compared with the rules themselves, and during changes of the maps.
 
 mod maps;
 mod naive;

@@ -1,4 +1,4 @@
-//! The BPF maps as ordinary ones, and the lookups of the programs over them.
+//! The BPF maps as ordinary maps, with the lookups of the programs.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,7 +21,7 @@ pub struct Maps {
     classes: Vec<Class>,
     policy: HashMap<PolicyKey, PolicyEntry>,
     endpoints: HashMap<u16, EndpointState>,
-    /// From the configuration of the programs.
+    /// Identities of the world (IPv4, IPv6), from the configuration of the programs.
     world: (u32, u32),
 }
 
@@ -34,13 +34,13 @@ impl Maps {
         }
     }
 
-    /// Carries out a step, and calls `look` after every single write.
+    /// Carries out an operation, and calls `look` after every write.
     pub fn apply(&mut self, op: &Op, mut look: impl FnMut(&Self)) {
         match op {
             Op::PolicyPut(entries) => {
                 for (number, (key, entry)) in entries.iter().enumerate() {
                     self.policy.insert(*key, *entry);
-                    // Into a table that nobody uses yet there is nothing to see.
+                    // A write to a table that no endpoint uses changes no verdict.
                     if number % 16 == 0 || self.endpoints.values().any(|state| state.policy == key.policy) {
                         look(self);
                     }
@@ -89,7 +89,7 @@ impl Maps {
         look(self);
     }
 
-    /// Who an address is.
+    /// Returns the identity of an address.
     pub fn identity(&self, address: Addr) -> u32 {
         if let Some(entry) = self.addresses.get(&address) {
             return entry.identity;
@@ -111,12 +111,12 @@ impl Maps {
         }
     }
 
-    /// What the programs decide; `None`: no policy, dropped.
+    /// Returns the entry that the programs find; `None` if the endpoint has no policy (the packet is dropped).
     pub fn judge(&self, packet: &Packet) -> Option<PolicyEntry> {
         self.judge_from(self.identity(packet.remote.into()), packet)
     }
 
-    /// Who the other end is for the endpoint of a packet, when it is known who it is for everybody.
+    /// Returns the identity of the peer for the endpoint of a packet, given its identity in the ipcache.
     fn as_learned(&self, other: u32, packet: &Packet) -> u32 {
         let addr = Addr::from(packet.remote);
         let learns = self
@@ -137,7 +137,7 @@ impl Maps {
         self.learned.get(&key).copied().unwrap_or(other)
     }
 
-    /// The same, when it is known who the other end is for everybody.
+    /// Returns the same as [`Self::judge`], given the identity of the peer in the ipcache.
     pub fn judge_from(&self, other: u32, packet: &Packet) -> Option<PolicyEntry> {
         let other = self.as_learned(other, packet);
         let state = self.endpoints.get(&packet.endpoint)?;
@@ -166,7 +166,7 @@ impl Maps {
         })
     }
 
-    /// As they are read back after a restart.
+    /// Returns the snapshot that a restarted daemon reads back.
     pub fn read_back(&self) -> Snapshot {
         let mut snapshot = Snapshot::from_maps(MapContents {
             addresses: self.addresses.clone(),
@@ -181,7 +181,7 @@ impl Maps {
         snapshot
     }
 
-    /// Panics where they hold anything else than a snapshot says.
+    /// Panics if the maps differ from a snapshot.
     pub fn assert_equal(&self, snapshot: &Snapshot) {
         assert_eq!(self.addresses, *snapshot.addresses);
         assert_eq!(self.prefixes, *snapshot.prefixes);
@@ -198,7 +198,7 @@ impl Maps {
             self.endpoints,
             snapshot.endpoints.iter().map(|(id, s)| (*id, *s)).collect()
         );
-        // What the programs do not ask of a table, because of the flags, says nothing.
+        // Entries that the flags keep the programs from reading may differ.
         for state in snapshot.endpoints.values() {
             for (key, entry) in &snapshot.tables[&state.policy].entries {
                 let plain = if key.direction == Direction::Ingress as u8 {

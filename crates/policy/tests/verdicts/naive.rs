@@ -1,4 +1,4 @@
-//! The rules read one by one, as the language describes them: no identities, no classes, no table.
+//! Evaluation of the rules one by one, as the policy language defines them: without identities, classes and tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,14 +28,14 @@ pub enum Verdict {
     Inspect(&'static str),
 }
 
-/// A verdict, and whether it passes by audit mode.
+/// A verdict, and whether the packet passes because of audit mode.
 pub type Judged = (Verdict, bool);
 
-/// The other end: its labels, and for an address of the world the longest prefix that anybody mentions.
+/// The peer: its labels and, for an address of the world, the longest prefix that a policy names.
 struct Other {
     labels: Labels,
     prefix: Option<IpNet>,
-    /// By which names the endpoint has learned it.
+    /// Names by which the endpoint has learned the address.
     names: Vec<&'static str>,
 }
 
@@ -75,7 +75,7 @@ impl<'a> Naive<'a> {
         match peer {
             Peer::Cidr(rule) => vec![rule.clone()],
             Peer::CidrGroup { name, except } => groups(&|group| group.name == *name, except),
-            // The only group selector that is made asks for kind=lab.
+            // The only group selector of the generator requires kind=lab.
             Peer::CidrGroupSelector { except, .. } => groups(
                 &|group| group.labels.contains(&("kind".into(), "lab".into())),
                 except,
@@ -158,7 +158,7 @@ impl<'a> Naive<'a> {
             .iter()
             .find(|endpoint| endpoint.id == packet.endpoint)?;
         let mut other = self.who(packet.remote);
-        // A name adds to an address of the world; whoever is somebody stays who they are.
+        // Names add to the identity of world addresses only.
         let world = other
             .labels
             .iter()
@@ -313,9 +313,10 @@ impl<'a> Naive<'a> {
         } else if allows.iter().any(|(_, rule, _)| rule.auth_required) {
             (Verdict::Auth, true)
         } else if let Some(kind) = read {
-            // what its rules do not allow is what nobody allows
+            // A request that no application rule allows gets the default verdict.
             let audited = !strict && !denying.is_empty() && denying.iter().all(|policy| policy.audit);
-            // and what only policies in audit mode want to have read passes in any case if others allow it
+            // If only policies in audit mode have application rules and others allow the packet, it passes in any
+            // case.
             let unread = allows
                 .iter()
                 .all(|(policy, _, l7)| policy.audit || kind_of(l7).is_none());
@@ -341,7 +342,7 @@ impl<'a> Naive<'a> {
             .collect()
     }
 
-    /// For each port entry that matches (one if the rule is about every port): its L7 rules.
+    /// Returns the L7 rules of each port entry that matches; one entry if the rule matches every port.
     fn rule_matches<'r>(
         &self,
         rule: &'r Rule,
@@ -424,7 +425,7 @@ impl<'a> Naive<'a> {
                 if packet.direction == Direction::Ingress {
                     return number(&subject.named_ports).is_some_and(|number| matches(&number));
                 }
-                // Everybody who has a port of that name, and among them those that are the other end.
+                // All that have a port of this name, and the peer among them.
                 let endpoints = self
                     .inventory
                     .endpoints
@@ -443,10 +444,10 @@ impl<'a> Naive<'a> {
                     .collect();
                 match (all.len(), own.len()) {
                     (0 | 1, _) => all.iter().any(matches),
-                    // Bare rules are those of the original.
+                    // Bare rules follow Cilium.
                     _ if kind == PolicyKind::Raw && !denies => false,
                     (_, 1) => own.iter().any(matches),
-                    // Nobody can say which is meant: an allow means none of them, a denial each.
+                    // The peer's number is ambiguous: an allow matches none, a deny each.
                     (_, 0) => denies && all.iter().any(matches),
                     _ => denies && own.iter().any(matches),
                 }
@@ -492,7 +493,7 @@ impl<'a> Naive<'a> {
                                 || (reserved("world-ipv4") && !v6)
                                 || (reserved("world-ipv6") && v6)))
                 };
-                // The world as such is in `/0` whatever is excluded, be it `/0` of either family.
+                // A world identity without a prefix is in `/0`, whatever the rule excludes.
                 self.cidr_rules(peer)
                     .iter()
                     .any(|rule| covers(&rule.cidr) && !rule.except.iter().any(inside))
@@ -509,7 +510,7 @@ impl<'a> Naive<'a> {
     }
 }
 
-/// Whether a name is one that a pattern means; of those patterns that are made here.
+/// Returns whether a name matches one of the patterns of the generator.
 pub fn name_fits(pattern: &str, name: &str) -> bool {
     match pattern.strip_prefix("*.") {
         _ if pattern == "*" => true,

@@ -1,4 +1,4 @@
-//! Changes that are easy to get wrong, each planned and looked at after every single write.
+//! Changes that are easy to get wrong. Each is planned, and all verdicts are checked after every write.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -60,7 +60,7 @@ fn inventory() -> Inventory {
     }
 }
 
-/// A policy for app=a with these rules of YAML, indented by two.
+/// Returns a policy for app=a with these rules, in YAML indented by two.
 fn policy(rules: &str) -> FileContent {
     let text = format!(
         "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata:\n  name: p\nspec:\n  endpointSelector: \
@@ -121,7 +121,7 @@ impl Node {
         Self { compiler, maps }
     }
 
-    /// Plans a change, carries it out, looks; returns the steps.
+    /// Plans a change, carries it out and checks the verdicts. Returns the operations.
     fn change(&mut self, changes: Changes) -> Vec<Op> {
         let old = self.compiler.snapshot().clone();
         let new = self.compiler.update(changes).unwrap().clone();
@@ -129,7 +129,7 @@ impl Node {
             .into_iter()
             .map(|packet| {
                 let other = new.identity_of(packet.remote).identity;
-                let after = new.judge(
+                let after = new.policy_entry(
                     packet.endpoint,
                     packet.direction,
                     other,
@@ -189,7 +189,7 @@ const WIDE_AND_NARROW: &str = "  egress:\n  - toCIDR: [10.0.0.0/8]\n    toPorts:
                                TCP}]}]\n  egressDeny:\n  - toCIDR: [10.1.2.0/24]";
 
 #[test]
-fn a_narrower_prefix_appears_inside_an_allowed_one_and_goes() {
+fn a_narrower_prefix_is_added_and_removed() {
     let mut node = Node::new(WIDE);
     assert!(node.allows(2, Direction::Egress, "10.1.2.3", 80));
     node.rules(WIDE_AND_NARROW);
@@ -200,7 +200,7 @@ fn a_narrower_prefix_appears_inside_an_allowed_one_and_goes() {
 }
 
 #[test]
-fn prefixes_are_exchanged_for_others() {
+fn prefixes_are_replaced_by_others() {
     let narrow = |prefix: &str, port: &str| {
         format!(
             "  egress:\n  - toCIDR: [{prefix}]\n    toPorts: [{{ports: [{{port: '{port}', protocol: TCP}}]}}]\n  - \
@@ -218,7 +218,7 @@ fn prefixes_are_exchanged_for_others() {
 }
 
 #[test]
-fn a_range_is_cut_and_made_whole() {
+fn a_port_range_is_split_and_merged() {
     let whole = "  ingress:\n  - toPorts: [{ports: [{port: '80', endPort: 9000, protocol: TCP}]}]";
     let cut = "  ingress:\n  - toPorts: [{ports: [{port: '80', endPort: 9000, protocol: TCP}]}]\n  ingressDeny:\n  - \
                toPorts: [{ports: [{port: '443', protocol: TCP}]}]";
@@ -232,7 +232,7 @@ fn a_range_is_cut_and_made_whole() {
 }
 
 #[test]
-fn an_address_gets_labels_that_others_have_already() {
+fn an_address_gets_the_labels_of_other_addresses() {
     let rules = "  egress:\n  - toEndpoints: [{matchLabels: {app: db}}]\n    toPorts: [{ports: [{port: '80', protocol: \
                  TCP}]}]\n  - toCIDR: [10.1.2.0/24]";
     let denied = "  egress:\n  - toEntities: [world]\n  egressDeny:\n  - toEndpoints: [{matchLabels: {app: db}}]\n    \
@@ -250,7 +250,7 @@ fn an_address_gets_labels_that_others_have_already() {
 }
 
 #[test]
-fn endpoints_exchange_their_labels() {
+fn endpoints_swap_their_labels() {
     let rules = "  ingress:\n  - fromEndpoints: [{matchLabels: {app: b}}]";
     let mut node = Node::new(rules);
     let mut exchanged = inventory();
@@ -267,7 +267,7 @@ fn endpoints_exchange_their_labels() {
 }
 
 #[test]
-fn a_change_elsewhere_writes_nothing_here() {
+fn a_change_of_another_endpoint_writes_nothing() {
     let mut node = Node::new(WIDE);
     let other = FileContent {
         policies: parse(
@@ -313,7 +313,7 @@ fn a_restarted_daemon_takes_over_without_a_gap() {
         .into_iter()
         .map(|packet| {
             let other = new.identity_of(packet.remote).identity;
-            let after = new.judge(
+            let after = new.policy_entry(
                 packet.endpoint,
                 packet.direction,
                 other,
@@ -337,7 +337,7 @@ fn a_restarted_daemon_takes_over_without_a_gap() {
 }
 
 #[test]
-fn rules_that_exclude_each_other_leave_everything_as_it_was() {
+fn conflicting_rules_leave_the_snapshot_unchanged() {
     let mut node = Node::new(WIDE);
     let before = node.compiler.snapshot().clone();
     let conflicting = policy(
@@ -352,13 +352,15 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
         })
         .unwrap_err();
     assert!(
-        errors[0].to_string().contains("tls and http cannot both be read"),
+        errors[0]
+            .to_string()
+            .contains("tls and http cannot both be inspected"),
         "{}",
         errors[0]
     );
     assert!(errors[0].location.line > 0);
     assert!(plan(&before, node.compiler.snapshot()).is_empty());
-    // The next change, of another file, builds on what was there.
+    // The next change, of another file, starts from the unchanged state.
     let other = parse(
         "q.yaml",
         "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: q}\nspec:\n  endpointSelector: {matchLabels: \
@@ -382,7 +384,7 @@ fn rules_that_exclude_each_other_leave_everything_as_it_was() {
 }
 
 #[test]
-fn flows_are_judged_again_when_an_address_becomes_somebody_else() {
+fn flows_are_evaluated_again_when_an_address_changes_identity() {
     let rules = "  egress:\n  - toEndpoints: [{matchLabels: {app: db}}]";
     let mut node = Node::new(rules);
     assert!(!node.allows(2, Direction::Egress, "10.1.2.3", 80));

@@ -1,4 +1,5 @@
-//! The compiled table against the rules themselves, and plans against every packet after every single write.
+//! Properties: the compiled table decides as the rules do, and during a plan every packet gets the old or the new
+//! verdict.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -37,8 +38,8 @@ fn changes(inventory: Option<Inventory>, files: &BTreeMap<String, FileContent>) 
     }
 }
 
-/// The snapshot of a compiler after the endpoints have learned some facts, and what is new in it.
-fn taught(compiler: &mut Compiler, facts: &[Fact]) -> (Snapshot, LearnedUpdate) {
+/// Returns the snapshot of a compiler after the endpoints have learned some facts, and the update.
+fn with_learned(compiler: &mut Compiler, facts: &[Fact]) -> (Snapshot, LearnedUpdate) {
     let names = compiler.snapshot().names.clone();
     let lists = compiler.snapshot().fqdn.clone();
     let mut learned: BTreeMap<(u16, IpAddr), BTreeSet<u32>> = BTreeMap::new();
@@ -86,7 +87,7 @@ fn judged(snapshot: &Snapshot, packet: &Packet) -> Option<(Judged, PolicyEntry)>
     let other = learned
         .filter(|_| packet.direction == Direction::Egress)
         .unwrap_or_else(|| snapshot.identity_of(packet.remote).identity);
-    let entry = snapshot.judge(
+    let entry = snapshot.policy_entry(
         packet.endpoint,
         packet.direction,
         other,
@@ -103,15 +104,15 @@ fn judged(snapshot: &Snapshot, packet: &Packet) -> Option<(Judged, PolicyEntry)>
     Some(((verdict, entry.flags & entry_flags::AUDIT != 0), entry))
 }
 
-/// What a packet notices of an entry.
+/// Returns the part of an entry that a packet can observe.
 fn noticed(entry: Option<PolicyEntry>) -> Option<(u8, u8, u8)> {
     entry.map(|entry| (entry.decision, entry.flags & entry_flags::AUDIT, entry.inspector))
 }
 
-/// What may be noticed: under the old rules, under the new ones.
+/// Observations allowed during a plan: by the old rules, by the new rules.
 type Allowed = [Option<(u8, u8, u8)>; 2];
 
-/// The packets, their verdicts in two states, and a look at all of them in between.
+/// Packets with their verdicts before and after, to compare all of them in between.
 struct Watch {
     packets: Vec<(Packet, Allowed)>,
 }
@@ -164,7 +165,7 @@ fn tape(length: usize) -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), 0..length)
 }
 
-/// Fewer cases than usual, since each is many; `PROPTEST_CASES` asks for more.
+/// Fewer cases than the default, because each checks many packets; `PROPTEST_CASES` overrides the number.
 fn config() -> ProptestConfig {
     let cases = std::env::var("PROPTEST_CASES")
         .ok()
@@ -177,10 +178,10 @@ fn config() -> ProptestConfig {
     }
 }
 
-/// What is outside of every prefix that is mentioned is in `/0` whatever that excludes, also the `/0` of a family. What
-/// has a prefix of its own is excluded with it.
+/// An address outside of every named prefix is in `/0`, whatever that prefix excludes (also `/0` of one family). An
+/// address with a prefix of its own is excluded with the prefix.
 #[test]
-fn what_excludes_everything_excludes_only_who_has_a_prefix() {
+fn excepting_every_prefix_excludes_only_addresses_with_a_prefix() {
     let location = Location::default();
     let rule = |cidr: &str, except: &[&str]| Rule {
         peers: Peers::OneOf(vec![RulePeer::Cidr(CidrRule {
@@ -220,7 +221,7 @@ fn what_excludes_everything_excludes_only_who_has_a_prefix() {
             name: "p".into(),
             namespace: None,
             audit: false,
-            // The second one only makes the address one that has a prefix of its own.
+            // The second policy only gives the address a prefix of its own.
             specs: vec![
                 spec(false, rule(cidr, &[except])),
                 spec(true, rule("10.1.0.0/16", &["10.1.2.3/32"])),
@@ -257,17 +258,17 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn the_table_says_what_the_rules_say(bytes in tape(500)) {
+    fn the_table_decides_as_the_rules_do(bytes in tape(500)) {
         let mut tape = Tape::new(&bytes);
         let inventory = inventory(&mut tape);
         let files = files(&mut tape);
         let facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
         let mut compiler = Compiler::new(&CompilerState::default());
         if compiler.update(changes(Some(inventory.clone()), &files)).is_err() {
-            // Rules that exclude each other.
+            // The rules conflict.
             return Ok(());
         }
-        let (snapshot, _) = taught(&mut compiler, &facts);
+        let (snapshot, _) = with_learned(&mut compiler, &facts);
         let snapshot = &snapshot;
         let naive = Naive::new(&inventory, &files, &facts);
         for packet in packets() {
@@ -283,7 +284,7 @@ proptest! {
     }
 
     #[test]
-    fn no_packet_notices_a_change(bytes in tape(900), restart in any::<bool>()) {
+    fn every_packet_gets_the_old_or_the_new_verdict(bytes in tape(900), restart in any::<bool>()) {
         let mut tape = Tape::new(&bytes);
         let mut the_inventory = inventory(&mut tape);
         let mut the_files = files(&mut tape);
@@ -293,7 +294,7 @@ proptest! {
             return Ok(());
         }
         let mut facts: Vec<Fact> = (0..tape.pick(9)).map(|_| fact(&mut tape)).collect();
-        let (snapshot, _) = taught(&mut compiler, &facts);
+        let (snapshot, _) = with_learned(&mut compiler, &facts);
         let mut maps = Maps::empty(snapshot.world_ipv4, snapshot.world_ipv6);
         for op in plan(&maps.read_back(), &snapshot) {
             maps.apply(&op, |_| {});
@@ -301,11 +302,11 @@ proptest! {
         maps.assert_equal(&snapshot);
         let mut old = snapshot;
         for _ in 0..3 {
-            // Answers: the new identities go into the tables as they are, then each address is mapped by itself.
+            // DNS answers: the new identities get rows in the current tables, then each address is mapped.
             for _ in 0..tape.pick(3) {
                 facts.push(fact(&mut tape));
                 let before: Vec<_> = packets().iter().map(|packet| noticed(maps.judge(packet))).collect();
-                let (new, update) = taught(&mut compiler, &facts);
+                let (new, update) = with_learned(&mut compiler, &facts);
                 for op in &update.ops {
                     maps.apply(op, |_| {});
                 }
@@ -319,7 +320,8 @@ proptest! {
             let unchanged = (the_inventory.clone(), the_files.clone());
             if tape.pick(2) == 1 {
                 the_inventory = inventory(&mut tape);
-                // Who the world is belongs to the configuration of the programs, which no plan changes.
+                // The identities of the world belong to the configuration of the programs, which a plan does not
+                // change.
                 the_inventory.options.dual_stack = dual_stack;
                 change.inventory = Some(the_inventory.clone());
             }
@@ -342,7 +344,7 @@ proptest! {
                 change = changes(Some(the_inventory.clone()), &the_files);
             }
             if compiler.update(change).is_err() {
-                // What was there stays, and what comes next builds on it.
+                // The refused change has no effect on the next one.
                 if restart {
                     return Ok(());
                 }
@@ -352,21 +354,21 @@ proptest! {
                 (the_inventory, the_files) = unchanged;
                 continue;
             }
-            let (new, _) = taught(&mut compiler, &facts);
+            let (new, _) = with_learned(&mut compiler, &facts);
             let before: Vec<_> = packets().iter().map(|packet| (*packet, noticed(maps.judge(packet)))).collect();
             let revisions: Vec<_> = (0..10).map(|id| maps.endpoint(id).map(|state| state.revision)).collect();
             carry_out(&mut maps, &old, &new);
-            // Flows of an endpoint whose verdicts have changed are judged again.
+            // Flows of endpoints whose verdicts have changed are evaluated again.
             for (packet, verdict) in before {
                 let state = maps.endpoint(packet.endpoint);
                 if verdict.is_some() && verdict != noticed(maps.judge(&packet)) && let Some(state) = state {
                     prop_assert_ne!(Some(state.revision), revisions[usize::from(packet.endpoint)]);
                 }
             }
-            // What is compiled step by step is what is compiled at once.
+            // Compiling step by step equals compiling at once.
             let mut at_once = Compiler::new(&CompilerState::default());
             prop_assert!(at_once.update(changes(Some(the_inventory.clone()), &the_files)).is_ok());
-            let (at_once, _) = taught(&mut at_once, &facts);
+            let (at_once, _) = with_learned(&mut at_once, &facts);
             for packet in packets() {
                 prop_assert_eq!(
                     judged(&new, &packet).map(|(verdict, _)| verdict),

@@ -1,5 +1,5 @@
-//! Worlds, policies and packets from a tape of random bytes. A tape that is shorter or has smaller numbers gives
-//! something simpler, so that proptest's shrinking works.
+//! Inventories, policies and packets from a tape of random bytes. A shorter tape or smaller numbers give simpler
+//! results, so that proptest can shrink.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -26,7 +26,7 @@ impl<'a> Tape<'a> {
         Self { bytes, at: 0 }
     }
 
-    /// A number below `n`; 0 past the end of the tape.
+    /// Returns a number below `n`; 0 at the end of the tape.
     pub fn pick(&mut self, n: usize) -> usize {
         let byte = self.bytes.get(self.at).copied().unwrap_or(0);
         self.at += 1;
@@ -37,7 +37,7 @@ impl<'a> Tape<'a> {
         of[self.pick(of.len())].clone()
     }
 
-    /// True once in `n`.
+    /// Returns true with probability 1/`n`.
     fn once_in(&mut self, n: usize) -> bool {
         self.pick(n) == n - 1
     }
@@ -218,7 +218,7 @@ pub fn file(tape: &mut Tape<'_>, name: &str) -> FileContent {
             location: location(1),
         }],
         cidr_groups: tape.some(1, |tape| CidrGroup {
-            // A group is in one file; the others are found by their labels.
+            // The group of one file is referenced by name, the others by their labels.
             name: if name == "0.yaml" {
                 "group".to_owned()
             } else {
@@ -427,7 +427,7 @@ fn selector(tape: &mut Tape<'_>) -> Selector {
     Selector { requirements }
 }
 
-/// What an endpoint was told: a name has an address.
+/// A DNS answer for an endpoint: a name has an address.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fact {
     pub endpoint: u16,
@@ -453,7 +453,7 @@ pub struct Packet {
     pub port: Option<u16>,
 }
 
-/// Packets from and to everywhere.
+/// Returns packets between all endpoints and addresses.
 pub fn packets() -> Vec<Packet> {
     let mut packets = Vec::new();
     for endpoint in [1, 2, 3, 4, 9] {

@@ -1,4 +1,4 @@
-//! Case files: JSON without places.
+//! Case files: JSON, whose nodes have no places.
 
 use palisade_model::rule::{Peers, PolicyKind, Subject};
 use serde_json::json;
@@ -6,7 +6,7 @@ use serde_json::json;
 use super::errors_of;
 use crate::parse::{parse_rules_json, yaml_to_json};
 
-/// Rules that the original rejects.
+/// Rules that Cilium rejects.
 #[test]
 fn rejected_rules() {
     let subject = json!({"matchLabels": {"app": "a"}});
@@ -39,7 +39,7 @@ fn rejected_rules() {
 }
 
 #[test]
-fn messages_name_the_case_and_the_way() {
+fn messages_name_the_case_and_the_path() {
     let rules =
         json!([{}, {"endpointSelector": {}, "egress": [{}, {"toPorts": [{"ports": [{"port": 80}]}]}]}]);
     let policies = json!([{"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": "p"},

@@ -1,15 +1,15 @@
-//! Each error, with its place. Snippets stand in a policy; their first line is line 6 of it.
+//! Errors with their places. A snippet is part of a policy; its first line is line 6.
 
 use super::{cnp, said};
 use crate::parse::parse;
 
-/// Asserts what is said of a snippet that is a part of a spec.
+/// Asserts the diagnostics of a snippet of a spec.
 #[track_caller]
 fn assert_said(snippet: &str, expected: &[&str]) {
     assert_eq!(said(&cnp(snippet)), expected, "{snippet}");
 }
 
-/// Asserts the one error of the one rule of `egress`, which is written in line 7 from column 5 on.
+/// Asserts the one error of the one rule of `egress`, which begins in line 7, column 5.
 #[track_caller]
 fn assert_egress(rule: &str, expected: &str) {
     assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
@@ -25,20 +25,20 @@ fn assert_deny(rule: &str, expected: &str) {
     assert_said(&format!("  egressDeny:\n  - {rule}\n"), &[expected]);
 }
 
-/// Asserts the one error of an entry of toPorts (of TCP port 80 unless it names ports), written from column 15 on.
+/// Asserts the one error of an entry of `toPorts`, which begins in column 15. The default port is TCP 80.
 #[track_caller]
 fn assert_entry(entry: &str, expected: &str) {
     assert_egress(&format!("toPorts: [{entry}]"), expected);
 }
 
-/// The same, of an entry with an http rule.
+/// Asserts the one error of an http rule.
 #[track_caller]
 fn assert_http(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{http: [{rule}]}}}}]");
     assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
-/// The same, of an entry whose Kafka rules are warned of as well (at `rules`, column 48).
+/// Asserts the one error of a Kafka rule, beside the warning about Kafka (at `rules`, column 48).
 #[track_caller]
 fn assert_kafka(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{kafka: [{rule}]}}}}]");
@@ -85,7 +85,7 @@ spec:
 }
 
 #[test]
-fn a_policy_with_an_error_does_not_take_others_with_it() {
+fn a_policy_with_an_error_leaves_the_others() {
     let good = cnp("  ingress: [{}]\n");
     let bad = good.replace("name: p", "name: q").replace("[{}]", "[{x: 1}]");
     let parsed = parse("f", &format!("{bad}---\n{good}"));
@@ -114,7 +114,9 @@ fn subjects_and_sections() {
     );
     assert_eq!(
         spec("  endpointSelector: {}\n  nodeSelector: {}\n  ingress: [{}]\n"),
-        ["6:17: endpointSelector and nodeSelector cannot stand in one spec; write a spec for each (specs)"]
+        [
+            "6:17: endpointSelector and nodeSelector cannot be combined in one spec; write a spec for each (specs)"
+        ]
     );
     assert_eq!(
         spec("  nodeSelector: {}\n  ingress: [{}]\n"),
@@ -124,7 +126,7 @@ fn subjects_and_sections() {
                    to deny everything of a direction write the empty rule, as in ingress: [{}]";
     assert_said("", &[nothing]);
     assert_said("  egress: []\n", &[nothing]);
-    let null = "6:3: warning: egress holds nothing (null): as if it were not there";
+    let null = "6:3: warning: egress is null, which is the same as absent";
     assert_said("  egress: null\n  ingressDeny: []\n", &[nothing, null]);
     assert_said("  enableDefaultDeny: {ingress: true}\n", &[nothing]);
     assert_said(
@@ -216,7 +218,7 @@ fn selectors() {
     );
     from(
         "{matchLabels: {Example.com/app: a}}",
-        "7:36: \"Example.com/app\" cannot be a label's key: what stands before the \"/\" must be a DNS name in lower case",
+        "7:36: \"Example.com/app\" cannot be a label's key: the part before the \"/\" must be a DNS name in lower case",
     );
     from(
         "{matchLabels: {'k8s:a:b': a}}",
@@ -225,7 +227,7 @@ fn selectors() {
     );
     from(
         "{matchLabels: {':a': a}}",
-        "7:36: \":a\" cannot be a label's key: what stands before the \":\" is no source",
+        "7:36: \":a\" cannot be a label's key: the part before the \":\" is not a source",
     );
     from(
         "{matchLabels: {'k8s:': a}}",
@@ -264,19 +266,19 @@ fn selectors() {
 fn peers() {
     assert_egress(
         "{toCIDR: [10.0.0.0/8], toEntities: [world]}",
-        "7:28: toEntities and toCIDR cannot stand in one rule; write a rule for each",
+        "7:28: toEntities and toCIDR cannot be combined in one rule; write a rule for each",
     );
     assert_deny(
         "{toCIDRSet: [{cidr: 10.0.0.0/8}], toCIDR: [1.0.0.0/8]}",
-        "7:6: toCIDRSet and toCIDR cannot stand in one rule; write a rule for each",
+        "7:6: toCIDRSet and toCIDR cannot be combined in one rule; write a rule for each",
     );
     assert_ingress(
         "{fromEndpoints: [{}], fromNodes: [{}]}",
-        "7:27: fromNodes and fromEndpoints cannot stand in one rule; write a rule for each",
+        "7:27: fromNodes and fromEndpoints cannot be combined in one rule; write a rule for each",
     );
     assert_egress(
         "{toFQDNs: [{matchName: a.b}], toEndpoints: [{}]}",
-        "7:6: toFQDNs and toEndpoints cannot stand in one rule; write a rule for each",
+        "7:6: toFQDNs and toEndpoints cannot be combined in one rule; write a rule for each",
     );
     assert_egress(
         "toEntities: [World]",
@@ -296,7 +298,7 @@ fn peers() {
     );
     assert_egress(
         "toServices: [{k8sService: {serviceName: a}}]",
-        "7:17: warning: toServices selects nobody: there are no services to look up",
+        "7:17: warning: toServices selects no peer: there are no services to look up",
     );
 }
 
@@ -445,7 +447,7 @@ fn ports() {
         "port: '80', protocol: VRRP",
         "7:31: VRRP has no ports; leave port out",
     );
-    // Not wrong, but surprising.
+    // Valid, but surprising.
     port(
         "port: '050'",
         "7:31: warning: \"050\" is read as an octal number: port 40",
@@ -502,7 +504,7 @@ fn icmp() {
     );
     assert_egress(
         "{toPorts: [{ports: [{port: '80'}]}], icmps: [{fields: [{type: 8}]}]}",
-        "7:42: icmps and toPorts cannot stand in one rule; write a rule for each",
+        "7:42: icmps and toPorts cannot be combined in one rule; write a rule for each",
     );
     let many = vec!["{type: 8}"; 41].join(", ");
     assert_egress(
@@ -555,7 +557,7 @@ fn application_rules_and_their_ports() {
     );
     assert_said(
         "  egress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], kafka: [{}]}}]\n",
-        &["7:74: kafka and http cannot stand in one entry; write an entry for each"],
+        &["7:74: kafka and http cannot be combined in one entry; write an entry for each"],
     );
     assert_entry(
         "{ports: [{port: '80', protocol: TCP}], rules: {l7: [{a: b}]}}",
@@ -609,7 +611,7 @@ fn http_rules() {
     for action in ["ADD", "DELETE", "REPLACE"] {
         assert_http(
             &format!("{{headerMatches: [{{name: a, mismatch: {action}}}]}}"),
-            &format!("7:106: mismatch: {action} is refused until requests can be changed"),
+            &format!("7:106: mismatch: {action} is not supported: requests are never modified"),
         );
     }
     assert_http(
@@ -711,7 +713,7 @@ fn tls_and_listeners() {
     );
     assert_eq!(
         entry("serverNames: [a.b], rules: {http: [{}]}")[0],
-        "7:53: serverNames together with rules need terminatingTLS: else nothing can be read"
+        "7:53: serverNames together with rules need terminatingTLS: else the traffic is encrypted"
     );
     assert_eq!(entry("terminatingTLS: {}"), ["7:69: secret is missing"]);
     assert_eq!(
@@ -721,7 +723,7 @@ fn tls_and_listeners() {
     assert_eq!(
         entry("listener: {envoyConfig: {name: c}, name: l}, rules: {http: [{}]}"),
         [
-            "7:63: listener and rules cannot stand in one entry",
+            "7:63: listener and rules cannot be combined in one entry",
             "7:63: warning: there are no listeners yet; until then the traffic of these ports is dropped, \
              with a reason of its own"
         ]
@@ -747,7 +749,7 @@ fn tls_and_listeners() {
 fn authentication() {
     assert_egress(
         "{toEntities: [all], authentication: {mode: required}}",
-        "7:41: warning: nobody can authenticate yet; until then this traffic is dropped (reason 189)",
+        "7:41: warning: authentication is not implemented; this traffic is dropped (reason 189)",
     );
     assert_said(
         "  egress:\n  - {toEntities: [all], authentication: {mode: disabled}}\n",

@@ -1,7 +1,7 @@
-//! Texts that mean harm: they are refused, soon, and never end the process.
+//! Malicious texts: they are refused after bounded work, and never end the process.
 //!
-//! "Soon" is counted: nodes made and copied, states of compiled expressions. What no count shows (a search through all
-//! keys for each key) shows in the time that the thread was on a CPU; what else the machine does is not in that.
+//! The work is counted: nodes created and copied, states of compiled expressions. Work without a counter (such as a
+//! linear search for each key) is bounded by the CPU time of the thread.
 
 use std::time::Duration;
 
@@ -15,18 +15,19 @@ use crate::parse::{
     yaml_to_json,
 };
 
-/// Longest time on a CPU that a text of these tests may take, many times what it takes in a debug build.
+/// Longest CPU time for a text of these tests, many times the usual time of a debug build.
 const LONGEST: Duration = Duration::from_secs(20);
 
-/// How long this thread has been on a CPU; zero where the kernel does not tell.
+/// Returns the CPU time of this thread; zero if the kernel does not report it.
 fn on_cpu() -> Duration {
     let told = std::fs::read_to_string("/proc/thread-self/schedstat");
     let nanoseconds = told.ok().and_then(|text| text.split(' ').next()?.parse().ok());
     Duration::from_nanos(nanoseconds.unwrap_or(0))
 }
 
-/// Reads a text whose work is bounded: each node is made once, but for what aliases and anchors may copy, and expressions
-/// are compiled only as far as a policy may have them. Returns what is said, and what the compiled expressions cost.
+/// Parses a text and asserts the bounds of the work: each node is created once, except copies by aliases and anchors,
+/// and expressions are compiled up to the bound of a policy. Returns the diagnostics and the cost of the compiled
+/// expressions.
 #[track_caller]
 fn counted(text: &str) -> (Vec<String>, usize) {
     work::take();
@@ -34,7 +35,7 @@ fn counted(text: &str) -> (Vec<String>, usize) {
     let start = on_cpu();
     let said = said(text);
     let (took, nodes, states) = (on_cpu() - start, work::take(), compiled::take());
-    // Each node stands for a byte of the text at the least, and what is over the limit may be counted before it is refused.
+    // A node has at least one byte of text, and nodes above the limit are counted before they are refused.
     let most = text.len() + 3 * MAX_ALIASED_NODES;
     assert!(nodes <= most, "{nodes} nodes of {} bytes", text.len());
     let most = MAX_POLICY_COST + palisade_protocols::http1::re2::MAX_COST;
@@ -43,7 +44,7 @@ fn counted(text: &str) -> (Vec<String>, usize) {
     (said, states)
 }
 
-/// Reads a text, which must not take long.
+/// Parses a text and asserts the bounds of the work. Returns the diagnostics.
 #[track_caller]
 fn soon(text: &str) -> Vec<String> {
     counted(text).0
@@ -59,7 +60,7 @@ fn nesting_is_bounded() {
     ] {
         let said = soon(&text);
         assert_eq!(said.len(), 1, "{said:?}");
-        // The YAML parser has a limit of its own for what stands in brackets.
+        // The YAML parser has a limit of its own for brackets.
         let refused = ["nested deeper than 64 levels", "recursion limit exceeded"];
         assert!(
             refused.iter().any(|message| said[0].contains(message)),
@@ -94,7 +95,7 @@ fn aliases_cannot_multiply_without_end() {
 }
 
 #[test]
-fn large_objects_and_long_names_are_read_soon() {
+fn large_objects_and_long_names_are_parsed_in_linear_time() {
     let many: String = (0..100_000).map(|n| format!("k{n}: v\n")).collect();
     assert_eq!(soon(&many), ["1:1: kind is missing: this is no resource"]);
 
@@ -136,7 +137,7 @@ fn expressions_are_bounded() {
     }
 }
 
-/// A policy with an http rule for each of the paths.
+/// Returns a policy with an http rule for each path.
 fn with_paths(paths: impl IntoIterator<Item = String>) -> String {
     let rules: String = paths
         .into_iter()
@@ -147,10 +148,10 @@ fn with_paths(paths: impl IntoIterator<Item = String>) -> String {
     ))
 }
 
-/// A tenth of a megabyte of expressions that are valid by themselves: it once took half a minute to compile them.
+/// 100 kB of expressions that are valid by themselves; compiling them took 30 s before costs were bounded.
 #[test]
 fn many_expensive_expressions_are_refused_before_they_are_compiled() {
-    // The last digits make them different.
+    // The last digits make the expressions distinct.
     let many = |pattern: &str| with_paths((0..4_000).map(|n| format!("{pattern}{n}")));
     for pattern in [
         "\\pL{20}/",
@@ -166,7 +167,7 @@ fn many_expensive_expressions_are_refused_before_they_are_compiled() {
         );
         assert!(said[0].contains(" is no valid regular expression: "), "{said:?}");
     }
-    // One by itself: too many classes, too long, too many repetitions.
+    // Single expressions: too many classes, too long, too many repetitions.
     for path in [
         "(?i)".to_owned() + &"\\pL".repeat(1_000),
         "x".repeat(9_000),
@@ -184,15 +185,15 @@ fn many_expensive_expressions_are_refused_before_they_are_compiled() {
 }
 
 #[test]
-fn hundreds_of_usual_expressions_are_taken() {
+fn hundreds_of_usual_expressions_are_accepted() {
     let usual = with_paths((0..400).map(|n| format!("/api/v[0-9]+/items/{n}(/.*)?")));
     assert_eq!(soon(&usual), [""; 0]);
-    // One that stands in many rules counts once.
+    // An expression in many rules counts once.
     let same = with_paths((0..5_000).map(|_| "/[^/]{100}/\\pL{3}".to_owned()));
     assert_eq!(soon(&same), [""; 0]);
 }
 
-/// Texts made of what policies are made of.
+/// Texts composed of fragments of policies.
 fn fragments() -> impl Strategy<Value = String> {
     let words = [
         "apiVersion: cilium.io/v2\n",
@@ -247,7 +248,7 @@ fn fragments() -> impl Strategy<Value = String> {
     prop::collection::vec(prop::sample::select(words.to_vec()), 0..60).prop_map(|words| words.concat())
 }
 
-/// Any JSON value, of the names of the language among others.
+/// Any JSON value, with names of the policy language among others.
 fn json() -> impl Strategy<Value = serde_json::Value> {
     let names = prop::sample::select(vec![
         "apiVersion",
@@ -327,12 +328,12 @@ fn json() -> impl Strategy<Value = serde_json::Value> {
 
 proptest! {
     #[test]
-    fn any_text_is_read_or_refused(text in any::<String>()) {
+    fn any_text_is_parsed_or_refused(text in any::<String>()) {
         let _ = parse("f", &text);
     }
 
     #[test]
-    fn any_text_of_the_language_is_read_or_refused(text in fragments()) {
+    fn any_text_like_a_policy_is_parsed_or_refused(text in fragments()) {
         let parsed = parse("f", &text);
         for diagnostic in &parsed.diagnostics {
             prop_assert!(diagnostic.location.line >= 1 && diagnostic.location.column >= 1, "{diagnostic}");
@@ -340,13 +341,13 @@ proptest! {
     }
 
     #[test]
-    fn any_json_is_read_or_refused(policies in json(), rules in json()) {
+    fn any_json_is_parsed_or_refused(policies in json(), rules in json()) {
         let _ = parse_rules_json("c", Some(&policies), Some(&rules));
     }
 
     #[test]
     fn json_is_yaml(value in json()) {
-        // A text of YAML cannot hold what JSON writes as a pair of surrogates, nor numbers of another notation.
+        // YAML has no surrogate pairs and fewer notations of numbers than JSON.
         let text = value.to_string();
         if let Ok(documents) = yaml_to_json("f", &text) {
             prop_assert_eq!(documents.len(), 1);
@@ -361,7 +362,7 @@ metadata: {name: a}
 spec: {endpointSelector: {}, ingress: [{}]}
 ";
 
-/// Asserts that a text has exactly this one error (its beginning), and no policy too many.
+/// Asserts that the text has exactly one error, which begins with `expected`, and no policies.
 #[track_caller]
 fn refused(text: &str, expected: &str) {
     let said = said(text);
@@ -372,7 +373,7 @@ fn refused(text: &str, expected: &str) {
 }
 
 #[test]
-fn what_stands_behind_a_control_character_does_not_vanish() {
+fn rules_after_a_control_character_do_not_vanish() {
     let other = A_POLICY.replace("name: a", "name: b");
     for (character, says) in [
         ('\0', "5:4: a NUL byte"),
@@ -391,7 +392,7 @@ fn what_stands_behind_a_control_character_does_not_vanish() {
         ),
     ] {
         refused(&format!("{A_POLICY}---{character}\n{other}"), says);
-        // Also in a comment, where it would end the comment for some readers, and in a string.
+        // Also in a comment, which it would end for some parsers, and in a string.
         let commented = says.replace("5:4", "1:3");
         refused(&format!("# {character}{A_POLICY}"), &commented);
         let quoted = says.replace("5:4", "3:20");
@@ -402,7 +403,7 @@ fn what_stands_behind_a_control_character_does_not_vanish() {
     }
     refused(&"\0".repeat(4096), "1:1: a NUL byte");
     refused(&format!("{A_POLICY}{}", "\0".repeat(4096)), "5:1: a NUL byte");
-    // An escape in double quotes is no control character of the file.
+    // An escape in double quotes is not a control character of the file.
     assert_eq!(
         said(&A_POLICY.replace("metadata: {", "metadata: {labels: {x: \"\\0\"}, ")).len(),
         0
@@ -410,7 +411,7 @@ fn what_stands_behind_a_control_character_does_not_vanish() {
 }
 
 #[test]
-fn the_ends_of_documents_and_lines() {
+fn line_and_document_ends_that_parsers_disagree_about() {
     let other = A_POLICY.replace("name: a", "name: b");
     for text in [
         format!("{A_POLICY}...\n{other}"),
@@ -467,7 +468,7 @@ fn the_ends_of_documents_and_lines() {
 }
 
 #[test]
-fn json_objects_one_after_the_other() {
+fn concatenated_json_objects() {
     let object = |name: &str| {
         format!(
             "{{\"apiVersion\": \"cilium.io/v2\", \"kind\": \"CiliumNetworkPolicy\", \"metadata\": {{\"name\": \"{name}\"}},\n \
@@ -485,7 +486,7 @@ fn json_objects_one_after_the_other() {
         assert_eq!(said(&text), [""; 0], "{separator:?}");
         assert_eq!(parsed.policies.len(), 3, "{separator:?}");
     }
-    // Places are those in the file.
+    // The place is that in the file.
     refused(
         &format!(
             "{}\n{}",
@@ -507,7 +508,7 @@ fn json_objects_one_after_the_other() {
 }
 
 #[test]
-fn tags_and_numbers_that_readers_take_differently() {
+fn tags_and_numbers_that_parsers_disagree_about() {
     refused(&A_POLICY.replace("spec: {", "spec: !!null {"), "4:14: the tag");
     refused(&A_POLICY.replace("[{}]", "!!set [{}]"), "4:45: the tag");
     assert_eq!(said(&A_POLICY.replace("[{}]", "!!seq [!!map {}]")), [""; 0]);
@@ -575,7 +576,7 @@ fn resources_that_look_like_policies_are_not_skipped() {
     ] {
         refused(&text, says);
     }
-    // Policies of other makers have the same name as Kubernetes'.
+    // Calico's policies have the same kind as those of Kubernetes.
     let foreign = said("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\n");
     assert!(
         foreign.len() == 1 && foreign[0].contains("it is skipped"),
@@ -584,27 +585,27 @@ fn resources_that_look_like_policies_are_not_skipped() {
 }
 
 #[test]
-fn a_member_that_holds_nothing_is_warned_of() {
+fn a_null_member_is_warned_of() {
     for (text, says) in [
         (
             cnp("  ingress:\n  egress: [{}]\n"),
-            "6:3: warning: ingress holds nothing",
+            "6:3: warning: ingress is null",
         ),
         (
             cnp("  egress: [{}]\n  egressDeny: ~\n"),
-            "7:3: warning: egressDeny holds nothing",
+            "7:3: warning: egressDeny is null",
         ),
         (
             cnp("  egress: [{toEntities: [all], toPorts: }]\n"),
-            "6:32: warning: toPorts holds nothing",
+            "6:32: warning: toPorts is null",
         ),
         (
             cnp("  egress: [{toEndpoints: , toPorts: [{ports: [{port: '1'}]}]}]\n"),
-            "6:13: warning: toEndpoints holds",
+            "6:13: warning: toEndpoints is null",
         ),
         (
             cnp("  egress: [{toPorts: [{ports: [{port: '1'}], rules: }]}]\n"),
-            "6:46: warning: rules holds nothing",
+            "6:46: warning: rules is null",
         ),
     ] {
         let said = said(&text);
@@ -624,7 +625,7 @@ fn an_unquoted_asterisk_is_explained() {
 }
 
 #[test]
-fn bytes_that_are_no_utf8_have_a_place() {
+fn invalid_utf8_is_reported_with_its_place() {
     let decode = |bytes: &[u8]| crate::parse::decode("f", bytes.to_vec()).map_err(|error| error.to_string());
     assert_eq!(decode("a: ä\n".as_bytes()), Ok("a: ä\n".to_owned()));
     assert_eq!(

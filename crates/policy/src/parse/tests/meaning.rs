@@ -1,4 +1,4 @@
-//! What snippets of the language become.
+//! Meaning of snippets of policies.
 
 use palisade_model::rule::{
     CidrRule, Entity, FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L4Protocol, L7, L7Rules, Listener,
@@ -22,7 +22,7 @@ fn subject(spec: Spec) -> Vec<Requirement> {
     }
 }
 
-/// The selector of the one element of toEndpoints.
+/// Returns the selector of the only element of `toEndpoints`.
 #[track_caller]
 fn peer(peers: Peers) -> Selector {
     match peers {
@@ -69,7 +69,7 @@ fn keys_of_selectors() {
 }
 
 #[test]
-fn a_policy_of_a_namespace_selects_in_it() {
+fn a_namespaced_policy_selects_in_its_namespace() {
     let selector = |selector: &str| {
         let text = cnp("  ingress: [{}]\n")
             .replace("endpointSelector: {}", &format!("endpointSelector: {selector}"));
@@ -84,7 +84,7 @@ fn a_policy_of_a_namespace_selects_in_it() {
         selector("{matchLabels: {'k8s:io.kubernetes.pod.namespace': x}}"),
         [in_namespace("shop")]
     );
-    // What is not said in matchLabels of the k8s source stands beside it, and can exclude it.
+    // A requirement of another source than k8s is added to the namespace, and can contradict it.
     assert_eq!(
         selector("{matchLabels: {io.kubernetes.pod.namespace: x}}"),
         [
@@ -95,7 +95,7 @@ fn a_policy_of_a_namespace_selects_in_it() {
 }
 
 #[test]
-fn its_peers_are_of_the_namespace_unless_they_say_otherwise() {
+fn peers_are_in_the_namespace_of_the_policy_by_default() {
     let scoped = |selector: &str| peer(egress(&format!("toEndpoints: [{selector}]")).peers).requirements;
     assert_eq!(scoped("{}"), [in_namespace("shop")]);
     assert_eq!(
@@ -112,7 +112,7 @@ fn its_peers_are_of_the_namespace_unless_they_say_otherwise() {
     ] {
         assert_eq!(scoped(other).len(), 1, "{other}");
     }
-    // A namespace label of another source is just a label.
+    // A namespace label of another source is an ordinary label.
     assert_eq!(
         scoped("{matchLabels: {'container:io.kubernetes.pod.namespace': x}}").len(),
         2
@@ -120,7 +120,7 @@ fn its_peers_are_of_the_namespace_unless_they_say_otherwise() {
 }
 
 #[test]
-fn a_clusterwide_policy_is_not_scoped_but_its_peers_are_in_some_namespace() {
+fn a_clusterwide_policy_is_unscoped_and_its_peers_have_a_namespace() {
     let policy = |subject: &str, peer: &str| {
         ccnp(&format!(
             "  endpointSelector: {subject}\n  ingress: [{{fromEndpoints: [{peer}]}}]\n"
@@ -149,7 +149,7 @@ fn a_clusterwide_policy_is_not_scoped_but_its_peers_are_in_some_namespace() {
         .len(),
         2
     );
-    // Endpoints that are being made have no namespace yet, and neither may those they talk to.
+    // Endpoints without labels (`reserved:init`) have no namespace yet, so neither they nor their peers get one.
     assert_eq!(of(&policy("{matchLabels: {'reserved:init': ''}}", "{}")), []);
 }
 
@@ -365,7 +365,7 @@ fn ports_and_protocols() {
     assert_eq!(rules[1].ports, [icmp(false, 5)]);
 }
 
-/// What stands beside port 80 of TCP.
+/// Returns the application rules of an entry for TCP port 80.
 #[track_caller]
 fn l7(rest: &str) -> L7 {
     port_rule(&format!("{{ports: [{{port: '80', protocol: TCP}}], {rest}}}")).l7
@@ -449,7 +449,7 @@ fn application_rules() {
 }
 
 #[test]
-fn empty_lists_of_application_rules_ask_for_nothing() {
+fn empty_lists_of_application_rules_restrict_nothing() {
     for rest in [
         "rules: {}",
         "rules: null",
@@ -459,7 +459,7 @@ fn empty_lists_of_application_rules_ask_for_nothing() {
     ] {
         assert!(l7(rest).is_none(), "{rest}");
     }
-    // So they ask nothing of the ports either.
+    // Without rules there are no restrictions on the ports.
     let rule = port_rule("{ports: [{port: '0'}, {port: '1024', protocol: UDP}], rules: {http: []}}");
     assert!(rule.l7.is_none() && rule.ports.len() == 2);
 }
@@ -531,7 +531,7 @@ fn authentication() {
 }
 
 #[test]
-fn words_of_yaml_1_1_are_booleans_where_a_boolean_is_wanted() {
+fn yaml_1_1_booleans_are_accepted_for_boolean_fields() {
     let parsed = parse(
         "f",
         &cnp("  ingress: [{}]\n  enableDefaultDeny: {ingress: no, egress: 'no'}\n"),

@@ -1,4 +1,4 @@
-//! What is read, what is refused and where, and texts that mean harm.
+//! Accepted texts, refused texts with the place of the error, and malicious texts.
 
 mod cases;
 mod errors;
@@ -12,14 +12,14 @@ use palisade_model::rule::{LabelSource, PortRule, PortSpec, Requirement, Rule, S
 
 use super::{Parsed, parse};
 
-/// A CiliumNetworkPolicy of the namespace `shop` for every endpoint, with `spec` as the rest of its spec.
+/// Returns a CiliumNetworkPolicy of the namespace `shop` for every endpoint; `spec` is the rest of its spec.
 fn cnp(spec: &str) -> String {
     format!(
         "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: p, namespace: shop}}\nspec:\n  endpointSelector: {{}}\n{spec}"
     )
 }
 
-/// What is said about a text, a line each, without the file's name.
+/// Returns the diagnostics of a text, one per line, without the file name.
 fn said(text: &str) -> Vec<String> {
     parse("f", text)
         .diagnostics
@@ -28,7 +28,7 @@ fn said(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The one spec of a text that has nothing wrong with it.
+/// Returns the only spec of a text without errors.
 #[track_caller]
 fn spec(text: &str) -> Spec {
     let parsed = parse("f", text);
@@ -42,7 +42,7 @@ fn spec(text: &str) -> Spec {
     specs.remove(0)
 }
 
-/// The one egress rule of a CiliumNetworkPolicy.
+/// Returns the only egress rule of a CiliumNetworkPolicy.
 #[track_caller]
 fn egress(rule: &str) -> Rule {
     let mut rules = spec(&cnp(&format!("  egress:\n  - {rule}\n")))
@@ -52,7 +52,7 @@ fn egress(rule: &str) -> Rule {
     rules.remove(0)
 }
 
-/// The one entry of toPorts of an egress rule.
+/// Returns the only `toPorts` entry of an egress rule.
 #[track_caller]
 fn port_rule(entry: &str) -> PortRule {
     match egress(&format!("toPorts: [{entry}]")).ports {

@@ -1,4 +1,4 @@
-//! NetworkPolicy: what it means, what is refused.
+//! NetworkPolicy: meaning and errors.
 
 use palisade_model::rule::{
     CidrRule, Entity, L4Protocol, L7, Peer, Peers, PortSpec, Ports, Rule, Spec, Subject, Test,
@@ -16,7 +16,7 @@ fn knp(rest: &str) -> Spec {
     spec(&text(rest))
 }
 
-/// The rule that a direction has which lets nothing through.
+/// Asserts that a direction has only the rule that matches no peer.
 #[track_caller]
 fn assert_denies_all(section: Option<&Vec<Rule>>) {
     let Some(
@@ -35,7 +35,7 @@ fn assert_denies_all(section: Option<&Vec<Rule>>) {
 }
 
 #[test]
-fn the_subject_is_of_the_namespace_and_labels_are_those_of_kubernetes() {
+fn the_subject_is_in_the_namespace_with_k8s_labels() {
     let spec =
         knp("  podSelector: {matchLabels: {app: a}, matchExpressions: [{key: x/y, operator: Exists}]}\n");
     let selector = all([
@@ -57,7 +57,7 @@ fn the_subject_is_of_the_namespace_and_labels_are_those_of_kubernetes() {
 }
 
 #[test]
-fn the_directions_that_it_is_about() {
+fn policy_types_select_the_directions() {
     let none = knp("  podSelector: {}\n");
     assert_denies_all(none.ingress.as_ref());
     assert_eq!(none.egress, None);
@@ -83,7 +83,7 @@ fn the_directions_that_it_is_about() {
 }
 
 #[test]
-fn an_empty_rule_lets_everything_through() {
+fn an_empty_rule_allows_everything() {
     for rule in ["{}", "{from: [], ports: []}", "{from: null}"] {
         let rules = knp(&format!("  podSelector: {{}}\n  ingress: [{rule}]\n"))
             .ingress
@@ -170,7 +170,7 @@ fn errors() {
     );
     assert_eq!(
         ingress("{from: [{podSelector: {}, ipBlock: {cidr: 10.0.0.0/8}}]}"),
-        ["6:48: ipBlock cannot stand beside a selector; write a peer for each"]
+        ["6:48: ipBlock cannot be combined with a selector; write a peer for each"]
     );
     assert_eq!(
         ingress("{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}"),

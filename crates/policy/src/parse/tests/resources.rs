@@ -46,7 +46,7 @@ fn kinds_and_names() {
 }
 
 #[test]
-fn what_tools_leave_in_metadata_is_accepted() {
+fn metadata_fields_of_the_api_server_are_accepted() {
     let metadata = "
   name: a
   uid: 0b4d
@@ -101,7 +101,7 @@ fn metadata_errors() {
 }
 
 #[test]
-fn kinds_that_are_not_policies_are_skipped() {
+fn other_kinds_are_skipped() {
     assert_eq!(
         said("apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec: {whatever: [1]}\n"),
         ["1:1: note: Deployment \"web\" is no policy: skipped"]
@@ -116,12 +116,12 @@ fn kinds_that_are_not_policies_are_skipped() {
     );
     assert_eq!(
         said(&resource("projectcalico.org/v3", "NetworkPolicy", "{name: a}")),
-        ["1:1: warning: NetworkPolicy of \"projectcalico.org/v3\" is not understood: it is skipped"]
+        ["1:1: warning: NetworkPolicy of \"projectcalico.org/v3\" is not supported: it is skipped"]
     );
 }
 
 #[test]
-fn what_was_meant_as_a_policy_is_not_passed_over() {
+fn misspelled_policies_are_errors() {
     assert_eq!(
         said(&resource("cilium.io/v2", "CiliumNetworkpolicy", "{name: a}")),
         [
@@ -247,7 +247,7 @@ fn lists_are_expanded() {
     );
     assert_eq!((parsed.policies.len(), parsed.policies[0].location.line), (1, 4));
 
-    // Elements of a typed list need not say what they are.
+    // Elements of a typed list need no `kind` and `apiVersion`.
     let text = "apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicyList
 items:
@@ -266,7 +266,7 @@ items:
 }
 
 #[test]
-fn two_of_one_name_are_a_mistake() {
+fn two_resources_of_one_name_are_an_error() {
     let text = cnp("  ingress: [{}]\n");
     let other = text.replace("shop", "other");
     assert_eq!(said(&format!("{text}---\n{other}")), [""; 0]);

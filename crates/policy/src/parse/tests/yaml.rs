@@ -1,11 +1,11 @@
-//! The YAML reader: scalars, places, anchors, merge keys, what it refuses.
+//! The YAML parser: scalars, places, anchors, merge keys, errors.
 
 use crate::parse::{
     node::{Node, Position, Value},
     yaml::documents,
 };
 
-/// The JSON of the documents, of a text that has nothing wrong with it.
+/// Returns the documents of a text without errors, as JSON.
 #[track_caller]
 fn json(text: &str) -> Vec<String> {
     let (documents, errors) = documents(text);
@@ -68,7 +68,7 @@ fn documents_of_a_text() {
 }
 
 #[test]
-fn places_count_from_one_in_characters() {
+fn line_and_column_count_characters_from_one() {
     let (documents, _) = documents("ä: {b: [x, 'y']}\n---\nc:\n  - d\n  -   e: f\ng:\n");
     let first = documents[0].get("ä");
     assert_eq!(at(first), (1, 4));
@@ -108,7 +108,7 @@ fn anchors_and_merge_keys() {
     );
     assert_eq!(
         errors("&x [*x]\n"),
-        ["1:5: this alias is inside of what it stands for"]
+        ["1:5: this alias is inside the value of its own anchor"]
     );
     assert_eq!(
         errors("<<: 1\n"),
@@ -117,10 +117,10 @@ fn anchors_and_merge_keys() {
 }
 
 #[test]
-fn what_is_refused() {
+fn invalid_yaml_is_refused() {
     assert_eq!(
         errors("a: 1\nb: {c: 1, c: 2}\na: 2\n"),
-        ["2:11: \"c\" is given twice", "3:1: \"a\" is given twice"]
+        ["2:11: \"c\" occurs twice", "3:1: \"a\" occurs twice"]
     );
     assert_eq!(
         errors("? [a]\n: b\n"),
@@ -136,7 +136,7 @@ fn what_is_refused() {
 }
 
 #[test]
-fn the_documents_before_an_error_are_there() {
+fn documents_before_a_syntax_error_are_returned() {
     let (documents, errors) = documents("a: 1\n---\nb: [\n");
     assert_eq!((documents.len(), errors.len()), (1, 1));
 }
