@@ -1,4 +1,4 @@
-//! The operations of a plan: each is one write to the BPF maps.
+//! The operations of a plan. Each writes to one BPF map.
 
 use palisade_abi::{
     Addr, Class, EndpointState, Identity, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, PrefixKey,

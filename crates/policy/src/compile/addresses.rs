@@ -78,7 +78,7 @@ impl Compiler {
         // Later entries replace earlier ones: first the prefixes of policies, then peers, then endpoints of this node.
         let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
-            // The trie stores IPv4 prefixes below ::ffff:0:0/96, and no IPv6 packet has such an address.
+            // The trie stores IPv4 prefixes within ::ffff:0:0/96, and no IPv6 packet has such an address.
             if mapped.contains(prefix) {
                 continue;
             }
@@ -102,8 +102,7 @@ impl Compiler {
                     put(prefix.trunc(), entry(identity, 0));
                 }
             } else {
-                // A labelled part of the world also has the labels of its prefix, so that rules about prefixes select
-                // it too.
+                // A peer in the world also has the label of its prefix, so that rules about prefixes select it.
                 for prefix in &peer.prefixes {
                     let labels = Labels::new(peer.labels.iter().cloned().chain([cidr_label(*prefix)]));
                     let identity = number(&labels)?;

@@ -132,7 +132,7 @@ impl Compiler {
 
     /// Has the next plan raise the revisions of endpoints, so that their flows are evaluated again.
     pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
-        // In steps of two, because a plan may need the revision in between.
+        // A revision grows in steps of two, because a plan may need the number in between.
         let revision = self.snapshot.revision.wrapping_add(2);
         for endpoint in endpoints {
             if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {

@@ -34,7 +34,7 @@ impl Compiler {
             || (enforcement == Enforcement::Default && !init && any_rules.is_none());
         let strict = enforcement == Enforcement::Always || init;
         let audit = !strict && denying.iter().all(|(_, audit)| *audit);
-        // Name a policy that really denies; one in audit mode only if all of them are.
+        // The default deny names an enforced policy. It names one in audit mode only if all of them are.
         denying.retain(|(_, in_audit)| audit || !*in_audit);
         let mut policies: Vec<&SpecKey> = denying.into_iter().map(|(key, _)| key).collect();
         policies.dedup_by(|a, b| (&a.policy, a.kind, &a.file) == (&b.policy, b.kind, &b.file));

@@ -27,7 +27,7 @@ impl Compiler {
         // again.
         let moved = !Arc::ptr_eq(&before.addresses, &self.snapshot.addresses)
             || !Arc::ptr_eq(&before.prefixes, &self.snapshot.prefixes);
-        // In steps of two, because a plan may need the revision in between.
+        // A revision grows in steps of two, because a plan may need the number in between.
         let revision = before.revision.wrapping_add(2);
         let mut used = false;
         self.snapshot.endpoints = self

@@ -17,7 +17,8 @@ pub(super) struct NamedPortOwners(BTreeMap<String, BTreeMap<NamedPort, BTreeSet<
 pub(super) enum Numbers {
     /// No endpoint and no peer has a port of this name and protocol.
     Unknown,
-    /// All that have the port give it this number, which then also applies towards peers without such a port.
+    /// All identities that have the port give it this number. The number also applies towards peers without such a
+    /// port.
     Agreed(u16),
     /// Peers give the name different numbers.
     Own {

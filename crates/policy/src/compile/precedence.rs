@@ -103,7 +103,7 @@ impl Wildcard<'_> {
         let is_new = |class: &&Class| !row.by_class.contains_key(class);
         let mut classes: Vec<Class> = row.by_class.keys().copied().collect();
         match every_class.map(|entry| (Decision::from_u8(entry.decision), entry.flags)) {
-            // Without an entry for any class, the lookup goes on to the entries for any identity.
+            // Without an entry for any class, the lookup continues with the entries for any identity.
             None => {}
             // No rule can take precedence over an enforced denial.
             Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
@@ -146,7 +146,7 @@ impl<'a> Builder<'a> {
             }
         }
         for (rules, identities) in self.groups() {
-            // The same rules name all identities of a group, so the same rules except them.
+            // The same rules name all identities of a group, and the same rules except them.
             let Some(first) = identities.first().copied() else {
                 continue;
             };

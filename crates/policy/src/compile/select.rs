@@ -70,13 +70,13 @@ impl ResolvedSelector {
             .flat_map(|rule| std::iter::once(rule.cidr).chain(rule.except.iter().copied()))
     }
 
-    /// Returns whether a requirement has a key for which `known` returns true.
-    pub(super) fn asks_for(&self, known: impl Fn(&str) -> bool) -> bool {
+    /// Returns whether a requirement has a key for which `is_known` returns true.
+    pub(super) fn asks_for(&self, is_known: impl Fn(&str) -> bool) -> bool {
         match self {
             Self::Labels(selector) | Self::Nodes(selector) => selector
                 .requirements
                 .iter()
-                .any(|requirement| known(&requirement.key)),
+                .any(|requirement| is_known(&requirement.key)),
             _ => false,
         }
     }

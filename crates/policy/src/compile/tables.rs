@@ -314,7 +314,8 @@ impl Compiler {
         ))
     }
 
-    /// Appends the entries of one direction: all of them, or those of some rows and of any identity.
+    /// Appends the entries of one direction to `entries`: all of them, or those of the identities in `rows` and of any
+    /// identity.
     pub(super) fn build(
         &mut self,
         at: usize,

@@ -170,7 +170,7 @@ impl Compiler {
         self.names.forget_users();
         progress.dirty = (0..self.subjects.len()).collect();
 
-        // First the prefixes, then the identities, so that the members of selectors are computed once.
+        // The prefixes come before the identities, so that the members of selectors are computed once.
         let groups = self.groups();
         let groups: Vec<&CidrGroup> = groups.iter().collect();
         let mut mentioned: BTreeSet<IpNet> = BTreeSet::new();

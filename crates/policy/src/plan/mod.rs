@@ -98,11 +98,11 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Step 1. An address that changes from identity `a` to `b` (or a port that changes from class `a` to `b`) gets a
-    /// number for which the old tables decide as for `a`:
+    /// Appends step 1, "make". An address that changes from identity `a` to `b` (or a port that changes from class `a`
+    /// to `b`) gets a number for which the old tables decide as for `a`:
     ///
-    /// - `b`, if the old tables decide alike for both, or if nothing has `b` yet: then the entries of `a` are copied to
-    ///   `b` in the old tables;
+    /// - `b`, if the old tables decide alike for both, or if nothing has `b` yet: then the entries of `a` are copied
+    ///   to `b` in the old tables;
     /// - `a` until step 3, if the new tables decide alike for both, or if nothing has `a` afterwards: then the entries
     ///   of `b` are copied to `a` in the new tables;
     /// - else a spare number, with copied entries in both.
@@ -129,9 +129,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Step 2. The new tables are written under new policy ids, and one store switches each endpoint. A table that changes
-    /// little keeps its policy id and is changed in place: a packet's verdict changes once, when the entry that
-    /// decides it is written, or when the entry before it in the lookup is deleted.
+    /// Appends step 2, "switch". The new tables are written under new policy ids, and one store switches each
+    /// endpoint. A table that changes little keeps its policy id and is changed in place: a packet's verdict changes
+    /// once, when the entry that decides it is written, or when the entry before it in the lookup is deleted.
     ///
     /// Returns the endpoint states as written. `settles`: step 3 changes something.
     fn switch(&self, settles: bool, ops: &mut Vec<Op>) -> BTreeMap<u16, EndpointState> {
@@ -166,7 +166,7 @@ impl<'a> Plan<'a> {
         states
     }
 
-    /// Step 3. Addresses and ports get their final numbers, for which the new tables decide alike.
+    /// Returns step 3, "settle". Addresses and ports get their final numbers, for which the new tables decide alike.
     fn settle(&self) -> Vec<Op> {
         let mut ops = Vec::new();
         settle_addresses(&self.addresses, &self.identities, &mut ops);
@@ -181,7 +181,8 @@ impl<'a> Plan<'a> {
         ops
     }
 
-    /// Step 4. What nothing uses any more is deleted, and revisions are raised so that flows are evaluated again.
+    /// Appends step 4, "break". What nothing uses any more is deleted, and revisions are raised so that flows are
+    /// evaluated again.
     fn break_old(&self, states: &BTreeMap<u16, EndpointState>, ops: &mut Vec<Op>) {
         for (id, state) in &self.new.endpoints {
             if states.get(id) != Some(state) {
@@ -215,8 +216,8 @@ fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [End
     } else {
         state.revision.wrapping_sub(1)
     };
-    // While the old table may still decide, learned addresses count if they counted for it. The identity of a learned
-    // address is right for both tables in between, so this may end before step 3. A table is plain only if both are.
+    // A program may still read the old table. So LEARNS is set if either state has it, and the PLAIN flags only if
+    // both states have them. The identity of a learned address is right for both tables until step 3.
     let both = EndpointState {
         revision,
         flags: (state.flags | old_flags) & endpoint_flags::LEARNS

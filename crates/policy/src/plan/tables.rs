@@ -68,7 +68,7 @@ pub(super) fn extend<'a>(
             for key in stale {
                 extended.entries.remove(&key);
             }
-            // From the table before any copy, as `from` may itself be replaced by a copy.
+            // Copies come from the unmodified table, because `from` may itself be replaced by a copy.
             for (key, entry) in table.row(direction as u8, *from) {
                 extended.entries.insert(
                     TableKey {
