@@ -7,11 +7,11 @@ use crate::Millis;
 pub struct TcpLimits {
     /// Maximum number of open connections.
     pub connections: usize,
-    /// Maximum number of open connections of one endpoint. Besides, an endpoint gets at most three times as many as
-    /// are left for the others.
+    /// Maximum number of open connections of one endpoint. An endpoint also has at most three times as many open
+    /// connections as `connections` leaves free.
     pub connections_per_endpoint: usize,
-    /// Maximum number of half-open connections: the client has not acknowledged the server's SYN. If there are more,
-    /// the oldest one of the endpoint with the most half-open connections is removed, because its source may be
+    /// Maximum number of half-open connections, in which the client has not acknowledged the server's SYN. If there are
+    /// more, the oldest one of the endpoint with the most half-open connections is removed, because its source may be
     /// forged.
     pub half_open: usize,
     /// Idle timeout of a half-open connection, ms.
@@ -28,7 +28,7 @@ pub struct TcpLimits {
     pub deadline: Millis,
     /// Time after which held bytes are acknowledged on behalf of the receiver, ms.
     pub acknowledge: Millis,
-    /// Maximum number of offloaded connections that are remembered, to judge them again if their rules change.
+    /// Maximum number of offloaded connections that are remembered, so that a change of their rules can end them.
     pub offloaded_flows: usize,
     /// Idle timeout of an open connection, ms.
     pub idle: Millis,
@@ -102,7 +102,7 @@ pub struct TcpStats {
     pub acknowledged: u64,
     /// Packets that were built to deliver acknowledged bytes.
     pub delivered: u64,
-    /// Packets that were built to forward the judged part of a held packet.
+    /// Packets that were built to forward the allowed part of a held packet.
     pub split: u64,
     /// ICMP errors that quote a segment of a connection.
     pub icmp_errors: u64,

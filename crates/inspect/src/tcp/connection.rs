@@ -1,9 +1,10 @@
 //! One TCP connection: RFC 9293, 3.10.7, as far as a firewall between the ends has to follow it.
 //!
-//! Start at `Connection::packet`. `receive` checks a segment against the state of both ends (`open` and `reset` for
-//! SYN and RST) and stores its payload in the [`Half`] of its sender. `inspection` shows the stored bytes to the
-//! [`StreamInspector`] and forwards what is judged. `ack_on_behalf` delivers bytes that were acknowledged to the
-//! sender, `respond` answers in the server's place, `icmp` takes ICMP errors.
+//! Start at `Connection::packet`. `receive` checks a segment against the state of both ends (`open` and `reset` for SYN
+//! and RST) and stores its payload in the [`Half`] of its sender. `inspection` shows the stored bytes to the
+//! [`StreamInspector`] and forwards the bytes that it allows. `ack_on_behalf` acknowledges held bytes on behalf of the
+//! receiver and delivers them later, `respond` responds to one end in the other end's place, `icmp` handles ICMP
+//! errors.
 
 mod ack_on_behalf;
 mod icmp;
@@ -46,8 +47,7 @@ pub(crate) struct Connection<F> {
     /// Serial of the conntrack entry, or the serial that the entry gets when this connection replaces the previous one.
     serial: u32,
     /// Serial that a previous connection with the same ports has left in the conntrack entry. The command that goes
-    /// with the SYN+ACK replaces that serial, so that no offload decision for the previous connection holds for this
-    /// one.
+    /// with the SYN+ACK replaces that serial, so that no offload of the previous connection applies to this one.
     before: Option<u32>,
     /// Whether the conntrack entry has `serial`.
     is_known: bool,
@@ -57,17 +57,17 @@ pub(crate) struct Connection<F> {
     closed: Announcement,
     about: About,
     /// Whether a second policy inspects the same packets. The second inspector does not see packets that are built
-    /// here, so none may be built in the place of a sender.
+    /// here, so no packet may be built in a sender's place.
     is_shared: bool,
     /// Whether audit mode is on: a connection that would be aborted is offloaded instead.
     is_audit: bool,
     /// Offload window of each direction: sequence numbers of its start and end.
     windows: PerSide<[u32; 2]>,
-    /// Position behind which the window of each direction is removed, because its sequence numbers wrap around.
+    /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
     command: bool,
-    /// Number of further bytes of each direction that need no inspection, behind those that were skipped.
+    /// Number of further bytes of each direction that need no inspection, after those that were skipped.
     rest: PerSide<u64>,
     /// Bytes and packets of this connection that are counted in [`Shared`].
     counted: (u64, u64),
@@ -83,7 +83,7 @@ impl<F> Connection<F> {
     /// Returns a connection that begins with the packet of `view`.
     pub(super) fn new(key: CtKey, view: &PacketView<'_>) -> Self {
         let serial = view.slot.serial;
-        // A conntrack entry that this packet has made carries no decision about an earlier connection.
+        // A conntrack entry that this packet has created holds no offload of an earlier connection.
         let is_known = view.slot.flags & punt_flags::NEW != 0;
         Self {
             serial: if is_known {
@@ -118,7 +118,7 @@ impl<F> Connection<F> {
     }
 
     /// Returns whether a packet with this serial can belong to the connection. The serial of the previous connection
-    /// counts too: until the entry is replaced, only sequence numbers tell the two apart.
+    /// counts too: until the conntrack entry is replaced, only sequence numbers distinguish the two connections.
     pub(super) fn is_of(&self, serial: u32) -> bool {
         serial == self.serial || self.before == Some(serial)
     }
@@ -174,7 +174,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Reports the end of the connection to the BPF programs, unless that was done before.
+    /// Reports the end of a connection that is done to the BPF programs, unless it was reported before.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if self.is_done() && self.is_known && self.closed != Announcement::Sent {
             self.closed = Announcement::Sent;
@@ -182,7 +182,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Returns whether the connection has ended or needs no inspection any more.
+    /// Returns whether the connection has ended or no longer needs inspection.
     pub(super) fn is_done(&self) -> bool {
         self.is_reset
             || !matches!(self.phase, Phase::Open | Phase::Responding(_))
@@ -414,14 +414,14 @@ impl<F> Connection<F> {
         frame: F,
         cx: &mut TcpCx<'_, F, S>,
     ) {
-        // Bytes that were acknowledged on behalf of a receiver are retransmitted until it acknowledges them.
+        // Bytes that were acknowledged on behalf of a receiver are retransmitted until the receiver acknowledges them.
         if let Some(segment) = Segment::read(view).filter(Segment::is_ack) {
             let other = &mut self.halves[side.other()];
             let acked = other.position(segment.ack).min(other.proxy_acked);
             other.acknowledge(acked, 0);
         }
-        // The rules have changed since the offload. The new rules judge the sender's retransmission, once all
-        // acknowledged bytes are delivered and the connection is no longer in this table.
+        // The rules have changed since the offload. The packet is dropped, because the new rules decide about its
+        // retransmission, once all bytes acknowledged on behalf are delivered and the connection has left this table.
         if (view.slot.ruleset, view.slot.flags & punt_flags::AUDIT)
             != (self.slot.ruleset, self.slot.flags & punt_flags::AUDIT)
         {

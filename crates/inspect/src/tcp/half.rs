@@ -1,5 +1,5 @@
-//! One direction of a connection: which bytes of the sender have arrived, are judged, were forwarded and are
-//! acknowledged.
+//! One direction of a connection: which bytes of the sender have arrived, are allowed, were forwarded and are
+//! acknowledged. A byte is "judged" in names of this module once the inspector has allowed it.
 
 use std::collections::VecDeque;
 
@@ -15,9 +15,11 @@ pub(super) const START: Position = 1 << 33;
 /// Maximum payload of a built packet, bytes: an IPv6 packet then has 1,500 bytes.
 const LARGEST: u16 = 1_440;
 
-/// Payload after built packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC 8200, 5).
+/// Maximum payload after built packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC 8200,
+/// 5).
 const SMALLER: u16 = 1_220;
-/// Payload after further losses over IPv4, bytes: it fits what every host must accept (RFC 1122, 3.3.2).
+/// Maximum payload after further losses over IPv4, bytes: it fits the packet size that every host must accept (RFC
+/// 1122, 3.3.2).
 const SMALLEST_IPV4: u16 = 536;
 
 /// Minimum size of a built packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122,
@@ -43,7 +45,7 @@ const MAX_PIECES: usize = 8;
 pub(super) struct Held<F> {
     pub(super) frame: F,
     pub(super) start: Position,
-    /// Position behind the last byte or the FIN.
+    /// Position after the last byte or the FIN.
     pub(super) end: Position,
     /// Time of arrival, ms.
     pub(super) since: Millis,
@@ -173,13 +175,15 @@ pub(super) struct Half<F> {
     pub(super) scale: Option<u8>,
     /// MSS option of the sender's SYN, bytes.
     pub(super) mss: u16,
-    /// Maximum payload of packets that are built for the *sender*, bytes, as far as its path is known.
+    /// Maximum payload of packets that are built for the *sender*, bytes, for the path to the sender as far as it is
+    /// known.
     path: u16,
     /// Number of ICMP errors that have lowered `path`.
     narrowings: u8,
     /// Whether the sender's SYN had the timestamp option.
     pub(super) has_timestamps: bool,
-    /// TS.Recent of the receiver: greatest timestamp of a segment that the receiver expected next (RFC 7323, 4.3).
+    /// TS.Recent of the receiver: greatest timestamp of a segment that began at or before the next byte that the
+    /// receiver expected (RFC 7323, 4.3).
     pub(super) recent: u32,
     /// Greatest timestamp of all accepted segments. Packets that are built in the sender's place carry it: the
     /// receiver may have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent`
@@ -189,13 +193,13 @@ pub(super) struct Half<F> {
     pub(super) window: u16,
     /// Position below which all bytes have arrived.
     pub(super) next: Position,
-    /// Position below which all bytes are judged and may be forwarded.
+    /// Position below which the inspector has allowed all bytes.
     pub(super) judged: Position,
-    /// Position below which all bytes may be forwarded, judged or not.
+    /// Position below which all bytes may be forwarded, even before the inspector has allowed them.
     pub(super) ahead: Position,
-    /// Position behind the last byte that was forwarded (SND.NXT as the receiver sees it).
+    /// Position after the last byte that was forwarded (SND.NXT as the receiver sees it).
     pub(super) sent: Position,
-    /// Position behind the last byte that has arrived.
+    /// Position after the last byte that has arrived.
     pub(super) highest: Position,
     /// Position below which the receiver has acknowledged all bytes (SND.UNA).
     pub(super) acked: Position,
@@ -210,7 +214,7 @@ pub(super) struct Half<F> {
     pub(super) lost: Position,
     /// Position below which the lost bytes were retransmitted.
     pub(super) resent: Position,
-    /// Time since which the first unjudged byte waits, ms.
+    /// Time since which the first byte without a verdict waits, ms.
     pub(super) since: Option<Millis>,
     /// Whether the inspector waits for the other side, so that no deadline runs.
     pub(super) awaits_peer: bool,
@@ -220,7 +224,7 @@ pub(super) struct Half<F> {
     pub(super) widest: u64,
     /// Position of the FIN.
     pub(super) fin: Option<Position>,
-    /// Whether the inspector has judged the end of the stream.
+    /// Whether the inspector has allowed the end of the stream.
     pub(super) end_read: bool,
     pieces: VecDeque<Piece>,
     /// Held packets in the order of the stream.
@@ -304,7 +308,7 @@ impl<F> Half<F> {
     }
 
     /// Compares the bytes of a segment with those that have arrived before, and keeps new ones until they are
-    /// acknowledged and judged.
+    /// acknowledged and allowed.
     pub(super) fn take(&mut self, start: Position, data: &[u8]) -> Arrival {
         let end = start + data.len() as u64;
         let mut last = None;
@@ -364,7 +368,8 @@ impl<F> Half<F> {
             .is_some_and(|piece| piece.start <= self.proxy_acked.max(START + 1))
     }
 
-    /// Returns bytes that were acknowledged on behalf of the receiver and are judged: up to `most`, from `from` on.
+    /// Returns at most `most` bytes, beginning at position `from`, that were acknowledged on behalf of the receiver and
+    /// are allowed.
     pub(super) fn undelivered(&self, from: Position, most: usize) -> &[u8] {
         let Some(piece) = self
             .pieces
@@ -388,7 +393,7 @@ impl<F> Half<F> {
         self.acked < self.lost
     }
 
-    /// Returns the judged bytes of the first held packet that were not forwarded: their start and end.
+    /// Returns the start and end of the allowed bytes of the first held packet that were not forwarded yet.
     pub(super) fn part(&self) -> Option<(Position, Position)> {
         let held = self.held.front().filter(|held| held.end > self.judged)?;
         let from = held.start.max(self.sent);
@@ -487,7 +492,7 @@ impl<F> Half<F> {
             .sum()
     }
 
-    /// Returns the bytes that have arrived and are not judged.
+    /// Returns the bytes that have arrived and have no verdict yet.
     pub(super) fn unjudged(&self) -> &[u8] {
         match self.pieces.back() {
             Some(piece) if self.judged < self.next && piece.start <= self.judged => {
@@ -507,14 +512,14 @@ impl<F> Half<F> {
         self.fin.is_some_and(|fin| self.next >= fin)
     }
 
-    /// Marks the next `n` bytes as judged. They are kept for comparison until they are acknowledged.
+    /// Marks the next `n` bytes as allowed. They are kept for comparison until they are acknowledged.
     pub(super) fn pass(&mut self, n: u64) {
         self.judged += n;
         self.forget();
     }
 
-    /// Marks the next `n` bytes as judged and does not compare retransmissions of them. Returns false if they are
-    /// compared, because too many skipped ranges are not acknowledged.
+    /// Marks the next `n` bytes as allowed and does not compare their retransmissions. Returns false if retransmissions
+    /// are compared after all, because too many skipped ranges are not acknowledged.
     pub(super) fn skip(&mut self, n: u64) -> bool {
         if self.pieces.len() >= MAX_PIECES {
             self.pass(n);

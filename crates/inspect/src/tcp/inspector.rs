@@ -8,40 +8,41 @@ use crate::{Sink, context::Cx};
 /// Decision of an inspector about the bytes that it was shown.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Action {
-    /// The first byte cannot be judged yet. The inspector is called again when either side has sent more.
+    /// The inspector needs more bytes for a verdict on the first byte. It is called again when either side has sent
+    /// more.
     NeedMore,
     /// As `NeedMore`, but no deadline runs, because the other side has to send first.
     AwaitPeer,
-    /// The first bytes, this many, are forwarded but stay unjudged and are shown again. For messages that can be
-    /// judged only as a whole: their end is held.
+    /// The first `n` bytes are forwarded before their verdict and are shown to the inspector again. For a message that
+    /// gets a verdict only as a whole: the end of the message is held.
     ForwardUnjudged(usize),
-    /// The first bytes, this many, are judged and forwarded.
+    /// The first `n` bytes are allowed and forwarded.
     Forward(usize),
-    /// The next bytes, this many, are forwarded without inspection, and retransmissions of them are not compared. The
-    /// number may exceed the bytes that have arrived.
+    /// The next `n` bytes are forwarded without inspection, and their retransmissions are not compared. `n` may exceed
+    /// the number of bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
     Offload,
     /// No further byte is forwarded. Both ends are reset.
     Abort(Reason),
-    /// No further byte of this side is forwarded. This side gets these bytes and a FIN, as if from the other side and
-    /// behind the bytes that the other side has sent so far. The other side gets a FIN too.
+    /// No further byte of this side is forwarded. This side gets the given bytes and a FIN, as if the other side had
+    /// sent them after its bytes so far. The other side gets a FIN too.
     Respond(Reason, Vec<u8>),
 }
 
 /// State that an inspector keeps for a connection while the connection is inspected.
 pub(crate) trait Offloadable {
-    /// State that is kept after the offload, to judge the connection again if its rules change. The default stands
-    /// for a connection that audit mode let pass without inspection.
+    /// State that is kept after the offload: if the rules of the connection change, it decides whether the connection
+    /// may continue. The default is for a connection that audit mode let pass without inspection.
     type OffloadVerdict: Default;
-    /// Takes that state out.
+    /// Returns the state to keep, and removes it from `self`.
     fn remember(&mut self) -> Self::OffloadVerdict;
 }
 
 /// Inspects the streams of both sides of a connection.
 pub(crate) trait StreamInspector<F> {
-    /// Judges the bytes of one side that have arrived and are not judged yet. `end`: the stream ends behind them. With
-    /// `end` and no bytes, `Forward(0)` forwards the end of the stream.
+    /// Inspects the bytes of one side that have arrived and have no verdict yet. `end`: whether the stream ends after
+    /// them. With `end` and no bytes, `Forward(0)` forwards the end of the stream.
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action;
 
     /// Reports, before each `read`, how many bytes of the stream of `side` have been forwarded.

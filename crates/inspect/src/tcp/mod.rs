@@ -1,12 +1,12 @@
 //! Inspection of TCP connections without terminating them: packets are held, forwarded unchanged, or dropped.
 //!
 //! A [`connection::Connection`] reassembles the streams of both directions and shows them to a [`StreamInspector`]. A
-//! packet is forwarded once the inspector has judged all of its bytes. If its last bytes are denied, or wait for the
-//! other side, the judged bytes are forwarded in a packet that is built here.
+//! packet is forwarded once the inspector has allowed all of its bytes. If its last bytes are denied, or wait for the
+//! other side, the allowed bytes are forwarded in a packet that is built here.
 //!
 //! The receiver gets exactly the bytes that were inspected. Bytes are kept until the receiver has acknowledged them,
 //! and a retransmission with other bytes is dropped. So the inspection does not depend on which copy the receiver
-//! takes, on its window, or on how it treats timestamps and a TTL that expires on the way.
+//! takes, on the receiver's window or timestamp check, or on a TTL that expires on the path.
 //!
 //! A sender may need an acknowledgement of held bytes before it sends the rest (Nagle's algorithm, RFC 9293, 3.7.4; a
 //! congestion window, RFC 5681). So bytes that are held longer than [`TcpLimits::acknowledge`] are acknowledged on

@@ -2,10 +2,10 @@
 //!
 //! An option can change how the receiver interprets a segment. MPTCP (RFC 8684) maps the payload to a position other
 //! than the sequence number, fast open (RFC 7413) accepts data before the handshake, a signature (RFC 2385, RFC 5925)
-//! decides whether the segment is accepted at all. The inspection knows none of these. So only options that it
-//! understands are forwarded, and every other option is overwritten with NOPs. This disables an extension that both
-//! ends must negotiate, because no end sees the option of the other in the handshake (RFC 8684, 3.7: both fall back
-//! to plain TCP).
+//! decides whether the segment is accepted at all. The inspection supports none of these. So a segment with a signature
+//! is dropped, and every other option that the inspection does not understand is overwritten with NOPs. This disables
+//! an extension that both ends must negotiate, because no end sees the option of the other in the handshake (RFC 8684,
+//! 3.7: both fall back to plain TCP).
 
 use palisade_abi::tcp_flags;
 
@@ -32,7 +32,7 @@ const MAX_OPTIONS: usize = 40;
 pub enum OptionProblem {
     /// The length of an option is wrong for its kind, or exceeds the header.
     Length,
-    /// MPTCP (kind 30) outside a SYN: it was removed from the SYNs, so no end may use it.
+    /// MPTCP (kind 30) outside a SYN: the option was removed from the SYNs, so no end may use MPTCP.
     Mptcp,
     /// A signature (kind 19 or 29): packets that are built here cannot be signed, and the receiver drops unsigned ones.
     Signature,
@@ -54,9 +54,9 @@ impl OptionProblem {
 /// checksum (RFC 1624). Returns whether the segment has changed.
 ///
 /// `segment` begins with the TCP header and contains all of it. Its checksum must be valid, and stays valid. A SYN
-/// keeps MSS, window scale, SACK permitted, SACK and timestamps, any other segment SACK and timestamps. Of a repeated
-/// option the first one is kept, because receivers differ in which one they use. Bytes behind the end of the list
-/// become zero. An MSS above `mss_clamp` is lowered to it.
+/// keeps MSS, window scale, SACK permitted, SACK and timestamps, any other segment SACK and timestamps. Of several
+/// options of one kind, the first one is kept, because receivers differ in which one they use. Bytes after the
+/// end-of-options option become zero. An MSS above `mss_clamp` is lowered to it.
 ///
 /// # Errors
 /// [`OptionProblem`] if the segment must be dropped. The segment is unchanged then.
@@ -264,7 +264,7 @@ mod tests {
         for flags in [0x10, 0x18, 0x11, 0x14] {
             assert_eq!(rewritten(flags, &mp), Err(OptionProblem::Mptcp));
         }
-        // Also behind options with the layout of the fast path.
+        // MPTCP is also found after options with the layout of the fast path.
         let behind = [&[1, 1, 8, 10, 1, 1, 1, 1, 2, 2, 2, 2][..], &mp].concat();
         assert_eq!(rewritten(0x10, &behind), Err(OptionProblem::Mptcp));
         for flags in [2, 0x12, 0x10] {

@@ -2,7 +2,7 @@
 //!
 //! ICMP has no authentication, so an error counts only if it quotes a sequence number that was sent and is not
 //! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The programs
-//! have compared addresses and ports with the flow, and have cut the error to the quoted network header and eight
+//! have compared addresses and ports with the flow, and have truncated the error to the quoted network header and eight
 //! bytes.
 
 use palisade_abi::{CtKey, protocol, punt_flags};
@@ -16,7 +16,7 @@ const TOO_BIG: u16 = 4;
 /// Length of an ICMP header, bytes.
 const HEADER: usize = 8;
 
-/// Verdict of an ICMP error.
+/// Verdict on an ICMP error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Quoted {
     /// The error is dropped: it quotes no sequence number in flight.

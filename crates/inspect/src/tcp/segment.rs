@@ -37,7 +37,8 @@ pub(super) struct Segment<'a> {
 }
 
 impl<'a> Segment<'a> {
-    /// Returns the segment of a packet; none if receivers could interpret it differently.
+    /// Parses the TCP segment of a packet. Returns none if the header is malformed, or if receivers could interpret the
+    /// segment differently.
     pub(super) fn read(view: &PacketView<'a>) -> Option<Self> {
         let header = view.frame.get(view.transport..view.payload.0)?;
         let (fixed, options) = header.split_first_chunk::<20>()?;
@@ -74,8 +75,8 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// Parses the options. Returns none if a length is wrong, or if an option is unknown here: a receiver may know it.
-    /// [`options::normalise`] removes unknown options before.
+    /// Parses the options. Returns none if a length is wrong or a kind is unknown, because a receiver may know that
+    /// kind. [`options::normalise`] has already overwritten unknown options with NOPs.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
         while let Some((&kind, rest)) = bytes.split_first() {
@@ -111,14 +112,14 @@ impl Options {
     }
 }
 
-/// A segment that arrives, and its sender.
+/// A received segment, its packet and its sender.
 pub(super) struct Arrived<'a, 'p> {
     pub(super) side: Side,
     pub(super) view: &'a PacketView<'p>,
     pub(super) segment: &'a Segment<'p>,
 }
 
-/// Headers below TCP and route of the packets of one direction.
+/// Link header, addresses, ports and route of the packets of one direction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
     header: [u8; Self::LONGEST],
@@ -147,7 +148,7 @@ impl Link {
     /// Maximum length of the link header, bytes: Ethernet with two VLAN tags.
     const LONGEST: usize = 22;
 
-    /// Returns the link of the direction in which a packet goes.
+    /// Returns the `Link` of a packet's direction; none if its link header is too short or too long.
     pub(super) fn of(view: &PacketView<'_>) -> Option<Self> {
         let from = view.frame.get(..view.network)?;
         let mut header = [0; Self::LONGEST];
@@ -170,7 +171,7 @@ impl Link {
         })
     }
 
-    /// Returns the link of the opposite direction.
+    /// Returns the `Link` of the opposite direction.
     pub(super) fn reversed(&self) -> Self {
         let mut reversed = *self;
         reversed.header[..6].copy_from_slice(&self.header[6..12]);
@@ -197,7 +198,7 @@ impl Link {
                 .unwrap_or(&self.header),
         );
         let options = if segment.timestamp.is_some() { 12 } else { 0 };
-        // No caller builds a segment that exceeds 16 bits: payloads are limited to the MSS.
+        // The length fits 16 bits, because callers limit the payload to the MSS.
         let length = u16::try_from(20 + options + segment.payload.len()).unwrap_or(u16::MAX);
         let (source, destination) = (self.source.0, self.destination.0);
         network_header(source, destination, self.ipv6, protocol::TCP, length, out);

@@ -15,7 +15,7 @@ pub(crate) struct Shared {
     pub(super) stats: TcpStats,
     /// Buffer for the packet that is built.
     out: Vec<u8>,
-    /// Start of the current second of reports, and the number of reports left in it.
+    /// Start of the current second, ms, and number of reports left in that second.
     reports: (Millis, u32),
     /// Buffer for the judged part of a packet.
     pub(super) part: Vec<u8>,
@@ -32,7 +32,7 @@ impl Shared {
         }
     }
 
-    /// Returns the context for a connection: that of the engine, with this state.
+    /// Returns the context for a connection: the engine's context and this state.
     pub(super) const fn context<'a, F, S>(&'a mut self, cx: &'a mut Cx<'_, F, S>) -> TcpCx<'a, F, S> {
         TcpCx {
             now: cx.now,
@@ -43,7 +43,7 @@ impl Shared {
         }
     }
 
-    /// Returns whether one more dropped packet is reported: the limit keeps a sender from filling the records.
+    /// Returns whether one more dropped packet may be recorded. The limit prevents a sender from flooding the records.
     pub(super) const fn may_report(&mut self, now: Millis) -> bool {
         if now.saturating_sub(self.reports.0) >= 1_000 {
             self.reports = (now, REPORTS);

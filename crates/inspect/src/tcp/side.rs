@@ -25,7 +25,7 @@ impl Side {
         }
     }
 
-    /// Returns the receiver of what this end sends.
+    /// Returns the opposite end of the connection.
     #[must_use]
     pub(crate) const fn other(self) -> Self {
         match self {

@@ -62,11 +62,11 @@ enum Place {
     New(Slot),
     /// An offloaded connection.
     OffloadedFlow,
-    /// None: a SYN+ACK that answers no SYN.
+    /// No connection: a SYN+ACK that answers no SYN.
     Stray,
-    /// None: a SYN that must not open a connection, because it carries data, FIN or RST.
+    /// No connection: a SYN that must not open one, because it carries data, FIN or RST.
     Invalid,
-    /// None that is known.
+    /// No known connection.
     Unknown,
 }
 
@@ -83,7 +83,8 @@ enum Slot {
 pub(crate) struct Connections<F, T: Offloadable> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
     /// Connections whose SYN arrived while another connection with the same ports was known. Only the server knows
-    /// whether that one has ended: a candidate replaces it when the server acknowledges the candidate's SYN.
+    /// whether the known connection has ended: a candidate replaces it when the server acknowledges the candidate's
+    /// SYN.
     candidates: HashMap<CtKey, Box<Entry<F, T>>>,
     shares: HashMap<u16, Share>,
     open: usize,
@@ -99,7 +100,7 @@ pub(crate) struct Connections<F, T: Offloadable> {
     shared: Shared,
 }
 
-/// A conntrack key with an order, and one of its two connections.
+/// A conntrack key and one of its two connections, ordered for the `BTreeSet` of deadlines.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Key(CtKey, Slot);
 
@@ -157,8 +158,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Handles a packet. `make` returns the state of a new connection; `inspector` returns an inspector for this
-    /// call; `recall` judges an offloaded connection again and returns the reason if it must end.
+    /// Handles a packet. `make` returns the state of a new connection; `inspector` returns an inspector for this call;
+    /// `recall` evaluates the current rules for an offloaded connection and returns the reason if the connection must
+    /// end.
     pub(crate) fn packet<'t, S: Sink<F>, R: StreamInspector<F>>(
         &'t mut self,
         view: &PacketView<'_>,
@@ -232,7 +234,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Begins a connection, in the place of an existing one with the same key.
+    /// Begins a connection, which replaces an existing one with the same key.
     fn begin<S: Sink<F>>(&mut self, key: Key, view: &PacketView<'_>, inspector: T, cx: &mut Cx<'_, F, S>) {
         match key.1 {
             Slot::Current => self.forget_with_candidate(key.0, cx),
@@ -243,13 +245,13 @@ impl<F, T: Offloadable> Connections<F, T> {
         self.insert(key, Connection::new(key.0, view), inspector, cx);
     }
 
-    /// Drops a packet of a connection that must not open, because there are too many.
+    /// Refuses a packet of a connection that must not open, because too many connections are open.
     fn refuse_beyond_limit<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         self.shared.stats.limited += 1;
         self.refuse(view, frame, Reason::InspectLimit, cx);
     }
 
-    /// Offloads a connection that must not open, because audit mode is on.
+    /// Offloads, in audit mode, a connection that would otherwise be refused because too many connections are open.
     fn offload_beyond_limit<S: Sink<F>>(&mut self, key: &CtKey, cx: &mut Cx<'_, F, S>) {
         self.shared.stats.limited += 1;
         if let Some(entry) = self.entries.get_mut(key) {
@@ -258,7 +260,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Handles a packet of an offloaded connection: the BPF programs punt one if its rules have changed.
+    /// Handles a packet of an offloaded connection. The BPF programs punt such a packet if the rules of the connection
+    /// have changed.
     fn packet_of_offloaded<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -449,8 +452,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }) && self.is_full(key)
     }
 
-    /// Adds a new connection. Evicts the oldest half-open connection of the endpoint that has most, if there are too
-    /// many.
+    /// Adds a new connection. If there are too many half-open connections, evicts the oldest one of the endpoint that
+    /// has the most.
     fn insert<S: Sink<F>>(
         &mut self,
         key: Key,
@@ -534,7 +537,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Moves the current connection to the offloaded ones, with no more state than a change of its rules needs.
+    /// Moves the current connection to the offloaded ones, which keep only the state that a change of the rules needs.
     fn remember_offloaded(&mut self, key: CtKey) {
         let Some(mut entry) = self.remove(Key(key, Slot::Current)) else {
             return;
@@ -587,7 +590,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     /// Records and drops a packet of a connection that cannot be inspected. In audit mode the connection is offloaded
-    /// instead, and the result is false.
+    /// instead. Returns whether the packet was dropped.
     fn refuse<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -630,8 +633,9 @@ impl<F, T: Offloadable> Connections<F, T> {
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }
-        // The reset of an end that has no such connection, perhaps in answer to the probe of
-        // [`Connection::reset_unknown`]. Its sequence number is the one that the other end waits for.
+        // An end that has no such connection has sent this reset, perhaps in answer to the probe of
+        // [`Connection::reset_unknown`]. The reset is forwarded, because its sequence number is the one that the other
+        // end expects.
         if segment.is_rst() && segment.payload.is_empty() {
             cx.sink.release(frame);
             return;
@@ -646,7 +650,7 @@ impl<F, T: Offloadable> Connections<F, T> {
     }
 
     /// Handles an ICMP error that quotes a segment of a connection: forwards, consumes or drops it ([`Quoted`]). The
-    /// error is no packet of the connection, so it resets no idle timeout.
+    /// error is not a packet of the connection, so it does not restart the idle timeout.
     pub(crate) fn error<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -718,8 +722,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         let is_audit = is_audit(view);
         if self.may_report(key, reason, cx) {
             let record = Record::of(view, What::Unreadable { detail });
-            // The punt request has the identity of the connection's peer. If a router has sent the error, that is not
-            // the identity of the error's source.
+            // The punt request contains the identity of the connection's peer. If a router has sent the error, that is
+            // not the identity of the error's source.
             let is_of_peer = [view.packet.source, view.packet.destination].contains(&key.remote);
             cx.sink.record(&Record {
                 verdict: verdict(is_audit),

@@ -14,13 +14,13 @@ use super::{
 };
 use crate::{Sink, record::Verdict};
 
-/// Maximum number of packets in flight when lost bytes are sent again.
+/// Maximum number of packets in flight when lost bytes are retransmitted.
 const AGAIN: u64 = 8;
 /// Detail of the record when the receiver acknowledges none of the retransmissions.
 const UNDELIVERED: &str = "Bytes acknowledged on behalf of the receiver cannot be delivered";
 
 impl<F> Connection<F> {
-    /// Acknowledges the held bytes of one side. Their frames are not needed any more: the bytes are kept and are
+    /// Acknowledges the held bytes of one side. Their frames are freed, because the bytes are kept in memory and
     /// delivered in built packets.
     pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let half = &mut self.halves[side];
@@ -33,11 +33,12 @@ impl<F> Connection<F> {
             cx.sink.absorb(held.frame);
         }
         self.acknowledge(side, cx);
-        // The first bytes may be judged already.
+        // The inspector may have allowed the first bytes already.
         self.deliver(side, cx);
     }
 
-    /// Sends an acknowledgement to one side, for all bytes that the receiver or the worker has acknowledged.
+    /// Sends one side an acknowledgement of all its bytes that the receiver, or the worker on its behalf, has
+    /// acknowledged.
     pub(super) fn acknowledge<S: Sink<F>>(&self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         cx.shared.stats.acknowledged += 1;
         let (own, other) = (&self.halves[side], &self.halves[side.other()]);
@@ -54,7 +55,7 @@ impl<F> Connection<F> {
         self.emit(side, &segment, cx);
     }
 
-    /// Returns the segment that carries `payload` of `side` at a position.
+    /// Returns a segment from `side` with `payload` at position `at`.
     fn data_segment<'p>(&self, side: Side, at: Position, payload: &'p [u8]) -> OutSegment<'p> {
         let (own, receiver) = (&self.halves[side], &self.halves[side.other()]);
         OutSegment {
@@ -72,7 +73,8 @@ impl<F> Connection<F> {
         self.halves[to].payload_size(self.has_timestamps())
     }
 
-    /// Sends one packet of acknowledged bytes of `side`, from a position on. Returns the number of bytes.
+    /// Sends one built packet with bytes of `side` that were acknowledged on behalf of the receiver, beginning at
+    /// position `from`. Returns the number of bytes.
     fn send_acknowledged<S: Sink<F>>(&self, side: Side, from: Position, cx: &mut TcpCx<'_, F, S>) -> u64 {
         let payload = self.halves[side].undelivered(from, self.payload_to(side.other()));
         if payload.is_empty() {
@@ -83,10 +85,11 @@ impl<F> Connection<F> {
         payload.len() as u64
     }
 
-    /// Forwards the judged bytes of a packet whose last bytes are not judged. The sender stays responsible for them: it
-    /// retransmits the packet until all of it is acknowledged.
+    /// Forwards the allowed bytes of a held packet whose last bytes have no verdict yet. If the built packet is lost,
+    /// the sender recovers the bytes: it retransmits its packet until all of it is acknowledged.
     ///
-    /// Does nothing if another policy inspects the packets too, because its inspector would not see the built packet.
+    /// Does nothing if a second policy inspects the packets, because the inspector of that policy would not see the
+    /// built packet.
     pub(super) fn split<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         while let Some((from, to)) = self.halves[side].part().filter(|_| !self.is_shared) {
             let part = self.halves[side].bytes(from, to);
@@ -101,7 +104,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends bytes of a packet of `side` in built packets.
+    /// Sends bytes of `side` in built packets, beginning at position `from`.
     pub(super) fn send_part<S: Sink<F>>(
         &mut self,
         side: Side,
@@ -119,7 +122,7 @@ impl<F> Connection<F> {
         own.sent = own.sent.max(at);
     }
 
-    /// Sends the acknowledged bytes of `side` that are judged and were not sent.
+    /// Sends the bytes of `side` that were acknowledged on behalf of the receiver, are allowed and were not sent yet.
     pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         loop {
             let half = &self.halves[side];
@@ -134,8 +137,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Retransmits acknowledged bytes of `side` after a timeout. From the second timeout on the packets are smaller,
-    /// since a link may drop large packets without an ICMP error (RFC 2923, 2.1).
+    /// Retransmits bytes of `side` that were acknowledged on behalf of the receiver, after a timeout. From the second
+    /// timeout on the packets are smaller, since a link may drop large packets without an ICMP error (RFC 2923, 2.1).
     pub(super) fn retransmit<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let Some((_, tries)) = self.halves[side].again.filter(|(at, _)| *at <= cx.now) else {
             return;
@@ -179,7 +182,8 @@ impl<F> Connection<F> {
     /// Sets the timers for acknowledgements on behalf of a receiver and for retransmissions.
     pub(super) fn arm<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         for side in Side::BOTH {
-            // At half of the limit, so that packets find room until the sender has the acknowledgement.
+            // Bytes are acknowledged at half of the limit, because further packets need room until the acknowledgement
+            // reaches the sender.
             let most = cx.shared.limits.frames_per_direction / 2;
             if self.halves[side].is_recovering() {
                 self.recover(side, cx);

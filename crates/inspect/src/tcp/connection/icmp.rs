@@ -40,8 +40,8 @@ impl<F> Connection<F> {
         }
         // The sender needs the MTU of a link only if it has to retransmit the quoted byte itself.
         let is_theirs = at >= half.proxy_acked || quoted.mtu.is_none();
-        // An error lowers the size only if the quoted byte is in flight. Of an offloaded connection that is known
-        // only for bytes that the worker has sent itself.
+        // An error lowers the size only if the quoted byte is in flight. In an offloaded connection, that is known only
+        // for bytes that the worker has sent itself.
         let counted = match self.phase {
             Phase::Aborted(_) => 0,
             Phase::Offloaded => half.sent,
@@ -61,7 +61,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Retransmits unacknowledged bytes that the worker has sent in the place of the sender, in smaller packets.
+    /// Retransmits, in smaller packets, unacknowledged bytes that the worker has sent in the sender's place.
     fn send_narrower<S: Sink<F>>(&mut self, quoted: &QuotedSegment, cx: &mut TcpCx<'_, F, S>) {
         let side = quoted.sender;
         if let Phase::Responded(response) = &self.phase {

@@ -1,4 +1,4 @@
-//! Shows the reassembled streams to the inspector, and forwards what it has judged.
+//! Shows the reassembled streams to the inspector, and forwards the bytes that it allows.
 
 use palisade_abi::Reason;
 
@@ -16,13 +16,14 @@ use crate::Sink;
 
 /// Maximum length of an offload window, bytes: the BPF programs compare sequence numbers modulo 2^32.
 const LONGEST_WINDOW: u64 = 1 << 30;
-/// Number of bytes behind an offload window after which the window is removed.
+/// Number of bytes past the end of an offload window after which the window is removed.
 const WINDOW_AGE: u64 = 1 << 28;
-/// Maximum number of missing bytes of a message for which retransmissions are compared. A longer rest is skipped.
+/// If at most this many bytes of a bypassed range have not arrived, the range is kept and its retransmissions are
+/// compared. A longer rest is skipped.
 const SMALL: u64 = 4096;
 
 impl<F> Connection<F> {
-    /// Calls the inspector until it has judged all that it can, and forwards what it allows.
+    /// Calls the inspector until it needs more bytes, and forwards the packets that it allows.
     pub(super) fn inspect<S: Sink<F>>(
         &mut self,
         inspector: &mut impl StreamInspector<F>,
@@ -52,8 +53,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Removes offload windows before their sequence numbers wrap around (2^32 bytes). The command is repeated, in
-    /// case the packet that carries it is lost.
+    /// Removes offload windows before their sequence numbers wrap around (2^32 bytes). The command is repeated every
+    /// [`WINDOW_AGE`] bytes, in case the packet that carries it is lost.
     fn remove_old_windows(&mut self) {
         for side in Side::BOTH {
             if let Some(end) = self.window_ends[side]
@@ -87,8 +88,8 @@ impl<F> Connection<F> {
             }
             rest => Action::Bypass(rest),
         };
-        // Of a connection with two inspectors, the judged part of a packet is not forwarded by itself. The other side
-        // may wait for that part, so the deadline must run.
+        // If two policies inspect the connection, the allowed part of a held packet is not forwarded in a packet of its
+        // own. The other side may be waiting for that part, so the deadline must run.
         half.awaits_peer = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
         match action {
             Action::NeedMore | Action::AwaitPeer => false,
@@ -131,8 +132,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Marks the next `n` bytes of one side as judged, of which `available` have arrived. Sets an offload window if
-    /// that is worth it.
+    /// Marks the next `n` bytes of one side as allowed, of which `available` have arrived. Sets an offload window if at
+    /// least `TcpLimits::window` of them have not arrived.
     fn skip(&mut self, side: Side, n: u64, available: u64, shared: &Shared) {
         let half = &mut self.halves[side];
         // Bytes that were acknowledged on behalf of the receiver must be kept until they are delivered.
@@ -150,7 +151,8 @@ impl<F> Connection<F> {
         let from = half.seq(half.judged);
         let is_skipped = half.skip(taken);
         self.rest[side] = n - taken;
-        // Acknowledgements of bytes in a window are not punted, so nothing may wait for one.
+        // Acknowledgements of bytes in an offload window are not punted, so no byte acknowledged on behalf of the
+        // receiver may wait for one.
         if is_skipped && n - available >= shared.limits.window && self.is_drained() {
             let half = &self.halves[side];
             self.windows[side] = [from, half.seq(half.judged)];
@@ -159,7 +161,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Forwards the held packets whose bytes are all judged.
+    /// Forwards the held packets whose bytes are all allowed.
     pub(super) fn flush<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         if matches!(self.phase, Phase::Offloaded) {
             self.flush_all(cx);
@@ -170,8 +172,8 @@ impl<F> Connection<F> {
             self.release(held.frame, cx);
         }
         let half = &self.halves[side];
-        // In all other cases the rest of the packet is about to arrive, or is soon acknowledged on behalf of the
-        // receiver.
+        // In all other cases the allowed part stays held: the rest of the message is about to arrive, or the packet is
+        // soon acknowledged on behalf of the receiver.
         if half.awaits_peer || !half.is_contiguous() {
             self.split(side, cx);
         }

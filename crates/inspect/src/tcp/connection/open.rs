@@ -28,8 +28,8 @@ impl<F> Connection<F> {
         cx: &mut TcpCx<'_, F, S>,
     ) -> Result<(), (Reason, F)> {
         let (side, segment) = (arrived.side, arrived.segment);
-        // Data in a SYN (RFC 7413) would have to be judged before the connection exists. The client retransmits it
-        // behind the handshake if the server does not acknowledge it.
+        // Data in a SYN (RFC 7413) would need a verdict before the connection exists, so the SYN is dropped. Linux
+        // retransmits the SYN without data.
         if !segment.payload.is_empty() || segment.is_fin() || segment.is_rst() {
             return Err((Reason::TcpInvalid, frame));
         }
@@ -67,8 +67,8 @@ impl<F> Connection<F> {
         Ok(())
     }
 
-    /// Plans the notifications of the BPF programs about the state. The programs act on verified state only: a packet
-    /// with a bad checksum or sequence number must not end a conntrack entry.
+    /// Schedules the notifications that tell the BPF programs about the state of the connection. The programs act on
+    /// verified state only: a packet with a bad checksum or sequence number must not end a conntrack entry.
     pub(super) fn note_state(&mut self) {
         if self.opened == Announcement::No && self.is_opened() {
             self.opened = Announcement::Next;
@@ -83,8 +83,8 @@ impl<F> Connection<F> {
     }
 }
 
-/// Stores the initial sequence number and the options of a SYN. Returns whether the SYN is acceptable: another one
-/// may only take the place of a SYN that is not acknowledged.
+/// Stores the initial sequence number and the options of a SYN. Returns whether the SYN is acceptable: a SYN with
+/// another sequence number or other options may replace only a SYN that is not acknowledged.
 fn take_syn<F>(own: &mut Half<F>, other: &Half<F>, side: Side, segment: &Segment<'_>) -> bool {
     let options = &segment.options;
     let has_timestamps = options.timestamp.is_some();
@@ -100,7 +100,7 @@ fn take_syn<F>(own: &mut Half<F>, other: &Half<F>, side: Side, segment: &Segment
         own.recent = options.timestamp.map_or(0, |(value, _)| value);
         own.latest = own.recent;
     } else if own.scale != options.scale || own.has_timestamps != has_timestamps {
-        // A stack may retransmit its SYN without options, in case a middlebox drops them.
+        // A stack may retransmit its SYN without options, in case a middlebox drops SYNs with options.
         if !is_unanswered || other.isn.is_some() {
             return false;
         }

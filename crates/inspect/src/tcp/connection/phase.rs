@@ -13,7 +13,7 @@ pub(super) const FIRST_TRY: Millis = 250;
 /// Phase of a connection.
 pub(super) enum Phase {
     Open,
-    /// A response waits until the client has all that the server has sent before.
+    /// A response waits until its receiver has acknowledged all bytes that the other end sent before.
     Responding(Box<Response>),
     /// The response has been sent.
     Responded(Box<Response>),
@@ -27,12 +27,12 @@ pub(super) enum Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Announcement {
     No,
-    /// Goes out with the next packet that is forwarded.
+    /// Is sent with the next packet that is forwarded.
     Next,
     Sent,
 }
 
-/// Response to one end in the place of the other end.
+/// Response to one end in the other end's place.
 pub(super) struct Response {
     pub(super) reason: Reason,
     /// Receiver of the response.
@@ -51,7 +51,8 @@ pub(super) struct Response {
     pub(super) other: Closing,
 }
 
-/// The end that does not get the response. To it, the receiver of the response seems to have closed the connection.
+/// State of the end that does not get the response. That end gets a FIN, as if the receiver of the response had closed
+/// the connection.
 #[derive(Default)]
 pub(super) struct Closing {
     /// Position of the built FIN in the stream to this end.
@@ -80,7 +81,7 @@ impl Response {
         }
     }
 
-    /// Returns the position behind the FIN that was built in the place of `side`.
+    /// Returns the position after the FIN that was built in the place of `side`.
     pub(super) fn end_of(&self, side: Side) -> Position {
         if side == self.to {
             self.other.fin + 1

@@ -1,8 +1,8 @@
 //! A segment arrives: RFC 9293, 3.10.7.4, in the order of the RFC. SYN and RST have their own files.
 //!
-//! A segment is checked against what its receiver has acknowledged and offered. Where receivers differ, the strictest
-//! one counts: a segment that is dropped is retransmitted, but one that is wrongly accepted could carry bytes that
-//! the receiver does not take.
+//! A segment is checked against the acknowledgements and windows of its receiver. Where TCP implementations differ, the
+//! strictest one is assumed: a dropped segment is retransmitted, but a wrongly accepted one could carry bytes that the
+//! receiver discards.
 
 use palisade_abi::Reason;
 
@@ -22,9 +22,9 @@ use crate::Sink;
 struct Extent {
     /// Position of the first byte.
     start: Position,
-    /// Position behind the last data byte.
+    /// Position after the last data byte.
     end: Position,
-    /// Position behind the last data byte or the FIN.
+    /// Position after the last data byte or the FIN.
     behind: Position,
 }
 
@@ -168,8 +168,8 @@ impl<F> Connection<F> {
         self.note_state();
     }
 
-    /// "Eighth, check the FIN bit": returns whether the segment has bytes behind the FIN, or a FIN at another
-    /// position or before bytes that have arrived.
+    /// "Eighth, check the FIN bit": returns whether the segment has bytes after the known FIN, a FIN at another
+    /// position, or a FIN before bytes that have arrived.
     fn contradicts_fin(&self, arrived: &Arrived<'_, '_>, at: Extent) -> bool {
         let own = &self.halves[arrived.side];
         let has_fin = arrived.segment.is_fin();
@@ -178,10 +178,10 @@ impl<F> Connection<F> {
             || (has_fin && own.highest > at.end)
     }
 
-    /// Handles a segment that begins with acknowledged bytes, which are not compared any more. A receiver that has
-    /// acknowledged bytes without having them would get other bytes than the inspected ones. So the segment is not
-    /// forwarded: the sender gets the acknowledgement, and new bytes behind the acknowledged ones are delivered in
-    /// built packets.
+    /// Handles a segment that begins with acknowledged bytes, for which no copy to compare is kept. If it were
+    /// forwarded, a receiver that has acknowledged bytes before it had them would get bytes other than the inspected
+    /// ones. So the segment is not forwarded: the sender gets the acknowledgement, and new bytes after the acknowledged
+    /// ones are delivered in built packets.
     fn on_retransmission<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -220,7 +220,7 @@ impl<F> Connection<F> {
     }
 
     /// "Seventh, process the segment text": stores the bytes and compares them with an earlier copy. The packet is
-    /// forwarded if all of its bytes may be, else held.
+    /// forwarded if all of its bytes may be forwarded, else held.
     fn accept_data<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -268,8 +268,9 @@ impl<F> Connection<F> {
         Ok(true)
     }
 
-    /// Forwards the judged bytes at the beginning of a segment that has to wait, in a built packet. Bytes that are
-    /// kept are forwarded by [`Connection::split`] instead, and here only again if the sender retransmits them.
+    /// Forwards, in built packets, the allowed bytes at the beginning of a segment whose last bytes have no verdict
+    /// yet. Bytes that are still kept are forwarded by [`Connection::split`]; this function forwards them again only if
+    /// the sender retransmits them.
     fn send_judged_part<S: Sink<F>>(
         &mut self,
         side: Side,

@@ -15,7 +15,7 @@ use super::{
 use crate::{PacketView, Sink};
 
 impl<F> Connection<F> {
-    /// Handles a reset. It is forwarded if its receiver may be waiting for exactly its sequence number (RFC 5961, 3.2).
+    /// Handles a reset. The reset is forwarded if its receiver may expect exactly its sequence number (RFC 5961, 3.2).
     ///
     /// # Errors
     /// Returns the frame and the reason if the segment must be dropped.
@@ -42,8 +42,8 @@ impl<F> Connection<F> {
         let position = own.position(segment.seq);
         if (own.acked..=own.sent).contains(&position) {
             self.is_reset = true;
-            // With bytes in flight the receiver may wait for another sequence number and answer with a challenge ACK
-            // (RFC 5961, 3.2). Then the connection continues, so its end is not reported.
+            // With bytes in flight the receiver may expect another sequence number and answer with a challenge ACK (RFC
+            // 5961, 3.2). Then the connection continues, so its end is not reported.
             if own.acked == own.sent && self.closed == Announcement::No {
                 self.closed = Announcement::Next;
             }
@@ -53,7 +53,8 @@ impl<F> Connection<F> {
         if position != own.highest && own.fin.is_none_or(|fin| position != fin + 1) {
             return Err((Reason::TcpOutOfWindow, frame));
         }
-        // The reset stands behind held bytes, which the receiver does not have, so the receiver would not accept it.
+        // The reset follows held bytes, which the receiver does not have, so the receiver would not accept its sequence
+        // number. A reset with the sequence number that the receiver expects is sent instead.
         cx.sink.discard(frame, Reason::TcpHeld);
         self.reset_to(side.other(), cx);
         self.is_reset = true;
@@ -95,7 +96,7 @@ impl<F> Connection<F> {
         self.emit(to, &segment, cx);
     }
 
-    /// Answers a packet of a connection that does not exist any more with a reset (RFC 9293, 3.10.7.1).
+    /// Answers a packet of a connection that no longer exists with a reset (RFC 9293, 3.10.7.1).
     pub(in crate::tcp) fn refuse<S: Sink<F>>(view: &PacketView<'_>, cx: &mut TcpCx<'_, F, S>) {
         if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view))
             && !segment.is_rst()
@@ -115,13 +116,13 @@ impl<F> Connection<F> {
     /// Resets a connection of which only the packet of `view` is known, at both ends. Returns whether that is done:
     /// false if the receiver of the packet is probed first.
     ///
-    /// A reset counts only if its sequence number is exactly the one that its receiver waits for (RFC 5961, 3.2). For
-    /// the sender of the packet that is the acknowledgement number of the packet. The number that the receiver waits
-    /// for is not known, because the packet may be a retransmission. So if the packet occupies sequence space, the
-    /// receiver gets an empty segment with a sequence number below its window, and answers with an acknowledgement
-    /// (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. The acknowledgement is punted here too. It
-    /// occupies no sequence space and has both numbers. A lost probe does no harm, because the sender retransmits its
-    /// packet.
+    /// A reset is accepted only if its sequence number is exactly the one that its receiver expects (RFC 5961, 3.2).
+    /// For the sender of the packet that is the acknowledgement number of the packet. The number that the receiver of
+    /// the packet expects is not known, because the packet may be a retransmission. So if the packet occupies sequence
+    /// space, the receiver gets an empty segment with a sequence number below its window, and answers with an
+    /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. That acknowledgement is
+    /// punted too. It occupies no sequence space and has both numbers, so both ends are reset then. A lost probe does
+    /// no harm, because the sender retransmits its packet.
     pub(in crate::tcp) fn reset_unknown<S: Sink<F>>(view: &PacketView<'_>, cx: &mut TcpCx<'_, F, S>) -> bool {
         let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
             return true;

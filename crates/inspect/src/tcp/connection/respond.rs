@@ -1,4 +1,4 @@
-//! Responds to one end in the place of the other end, and ends the connection for both.
+//! Responds to one end in the other end's place, and ends the connection for both.
 
 use super::{
     super::{
@@ -10,20 +10,20 @@ use super::{
 };
 use crate::Sink;
 
-/// Maximum number of bytes that an end may still send after the response. Then it is reset.
+/// Maximum number of bytes that an end may still send after the response. If it sends more, it is reset.
 const SPILL: u64 = 1 << 20;
 
 impl<F> Connection<F> {
-    /// Sends the response once its receiver has all that the other end has sent before.
+    /// Sends the response once its receiver has acknowledged all bytes that the other end has sent before.
     pub(super) fn respond_when_due<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if let Phase::Responding(response) = &self.phase {
             let before = &self.halves[response.to.other()];
-            // Bytes that are judged and have not arrived belong to a message that precedes the response.
+            // Allowed bytes that have not arrived yet belong to a message before the response.
             if before.acked < before.sent || before.judged > before.next {
                 return;
             }
-            // The judged bytes of the receiver are delivered first, because nothing is retransmitted after the
-            // response.
+            // The allowed bytes from the receiver of the response are delivered first, because they are not
+            // retransmitted after the response.
             let own = &self.halves[response.to];
             if own.acked < own.sent {
                 return;
@@ -56,7 +56,8 @@ impl<F> Connection<F> {
         self.phase = Phase::Responded(response);
     }
 
-    /// Sends a response that has waited too long for an acknowledgement of earlier bytes, or retransmits one.
+    /// Sends the response if it has waited too long for an acknowledgement of earlier bytes, or retransmits a response
+    /// that was sent.
     pub(super) fn retransmit_response<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         match std::mem::replace(&mut self.phase, Phase::Open) {
             Phase::Responding(response) if response.again <= cx.now => self.respond(response, cx),
@@ -75,7 +76,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends the bytes of the response that are not acknowledged, with a FIN behind the last one.
+    /// Sends the bytes of the response that are not acknowledged, with a FIN after the last one.
     pub(super) fn send_response<S: Sink<F>>(&self, response: &Response, cx: &mut TcpCx<'_, F, S>) {
         let to = response.to;
         let (from, own) = (&self.halves[to.other()], &self.halves[to]);
@@ -124,8 +125,8 @@ impl<F> Connection<F> {
         self.emit(to, &segment, cx);
     }
 
-    /// Handles a packet of a connection whose response was sent. Everything is acknowledged, so that both ends close
-    /// in order.
+    /// Handles a packet of a connection whose response was sent. All bytes of both ends are acknowledged, so that both
+    /// ends close in order.
     pub(super) fn receive_after_response<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
