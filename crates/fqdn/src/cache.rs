@@ -418,7 +418,8 @@ impl Cache {
         self.update(endpoint, |state, sink| state.sweep(now, sink))
     }
 
-    /// Removes the names for which `filter` returns true, of one endpoint or of all, even if connections use them.
+    /// Removes the names for which `filter` returns true, of one endpoint or of all, even if connections use their
+    /// addresses.
     pub fn clean(&mut self, endpoint: Option<EndpointId>, mut filter: impl FnMut(&Name) -> bool) -> Update {
         let mut changes = Vec::new();
         for id in self.select(endpoint) {

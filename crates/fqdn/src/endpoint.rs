@@ -86,7 +86,7 @@ pub(crate) struct AddressEntry {
 #[derive(Debug)]
 pub(crate) struct LearnedTriple {
     selector: SelectorId,
-    /// Number of the address's names that match the selector. The triple is live while it is not 0.
+    /// Number of the address's names that match the selector. The triple is live while this number is not 0.
     names: u32,
     map: MapState,
     /// Number of the last transition between live and gone.
@@ -590,7 +590,7 @@ impl Endpoint {
             return;
         };
         triple.map = match change.kind {
-            // The triple has changed again since, so the maps may not hold its current state.
+            // The triple has changed again after `change` was returned, so the maps may not hold its current state.
             _ if triple.turn != change.turn => MapState::Unsure,
             ChangeKind::Live => MapState::Present,
             ChangeKind::Gone => MapState::Absent,

@@ -66,9 +66,10 @@ const IPV4: &[Ipv4Net] = &[
     v4(240, 0, 0, 4),
 ];
 
-/// The corresponding blocks for IPv6, multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC
-/// 3879), which some stacks still route. `::/96` contains the unspecified address, the loopback address and the
-/// IPv4-compatible addresses (RFC 4291, section 2.5.5.1).
+/// The blocks of the IANA registry of special-purpose IPv6 addresses (RFC 6890) that are not globally reachable,
+/// multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC 3879), which some stacks still route.
+/// `::/96` contains the unspecified address, the loopback address and the IPv4-compatible addresses (RFC 4291, section
+/// 2.5.5.1).
 const IPV6: &[Ipv6Net] = &[
     v6(0, 0, 0, 96),
     v6(0x64, 0xff9b, 1, 48),

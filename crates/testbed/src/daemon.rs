@@ -211,7 +211,7 @@ impl Daemon {
     }
 
     /// Sets a wrapper command that starts the daemon. The daemon's command line is appended to the arguments of the
-    /// wrapper, which must end with `exec` of that command line.
+    /// wrapper, and the wrapper must `exec` that command line at its end.
     pub fn start_through(&mut self, command: Vec<String>) {
         self.through = command;
     }

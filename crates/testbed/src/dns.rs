@@ -921,7 +921,7 @@ fn perf(text: &str) -> Result<Perf> {
     let mut latencies = Vec::new();
     for line in text.lines() {
         if let Some(listed) = line.strip_prefix("> ") {
-            // `> NOERROR www.example A 0.000123`, or `> T www.example A` for a lost query.
+            // dnsperf prints `> NOERROR www.example A 0.000123` for an answer and `> T www.example A` for a lost query.
             if let Some(Ok(latency)) = listed.split_whitespace().nth(3).map(str::parse::<f64>) {
                 latencies.push(latency);
             }

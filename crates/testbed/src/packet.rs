@@ -128,7 +128,8 @@ pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     message
 }
 
-/// Returns a UDP datagram with its network header. The checksum is zero over IPv4; IPv6 requires one.
+/// Returns a UDP datagram with its network header. The UDP checksum is zero over IPv4, and correct over IPv6, which
+/// requires one.
 #[must_use]
 pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, contents: &[u8]) -> Vec<u8> {
     let length = 8 + contents.len() as u16;

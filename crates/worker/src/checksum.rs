@@ -6,8 +6,8 @@
 use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
 
-/// Verifies the IPv4 header checksum of a frame, and completes or verifies its TCP or UDP checksum. The checksums of
-/// fragments and of other protocols are not verified, and a UDP datagram over IPv4 may have none.
+/// Verifies the IPv4 header checksum of a frame, and completes or verifies its TCP or UDP checksum. The transport
+/// checksums of fragments and of other protocols are not verified, and a UDP datagram over IPv4 may have none.
 ///
 /// # Errors
 /// A checksum is wrong. The receiver will discard the packet, so inspecting it would allow an insertion attack: the

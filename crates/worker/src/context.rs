@@ -42,7 +42,8 @@ pub(crate) struct WorkerContext<R> {
     pub mode: Mode,
     /// Function that returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
-    /// Callback that publishes the number of a worker and the time of its heartbeat, ns; 0 if the worker does not run.
+    /// Callback that publishes the number of a worker and the time of its heartbeat, ns. A time of 0 means that the
+    /// worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     pub counters: Arc<Counters>,
     /// Set to stop the worker.

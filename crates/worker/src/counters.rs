@@ -133,7 +133,7 @@ impl Counters {
         }
     }
 
-    /// Returns the dropped packets by the number of the drop reason, without zeros.
+    /// Returns the number of dropped packets for each drop reason that has occurred, by the number of the reason.
     pub fn drops(&self) -> impl Iterator<Item = (u8, u64)> {
         (0..=u8::MAX)
             .zip(self.dropped.iter().map(Count::get))
@@ -167,8 +167,8 @@ impl Counters {
         }
     }
 
-    /// Updates the metrics from those of an engine. `before`: the engine's values at the last call; empty at its first
-    /// call.
+    /// Updates the metrics from those of an engine. `before`: the engine's values at the last call; empty at the first
+    /// call for an engine.
     pub(crate) fn update_metrics(&self, engine: &impl Inspect, before: &mut Vec<u64>) {
         let metrics = self.metrics.get_or_init(|| {
             let mut list = Vec::new();

@@ -42,7 +42,8 @@ pub fn parse(bytes: &[u8], cookie: u64) -> Result<PuntHeader, Reason> {
     Ok(punted)
 }
 
-/// Returns the flow hash of the punt header without validating the header; 0 if the frame is shorter than one.
+/// Returns the flow hash of the punt header without validating the header; 0 if the frame is shorter than a punt
+/// header.
 #[must_use]
 pub fn flow_hash(bytes: &[u8]) -> u32 {
     PuntHeader::read_from_prefix(bytes).map_or(0, |(punted, _)| punted.hash)
@@ -86,7 +87,7 @@ impl Prepared {
 /// whether a byte was changed; always false for fragments and for protocols other than TCP.
 ///
 /// # Errors
-/// The packet must not be forwarded.
+/// [`OptionProblem`] if the packet must not be forwarded.
 pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, OptionProblem> {
     let packet = &prepared.packet;
     if packet.protocol != protocol::TCP || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {

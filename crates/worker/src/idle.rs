@@ -37,7 +37,8 @@ pub(crate) trait Host {
     /// Returns the time since a fixed point.
     fn now(&self) -> Duration;
 
-    /// Returns whether there is work. Called in a tight loop, so it must be a few loads.
+    /// Returns whether there is work. The strategy calls this function in a tight loop, so it must take only a few
+    /// loads.
     fn has_work(&mut self) -> bool;
 
     /// Relaxes the CPU for a moment (`PAUSE`).
@@ -95,7 +96,7 @@ impl Idle {
             return Ok(());
         }
         host.sleep()?;
-        // A wait shorter than the longest spin means that spinning on would have found the work.
+        // If the whole wait was shorter than the longest spin, longer spinning would have found the work.
         if host.now().saturating_sub(since) < MAX_SPIN {
             self.double();
         } else {

@@ -1,7 +1,7 @@
 //! The inspection of the packets whose flow a worker owns: prepares a packet, passes it to the inspectors, and runs the
 //! effects that they queue.
 //!
-//! [`Inspection::packet`] drops a packet or makes it a [`HeldFrame`] until an effect forwards or discards it.
+//! [`Inspection::packet`] drops a packet, or holds it as a [`HeldFrame`] until an effect forwards or discards it.
 
 use std::sync::Arc;
 
@@ -116,7 +116,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         };
         match header::normalise_options(buffer, &prepared) {
             Ok(changed) => self.counters.options_rewritten.add(u64::from(changed)),
-            // In audit mode the inspector reports the packet, and forwards it if it can.
+            // In audit mode the inspector reports the packet and, if possible, forwards it.
             Err(_) if is_audit(punted) => {}
             Err(error) => {
                 self.refuse(punted, Reason::TcpInvalid, error.text(), &prepared.packet);
@@ -148,7 +148,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         match self.held.insert(held) {
             Ok(handle) => self.inspect(port, handle, first, &prepared),
             Err(held) => {
-                // Cannot happen: the slab has room for every frame of the socket.
+                // This cannot happen: the slab has room for every frame of the socket.
                 self.counters.count_drop(Reason::WorkerOverload);
                 port.free(held.frame);
             }
@@ -231,7 +231,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             .unwrap_or_default();
         match header::decode(packet) {
             Ok(packet) => self.inspect(port, handle, &slot, &Prepared { start, packet }),
-            // Cannot happen: the same bytes were decoded for the first inspector.
+            // This cannot happen: the same bytes were decoded for the first inspector.
             Err((reason, _)) => self.effects.discard(handle, reason),
         }
     }

@@ -40,12 +40,13 @@ pub struct Setup<P, E: Inspect> {
     pub clock: fn() -> u64,
     /// Largest packet that one worker can hand off to another, bytes.
     pub max_handoff: usize,
-    /// Callback that makes the socket of a worker and returns it with its number of frames. Called on the worker's
-    /// thread at each start.
+    /// Callback that makes the socket of a worker and returns it with its number of frames. The worker's thread calls
+    /// it at each start of the worker.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Callback that makes the inspectors of a worker. Called on the worker's thread at each start.
+    /// Callback that makes the inspectors of a worker. The worker's thread calls it at each start of the worker.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
-    /// Callback that publishes the number of a worker and the time of its heartbeat, ns; 0 if the worker does not run.
+    /// Callback that publishes the number of a worker and the time of its heartbeat, ns. A time of 0 means that the
+    /// worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     /// The application rules at the start.
     pub rules: Arc<E::Rules>,
@@ -201,7 +202,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
 impl<R> Pool<R> {
     fn wake(&self) {
         for waker in &self.wakers {
-            // If this fails, the worker finds the change at its next heartbeat.
+            // If waking fails, the worker finds the change at its next heartbeat.
             let _ = waker.wake();
         }
     }
@@ -211,7 +212,7 @@ impl<R> Pool<R> {
         self.stop.store(true, Ordering::Relaxed);
         self.wake();
         for thread in self.threads.drain(..) {
-            // A panic of a worker is caught and counted on its thread.
+            // `supervise` catches panics of the worker, so `join` does not fail.
             let _ = thread.join();
         }
     }

@@ -30,7 +30,7 @@ use crate::{
 
 /// Interval of checks that the socket's interface is still up, ns.
 const LINK_CHECK_INTERVAL: u64 = 50_000_000;
-/// Interval of reading the losses in the rings and the inspectors' metrics, ns.
+/// Interval at which the losses in the rings and the inspectors' metrics are read, ns.
 const STATISTICS_INTERVAL: u64 = 1_000_000_000;
 
 /// The mio token of the socket.
@@ -56,7 +56,7 @@ pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     now: u64,
     /// Time of the last link check, ns.
     checked: u64,
-    /// Time of the last statistics, ns, and the statistics of the socket at that time.
+    /// Time at which the statistics of the socket were last read, ns, and their values at that time.
     statistics: (u64, PortStatistics),
     /// The metrics of the engine at the last statistics.
     counted: Vec<u64>,
@@ -69,7 +69,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     pub(crate) fn new(context: &'a mut WorkerContext<E::Rules>, port: P, engine: E, frames: usize) -> Self {
         let waker = context.wakers.get(context.number).map(Arc::clone);
         let wake: Wake = Arc::new(move || {
-            // If this fails, the worker finds the result at its next heartbeat.
+            // If waking fails, the worker finds the result at its next heartbeat.
             let _ = waker.as_ref().map(|waker| waker.wake());
         });
         let counters = Arc::clone(&context.counters);
@@ -195,7 +195,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
         let outcome = self.run_turns();
         if let Some(fd) = fd {
-            // If this fails, closing the descriptor removes it from the epoll set.
+            // If deregistering fails, closing the descriptor removes it from the epoll set.
             let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
         }
         outcome

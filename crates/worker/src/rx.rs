@@ -181,7 +181,7 @@ impl<'a, F> Rx<'a, F> {
     pub(crate) fn wake_peers(&mut self) {
         for (to_wake, waker) in self.to_wake.iter_mut().zip(self.peers.wakers) {
             if std::mem::take(to_wake) {
-                // If this fails, the worker finds the packets at its next heartbeat.
+                // If waking fails, the other worker finds the packets at its next heartbeat.
                 let _ = waker.wake();
             }
         }

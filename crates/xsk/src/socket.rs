@@ -379,7 +379,7 @@ impl Socket {
             }
             if let Err(error) = self.kick() {
                 match error.raw_os_error() {
-                    // The kernel has sent the most packets that it sends per call, or the device is busy.
+                    // The kernel has reached its limit of packets per call, or the device is busy.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
                     _ => return Err(error),
                 }

@@ -233,7 +233,7 @@ pub struct Answer {
     /// The addresses of the queried name and its aliases, in the order of the message. If there are none, the addresses
     /// of the A and AAAA records with other owners.
     pub addresses: Vec<Address>,
-    /// The lowest time to live of the aliases and addresses, s; `None` if there are none.
+    /// The lowest time to live of the aliases and addresses, s; `None` if the answer has neither.
     pub ttl: Option<u32>,
     /// The OPT record, if the answer has one.
     pub edns: Option<Edns>,
@@ -584,7 +584,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    // Inlined, as is `name`, so that the 255 bytes of a name are built in place and not copied.
+    // This function and `name` are inlined, so that the 255 bytes of a name are built in place and not copied.
     #[inline(always)]
     fn question(&mut self) -> Result<Question, ParseError> {
         let name = self.name()?;

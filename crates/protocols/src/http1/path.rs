@@ -63,7 +63,8 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
     Ok(())
 }
 
-/// Decodes percent-encoding in place. Returns whether there was any. `strict`: every percent sign must begin an escape.
+/// Decodes percent-encoding in place. Returns whether an escape was decoded. `strict`: every percent sign must begin an
+/// escape.
 fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
     let Some(first) = bytes.iter().position(|byte| *byte == b'%') else {

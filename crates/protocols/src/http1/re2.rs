@@ -84,7 +84,7 @@ fn states(hir: &Hir) -> usize {
     }
 }
 
-/// Returns the last line of an error of the `regex` crate, which has the reason.
+/// Returns the last line of an error text of the `regex` crate; that line states the reason.
 fn last_line(error: &str) -> String {
     let last = error.lines().last().unwrap_or_default();
     last.trim_start_matches("error: ").trim().to_owned()

@@ -29,7 +29,7 @@ use serde_json::Value;
 /// Whether a signal has arrived. The thread that waits for signals then ends the process.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Timeout of an attempt. An attempt that is dropped takes this long.
+/// Timeout of an attempt. An attempt whose packets are dropped takes this long.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The hosts behind the NIC: name, IPv4 and IPv6 address.
@@ -559,7 +559,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     }
     let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
     if !out.status.success() {
-        // curl(1): 22 for a status of 400 or above, 35 for a failed TLS handshake.
+        // curl exits with 22 after a status of 400 or above, and with 35 after a failed TLS handshake (curl(1)).
         let refused = matches!(program, Http(..) | Https(..)) && matches!(out.status.code(), Some(22 | 35));
         return Ok(if refused { Got::No } else { Got::Nothing });
     }
@@ -730,8 +730,8 @@ fn deciding(
         thread::sleep(Duration::from_millis(50));
     }
     let audited = flows.iter().any(|f| f["verdict"] == "AUDIT");
-    // If a flow record shows a drop, or a pass that only audit mode allowed, its policies decided; other records do not
-    // matter.
+    // If some flow records show a drop, or a pass that only audit mode allowed, the policies of these records decided,
+    // and other records do not matter.
     let stopped = |f: &&Value| f["verdict"] == "DROPPED" || f["verdict"] == "AUDIT";
     let relevant: Vec<&Value> = if flows.iter().any(|f| stopped(&f)) {
         flows.iter().filter(stopped).collect()
