@@ -46,7 +46,7 @@ pub(crate) struct WorkerContext<R> {
     /// worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     pub counters: Arc<Counters>,
-    /// Set to stop the worker.
+    /// Whether the worker must stop.
     pub stop: Arc<AtomicBool>,
     pub control: watch::Receiver<WorkerControl<R>>,
     /// Hand-off rings to the other workers, by number; `None` at the worker's own number.

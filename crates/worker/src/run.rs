@@ -182,7 +182,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         Ok(())
     }
 
-    /// Runs turns until the worker is told to stop.
+    /// Runs turns until `stop` is set.
     ///
     /// # Errors
     /// The socket failed.

@@ -37,7 +37,7 @@ pub(crate) struct Factories<P, E> {
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
 }
 
-/// Runs a worker until it is told to stop, and restarts it when it fails.
+/// Runs a worker until `stop` is set, and restarts the worker when it fails.
 pub(crate) fn supervise<P: Port, E: Inspect>(
     mut context: WorkerContext<E::Rules>,
     factories: &Factories<P, E>,
@@ -78,7 +78,7 @@ pub(crate) fn supervise<P: Port, E: Inspect>(
     context.counters.set_state(State::Ended, None);
 }
 
-/// Makes the socket and the engine and runs the worker, until it is told to stop or its socket fails.
+/// Makes the socket and the engine, and runs the worker until `stop` is set or the socket fails.
 fn run_once<P: Port, E: Inspect>(
     context: &mut WorkerContext<E::Rules>,
     factories: &Factories<P, E>,
@@ -103,7 +103,7 @@ fn run_once<P: Port, E: Inspect>(
     worker.run()
 }
 
-/// Waits for `delay`, or until the worker is told to stop.
+/// Waits for `delay`, or until `stop` is set.
 fn back_off<R>(context: &mut WorkerContext<R>, delay: Duration) {
     let until = Instant::now() + delay;
     let mut events = Events::with_capacity(8);

@@ -216,7 +216,7 @@ pub struct Socket {
     tx_size: usize,
     fill_size: usize,
     unexpected: u64,
-    /// Errno that ended the socket, or 0. Stored here because the kernel clears `SO_ERROR` when it is read.
+    /// Errno that ended the socket, or 0. It is stored here because reading `SO_ERROR` clears it in the kernel.
     fatal_errno: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
