@@ -14,9 +14,12 @@ use tempfile::TempDir;
 
 use crate::{
     Outcome,
-    ns::{Ns, temp_dir},
+    ns::{Ns, temp_dir, wait_until},
     probe::ping,
 };
+
+/// Longest time until every namespace reaches its router, also on a busy machine.
+const MEET_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Name of the node's NIC.
 pub const NIC: &str = "nic0";
@@ -280,14 +283,15 @@ impl Topology {
             let threads: Vec<_> = links
                 .flat_map(|(ns, routers)| routers.map(|router| (ns, router)))
                 .map(|(ns, router)| {
-                    scope.spawn(move || (router, ping(ns, None, router, 8, Duration::from_secs(5))))
+                    // Repeated, because the kernel drops a packet whose neighbour it could not resolve in three seconds.
+                    let answers = move || ping(ns, None, router, 8, Duration::from_secs(2)) == Outcome::Open;
+                    scope.spawn(move || wait_until(&format!("{router} answers"), MEET_TIMEOUT, answers))
                 })
                 .collect();
             for thread in threads {
-                let (router, outcome) = thread
+                thread
                     .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                ensure!(outcome == Outcome::Open, "{router} does not answer: {outcome:?}");
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             }
             Ok(())
         })
