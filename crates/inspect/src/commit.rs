@@ -1,5 +1,5 @@
 //! The queues between the workers and the thread that writes learned addresses to the maps. [`CommitRequest`]s go to
-//! that thread, [`CommitResult`]s return.
+//! that thread, [`CommitResult`]s go back to the workers.
 //!
 //! All workers share one queue of requests. Each worker has its own queue of results. Both are bounded, and no sender
 //! blocks: a worker has at most as many requests open as its queue of results can hold.
@@ -28,7 +28,7 @@ pub struct CommitRequest {
     pub ticket: u64,
     /// Number of the endpoint that learns the addresses.
     pub endpoint: u16,
-    /// The answer. [`CommitResult`] returns the box for reuse.
+    /// The answer. [`CommitResult`] returns its allocation for reuse.
     pub answer: Box<Answer>,
 }
 
@@ -57,7 +57,7 @@ pub struct CommitResult {
     pub committed: bool,
     /// Lease of the addresses; none if the maps may lose them at any time.
     pub lease: Option<Lease>,
-    /// The box of the request.
+    /// The answer of the request, whose allocation can be reused.
     pub answer: Box<Answer>,
 }
 
@@ -70,7 +70,7 @@ pub struct Lease {
     pub epoch: u64,
 }
 
-/// Callback that wakes a sleeping worker after a result was queued for it.
+/// Callback that wakes a sleeping worker after a result was queued for the worker.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Maximum number of a worker's refreshes that wait for [`Committer::flush`].
@@ -90,8 +90,8 @@ pub struct CommitReceiver {
     epoch: Epoch,
 }
 
-/// A counter that ends all leases. The FQDN manager raises it when a learned address leaves the maps before its lease
-/// ends; workers compare it with the epoch of a lease.
+/// A counter whose increment ends all leases. The FQDN manager increments it when a learned address leaves the maps
+/// before its lease ends; workers compare it with the epoch of a lease.
 #[derive(Clone, Debug, Default)]
 pub struct Epoch(Arc<AtomicU64>);
 
@@ -160,7 +160,8 @@ pub fn commit_queue(capacity: usize) -> (CommitQueue, CommitReceiver) {
 }
 
 impl CommitQueue {
-    /// Returns the ends for a worker that may have `limit` requests open. `wake` is called after a result was queued.
+    /// Returns the ends of both queues for a worker that may have `limit` requests open. `wake` is called after a
+    /// result was queued.
     #[must_use]
     pub fn committer(&self, limit: usize, wake: Wake) -> Committer {
         let (sender, results) = bounded(limit);
@@ -301,7 +302,7 @@ impl CommitTask {
         let Self { request, back, wakes } = self;
         let result = request.done(committed, lease);
         let (sender, wake) = &*back.0;
-        // Full is impossible: the queue of results has room for every open request of its worker.
+        // The queue of results cannot be full, because it has room for every open request of its worker.
         if sender.try_send(result).is_ok() && wakes {
             wake();
         }

@@ -81,7 +81,7 @@ pub struct Engine<F> {
     inspectors: InspectorSet<F>,
 }
 
-/// The inspectors of an engine, apart from what a [`Cx`] borrows.
+/// The inspectors of an engine, separate from the fields that a [`Cx`] borrows.
 struct InspectorSet<F> {
     dns: Dns<F>,
     streams: Streams<F>,
@@ -109,12 +109,13 @@ impl<F> Engine<F> {
         }
     }
 
-    /// Replaces the rules. Must be called before a packet names a rule set that is new in them.
+    /// Replaces the rules. Must be called before the first packet whose punt request names a new rule set.
     pub fn set_rules(&mut self, rules: Arc<Rules>) {
         self.rules = rules;
     }
 
-    /// Requires from now on that a TLS client has learned the address by the server name that it sends.
+    /// Requires from now on that an endpoint that opens a TLS connection has learned the destination address of the
+    /// connection by the server name in its ClientHello.
     pub fn verify_server_names(&mut self, known: Arc<SniAddressIndex>) {
         self.inspectors.tls.verify(known);
     }
@@ -176,7 +177,7 @@ impl<F> Engine<F> {
         .min()
     }
 
-    /// Drops the held packets of an endpoint that was removed, and its open questions.
+    /// Drops the held packets and the open DNS questions of an endpoint that was removed.
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.forget(Some(endpoint), sink);
     }
@@ -268,7 +269,8 @@ impl<F> InspectorSet<F> {
                 return;
             }
         };
-        // The view has the link header of the last fragment, and all other headers of the first one.
+        // The frame is that of the fragment that arrived last, and only its link header is used. The decoded headers
+        // and the punt request are those of the first fragment.
         let view = PacketView {
             slot: &whole.slot,
             packet: &whole.packet,

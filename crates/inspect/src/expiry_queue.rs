@@ -1,5 +1,6 @@
 //! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and
-//! for held DNS answers. The question tracker of `palisade-fqdn` does not use it: its slots are also linked by key.
+//! for held DNS answers. The question tracker of `palisade-fqdn` does not use this queue, because the slots of the
+//! tracker are also linked by key.
 
 use crate::Millis;
 
@@ -18,7 +19,7 @@ pub(crate) struct ExpiryQueue<T> {
 #[derive(Debug)]
 struct Slot<T> {
     value: Option<T>,
-    /// Number of uses of the slot, so that the number of a removed value is not valid for the next one.
+    /// Number of uses of the slot, so that the number of a removed value does not find the next value in the slot.
     generation: u32,
     since: Millis,
     older: u32,

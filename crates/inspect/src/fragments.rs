@@ -1,8 +1,8 @@
-//! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is
-//! complete and judged. Then all of them are forwarded unchanged, or all are dropped.
+//! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is complete
+//! and has a verdict. Then all of them are forwarded unchanged, or all are dropped.
 //!
 //! If fragments overlap, receivers may reassemble different datagrams. So the whole datagram is dropped, and every
-//! further fragment of it (RFC 5722). An exact duplicate of a fragment is no overlap.
+//! further fragment of it (RFC 5722). An exact duplicate of a fragment is not treated as an overlap.
 
 use foldhash::{HashMap, HashMapExt as _};
 
@@ -75,8 +75,8 @@ struct Key {
     endpoint: u16,
     ifindex: u32,
     hook: u8,
-    /// Protocol of the IPv4 header. For IPv6 that of the fragment header: only the next header of
-    /// the first fragment counts (RFC 8200, 4.5).
+    /// Protocol of the IPv4 header. For IPv6 always that of the fragment header (44): the fragments of one datagram may
+    /// differ in their next header, and only that of the first one is used (RFC 8200, 4.5).
     protocol: u8,
     id: u32,
     source: Addr,
@@ -315,7 +315,7 @@ impl<F> Reassembler<F> {
         })
     }
 
-    /// Takes back the buffers of a datagram. Its frames must have been taken out before.
+    /// Takes back the buffers of a datagram. The frames must have been removed from `whole` before.
     pub(crate) fn recycle(&mut self, whole: Whole<F>) {
         self.recycle_buffers(whole.buffers);
     }

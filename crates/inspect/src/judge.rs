@@ -1,4 +1,4 @@
-//! Judges requests that a case file or a command line describes, with the code that judges traffic.
+//! Evaluates requests that a case file or a command line describes, with the code that inspects traffic.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -23,7 +23,7 @@ use crate::{
 /// Number of the only rule set that is prepared.
 const SET: u32 = 1;
 
-/// Judges described requests as the engine judges those in traffic.
+/// Evaluates described requests as the engine evaluates requests in traffic.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inspectors {
     /// Limits of a message head.
@@ -37,7 +37,7 @@ impl Judge for Inspectors {
         request: &Request,
         options: HttpOptions,
     ) -> Option<Result<u32, Denial>> {
-        // The engine does not terminate TLS, so it cannot inspect requests inside.
+        // The engine does not terminate TLS, so it cannot inspect requests inside TLS.
         let is_inside_tls = set.terminating_tls.is_some() || !set.server_names.is_empty();
         let is_read_as = |inspector: Inspector| set.reads == inspector as u8 && !is_inside_tls;
         let rules = Rules::prepare(&BTreeMap::from([(SET, set.clone())]), None);
@@ -59,7 +59,7 @@ fn server_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
         host => ServerName::of_host(host.as_bytes())
             .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
     };
-    // The endpoint is assumed to have learned the address by this name.
+    // The endpoint is assumed to have learned the destination address by this name.
     judge_name(&name, rules, true).map_err(|reason| match reason {
         Reason::AppDenied => Denial::NoRule,
         other => refused(other.text(), "its connection is reset".into()),
@@ -128,7 +128,7 @@ fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
         .headers
         .iter()
         .any(|(name, _)| name.eq_ignore_ascii_case("host"));
-    // HTTP/1.1 requires the field, also if its value is empty (RFC 9112, 3.2).
+    // HTTP/1.1 requires the Host field, even if its value is empty (RFC 9112, 3.2).
     if !http.host.is_empty() || !(names_host || http.is_http10) {
         let _ = write!(head, "Host: {}\r\n", http.host);
     }

@@ -1,6 +1,6 @@
 //! Inspects application traffic and decides: hold, forward, drop, respond. Sans-IO: no sockets, no clock of its own.
 //!
-//! The worker gives [`Engine::packet`] each punted packet together with a handle `F` on its frame. The engine either
+//! The worker gives [`Engine::packet`] each punted packet together with a handle `F` to its frame. The engine either
 //! returns the handle to the [`Sink`] at once (forward or drop), or keeps it until the verdict is known. Held frames
 //! are bounded in number, bytes and time. The sink also receives packets that the engine builds, commit requests for
 //! DNS answers, and records.

@@ -17,7 +17,7 @@ pub struct Metric {
     pub now: bool,
 }
 
-/// Visits the fields of a struct. Each field must be in one of the lists, so that a new one is not forgotten: `so
+/// Visits the fields of a struct. Each field must be in one of the lists, so that a new field is not forgotten: `so
 /// far` are counters, `now` gauges, and fields `by hand` are visited by other code.
 macro_rules! metrics {
     ($f:expr, $group:literal, $stats:expr => $type:ident {

@@ -20,7 +20,7 @@ pub struct PacketView<'a> {
     pub network: usize,
     /// Offset of the transport header in `frame`, bytes.
     pub transport: usize,
-    /// Start and end of the transport payload in `frame`, bytes. A frame may have padding behind the end.
+    /// Start and end of the transport payload in `frame`, bytes. A frame may have padding after the end.
     pub payload: (usize, usize),
 }
 
@@ -31,7 +31,7 @@ pub struct Route {
     pub ifindex: u32,
     /// Hook of the packet that caused this one: [`palisade_abi::punt_hook`].
     pub hook: u8,
-    /// Whether the built packet goes to the sender of the packet that caused it. If not, it takes the path of that
-    /// packet.
+    /// Whether the built packet goes to the sender of the packet that caused it. If not, the built packet takes the
+    /// path of that packet.
     pub back: bool,
 }

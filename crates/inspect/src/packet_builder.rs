@@ -15,7 +15,7 @@ const UDP_HEADER: usize = 8;
 /// Offset of the checksum in an IPv4 header, bytes.
 const IPV4_CHECKSUM: usize = 10;
 
-/// Builds the datagram that answers the one in `view`: addresses and ports swapped. Returns false if the datagram
+/// Builds the datagram that answers the one in `view`, with addresses and ports swapped. Returns false if the datagram
 /// must not be answered, because an address is multicast, broadcast or unspecified.
 pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let packet = view.packet;
@@ -56,7 +56,7 @@ pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec
         .add(&ports_and_length)
         .add(payload)
         .fold();
-    // A checksum of zero means that there is none (RFC 768).
+    // A checksum of zero means that the datagram has none (RFC 768).
     let sum = if sum == 0xffff { 0xffff } else { !sum };
     out.extend_from_slice(&ports_and_length);
     out.extend_from_slice(&sum.to_be_bytes());
@@ -64,7 +64,7 @@ pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec
     true
 }
 
-/// Appends an IP header without options in front of `length` bytes.
+/// Appends an IP header without options, for a payload of `length` bytes.
 pub(crate) fn network_header(
     source: Addr,
     destination: Addr,

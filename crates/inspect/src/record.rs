@@ -130,7 +130,7 @@ pub enum Verdict {
 pub struct Record {
     /// Number of the endpoint whose policy required the inspection.
     pub endpoint: u16,
-    /// Whether the *packet* goes to that endpoint; the flow may be of the other direction.
+    /// Whether the *packet* goes to that endpoint; the flow may have been opened in the other direction.
     pub ingress: bool,
     /// Whether the packet is of the reply direction.
     pub reply: bool,
@@ -146,10 +146,10 @@ pub struct Record {
     pub ifindex: u32,
     /// Verdict of the packet.
     pub verdict: Verdict,
-    /// Reason of a drop; also in audit mode.
+    /// Reason of a drop, even if audit mode forwards the packet; [`Reason::Allowed`] for an allowed packet.
     pub reason: Reason,
-    /// Number of the deciding rule: the policy rule with the application rule that matched, else the rule that
-    /// required the inspection.
+    /// Number of the policy rule that decided: the one whose application rule matched, else the one that required the
+    /// inspection.
     pub rule: u32,
     /// Time from the request to this answer, ms; none in other records.
     pub latency: Option<u32>,
@@ -187,13 +187,13 @@ impl About {
         }
     }
 
-    /// Returns the endpoint and the address to which it connects, from a packet of the client; none if the endpoint
-    /// is the server.
+    /// Returns the endpoint and the address to which it connects; none if the endpoint is the server. `self` must
+    /// describe a packet of the client.
     pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
         (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
 
-    /// Returns the same for the other direction.
+    /// Returns the fields for packets of the other direction.
     pub(crate) const fn turned(self) -> Self {
         Self {
             source: self.destination,
@@ -225,8 +225,8 @@ impl Record {
         }
     }
 
-    /// Returns the record of a packet that is forwarded, with the rule that required the inspection. That rule is
-    /// also the deciding one if no application rule matches, because it denies everything else.
+    /// Returns the record of a packet that is forwarded, with the rule that required the inspection. If no application
+    /// rule matches, that rule also decides, because it denies every other request.
     #[must_use]
     pub fn of(view: &PacketView<'_>, what: What) -> Self {
         Self::about(&About::of(view), what)
@@ -238,7 +238,7 @@ impl Record {
 pub enum What {
     /// A DNS query.
     DnsQuery {
-        /// Name in text form, without the trailing dot unless it is the root.
+        /// Name in text form, without the trailing dot unless the name is the root.
         name: Text,
         /// QTYPE.
         kind: u16,
@@ -266,7 +266,7 @@ pub enum What {
         name: Text,
         /// Highest TLS version that the client offers.
         version: u16,
-        /// Whether the hello carries an encrypted one (ECH). The name is that of the outer hello.
+        /// Whether the hello carries an encrypted ClientHello (ECH). `name` is that of the outer hello.
         ech: bool,
     },
     /// An HTTP request.
@@ -279,7 +279,7 @@ pub enum What {
         url: Text,
         /// Configured header fields, one `Name: value` per line, redacted.
         headers: Text,
-        /// Whether a headerMatches of the rule with mismatch LOG did not match.
+        /// Whether a `headerMatches` entry of the rule with `mismatch: LOG` did not match.
         mismatch: bool,
     },
     /// The final response to an HTTP request.
@@ -292,7 +292,7 @@ pub enum What {
         version: u8,
         /// Status code.
         status: u16,
-        /// Length of the body, bytes, if the head has it.
+        /// Length of the body, bytes, if the head announces it.
         length: Option<u64>,
         /// Configured header fields, as for a request.
         headers: Text,

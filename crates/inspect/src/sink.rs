@@ -22,13 +22,14 @@ pub trait Sink<F> {
     fn discard(&mut self, frame: F, reason: Reason);
     /// Sends a packet that the engine has built: a whole Ethernet frame with valid checksums.
     fn emit(&mut self, frame: &[u8], route: Route);
-    /// Requests that the addresses of an answer are written to the maps.
+    /// Requests that the addresses of an answer are written to the maps. [`crate::Engine::committed`] handles the
+    /// result.
     ///
     /// # Errors
     /// Returns the request if the queue is full. No result follows then.
     fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
-    /// Refreshes the lease of an answer whose addresses are in the maps already. The result returns the box of the
-    /// answer.
+    /// Requests a new lease for an answer whose addresses are in the maps already. [`crate::Engine::committed`] handles
+    /// the result, which returns the allocation of the answer for reuse.
     ///
     /// # Errors
     /// Returns the request if the queue is full. No result follows then.

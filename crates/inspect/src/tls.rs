@@ -1,5 +1,5 @@
-//! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the server has answered so
-//! that no second ClientHello can follow.
+//! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the response of the server
+//! rules out a second ClientHello (RFC 8446, 4.1.4).
 
 use std::sync::Arc;
 
@@ -19,10 +19,11 @@ use crate::{
     },
 };
 
-/// Handling of a ClientHello that carries an encrypted one (ECH). Only the server name of the outer hello can be read.
+/// Handling of a ClientHello that carries an encrypted ClientHello (ECH). Only the server name of the outer hello can
+/// be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Ech {
-    /// The hello is judged by its outer name.
+    /// The server name of the outer hello decides.
     #[default]
     AllowOuter,
     /// The connection is aborted.
@@ -32,7 +33,7 @@ pub enum Ech {
 /// Limits and options of TLS inspection, per worker.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TlsLimits {
-    /// Limits of TLS connections. Their deadline is that of an incomplete hello.
+    /// Limits of TLS connections. Their `deadline` applies to an incomplete hello.
     pub tcp: TcpLimits,
     /// Handling of encrypted hellos.
     pub ech: Ech,
@@ -42,7 +43,7 @@ impl Default for TlsLimits {
     fn default() -> Self {
         Self {
             tcp: TcpLimits {
-                // A hello, and early data of the client until the server has answered.
+                // Room for a hello, and for early data of the client until the server has answered.
                 bytes_per_direction: 256 << 10,
                 bytes: 64 << 20,
                 deadline: 10_000,
@@ -62,7 +63,7 @@ pub struct TlsStats {
     pub hellos: u64,
     /// Hellos with a name that no rule allows.
     pub denied: u64,
-    /// Hellos that were denied because they carry an encrypted one.
+    /// Hellos that were denied because they carry an encrypted ClientHello.
     pub ech_denied: u64,
     /// Hellos with an allowed name, to an address that the endpoint has not learned by that name.
     pub sni_mismatches: u64,
@@ -91,7 +92,7 @@ impl Default for TlsStats {
 struct Flow {
     client: ClientReader,
     server: ServerReader,
-    /// Number of unjudged bytes of the client that the parser has read.
+    /// Number of the client's bytes without a verdict that the parser has read.
     fed: usize,
     /// Whether a hello has been forwarded.
     begun: bool,
@@ -101,17 +102,17 @@ struct Flow {
     judged: Option<Judged>,
 }
 
-/// A hello that was forwarded, by a rule or because of audit mode.
+/// A ClientHello, and the rule set and mode with which it was evaluated.
 struct Judged {
     ruleset: u32,
     audit: bool,
     hello: Box<ClientHello>,
-    /// Whether the endpoint had learned the address by the name, or that was not required.
+    /// Whether the endpoint had learned the destination address by the server name, or did not have to.
     known: bool,
 }
 
 impl Offloadable for Flow {
-    /// None: audit mode has offloaded the connection before a hello was judged.
+    /// None: audit mode has offloaded the connection before a hello was inspected.
     type OffloadVerdict = Option<Judged>;
     fn remember(&mut self) -> Self::OffloadVerdict {
         self.judged.take()
@@ -170,7 +171,7 @@ impl<F> Tls<F> {
             |flow| TlsStream::new(flow, view, names, ech, stats),
             |judged, cx| match judged {
                 Some(judged) => recall(judged, view, ech, cx),
-                // Audit mode has offloaded the connection before a hello was judged.
+                // Audit mode has offloaded the connection before a hello was inspected.
                 None if is_audit(view.slot) => Ok(()),
                 None => Err(Reason::TcpMidstream),
             },
@@ -207,7 +208,7 @@ fn is_audit(slot: &PuntRequest) -> bool {
 }
 
 /// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the
-/// address by the server name.
+/// destination address by the server name.
 fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
@@ -219,7 +220,7 @@ fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool
 /// Returns the rule that allows a hello with this name, or the reason of its denial.
 pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Result<u32, Reason> {
     match name {
-        // A rule that allows every server name allows the address too, so a false name gains nothing.
+        // A rule that allows every server name does not depend on the name, so a false name gains nothing.
         ServerName::Name(name) if !known && rules.judge(name).is_some() => {
             rules.allow_all().ok_or(Reason::SniAddress)
         }
@@ -228,7 +229,7 @@ pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Re
     }
 }
 
-/// Judges the hello of an offloaded connection by the rules of a later packet.
+/// Evaluates the hello of an offloaded connection with the rule set of a later packet.
 fn recall<F, S: Sink<F>>(
     judged: &mut Judged,
     view: &PacketView<'_>,
@@ -308,7 +309,7 @@ impl<'a> TlsStream<'a> {
         let mut input = bytes.get(self.flow.fed..).unwrap_or_default();
         match self.flow.client.next(&mut input) {
             Ok(ClientStep::More) if end => {
-                // A FIN of the client before its hello is complete.
+                // The client has sent a FIN before its hello is complete.
                 self.refuse(Reason::AppMalformed, "stream ends within a hello or a record", cx)
             }
             Ok(ClientStep::More) => {
@@ -371,7 +372,7 @@ impl<'a> TlsStream<'a> {
     }
 
     /// Returns whether the endpoint has learned the address of the server by the server name. True if the endpoint is
-    /// the server, because nothing is learned about its clients.
+    /// the server, because addresses of its clients are not learned.
     fn is_known(&self, hello: &ClientHello) -> bool {
         let (Some(names), ServerName::Name(name)) = (self.names, &hello.server_name) else {
             return true;
@@ -428,7 +429,7 @@ impl<'a> TlsStream<'a> {
         let mut input = bytes;
         match self.flow.server.next(&mut input) {
             Ok(ServerStep::Answered(_)) => Action::Offload,
-            // The parser keeps what it has read.
+            // The parser keeps its state, so the inspector does not need these bytes again.
             Ok(ServerStep::More) => Action::Forward(bytes.len()),
             Ok(ServerStep::Again | ServerStep::Refused) => Action::Forward(bytes.len() - input.len()),
             Err(refusal) => {

@@ -14,7 +14,7 @@ use crate::{
 };
 
 impl<F> Dns<F> {
-    /// Judges an answer: it must belong to an open question.
+    /// Returns the verdict on an answer, which must belong to an open question.
     pub(crate) fn answer<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

@@ -13,11 +13,11 @@ use palisade_protocols::dns::{Answer, Name};
 
 use crate::{Lease, Millis};
 
-/// Maximum number of entries: an address of a name for one endpoint. A full table is cleared. Then each answer is
-/// committed once more.
+/// Maximum number of entries. An entry is one address of a name for one endpoint. A full table is cleared, and each
+/// answer is then committed once more.
 const MAX_ENTRIES: usize = 16_384;
-/// Time before the end of a lease at which an entry expires here, ms: the refresh must reach the FQDN manager before
-/// the entry expires there.
+/// Time before the end of a lease at which an entry of this table expires, ms: the refresh must reach the FQDN manager
+/// before the lease ends.
 const MARGIN: Millis = 5_000;
 
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +27,7 @@ struct LeaseEnd {
 }
 
 /// Answers whose addresses are in the maps, as keyed 64-bit hashes. After a hash collision an answer is forwarded
-/// without a commit: the client cannot reach its addresses (fails closed).
+/// although its addresses are not in the maps, so the client cannot reach them (fails closed).
 #[derive(Debug)]
 pub(super) struct CommittedAnswers {
     hashes: RandomState,
@@ -73,7 +73,8 @@ impl CommittedAnswers {
         })
     }
 
-    /// Returns the hash of the endpoint, the question and the aliases. Each alias may match another selector.
+    /// Returns the hash of the endpoint, the response code, the question and the aliases. The aliases count, because
+    /// each of them may match another selector.
     fn name(&self, endpoint: u16, answer: &Answer) -> u64 {
         let mut hasher = self.hashes.build_hasher();
         endpoint.hash(&mut hasher);

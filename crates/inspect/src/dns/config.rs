@@ -31,7 +31,7 @@ pub struct DnsLimits {
     pub held_per_endpoint: usize,
     /// Time that an answer is held before it is dropped, ms.
     pub deadline: Millis,
-    /// Limits of DNS connections. Their deadline is that of an incomplete message.
+    /// Limits of DNS connections. Their `deadline` applies to an incomplete message.
     pub tcp: TcpLimits,
 }
 
@@ -46,7 +46,7 @@ impl Default for DnsLimits {
             tcp: TcpLimits {
                 connections: 4096,
                 connections_per_endpoint: 1024,
-                // A message of 64 KiB, and further queries and answers that arrive while it is incomplete.
+                // Room for a message of 64 KiB, and for further queries and answers that arrive while it is incomplete.
                 bytes_per_direction: 160 << 10,
                 bytes: 64 << 20,
                 frames_per_direction: 256,
@@ -77,7 +77,7 @@ pub struct DnsStats {
     pub transferred: u64,
     /// Answers that were forwarded after their addresses were committed.
     pub committed: u64,
-    /// Answers whose addresses were committed before, so that they were not held. Counted in `committed` too.
+    /// Answers whose addresses were committed before, so that they were not held. They are counted in `committed` too.
     pub fast_path: u64,
     /// Answers whose commit failed or could not be requested.
     pub uncommitted: u64,

@@ -1,8 +1,8 @@
-//! DNS: queries are judged by name, answers must belong to an open question, and their addresses are in the maps
-//! before they are forwarded.
+//! DNS: a query is allowed or denied by its name, an answer must belong to an open question, and its addresses are in
+//! the maps before the answer is forwarded.
 //!
-//! `query` and `answer` judge messages. This module holds answers until their addresses are committed. `stream` does
-//! the same for messages over TCP.
+//! `query` and `answer` return the verdict on a message. This module holds answers until their addresses are committed.
+//! `stream` inspects messages over TCP.
 
 use std::{collections::HashMap, net::SocketAddr};
 
@@ -30,7 +30,7 @@ use crate::{
 use committed::CommittedAnswers;
 use types::{AnswerVerdict, Note, QueryVerdict, Resolved, Waiting};
 
-/// Ticket of a refresh: its result has no held answer.
+/// Ticket of a refresh, for which no answer is held.
 const REFRESH: u64 = u64::MAX;
 
 /// An answer that is held until its addresses are committed.
@@ -180,7 +180,7 @@ impl<F> Dns<F> {
         if result.ticket == REFRESH {
             return;
         }
-        // None: the answer was overdue, or its endpoint was removed.
+        // If no answer is held for the ticket, the answer was overdue, or its endpoint was removed.
         let Some(held) = self.held.remove(result.ticket) else {
             return;
         };

@@ -1,4 +1,4 @@
-//! Queries: judged by name, tracked until their answer, or answered with an error in the resolver's place.
+//! Queries: allowed or denied by name, tracked until their answer, or answered with an error in the resolver's place.
 
 use palisade_abi::{Reason, protocol};
 use palisade_protocols::dns::{Limits, Name, Query, Rcode, reply, rtype};
@@ -15,7 +15,8 @@ use crate::{
 };
 
 impl<F> Dns<F> {
-    /// Judges a query. A query that passes is an open question from then on.
+    /// Returns the verdict on a query. A query that passes is tracked as an open question, unless it asks for a zone
+    /// transfer.
     pub(crate) fn query<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

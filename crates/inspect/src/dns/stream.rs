@@ -1,5 +1,5 @@
-//! DNS over TCP (RFC 7766): the inspector of one connection. A query is forwarded once it is judged, an answer once
-//! it belongs to a question and its addresses are committed. A query that is denied gets a response, which ends the
+//! DNS over TCP (RFC 7766): the inspector of one connection. A query is forwarded once it is allowed, an answer once it
+//! is matched with a question and its addresses are committed. A query that is denied gets a response, which ends the
 //! connection. An answer that is dropped resets the connection.
 //!
 //! All messages of a zone transfer (RFC 5936, RFC 1995) are forwarded: every message with the ID of the question,
@@ -29,7 +29,7 @@ use crate::{
 
 /// Length of the length field in front of a message, bytes.
 const PREFIX: usize = 2;
-/// Number of bytes of responses beyond which further denied queries get none.
+/// Length of the responses to denied queries, bytes, at which further denied queries get no response.
 const REPLIES: usize = 4096;
 /// Maximum number of zone transfers of one connection that are tracked.
 const TRANSFERS: usize = 16;
@@ -41,18 +41,18 @@ struct Flow {
     is_shared: bool,
     /// Offset up to which the client's messages may be forwarded.
     asked: u64,
-    /// Offsets of the ends of judged queries whose forwarding is not confirmed yet.
+    /// Offsets of the ends of allowed queries whose forwarding is not confirmed yet.
     leaving: VecDeque<u64>,
     /// Number of queries that were forwarded.
     sent: u64,
     /// Number of answers that may be forwarded.
     answered: u64,
-    /// The denied queries. No byte of the client is forwarded from the first of them on.
+    /// The denied queries. From the first denied query on, no byte of the client is forwarded.
     refused: Option<Refused>,
     transfers: Vec<Transfer>,
     /// Offset up to which the server's messages are forwarded.
     forwarded: u64,
-    /// Offset of the first message that is not judged yet.
+    /// Offset of the first message that is not inspected yet.
     judged: u64,
     /// Number of missing bytes of a transfer message whose beginning was forwarded.
     rest: usize,
@@ -68,16 +68,16 @@ struct Refused {
     reason: Reason,
     /// Responses to the denied queries.
     replies: Vec<u8>,
-    /// Number of judged bytes, from the beginning of the first denied query.
+    /// Number of inspected bytes, from the beginning of the first denied query.
     judged: usize,
 }
 
-/// An answer that was judged.
+/// An answer that was inspected.
 struct Judged {
     end: u64,
     /// Whether the answer may be forwarded. If not, its addresses are not committed yet.
     passes: bool,
-    /// Whether it is the first message that answers a query.
+    /// Whether this message is the first one that answers a query.
     closes: bool,
 }
 
@@ -100,8 +100,8 @@ impl Flow {
         }
     }
 
-    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer repeats
-    /// the question, which tells them apart.
+    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer is told
+    /// apart from the transfer by the question that it repeats.
     fn transfer(&mut self, head: &Head) -> Option<&mut Transfer> {
         self.transfers.iter_mut().find(|transfer| {
             transfer.id == head.id && head.question.as_ref().is_none_or(|q| *q == transfer.question)
@@ -141,7 +141,7 @@ struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
     key: CtKey,
-    /// The packet that has arrived; none if the call is for the result of a commit. A message is judged when the
+    /// The packet that has arrived; none if the call is for the result of a commit. A message is inspected when the
     /// packet that completes it arrives.
     packet: Option<&'a PacketView<'v>>,
 }
@@ -206,7 +206,7 @@ impl<F> Streams<F> {
         self.connections.error(view, quoted, frame, cx);
     }
 
-    /// Hands the verdicts of held answers to their connections.
+    /// Passes the verdicts on held answers to their connections.
     pub(crate) fn resolve<S: Sink<F>>(&mut self, dns: &mut Dns<F>, cx: &mut Cx<'_, F, S>) {
         while let Some(resolved) = dns.next_resolved() {
             let place = resolved.place;
@@ -269,8 +269,8 @@ impl<F> StreamInspector<F> for DnsStream<'_, '_, F> {
 }
 
 impl<'a, 'v, F> DnsStream<'a, 'v, F> {
-    /// Records a stream that is no sequence of messages, and aborts the connection. Audit mode offloads the
-    /// connection: the next message cannot be found.
+    /// Records a stream that is not a valid sequence of messages, and aborts the connection. Audit mode offloads the
+    /// connection instead, because the next message cannot be found.
     fn refuse<S: Sink<F>>(&mut self, detail: &'static str, cx: &mut Cx<'_, F, S>) -> Action {
         const REASON: Reason = Reason::AppMalformed;
         let Some(view) = self.packet else {
@@ -330,7 +330,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// Responds to the denied queries once all queries before them are answered. Denied queries that follow directly
-    /// get a response too, so that a client which asks for A and AAAA at once gets both.
+    /// get a response too, so that a client which asks for A and AAAA at once gets both responses.
     fn respond<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Action {
         let packet = self.packet_of(Side::Client);
         let flow = &mut *self.flow;
@@ -356,8 +356,9 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 refused.judged += PREFIX + message.len();
             }
         }
-        // Queries in the same packet before the denied one are forwarded in a built packet, once they are
-        // acknowledged on behalf of the resolver. With a second policy that never happens.
+        // Queries in the same packet before the denied one are forwarded in a built packet, once they are acknowledged
+        // on behalf of the resolver. If a second policy inspects the connection, no packet is built, so the response
+        // does not wait for these queries.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {
             return Action::NeedMore;
@@ -382,7 +383,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             let transfers = &mut self.flow.transfers;
             transfers.retain(|known| known.id != query.id || known.question != query.question);
             if transfers.len() >= TRANSFERS {
-                // The end of a transfer is not tracked. The oldest one that has begun is taken for complete.
+                // The end of a transfer is not tracked. The oldest transfer that has begun is taken for complete.
                 let oldest = transfers.iter().position(|transfer| transfer.begun);
                 let Some(oldest) = oldest else {
                     let record = Record::of(view, records::query(&query.question));
@@ -447,8 +448,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         if flow.forwarded > before {
             return Action::Forward((flow.forwarded - before) as usize);
         }
-        // A server may send the end of a long answer only after its beginning is acknowledged. The beginning is of no
-        // use to the client: a message without its end is incomplete.
+        // A server may send the end of a long answer only after its beginning is acknowledged. Forwarding the beginning
+        // does no harm, because the client cannot use a message without its end.
         let last = flow
             .answers
             .front()
@@ -456,8 +457,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
     }
 
-    /// Judges a message of the server. Returns false if the call is not for a packet of the server: then the message
-    /// waits.
+    /// Inspects a message of the server. Returns false if the call is not for a packet of the server; the message is
+    /// then inspected later.
     ///
     /// # Errors
     /// Returns the reason if the connection must be aborted.
@@ -489,8 +490,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Ok(true)
     }
 
-    /// Forwards the beginning of a transfer message before its end has arrived, if no message before it waits.
-    /// Returns the number of bytes; none if the message is not of a transfer.
+    /// Forwards the beginning of a transfer message before its end has arrived, if no earlier message waits. Returns
+    /// the number of bytes; none if the message does not belong to a transfer.
     fn begin<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Option<usize> {
         let view = self.packet_of(Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;

@@ -31,7 +31,7 @@ pub(crate) struct Place {
     pub(super) end: u64,
 }
 
-/// Verdict of an answer in a TCP stream that was held.
+/// Verdict on a held answer in a TCP stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Resolved {
     /// Location of the answer.
@@ -40,7 +40,7 @@ pub(crate) struct Resolved {
     pub passes: Result<(), Reason>,
 }
 
-/// Verdict of a query.
+/// Verdict on a query.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum QueryVerdict {
     Pass,
@@ -50,7 +50,7 @@ pub(crate) enum QueryVerdict {
     Refuse(Reason, Option<Rcode>),
 }
 
-/// Verdict of an answer.
+/// Verdict on an answer.
 #[derive(Debug)]
 pub(crate) enum AnswerVerdict {
     Pass,

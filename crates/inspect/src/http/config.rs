@@ -10,7 +10,7 @@ use crate::tcp::{TcpLimits, TcpStats};
 /// Limits and options of HTTP inspection, per worker.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HttpLimits {
-    /// Limits of HTTP connections. Their deadline is that of an incomplete head.
+    /// Limits of HTTP connections. Their `deadline` applies to an incomplete head.
     pub tcp: TcpLimits,
     /// Limits of a message head.
     pub head: http1::Limits,
@@ -18,7 +18,8 @@ pub struct HttpLimits {
     pub paths: Paths,
     /// Whether a GET may have a body.
     pub get_bodies: GetBodies,
-    /// Names of the header fields that records show, in any case. A field with a secret is shown without its value.
+    /// Names of the header fields that records show; upper and lower case are equal. A field with a secret is shown
+    /// without its value.
     pub record_headers: Arc<[String]>,
 }
 

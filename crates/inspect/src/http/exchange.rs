@@ -18,7 +18,7 @@ use crate::{
     tcp::{Action, Offloadable, Side, StreamInspector},
 };
 
-/// Maximum number of forwarded requests of a connection without a response. Further requests are held.
+/// Maximum number of forwarded requests per connection that have no response yet. Further requests are held.
 const MOST_PENDING: usize = 32;
 /// Length of a body that ends with the connection: more than any connection carries.
 const ENDLESS: u64 = 1 << 62;
@@ -64,8 +64,8 @@ impl Place {
         matches!(self, Self::Head(_))
     }
 
-    /// Handles bytes behind a head. Returns the action, and whether the message ends with it. The content of a body
-    /// is not inspected, but all of its framing is.
+    /// Handles bytes after a head. Returns the action, and whether the message ends with the bytes of the action. The
+    /// content of a body is not inspected, but all of its framing is.
     fn follow(&mut self, bytes: &[u8]) -> Result<(Action, bool), ParseError> {
         match mem::take(self) {
             Self::Body(n) => Ok((Action::Bypass(n), true)),
@@ -103,14 +103,14 @@ struct Exchange {
     since: Millis,
     /// Whether the server may switch to another protocol after this request (Upgrade, CONNECT).
     may_switch: bool,
-    /// Protocols to which a 101 may switch, in lower case, each behind a comma.
+    /// Protocols to which a 101 may switch, in lower case, each preceded by a comma.
     upgrades: Vec<u8>,
 }
 
 /// State of a body that was announced with `Expect: 100-continue`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Announced {
-    /// No body is announced, or the client may send it: it has begun, or the server has sent 100.
+    /// No body is announced, or the client may send the body, because the server has sent 100 or the body has begun.
     #[default]
     No,
     /// No byte of the body has arrived.
@@ -126,7 +126,8 @@ struct Refused {
     status: u16,
     /// Whether the response has no body, because the request is HEAD.
     bodiless: bool,
-    /// Number of forwarded requests to which this is the response: 1 if the body of a forwarded head is malformed.
+    /// Number of forwarded requests to which this response belongs: 1 if the body of a forwarded head is malformed,
+    /// else 0.
     own: usize,
 }
 
@@ -137,7 +138,7 @@ pub(super) struct Flow {
     server: Place,
     /// The request to which the next response belongs.
     current: Option<Exchange>,
-    /// The forwarded requests behind `current`.
+    /// The forwarded requests after `current`.
     behind: VecDeque<Exchange>,
     announced: Announced,
     /// The refused request: its response is sent once all requests before it are answered.
@@ -161,8 +162,8 @@ pub(super) struct Left {
 }
 
 impl Left {
-    /// Judges an offloaded connection again. A tunnel has no further request that new rules could judge, so it ends
-    /// when its rule set changes.
+    /// Checks whether an offloaded connection may continue. A tunnel has no further request to which new rules could
+    /// apply, so it ends when its rule set changes.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -219,7 +220,7 @@ impl Flow {
         self.current = self.behind.pop_front();
     }
 
-    /// Returns whether the bytes behind the last request may be of another protocol, depending on its response.
+    /// Returns whether the bytes after the last request may be of another protocol, depending on its response.
     fn may_switch(&self) -> bool {
         self.behind
             .back()
@@ -290,7 +291,7 @@ impl HttpStream<'_> {
         }
     }
 
-    /// Judges a request with a complete head of `length` bytes.
+    /// Evaluates a request with a complete head of `length` bytes.
     fn request<F, S: Sink<F>>(
         &mut self,
         request: &Request<'_>,
@@ -298,9 +299,9 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
-        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server
-        // may send more than one response to it (for example a body to HEAD), which must not be taken for the
-        // response to this one.
+        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server may
+        // send more than one response to an earlier request (for example a body to HEAD), and the surplus must not be
+        // taken for the response to this request.
         if may_switch && self.flow.pending() > 0 {
             return Action::AwaitPeer;
         }

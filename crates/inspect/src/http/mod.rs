@@ -1,5 +1,5 @@
-//! HTTP/1: a request is forwarded if a rule allows it, and with it its body and the response. Long bodies stay in the
-//! BPF programs, by an offload window.
+//! HTTP/1: a request that a rule allows is forwarded with its body and its response. The BPF programs forward long
+//! bodies without punting them, by an offload window.
 
 mod config;
 mod exchange;

@@ -1,7 +1,7 @@
 //! URLs and header fields in records: one line of visible ASCII, without secrets.
 //!
 //! Records go to logs and terminals. So bytes of a peer that are not visible ASCII are escaped, and the value of a
-//! parameter or field whose name suggests a secret is redacted. A name that is in doubt counts as that of a secret.
+//! parameter or field whose name suggests a secret is redacted. In doubt, a name counts as the name of a secret.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,7 @@ use crate::record::{TEXT, Text};
 /// Replacement of a secret value.
 const REDACTED: &str = "[redacted]";
 
-/// Header fields with a secret value, beside those with a name of the lists below.
+/// Header fields with a secret value, in addition to those whose names match the lists below.
 const SECRET_FIELDS: [&str; 5] = [
     "authorization",
     "proxy-authorization",
@@ -96,7 +96,8 @@ impl Form {
     }
 }
 
-/// Writes bytes as visible ASCII. Non-ASCII letters are escaped too, because some change the direction of a line.
+/// Writes bytes as visible ASCII. Non-ASCII letters are escaped too, because some non-ASCII characters change the text
+/// direction of a line.
 fn visible(bytes: &[u8], form: Form, out: &mut Text) {
     // Each byte takes at least one byte in the text.
     let bytes = part(bytes, 0, bytes.len().min(TEXT));
@@ -121,8 +122,8 @@ fn visible(bytes: &[u8], form: Form, out: &mut Text) {
 ///
 /// Parameters begin after `?`, `&` and `;` (also in a path: `/a;jsessionid=1`), in fields also at the beginning and
 /// after a comma. Percent-encoded delimiters count too, because a URL may be the parameter of another one. A secret
-/// value ends only at a delimiter that every parser takes for the end. A user and password before a host are redacted
-/// too.
+/// value ends only at a delimiter that every parser treats as the end of the value. A user and password before a host
+/// are redacted too.
 fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
     // Offset of the first byte that is not written.
     let mut from = 0;
@@ -185,7 +186,8 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
     }
 }
 
-/// Returns a range of bytes; none of them if it is out of bounds, so that nothing unredacted is written.
+/// Returns a range of `bytes`. The result is empty if the range is out of bounds, so that no unredacted byte is
+/// written.
 fn part(bytes: &[u8], from: usize, to: usize) -> &[u8] {
     bytes.get(from..to).unwrap_or_default()
 }
@@ -228,7 +230,7 @@ struct Name {
 }
 
 impl Name {
-    /// Number of letters that are kept: at least the longest entry of both lists.
+    /// Number of letters that are kept: at least the length of the longest entry of both lists.
     const TAIL: usize = 12;
 
     fn push(&mut self, byte: u8) {
@@ -261,7 +263,7 @@ impl Name {
         self.secret = SECRET_PARTS.iter().any(|part| tail.ends_with(part));
     }
 
-    /// Checks the last word, which ends `before` letters before the end.
+    /// Checks whether the last word is a secret word. The word ends `before` letters before the end of `tail`.
     fn end_word(&mut self, before: usize) {
         let end = Self::TAIL - before;
         let word = Self::TAIL

@@ -103,7 +103,7 @@ struct Matched {
 pub struct HttpVerdict {
     /// Number of the rule that allows the request.
     pub rule: u32,
-    /// Whether a headerMatches with mismatch LOG did not match.
+    /// Whether a `headerMatches` entry with `mismatch: LOG` did not match.
     pub log: bool,
     /// Whether the request may have a body with every method: a rule that allows the request names `Content-Length` or
     /// `Transfer-Encoding`, or allows every request.
@@ -158,7 +158,8 @@ impl HttpRules {
         let folded: Vec<String> = hosts.texts.iter().map(|text| format!("(?i:{text})")).collect();
         rules.folded_host = Patterns::new(folded.iter().map(String::as_str), &mut problem);
         for (place, alternative) in rules.alternatives.iter().enumerate() {
-            // An alternative is found by its rarest expression, so that few are checked if many share an expression.
+            // An alternative is found by its rarest expression, so that few alternatives are checked if many share an
+            // expression.
             let lead = [
                 (alternative.path, &paths, &mut rules.path),
                 (alternative.host, &hosts, &mut rules.host),
@@ -176,7 +177,7 @@ impl HttpRules {
         rules
     }
 
-    /// Judges a request. The verdict has the rule of the first alternative that matches.
+    /// Returns the verdict on a request, with the rule of the first alternative that matches.
     ///
     /// # Errors
     /// [`HttpDenial`] if no alternative matches.
@@ -250,7 +251,7 @@ impl HttpRules {
                 .patterns
                 .matching(host, &mut caches.host, &mut matched.host);
             // Hosts are case-insensitive (RFC 9110, 4.2.3). An expression like `[^a].*` matches `A.test`, which the
-            // server reads as `a.test`. So a host with upper-case letters must match case-insensitively too.
+            // server treats as `a.test`. So a host with upper-case letters must match case-insensitively too.
             if host.iter().any(u8::is_ascii_uppercase) && !matched.host.is_empty() {
                 self.folded_host
                     .matching(host, &mut caches.folded_host, &mut matched.folded_host);
@@ -340,8 +341,7 @@ impl Alternative {
 
 impl HeaderTest {
     /// Returns whether the header has the wanted value. All fields with this name must have it, because a server may
-    /// use another field than the one that was judged. For the same reason no field may have a name that some servers
-    /// treat as the same.
+    /// use any of them. For the same reason no field may have a different name that some servers treat as this name.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
@@ -368,7 +368,7 @@ impl HeaderTest {
 /// A request with its path in the form that is matched.
 struct Facts<'a> {
     request: &'a Request<'a>,
-    /// Path; none if the request has none or it cannot be resolved.
+    /// Path; none if the request has no path or the path cannot be resolved.
     path: Option<&'a [u8]>,
 }
 
@@ -378,9 +378,8 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Returns whether requests that a rule allows may have a body with every method. That is so if the rule names a
-/// framing header, and so is meant for requests with a body, or if it allows every request: then a request that is
-/// smuggled in a body is allowed too.
+/// Returns whether requests that a rule allows may have a body with every method. A rule that names a framing header is
+/// meant for requests with a body. A rule that allows every request also allows a request that is smuggled in a body.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers
@@ -405,12 +404,13 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
     let others = rule.header_matches.iter().map(|wanted| HeaderTest {
         name: wanted.name.to_ascii_lowercase().into(),
         wanted: match (&wanted.value, &wanted.secret) {
-            // The value of a secret is not available here. A value beside the secret is used instead.
+            // The value of a secret is not available here. If the entry also has a value, that value is used instead.
             (Some(text), _) => value(text),
             (None, Some(_)) => Wanted::Unknown,
             (None, None) => Wanted::Present,
         },
-        // ADD, DELETE and REPLACE would have to change the request. They count as a mismatch.
+        // ADD, DELETE and REPLACE would have to change the request, so with these actions a request with a mismatch is
+        // not allowed.
         log: wanted.mismatch == MismatchAction::Log,
     });
     plain.chain(others).collect()

@@ -21,8 +21,8 @@ pub struct Rules {
     problems: Vec<Problem>,
 }
 
-/// A pattern that could not be prepared. It matches nothing. Validation rejects such patterns, so this is a bug, or the
-/// expressions of a rule set together exceed a limit.
+/// A pattern that could not be prepared. It matches nothing. Validation rejects invalid patterns, so the cause is a
+/// bug, or the expressions of a rule set exceed a limit together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Number of the rule set.
@@ -147,7 +147,7 @@ impl TlsRules {
         self.0.judge(name)
     }
 
-    /// Returns the rule that allows every connection, also one without a server name.
+    /// Returns the rule that allows every connection, including connections without a server name.
     #[must_use]
     pub fn allow_all(&self) -> Option<u32> {
         self.0.everything.map(|(_, rule)| rule)

@@ -44,8 +44,8 @@ struct Automaton {
 struct Part {
     /// Number of the expression.
     number: u32,
-    /// Suffix behind that part. The most common expressions are like `/api/.*`. Without their suffix the automaton
-    /// stops early, and stays small for many of them.
+    /// Suffix of the expression after that part. The most common expressions are like `/api/.*`. An automaton that does
+    /// not read their suffix stops early, and stays small for many expressions.
     rest: Rest,
 }
 
@@ -99,7 +99,7 @@ impl Patterns {
                 Hir::empty()
             };
             let whole = Hir::concat(vec![Hir::look(Look::Start), read, end]);
-            // Compiled alone first, to know its size.
+            // The expression is compiled alone first, to know its size.
             match compile(std::slice::from_ref(&whole), ONE) {
                 Ok(alone) if size + alone.memory_usage() <= TOGETHER => {
                     size += alone.memory_usage();
@@ -129,7 +129,8 @@ impl Patterns {
         }
         if let Some(automaton) = &self.automaton {
             let cache = cache.0.get_or_insert_with(|| automaton.dfa.create_cache());
-            // The DFA has no quit bytes and does not give up when its cache is full. If it did, nothing would match.
+            // The search cannot fail, because the DFA has no quit bytes and does not give up when its cache is full. If
+            // the search failed, no further expression would match.
             let _ = automaton.run(text, cache, out);
             out.sort_unstable();
             out.dedup();
@@ -186,8 +187,8 @@ fn parse(expression: &str) -> Result<Hir, String> {
     parser.parse(&translated).map_err(|error| error.to_string())
 }
 
-/// Builds the common automaton of all expressions. It is smaller than the sum of theirs, because it has one start
-/// state.
+/// Builds the common automaton of all expressions. It is smaller than the automata of the single expressions together,
+/// because it has one start state.
 fn build(expressions: &[Hir]) -> Result<DFA, String> {
     let config = DFA::config()
         .match_kind(MatchKind::All)
@@ -210,7 +211,7 @@ fn compile(expressions: &[Hir], size: usize) -> Result<NFA, String> {
         .map_err(|error| error.to_string())
 }
 
-/// Returns the texts that an expression matches, if they are at most [`LITERALS`].
+/// Returns the texts that an expression matches, if there are at most [`LITERALS`].
 fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     // An expression with assertions (`^`, `\b`) depends on the surrounding text.
     if !expression.properties().look_set().is_empty() {
@@ -227,8 +228,8 @@ fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     Some(texts.iter().map(|text| text.as_bytes().into()).collect())
 }
 
-/// Splits the suffix `.*` off an expression. The rest must be a few literal texts, so that it matches at a few
-/// positions of a text at most.
+/// Splits the suffix `.*` off an expression, if the part before the suffix matches a few literal texts only. Such a
+/// part matches at a few positions of a text at most.
 fn split(expression: Hir) -> (Hir, Rest) {
     let HirKind::Concat(parts) = expression.kind() else {
         return (expression, Rest::None);

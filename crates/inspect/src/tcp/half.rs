@@ -1,5 +1,5 @@
 //! One direction of a connection: which bytes of the sender have arrived, are allowed, were forwarded and are
-//! acknowledged. A byte is "judged" in names of this module once the inspector has allowed it.
+//! acknowledged. Names of this module call a byte judged once the inspector has allowed it.
 
 use std::collections::VecDeque;
 

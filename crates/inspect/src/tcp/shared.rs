@@ -17,7 +17,7 @@ pub(crate) struct Shared {
     out: Vec<u8>,
     /// Start of the current second, ms, and number of reports left in that second.
     reports: (Millis, u32),
-    /// Buffer for the judged part of a packet.
+    /// Buffer for the allowed part of a packet.
     pub(super) part: Vec<u8>,
 }
 
