@@ -105,6 +105,11 @@ impl Spec {
         .as_deref()
         .unwrap_or_default()
     }
+
+    /// Returns the rules of all sections.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Rule> {
+        Section::ALL.into_iter().flat_map(|section| self.rules(section))
+    }
 }
 
 /// Section of a spec.
@@ -193,6 +198,17 @@ pub enum Peers {
     None,
     /// Peers that one of the list members selects.
     OneOf(Vec<Peer>),
+}
+
+impl Peers {
+    /// Returns the members of the list; none for `Any` and `None`.
+    #[must_use]
+    pub fn list(&self) -> &[Peer] {
+        match self {
+            Self::Any | Self::None => &[],
+            Self::OneOf(peers) => peers,
+        }
+    }
 }
 
 /// One member of a list of peers.

@@ -17,7 +17,7 @@ use palisade_model::{
 
 use super::{
     changes::Progress, compiler::Compiler, named_ports::NamedPortOwners, named_prefixes::is_world,
-    select::ResolvedSelector, spec::CompiledPeers,
+    select::ResolvedSelector,
 };
 
 impl Compiler {
@@ -274,10 +274,9 @@ impl Compiler {
         }
         if !changed.is_empty() {
             for (key, unit) in &self.specs {
-                let touched = unit.sections.iter().flatten().any(|rule| match &rule.peers {
-                    CompiledPeers::OneOf(peers) => peers.iter().any(|number| changed.contains(number)),
-                    _ => false,
-                });
+                let rules = unit.sections.iter().flatten();
+                let mut numbers = rules.flat_map(|rule| rule.peers.numbers());
+                let touched = numbers.any(|number| changed.contains(number));
                 if touched {
                     for at in &unit.subjects {
                         if let Some(applied) = self.subjects[*at].specs.get_mut(key) {

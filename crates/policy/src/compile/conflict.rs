@@ -9,7 +9,7 @@ use palisade_abi::{Direction, protocol};
 use palisade_model::{
     diagnostic::Diagnostic,
     rule::{
-        Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement,
+        Entity, L4Protocol, LabelSource, Location, Peer, Peers, Policy, PortSpec, Ports, Requirement, Rule,
         Section, Spec, Subject as SpecSubject, Test,
     },
 };
@@ -39,39 +39,41 @@ impl<'a> ConflictFinder<'a> {
     pub(super) fn add(&mut self, policy: &str, spec: &'a Spec, direction: Direction) {
         for section in Section::of(direction) {
             for rule in spec.rules(section) {
-                let Ports::OneOf(entries) = &rule.ports else {
-                    continue;
-                };
-                if !section.denies() && entries.iter().all(|entry| entry.l7.is_none()) {
-                    continue;
-                }
-                // Rules that select any peer are compared as one peer, however the peer is written.
-                let any = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
-                let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
-                    Peers::None => continue,
-                    Peers::Any => vec![None],
-                    Peers::OneOf(peers) if peers.iter().any(any) => vec![None],
-                    Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
-                };
-                for entry in entries {
-                    let l7 = L7Policy::of(&entry.l7);
-                    if l7.is_none() && !section.denies() {
-                        continue;
+                self.add_rule(policy, rule, section);
+            }
+        }
+    }
+
+    fn add_rule(&mut self, policy: &str, rule: &'a Rule, section: Section) {
+        let Ports::OneOf(entries) = &rule.ports else {
+            return;
+        };
+        if !section.denies() && entries.iter().all(|entry| entry.l7.is_none()) {
+            return;
+        }
+        // Rules that select any peer are compared as one peer, however the peer is written.
+        let any = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
+        let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
+            Peers::None => return,
+            Peers::Any => vec![None],
+            Peers::OneOf(peers) if peers.iter().any(any) => vec![None],
+            Peers::OneOf(peers) => peers.iter().flat_map(parts).map(Some).collect(),
+        };
+        for entry in entries {
+            let l7 = L7Policy::of(&entry.l7);
+            if l7.is_none() && !section.denies() {
+                continue;
+            }
+            let spots = entry.ports.iter().flat_map(split).flat_map(|(port, protocol)| {
+                let peers = peers.iter().cloned();
+                peers.map(move |peer| (port, protocol, peer))
+            });
+            for spot in spots {
+                match &l7 {
+                    None => {
+                        self.denied.insert(spot);
                     }
-                    for port in &entry.ports {
-                        let (port, protocols) = split(port);
-                        for protocol in protocols {
-                            for peer in &peers {
-                                let key = (port, protocol, peer.clone());
-                                match &l7 {
-                                    None => {
-                                        self.denied.insert(key);
-                                    }
-                                    Some(l7) => self.check(key, l7, policy, &entry.location),
-                                }
-                            }
-                        }
-                    }
+                    Some(l7) => self.check(spot, l7, policy, &entry.location),
                 }
             }
         }
@@ -159,22 +161,24 @@ fn entity_of(requirement: &Requirement) -> Option<Entity> {
 }
 
 /// Splits a port into its protocols, so that the same port of `ANY` and of `TCP` is recognised.
-fn split(port: &PortSpec) -> (Port<'_>, Vec<L4Protocol>) {
-    let each = |protocol: L4Protocol| match protocol {
-        L4Protocol::Any => vec![L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp],
-        one => vec![one],
-    };
-    match port {
+fn split(port: &PortSpec) -> Vec<(Port<'_>, L4Protocol)> {
+    let (port, protocol) = match port {
         PortSpec::Range {
             protocol,
             first,
             last,
-        } => (Port::Range(*first, *last), each(*protocol)),
-        PortSpec::Named { protocol, name, .. } => (Port::Named(name), each(*protocol)),
+        } => (Port::Range(*first, *last), *protocol),
+        PortSpec::Named { protocol, name, .. } => (Port::Named(name), *protocol),
         PortSpec::Icmp { v6, kind } => {
             let protocol = if *v6 { protocol::ICMPV6 } else { protocol::ICMP };
-            (Port::Icmp(*kind), vec![L4Protocol::Other(protocol)])
+            (Port::Icmp(*kind), L4Protocol::Other(protocol))
         }
+    };
+    match protocol {
+        L4Protocol::Any => [L4Protocol::Tcp, L4Protocol::Udp, L4Protocol::Sctp]
+            .map(|protocol| (port, protocol))
+            .into(),
+        one => vec![(port, one)],
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) struct CompiledSpec {
     /// `toFQDNs` selectors of the egress rules.
     pub(super) selectors: Vec<SelectorNumber>,
     /// Whether a rule has application rules.
-    pub(super) reads: bool,
+    pub(super) has_l7_rules: bool,
     /// Cost of the regular expressions of all http rules, in states.
     pub(super) expressions: usize,
     /// Whether the policy is in audit mode.
@@ -71,6 +71,16 @@ pub(super) enum CompiledPeers {
     Any,
     None,
     OneOf(Vec<u32>),
+}
+
+impl CompiledPeers {
+    /// Returns the numbers of the peers in the list; none for `Any` and `None`.
+    pub(super) fn numbers(&self) -> &[u32] {
+        match self {
+            Self::Any | Self::None => &[],
+            Self::OneOf(numbers) => numbers,
+        }
+    }
 }
 
 /// Returns whether a spec selects an endpoint with these labels.

@@ -57,22 +57,7 @@ impl Compiler {
                 .remove(at)
                 .unwrap_or_else(|| DirtyRows::Only(BTreeSet::new()));
             match self.compile_subject(*at, rows, &progress.moved) {
-                Ok(table) => {
-                    let subject = &mut self.subjects[*at];
-                    // If an endpoint starts or stops learning names, one store must change the flag and the policy id
-                    // together.
-                    let learns = !subject.names.selectors.is_empty();
-                    let anew = subject.policy == 0 || subject.names.learns != learns;
-                    subject.names.learns = learns;
-                    if anew || *subject.table != table {
-                        if anew || !small_step(&subject.table, &table) {
-                            subject.policy = self.next_policy;
-                            self.next_policy = self.next_policy.wrapping_add(1).max(1);
-                        }
-                        subject.plain = table.plain();
-                        subject.table = Arc::new(table);
-                    }
-                }
+                Ok(table) => self.install_table(*at, table),
                 Err(mut conflicts) => errors.append(&mut conflicts),
             }
         }
@@ -83,6 +68,24 @@ impl Compiler {
         }
         self.finish(before);
         Ok(())
+    }
+
+    /// Stores the table of a subject, under a new policy id if it is not to be changed in place.
+    fn install_table(&mut self, at: usize, table: Table) {
+        let subject = &mut self.subjects[at];
+        // If an endpoint starts or stops learning names, one store must change the flag and the policy id together.
+        let learns = !subject.names.selectors.is_empty();
+        let anew = subject.policy == 0 || subject.names.learns != learns;
+        subject.names.learns = learns;
+        if !anew && *subject.table == table {
+            return;
+        }
+        if anew || !small_step(&subject.table, &table) {
+            subject.policy = self.next_policy;
+            self.next_policy = self.next_policy.wrapping_add(1).max(1);
+        }
+        subject.plain = table.plain();
+        subject.table = Arc::new(table);
     }
 
     /// Retains the port sets of specs that are new to a subject, and releases those of specs that are gone.
@@ -172,8 +175,41 @@ impl Compiler {
             self.subjects[at].default_verdict = [None, None];
             return Err(vec![error]);
         }
-        // Resolve the rules of specs that are new or whose members changed. Rows of both the old and the new members
-        // change.
+        self.resolve_rules(at, &mut dirty_rows, moved);
+        if let Err(errors) = self.check_conflicts(at) {
+            // Rebuild the whole table next time.
+            self.subjects[at].default_verdict = [None, None];
+            return Err(errors);
+        }
+        let default_verdict = palisade_abi::DIRECTIONS.map(|direction| self.default_verdict(at, direction));
+        if self.subjects[at].default_verdict != default_verdict.map(Some) {
+            dirty_rows = DirtyRows::Everything;
+        }
+        let rows = match &dirty_rows {
+            DirtyRows::Everything => None,
+            DirtyRows::Only(identities) => Some(identities),
+        };
+        let mut entries = Vec::new();
+        for direction in palisade_abi::DIRECTIONS {
+            let default_verdict = default_verdict[direction as usize];
+            self.build(at, direction, default_verdict, rows, &mut entries);
+        }
+        self.subjects[at].default_verdict = default_verdict.map(Some);
+        let old = &self.subjects[at].table;
+        Ok(match rows {
+            None => {
+                entries.sort_unstable_by_key(|(key, _)| *key);
+                Table {
+                    entries: entries.into_iter().collect(),
+                }
+            }
+            Some(identities) => with_rows(old, identities, entries),
+        })
+    }
+
+    /// Resolves the rules of specs that are new to a subject or whose members changed, and adds the rows of the old and
+    /// the new members to `dirty_rows`.
+    fn resolve_rules(&mut self, at: usize, dirty_rows: &mut DirtyRows, moved: &BTreeSet<Identity>) {
         let subject = &self.subjects[at];
         let mut made = Vec::new();
         let mut classes = HashMap::new();
@@ -212,73 +248,27 @@ impl Compiler {
         for applied in subject.retired.drain(..) {
             dirty_rows.add(&applied.rules);
         }
+    }
 
+    /// Finds conflicts between the application rules of all specs that select a subject.
+    fn check_conflicts(&self, at: usize) -> Result<(), Vec<Diagnostic>> {
+        let subject = &self.subjects[at];
         // If enforcement is off, no traffic is inspected, and conflicts do not matter.
         let enforced = self.inventory.options.enforcement != Enforcement::Never;
-        if enforced && subject.specs.values().any(|applied| applied.unit.reads) {
-            let mut errors = Vec::new();
-            for direction in palisade_abi::DIRECTIONS {
-                let mut finder = ConflictFinder::default();
-                for (key, applied) in self.subjects[at].applied_specs() {
-                    finder.add(&key.policy, applied.unit.spec(), direction);
-                }
-                if let Err(mut conflicts) = finder.finish() {
-                    errors.append(&mut conflicts);
-                }
-            }
-            if !errors.is_empty() {
-                // Rebuild the whole table next time.
-                self.subjects[at].default_verdict = [None, None];
-                return Err(errors);
-            }
+        if !enforced || !subject.specs.values().any(|applied| applied.unit.has_l7_rules) {
+            return Ok(());
         }
-
-        let default_verdict = palisade_abi::DIRECTIONS.map(|direction| self.default_verdict(at, direction));
-        let subject = &self.subjects[at];
-        if subject.default_verdict != default_verdict.map(Some) {
-            dirty_rows = DirtyRows::Everything;
-        }
-        let rows = match &dirty_rows {
-            DirtyRows::Everything => None,
-            DirtyRows::Only(identities) => Some(identities),
-        };
-        let mut entries = Vec::new();
+        let mut errors = Vec::new();
         for direction in palisade_abi::DIRECTIONS {
-            self.build(
-                at,
-                direction,
-                default_verdict[direction as usize],
-                rows,
-                &mut entries,
-            );
+            let mut finder = ConflictFinder::default();
+            for (key, applied) in subject.applied_specs() {
+                finder.add(&key.policy, applied.unit.spec(), direction);
+            }
+            if let Err(mut conflicts) = finder.finish() {
+                errors.append(&mut conflicts);
+            }
         }
-        let subject = &self.subjects[at];
-        let table = match rows {
-            None => {
-                entries.sort_unstable_by_key(|(key, _)| *key);
-                Table {
-                    entries: entries.into_iter().collect(),
-                }
-            }
-            Some(identities) => {
-                let mut table = (*subject.table).clone();
-                for identity in identities.iter().chain([&identity::ANY]) {
-                    for direction in palisade_abi::DIRECTIONS {
-                        let old: Vec<TableKey> = table
-                            .row(direction as u8, *identity)
-                            .map(|(key, _)| *key)
-                            .collect();
-                        for key in old {
-                            table.entries.remove(&key);
-                        }
-                    }
-                }
-                table.entries.extend(entries);
-                table
-            }
-        };
-        self.subjects[at].default_verdict = default_verdict.map(Some);
-        Ok(table)
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
     }
 
     /// Returns the error about regular expressions that cost too much together, preferably at a spec that is new to
@@ -398,4 +388,19 @@ pub(super) fn small_step(old: &Table, new: &Table) -> bool {
         note(key, before.is_some());
     }
     only_new_identities || (size >= LARGE && changed <= size / 8)
+}
+
+/// Returns a table in which `entries` replace the rows of some identities and the row of any identity.
+fn with_rows(old: &Table, identities: &BTreeSet<Identity>, entries: Vec<(TableKey, PolicyEntry)>) -> Table {
+    let mut table = old.clone();
+    for identity in identities.iter().chain([&identity::ANY]) {
+        for direction in palisade_abi::DIRECTIONS {
+            let row = old.row(direction as u8, *identity);
+            for (key, _) in row {
+                table.entries.remove(key);
+            }
+        }
+    }
+    table.entries.extend(entries);
+    table
 }

@@ -6,9 +6,10 @@ use std::{
 };
 
 use ipnet::IpNet;
+use palisade_abi::Direction;
 use palisade_model::{
     diagnostic::Diagnostic,
-    rule::{CidrGroup, L7Rules, Peer, Peers, Ports, Section, Spec},
+    rule::{CidrGroup, L7Rules, Peer, Peers, Ports, Rule, Section, Spec},
     snapshot::{RuleInfo, RuleKey, RulePlace, Snapshot},
 };
 use palisade_protocols::http1::re2;
@@ -173,23 +174,20 @@ impl Compiler {
         // The prefixes come before the identities, so that the members of selectors are computed once.
         let groups = self.groups();
         let groups: Vec<&CidrGroup> = groups.iter().collect();
-        let mut mentioned: BTreeSet<IpNet> = BTreeSet::new();
-        for content in self.files.values() {
-            let specs = content.policies.iter().flat_map(|policy| &policy.specs);
-            let rules = specs.flat_map(|spec| Section::ALL.iter().flat_map(|section| spec.rules(*section)));
-            for rule in rules {
-                if let Peers::OneOf(peers) = &rule.peers {
-                    for peer in peers {
-                        if matches!(
-                            peer,
-                            Peer::Cidr(_) | Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. }
-                        ) {
-                            mentioned.extend(ResolvedSelector::of(peer, &groups).prefixes());
-                        }
-                    }
-                }
+        let policies = self.files.values().flat_map(|content| &content.policies);
+        let rules = policies
+            .flat_map(|policy| &policy.specs)
+            .flat_map(Spec::all_rules);
+        let prefixes = |peer: &Peer| match peer {
+            Peer::Cidr(_) | Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. } => {
+                ResolvedSelector::of(peer, &groups).prefixes().collect()
             }
-        }
+            _ => Vec::new(),
+        };
+        let mentioned: BTreeSet<IpNet> = rules
+            .flat_map(|rule| rule.peers.list())
+            .flat_map(prefixes)
+            .collect();
         self.prefixes = mentioned.into_iter().map(|prefix| (prefix, 0)).collect();
         self.refresh_identities(progress)?;
         let files: Vec<(String, Arc<FileContent>)> = self
@@ -208,9 +206,8 @@ impl Compiler {
         if self.expressions.len() > REMEMBERED_EXPRESSIONS {
             self.expressions.clear();
         }
-        let entries = Section::ALL
-            .iter()
-            .flat_map(|section| spec.rules(*section))
+        let entries = spec
+            .all_rules()
             .filter_map(|rule| match &rule.ports {
                 Ports::Any => None,
                 Ports::OneOf(entries) => Some(entries),
@@ -260,26 +257,43 @@ impl Compiler {
                 subject.retired.extend(subject.specs.remove(&key));
                 progress.dirty.insert(*at);
             }
-            for rule in unit.sections.iter().flatten() {
-                let CompiledPeers::OneOf(peers) = &rule.peers else {
-                    continue;
-                };
-                for number in peers {
-                    let Some(resolved) = self.peers.release(*number) else {
-                        continue;
-                    };
-                    for prefix in resolved.prefixes() {
-                        if let Some(users) = self.prefixes.get_mut(&prefix) {
-                            *users -= 1;
-                            if *users == 0 {
-                                self.prefixes.remove(&prefix);
-                                progress.prefix(prefix, -1);
-                            }
-                        }
-                    }
-                }
+            let rules = unit.sections.iter().flatten();
+            for number in rules.flat_map(|rule| rule.peers.numbers()) {
+                self.release_peer(*number, progress);
             }
         }
+    }
+
+    /// Removes a user of a peer, and of the prefixes that it names.
+    fn release_peer(&mut self, number: u32, progress: &mut Progress) {
+        let Some(resolved) = self.peers.release(number) else {
+            return;
+        };
+        for prefix in resolved.prefixes() {
+            let Some(users) = self.prefixes.get_mut(&prefix) else {
+                continue;
+            };
+            *users -= 1;
+            if *users == 0 {
+                self.prefixes.remove(&prefix);
+                progress.prefix(prefix, -1);
+            }
+        }
+    }
+
+    /// Adds a user of a peer, and of the prefixes that it names. Returns the number of the peer.
+    fn retain_peer(&mut self, peer: &Peer, groups: &[&CidrGroup], progress: &mut Progress) -> u32 {
+        let (number, new) = self.peers.retain(peer, groups, &self.identity_index);
+        if new && let Some(slot) = self.peers.slot(number) {
+            for prefix in slot.resolved.prefixes() {
+                let users = self.prefixes.entry(prefix).or_insert_with(|| {
+                    progress.prefix(prefix, 1);
+                    0
+                });
+                *users += 1;
+            }
+        }
+        number
     }
 
     fn add_file(
@@ -307,72 +321,38 @@ impl Compiler {
                             section,
                             index: index as u32,
                         };
-                        let id = self.rule_ids.number(
-                            name,
-                            RuleInfo {
-                                id: 0,
-                                key: RuleKey::Rule(place),
-                                location: Some(rule.location.clone()),
-                                description: spec.description.clone(),
-                            },
-                        );
-                        let peers = match &rule.peers {
-                            Peers::Any => CompiledPeers::Any,
-                            Peers::None => CompiledPeers::None,
-                            Peers::OneOf(peers) => {
-                                let numbers: Vec<u32> = peers
-                                    .iter()
-                                    .map(|peer| {
-                                        let (number, new) =
-                                            self.peers.retain(peer, groups, &self.identity_index);
-                                        if new && let Some(slot) = self.peers.slot(number) {
-                                            for prefix in slot.resolved.prefixes() {
-                                                let users =
-                                                    self.prefixes.entry(prefix).or_insert_with(|| {
-                                                        progress.prefix(prefix, 1);
-                                                        0
-                                                    });
-                                                *users += 1;
-                                            }
-                                        }
-                                        number
-                                    })
-                                    .collect();
-                                CompiledPeers::OneOf(numbers)
-                            }
-                        };
-                        CompiledRule { id, peers }
+                        CompiledRule {
+                            id: self.rule_id(name, place, rule, spec),
+                            peers: self.compile_peers(&rule.peers, groups, progress),
+                        }
                     })
                     .collect()
             });
-            let selectors = [Section::Egress, Section::EgressDeny]
-                .iter()
-                .flat_map(|section| spec.rules(*section))
-                .filter_map(|rule| match &rule.peers {
-                    Peers::OneOf(peers) => Some(peers),
-                    Peers::Any | Peers::None => None,
-                })
-                .flatten()
+            let egress = Section::of(Direction::Egress).into_iter();
+            let selectors = egress
+                .flat_map(|section| spec.rules(section))
+                .flat_map(|rule| rule.peers.list())
                 .filter_map(|peer| match peer {
                     Peer::Fqdn(pattern) => Some(self.names.selector(pattern)),
                     _ => None,
                 })
                 .collect();
-            let reads = Section::ALL
-                .iter()
-                .flat_map(|section| spec.rules(*section))
-                .any(|rule| match &rule.ports {
-                    Ports::Any => false,
-                    Ports::OneOf(entries) => entries.iter().any(|entry| !entry.l7.is_none()),
-                });
+            let has_l7_rules = spec.all_rules().any(|rule| match &rule.ports {
+                Ports::Any => false,
+                Ports::OneOf(entries) => entries.iter().any(|entry| !entry.l7.is_none()),
+            });
             let unit = Arc::new(CompiledSpec {
                 content: Arc::clone(&content),
                 policy: policy_at,
                 spec: spec_at,
                 sections,
                 selectors,
-                reads,
-                expressions: if reads { self.expressions_of(spec) } else { 0 },
+                has_l7_rules,
+                expressions: if has_l7_rules {
+                    self.expressions_of(spec)
+                } else {
+                    0
+                },
                 audit: policy.audit,
                 denies: palisade_abi::DIRECTIONS.map(|direction| default_deny(spec, direction)),
                 subjects,
@@ -392,5 +372,35 @@ impl Compiler {
             self.specs.insert(key, unit);
         }
         self.files.insert(name.to_owned(), content);
+    }
+
+    fn rule_id(&mut self, file: &str, place: RulePlace, rule: &Rule, spec: &Spec) -> u32 {
+        let info = RuleInfo {
+            id: 0,
+            key: RuleKey::Rule(place),
+            location: Some(rule.location.clone()),
+            description: spec.description.clone(),
+        };
+        self.rule_ids.number(file, info)
+    }
+
+    fn compile_peers(
+        &mut self,
+        peers: &Peers,
+        groups: &[&CidrGroup],
+        progress: &mut Progress,
+    ) -> CompiledPeers {
+        match peers {
+            Peers::Any => CompiledPeers::Any,
+            Peers::None => CompiledPeers::None,
+            Peers::OneOf(peers) => {
+                let peers = peers.iter();
+                CompiledPeers::OneOf(
+                    peers
+                        .map(|peer| self.retain_peer(peer, groups, progress))
+                        .collect(),
+                )
+            }
+        }
     }
 }
