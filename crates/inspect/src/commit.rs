@@ -55,13 +55,13 @@ pub struct CommitResult {
     pub endpoint: u16,
     /// Whether every address of the answer is in the maps. If not, the answer must not be forwarded.
     pub committed: bool,
-    /// Lease of the addresses; none if the maps may lose them at any time.
+    /// Lease of the addresses; none if they may leave the maps at any time.
     pub lease: Option<Lease>,
     /// The answer of the request, whose allocation can be reused.
     pub answer: Box<Answer>,
 }
 
-/// How long the addresses of a committed answer stay in the maps.
+/// Time for which the addresses of a committed answer stay in the maps, and the epoch in which this holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// Time that the addresses stay if the epoch does not end before, ms.

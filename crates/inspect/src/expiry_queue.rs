@@ -1,5 +1,5 @@
-//! A queue of values that expire in the order in which they were added, with access by number. Used for fragments and
-//! for held DNS answers. The question tracker of `palisade-fqdn` does not use this queue, because the slots of the
+//! A queue of values that expire in the order in which they were added, with access by number. It is used for fragments
+//! and for held DNS answers. The question tracker of `palisade-fqdn` does not use this queue, because the slots of the
 //! tracker are also linked by key.
 
 use crate::Millis;

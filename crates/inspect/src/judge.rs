@@ -59,7 +59,7 @@ fn server_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
         host => ServerName::of_host(host.as_bytes())
             .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
     };
-    // The endpoint is assumed to have learned the destination address by this name.
+    // The endpoint is assumed to have learned the destination address by this server name.
     judge_name(&name, rules, true).map_err(|reason| match reason {
         Reason::AppDenied => Denial::NoRule,
         other => refused(other.text(), "its connection is reset".into()),

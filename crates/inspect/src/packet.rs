@@ -31,7 +31,7 @@ pub struct Route {
     pub ifindex: u32,
     /// Hook of the packet that caused this one: [`palisade_abi::punt_hook`].
     pub hook: u8,
-    /// Whether the built packet goes to the sender of the packet that caused it. If not, the built packet takes the
-    /// path of that packet.
+    /// Whether the generated packet goes to the sender of the packet that caused it. If not, the generated packet takes
+    /// the path of that packet.
     pub back: bool,
 }

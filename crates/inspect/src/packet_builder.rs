@@ -8,7 +8,7 @@ use palisade_packet::flags;
 
 use crate::PacketView;
 
-/// TTL or hop limit of built packets (the default of RFC 1700).
+/// TTL or hop limit of generated packets (the default of RFC 1700).
 const HOP_LIMIT: u8 = 64;
 /// Length of a UDP header, bytes.
 const UDP_HEADER: usize = 8;

@@ -26,13 +26,13 @@ pub trait Sink<F> {
     /// result.
     ///
     /// # Errors
-    /// Returns the request if the queue is full. No result follows then.
+    /// Returns the request if the queue is full. The request then has no result.
     fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
     /// Requests a new lease for an answer whose addresses are in the maps already. [`crate::Engine::committed`] handles
     /// the result, which returns the allocation of the answer for reuse.
     ///
     /// # Errors
-    /// Returns the request if the queue is full. No result follows then.
+    /// Returns the request if the queue is full. The request then has no result.
     fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }

@@ -394,7 +394,7 @@ impl<'a> TlsStream<'a> {
         self.deny(reason, What::Unreadable { detail }, cx)
     }
 
-    /// Records a denied connection and aborts it. Audit mode offloads it instead.
+    /// Records the denial of a connection and aborts the connection. Audit mode offloads the connection instead.
     fn deny<F, S: Sink<F>>(&mut self, reason: Reason, what: What, cx: &mut Cx<'_, F, S>) -> Action {
         let audit = is_audit(self.slot);
         if let Some(about) = &self.flow.about {

@@ -1,4 +1,4 @@
-//! Answers: matched with open questions, and committed if they have addresses for the endpoint.
+//! Handles DNS answers: matches them with open questions, and commits their addresses if the endpoint is the client.
 
 use palisade_abi::{Addr, Reason};
 use palisade_protocols::dns::Limits;

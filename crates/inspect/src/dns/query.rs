@@ -1,4 +1,5 @@
-//! Queries: allowed or denied by name, tracked until their answer, or answered with an error in the resolver's place.
+//! Handles DNS queries: allows or denies them by name, tracks the allowed ones until their answer, and answers the
+//! denied ones with an error in the resolver's place.
 
 use palisade_abi::{Reason, protocol};
 use palisade_protocols::dns::{Limits, Name, Query, Rcode, reply, rtype};

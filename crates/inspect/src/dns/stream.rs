@@ -29,7 +29,7 @@ use crate::{
 
 /// Length of the length field in front of a message, bytes.
 const PREFIX: usize = 2;
-/// Length of the responses to denied queries, bytes, at which further denied queries get no response.
+/// Total length of the responses to denied queries, bytes, from which on further denied queries get no response.
 const REPLIES: usize = 4096;
 /// Maximum number of zone transfers of one connection that are tracked.
 const TRANSFERS: usize = 16;
@@ -356,9 +356,9 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 refused.judged += PREFIX + message.len();
             }
         }
-        // Queries in the same packet before the denied one are forwarded in a built packet, once they are acknowledged
-        // on behalf of the resolver. If a second policy inspects the connection, no packet is built, so the response
-        // does not wait for these queries.
+        // Queries in the same packet before the denied one are forwarded in a generated packet, once they are
+        // acknowledged on behalf of the resolver. If a second policy inspects the connection, no packet is generated,
+        // so the response does not wait for these queries.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {
             return Action::NeedMore;
@@ -507,8 +507,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         Some(bytes.len())
     }
 
-    /// Counts a message, or the beginning of one, as part of a transfer. Returns whether it is the first of its
-    /// transfer; none if it belongs to no transfer.
+    /// Counts a message, or the beginning of one, as part of a transfer. Returns whether the message is the first of
+    /// its transfer; none if it belongs to no transfer.
     fn transferred<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

@@ -44,9 +44,9 @@ pub(crate) struct Resolved {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum QueryVerdict {
     Pass,
-    /// The query passes and asks for a zone transfer over TCP. Its answers are many and are not tracked.
+    /// The query passes and asks for a zone transfer over TCP. A transfer has many answers, which are not tracked.
     Transfer(Note),
-    /// The query is dropped. The client gets a response with this code, or none.
+    /// The query is dropped. The client gets a response with this code, or no response.
     Refuse(Reason, Option<Rcode>),
 }
 
@@ -55,7 +55,7 @@ pub(crate) enum QueryVerdict {
 pub(crate) enum AnswerVerdict {
     Pass,
     Refuse(Reason),
-    /// The answer has addresses for its question and is held until they are committed.
+    /// The answer has addresses for its question and is held until these addresses are committed.
     Commit(Box<Answer>, OpenQuestion<Note>),
 }
 

@@ -20,7 +20,7 @@ use crate::{
 
 /// Maximum number of forwarded requests per connection that have no response yet. Further requests are held.
 const MOST_PENDING: usize = 32;
-/// Length of a body that ends with the connection: more than any connection carries.
+/// Number of bytes to bypass for a body that ends with the connection: more than any connection carries.
 const ENDLESS: u64 = 1 << 62;
 
 /// Position of a side in its messages.

@@ -107,7 +107,7 @@ impl Talk {
         self.deliver();
     }
 
-    /// Delivers the forwarded and built packets to their receivers.
+    /// Delivers the forwarded and generated packets to their receivers.
     fn deliver(&mut self) {
         let made = std::mem::take(&mut self.out.emitted);
         let released = std::mem::take(&mut self.out.released);
@@ -737,7 +737,7 @@ fn allowed_bytes_are_delivered_before_a_refusal_in_the_same_packet() {
                 !talk.at_client().contains("HTTP/1.1 40"),
                 "not before it is delivered"
             );
-            // The built packet is lost: the sender retransmits its own.
+            // The generated packet is lost: the sender retransmits its own.
             talk.got[0].truncate(whole.len() - 10);
             talk.sent[0] -= last.len() as u32;
             talk.client(&last);

@@ -36,7 +36,7 @@ pub struct HttpRules {
 #[derive(Debug, Default)]
 struct Field {
     patterns: Patterns,
-    /// Indexes of the alternatives that are checked only if the expression matches, for each expression.
+    /// For each expression, indexes of the alternatives that are checked only if the expression matches.
     leads: Vec<Vec<u32>>,
 }
 
@@ -404,7 +404,7 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
     let others = rule.header_matches.iter().map(|wanted| HeaderTest {
         name: wanted.name.to_ascii_lowercase().into(),
         wanted: match (&wanted.value, &wanted.secret) {
-            // The value of a secret is not available here. If the entry also has a value, that value is used instead.
+            // Kubernetes secrets are not available here. If the entry also has a value, that value is used instead.
             (Some(text), _) => value(text),
             (None, Some(_)) => Wanted::Unknown,
             (None, None) => Wanted::Present,

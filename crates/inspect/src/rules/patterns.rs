@@ -24,8 +24,8 @@ const LITERALS: usize = 64;
 
 /// Expressions, numbered in the order in which they were given.
 ///
-/// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to them, and looked up in a hash
-/// table. All others are compiled to one automaton, which reads a text once for all of them.
+/// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to these texts, which are looked up
+/// in a hash table. All other expressions are compiled to one automaton, which reads a text once for all of them.
 #[derive(Debug, Default)]
 pub(super) struct Patterns {
     exact: HashMap<Box<[u8]>, Vec<u32>>,
@@ -44,8 +44,8 @@ struct Automaton {
 struct Part {
     /// Number of the expression.
     number: u32,
-    /// Suffix of the expression after that part. The most common expressions are like `/api/.*`. An automaton that does
-    /// not read their suffix stops early, and stays small for many expressions.
+    /// Suffix of the expression after that part. The most common expressions are like `/api/.*`. An automaton for the
+    /// part without the suffix stops early, and stays small for many expressions.
     rest: Rest,
 }
 

@@ -7,8 +7,8 @@ use crate::Millis;
 pub struct TcpLimits {
     /// Maximum number of open connections.
     pub connections: usize,
-    /// Maximum number of open connections of one endpoint. An endpoint also has at most three times as many open
-    /// connections as `connections` leaves free.
+    /// Maximum number of open connections of one endpoint. An endpoint may also have at most three times as many open
+    /// connections as the table has free places (`connections` minus all open connections).
     pub connections_per_endpoint: usize,
     /// Maximum number of half-open connections, in which the client has not acknowledged the server's SYN. If there are
     /// more, the oldest one of the endpoint with the most half-open connections is removed, because its source may be
@@ -70,7 +70,7 @@ pub struct TcpStats {
     pub half_open: u64,
     /// Half-open connections that were removed because of the limit.
     pub half_open_evicted: u64,
-    /// Connections that a new one with the same ports replaced before their end was seen.
+    /// Connections that were replaced by a new one with the same ports before their end was seen.
     pub replaced: u64,
     /// Bytes that are kept now.
     pub bytes: u64,
@@ -100,15 +100,15 @@ pub struct TcpStats {
     pub windows: u64,
     /// Acknowledgements that were sent on behalf of a receiver.
     pub acknowledged: u64,
-    /// Packets that were built to deliver acknowledged bytes.
+    /// Generated packets that deliver acknowledged bytes.
     pub delivered: u64,
-    /// Packets that were built to forward the allowed part of a held packet.
+    /// Generated packets that forward the allowed part of a held packet.
     pub split: u64,
     /// ICMP errors that quote a segment of a connection.
     pub icmp_errors: u64,
     /// ICMP errors that quote no sequence number in flight.
     pub icmp_unrelated: u64,
-    /// ICMP errors that lowered the size of built packets.
+    /// ICMP errors that lowered the size of generated packets.
     pub icmp_narrowed: u64,
     /// Retransmission timeouts of acknowledged bytes.
     pub repeated: u64,

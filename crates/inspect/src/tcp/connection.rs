@@ -56,8 +56,8 @@ pub(crate) struct Connection<F> {
     /// Notification of the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. The second inspector does not see packets that are built
-    /// here, so no packet may be built in a sender's place.
+    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so no
+    /// packet may be generated in a sender's place.
     is_shared: bool,
     /// Whether audit mode is on: a connection that would be aborted is offloaded instead.
     is_audit: bool,
@@ -174,7 +174,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Reports the end of a connection that is done to the BPF programs, unless it was reported before.
+    /// Sends the CLOSE command for a connection that has ended or no longer needs inspection, unless it was sent
+    /// before.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if self.is_done() && self.is_known && self.closed != Announcement::Sent {
             self.closed = Announcement::Sent;
@@ -306,7 +307,8 @@ impl<F> Connection<F> {
         cx.shared.may_report(cx.now)
     }
 
-    /// Returns whether the connection is offloaded and every byte acknowledged on behalf of a receiver has reached it.
+    /// Returns whether the connection is offloaded and every byte acknowledged on behalf of a receiver has reached that
+    /// receiver.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Offloaded) && self.is_drained()
     }
@@ -327,7 +329,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Returns the timestamp option (value, echo) of a built segment to `to`, if both ends have agreed on timestamps.
+    /// Returns the timestamp option (value, echo) of a generated segment to `to`, if both ends have agreed on
+    /// timestamps.
     fn timestamp(&self, to: Side) -> Option<(u32, u32)> {
         self.has_timestamps()
             .then(|| (self.halves[to.other()].latest, self.halves[to].recent))
@@ -421,7 +424,8 @@ impl<F> Connection<F> {
             other.acknowledge(acked, 0);
         }
         // The rules have changed since the offload. The packet is dropped, because the new rules decide about its
-        // retransmission, once all bytes acknowledged on behalf are delivered and the connection has left this table.
+        // retransmission, once all bytes acknowledged on behalf of receivers are delivered and the connection has left
+        // this table.
         if (view.slot.ruleset, view.slot.flags & punt_flags::AUDIT)
             != (self.slot.ruleset, self.slot.flags & punt_flags::AUDIT)
         {

@@ -12,21 +12,21 @@ pub(super) type Position = u64;
 /// Position of the SYN. High enough that positions one window below it do not underflow.
 pub(super) const START: Position = 1 << 33;
 
-/// Maximum payload of a built packet, bytes: an IPv6 packet then has 1,500 bytes.
+/// Maximum payload of a generated packet, bytes: an IPv6 packet then has 1,500 bytes.
 const LARGEST: u16 = 1_440;
 
-/// Maximum payload after built packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC 8200,
-/// 5).
+/// Maximum payload after generated packets were lost (RFC 8899, 5.1.2), bytes: it fits the minimum MTU of IPv6 (RFC
+/// 8200, 5).
 const SMALLER: u16 = 1_220;
 /// Maximum payload after further losses over IPv4, bytes: it fits the packet size that every host must accept (RFC
 /// 1122, 3.3.2).
 const SMALLEST_IPV4: u16 = 536;
 
-/// Minimum size of a built packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122,
+/// Minimum size of a generated packet from the network header on, bytes, whatever MTU an ICMP error claims (RFC 1122,
 /// 3.3.2; RFC 8200, 5).
 const FLOOR_IPV4: u32 = 576;
 const FLOOR_IPV6: u32 = 1_280;
-/// Size of the headers of a built packet without TCP options, bytes.
+/// Size of the headers of a generated packet without TCP options, bytes.
 const HEADERS_IPV4: u32 = 40;
 const HEADERS_IPV6: u32 = 60;
 /// Sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
@@ -175,8 +175,7 @@ pub(super) struct Half<F> {
     pub(super) scale: Option<u8>,
     /// MSS option of the sender's SYN, bytes.
     pub(super) mss: u16,
-    /// Maximum payload of packets that are built for the *sender*, bytes, for the path to the sender as far as it is
-    /// known.
+    /// Maximum payload of generated packets for the *sender*, bytes. ICMP errors and losses lower it.
     path: u16,
     /// Number of ICMP errors that have lowered `path`.
     narrowings: u8,
@@ -185,9 +184,9 @@ pub(super) struct Half<F> {
     /// TS.Recent of the receiver: greatest timestamp of a segment that began at or before the next byte that the
     /// receiver expected (RFC 7323, 4.3).
     pub(super) recent: u32,
-    /// Greatest timestamp of all accepted segments. Packets that are built in the sender's place carry it: the
-    /// receiver may have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent`
-    /// lags behind by the segments in flight.
+    /// Greatest timestamp of all accepted segments. Generated packets in the sender's place carry it: the receiver may
+    /// have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent` lags behind by
+    /// the segments in flight.
     pub(super) latest: u32,
     /// Window field of the sender's last segment.
     pub(super) window: u16,
@@ -419,12 +418,12 @@ impl<F> Half<F> {
         self.acked >= self.proxy_acked
     }
 
-    /// Returns the maximum payload of a packet built for the sender, bytes.
+    /// Returns the maximum payload of a generated packet for the sender, bytes.
     pub(super) fn payload_size(&self, has_timestamps: bool) -> usize {
         usize::from(self.mss.clamp(64, self.path)) - if has_timestamps { 12 } else { 0 }
     }
 
-    /// Lowers the size of packets built for the sender, because such packets were lost.
+    /// Lowers the size of generated packets for the sender, because such packets were lost.
     pub(super) fn shrink(&mut self, is_ipv6: bool) {
         self.path = if self.path > SMALLER || is_ipv6 {
             self.path.min(SMALLER)
@@ -433,8 +432,8 @@ impl<F> Half<F> {
         };
     }
 
-    /// Lowers the size of packets built for the sender to the MTU of a link, bytes; 0 if the router did not report it.
-    /// Returns whether the size has changed.
+    /// Lowers the size of generated packets for the sender to the MTU of a link, bytes. `mtu` is 0 if the router did
+    /// not report it. Returns whether the size has changed.
     pub(super) fn narrow(&mut self, mtu: u32, is_ipv6: bool) -> bool {
         let (floor, headers) = if is_ipv6 {
             (FLOOR_IPV6, HEADERS_IPV6)

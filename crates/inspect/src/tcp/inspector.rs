@@ -32,8 +32,8 @@ pub(crate) enum Action {
 
 /// State that an inspector keeps for a connection while the connection is inspected.
 pub(crate) trait Offloadable {
-    /// State that is kept after the offload: if the rules of the connection change, it decides whether the connection
-    /// may continue. The default is for a connection that audit mode let pass without inspection.
+    /// State that is kept after the offload, to decide after a change of the rules whether the connection may continue.
+    /// The default is for a connection that audit mode let pass without inspection.
     type OffloadVerdict: Default;
     /// Returns the state to keep, and removes it from `self`.
     fn remember(&mut self) -> Self::OffloadVerdict;

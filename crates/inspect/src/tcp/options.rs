@@ -34,7 +34,7 @@ pub enum OptionProblem {
     Length,
     /// MPTCP (kind 30) outside a SYN: the option was removed from the SYNs, so no end may use MPTCP.
     Mptcp,
-    /// A signature (kind 19 or 29): packets that are built here cannot be signed, and the receiver drops unsigned ones.
+    /// A signature (kind 19 or 29): generated packets cannot be signed, and the receiver drops unsigned ones.
     Signature,
 }
 

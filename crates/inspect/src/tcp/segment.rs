@@ -1,4 +1,4 @@
-//! TCP segments: parsed, and built.
+//! Parses and builds TCP segments.
 
 use palisade_abi::{Addr, protocol, tcp_flags};
 use palisade_packet::flags;
@@ -130,7 +130,7 @@ pub(super) struct Link {
     route: Route,
 }
 
-/// A segment that is built here.
+/// A generated segment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OutSegment<'a> {
     pub(super) seq: u32,

@@ -13,7 +13,7 @@ const REPORTS: u32 = 200;
 pub(crate) struct Shared {
     pub(super) limits: TcpLimits,
     pub(super) stats: TcpStats,
-    /// Buffer for the packet that is built.
+    /// Buffer for a generated packet.
     out: Vec<u8>,
     /// Start of the current second, ms, and number of reports left in that second.
     reports: (Millis, u32),

@@ -305,7 +305,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         cx.sink.discard(frame, reason);
     }
 
-    /// Returns whether a dropped packet is recorded, by the limits of its connection if it has one.
+    /// Returns whether a dropped packet is recorded. If the packet belongs to a connection, the limits of that
+    /// connection apply too.
     fn may_report<S>(&mut self, key: &CtKey, reason: Reason, cx: &mut Cx<'_, F, S>) -> bool {
         match self.entries.get_mut(key) {
             Some(entry) => entry.connection.may_report(reason, &mut self.shared.context(cx)),
@@ -365,8 +366,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have
-    /// made a new conntrack entry since. Moves a connection that is over to the offloaded ones.
+    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have made
+    /// a new conntrack entry since. Moves a connection that is offloaded and has delivered all bytes to
+    /// `offloaded_flows`.
     fn remove_outdated<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -537,7 +539,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Moves the current connection to the offloaded ones, which keep only the state that a change of the rules needs.
+    /// Moves the current connection to `offloaded_flows`, with only the state that a change of the rules needs.
     fn remember_offloaded(&mut self, key: CtKey) {
         let Some(mut entry) = self.remove(Key(key, Slot::Current)) else {
             return;
@@ -633,9 +635,8 @@ impl<F, T: Offloadable> Connections<F, T> {
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }
-        // An end that has no such connection has sent this reset, perhaps in answer to the probe of
-        // [`Connection::reset_unknown`]. The reset is forwarded, because its sequence number is the one that the other
-        // end expects.
+        // This reset may be the answer to the probe of [`Connection::reset_unknown`], from an end that has no such
+        // connection. Forwarding it does no harm, because its receiver checks the sequence number (RFC 5961, 3.2).
         if segment.is_rst() && segment.payload.is_empty() {
             cx.sink.release(frame);
             return;

@@ -167,7 +167,7 @@ impl Sink<Vec<u8>> for Out {
         self.discarded.push(reason);
     }
     fn emit(&mut self, frame: &[u8], route: Route) {
-        // Built packets must have valid checksums.
+        // Generated packets must have valid checksums.
         let sum = |bytes: &[u8], start: u32| {
             let mut sum = start;
             for pair in bytes.chunks(2) {
@@ -1096,7 +1096,7 @@ fn new_bytes_behind_acknowledged_ones_are_delivered() {
     bench.put(&client(0, stream));
     let out = bench.take();
     assert!(out.emitted.iter().any(|(seg, _)| seg.data == stream[6..]));
-    // Other bytes in the place of unacknowledged ones.
+    // Other bytes instead of unacknowledged ones.
     bench.put(&client(0, b"\x02ab\x02cX\x03efg"));
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }

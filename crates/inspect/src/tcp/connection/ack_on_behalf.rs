@@ -21,7 +21,7 @@ const UNDELIVERED: &str = "Bytes acknowledged on behalf of the receiver cannot b
 
 impl<F> Connection<F> {
     /// Acknowledges the held bytes of one side. Their frames are freed, because the bytes are kept in memory and
-    /// delivered in built packets.
+    /// delivered in generated packets.
     pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let half = &mut self.halves[side];
         half.ack_at = None;
@@ -68,12 +68,12 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Returns the maximum payload of a built packet to `to`, bytes.
+    /// Returns the maximum payload of a generated packet to `to`, bytes.
     fn payload_to(&self, to: Side) -> usize {
         self.halves[to].payload_size(self.has_timestamps())
     }
 
-    /// Sends one built packet with bytes of `side` that were acknowledged on behalf of the receiver, beginning at
+    /// Sends one generated packet with bytes of `side` that were acknowledged on behalf of the receiver, beginning at
     /// position `from`. Returns the number of bytes.
     fn send_acknowledged<S: Sink<F>>(&self, side: Side, from: Position, cx: &mut TcpCx<'_, F, S>) -> u64 {
         let payload = self.halves[side].undelivered(from, self.payload_to(side.other()));
@@ -85,11 +85,11 @@ impl<F> Connection<F> {
         payload.len() as u64
     }
 
-    /// Forwards the allowed bytes of a held packet whose last bytes have no verdict yet. If the built packet is lost,
-    /// the sender recovers the bytes: it retransmits its packet until all of it is acknowledged.
+    /// Forwards the allowed bytes of a held packet whose last bytes have no verdict yet. If the generated packet is
+    /// lost, the sender recovers the bytes: it retransmits its packet until all of it is acknowledged.
     ///
     /// Does nothing if a second policy inspects the packets, because the inspector of that policy would not see the
-    /// built packet.
+    /// generated packet.
     pub(super) fn split<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         while let Some((from, to)) = self.halves[side].part().filter(|_| !self.is_shared) {
             let part = self.halves[side].bytes(from, to);
@@ -104,7 +104,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends bytes of `side` in built packets, beginning at position `from`.
+    /// Sends bytes of `side` in generated packets, beginning at position `from`.
     pub(super) fn send_part<S: Sink<F>>(
         &mut self,
         side: Side,

@@ -11,7 +11,7 @@ use super::{
 use crate::Sink;
 
 impl<F> Connection<F> {
-    /// Returns SND.NXT of the sender of the quoted segment, as the receiver sees it: built packets count, held ones
+    /// Returns SND.NXT of the sender of the quoted segment, as the receiver sees it: generated packets count, held ones
     /// do not.
     fn sent_by(&self, quoted: &QuotedSegment) -> Position {
         match &self.phase {
@@ -25,8 +25,9 @@ impl<F> Connection<F> {
     /// Handles an ICMP error. No error ends the connection here: in a synchronized state all errors are soft (RFC
     /// 5927, 5.2), and in any other state the end to which the error is addressed decides.
     ///
-    /// A segment without data has SND.NXT as its sequence number. An error about such a segment is forwarded, as
-    /// Linux accepts it (`tcp_v4_err`), but lowers no size, because no link is too small for it.
+    /// A segment without data has SND.NXT as its sequence number. An error about such a segment is forwarded, as Linux
+    /// accepts it (`tcp_v4_err`), but does not lower the size of generated packets, because no link is too small for a
+    /// segment without data.
     pub(in crate::tcp) fn quoted<S: Sink<F>>(
         &mut self,
         quoted: &QuotedSegment,

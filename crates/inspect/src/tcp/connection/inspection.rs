@@ -67,7 +67,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Calls the inspector once for one side. Returns whether a further call may have a result.
+    /// Calls the inspector once for one side. Returns whether a further call may decide about more bytes.
     fn inspect_once<S: Sink<F>>(
         &mut self,
         side: Side,

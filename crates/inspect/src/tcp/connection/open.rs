@@ -53,7 +53,7 @@ impl<F> Connection<F> {
         }
         let is_first = side == Side::Client && !segment.is_ack();
         match self.before.filter(|_| !is_first && !self.is_known) {
-            // The command is in force before the client gets the SYN+ACK, and so before it can send data.
+            // The command is in force before the client gets the SYN+ACK, and so before the client can send data.
             Some(before) => {
                 let command = FlowCommand {
                     serial: before,

@@ -5,9 +5,9 @@ use palisade_abi::Reason;
 use super::super::{half::Position, side::Side};
 use crate::Millis;
 
-/// Maximum number of retransmissions of a packet that was built here.
+/// Maximum number of retransmissions of a generated packet.
 pub(super) const TRIES: u32 = 6;
-/// First retransmission timeout of a packet that was built here, ms. It doubles with each retransmission.
+/// First retransmission timeout of a generated packet, ms. It doubles with each retransmission.
 pub(super) const FIRST_TRY: Millis = 250;
 
 /// Phase of a connection.
@@ -55,7 +55,7 @@ pub(super) struct Response {
 /// the connection.
 #[derive(Default)]
 pub(super) struct Closing {
-    /// Position of the built FIN in the stream to this end.
+    /// Position of the generated FIN in the stream to this end.
     pub(super) fin: Position,
     /// Position up to which the stream from this end is acknowledged.
     pub(super) next: Position,
@@ -81,7 +81,7 @@ impl Response {
         }
     }
 
-    /// Returns the position after the FIN that was built in the place of `side`.
+    /// Returns the position after the generated FIN of `side`.
     pub(super) fn end_of(&self, side: Side) -> Position {
         if side == self.to {
             self.other.fin + 1

@@ -1,4 +1,4 @@
-//! A segment arrives: RFC 9293, 3.10.7.4, in the order of the RFC. SYN and RST have their own files.
+//! Handles a segment that arrives (RFC 9293, 3.10.7.4, in the order of the RFC). SYN and RST have their own files.
 //!
 //! A segment is checked against the acknowledgements and windows of its receiver. Where TCP implementations differ, the
 //! strictest one is assumed: a dropped segment is retransmitted, but a wrongly accepted one could carry bytes that the
@@ -98,13 +98,14 @@ impl<F> Connection<F> {
         Ok(Checked::Acceptable(at, acked))
     }
 
-    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has
-    /// offered, or at most one window below. One byte beyond the window is a zero-window probe (RFC 9293, 3.8.6.1).
+    /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered,
+    /// or at most one window below. One byte beyond the window is accepted too, as a zero-window probe (RFC 9293,
+    /// 3.8.6.1).
     #[inline]
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
         let segment = arrived.segment;
-        // In the synchronized states every segment carries an ACK; one without is dropped.
+        // In the synchronized states every segment carries an ACK; a segment without ACK is dropped.
         if own.isn.is_none() || other.isn.is_none() || !segment.is_ack() {
             return Err(Reason::TcpInvalid);
         }
@@ -118,8 +119,8 @@ impl<F> Connection<F> {
     }
 
     /// "Fifth, check the ACK field": the segment must not acknowledge more than the other end has sent, nor less than
-    /// one window below what it has acknowledged before (RFC 5961, 5.2). The same holds for selective
-    /// acknowledgements.
+    /// one window below what it has acknowledged before (RFC 5961, 5.2). A selective acknowledgement must not cover
+    /// more than the other end has sent either.
     ///
     /// Returns none if the segment acknowledges bytes that another policy's inspector has sent.
     #[inline]
@@ -140,8 +141,8 @@ impl<F> Connection<F> {
         Ok(Some(acked))
     }
 
-    /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment
-    /// without one or with an old one is dropped.
+    /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment without
+    /// a timestamp or with an old one is dropped.
     #[inline]
     fn check_timestamp(&mut self, arrived: &Arrived<'_, '_>, start: Position) -> Result<(), Reason> {
         let is_agreed = self.has_timestamps();
@@ -181,7 +182,7 @@ impl<F> Connection<F> {
     /// Handles a segment that begins with acknowledged bytes, for which no copy to compare is kept. If it were
     /// forwarded, a receiver that has acknowledged bytes before it had them would get bytes other than the inspected
     /// ones. So the segment is not forwarded: the sender gets the acknowledgement, and new bytes after the acknowledged
-    /// ones are delivered in built packets.
+    /// ones are delivered in generated packets.
     fn on_retransmission<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -268,7 +269,7 @@ impl<F> Connection<F> {
         Ok(true)
     }
 
-    /// Forwards, in built packets, the allowed bytes at the beginning of a segment whose last bytes have no verdict
+    /// Forwards, in generated packets, the allowed bytes at the beginning of a segment whose last bytes have no verdict
     /// yet. Bytes that are still kept are forwarded by [`Connection::split`]; this function forwards them again only if
     /// the sender retransmits them.
     fn send_judged_part<S: Sink<F>>(
@@ -288,8 +289,8 @@ impl<F> Connection<F> {
         self.send_part(side, at.start, payload.get(..length).unwrap_or(payload), cx);
     }
 
-    /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is no loss, since the
-    /// first copy is held, so it makes no record.
+    /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is not recorded,
+    /// because the first copy is held.
     pub(super) fn reject<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,

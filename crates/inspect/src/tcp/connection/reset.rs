@@ -1,5 +1,4 @@
-//! RST: resets that arrive (RFC 9293, 3.10.7.4, "second, check the RST bit"; RFC 5961, 3.2), and resets that are
-//! built here.
+//! RST: resets that arrive (RFC 9293, 3.10.7.4, "second, check the RST bit"; RFC 5961, 3.2), and generated resets.
 
 use palisade_abi::{Reason, flow_op};
 

@@ -163,7 +163,7 @@ impl Bench {
         assert_eq!(self.out.released.len(), 1, "the client's own packet");
     }
 
-    /// Returns the position and length of the built packets of the client.
+    /// Returns the position and length of the generated packets of the client.
     fn made(&mut self) -> Vec<(u32, usize)> {
         let made = self.take().emitted;
         made.iter()
