@@ -111,7 +111,7 @@ impl Talk {
     fn deliver(&mut self) {
         let made = std::mem::take(&mut self.out.emitted);
         let released = std::mem::take(&mut self.out.released);
-        // Built and forwarded packets are in separate lists: the receiver sorts them.
+        // Generated and forwarded packets are in separate lists: the receiver sorts them.
         let mut segs: Vec<Seg> = made.into_iter().map(|(seg, _)| seg).chain(released).collect();
         segs.sort_by_key(|seg| seg.seq.wrapping_sub(1));
         for seg in segs {
@@ -352,7 +352,7 @@ fn long_bodies_are_offload_windows() {
     assert_eq!(command.op, 0);
     assert_eq!(command.windows[1].wrapping_sub(command.windows[0]), 1_000_000);
     assert_eq!(command.windows[2..], [0, 0]);
-    // The bytes behind the body are inspected again.
+    // The bytes after the body are inspected again.
     talk.sent[0] += 999_000;
     talk.got[0].resize(head.len() + 1_000_000, b'x');
     talk.client(get("/secret").as_bytes());
@@ -507,7 +507,7 @@ fn a_101_may_only_switch_to_a_requested_and_permitted_protocol() {
         let mut talk = Talk::new();
         talk.client(request(asked).as_bytes());
         assert_eq!(talk.at_server(), request(asked));
-        // The bytes behind wait for the response, whichever protocol was requested.
+        // The bytes after the request wait for the response, whichever protocol was requested.
         talk.client(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         assert_eq!(talk.at_server(), request(asked), "{asked}");
         talk.server(switch(answered).as_bytes());
@@ -534,7 +534,7 @@ fn a_101_may_only_switch_to_a_requested_and_permitted_protocol() {
 
 #[test]
 fn bytes_behind_a_response_do_not_answer_an_upgrade() {
-    // The body that a faulty server sends to HEAD looks like a response; the client has chosen its content.
+    // The body with which a faulty server answers HEAD looks like a response, and the client has chosen its content.
     let upgrade = "GET /public/ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
     for next in [upgrade, "CONNECT b:443 HTTP/1.1\r\nHost: b:443\r\n\r\n"] {
         let mut talk = Talk::new();
@@ -703,7 +703,7 @@ fn a_disguised_copy_of_a_matched_header_denies_the_request() {
     }
 }
 
-/// Returns a head, the body of an upload with this length, and a request behind it that no rule allows.
+/// Returns a head, the body of an upload with this length, and then a request that no rule allows.
 fn upload(length: usize) -> (String, Vec<u8>, String) {
     let head = format!("POST /public/up HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
     (

@@ -234,7 +234,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Begins a connection, which replaces an existing one with the same key.
+    /// Begins a connection. A new current connection replaces both connections of the key, a new candidate only the
+    /// existing candidate.
     fn begin<S: Sink<F>>(&mut self, key: Key, view: &PacketView<'_>, inspector: T, cx: &mut Cx<'_, F, S>) {
         match key.1 {
             Slot::Current => self.forget_with_candidate(key.0, cx),

@@ -77,13 +77,13 @@ impl Seg {
     }
 
     /// Calls `f` with the segment as a punted packet. Packets of the client go to the endpoint; with INGRESS in the
-    /// slot's flags, those of the server do.
+    /// slot's flags, packets of the server do.
     pub(crate) fn view(&self, slot: PuntRequest, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
         decode(&frame[..], Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
         let answers = self.from == Side::Server;
-        // The BPF programs make a conntrack entry for a SYN, unless the test gives the serial of one.
+        // The BPF programs make a conntrack entry for a SYN, unless the test gives the serial of an existing one.
         let is_new = !answers && self.flags & (SYN | ACK) == SYN && slot.serial == 0;
         let slot = PuntRequest {
             endpoint: if slot.endpoint == 0 { 7 } else { slot.endpoint },
@@ -191,8 +191,9 @@ impl Sink<Vec<u8>> for Out {
     }
 }
 
-/// Inspector of messages with their length in front. A message that begins with `X` is denied, `A` gets a response, `O`
-/// offloads the connection, `S` bypasses the following bytes (a number of 16 bits), `L` makes them part of the message.
+/// Inspector of messages that begin with their length. A message that begins with `X` is denied, `A` gets a response,
+/// `O` offloads the connection, `S` bypasses the following bytes (a number of 16 bits), `L` makes them part of the
+/// message.
 #[derive(Default)]
 struct Messages;
 
@@ -295,8 +296,8 @@ impl Bench {
         self.put_as(seg, 0, 0);
     }
 
-    /// Handles a segment of this endpoint. With a serial other than 0 it belongs to a conntrack entry that it has not
-    /// made.
+    /// Handles a segment of this endpoint. A serial other than 0 is that of a conntrack entry that an earlier segment
+    /// has made.
     fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
         let slot = PuntRequest {
@@ -445,8 +446,8 @@ fn a_retransmission_with_other_bytes_is_dropped() {
         (out.released.len(), &out.discarded[..]),
         (1, &[Reason::TcpOverlap; 2][..])
     );
-    // Acknowledged bytes are not compared any more and not forwarded. The sender gets an acknowledgement, also for
-    // the new bytes behind them.
+    // Acknowledged bytes are no longer compared and not forwarded. The sender gets an acknowledgement, also for the new
+    // bytes after them.
     bench.put(&server(4));
     bench.take();
     for (at, data, next) in [(0, &b"\x03Xbc"[..], 5), (2, b"zz\x01d", 7)] {
@@ -500,7 +501,7 @@ fn out_of_window_and_ambiguous_segments_are_dropped() {
     .concat();
     bench.put(&sack);
     assert_eq!(bench.take().discarded, [Reason::TcpInvalid; 4]);
-    // Bytes behind the FIN are dropped.
+    // Bytes after the FIN are dropped.
     let mut end = client(0, b"\x01a");
     end.flags |= FIN;
     bench.put(&end);
@@ -522,7 +523,7 @@ fn a_reset_is_forwarded_only_with_the_expected_sequence_number() {
     assert_eq!(bench.take().discarded, [Reason::TcpOutOfWindow]);
     bench.put(&rst(2));
     assert_eq!(bench.take().released.len(), 1);
-    // A reset behind held bytes: the receiver gets one that it accepts.
+    // A reset after held bytes: the receiver gets a reset with a sequence number that it accepts.
     bench.put(&rst(3));
     let out = bench.take();
     assert_eq!(out.discarded, [Reason::TcpHeld; 2]);
@@ -734,7 +735,7 @@ fn records_of_dropped_packets_are_rate_limited() {
         panic!("{:?}", out.records)
     };
     assert_eq!((record.reason, record.source.1), (Reason::TcpOverlap, 1_000));
-    // Another reason is recorded at once, the same one after a second.
+    // A drop for another reason is recorded at once, a drop for the same reason after a second.
     bench.put(&client(90_000, b"zz"));
     bench.now += 1_000;
     bench.put(&client(90_000, b"zz"));
@@ -876,7 +877,7 @@ fn bypassed_bytes_are_forwarded_and_later_ones_are_inspected() {
         ..TcpLimits::default()
     });
     bench.handshake();
-    // 20,000 bytes behind the message
+    // 20,000 bytes after the message
     bench.put(&client(0, b"\x03S\x4e\x20"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
@@ -970,7 +971,7 @@ fn held_bytes_are_acknowledged_on_behalf_and_then_delivered() {
     assert_eq!(bench.table.stats().bytes, 0);
     bench.tick(5_000);
     assert!(bench.take().emitted.is_empty());
-    // The same with a denied message: none of its bytes is forwarded.
+    // The worker forwards no byte of a denied message.
     bench.put(&client(5, b"\x04X"));
     bench.tick(5_010);
     assert_eq!(bench.take().emitted.len(), 1);
@@ -1101,7 +1102,7 @@ fn new_bytes_behind_acknowledged_ones_are_delivered() {
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }
 
-/// An offloaded connection is judged again when its rules change, and only then.
+/// An offloaded connection is evaluated again when its rules change, and only then.
 #[test]
 fn offloaded_connections_are_remembered_within_a_limit() {
     let mut bench = Bench::new(TcpLimits {
@@ -1125,8 +1126,8 @@ fn offloaded_connections_are_remembered_within_a_limit() {
     assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
 
-/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a
-/// new one. With the SYN+ACK the BPF programs learn that no decision about the old connection holds for the new one.
+/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a new
+/// one. With the SYN+ACK the BPF programs get the command that no offload of the old connection applies to the new one.
 #[test]
 fn a_connection_that_replaces_another_is_inspected_from_its_start() {
     // An old connection that is offloaded; offloaded with undelivered bytes; with an offload window; with an incomplete
@@ -1430,7 +1431,7 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
             connections_per_endpoint: 10,
             ..TcpLimits::default()
         },
-        // An endpoint gets three times as many as are left for the others.
+        // An endpoint gets three times as many open connections as the table has free places.
         TcpLimits {
             connections: 13,
             ..TcpLimits::default()
@@ -1468,7 +1469,7 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
         assert!(!out.records.is_empty());
         let stats = bench.table.stats();
         assert_eq!((stats.limited, stats.half_open), (190, 190));
-        // Its data is dropped too, and an open connection continues.
+        // The data of the refused connection is dropped too, and an open connection continues.
         complete(&mut bench, 199, b"\x01a");
         complete(&mut bench, 0, b"\x01a");
         let out = bench.take();

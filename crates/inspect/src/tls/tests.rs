@@ -312,7 +312,7 @@ fn an_incomplete_hello_ends_at_the_deadline() {
     let mut talk = Talk::new(false);
     let bytes = hello(Some("a.test"), 10_000);
     assert!(talk.client(&bytes[..40]).released.is_empty());
-    // The bytes are acknowledged on behalf of the server, in case the client waits for that.
+    // The bytes are acknowledged on behalf of the server, in case the client waits for the acknowledgement.
     talk.engine.tick(10, &mut talk.out);
     assert!(!is_cut(&talk.take()));
     let due = talk.engine.deadline().unwrap();

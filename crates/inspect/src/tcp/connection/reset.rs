@@ -53,7 +53,7 @@ impl<F> Connection<F> {
             return Err((Reason::TcpOutOfWindow, frame));
         }
         // The reset follows held bytes, which the receiver does not have, so the receiver would not accept its sequence
-        // number. A reset with the sequence number that the receiver expects is sent instead.
+        // number. A reset with the sequence number after the last forwarded byte is sent instead.
         cx.sink.discard(frame, Reason::TcpHeld);
         self.reset_to(side.other(), cx);
         self.is_reset = true;

@@ -140,8 +140,8 @@ impl Bench {
         }
     }
 
-    /// Sends a message of this length. All but its last ten bytes are acknowledged on behalf of the server before
-    /// these arrive.
+    /// Sends a message of this length. All but its last ten bytes are acknowledged on behalf of the server before the
+    /// last ten arrive.
     fn deliver(&mut self, length: usize) {
         self.deliver_with(length, b"");
     }
@@ -333,7 +333,7 @@ fn the_sender_gets_errors_about_bytes_that_it_must_retransmit() {
         assert_eq!(bench.error(too_big(Side::Client, mtu, c(1_440))), Taken);
     }
     assert!(bench.made().is_empty());
-    // A link with a smaller MTU behind it.
+    // A later link of the path has a smaller MTU.
     assert_eq!(bench.error(too_big(Side::Client, 1_300, c(1_360))), Taken);
     assert_eq!(bench.made()[0], (0, 1_260));
     // Errors of other kinds go to the sender.
@@ -392,7 +392,7 @@ fn forged_mtus_are_bounded_in_size_and_number() {
     assert_eq!(half(u32::MAX), (false, 1_440));
 }
 
-/// In SYN-SENT the end decides what an error means.
+/// In SYN-SENT the end that receives the error decides whether to abort.
 #[test]
 fn errors_about_a_syn_pass_and_forged_ones_do_not() {
     let mut bench = Bench::new(TcpLimits::default());
