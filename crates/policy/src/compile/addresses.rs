@@ -29,7 +29,7 @@ impl Compiler {
         let mut prefixes: HashMap<PrefixKey, IpcacheEntry> = HashMap::new();
         let options = self.inventory.options;
 
-        // The labels of the node have the reserved identity of the node, whatever else they contain.
+        // The label set of the node always has the reserved identity HOST, even with further labels.
         let node_labels = self
             .inventory
             .endpoints

@@ -358,7 +358,7 @@ impl Compiler {
 
     /// Updates the selectors and learned identities of the snapshot.
     pub(super) fn finish_names(&mut self, before: &palisade_model::snapshot::Snapshot) {
-        // Forget selectors that no rule uses any more. Their numbers are not reused.
+        // Selectors that no rule uses any more are forgotten. Their numbers are not reused.
         let used: HashSet<SelectorNumber> = self
             .specs
             .values()

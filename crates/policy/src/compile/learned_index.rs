@@ -123,7 +123,7 @@ pub(super) struct SubjectNames {
     /// The selectors as in the snapshot.
     pub(super) list: Option<SelectorList>,
     pub(super) rows: LearnedRows,
-    /// Whether the endpoints learn names, as written with the subject's policy id.
+    /// Whether the endpoints learn names, in the endpoint states that have the subject's policy id.
     pub(super) learns: bool,
 }
 

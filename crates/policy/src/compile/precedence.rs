@@ -271,7 +271,8 @@ impl<'a> Builder<'a> {
         let Some(hit) = narrowest(denials()) else {
             return rest;
         };
-        // Only policies in audit mode deny. The packet is reported as theirs if it passes without them.
+        // Only policies in audit mode deny. If the packet passes without them, it passes with them too and is
+        // reported.
         let would_pass = rest.flags & entry_flags::AUDIT != 0 || rest.decision == Decision::Allow as u8;
         if would_pass {
             self.entry(Decision::DenyExplicit, hit, true)

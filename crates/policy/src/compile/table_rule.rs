@@ -73,11 +73,11 @@ pub(super) struct Member {
 /// The learned identities that a peer selects.
 #[derive(Clone, Debug)]
 pub(super) enum Learned {
-    /// Those whose base identity the peer selects.
+    /// Learned identities whose base identity the peer selects.
     Base,
-    /// Those of a `toFQDNs` selector, and those whose base identity the peer selects.
+    /// Learned identities of a `toFQDNs` selector, and those whose base identity the peer selects.
     Selector(SelectorNumber),
-    /// Those that match a label selector, which may require `fqdn` labels.
+    /// Learned identities that match a label selector, which may require `fqdn` labels.
     Labels(Arc<ResolvedSelector>),
 }
 

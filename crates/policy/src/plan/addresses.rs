@@ -108,9 +108,9 @@ pub(super) fn learns(state: &Snapshot, key: LearnedKey) -> bool {
 }
 
 /// Returns the pairs of identities of learned addresses whose ipcache entry hides the learned identity before or after
-/// the change. Such an address needs a spare number while the tables are switched. A spare number hides no learned
-/// identity, so an endpoint that learned the address uses the learned entry, and the plan changes that entry by a pair
-/// of its own.
+/// the change. Such an address needs a spare number while the tables are switched, as a spare number hides no learned
+/// identity: an endpoint that learned the address then uses its learned entry, whose number the plan chooses
+/// separately.
 pub(super) fn contested(
     addresses: &[AddressChange],
     old: &Snapshot,
