@@ -140,12 +140,12 @@ pub fn engine(limits: &Limits) -> Engine<()> {
     engine
 }
 
-/// Returns an operation in which an engine inspects frames. `judged`: returns the number of exchanges that are complete.
+/// Returns an operation in which an engine inspects frames. `complete`: returns the number of exchanges that are complete.
 fn reads(
     what: &'static str,
     inspector: Inspector,
     exchange: impl Fn(u16) -> Vec<(bool, Vec<u8>)>,
-    judged: fn(&Stats) -> u64,
+    complete: fn(&Stats) -> u64,
 ) -> Work {
     // Another port each time, so that each exchange is a flow of its own.
     let exchanges: Vec<_> = (20_000..20_256).map(exchange).collect();
@@ -165,7 +165,11 @@ fn reads(
                 // By then the engine has dropped all flows.
                 now += 100_000;
                 engine.tick(now, &mut outcome);
-                assert_eq!(judged(&engine.stats()), turn as u64, "each exchange is inspected");
+                assert_eq!(
+                    complete(&engine.stats()),
+                    turn as u64,
+                    "each exchange is inspected"
+                );
             }
             assert_eq!(outcome.discarded, 0, "everything is allowed");
         }),

@@ -1,6 +1,6 @@
-//! A world to test policies in, and cases that say in words who reaches whom.
+//! Workloads, hosts and servers to test policies with, and cases: policies with the expected results of connections.
 //!
-//! A case is a policy file below `cases/netns/` whose leading comments are checks, one a line:
+//! A case is a policy file below `cases/netns/` whose leading comments are checks, one per line:
 //!
 //! ```yaml
 //! # front -> back tcp/80 open
@@ -9,9 +9,9 @@
 //! apiVersion: cilium.io/v2
 //! ```
 //!
-//! `open`: the other end answers. `drop`: nothing comes back, and the other end has seen nothing.
-//! What can be tried: `tcp/PORT`, `udp/PORT` (echo), `udp/PORT/BYTES` (in fragments when it is large), `ping`,
-//! `ping/BYTES`; and packets that only have to arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
+//! `open`: the destination answers. `drop`: no answer arrives, and the destination has received nothing.
+//! Kinds of attempts: `tcp/PORT`, `udp/PORT` (echo), `udp/PORT/BYTES` (fragmented if large), `ping`,
+//! `ping/BYTES`; and packets without an answer, which must arrive: `sctp/PORT`, `icmp/TYPE`, `proto/NUMBER`.
 //!
 //! Depends on `palisade-testbed`; runs the built binary. Start at a file of `tests/`.
 #![forbid(unsafe_code)]

@@ -491,7 +491,7 @@ fn paths_are_matched_as_sent_and_as_normalized() {
         assert!(good.iter().any(|path| request["path"] == *path), "{request}");
     }
     drop(daemon);
-    // An operator who knows the server can match paths as sent.
+    // An operator with a known server can match paths as sent.
     let settings = tables("[http]\npath_normalization = \"raw\"\n");
     let daemon = client_only_with(&apps, &settings, PORTS, RULES);
     let at = apps.at("internet", Family::V4, PEER);
