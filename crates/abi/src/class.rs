@@ -1,5 +1,5 @@
-//! Port classes. All (protocol, port) pairs that no rule distinguishes have one class, so a rule for a range of 40,000
-//! ports is one entry of the policy table.
+//! Port classes. All (protocol, port) pairs that no rule distinguishes share one class, so a rule for a range of 40,000
+//! ports needs one entry in the policy table, or a few if other rules name ports in the range.
 
 /// Number of a port class; 0 is [`CLASS_ANY`]. A number keeps its meaning while a policy uses it.
 pub type Class = u16;
@@ -13,12 +13,12 @@ pub const CLASS_UNKNOWN: Class = 0;
 /// The first class that the compiler assigns.
 pub const FIRST_DYNAMIC_CLASS: Class = 1;
 
-/// Slots for each protocol with ports: 65,536 ports, and one slot for an unknown port (a later fragment whose first
-/// fragment was not seen). Only rules for all ports of the protocol match an unknown port.
+/// Number of slots for each protocol with ports: 65,536 ports, and one slot for an unknown port (a later fragment whose
+/// first fragment was not seen). Only rules for all ports of the protocol match an unknown port.
 pub const PORT_SLOTS: usize = 65_537;
-/// Slots for each of ICMP and ICMPv6: 256 types, and one slot for an unknown type (a later fragment).
+/// Number of slots for each of ICMP and ICMPv6: 256 types, and one slot for an unknown type (a later fragment).
 pub const ICMP_SLOTS: usize = 257;
-/// Slots for protocols without ports, by number.
+/// Number of slots for protocols without ports.
 pub const PROTOCOL_SLOTS: usize = 256;
 /// Number of slots of the class table.
 pub const CLASS_SLOTS: usize = 3 * PORT_SLOTS + 2 * ICMP_SLOTS + PROTOCOL_SLOTS + 1;
@@ -30,7 +30,7 @@ const ICMPV6_BASE: u32 = ICMP_BASE + ICMP_SLOTS as u32;
 const PROTOCOL_BASE: u32 = ICMPV6_BASE + ICMP_SLOTS as u32;
 
 /// Returns the slot of the class table for a protocol and a destination port (ICMP: the type; ignored for other
-/// protocols). Always less than [`CLASS_SLOTS`].
+/// protocols). The slot is always less than [`CLASS_SLOTS`].
 #[inline(always)]
 #[must_use]
 pub const fn class_slot(protocol: u8, port: u16) -> u32 {

@@ -19,9 +19,9 @@ pub struct CtKey {
     pub local: Addr,
     /// The peer's address.
     pub remote: Addr,
-    /// The endpoint's port (machine order).
+    /// The endpoint's port (host byte order).
     pub local_port: u16,
-    /// The peer's port (machine order).
+    /// The peer's port (host byte order).
     pub remote_port: u16,
     /// Number of the endpoint.
     pub endpoint: u16,
@@ -43,7 +43,8 @@ pub mod ct_flags {
     pub const SEEDED: u8 = 8;
     /// The peer is this node: at a workload's interface the node's policy is looked up too.
     pub const REMOTE_IS_HOST: u8 = 16;
-    /// The peer is an endpoint of this node, or the node: packets from such a peer never arrive by a NIC.
+    /// The peer is an endpoint of this node, or the node itself. A packet from such a peer that arrives by a NIC has a
+    /// spoofed source address.
     pub const REMOTE_IS_LOCAL: u8 = 32;
     /// The first packet was not a SYN (TCP in mid-stream).
     pub const MIDSTREAM: u8 = 64;
@@ -98,11 +99,11 @@ pub struct CtEntry {
     pub over: u8,
     /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
-    /// Offload windows, TCP sequence numbers: [0] to before [1] of the original direction, [2] to before [3] of the
-    /// reply direction. Equal bounds: no window.
+    /// Offload windows, TCP sequence numbers: `windows[0]..windows[1]` of the original direction,
+    /// `windows[2]..windows[3]` of the reply direction, without the upper bound. Equal bounds: no window.
     pub windows: [u32; 4],
-    /// Hash of the inspector's last decision, and of the connection and rules that it holds for: [`CtEntry::offload`]
-    /// or [`CtEntry::windowed`].
+    /// Hash of the inspector's last decision and of the connection and rules for which the decision is valid, from
+    /// [`CtEntry::offload`] or [`CtEntry::windowed`]; 0: no decision.
     pub decided: u64,
 }
 
@@ -117,10 +118,9 @@ const fn mix(hash: u64, word: u64) -> u64 {
 impl CtEntry {
     /// Returns the value of [`Self::decided`] after an OFFLOAD command.
     ///
-    /// A command has effect only while the entry has the connection (`serial`), the rules, their flags, and the windows
-    /// that the command was made for. Another CPU may write other rules, another connection, or (LRU maps recycle
-    /// elements at once) another flow to the entry at the same time. The command then has no effect, whichever CPU
-    /// writes first.
+    /// The hash matches only an entry with the connection (`serial`), the rule set and the flags for which the worker
+    /// sent the command. Another CPU may write other rules, another connection, or (LRU maps recycle elements at once)
+    /// another flow to the entry at the same time. The command then has no effect, whichever CPU writes first.
     #[inline(always)]
     #[must_use]
     pub const fn offload(serial: u32, ruleset: u32, punt_flags: u8) -> u64 {
@@ -160,22 +160,24 @@ pub struct Share {
     pub fragments: u32,
     /// Number of slots in FRAGMENT_SLOTS.
     pub fragment_slots: u32,
-    /// Number of protected flows that do not count against the pool. In the pool's slot: its size.
+    /// Number of protected flows that do not count against the pool. In the pool's slot: the size of the pool.
     pub guaranteed: u32,
     /// Zero.
     pub zero: u32,
-    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. Briefly
-    /// negative if two CPUs change it at once.
+    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. The number
+    /// may be briefly negative if two CPUs change it at once.
     pub protected: i64,
 }
 
 /// Slots of the SHARES map: endpoint × direction.
 pub const SHARE_SLOTS: usize = 2 * crate::ID_SLOTS;
 
-/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS among which a new flow or datagram takes the oldest one's.
+/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS that a new flow or datagram can take; it takes the slot of
+/// the oldest flow or datagram among them.
 pub const SHARE_WAYS: u32 = 4;
 
-/// Slot of FLOW_SLOTS. When a new flow takes the slot, its flow is evicted unless it is protected.
+/// Slot of FLOW_SLOTS. A new flow that takes the slot evicts the flow that held the slot, unless that flow is
+/// protected.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FlowSlot {
@@ -208,10 +210,10 @@ pub struct FragmentKey {
     /// Identification field; IPv4: in the low 16 bits.
     pub id: u32,
     /// Interface and hook of the first fragment: `ifindex << 1 | egress`. A fragment at one interface cannot set the
-    /// ports of a datagram at another one.
+    /// ports of a datagram at another interface.
     pub hook: u32,
     /// IP protocol. IPv6: 44, the fragment header itself, because the fragments of one datagram may name different next
-    /// headers and only that of the first counts (RFC 8200, section 4.5).
+    /// headers and only that of the first fragment counts (RFC 8200, section 4.5).
     pub protocol: u32,
 }
 
@@ -221,9 +223,9 @@ pub struct FragmentKey {
 pub struct FragmentPorts {
     /// Time when the entry expires, ns of the coarse monotonic clock.
     pub expires: u64,
-    /// Source port (ICMP: the type), machine order.
+    /// Source port (ICMP: the type), host byte order.
     pub source: u16,
-    /// Destination port (ICMP: the echo identifier), machine order.
+    /// Destination port (ICMP: the echo identifier), host byte order.
     pub destination: u16,
     /// TCP flags of the first fragment.
     pub tcp_flags: u8,

@@ -99,9 +99,9 @@ pub struct Event {
     pub source: Addr,
     /// Destination address of the packet.
     pub destination: Addr,
-    /// Source port, machine order; ICMP: the type.
+    /// Source port, host byte order; ICMP: the type.
     pub source_port: u16,
-    /// Destination port, machine order; ICMP: the code.
+    /// Destination port, host byte order; ICMP: the code.
     pub destination_port: u16,
     /// Identity of the source, 0 if it was not looked up.
     pub source_identity: u32,

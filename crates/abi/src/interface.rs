@@ -14,11 +14,13 @@ pub mod role {
     pub const HOST: u8 = 1;
     /// The host side of a workload's veth: packets that enter come *from* the endpoint, packets that leave go *to* it.
     pub const ENDPOINT: u8 = 2;
-    /// Not guarded, above a guarded interface of a workload: its bridge or VRF, or a VLAN on it. A workload's packets
-    /// enter the node's stack by this interface after they had their verdict at the guarded one.
+    /// An unguarded interface above a workload's guarded interface: the bridge or VRF of which the guarded interface is
+    /// a port, or a VLAN device on it. A workload's packets enter the node's stack by the upper interface, after their
+    /// verdict at the guarded interface.
     pub const LINK: u8 = 3;
-    /// Known to the daemon but not configured: packets that enter by it may be forwarded, but not with a workload's
-    /// address. An interface without a role is not known to the daemon yet: no packet that enters by it is forwarded.
+    /// An unguarded interface that the daemon knows. A packet that enters by it may be forwarded, unless its source
+    /// address is a workload's. An interface that the daemon does not know yet has no role, and the programs drop a
+    /// forwarded packet that entered by it.
     pub const SEEN: u8 = 4;
 }
 
@@ -52,8 +54,8 @@ pub struct Interface {
     /// Index of the interface that has the addresses of the link: the bridge or VRF of which `ifindex` is a port,
     /// otherwise `ifindex`.
     pub link: u32,
-    /// EtherTypes that pass without a policy lookup (role host): machine order, [`ETHER_TYPE_LLC`], or 0 for an unused
-    /// slot.
+    /// EtherTypes that pass without a policy lookup (role host): host byte order, [`ETHER_TYPE_LLC`], or 0 for an
+    /// unused slot.
     pub ether_types: [u16; ETHER_TYPES],
 }
 
@@ -61,10 +63,11 @@ pub struct Interface {
 pub mod endpoint_flags {
     /// The policy selects peers by DNS name, so learned addresses are looked up.
     pub const LEARNS: u32 = 1;
-    /// The ingress table has no entry that inspects or denies by a deny rule: it need not be looked up for a flow in
-    /// the egress direction. Holds only for the policy in the same value.
+    /// The ingress table has no entry that inspects or denies by a deny rule: the programs need not look it up for a
+    /// flow in the egress direction. The flag is valid only for the policy in the same [`super::EndpointState`].
     pub const PLAIN_INGRESS: u32 = 2;
-    /// The egress table has no such entry: it need not be looked up for a flow in the ingress direction.
+    /// The egress table has no entry that inspects or denies by a deny rule: the programs need not look it up for a
+    /// flow in the ingress direction. The flag is valid only for the policy in the same [`super::EndpointState`].
     pub const PLAIN_EGRESS: u32 = PLAIN_INGRESS << 1;
 }
 
@@ -119,7 +122,7 @@ pub struct RateBudget {
 pub struct Clock {
     /// The coarse monotonic clock when it was last read, ns.
     pub time: u64,
-    /// The jiffy in which it was read.
+    /// The jiffy in which `time` was read.
     pub jiffy: u64,
 }
 
@@ -153,14 +156,14 @@ pub struct Config {
     pub rules: u32,
     /// Secret that marks frames of programs and workers on the punt link; drawn at each start of the daemon.
     pub cookie: u64,
-    /// Age of the last heartbeat from which a worker counts as dead.
+    /// Maximum age of a worker's last heartbeat. A worker with an older heartbeat counts as dead.
     pub worker_timeout: u64,
     /// Index of the node's end of the punt link; 0: no packet is punted.
     pub punt_ifindex: u32,
     /// Number of workers, which is the number of queues of the punt link.
     pub workers: u32,
-    /// Mark of packets that are reinjected at an interface with a tc program, so that the program lets them pass. Never
-    /// 0.
+    /// Value of `skb->mark` of packets that are reinjected at an interface with a tc program, so that the program lets
+    /// them pass. Never 0.
     pub mark: u32,
     /// [`config_flags`].
     pub flags: u32,

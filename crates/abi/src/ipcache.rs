@@ -4,8 +4,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// An IP address as 16 bytes in network order; IPv4 as the IPv4-mapped `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 ///
-/// Four words instead of sixteen bytes: the programs compare and copy words in registers. Each word holds four bytes of
-/// the address in memory order (network order), whatever the byte order of the machine.
+/// The type is four words instead of sixteen bytes, because the programs compare and copy words in registers. Each word
+/// holds four bytes of the address in network order in memory, so its numeric value depends on the host's byte order.
 #[repr(C)]
 #[derive(
     Clone,
@@ -47,7 +47,7 @@ impl Addr {
         Self::from_v4_word(u32::from_ne_bytes(b))
     }
 
-    /// Makes an address from the word of an IPv4 address in memory order.
+    /// Makes an address from an IPv4 address that was read as one word, without a byte swap.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4_word(word: u32) -> Self {
@@ -113,9 +113,9 @@ impl From<Addr> for core::net::IpAddr {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PrefixKey {
-    /// Prefix length, bits of the 16-byte address (machine order): an IPv4 prefix /n has 96 + n.
+    /// Prefix length in bits of the 16-byte address, host byte order. An IPv4 prefix /n has the length 96 + n.
     pub length: u32,
-    /// Address of the prefix; bits behind `length` are zero.
+    /// Address of the prefix; the bits after the first `length` are zero.
     pub addr: Addr,
 }
 
@@ -131,7 +131,7 @@ pub struct IpcacheEntry {
     pub flags: u16,
 }
 
-/// Key of the learned addresses: an address that an endpoint has learned by a DNS name.
+/// Key of the LEARNED map: an address that a DNS answer has given to an endpoint.
 #[repr(C)]
 #[derive(
     Clone,
@@ -151,6 +151,6 @@ pub struct IpcacheEntry {
 pub struct LearnedKey {
     /// The learned address.
     pub addr: Addr,
-    /// The endpoint that learned it.
+    /// The endpoint to which the DNS answer was sent.
     pub endpoint: u32,
 }

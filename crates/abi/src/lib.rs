@@ -1,10 +1,11 @@
 //! Interface between the BPF programs (`xdp/`) and user space.
 //!
-//! Plain data with fixed layouts: map keys and values, event records, verdicts and reasons. The layouts derive
-//! `zerocopy` traits, so a type with hidden padding does not compile: the verifier refuses to read padding on the
-//! stack, and a hash map compares it.
+//! Plain data with fixed layouts: map keys and values, event records, verdicts and reasons. The types derive `zerocopy`
+//! traits, so a type with implicit padding does not compile. Padding has no defined value: the verifier of Linux 6.1
+//! rejects a map key on the stack with padding, and a hash map compares all bytes of a key.
 //!
-//! [`VERSION`] changes with every layout and meaning; pinned maps of another version are never reused.
+//! [`VERSION`] changes with every change of a layout or of its meaning; pinned maps of another version are never
+//! reused.
 //!
 //! Depends on no other crate of Palisade. Start at [`PolicyKey`], [`CtKey`] and [`Reason`]; [`maps`] lists the maps
 //! with their keys and values.
@@ -98,7 +99,7 @@ pub mod maps {
     pub const CLASSES: &str = "CLASSES";
     /// `HASH` [`crate::PolicyKey`] -> [`crate::PolicyEntry`].
     pub const POLICY: &str = "POLICY";
-    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The sizes of the shares keep it from being full.
+    /// `LRU_HASH` [`crate::CtKey`] -> [`crate::CtEntry`]. The shares are sized so that the map never becomes full.
     /// [`crate::counter_slot::CONNTRACK_CREATED`] counts the entries that the programs add.
     pub const CONNTRACK: &str = "CONNTRACK";
     /// `ARRAY[SHARE_SLOTS]`, memory-mapped, endpoint × 2 + direction -> [`crate::Share`].
@@ -117,7 +118,7 @@ pub mod maps {
     pub const CLOCK: &str = "CLOCK";
     /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
-    /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; rules with larger numbers than the array has count at 0.
+    /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; a rule whose number exceeds the array counts at 0.
     pub const RULES: &str = "RULES";
     /// `ARRAY[1]` [`crate::Config`].
     pub const CONFIG: &str = "CONFIG";
@@ -134,11 +135,11 @@ pub mod maps {
 
 /// Names of the programs in the object.
 pub mod programs {
-    /// XDP, ingress of an interface of either role.
+    /// XDP, ingress of a NIC or of a workload's interface.
     pub const XDP_INGRESS: &str = "palisade_xdp";
-    /// tc classifier (tcx or clsact), ingress of an interface of either role.
+    /// tc classifier (tcx or clsact), ingress of a NIC or of a workload's interface.
     pub const TC_INGRESS: &str = "palisade_in";
-    /// tc classifier (tcx or clsact), egress of an interface of either role.
+    /// tc classifier (tcx or clsact), egress of a NIC or of a workload's interface.
     pub const TC_EGRESS: &str = "palisade_out";
     /// XDP at the workers' end of the punt link: redirects packets to the sockets.
     pub const PUNT: &str = "palisade_punt";

@@ -58,7 +58,7 @@ pub const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 /// Key of the policy table.
 ///
 /// The first key that exists decides, in this order: (identity, class), (identity, any class), (any identity, class),
-/// (any identity, any class). The compiler has resolved precedence, so the first hit is the verdict. The last key
+/// (any identity, any class). The compiler has resolved precedence, so the first entry found decides. The last key
 /// exists for each policy and direction; if no key exists, the packet is dropped ([`crate::Reason::NoPolicy`]).
 #[repr(C)]
 #[derive(

@@ -2,9 +2,9 @@
 //!
 //! A packet that needs inspection goes over the punt link, a veth pair of Palisade's own: `<name>0` and `<name>1`. The
 //! programs put a [`PuntHeader`] in front of the packet and redirect it to `<name>0`; at `<name>1` an XDP program
-//! redirects it into the AF_XDP socket of its queue. The worker sends the packet from the same socket with a
-//! [`ReinjectTrailer`] behind it; the program at the ingress of `<name>0` removes the trailer and redirects the packet
-//! to the hook that punted it.
+//! redirects the packet into the AF_XDP socket of the receive queue. The worker sends the packet from the same socket
+//! with a [`ReinjectTrailer`] after it; the program at the ingress of `<name>0` removes the trailer and redirects the
+//! packet to the hook that punted it.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -22,8 +22,8 @@ pub mod punt_flags {
     pub const MIDSTREAM: u8 = 8;
     /// This packet created the flow.
     pub const NEW: u8 = 16;
-    /// Set by the worker: a second policy inspects the packet too. It would not see a packet that the worker generates
-    /// in its place.
+    /// Set by the worker: a second policy inspects the packet too. The second policy would not see a packet that the
+    /// worker generates instead of this one.
     pub const SHARED: u8 = 32;
 }
 
@@ -69,9 +69,9 @@ pub struct PuntHeader {
     pub ifindex: u32,
     /// Hash of the flow, the same for both directions; chooses the worker (`hash % workers`).
     pub hash: u32,
-    /// VLAN tag that the kernel kept beside the frame (TCI), if `vlan_protocol` is not 0.
+    /// VLAN tag (TCI) from `skb->vlan_tci`, which the frame itself does not contain. Valid if `vlan_protocol` is not 0.
     pub vlan: u16,
-    /// EtherType of that tag, machine order.
+    /// EtherType of the VLAN tag, host byte order; 0: no tag.
     pub vlan_protocol: u16,
     /// [`punt_hook`].
     pub hook: u8,
@@ -93,12 +93,12 @@ pub mod reinject_path {
 
 /// Flags of a [`ReinjectTrailer`].
 pub mod reinject_flags {
-    /// Set [`crate::Config::mark`], by which the tc program of that direction at the interface lets the packet pass.
-    /// Not set if the ingress hook is XDP: no tc program would remove the mark.
+    /// Set `skb->mark` to [`crate::Config::mark`], so that the tc program of that direction at the interface lets the
+    /// packet pass. This flag is not set if the ingress hook is XDP, because no tc program would remove the mark.
     pub const MARK: u8 = 1;
-    /// A [`super::FlowCommand`] stands before the trailer.
+    /// A [`super::FlowCommand`] precedes the trailer.
     pub const COMMAND: u8 = 2;
-    /// A second command stands before the first. Two policies may inspect one packet.
+    /// A second command precedes the first one, because two policies may inspect one packet.
     pub const SECOND_COMMAND: u8 = 4;
 }
 
@@ -129,12 +129,13 @@ pub mod flow_op {
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;
     /// A new connection with the same addresses and ports replaces the connection that the entry was made for. The
-    /// decisions for the old connection become void; `windows[0]` is the serial of the new one. A packet that brings
+    /// decisions for the old connection become void; `windows[0]` is the serial of the new one. A packet that carries
     /// this command is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
 }
 
-/// An instruction of a worker to the programs about one flow. Applied before the packet that brings it is reinjected.
+/// An instruction of a worker to the programs about one flow. The command is applied before the packet that carries it
+/// is reinjected.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct FlowCommand {
@@ -144,35 +145,35 @@ pub struct FlowCommand {
     pub serial: u32,
     /// [`flow_op`].
     pub op: u32,
-    /// The rule set by which the flow was inspected, with its flags ([`punt_flags::AUDIT`] or 0). The command is
-    /// ignored if another rule set is in force for the flow by now.
+    /// The rule set by which the flow was inspected. [`flow_op::WINDOWS`] and [`flow_op::OFFLOAD`] are ignored if the
+    /// entry has another rule set or other flags by now.
     pub ruleset: u32,
-    /// Flags of the rule set; see `ruleset`.
+    /// Flags of the rule set: [`punt_flags::AUDIT`] or 0.
     pub punt_flags: u32,
-    /// [`crate::CtEntry::windows`] to set.
+    /// [`crate::CtEntry::windows`] to set. [`flow_op::REPLACE`]: the first word is the new serial.
     pub windows: [u32; 4],
 }
 
-/// MTU of the punt link, bytes: the most that native XDP on a veth receives into one page, with headroom and
-/// `skb_shared_info`.
+/// MTU of the punt link, bytes: the largest with which native XDP on a veth receives a frame into one page, together
+/// with headroom and `skb_shared_info`.
 pub const PUNT_MTU: u32 = 3_400;
 
-/// Length of an Ethernet header, which a device's MTU does not count.
+/// Length of an Ethernet header, bytes. The MTU of a device does not include this header.
 const ETHERNET: u32 = 14;
 
-/// Longest trailer of a reinjected frame, bytes: two policies may bring a command each.
+/// Longest trailer of a reinjected frame with its commands, bytes: there is one command for each of two policies.
 pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
-/// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops longer frames than its MTU allows
-/// without a counter of Palisade (`is_skb_forwardable`), so the frame must fit with the header when it is punted, and
-/// with the trailer when it is reinjected.
+/// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops a frame that exceeds its MTU
+/// (`is_skb_forwardable`), and no counter of Palisade shows this drop. So the frame must fit with the header when it is
+/// punted, and with the trailer when it is reinjected.
 pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
 const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);
 const _: () = assert!(MAX_PUNT_FRAME + MAX_TRAILER <= PUNT_MTU + ETHERNET);
 
-/// Longest frame on the punt link, header or trailer included, bytes. A VLAN tag that the kernel keeps beside a punted
-/// frame stands in the reinjected one; veth allows for one tag.
+/// Longest frame on the punt link, header or trailer included, bytes. The reinjected frame contains the VLAN tag that
+/// was in `skb->vlan_tci` when the packet was punted; `is_skb_forwardable` allows for one tag.
 pub const MAX_ON_PUNT_LINK: u32 = PUNT_MTU + ETHERNET + 4;
 
 /// Upper bound of the headers of a segment, bytes, Ethernet and IPv6 extension headers included. A super-frame (GSO) is

@@ -32,7 +32,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// Passed: a rule allows it, or no policy enforces the direction.
+    /// Passed: a rule allows the packet, or no policy enforces the direction.
     Allowed = 0, "Allowed";
     /// Passed: a packet of a live flow, in either direction.
     Established = 1, "Established";
@@ -42,9 +42,9 @@ reasons! {
     LinkControl = 3, "Link control";
     /// Passed by audit mode.
     Audited = 4, "Audited";
-    /// Passed: forwarded by this node. If it goes to an endpoint, the verdict is given at the endpoint's interface.
+    /// Passed: this node forwards the packet. A packet to an endpoint gets its verdict at the endpoint's interface.
     Forwarded = 5, "Forwarded";
-    /// Passed without inspection: no worker runs, and the configuration says fail open.
+    /// Passed without inspection: no worker runs, and the node is configured to fail open.
     FailedOpen = 6, "Failed open: not inspected";
 
     /// The sender may not use this source address.
@@ -111,8 +111,8 @@ reasons! {
     CtInvalidState = 227, "CT: Invalid state";
     /// The kernel could not make the packet's headers readable.
     PullFailed = 228, "Packet data not accessible";
-    /// The node generated the packet with a source address that it does not have: a reply to a packet that DNAT or
-    /// TPROXY redirected to the node, without a verdict of the node's policy.
+    /// The node generated the packet with a source address that the node does not have: a reply to a packet that DNAT
+    /// or TPROXY redirected to the node, without a verdict of the node's policy.
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// The packet needs inspection, and no worker runs.
     NoWorker = 230, "No worker";
@@ -132,7 +132,7 @@ reasons! {
     FragmentsIncomplete = 237, "Fragments incomplete";
     /// A limit of the inspection is reached.
     InspectLimit = 238, "Inspection limit reached";
-    /// No verdict was possible in time, or the receiver did not acknowledge in time the bytes that Palisade delivers.
+    /// No verdict was possible in time, or the receiver did not acknowledge bytes from Palisade in time.
     InspectDeadline = 239, "No verdict in time";
     /// The application rules do not allow the request.
     AppDenied = 240, "Denied by application rules";
@@ -144,21 +144,22 @@ reasons! {
     DnsUncommitted = 243, "DNS answer not committed";
     /// A TCP segment whose sequence or acknowledgement number is not acceptable (RFC 9293, section 3.10.7.4).
     TcpOutOfWindow = 244, "TCP segment out of window";
-    /// A TCP retransmission with other data than the first transmission.
+    /// A TCP retransmission whose data differs from that of the first transmission.
     TcpOverlap = 245, "TCP retransmission differs";
     /// A TCP segment that receivers could interpret differently.
     TcpInvalid = 246, "Ambiguous TCP segment";
-    /// A TCP connection that the inspector does not know: it began before inspection did, or its state was discarded
-    /// (limits, restart, change of rules or endpoints).
+    /// A TCP connection that the inspector does not know: the connection began before its inspection, or its state was
+    /// discarded (limits, restart, change of rules or endpoints).
     TcpMidstream = 247, "TCP connection not known to the inspector";
     /// No inspector exists for the application protocol.
     AppUnsupported = 248, "Application protocol not supported";
-    /// A TCP segment that the worker replaces: it holds the bytes for a verdict, delivers them in segments of its own,
-    /// or resets the connection.
+    /// A TCP segment that the worker replaces: the worker holds the bytes for a verdict, delivers them in segments of
+    /// its own, or resets the connection.
     TcpHeld = 249, "TCP segment replaced by a held or generated one";
     /// The connection preface of HTTP/2, for which there is no inspector.
     AppHttp2 = 250, "HTTP/2 not supported";
-    /// The TLS client requests a server name for which the address was not learned.
+    /// The destination address of the TLS connection is not a learned address of the server name that the client
+    /// requests.
     SniAddress = 251, "Address not learned for the server name";
     /// A fragment that hides or overlaps its transport header, or overlaps another fragment (RFC 1858, RFC 3128, RFC
     /// 5722).
@@ -183,20 +184,20 @@ impl Reason {
     }
 }
 
-/// Numbers that a reason can have.
+/// Number of values of a reason's number, a `u8`.
 pub(crate) const REASONS: usize = 1 << u8::BITS;
 
-/// Slots of the COUNTERS map: reason × direction, and [`counter_slot`].
+/// Number of slots of the COUNTERS map: reason × direction. The last ones are those of [`counter_slot`].
 pub const COUNTER_SLOTS: usize = 2 * REASONS;
 
-/// Slots of the COUNTERS map that do not count packets by reason. They lie behind those of the highest reason, 252.
+/// Slots of the COUNTERS map that do not count packets by reason. They come after the slots of the highest reason, 252.
 pub mod counter_slot {
-    /// `packets`: conntrack entries that user space made from the tables of the kernel.
+    /// In `packets`: number of conntrack entries that user space made from the tables of the kernel.
     pub const CONNTRACK_SEEDED: u32 = 508;
-    /// `packets`: conntrack entries that the programs deleted for a newer flow of the same share.
+    /// In `packets`: number of conntrack entries that the programs deleted for a newer flow of the same share.
     pub const CONNTRACK_EVICTED: u32 = 509;
-    /// `packets`: conntrack entries that the programs made.
+    /// In `packets`: number of conntrack entries that the programs made.
     pub const CONNTRACK_CREATED: u32 = 510;
-    /// `packets`: expired conntrack entries that user space deleted.
+    /// In `packets`: number of expired conntrack entries that user space deleted.
     pub const CONNTRACK_SWEPT: u32 = 511;
 }

@@ -2,8 +2,8 @@
 
 use palisade_abi::Reason;
 
-/// How far into a frame headers may reach, bytes. A longer chain of IPv6 extension headers is malformed, and a packet
-/// that an ICMP error quotes beyond it belongs to no flow.
+/// Limit of the offset of a header in a frame, bytes. A chain of IPv6 extension headers beyond the limit is malformed,
+/// and an ICMP error that quotes such a chain matches no flow.
 pub const MAX_HEADERS: u32 = 1024;
 
 /// The bytes of a frame.
@@ -19,8 +19,8 @@ pub trait Bytes {
     /// Returns `N` bytes at `offset`; none if not all of them are readable in place.
     fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]>;
 
-    /// Returns the four bytes at offset `at` of a header from [`Self::array`], in memory order. Callers pass a constant
-    /// `at`, even and at most `N - 4`.
+    /// Returns the four bytes at offset `at` of a header from [`Self::array`] as one word, without a byte swap. Callers
+    /// pass a constant `at`, even and at most `N - 4`.
     #[inline(always)]
     #[must_use]
     fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
@@ -45,7 +45,8 @@ impl Bytes for [u8] {
     }
 }
 
-/// Returns `N` bytes at `offset` of a packet that ends at `end`. Fails with `short` if the packet ends before.
+/// Returns `N` bytes at `offset` of a packet that ends at `end`. Returns the reason `short` if the packet ends before
+/// the last of these bytes, [`Reason::PullFailed`] if they are not readable in place.
 #[inline(always)]
 pub(crate) fn take<const N: usize, B: Bytes + ?Sized>(
     bytes: &B,

@@ -4,8 +4,8 @@ use palisade_abi::Addr;
 
 /// A ones' complement sum.
 ///
-/// The sum adds words in memory order, without a byte swap for each word. A ones' complement sum has the byte order of
-/// its words (RFC 1071, section 2 (B)), so one swap in [`Sum::fold`] suffices.
+/// Words are added in host byte order, so no word needs a byte swap. A ones' complement sum has the byte order of its
+/// words (RFC 1071, section 2 (B)), so one swap in [`Sum::fold`] suffices.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sum(u64);
 
@@ -43,8 +43,8 @@ impl Sum {
             .add_pseudo_tail(protocol, length)
     }
 
-    /// Adds the fields of a pseudo header behind the addresses: the length of the transport segment and the protocol
-    /// number.
+    /// Adds the fields of a pseudo header that follow the addresses: the length of the transport segment and the
+    /// protocol number.
     #[must_use]
     pub fn add_pseudo_tail(self, protocol: u8, length: usize) -> Self {
         let mut tail = [0; 8];

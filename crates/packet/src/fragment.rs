@@ -5,8 +5,8 @@ use palisade_abi::{Reason, protocol};
 
 use crate::packet::{Packet, flags};
 
-/// Writes the fields of a fragment into `packet`. `offset`: fragment offset, bytes. `payload`: length of the fragment's
-/// payload, bytes.
+/// Checks a fragment and writes its fields into `packet`. `offset`: fragment offset, bytes. `payload`: length of the
+/// fragment's payload, bytes.
 #[inline(always)]
 pub(crate) fn note(
     packet: &mut Packet,

@@ -1,5 +1,5 @@
-//! IPv4 with options, IPv6 with extension headers. Rejects source routes, which send the packet to another address than
-//! the one that the policy has checked, and headers that receivers could interpret differently.
+//! IPv4 with options, IPv6 with extension headers. Rejects source routes, which send the packet to an address other
+//! than the one that the policy has checked, and headers that receivers could interpret differently.
 
 use palisade_abi::{Addr, Reason};
 
@@ -16,8 +16,8 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 
-/// Accepted types of routing headers: source route (deprecated by RFC 5095), mobility (RFC 6275), RPL (RFC 6554),
-/// segment routing (RFC 8754).
+/// Types of routing headers that are accepted if no segments are left: source route (deprecated by RFC 5095), mobility
+/// (RFC 6275), RPL (RFC 6554), segment routing (RFC 8754).
 const ROUTING_TYPES: [u8; 4] = [0, 2, 3, 4];
 
 /// IPv4 options (RFC 791, section 3.1).
@@ -26,8 +26,8 @@ mod option {
     pub(super) const NO_OPERATION: u8 = 1;
     pub(super) const LOOSE_SOURCE_ROUTE: u8 = 131;
     pub(super) const STRICT_SOURCE_ROUTE: u8 = 137;
-    /// Maximum number of options in a header. A header could hold forty options of one byte; real ones hold one or two,
-    /// and padding to a multiple of four bytes.
+    /// Maximum number of options in a header. A header could hold forty options of one byte; real headers hold one or
+    /// two, and padding to a multiple of four bytes.
     pub(super) const MAX: u32 = 12;
 }
 
@@ -138,9 +138,9 @@ fn stated_length(stated: u32, available: u32) -> u32 {
     }
 }
 
-/// Returns whether a next-header value is an extension header that the decoder follows: those that Linux follows
-/// (`ipv6_ext_hdr`). IANA's registry also lists mobility (135), HIP (139) and shim6 (140). Linux delivers these as
-/// protocols of their own, so no transport header follows them.
+/// Returns whether a next-header value is an extension header that the decoder follows, as `ipv6_skip_exthdr` of Linux
+/// does. IANA's registry also lists mobility (135), HIP (139) and shim6 (140). Linux treats these as upper-layer
+/// protocols, so no transport header follows them.
 #[inline(always)]
 pub(crate) const fn is_extension(next: u8) -> bool {
     matches!(
@@ -159,12 +159,13 @@ struct Options {
 
 impl Options {
     /// Skips the option at `offset` in a header that ends at `end`. Rejects a source route, which sends the packet to
-    /// another address than the destination that the policy has checked, and an option that exceeds the header, as
-    /// Linux does.
+    /// an address other than the destination that the policy has checked. Rejects an option that exceeds the header, as
+    /// `__ip_options_compile` of Linux does.
     #[inline(never)]
     fn step<B: Bytes + ?Sized>(&mut self, bytes: &B, end: u32) -> Result<(), Reason> {
         let offset = u32::from(self.offset);
-        // Reads the byte before too: the verifier does not learn from a comparison with one byte (docs/VERIFIER.md).
+        // The read includes the byte before, because the verifier derives no bound from the comparison for a single
+        // byte (docs/VERIFIER.md).
         let kind = take::<2, B>(bytes, offset - 1, end, Reason::InvalidIpv4)?[1];
         let length = match kind {
             option::END => end - offset,
@@ -186,8 +187,8 @@ impl Options {
 /// Position in a chain of extension headers.
 ///
 /// The state is in memory and each step is a call, so the verifier checks each step by itself; otherwise it would
-/// follow every sequence of headers to its end. The verifier forgets a value that is stored at an offset which is no
-/// multiple of eight; the first field makes the offsets so.
+/// follow every sequence of headers to its end. The verifier forgets most values that are stored at an offset other
+/// than a multiple of eight; the field `zero` gives `offset`, `next`, `fragments` and `fragment` such offsets.
 #[repr(C, align(8))]
 #[derive(Default)]
 pub(crate) struct Chain {
@@ -249,7 +250,7 @@ impl Chain {
             AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,
         };
-        // With segments left, the next node sends the packet to another address than the destination that the policy
+        // With segments left, the next node sends the packet to an address other than the destination that the policy
         // has checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver may do the same for a type that is
         // unknown here.
         if kind == ROUTING && (header[3] != 0 || !ROUTING_TYPES.contains(&header[2])) {

@@ -39,7 +39,7 @@ use bytes::take;
 pub enum Start {
     /// An Ethernet header.
     Ethernet {
-        /// Number of VLAN tags that the kernel keeps beside the frame.
+        /// Number of VLAN tags in `skb->vlan_tci` instead of the frame: 0 or 1.
         tags_removed: u32,
     },
     /// A network header.
@@ -58,7 +58,8 @@ pub fn decode<B: Bytes + ?Sized>(bytes: &B, start: Start, packet: &mut Packet) -
     match start {
         Start::Ethernet { tags_removed } => ethernet::decode(bytes, tags_removed, packet)?,
         Start::Network => {
-            // The shortest network header. The verifier does not learn from a comparison with one byte at offset 0.
+            // 20 bytes are the shortest network header. From a comparison for a single byte at offset 0 the verifier
+            // derives no bound (docs/VERIFIER.md).
             let header = take::<20, B>(bytes, 0, bytes.len(), Reason::TruncatedL3)?;
             packet.ether_type = match header[0] >> 4 {
                 4 => ETHER_TYPE_IPV4,

@@ -28,17 +28,17 @@ pub struct Packet {
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
-    /// Source port, machine order; ICMP: the type; otherwise 0.
+    /// Source port, host byte order; ICMP: the type; otherwise 0.
     pub source_port: u16,
-    /// Destination port, machine order; ICMP: the code; otherwise 0.
+    /// Destination port, host byte order; ICMP: the code; otherwise 0.
     pub destination_port: u16,
     /// Identifier of an ICMP echo message.
     pub echo_id: u16,
-    /// EtherType behind VLAN tags; below 1536 it is an IEEE 802.3 length.
+    /// EtherType after any VLAN tags; a value below 1536 is an IEEE 802.3 length.
     pub ether_type: u16,
     /// Length from the network header on, without Ethernet padding, bytes.
     pub length: u32,
-    /// Identification field of a fragment, machine order.
+    /// Identification field of a fragment, host byte order.
     pub fragment_id: u32,
     /// Offset of the network header in the frame, bytes.
     pub network_offset: u16,

@@ -35,9 +35,10 @@ pub struct Quote {
 /// Decodes the packet that an ICMP error quotes into `quote`, which must be [`Quote::default`].
 ///
 /// # Errors
-/// [`Reason::UnrelatedIcmp`] if the error is longer than the maximum, or if the quoted packet identifies no flow:
-/// truncated before its ports, a later fragment, or an ICMP message other than echo. [`Reason::PullFailed`] as in
-/// [`crate::decode`].
+/// [`Reason::UnrelatedIcmp`] if the error is longer than the maximum, or if the quoted packet identifies no flow: it is
+/// truncated within the first eight bytes of its transport header, a later fragment, or an ICMP message other than
+/// echo. [`Reason::InvalidIpv6Extension`] or [`Reason::TruncatedL3`] if its extension headers are invalid.
+/// [`Reason::PullFailed`] as in [`crate::decode`].
 #[inline(always)]
 pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Quote) -> Result<(), Reason> {
     let short = Reason::UnrelatedIcmp;
