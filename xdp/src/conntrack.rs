@@ -27,16 +27,17 @@ const SETTLES_AFTER: u64 = 2_000_000_000;
 /// The TCP flags that change the state of a connection.
 pub const STATE_FLAGS: u8 = tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK;
 
-/// Returns the coarse monotonic clock, ns: the clock of all timeouts. It advances with the tick. Each CPU reads it once
-/// per jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by a
-/// tick.
+/// Returns the coarse monotonic clock, ns: the clock of all timeouts, which advances with the tick. Each CPU reads it
+/// once per jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by
+/// a tick.
 #[inline(always)]
 pub fn now() -> u64 {
     // SAFETY: the helper has no parameters and changes nothing.
     let jiffy = unsafe { bpf_jiffies64() };
     let clock = CLOCK.get_ptr_mut(0);
     if let Some(clock) = clock {
-        // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU use it.
+        // SAFETY: `clock` points to a value of a per-CPU map, which lives as long as the map; only the programs of this
+        // CPU use it.
         let (time, read_in) = unsafe { ((*clock).time, (*clock).jiffy) };
         if read_in == jiffy {
             return time;
@@ -45,7 +46,8 @@ pub fn now() -> u64 {
     // SAFETY: the helper has no parameters and changes nothing.
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     if let Some(clock) = clock {
-        // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU use it.
+        // SAFETY: `clock` points to a value of a per-CPU map, which lives as long as the map; only the programs of this
+        // CPU use it.
         unsafe {
             (*clock).time = now;
             (*clock).jiffy = jiffy;
@@ -83,7 +85,7 @@ pub fn write_key(key: &mut CtKey, endpoint: u32, ingress: bool, ends: Ends<'_>) 
         _ => (0, 0),
     };
     if ends.flags & (flags::ECHO_REQUEST | flags::ECHO_REPLY) != 0 {
-        // The remote port tells the requester: 0 the endpoint, 1 the peer.
+        // The remote port of the key shows which end sent the echo request: 0 for the endpoint, 1 for the peer.
         let by_peer = u16::from((ends.flags & flags::ECHO_REQUEST != 0) == ingress);
         (source_port, destination_port) = if ingress {
             (by_peer, ends.echo_id)
@@ -121,8 +123,8 @@ pub fn ends(packet: &Packet) -> Ends<'_> {
 /// Returns the entry of a key, live or expired; null if there is none.
 ///
 /// The function copies the key to its own stack. [`PacketContext`] is memory of a global function's parameter, and the
-/// verifier of Linux 6.1 accepts a map key only from the stack, a packet or a map value. Inlined, the copy would take
-/// 40 bytes of each caller's stack, and the deepest chain of calls has no room for them.
+/// verifier of Linux 6.1 accepts a map key only on the stack, in a packet or in a map value. Inlined, the copy would
+/// take 40 bytes of each caller's stack, and the deepest chain of calls has no room for them.
 #[inline(never)]
 fn lookup(key: &CtKey) -> *mut CtEntry {
     let key = *key;
@@ -135,13 +137,13 @@ fn lookup(key: &CtKey) -> *mut CtEntry {
 /// Returns the live entry of a key.
 #[inline(always)]
 pub fn find(key: &CtKey, now: u64) -> Option<Entry> {
-    // SAFETY: null, or a value of the map that the running program has just looked up.
+    // SAFETY: `lookup` returns null or a pointer to a map value that the running program has just looked up.
     live(unsafe { Entry::new(lookup(key)) }, now)
 }
 
-/// Returns the live entry of a key that is on the stack of a program's main function, where no copy is needed. It saves
-/// a call on the path of a known flow: where the kernel protects returns from speculation (SRSO, retbleed), each call
-/// costs some nanoseconds.
+/// Returns the live entry of a key that is on the stack of a program's main function, where no copy is needed. Compared
+/// with [`find`], this saves a call on the path of a known flow: where the kernel protects returns from speculation
+/// (SRSO, retbleed), each call costs some nanoseconds.
 #[inline(always)]
 pub fn find_in_place(key: &CtKey, now: u64) -> Option<Entry> {
     live(entry(key), now)
@@ -150,7 +152,7 @@ pub fn find_in_place(key: &CtKey, now: u64) -> Option<Entry> {
 /// Returns the entry of a key that is on the stack or in a map value, live or expired.
 #[inline(always)]
 pub fn entry(key: &CtKey) -> Option<Entry> {
-    // SAFETY: a value of the map that the running program has just looked up.
+    // SAFETY: the pointer is to a map value that the running program has just looked up.
     unsafe { Entry::new(CONNTRACK.get_ptr_mut(key)?) }
 }
 
@@ -174,13 +176,13 @@ fn is_closing(forward: u8, reply: u8) -> bool {
     (forward | reply) & tcp_flags::RST != 0 || forward & reply & tcp_flags::FIN != 0
 }
 
-/// Returns whether the packet opens another connection than that of the entry with the same addresses and ports.
+/// Returns whether the packet opens a new connection with the addresses and ports of the entry.
 ///
 /// A bare SYN after the end of a connection reuses its ports. A bare SYN in the reply direction opens a connection in
 /// the opposite direction, unless it is a simultaneous open (RFC 9293, section 3.5, figure 7; see
 /// [`is_simultaneous_open`]).
 ///
-/// An inspected connection ends when its inspector says so ([`CtEntry::over`]); until then each SYN goes to the
+/// An inspected connection ends only when its inspector closes it ([`CtEntry::over`]); until then each SYN goes to the
 /// inspector. Otherwise a forged RST and a forged SYN, both with wrong checksums, would replace the entry of a live
 /// connection.
 #[inline(always)]
@@ -211,8 +213,8 @@ pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> boo
 }
 
 /// Returns whether the flow has an inspector that may need the packet; offload windows are checked later. An inspector
-/// needs each SYN, even of an offloaded flow: it may open another connection with the same ports, which has no verdict
-/// yet.
+/// needs each SYN, even of an offloaded flow: the SYN may open a new connection with the same ports, which has no
+/// verdict yet.
 #[inline(always)]
 pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
     entry.inspector() != 0
@@ -225,7 +227,8 @@ pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
 fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closing: bool) -> u64 {
     match protocol {
         protocol::TCP if closing => config.tcp_closing,
-        // A SYN+ACK alone proves nothing, because the source of the SYN may be forged. The opener's ACK does.
+        // A SYN+ACK does not show that the opener exists, because the source of the SYN may be forged. The opener's ACK
+        // shows it.
         protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & tcp_flags::ACK != 0 => {
             config.tcp_established
         }
@@ -236,8 +239,8 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closi
 }
 
 /// Returns whether both ends use the flow, so that no new flow may evict it. TCP: the opener has acknowledged the
-/// SYN+ACK; a forged SYN is answered too. Other protocols: the flow has been answered and is older than
-/// [`SETTLES_AFTER`].
+/// SYN+ACK. The SYN+ACK is not enough, because a forged SYN causes one too. Other protocols: the flow has been answered
+/// and is older than [`SETTLES_AFTER`].
 #[inline(always)]
 fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
     if flow_flags & ct_flags::REPLIED == 0 {
@@ -303,12 +306,12 @@ pub fn opened(entry: Entry) {
     }
 }
 
-/// Gives an entry to a new connection with the same addresses and ports, whose SYN has been answered.
+/// Reuses an entry for a new connection with the same addresses and ports, whose SYN has been answered.
 #[inline(always)]
 pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     if let Some(config) = CONFIG.get(0) {
-        // The serial changes before everything else: what was decided for the old connection holds only with its
-        // serial.
+        // The serial changes before all other fields, because the decisions for the old connection are valid only with
+        // its serial.
         entry.set_serial(serial);
         entry.set_decided(0);
         entry.set_over(0);
@@ -321,8 +324,8 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     }
 }
 
-/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. Its TCP flags then
-/// do not change the entry: only the inspector knows whether the receiver accepts the segment.
+/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. The TCP flags of
+/// the packet then do not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
 pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };
@@ -334,8 +337,8 @@ pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspecte
     let has_state = packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER);
     entry.count(reply, packet.length);
     let mut seen = packet.tcp_flags & STATE_FLAGS;
-    // An end that sends without RST has not reset the connection: an RST seen before was forged. So a forged RST
-    // shortens the timeout until the next packet, and a real one until the entry expires.
+    // An end that sends a packet without RST has not reset the connection, so an earlier RST in its name was forged. A
+    // forged RST thus shortens the timeout until the next packet from that end, a real RST until the entry expires.
     if reply {
         flow_flags |= ct_flags::REPLIED;
         if has_state {
@@ -402,8 +405,8 @@ pub fn direction_flags(entry: Entry, ingress: bool) -> u8 {
     out
 }
 
-/// Takes a slot of the share for a new flow and draws its serial. Returns 0 if the endpoint has no share. Not part of
-/// [`insert`]: the stack has no room for both in one frame.
+/// Takes a slot of the share for a new flow and draws its serial. Returns 0 if the endpoint has no share. This function
+/// is not part of [`insert`], because the stack frame of one function has no room for both.
 #[inline(always)]
 pub fn claim_slot(pkt: &mut PacketContext) -> u32 {
     pkt.serial = share::random();
@@ -418,7 +421,7 @@ pub fn insert(pkt: &mut PacketContext) {
         return pkt.set(Reason::CtInsertionFailed);
     };
     let packet = &pkt.headers;
-    // The flow is unanswered, and a reset creates no flow.
+    // The timeout of an unanswered flow that is not closing (see `timeout`): a reset creates no flow.
     let lifetime = match packet.protocol {
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,
@@ -436,8 +439,9 @@ pub fn insert(pkt: &mut PacketContext) {
         remote_identity: pkt.remote_identity,
         ..CtEntry::default()
     };
-    // The fence splits the initialization: LLVM would load all fields first and spill them, and the deepest chain of
-    // calls has no stack left for that (`no_call_chain_exceeds_the_stack_of_the_oldest_kernel`).
+    // The fence splits the initialization. Otherwise LLVM would load all fields first and spill them, and the deepest
+    // chain of calls has no stack left for the spilled registers
+    // (`no_call_chain_exceeds_the_stack_of_the_oldest_kernel`).
     compiler_fence(Ordering::SeqCst);
     entry.ifindex = pkt.ifindex;
     entry.flags = pkt.flow_flags;
@@ -447,7 +451,7 @@ pub fn insert(pkt: &mut PacketContext) {
     entry.ruleset = pkt.ruleset;
     entry.inspector = pkt.inspector;
     entry.punt_flags = pkt.punt_flags;
-    // The verifier of Linux 6.1 accepts the key from the stack, not from the packet context; see `lookup`.
+    // The verifier of Linux 6.1 accepts a key on the stack, but not in the packet context; see `lookup`.
     let key = pkt.key;
     // An entry that replaces an expired one does not add to the map, so it is not counted.
     if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {

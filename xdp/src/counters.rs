@@ -1,5 +1,6 @@
-//! Counters. They are per CPU and not atomic: softirqs are off while a program runs, so no other program of the same
-//! CPU interrupts it. On PREEMPT_RT one can; a lost count does no harm.
+//! Counters of packets and bytes. The counters are per CPU and not atomic: softirqs are off while a program runs, so no
+//! other program of the same CPU interrupts it. If PREEMPT_RT lets another program interrupt it, a count may be lost,
+//! which does no harm.
 
 use palisade_abi::{Counter, Direction, Reason, counter_slot};
 
@@ -13,7 +14,7 @@ pub fn reason(reason: u32, direction: u32, bytes: u32) {
     }
 }
 
-/// Counts a packet at the rule that decided it; at rule 0 if the rule's number exceeds the map.
+/// Counts a packet at the rule that decided about the packet; at rule 0 if the rule's number exceeds the map.
 #[inline(always)]
 pub fn rule(rule: u32, bytes: u32) {
     if let Some(counter) = RULES.get_ptr_mut(rule) {
@@ -47,7 +48,8 @@ pub fn punt_drop(reason: Reason, length: u32) {
 
 #[inline(always)]
 fn add(counter: *mut Counter, bytes: u32) {
-    // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
+    // SAFETY: `counter` points to a value of a per-CPU map, which lives as long as the map; only the programs of this
+    // CPU write it.
     unsafe {
         (*counter).packets += 1;
         (*counter).bytes += u64::from(bytes);

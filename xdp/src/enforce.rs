@@ -23,16 +23,17 @@ use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
 use crate::punt;
 
-/// Gives the verdict on a packet by the policy of `pkt.endpoint`: steps 3 to 8 of the pipeline. For a packet of a
-/// live flow, step 4 gives it. `IN_PLACE`: `pkt` is on the stack of the program's main function.
+/// Gives the verdict on a packet by the policy of `pkt.endpoint`: steps 3 to 8 of the pipeline. For a packet of a live
+/// flow, step 4 gives the verdict. `IN_PLACE`: `pkt` is on the stack of the program's main function.
 #[inline(always)]
 pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut PacketContext) {
     let Some(state) = ENDPOINTS.get_ptr(pkt.endpoint & 0xffff) else {
         return pkt.set(Reason::NoPolicy);
     };
     (pkt.policy, pkt.revision) = policy_of(state);
-    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
-    // User space may set LEARNS after the policy; until then the endpoint has no learned addresses.
+    // SAFETY: `state` points to a map value, which lives as long as the map, and `flags` is aligned; the read is
+    // volatile because user space may write the field. User space may set LEARNS after the policy; until then the
+    // endpoint has no learned addresses.
     pkt.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     pkt.event_flags = event_flags::REPLY_UNKNOWN;
@@ -51,8 +52,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
                         return pkt.set(Reason::UnrelatedIcmp);
                     }
                     // The worker compares the quoted sequence number with the segments in flight, and must learn that a
-                    // segment it generated is too big. An error about a DNS datagram quotes only the ports of the flow:
-                    // the worker has nothing to check.
+                    // segment it generated is too big. An error about a DNS datagram quotes nothing but its UDP header,
+                    // in which the worker has nothing to check.
                     if pkt.key.protocol == protocol::TCP {
                         punt::request_punt_of_flow(ctx, pkt, entry);
                     }
@@ -64,7 +65,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
             return;
         }
     }
-    // Step 4: conntrack. The key holds the endpoint's address, so a known flow has passed step 3.
+    // Step 4: conntrack. The key contains the endpoint's address, and the first packet of the flow has passed step 3,
+    // so a packet of a known flow needs no step 3.
     if pkt.stateful {
         let ingress = pkt.is_ingress();
         conntrack::write_key(&mut pkt.key, pkt.endpoint, ingress, conntrack::ends(&pkt.headers));
@@ -81,7 +83,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
             if !recheck_flow(ctx, pkt, entry) {
                 return;
             }
-            // This machine generated the packet, and the peer is not the node: the packet may answer a translated one.
+            // This machine generated the packet, and the peer is not the node: the packet may be the reply to a
+            // translated one (see `is_translated`).
             if pkt.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
                 && entry.flags() & ct_flags::REMOTE_IS_HOST == 0
@@ -106,7 +109,7 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
 /// evaluated by the policy in force.
 #[inline(always)]
 fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool {
-    // A new connection with the same addresses and ports: the peer's identity may have changed.
+    // A bare SYN opens a new connection with the same addresses and ports: the peer's identity may have changed.
     let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&pkt.headers);
     if entry.revision() != pkt.revision || opens {
         ctx.reevaluate_flow(pkt, entry);
@@ -128,7 +131,7 @@ fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool
     true
 }
 
-/// Returns whether the SYN of the answering side, taken by itself, opens a connection that needs inspection.
+/// Returns whether the SYN of the answering side would open a connection that needs inspection, if there were no entry.
 #[inline(always)]
 fn would_be_inspected(pkt: &mut PacketContext, ingress: bool) -> bool {
     let known = known_remote(pkt);
@@ -186,7 +189,7 @@ fn probe_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     0
 }
 
-/// Returns whether it is uncertain which end opened a flow: only a bare SYN shows it.
+/// Returns whether it is uncertain which end opened a flow of TCP, UDP or SCTP: only a bare SYN shows the opener.
 #[inline(always)]
 fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
     match flow_protocol {
@@ -197,13 +200,14 @@ fn direction_is_uncertain(flow_protocol: u8, is_opened_by_syn: bool) -> bool {
 
 /// Returns whether the policy of `pkt` neither inspects nor denies explicitly in the given direction, so that
 /// [`probe_direction`] is not needed. User space writes the policy and the flags one after the other: the flags are
-/// valid only if the policy is still that of `pkt` afterwards.
+/// valid only if policy and revision, read after the flags, are still those of `pkt`.
 #[inline(always)]
 fn is_plain(pkt: &PacketContext, ingress: u32) -> bool {
     let Some(state) = ENDPOINTS.get_ptr(pkt.endpoint & 0xffff) else {
         return false;
     };
-    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
+    // SAFETY: `state` points to a map value, which lives as long as the map, and `flags` is aligned; the read is
+    // volatile because user space may write the field.
     let flags = unsafe { core::ptr::read_volatile(&raw const (*state).flags) };
     let (policy, revision) = policy_of(state);
     let plain = if ingress != 0 {
@@ -217,8 +221,8 @@ fn is_plain(pkt: &PacketContext, ingress: u32) -> bool {
 /// Returns policy and revision of an endpoint, read by one load: user space writes both by one 8-byte store.
 #[inline(always)]
 fn policy_of(state: *const EndpointState) -> (u32, u32) {
-    // SAFETY: a map value of 16 bytes, aligned to 8, which lives as long as the map; volatile because user space may
-    // write it.
+    // SAFETY: `state` points to a map value of 16 bytes, aligned to 8, which lives as long as the map; the read is
+    // volatile because user space may write the value.
     let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
     (
         u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
@@ -227,14 +231,14 @@ fn policy_of(state: *const EndpointState) -> (u32, u32) {
 }
 
 /// Returns whether a packet with the source address of a workload entered the node by a guarded interface of a
-/// workload, where its source address was checked, or by an interface above one (bridge, VRF, VLAN).
+/// workload, where its source address was checked, or by an interface above such an interface (bridge, VRF, VLAN).
 #[inline(always)]
 fn left_its_workload<H: Hook>(ctx: H) -> bool {
     matches!(link::role_of(ctx.entered_by()), role::ENDPOINT | role::LINK)
 }
 
-/// Returns whether the kernel forwards a packet for a workload's address only to a guarded interface or to an interface
-/// above one. A packet that the kernel delivers locally or refuses leaves by no interface.
+/// Returns whether a packet to a workload's address can leave the node only by a guarded interface or by an interface
+/// above a guarded one. A packet that the kernel delivers locally or refuses to forward leaves by no interface.
 #[inline(always)]
 fn reaches_its_workload<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     match identity::route(ctx, pkt) {
@@ -245,10 +249,10 @@ fn reaches_its_workload<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
 
 /// Returns whether this machine generated the packet with a source address that it does not have.
 ///
-/// Such a packet answers one that the programs took for forwarded and that was then translated (DNAT) or redirected
-/// (TPROXY, routing by fwmark) to the node, behind the ingress hooks. The node's policy has not allowed that flow, so
-/// the answer is dropped if the node's ingress is enforced. A reset passes: the node's own netfilter rules reject
-/// forwarded packets by one.
+/// Such a packet replies to a packet that passed the ingress hook as forwarded, but was then translated (DNAT) or
+/// redirected (TPROXY, routing by fwmark) to the node. The node's policy has not allowed that flow, so the reply is
+/// dropped if the node's ingress is enforced. A reset passes, because netfilter rules of the node may reject forwarded
+/// packets with a reset.
 #[inline(always)]
 fn is_translated<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     let source = &pkt.headers.source;
@@ -260,8 +264,8 @@ fn is_translated<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
         && identity::route_back(ctx, pkt) != 0
 }
 
-/// Returns whether the packet is an ICMP message other than echo or error. Such messages have no flow: the policy
-/// decides about each by its type.
+/// Returns whether the packet is an ICMP message other than echo. Such a message creates no flow. The policy decides
+/// about the message by its type, unless it is an error about a live flow.
 #[inline(always)]
 fn is_plain_icmp(pkt: &PacketContext) -> bool {
     matches!(pkt.headers.protocol, protocol::ICMP | protocol::ICMPV6)
@@ -300,8 +304,8 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     };
     // Step 6: class of protocol and port.
     let slot = slot(pkt);
-    // Only a bare SYN shows which end opened the flow. Otherwise an attacker that sends the first packet would choose
-    // the direction whose rules apply to the flow.
+    // Only a bare SYN shows which end opened the flow. For any other packet the opposite direction is looked up too:
+    // otherwise an attacker that sends the first packet would choose the direction whose rules apply to the flow.
     pkt.opposite = opposite::NONE;
     if pkt.stateful
         && direction_is_uncertain(pkt.headers.protocol, conntrack::is_bare_syn(&pkt.headers))
@@ -341,8 +345,8 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     if pkt.rule != 0 {
         counters::rule(pkt.rule, packet.length);
     }
-    // Neither a SYN+ACK nor a reset creates a flow. Where both directions are allowed without inspection, a SYN+ACK
-    // whose SYN took another route passes by itself.
+    // Neither a SYN+ACK nor a reset creates a flow. A SYN+ACK whose SYN took another route passes without a flow, if
+    // its direction is allowed without inspection and `reverse_flow` does not drop it.
     let answers = tcp_flags & tcp_flags::RST != 0 || tcp_flags == tcp_flags::SYN | tcp_flags::ACK;
     let begins = pkt.stateful && !packet.is(flags::ECHO_REPLY) && !(is_tcp && answers);
     // A packet without a flow cannot be inspected.
@@ -360,7 +364,8 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
         if pkt.is_dropped() {
             return;
         }
-        // Sent here and not by `insert`: the entry on its stack leaves no room for the call.
+        // The event is sent here and not by `insert`, because the entry on the stack of `insert` leaves no room for the
+        // call.
         let start = event::what(EventKind::Trace, TracePoint::Start);
         ctx.send(pkt, start, core::ptr::null_mut());
         if pkt.inspector != 0 {
@@ -378,10 +383,13 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     );
 }
 
-/// Handles a packet that opens no connection, that its own direction allows without inspection, and whose opposite
-/// direction needs inspection or is denied by a deny rule. TCP in mid-stream becomes a flow of the opposite direction:
-/// its inspector has not seen it from its start and resets both ends. Everything else is dropped. A default deny of the
-/// opposite direction does not count: it applies to every packet that a client sends.
+/// Handles a packet that may be a reply (it is not a bare SYN and belongs to no flow), that its own direction allows
+/// without inspection, and whose opposite direction is inspected or denied by a deny rule. A default deny of the
+/// opposite direction does not count, because it applies to the packets of every client.
+///
+/// Inspected: TCP in mid-stream becomes a flow of the opposite direction; the inspector has not seen the start of the
+/// connection and resets both ends. A SYN+ACK, a reset, UDP and SCTP are dropped. Denied: TCP is dropped, UDP and SCTP
+/// pass.
 #[inline(never)]
 fn reverse_flow(pkt: &mut PacketContext, ingress: u32) -> u32 {
     let packet = &pkt.headers;
@@ -404,7 +412,8 @@ fn reverse_flow(pkt: &mut PacketContext, ingress: u32) -> u32 {
 
 /// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict
 /// otherwise. Writes the ipcache entry of the peer into `pkt`.
-// Not inlined: its spilled registers would take stack space while `insert` runs, and Linux 6.1 has none left.
+// The function is not inlined: its spilled registers would take stack space while `insert` runs, and on Linux 6.1 the
+// chain of calls has none left.
 #[inline(never)]
 fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
     const LOCAL: u8 = ct_flags::REMOTE_IS_LOCAL;
@@ -485,8 +494,8 @@ fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
                     pkt.set(Reason::NotTheEndpoints);
                     return false;
                 }
-                // An entry of this flow would have a group as its local address, and the endpoint could use the group
-                // as a source address.
+                // The packet creates no entry: the entry would have the group as its local address, and the endpoint
+                // could then send packets with the group as their source address.
                 pkt.stateful = false;
             }
             let guarded = if from != 0 && !from_host {
@@ -516,9 +525,9 @@ fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
 }
 
 /// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on
-/// its link only (RFC 4007, section 6), and the ipcache holds the node's on all links. So a packet that entered by a
-/// NIC, or that this machine did not generate, has no link-local source of the node, and a packet that leaves by a NIC
-/// has no such destination.
+/// its link only (RFC 4007, section 6), and the ipcache holds the node's link-local addresses of all links. So a packet
+/// that entered by a NIC, or that this machine did not generate, has no link-local source of the node, and a packet
+/// that leaves by a NIC has no such destination.
 #[inline(always)]
 fn forget_other_links<H: Hook>(
     ctx: H,
@@ -543,8 +552,8 @@ fn forget_other_links<H: Hook>(
     }
 }
 
-/// Returns whether a packet towards a workload is a multicast or broadcast. The destination MAC address shows a
-/// subnet's directed broadcast, whose IP address only the subnet's prefix length tells.
+/// Returns whether a packet towards a workload is a multicast or broadcast. A directed broadcast to a subnet is
+/// recognized by the broadcast MAC address, because the programs do not know the subnet's prefix length.
 #[inline(always)]
 fn is_to_group<H: Hook>(ctx: H, pkt: &PacketContext, to: u32) -> bool {
     let to_addr = pkt.headers.destination.0;
@@ -628,7 +637,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     } else if old_ruleset == 0 {
         entry.set_inspector(pkt.inspector);
     }
-    // Otherwise the rules are the same, and what the inspector has offloaded stays offloaded.
+    // If the rules are the same, the decisions of the inspector stay valid.
     if old_ruleset != 0 && pkt.ruleset == 0 && !pkt.is_dropped() {
         // Inspection ends here. The new serial makes a later inspection of the flow start from scratch.
         entry.set_serial(entry.serial().wrapping_add(1));
@@ -650,8 +659,8 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     }
 }
 
-/// Decodes the packet that an ICMP error quotes; returns 0 if its flow can be known. Not inlined, to free its stack
-/// before the lookup.
+/// Decodes the packet that an ICMP error quotes. Returns 0 if the quote identifies a flow. The function is not inlined,
+/// so that its stack is free again before the lookup.
 #[inline(never)]
 fn read_quote<H: Hook>(ctx: H, pkt: &PacketContext, quote: &mut Quote) -> u32 {
     // ICMP errors are rare, so the headers are pulled without trying first.
@@ -660,7 +669,7 @@ fn read_quote<H: Hook>(ctx: H, pkt: &PacketContext, quote: &mut Quote) -> u32 {
 }
 
 /// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if
-/// the error is invalid. The caller looks the flow up: the stack has no room for the lookup beside the quote.
+/// the error is invalid. The caller looks the flow up, because the stack has no room for both the quote and the lookup.
 #[inline(always)]
 pub fn match_icmp_error<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let mut quote = Quote::default();

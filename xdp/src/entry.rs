@@ -8,7 +8,7 @@ use palisade_abi::CtEntry;
 ///
 /// Programs on two CPUs may handle packets of one flow at once, so a reference would alias. Each access reads or writes
 /// one field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU may be lost.
-/// Counters and times tolerate that; what an inspector has decided is protected by [`CtEntry::decided`].
+/// Counters and times tolerate that; [`CtEntry::decided`] protects the decisions of an inspector.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct Entry(NonNull<CtEntry>);
@@ -20,7 +20,7 @@ macro_rules! fields {
             #[inline(always)]
             pub fn $field(self) -> $type {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
-                // field is aligned; volatile because other CPUs may write it.
+                // field is aligned; the read is volatile because other CPUs may write it.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
 
@@ -28,7 +28,8 @@ macro_rules! fields {
             #[inline(always)]
             pub fn $set(self, value: $type) {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. The
-                // field is aligned and any bytes are a valid value; volatile because other CPUs may read it.
+                // field is aligned and any bytes are a valid value; the write is volatile because other CPUs may read
+                // it.
                 unsafe { core::ptr::write_volatile(&raw mut (*self.as_ptr()).$field, value) }
             }
         )*
@@ -42,7 +43,8 @@ macro_rules! read_only_fields {
             #[inline(always)]
             pub fn $field(self) -> $type {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
-                // field is aligned; volatile because the kernel may give the element to another flow meanwhile.
+                // field is aligned; the read is volatile because the kernel may give the element to another flow at any
+                // time.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
         )*
@@ -54,12 +56,12 @@ impl Entry {
     ///
     /// # Safety
     /// `at` is null or a value of the CONNTRACK map that the running program looked up. Such a value stays readable and
-    /// writable until the program ends (RCU). If the kernel gives the element to another flow meanwhile, reads return
-    /// values of that flow and writes change its counters; [`CtEntry::serial`] tells the two apart.
+    /// writable until the program ends (RCU). If the kernel gives the element to another flow before that, reads return
+    /// values of that flow and writes change its counters; [`CtEntry::serial`] distinguishes the two flows.
     #[inline(always)]
     pub unsafe fn new(at: *mut CtEntry) -> Option<Self> {
-        // No branch: `Option<NonNull>` is a pointer, and LLVM would duplicate all code between a branch here and the
-        // next one.
+        // This compiles to no branch, because `Option<NonNull>` is a nullable pointer. LLVM would duplicate all code
+        // between a branch here and the next one.
         NonNull::new(at).map(Self)
     }
 
@@ -101,7 +103,7 @@ impl Entry {
     pub fn count(self, reply: bool, length: u32) {
         let entry = self.as_ptr();
         // SAFETY: `Entry::new` got a pointer to a map value, which stays readable and writable while the program runs.
-        // The fields are aligned; volatile because other CPUs may access them.
+        // The fields are aligned; the accesses are volatile because other CPUs may access them.
         unsafe {
             let (packets, bytes) = if reply {
                 (&raw mut (*entry).reply_packets, &raw mut (*entry).reply_bytes)
@@ -119,12 +121,12 @@ impl Entry {
         self.decided() == CtEntry::offload(self.serial(), self.ruleset(), self.punt_flags())
     }
 
-    /// Returns the offload window of a direction: its first sequence number, and the first behind it.
+    /// Returns the offload window of a direction: the first sequence number in it, and the first one after it.
     #[inline(always)]
     pub fn window(self, reply: bool) -> (u32, u32) {
         // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. Both bounds
-        // lie together at a multiple of eight bytes: one load never sees one old and one new bound. Volatile because
-        // other CPUs may write them.
+        // lie together at a multiple of eight bytes: one load never sees one old and one new bound. The read is
+        // volatile because other CPUs may write them.
         let word = unsafe {
             let at = &raw const (*self.as_ptr()).windows[if reply { 2 } else { 0 }];
             core::ptr::read_volatile(at.cast::<u64>())
@@ -143,8 +145,8 @@ impl Entry {
             let (from, to) = (windows[at].to_ne_bytes(), windows[at + 1].to_ne_bytes());
             let word = u64::from_ne_bytes([from[0], from[1], from[2], from[3], to[0], to[1], to[2], to[3]]);
             // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. Both
-            // bounds lie together at a multiple of eight bytes, so one store changes both. Volatile because other CPUs
-            // may read them.
+            // bounds lie together at a multiple of eight bytes, so one store changes both. The write is volatile
+            // because other CPUs may read them.
             unsafe { core::ptr::write_volatile((&raw mut (*self.as_ptr()).windows[at]).cast::<u64>(), word) };
         }
     }

@@ -29,7 +29,7 @@ fn slot(pkt: &PacketContext, what: u32) -> u32 {
     budget_slot(what >> 8, pkt.reason)
 }
 
-/// Takes a token from the budget of this kind and reason; returns whether there was one. A bucket is refilled once a
+/// Takes a token from the budget of this kind and reason. Returns whether a token was left. A bucket is refilled once a
 /// second.
 #[inline(always)]
 pub fn may_send(pkt: &PacketContext, what: u32) -> bool {
@@ -37,7 +37,8 @@ pub fn may_send(pkt: &PacketContext, what: u32) -> bool {
     let (Some(budget), Some(config)) = (BUDGETS.get_ptr_mut(slot), CONFIG.get(0)) else {
         return false;
     };
-    // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
+    // SAFETY: `budget` points to a value of a per-CPU map, which lives as long as the map; only the programs of this
+    // CPU write it.
     unsafe {
         if now.saturating_sub((*budget).filled_at) >= SECOND {
             (*budget).filled_at = now;
@@ -58,7 +59,8 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
     let kind = what >> 8;
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
         if let Some(budget) = BUDGETS.get_ptr_mut(slot(pkt, what)) {
-            // SAFETY: a value of a per-CPU map, which lives as long as the map; only the programs of this CPU write it.
+            // SAFETY: `budget` points to a value of a per-CPU map, which lives as long as the map; only the programs of
+            // this CPU write it.
             unsafe { (*budget).lost += 1 };
         }
         return;

@@ -7,8 +7,8 @@ use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// The IPv6 fragment header. Its number is the protocol in the key of an IPv6 datagram, whose fragments may name
-/// different next headers.
+/// The IPv6 fragment header. Its number is used as the protocol in the key of an IPv6 datagram, whose fragments may
+/// name different next headers.
 const IPV6_FRAGMENT: u32 = 44;
 
 /// Returns the key of a fragment's datagram, which contains interface and hook.
@@ -36,7 +36,7 @@ pub fn remember(pkt: &mut PacketContext) -> u32 {
     if !judged || pkt.reason == Reason::Forwarded as u8 {
         return 0;
     }
-    // Not `pkt.endpoint`: that is the node if the node's policy was looked up too.
+    // `pkt.endpoint` is the node if the node's policy was looked up too; the share is that of the interface's endpoint.
     let Some(interface) = INTERFACES.get(pkt.ifindex & (ID_SLOTS as u32 - 1)) else {
         return 0;
     };
@@ -72,7 +72,8 @@ pub fn resolve(pkt: &mut PacketContext) -> u32 {
     let key = key(pkt);
     let packet = &mut pkt.headers;
     let ipv6 = packet.is(flags::IPV6);
-    // SAFETY: a hash map replaces elements and never changes one in place; the fields are copied at once.
+    // SAFETY: the value stays readable while the program runs. The fields are copied at once, because the LRU map may
+    // recycle the element for another datagram.
     match unsafe { FRAGMENTS.get(&key) } {
         Some(ports) if ports.expires > pkt.now => {
             packet.protocol = ports.protocol;
@@ -81,7 +82,8 @@ pub fn resolve(pkt: &mut PacketContext) -> u32 {
             if matches!(ports.protocol, protocol::ICMP | protocol::ICMPV6) {
                 packet.destination_port = 0;
                 packet.echo_id = ports.destination;
-                // Only the first fragment holds an error's quote: the later ones get a verdict by ICMP type.
+                // Only the first fragment contains the quote of an ICMP error, so the policy decides about later
+                // fragments by the ICMP type.
                 packet.flags |= icmp_kind(ipv6, ports.source as u8) & !flags::ICMP_ERROR;
             } else {
                 packet.destination_port = ports.destination;

@@ -1,9 +1,9 @@
 //! ICMP errors about inspected flows.
 //!
 //! The sender of an error chooses what it quotes, so an error could carry data past the inspector: up to 576 bytes, or
-//! 1,280 over IPv6. [`cut`] truncates it to the quote that RFC 792 requires, the network header and eight bytes. For
-//! TCP and UDP these are the ports, which are compared with the flow, and the sequence number, or length and checksum.
-//! Path MTU discovery needs no more. The worker compares the TCP sequence number (`inspect::tcp::quote`).
+//! 1,280 over IPv6. [`cut`] truncates it to the quote that RFC 792 requires, the network header and eight bytes. These
+//! eight bytes are the ports, which are compared with the flow, and for TCP the sequence number, for UDP length and
+//! checksum. Path MTU discovery needs no more. The worker compares the TCP sequence number (`inspect::tcp::quote`).
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use palisade_abi::protocol;
@@ -12,7 +12,7 @@ use palisade_packet::{flags, icmp, icmpv6};
 use crate::hook::Hook;
 use crate::packet_context::PacketContext;
 
-/// Length of an ICMP header, and of the quote behind the quoted network header, bytes.
+/// Length of an ICMP header, and of the quote after the quoted network header, bytes.
 const HEADER: u32 = 8;
 /// The code "fragmentation needed" of the type "destination unreachable" (RFC 1191).
 const TOO_BIG: u16 = 4;
@@ -35,8 +35,8 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     sum as u64 & 0xffff_ffff
 }
 
-/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 if that worked. Returns 1 for a
-/// fragment, and if the quoted header has options or extension headers.
+/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 on success. Returns 1 if the error is
+/// a fragment or too short, if the quoted header has options or extension headers, or if a helper fails.
 #[inline(never)]
 pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
     let network = u32::from(pkt.headers.network_offset);

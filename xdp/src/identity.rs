@@ -51,7 +51,8 @@ pub fn exact(addr: &Addr) -> IpcacheHit {
     IpcacheHit(exact_word(addr))
 }
 
-// Returns one word: LLVM returns an aggregate through memory, which the verifier tracks less precisely.
+// The function returns one word, because LLVM returns an aggregate through memory, which the verifier tracks less
+// precisely.
 #[inline(never)]
 fn exact_word(addr: &Addr) -> u64 {
     exact_here(addr).0
@@ -60,9 +61,11 @@ fn exact_word(addr: &Addr) -> u64 {
 /// Inlined form of [`exact`], for callers whose stack has room for the key.
 #[inline(always)]
 pub fn exact_here(addr: &Addr) -> IpcacheHit {
-    // A copy on the stack: the verifier of Linux 6.1 rejects a map key in the memory of a global function's parameter.
+    // The key is a copy on the stack, because the verifier of Linux 6.1 rejects a map key in the memory of a global
+    // function's parameter.
     let key = *addr;
-    // SAFETY: a hash map replaces elements and never changes one in place; the value is copied at once.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it. The value is copied at once.
     match unsafe { IPCACHE.get(&key) } {
         Some(entry) => IpcacheHit::new(entry),
         None => IpcacheHit::NONE,
@@ -79,7 +82,8 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
             addr: *addr,
             endpoint,
         };
-        // SAFETY: a hash map replaces elements and never changes one in place; the value is copied at once.
+        // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+        // instead of writing to it. The value is copied at once.
         if let Some(identity) = unsafe { LEARNED.get(&key) } {
             return *identity;
         }
@@ -87,8 +91,8 @@ pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     identity(addr, known)
 }
 
-/// Returns the identity of an address whose exact ipcache entry is `known`: that entry's, else the longest prefix's,
-/// else the world.
+/// Returns the identity of an address whose exact ipcache entry is `known`: the identity of that entry, else of the
+/// longest prefix, else of the world.
 #[inline(always)]
 pub fn identity(addr: &Addr, known: u64) -> u32 {
     match IpcacheHit(known).identity() {
@@ -122,18 +126,18 @@ const AF_INET6: u8 = 10;
 /// Result of [`route`]: the kernel would refuse to forward the packet.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). Linux has no such scope for IPv4:
-/// an address of 169.254.0.0/16 belongs to the node on all links.
+/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). An IPv4 address of 169.254.0.0/16
+/// does not count as one: Linux accepts packets to such an address of the node on every link.
 #[inline(always)]
 pub fn is_link_local(addr: &Addr) -> bool {
     addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
 }
 
-/// Returns whether the kernel would forward the packet rather than deliver it locally. It delivers multicast and
-/// broadcast.
+/// Returns whether the kernel would forward the packet rather than deliver it locally. Multicast and broadcast count as
+/// local delivery.
 ///
-/// The ipcache holds the node's addresses that the daemon knows; the routing table also has an address that was added a
-/// moment ago. An unclear result counts as local delivery.
+/// The function asks the routing table, which has an address of the node from the moment it is added; the ipcache has
+/// it only once the daemon knows it. An unclear result counts as local delivery.
 #[inline(always)]
 pub fn is_forwarded<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     route(ctx, pkt) != 0
@@ -146,7 +150,7 @@ pub fn route<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     ask_route(ctx, pkt, false)
 }
 
-/// Returns the same as [`route`] for a packet to the source of this one.
+/// Returns the result of [`route`] for a packet with source and destination of this packet exchanged.
 #[inline(always)]
 pub fn route_back<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     ask_route(ctx, pkt, true)

@@ -1,9 +1,10 @@
-//! Step 2, link control: messages that a link needs to work pass whatever the policies say. Also frames that are not
-//! IP.
+//! Step 2, link control: messages that a link needs to work pass regardless of the policies. This module also decides
+//! about frames that are not IP.
 //!
 //! A message passes only if it stays on the link: its hop limit shows that no router has forwarded it, the node does
-//! not forward packets to its destination, and it is no longer than its type requires. A message that names an address
-//! of another endpoint as its sender's is dropped. The policy decides about every other message.
+//! not forward packets to its destination, and at a workload's interface its length does not exceed the maximum for its
+//! type. A message whose sender names the address of another endpoint as its own is dropped. The policy decides about
+//! every other message.
 
 use palisade_abi::{
     Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, ID_SLOTS, Interface, PolicyKey, Reason, TracePoint,
@@ -27,7 +28,8 @@ const IPV4_ALERT: u32 = 24;
 /// Length of an IPv6 header and a hop-by-hop header with Router Alert, as MLD uses them (RFC 3810, section 5), bytes.
 const IPV6_ALERT: u32 = 48;
 
-/// The policy decides; [`Reason::Allowed`] is also the reason before any verdict.
+/// Result of a check that leaves the verdict to the policy. The number is 0, the initial value of
+/// [`PacketContext::reason`].
 const BY_POLICY: u32 = Reason::Allowed as u32;
 const PASS: u32 = Reason::LinkControl as u32;
 const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
@@ -82,7 +84,7 @@ pub fn role_of(ifindex: u32) -> u8 {
     }
 }
 
-/// Returns `N` bytes at `at`; makes them readable if they are not.
+/// Returns the `N` bytes of the frame at offset `at`. Makes them readable first if necessary.
 #[inline(always)]
 fn read<H: Hook, const N: usize>(ctx: H, at: u32) -> Option<[u8; N]> {
     if let Some(found) = ctx.bytes(false).array::<N>(at) {
@@ -94,7 +96,7 @@ fn read<H: Hook, const N: usize>(ctx: H, at: u32) -> Option<[u8; N]> {
     ctx.bytes(false).array::<N>(at).copied()
 }
 
-/// Returns the word at `at` of a header, in memory order.
+/// Returns the word at offset `at` of a header, without a byte swap.
 #[inline(always)]
 fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
     <Linear as Bytes>::word(header, at)
@@ -153,7 +155,7 @@ fn unenforced(pkt: &PacketContext) -> u32 {
     } else {
         default_reason(host, u32::from(pkt.direction ^ 1))
     };
-    // Reasons that pass are 0 and Audited; the larger number is the stricter one.
+    // Both are Allowed, Audited or UnsupportedL3: the larger number is the stricter verdict.
     if own > node { own } else { node }
 }
 
@@ -171,7 +173,8 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
     let Some(state) = ENDPOINTS.get_ptr(endpoint & 0xffff) else {
         return denied;
     };
-    // SAFETY: an aligned word of a map value, which lives as long as the map; volatile because user space may write it.
+    // SAFETY: `state` points to a map value, which lives as long as the map, and `policy` is aligned; the read is
+    // volatile because user space may write the field.
     let policy = unsafe { core::ptr::read_volatile(&raw const (*state).policy) };
     let key = PolicyKey {
         policy,
@@ -180,7 +183,8 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
         direction: direction as u8,
         zero: 0,
     };
-    // SAFETY: a hash map replaces elements and never changes one in place.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it.
     let Some(entry) = (unsafe { POLICY.get(&key) }) else {
         return denied;
     };
@@ -199,8 +203,9 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
 ///
 /// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any
 /// address that no workload has; the node's own pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862,
-/// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP), or if
-/// the message entered by a guarded interface, where it was checked.
+/// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP);
+/// otherwise an address that no endpoint has, or a workload's if the message entered by a workload's interface, where
+/// it was checked.
 #[inline(always)]
 fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
@@ -216,8 +221,9 @@ fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
     }
 }
 
-/// Returns the reason for an ARP packet (RFC 826). At a workload only requests and replies for IPv4 over Ethernet pass
-/// whose sender is the workload, or has no address yet (RFC 5227, section 2.1.1).
+/// Returns the reason for an ARP packet (RFC 826). At a workload's interface only requests and replies for IPv4 over
+/// Ethernet pass. The sender's address must satisfy [`may_name`] or be 0.0.0.0, as in a probe (RFC 5227, section
+/// 2.1.1).
 #[inline(always)]
 fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
@@ -256,8 +262,7 @@ fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     PASS
 }
 
-/// Returns whether `mac` is the frame's source address and no group address. A switch would flood frames to a group
-/// address.
+/// Returns whether `mac` is the frame's source address and not a group address, to which a switch would flood frames.
 #[inline(always)]
 fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     match ctx.bytes(false).array::<12>(0) {
@@ -286,8 +291,8 @@ fn igmp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
         return BY_POLICY;
     };
-    // Maximum length: a query without sources, a report or leave of version 1 or 2, a report of version 3 with two
-    // sources per group.
+    // Maximum lengths, in this order: a query without sources, a report or leave of version 1 or 2, a report of version
+    // 3 with two sources per group.
     let longest = match header[0] {
         0x11 => 12,
         0x12 | 0x16 | 0x17 => 8,
@@ -313,7 +318,8 @@ fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, pkt)
         }
-        // Only routers on a NIC's link configure this node; a workload's advertisement would redirect its traffic.
+        // Only routers on a NIC's link configure this node; a workload's advertisement would redirect the node's
+        // traffic.
         icmpv6::ROUTER_ADVERTISEMENT if pkt.hook_point == hook_point::NIC_IN => discovery(ctx, pkt),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, pkt),
         _ => BY_POLICY,
@@ -338,8 +344,8 @@ fn listener<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let Some(header) = read::<H, 8>(ctx, u32::from(packet.transport_offset)) else {
         return BY_POLICY;
     };
-    // Maximum length: a query of version 2 without sources, a report of version 2 with two sources per group, a message
-    // of version 1.
+    // Maximum lengths, in this order: a query of version 2 without sources, a report of version 2 with two sources per
+    // group, a message of version 1.
     let longest = match header[0] {
         icmpv6::LISTENER_QUERY => 28,
         icmpv6::LISTENER_REPORT_V2 => 8 + 52 * u32::from(u16::from_be_bytes([header[6], header[7]])),
@@ -391,7 +397,7 @@ fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
         }
     }
     if !is_nic(pkt) {
-        // One link-layer address option; in a solicitation also a nonce (RFC 7527).
+        // There is room for one link-layer address option, in a solicitation also for a nonce (RFC 7527).
         let room = if is_solicitation { 16 } else { 8 };
         if headers(packet) != IPV6 || length > options + room {
             return BY_POLICY;
@@ -408,7 +414,7 @@ fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
 }
 
 /// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs
-/// from the frame's source.
+/// from the frame's source, or cannot be read.
 #[inline(always)]
 fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
     if !present {

@@ -38,7 +38,7 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use crate::hook::{Skb, Xdp};
 use crate::pipeline::{Action, process};
 
-/// XDP, ingress of an interface of either role.
+/// XDP, ingress of a NIC or of a workload's interface.
 #[xdp(frags)]
 pub fn palisade_xdp(ctx: XdpContext) -> u32 {
     match process(Xdp(ctx.ctx), false) {
@@ -48,13 +48,13 @@ pub fn palisade_xdp(ctx: XdpContext) -> u32 {
     }
 }
 
-/// tc, ingress of an interface of either role. A packet that passes goes to the next program of the hook.
+/// tc, ingress of a NIC or of a workload's interface. A packet that passes goes to the next program of the hook.
 #[classifier]
 pub fn palisade_in(ctx: TcContext) -> i32 {
     process_skb(Skb(ctx.skb.skb), false)
 }
 
-/// tc, egress of an interface of either role. A packet that passes goes to the next program of the hook.
+/// tc, egress of a NIC or of a workload's interface. A packet that passes goes to the next program of the hook.
 #[classifier]
 pub fn palisade_out(ctx: TcContext) -> i32 {
     process_skb(Skb(ctx.skb.skb), true)
@@ -92,8 +92,8 @@ pub fn palisade_punt_filter(ctx: TcContext) -> i32 {
 
 /// XDP, ingress of the node's end of the punt link, attached only on kernels that need it.
 ///
-/// Linux 6.16.8 to 6.17.10 keep in `skb->cb` what the destructor of an AF_XDP frame reads; tc and the IP layer
-/// overwrite it, and the kernel panics (caused by commit 30f241fcf52a, fixed by 0ebc27a4c67d). With this program, veth
+/// Linux 6.16.8 to 6.17.10 keep data for the destructor of an AF_XDP frame in `skb->cb`; tc and the IP layer overwrite
+/// `skb->cb`, and the kernel panics (caused by commit 30f241fcf52a, fixed by 0ebc27a4c67d). With this program, veth
 /// copies an AF_XDP frame, which has no headroom, into a buffer of its own and frees the original before tc sees the
 /// copy.
 #[xdp(frags)]

@@ -9,7 +9,8 @@ use crate::hook::Hook;
 use crate::packet_context::PacketContext;
 
 /// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and
-/// both requests stay in the punt header: a packet that one flow's window covers may lie outside the other's.
+/// both requests stay in the punt header: a packet inside the window of one flow may lie outside the window of the
+/// other.
 #[inline(never)]
 pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u32 {
     if !is_in_window(ctx, pkt, entry) {
@@ -19,7 +20,7 @@ pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u
 }
 
 /// Returns whether the packet needs no inspection: a segment whose bytes all lie in the window of its direction, or an
-/// acknowledgment without data while the other direction has a window.
+/// acknowledgment without data whose number lies in the window of the other direction.
 #[inline(always)]
 fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     const STATE: u8 = tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG;
@@ -36,7 +37,7 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     if from == to && other_from == other_to {
         return false;
     }
-    // The windows are valid only if the last command set exactly these for this connection and these rules.
+    // The windows are valid only if the last command set exactly these windows for this connection and these rules.
     let windows = if reply {
         [other_from, other_to, from, to]
     } else {

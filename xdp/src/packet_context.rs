@@ -23,8 +23,8 @@ pub mod hook_point {
 /// The state of one packet in the pipeline.
 ///
 /// Functions store their results in these fields and do not return them. The verifier tracks a returned constant, and
-/// walks all code behind the call once for each value. It forgets the value of a byte stored at an offset that is no
-/// multiple of eight.
+/// walks all code after the call once for each value. The verifier forgets most values of bytes that are stored at an
+/// offset other than a multiple of eight.
 #[repr(C)]
 pub struct PacketContext {
     /// The decoded headers.
@@ -160,7 +160,7 @@ impl PacketContext {
         Reason::is_drop_number(self.reason)
     }
 
-    /// Clears the decision of another endpoint's policy.
+    /// Clears the result of an earlier policy lookup.
     #[inline(always)]
     pub fn clear_decision(&mut self) {
         self.rule = 0;

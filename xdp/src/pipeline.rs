@@ -4,7 +4,7 @@
 //! 2. link control: `link.rs`
 //! 3. addresses, 4. conntrack, 5. identity, 6. port class, 7. policy table, 8. verdict: `enforce.rs`
 //!
-//! docs/ARCHITECTURE.md, "The packet path", says what each step decides. Start at [`process`].
+//! docs/ARCHITECTURE.md, "The packet path", describes the decision of each step. Start at [`process`].
 
 use palisade_abi::{EventKind, ID_SLOTS, Reason, TracePoint, ct_flags, interface_flags, protocol, role};
 use palisade_packet::{Packet, Start, decode, flags};
@@ -20,7 +20,7 @@ use crate::identity;
 use crate::maps::INTERFACES;
 use crate::packet_context::{PacketContext, hook_point};
 
-/// What the program does with a packet.
+/// The program's treatment of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Leaves the packet to the kernel.

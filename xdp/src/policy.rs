@@ -60,23 +60,27 @@ pub fn lookup(pkt: &mut PacketContext, identity: u32, slot: u32, direction: u32)
 #[inline(always)]
 fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     let class = key.class;
-    // SAFETY: a hash map replaces elements and never changes one in place.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.class = CLASS_ANY;
-    // SAFETY: a hash map replaces elements and never changes one in place.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.identity = identity::ANY;
     key.class = class;
-    // SAFETY: a hash map replaces elements and never changes one in place.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it.
     if let Some(entry) = unsafe { POLICY.get(&*key) } {
         return Some(entry);
     }
     key.class = CLASS_ANY;
-    // SAFETY: a hash map replaces elements and never changes one in place.
+    // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
+    // instead of writing to it.
     unsafe { POLICY.get(&*key) }
 }
 
@@ -89,7 +93,7 @@ fn has_inspector(inspector: u8) -> bool {
     }
 }
 
-/// Returns the reason of the verdict by an entry that has no inspector at work.
+/// Returns the reason for an entry that does not inspect, or whose inspector is not available.
 #[inline(always)]
 fn reason(entry: &PolicyEntry) -> Reason {
     let decision = Decision::from_u8(entry.decision);

@@ -53,8 +53,8 @@ pub fn request_punt(pkt: &mut PacketContext, flags: u8) -> u32 {
         inspector: pkt.inspector,
         flags,
     };
-    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a
-    // program is not interrupted by another of its CPU (softirqs are off).
+    // SAFETY: `header` points to a value of a per-CPU map, which lives as long as the map. Only the programs of this
+    // CPU use it, and none of them interrupts another (softirqs are off).
     unsafe {
         if pkt.punt_requests == 0 {
             (*header).slots[0] = request;
@@ -82,9 +82,9 @@ fn hash_end(seed: u32, addr: &Addr, port: u16) -> u32 {
     mix(mix(mix(mix(mix(seed, a), b), c), d), u32::from(port))
 }
 
-/// Returns the hash that chooses the worker of a flow. It is symmetric in both ends, so both directions of a flow, and
-/// the flows of both endpoints at one interface, go to one worker. It is seeded with the cookie: a peer cannot choose a
-/// worker.
+/// Returns the hash that chooses the worker of a flow. The hash is symmetric in both ends, so one worker gets both
+/// directions of a flow, and both requests for a packet between a workload and the node. The hash is seeded with the
+/// cookie, so a peer cannot choose a worker.
 #[inline(always)]
 fn hash(key: &CtKey) -> u32 {
     let seed = match CONFIG.get(0) {
@@ -112,11 +112,12 @@ pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
         pkt.hash % config.workers
     };
     let heartbeat = match WORKERS.get_ptr(queue) {
-        // SAFETY: an aligned word of a map, which lives as long as the map; volatile because the worker writes it.
+        // SAFETY: `heartbeat` points to an aligned word of a map, which lives as long as the map; the read is volatile
+        // because the worker writes the word.
         Some(heartbeat) => unsafe { core::ptr::read_volatile(heartbeat) },
         None => 0,
     };
-    // Saturating: the worker may have read a later clock than this CPU has cached.
+    // The subtraction saturates, because the worker may have read a later time than this CPU has cached.
     if config.punt_ifindex == 0 || pkt.now.saturating_sub(heartbeat) > config.worker_timeout {
         return pkt.set(if config.flags & config_flags::FAIL_OPEN != 0 {
             Reason::FailedOpen
@@ -124,8 +125,8 @@ pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
             Reason::NoWorker
         });
     }
-    // SAFETY: a value of a per-CPU map, which lives as long as the map. Only the programs of this CPU use it, and a
-    // program is not interrupted by another of its CPU (softirqs are off).
+    // SAFETY: `header` points to a value of a per-CPU map, which lives as long as the map. Only the programs of this
+    // CPU use it, and none of them interrupts another (softirqs are off).
     unsafe {
         (*header).cookie = config.cookie;
         (*header).ifindex = pkt.ifindex;
@@ -157,7 +158,7 @@ fn has_cookie(bytes: &Linear) -> bool {
     }
 }
 
-/// Drops frames that a socket of this machine sends to an end of the punt link, before they take places in the queue of
+/// Drops frames that a socket of this machine sends to an end of the punt link, before they fill the receive queue of
 /// the other end. The tc egress hook sees neither XDP redirects nor AF_XDP transmission (`dev_direct_xmit`); a frame
 /// that a tc program redirects begins with the cookie.
 #[inline(always)]

@@ -13,7 +13,8 @@ use crate::maps::CONFIG;
 /// Length of an Ethernet header: the shortest frame in front of commands and trailer.
 const ETHERNET: u32 = 14;
 
-/// Returns whether a worker reinjected the packet: it had its verdict before. Removes the mark that shows it.
+/// Returns whether a worker reinjected the packet, which then has its verdict already. Removes the mark of a reinjected
+/// packet.
 #[inline(always)]
 pub fn is_reinjected(ctx: Skb) -> bool {
     // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
@@ -76,7 +77,8 @@ pub fn reinject(ctx: Skb) -> i32 {
             return TC_ACT_SHOT;
         }
         if apply_command(&command) == 0 && command.op == flow_op::REPLACE {
-            // The packet opens a new connection. What was decided for the old one would hold for the new one.
+            // The packet opens a new connection. If it passed, the decisions for the old connection would apply to the
+            // new one.
             counters::punt_drop(Reason::CtInvalidState, length);
             return TC_ACT_SHOT;
         }
@@ -113,7 +115,8 @@ pub fn reinject(ctx: Skb) -> i32 {
     TC_ACT_REDIRECT
 }
 
-/// Applies a flow command. Returns 0 if the entry is gone, belongs to another connection, or has other rules by now.
+/// Applies a flow command. Returns 1 on success, 0 if the entry is gone, belongs to another connection, or has other
+/// rules by now.
 #[inline(never)]
 fn apply_command(command: &FlowCommand) -> u32 {
     let Some(entry) = conntrack::entry(&command.key) else {
@@ -137,11 +140,11 @@ fn apply_command(command: &FlowCommand) -> u32 {
         }
         _ => {}
     }
-    // The rules may have changed since the worker got the packet that the command was decided by.
+    // The rules may have changed since the programs punted the packet on which the command is based.
     if entry.ruleset() != command.ruleset || u32::from(entry.punt_flags()) != command.punt_flags {
         return 0;
     }
-    // Windows and offload come with data, so the handshake is complete.
+    // A worker sends WINDOWS and OFFLOAD only after data of the connection, so the handshake is complete.
     conntrack::opened(entry);
     // `decided` is a hash of the connection and its rules: if another CPU changes the entry now, the command has no
     // effect.

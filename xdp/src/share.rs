@@ -7,8 +7,9 @@
 //!
 //! The slot is that of the oldest flow among [`SHARE_WAYS`] slots at a random place. This approximates "the oldest of
 //! all" without a cursor that all CPUs share, and without atomic additions, which the BPF target of Rust lacks. The
-//! counts of protected flows are plain additions: if two CPUs change one at the same instant, it is off by one until
-//! the next sweep counts again. The map has room for more such errors than ten seconds can cause (`datapath::shares`).
+//! counts of protected flows are plain additions: if two CPUs change a count at the same instant, the count is off by
+//! one until the next sweep counts the flows again. The map has room for more such errors than ten seconds can cause
+//! (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use palisade_abi::{CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
@@ -54,8 +55,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
     let Some(share) = share(u32::from(key.endpoint), direction) else {
         return 0;
     };
-    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by
-    // one store.
+    // SAFETY: `share` points to a map value, which lives as long as the map; the reads are volatile because user space
+    // may write the fields, each by one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).flows),
@@ -66,13 +67,13 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         return 0;
     }
     let first = first.wrapping_add(place(slots, random));
-    // During an upgrade the old programs may have a smaller map than the shares are cut for. The flow then has no slot
-    // and lives until its timeout.
+    // During an upgrade the old programs may have a smaller map than the one that the shares are computed for. The flow
+    // then has no slot and lives until its timeout.
     let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
-    // Each time is read once: if another CPU takes a slot meanwhile, the time that was read does not match the new
-    // flow, and the new flow is not deleted.
+    // The time of creation of each slot is read once: if another CPU takes the slot afterwards, that time does not
+    // match the new flow, and the new flow is not deleted.
     let mut oldest_at = created_at(oldest);
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
@@ -102,13 +103,15 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
             (slot, holder) = (second, other);
         }
     }
-    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it
-    // meanwhile, the helper finds no flow or deletes the new one, which is judged again.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key. If another
+    // CPU writes the key at the same time, the helper finds no flow or deletes the new flow, whose next packet gets a
+    // new verdict.
     if holder.is_some() && CONNTRACK.remove(unsafe { &(*slot).key }).is_ok() {
         counters::conntrack_evicted();
     }
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take
-    // the slot at the same instant, one of the two flows has no slot and lives until its timeout.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the writes are volatile because other CPUs
+    // may access the value. If two CPUs take the slot at the same instant, one of the two flows has no slot and lives
+    // until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);
         core::ptr::write_volatile(&raw mut (*slot).created, created);
@@ -119,8 +122,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
 /// Returns the time of creation of the flow in a slot, ns; 0 if the slot was never used.
 #[inline(always)]
 fn created_at(slot: *mut FlowSlot) -> u64 {
-    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the
-    // field.
+    // SAFETY: callers pass a pointer to a map value, which lives as long as the map; the read is volatile because other
+    // CPUs may write the field.
     unsafe { core::ptr::read_volatile(&raw const (*slot).created) }
 }
 
@@ -128,15 +131,15 @@ fn created_at(slot: *mut FlowSlot) -> u64 {
 /// protected.
 #[inline(always)]
 fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
-    // SAFETY: callers pass a map value, which lives as long as the map; volatile because other CPUs may write the
-    // field.
+    // SAFETY: callers pass a pointer to a map value, which lives as long as the map; the read is volatile because other
+    // CPUs may write the field.
     if unsafe { core::ptr::read_volatile(&raw const (*slot).key.endpoint) } == 0 {
         return None;
     }
-    // SAFETY: a map value, which lives as long as the map; the kernel only reads the key. If another CPU writes it
-    // meanwhile, the entry that is found has another time of creation.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key. If another
+    // CPU writes the key at the same time, an entry found by it has another time of creation.
     let entry = CONNTRACK.get_ptr_mut(unsafe { &(*slot).key })?;
-    // SAFETY: a value of the map that the running program has just looked up.
+    // SAFETY: `entry` points to a map value that the running program has just looked up.
     let entry = unsafe { Entry::new(entry) }?;
     (entry.created() == created && entry.protected() == 0).then_some(entry)
 }
@@ -160,8 +163,8 @@ fn protect(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module
-    // comment.
+    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs may change the counts
+    // at the same time; see the module comment.
     unsafe {
         if (*share).protected >= i64::from((*share).guaranteed) {
             if (*pool).protected >= i64::from((*pool).guaranteed) {
@@ -185,8 +188,8 @@ pub fn release_protection(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: map values, which live as long as the map. Other CPUs may change the counts meanwhile: see the module
-    // comment.
+    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs may change the counts
+    // at the same time; see the module comment.
     unsafe {
         if (*share).protected > i64::from((*share).guaranteed) {
             (*pool).protected -= 1;
@@ -202,8 +205,8 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
     let Some(share) = share(endpoint, key.hook & 1) else {
         return 0;
     };
-    // SAFETY: a map value, which lives as long as the map; volatile because user space may write the fields, each by
-    // one store.
+    // SAFETY: `share` points to a map value, which lives as long as the map; the reads are volatile because user space
+    // may write the fields, each by one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).fragments),
@@ -217,32 +220,37 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
     let Some(mut slot) = FRAGMENT_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may write the field.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs may
+    // write the field.
     let mut slot_expires = unsafe { core::ptr::read_volatile(&raw const (*slot).expires) };
     for way in 1..SHARE_WAYS {
         if way >= slots {
             break;
         }
         if let Some(other) = FRAGMENT_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
-            // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may write the field.
+            // SAFETY: `other` points to a map value, which lives as long as the map; the read is volatile because other
+            // CPUs may write the field.
             let other_expires = unsafe { core::ptr::read_volatile(&raw const (*other).expires) };
             if other_expires < slot_expires {
                 (slot, slot_expires) = (other, other_expires);
             }
         }
     }
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may write the field.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs may
+    // write the field.
     if unsafe { core::ptr::read_volatile(&raw const (*slot).key.hook) } != 0 {
-        // SAFETY: a map value, which lives as long as the map; the kernel only reads the key.
+        // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key.
         let old_key = unsafe { &(*slot).key };
-        // SAFETY: a hash map replaces elements and never changes one in place; the time is copied at once.
+        // SAFETY: the value stays readable while the program runs. The time is copied at once, because the LRU map may
+        // recycle the element for another datagram.
         let old = unsafe { FRAGMENTS.get(old_key) };
         if old.is_some_and(|old| old.expires == slot_expires) {
             let _ = FRAGMENTS.remove(old_key);
         }
     }
-    // SAFETY: a map value, which lives as long as the map; volatile because other CPUs may access it. If two CPUs take
-    // the slot at the same instant, one of the two datagrams has no slot and lives until its timeout.
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the writes are volatile because other CPUs
+    // may access the value. If two CPUs take the slot at the same instant, one of the two datagrams has no slot and
+    // lives until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);
         core::ptr::write_volatile(&raw mut (*slot).expires, expires);

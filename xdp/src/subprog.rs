@@ -1,8 +1,8 @@
 //! The global functions of the programs, made by one macro for XDP and for tc.
 //!
-//! The verifier takes a function with C linkage once, by the types of its parameters; it walks any other function again
-//! for each path that calls it. A global function gets memory whose content is unknown and which may be null, and
-//! returns a number.
+//! The verifier checks a global function (exported, with the C calling convention) once, by the types of its
+//! parameters; it walks any other function again for each path that calls the function. A global function gets memory
+//! whose content is unknown and which may be null, and returns a number.
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{CtEntry, TracePoint};
@@ -99,7 +99,8 @@ macro_rules! global_functions {
             }
             #[inline(always)]
             fn send(self, pkt: &PacketContext, what: u32, flow: *mut CtEntry) {
-                // Before the call: in a flood the budget suppresses nearly every event, and the call would be the cost.
+                // The budget is checked before the call: in a flood it suppresses nearly every event, and the call
+                // would cost the most.
                 if event::may_send(pkt, what) {
                     $send(self.0, pkt, what, flow);
                 }

@@ -51,9 +51,9 @@ impl Bytes for Linear {
         Some(unsafe { &*(at as *const [u8; N]) })
     }
 
-    /// Reads two halves: a frame starts at an even address, and every header has an even length. Otherwise LLVM would
-    /// read each byte. Its feature `allows-misaligned-mem-access` also writes misaligned words to the stack, which the
-    /// verifier refuses.
+    /// Reads the word in two halves: a frame starts at an even address, and every header has an even length. Otherwise
+    /// LLVM would read each byte. With its target feature `allows-misaligned-mem-access` LLVM would read whole words,
+    /// but also write misaligned words to the stack, which the verifier rejects.
     #[inline(always)]
     fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
         assert!(at + 4 <= N);
@@ -78,25 +78,27 @@ unsafe fn field(at: *const u32) -> usize {
 
 /// The context of a program, and the packet that it runs on.
 pub trait Hook: Copy {
-    /// Returns the readable part of the frame. `full`: its length is that of the whole frame, which costs a helper call
-    /// in XDP.
+    /// Returns the readable part of the frame. With `full`, its `len` is the length of the whole frame, which costs a
+    /// helper call in XDP.
     fn bytes(self, full: bool) -> Linear;
     /// Returns the index of the interface that the program runs on.
     fn ifindex(self) -> u32;
     /// Returns whether this machine generated the packet; false if the packet was received.
     fn is_local(self) -> bool;
-    /// Returns the index of the interface by which the packet entered the node; 0 if this machine generated it. Only tc
-    /// egress knows it.
+    /// Returns the index of the interface by which the packet entered the node; 0 if this machine generated the packet.
+    /// The result is meaningful only at tc egress.
     fn entered_by(self) -> u32;
-    /// Returns the number of VLAN tags that the kernel keeps beside the frame.
+    /// Returns the number of VLAN tags in `skb->vlan_tci` instead of the frame.
     fn tags_removed(self) -> u32;
-    /// Makes more of the frame readable, or its full length known. Returns whether that changed anything.
+    /// Makes the headers readable (tc), or compares the full length of the frame with its readable part (XDP). Returns
+    /// whether decoding the frame again can give another result.
     fn pull_headers(self) -> bool;
     /// Calls the helper `bpf_fib_lookup`.
     fn route(self, question: &mut bpf_fib_lookup) -> i64;
-    /// Copies bytes of the frame into `into`. Returns whether the frame has them.
+    /// Copies the bytes of the frame at offset `at` into `into`. Returns whether the frame has them.
     fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool;
-    /// Overwrites `length` bytes of the frame with the first bytes of `from`. Returns whether the frame has them.
+    /// Overwrites `length` bytes of the frame at offset `at` with the first bytes of `from`. Returns whether the frame
+    /// has them.
     fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool;
     /// Truncates the frame to `length` bytes. Returns whether that worked.
     fn cut(self, length: u32) -> bool;

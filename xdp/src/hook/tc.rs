@@ -98,7 +98,7 @@ impl Hook for Skb {
     }
 
     /// `bpf_skb_change_head` makes room in front of the Ethernet header. If the packet is segmented later, each segment
-    /// gets a copy of the header.
+    /// gets a copy of the punt header.
     #[inline(always)]
     fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32 {
         const LENGTH: u32 = size_of::<PuntHeader>() as u32;
@@ -122,8 +122,8 @@ impl Hook for Skb {
                 if bpf_skb_vlan_pop(skb) != 0 {
                     return FAILED;
                 }
-                // The frame had two tags: the kernel has moved the inner tag beside the frame, and the punt header
-                // holds one tag only.
+                // The frame had two tags: `bpf_skb_vlan_pop` has moved the inner tag to `skb->vlan_tci`, and the punt
+                // header has room for one tag only.
                 if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
                     return Reason::PuntUnsupported as u32;
                 }
@@ -133,7 +133,7 @@ impl Hook for Skb {
             {
                 return FAILED;
             }
-            // `queue_mapping` is 1-based: the kernel transmits on queue `queue_mapping - 1`.
+            // `queue_mapping` is 1-based: `skb_tx_hash` chooses the queue `queue_mapping - 1`.
             (*skb).queue_mapping = queue + 1;
             if bpf_redirect(punt_link, 0) != i64::from(TC_ACT_REDIRECT) {
                 return FAILED;

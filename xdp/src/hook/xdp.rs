@@ -90,7 +90,7 @@ impl Hook for Xdp {
         unsafe { bpf_xdp_adjust_tail(self.0, -surplus) == 0 }
     }
 
-    /// XDP has headroom in front of the frame, so nothing is copied but the header.
+    /// XDP has headroom in front of the frame, so only the header is copied.
     #[inline(always)]
     fn push(self, header: *mut PuntHeader, _: u32, punt_link: u32) -> u32 {
         const LENGTH: usize = size_of::<PuntHeader>();
@@ -114,7 +114,7 @@ impl Hook for Xdp {
                 *to.add(i) = *from.add(i);
             }
         }
-        // SAFETY: the helper takes numbers only and changes the fate of this packet.
+        // SAFETY: the helper takes only numbers, and it redirects only the packet that the program runs on.
         if unsafe { bpf_redirect(punt_link, 0) } != i64::from(xdp_action::XDP_REDIRECT) {
             return FAILED;
         }
