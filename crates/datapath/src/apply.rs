@@ -7,8 +7,8 @@ use palisade_model::op::Op;
 
 use crate::{Datapath, MapError, shares::shares};
 
-/// Error of a plan that was executed only in part. The steps before the failed one are in the maps, and what was
-/// enforced before stays enforced.
+/// Error of a plan that was executed only in part. The steps before the failed one have changed the maps; the policies
+/// that were enforced before stay enforced.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// A map operation failed.
@@ -56,8 +56,8 @@ impl ApplyError {
 }
 
 impl Datapath {
-    /// Executes a plan. Consecutive steps of one kind (addresses, prefixes) go to the kernel in one batch, in their
-    /// order.
+    /// Executes a plan. Consecutive steps of one kind for addresses, prefixes or learned addresses are passed to the
+    /// kernel together, in their order.
     ///
     /// # Errors
     /// [`ApplyError`] of the first step that fails; later steps are not executed.

@@ -40,31 +40,31 @@ impl Datapath {
     /// have.
     ///
     /// # Errors
-    /// [`AttachError`]. Programs that were attached before stay attached. A hook without a program before has none
-    /// afterwards: with a program at one hook only, the other direction of each flow would be unknown to conntrack,
-    /// and the node would be cut off.
+    /// [`AttachError`]. Programs that were attached before stay attached. A direction that had no program before has
+    /// none after the error: with a program for one direction only, conntrack would not see the other direction of each
+    /// flow, and the node would be cut off.
     pub fn attach(&self, wanted: &Attachment) -> Result<Attached> {
         let ifindex = wanted.ifindex;
         let device = find_device(ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex })?;
         let dir = self.link_dir(ifindex);
         let before = attached_points(&dir, &device)?;
-        // `attached_points` has unpinned links without an interface, so any other pin without a program here belongs
-        // to an interface of another network namespace.
+        // `attached_points` has removed the pins of links whose interface is gone. A remaining pin without a program at
+        // this interface therefore belongs to an interface of another network namespace.
         let foreign: Vec<AttachPoint> = AttachPoint::ALL
             .into_iter()
             .filter(|point| dir.join(point.file()).exists() && !before.contains(point))
             .collect();
         let slot_before = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
         self.attach_hooks(wanted, &device).inspect_err(|_| {
-            // An error of the undo is ignored: the next attempt finds the remaining programs.
+            // An error of `undo` is ignored: the next call of `attach` finds the remaining programs.
             let _ = self.undo(&device, &before, &foreign, &slot_before);
         })
     }
 
-    /// Writes the interfaces without programs to the interface table, so that the programs forward packets that enter
-    /// by them: index and whether the interface is stacked on one of a workload ([`role::LINK`], else [`role::SEEN`]).
-    /// Packets that enter by an interface that is not in the table are not forwarded. `before` is the argument of the
-    /// last call; `None` compares with the whole table.
+    /// Writes the interfaces without programs to the interface table, so that packets that enter by them can be
+    /// forwarded: packets that enter by an interface that is not in the table are not forwarded. `others` maps the
+    /// index of each interface to whether it is stacked on an interface of a workload ([`role::LINK`], else
+    /// [`role::SEEN`]). `before` is the argument of the last call; `None` compares with the whole table.
     ///
     /// # Errors
     /// [`MapError`](crate::MapError) if the interface table cannot be read or written.
@@ -88,8 +88,8 @@ impl Datapath {
                 continue;
             }
             let entry = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
-            // Two interfaces share a slot if their indexes differ by a multiple of 65536. The one with programs keeps
-            // the slot; packets that enter by the other are not forwarded.
+            // Two interfaces share a slot if their indexes differ by a multiple of 65536. The interface with programs
+            // keeps the slot; packets that enter by the other interface are not forwarded.
             if has_programs(&entry) && (entry.ifindex == ifindex || find_device(entry.ifindex)?.is_some()) {
                 continue;
             }
@@ -159,7 +159,8 @@ impl Datapath {
         })
     }
 
-    /// Writes the interface to the interface table.
+    /// Writes the interface to the interface table, with the flag [`interface_flags::PENDING`] until its programs are
+    /// attached.
     fn claim_slot(&self, wanted: &Attachment, device: &Device) -> Result<Interface> {
         let slot = slot(wanted.ifindex);
         let generic = wanted.xdp_mode == XdpMode::Generic
@@ -227,8 +228,8 @@ impl Datapath {
                     HookKind::XdpNative
                 });
             }
-            // Native and generic XDP exclude each other, so XDP is detached for a moment. Until the other mode is
-            // attached, or if that fails, tc decides.
+            // An interface cannot have native and generic XDP at once, so XDP is detached before the other mode is
+            // attached. Meanwhile, and if attaching the other mode fails, the tc program filters the packets.
             self.attach_tc(device, Direction::Ingress, tc)?;
             bpf::link_detach(link.as_fd()).map_err(syscall)?;
             unpin(&path)?;
@@ -292,8 +293,8 @@ impl Datapath {
             }
             return bpf::link_update(link.as_fd(), program.fd()).map_err(syscall);
         }
-        // Before all other programs of the hook: an earlier program could accept packets (TCX_PASS) without a verdict
-        // of Palisade.
+        // The program must run before all other programs of the hook: an earlier program could accept packets
+        // (TCX_PASS) without a verdict of Palisade.
         bpf::link_create(
             program.fd(),
             device.ifindex,
@@ -337,8 +338,8 @@ impl Datapath {
                 direction,
             });
         }
-        // The record is written first. A filter without a record would never be removed, a record without a filter
-        // does no harm.
+        // The record is written before the filter: a filter without a record would never be removed, while a record
+        // without a filter does no harm.
         make_dir(&dir.join(AttachPoint::Clsact(direction).file())).map_err(Box::new)?;
         clsact::set_filter(device.ifindex, direction, program.fd(), program.name).map_err(syscall)
     }

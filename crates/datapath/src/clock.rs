@@ -7,7 +7,7 @@ fn read(clock: libc::clockid_t) -> u64 {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the struct is valid for the call. It cannot fail, since every Linux has these clocks.
+    // SAFETY: `time` is valid for writing during the call. The call cannot fail, since every Linux has these clocks.
     unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
@@ -20,7 +20,8 @@ pub fn monotonic_coarse() -> u64 {
 
 /// Difference between the monotonic and the wall clock at one moment.
 ///
-/// To be renewed periodically: the wall clock can be set, and the monotonic clock stops while the machine sleeps.
+/// The difference must be read again periodically: the wall clock can be set, and CLOCK_MONOTONIC stops while the
+/// machine is suspended.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     wall_at_zero: u128,

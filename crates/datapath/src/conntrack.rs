@@ -22,7 +22,8 @@ pub struct Conntrack<'a> {
 pub struct Ended {
     /// Addresses, ports, protocol and endpoint.
     pub key: CtKey,
-    /// Last state. With [`palisade_abi::ct_flags::CLOSED`] set, the programs have already reported the end.
+    /// Last entry of the flow. If it has the flag [`palisade_abi::ct_flags::CLOSED`], the programs have already
+    /// reported the end.
     pub entry: CtEntry,
 }
 
@@ -66,9 +67,9 @@ impl Datapath {
         }
     }
 
-    /// Copies entries from the conntrack map of another size that this one replaced. Programs that were attached
-    /// before write to the old map until their interface has been attached anew, so this is called after each
-    /// attachment.
+    /// Copies the flows that have not expired from the conntrack map that [`Self::open`] has replaced by one of another
+    /// size. Programs that were attached before write to the old map until their interface is attached again, so this
+    /// is called after each attachment.
     pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
         if let Some(old) = &self.old_conntrack {
             let now = crate::monotonic_coarse();
@@ -131,8 +132,8 @@ impl Conntrack<'_> {
             if dead(&key, &entry) {
                 sweep.ended.push(Ended { key, entry });
             } else {
-                // A packet has refreshed the flow since the walk, so the entry is put back. If a program has created
-                // an entry meanwhile, that one is newer and stays.
+                // A packet has refreshed the flow since the walk, so the entry is inserted again. If a program has
+                // created a new entry for the key meanwhile, the new entry stays.
                 self.map.insert_new(&key, &entry)?;
                 protected.add(&key, &entry);
                 sweep.present += 1;
@@ -154,14 +155,14 @@ impl Conntrack<'_> {
             entry.protected = u8::from(self.shares.protect(key, &entry));
             seeded += usize::from(self.map.insert_new(key, &entry)?);
         }
-        // `protect` also counted the flows that already had an entry. A walk corrects the counts.
+        // `protect` has also counted flows that already had an entry. The walk of `remove_if` corrects the counts.
         self.remove_if(|_, _| false)?;
         self.add(counter_slot::CONNTRACK_SEEDED, seeded as u64)?;
         Ok(seeded)
     }
 
-    /// Returns the endpoints that have used up their share of one direction while the pool is used up, too. New flows
-    /// of such an endpoint are not protected, and newer ones evict them.
+    /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up, too. New flows
+    /// in such a share are not protected, so later flows evict them.
     #[must_use]
     pub fn exhausted(&self) -> Vec<u16> {
         self.shares.exhausted().into_iter().collect()

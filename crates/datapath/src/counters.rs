@@ -67,8 +67,8 @@ impl Counters<'_> {
         Ok(sum(&mut self.rules.get(rule)?.into_iter()))
     }
 
-    /// Returns packets and bytes of all rules, without zero counters. Rule 0 stands for all rules beyond the capacity
-    /// of the map.
+    /// Returns packets and bytes of all rules, without zero counters. Rule 0 has the packets of all rules beyond the
+    /// capacity of the map.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.

@@ -1,4 +1,4 @@
-//! Contents of the maps. After a restart the next plan starts from them.
+//! Contents of the maps, from which the first plan after a restart starts.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,8 @@ use palisade_abi::{
 
 use crate::{Datapath, MapError};
 
-/// Contents of every map that user space writes.
+/// Contents of the maps that the daemon writes from its configuration and policies. Learned addresses are not included
+/// ([`Datapath::learned`]).
 #[derive(Clone, Debug, Default)]
 pub struct Dump {
     /// Entries of all policy tables.
@@ -20,7 +21,7 @@ pub struct Dump {
     pub prefixes: Vec<(PrefixKey, IpcacheEntry)>,
     /// Port class of each of the [`palisade_abi::CLASS_SLOTS`] slots.
     pub classes: Vec<Class>,
-    /// States of endpoints, without states of zeros.
+    /// States of endpoints, without those that are all zero.
     pub endpoints: BTreeMap<u16, EndpointState>,
     /// Entries of the interface table.
     pub interfaces: Vec<Interface>,
@@ -62,7 +63,7 @@ impl Datapath {
         ])
     }
 
-    /// Reads all maps that user space writes.
+    /// Reads the maps of which a [`Dump`] consists.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -102,7 +103,7 @@ impl Datapath {
         self.prefixes.entries()
     }
 
-    /// Returns the states of endpoints, without states of zeros.
+    /// Returns the states of endpoints, without those that are all zero.
     #[must_use]
     pub fn endpoint_states(&self) -> BTreeMap<u16, EndpointState> {
         (0..=u16::MAX)
@@ -112,7 +113,7 @@ impl Datapath {
             .collect()
     }
 
-    /// Returns the entries of the interface table, with and without programs, by slot.
+    /// Returns the entries of the interface table, for interfaces with and without programs, ordered by slot.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.

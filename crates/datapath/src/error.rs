@@ -21,7 +21,7 @@ pub enum OpenError {
         /// The pin directory.
         path: PathBuf,
     },
-    /// The path is relative, or has a dot, which bpffs refuses in names.
+    /// The path is relative, or a part of it that does not exist yet has a dot, which bpffs refuses in names.
     #[error(
         "{path}: [node] pin_dir must be absolute and its parts must not contain a dot, which bpffs refuses"
     )]
@@ -52,10 +52,10 @@ pub enum OpenError {
         map: String,
         /// Configured size, entries or bytes.
         value: u32,
-        /// What is wrong with the size.
+        /// Reason why the size is not possible.
         why: &'static str,
     },
-    /// A pinned map has another layout than the map of the BPF object.
+    /// The layout of a pinned map differs from that of the map in the BPF object.
     #[error(
         "{path}: pinned map has {found}, this program wants {wanted}; it was made by another build: run \
          `palisade stop --detach` and start again (policies are then evaluated again for open connections)"
@@ -118,7 +118,7 @@ fn kernel_hint() -> String {
     }
 }
 
-/// Returns the release of the running kernel and the tested releases, for the error text.
+/// Returns a hint for the error text: that the kernel is too old, or else its release and the tested releases.
 fn program_hint() -> String {
     let release = kernel_release();
     if is_too_old(&release) {
@@ -128,8 +128,8 @@ fn program_hint() -> String {
     }
 }
 
-/// Returns the error of the load with the last lines of the verifier log. The reason stands at its end, and the log
-/// may have a million lines.
+/// Returns the error of the load with the last lines of the verifier log. The verifier writes the reason last, and the
+/// log may have a million lines.
 fn refusal(error: &ProgramError) -> String {
     const LINES: usize = 12;
     let ProgramError::LoadError {
@@ -226,7 +226,7 @@ mod tests {
         ] {
             assert!(said.contains(part), "{part}: {said}");
         }
-        // The message has the end of the log; all of it is there to be kept.
+        // The message has only the end of the log; `verifier_log` returns the complete log.
         assert!(said.lines().count() < 20, "{said}");
         assert_eq!(error.verifier_log().as_deref(), Some(log.as_str()));
         let other = OpenError::Syscall(SyscallError {

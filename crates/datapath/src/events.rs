@@ -38,12 +38,14 @@ impl Datapath {
 }
 
 impl EventReader {
-    /// Calls `each` for up to `limit` events. Returns their number; less than `limit` means that the ring is empty.
+    /// Reads up to `limit` records and calls `each` for those that are events. Returns the number of records; less than
+    /// `limit` means that the ring is empty.
     pub fn drain(&mut self, limit: usize, mut each: impl FnMut(&Event)) -> usize {
         let mut count = 0;
         while count < limit {
             let Some(record) = self.ring.next() else { break };
-            // No copy: records of the ring are aligned to 8 bytes, as an event requires.
+            // The event is read without a copy: records of a BPF ring buffer are aligned to 8 bytes, as `Event`
+            // requires.
             match Event::ref_from_prefix(&record) {
                 Ok((event, _)) => each(event),
                 Err(_) => self.malformed += 1,

@@ -33,7 +33,8 @@ impl Role {
 /// Hook for packets that enter by the interface.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Hook {
-    /// At a NIC native XDP, or tc if the driver has no XDP; at an endpoint tc, where GSO packets are not split.
+    /// XDP at an Ethernet NIC, or tc if the driver refuses native XDP. tc at an endpoint, since a veth with XDP makes
+    /// the kernel split GSO packets.
     #[default]
     Auto,
     /// XDP.
@@ -81,7 +82,7 @@ pub struct Attachment {
     pub xdp_mode: XdpMode,
     /// Kind of tc hook.
     pub tc: TcMode,
-    /// Index of the bridge or VRF whose port the interface is; 0 if none.
+    /// Index of the bridge or VRF of which the interface is a port; 0 if there is none.
     pub link: u32,
     /// EtherTypes that pass without policy evaluation; see [`Interface::ether_types`].
     pub ether_types: [u16; ETHER_TYPES],
@@ -108,13 +109,13 @@ pub struct Attached {
     pub ifindex: u32,
     /// Interface name.
     pub name: String,
-    /// Entry of the interface table; its role is [`role::NONE`] if there is none.
+    /// Entry of the interface table; its role is [`role::NONE`] if the table has no entry.
     pub interface: Interface,
     /// Hook for packets that enter; `None` if no program is attached.
     pub ingress: Option<HookKind>,
     /// Hook for packets that leave; `None` if no program is attached.
     pub egress: Option<HookKind>,
-    /// Reason why another hook than the preferred one is used.
+    /// Reason why a hook other than the preferred one is used.
     pub note: Option<String>,
 }
 
@@ -186,7 +187,7 @@ pub enum AttachError {
         /// Interface name.
         name: String,
     },
-    /// A filter that Palisade has not attached has the priority or handle of the one to attach.
+    /// A foreign filter has the priority of Palisade's filter, and another kind or the same handle.
     #[error("{name}: {kind} filter `{filter}` has priority 1 at {direction:?}; give it a higher number")]
     ForeignFilter {
         /// Interface name.
@@ -234,7 +235,7 @@ fn mtu_hint(source: &SyscallError) -> &'static str {
     }
 }
 
-/// Attach point of a program, in the order of removal.
+/// Attach point of a program. Programs are removed in the order of [`Self::ALL`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum AttachPoint {
     Xdp,

@@ -1,4 +1,4 @@
-//! Loads and attaches the BPF programs, and owns their maps and the nftables table. The only crate that uses aya.
+//! Loads and attaches the BPF programs, and owns their maps and the nftables table. No other crate uses aya.
 //!
 //! ```text
 //! <pin_dir>/v1/POLICY, CONNTRACK, ...      maps, of one version of palisade_abi

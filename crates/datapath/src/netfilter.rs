@@ -1,8 +1,8 @@
-//! nftables table for packets that no program sees: those of a configured interface without programs, and those that
-//! DNAT, TPROXY or a mark directs to the node after the programs have evaluated them.
+//! nftables table for packets that escape the programs: packets of a configured interface without programs, and packets
+//! that DNAT, TPROXY or a mark directs to the node after the programs have evaluated them as forwarded.
 //!
 //! The table has no owner socket (`NFT_TABLE_F_OWNER`), so it stays when the process ends, like the attached programs.
-//! It is replaced as a whole in one transaction: a packet meets the old rules or the new ones.
+//! The table is replaced as a whole in one transaction: a packet meets the old rules or the new ones.
 
 use std::{
     collections::BTreeSet,
@@ -23,8 +23,8 @@ use crate::sys::{
 
 /// `NF_IP_PRI_RAW`: before nf_conntrack.
 const RAW: i32 = -300;
-/// `NF_IP_PRI_CONNTRACK_HELPER`: after filters and NAT of other programs. A packet that a load balancer takes at the
-/// input hook does not reach this priority.
+/// `NF_IP_PRI_CONNTRACK_HELPER`: after filters and NAT of other programs. A packet that IPVS takes over at the input
+/// hook does not reach this priority.
 const LATE: i32 = 300;
 /// Interface index of the loopback (`LOOPBACK_IFINDEX`), the same in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -60,21 +60,20 @@ pub struct Rules {
     pub enforced: BTreeSet<u32>,
     /// Interfaces of `enforced` that belong to workloads or are stacked on such an interface.
     pub workloads: BTreeSet<u32>,
-    /// Names of configured interfaces: no packet passes them unless their index is in `enforced`.
+    /// Names of configured interfaces. Packets of such an interface are dropped unless its index is in `enforced`.
     pub names: BTreeSet<String>,
-    /// Addresses of workloads: a packet with such a source is accepted by the node only from an interface in
-    /// `workloads`.
+    /// Addresses of workloads: the node accepts a packet with such a source only from an interface in `workloads`.
     pub endpoints: BTreeSet<IpAddr>,
     /// Destinations that the programs treat as the node: addresses, broadcast addresses and local routes.
     pub own: BTreeSet<IpNet>,
-    /// Whether forwarded packets must be checked, because some may pass no interface with programs. The check costs
-    /// every forwarded packet a lookup.
+    /// Whether forwarded packets must be checked, because some of them may pass no interface with programs. The check
+    /// costs a lookup for every forwarded packet.
     pub forwards: bool,
     /// Whether the node's ingress policy is enforced. If it is, packets that reach the node without having been
     /// evaluated against that policy are dropped.
     pub is_enforced: bool,
-    /// Whether the node has NAT rules. Only then a rule may load conntrack state, since such a rule makes the kernel
-    /// track all connections.
+    /// Whether the node has NAT rules. Only then do rules load conntrack state, since a rule that loads it makes the
+    /// kernel track all connections.
     pub has_nat: bool,
     /// Whether an interface of `names` is, or was, a port of a bridge. Bridged frames meet only tables of the bridge
     /// family.
@@ -137,7 +136,7 @@ enum Part {
 }
 
 impl Part {
-    /// Returns what is not enforced without this part.
+    /// Returns the text about the packets that pass without this part.
     const fn lack(self) -> &'static str {
         match self {
             Self::Base => "",
@@ -193,7 +192,7 @@ impl Netfilter {
         })
     }
 
-    /// Returns the port id of the socket. In notifications of the kernel it identifies changes by this process.
+    /// Returns the port id of the socket. The kernel's notifications about changes by this process carry this id.
     ///
     /// # Errors
     /// [`NetfilterError::Syscall`] if getsockname fails.
@@ -245,7 +244,7 @@ impl Netfilter {
             .collect())
     }
 
-    /// Removes the table. It is no error if there is none, or if another daemon or program has created it.
+    /// Removes the table. A table that does not exist, or that another daemon or program has created, is not an error.
     ///
     /// # Errors
     /// [`NetfilterError::Syscall`] if the kernel refuses.
@@ -271,8 +270,8 @@ impl Netfilter {
         }
     }
 
-    /// Returns the tables of this daemon, also those under earlier names, and an error if the table of this name
-    /// belongs to another daemon or program.
+    /// Returns the tables of this daemon, including those with earlier names, and an error if the table of the present
+    /// name belongs to another daemon or program.
     fn tables(&mut self) -> Result<(Tables, Option<NetfilterError>), NetfilterError> {
         let mut tables = Vec::new();
         let call = "listing the nftables tables";
@@ -287,7 +286,7 @@ impl Netfilter {
                 let name = find(attributes, nft::TABLE)
                     .map(netlink::text)
                     .unwrap_or_default();
-                // The comment follows one byte of type and one of length, and ends with a zero byte.
+                // The comment follows one byte of type and one byte of length, and ends with a zero byte.
                 let note = find(attributes, TABLE_USERDATA)
                     .and_then(|userdata| userdata.get(2..))
                     .map(netlink::text)
@@ -344,8 +343,8 @@ impl Netfilter {
     }
 }
 
-/// Sends the steps, again without a part that the kernel refuses. Returns the refused parts. An error comes with the
-/// description of its step.
+/// Sends the steps as one transaction, and repeats it without each optional part that the kernel refuses. Returns the
+/// refused parts. An error has the description of the refused step.
 fn send_what_is_taken(
     steps: impl Fn() -> Vec<Step>,
     mut send: impl FnMut(Vec<Request>) -> Result<(), (Option<usize>, SyscallError)>,
@@ -419,7 +418,8 @@ fn steps(
         ("forward", Hook::Forward),
         ("output", Hook::Output),
     ] {
-        // A chain costs every packet, even if no rule matches. Only workloads have a policy for forwarded packets.
+        // A chain costs time for every packet, even if no rule matches. Only workloads have a policy for forwarded
+        // packets.
         if hook != Hook::Forward || rules.closes_forwarding() {
             add(Part::Base, "a chain", inet.chain(chain, hook, LATE));
         }
@@ -547,8 +547,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             OWN_V6,
         ),
     ] {
-        // The programs look up routes without the mark. They evaluated this packet as a forwarded one, but TPROXY or
-        // routing by mark delivers it to the node.
+        // The programs look up routes without the mark. They have evaluated such a packet as a forwarded one, but
+        // TPROXY or routing by mark delivers it to the node.
         let mut expressions = vec![
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),
@@ -557,8 +557,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         ];
         expressions.extend_from_slice(family);
         expressions.extend([destination, NotIn(own), DestinationType]);
-        // The set of own addresses may be outdated, the routing table of the kernel is not. 2 to 5: RTN_LOCAL,
-        // RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST.
+        // The set of own addresses may be outdated, so a destination that is local by the kernel's routing table
+        // passes, too. 2 to 5 are RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST and RTN_MULTICAST.
         expressions
             .extend((2..=5_u32).map(|kind| Compare(Comparison::NotEqual, kind.to_ne_bytes().to_vec())));
         expressions.extend([Count(TRANSLATED), Drop]);
@@ -578,7 +578,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         (Connection::Destination6, OWN_V6),
     ] {
         let expressions = vec![
-            // Only the original direction: replies to connections of the node have a translated destination, too.
+            // The rule is only for the original direction: IPS_DST_NAT is a property of the connection, so replies to a
+            // connection of the node that DNAT changes have it, too.
             Load(Connection::Direction),
             Compare(Comparison::Equal, vec![0]),
             Load(Connection::Status),
@@ -596,7 +597,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     all
 }
 
-/// Returns rules that drop frames between ports of a bridge if one port is a configured interface without programs.
+/// Returns rules that drop frames between ports of a bridge if one of the two ports is a configured interface without
+/// programs.
 fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Count, Drop, In, Meta as Of};
     let mut all = Vec::new();
@@ -610,14 +612,14 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     all
 }
 
-/// Returns rules that drop packets which enter or leave by a configured interface without programs: those that the
-/// node receives or sends and, with `forwards`, those that it forwards. For a packet that enters by an interface with
+/// Returns rules that drop packets which enter or leave by a configured interface without programs: packets that the
+/// node receives or sends and, with `forwards`, packets that it forwards. For a packet that enters by an interface with
 /// programs, the programs check the output interface (`xdp/src/link.rs`), so such a packet costs one lookup here.
 fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, NotIn, Transport};
     // Accepts neighbour solicitations and advertisements with hop limit 255, which no router has forwarded (RFC 4861,
-    // section 7.1). Otherwise the first packets of a new interface would wait a second for the next solicitation. ARP
-    // does not pass these hooks.
+    // section 7.1). Without this rule, the first packets of a new interface would wait a second for the next
+    // solicitation. ARP packets do not pass these hooks.
     let discovery = |index: Meta, own: bool| {
         let mut expressions = vec![
             Of(Meta::Family),
@@ -686,7 +688,8 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
     all
 }
 
-/// Returns the comment of a daemon's table. A long path is shortened at its beginning, since the ends of paths differ.
+/// Returns the comment of a daemon's table. A long `owner` is cut at its beginning, since it ends with the pin
+/// directory, by which daemons differ.
 fn note(owner: &str) -> String {
     let mut from = owner.len().saturating_sub(LONGEST_NOTE);
     while !owner.is_char_boundary(from) {
@@ -740,7 +743,7 @@ fn split(addresses: &BTreeSet<IpAddr>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     (v4, v6)
 }
 
-/// First key of a range, and the first key after it; `None` if the range has no end.
+/// First key of a range, and the first key after the range; `None` if the range contains the largest key.
 type Range = (Vec<u8>, Option<Vec<u8>>);
 
 /// Returns the prefixes of each family as disjoint ranges, together with the groups that the programs evaluate as

@@ -1,4 +1,4 @@
-//! Maps and programs: found below the pin directory, or created.
+//! Opening of the data path: pinned maps are reused or created, and the programs are loaded.
 
 use std::{
     collections::BTreeMap,
@@ -46,8 +46,8 @@ pub struct Datapath {
     config: Map<u32, Config>,
     pub(crate) workers: RawMap,
     pub(crate) sockets: RawMap,
-    /// Conntrack map of another size that [`Datapath::open`] has replaced. Programs that were attached before write to
-    /// it until their interface is attached anew.
+    /// Pinned conntrack map that [`Datapath::open`] has replaced by one of another size. Programs that were attached
+    /// before write to the old map until their interface is attached again.
     pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
     pub(crate) shares: Shares,
     pub(crate) sizes: Sizes,
@@ -56,8 +56,7 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Opens the pinned maps or creates them, and loads the programs. Attached programs and their maps are not
-    /// changed.
+    /// Opens the pinned maps or creates them, and loads the programs. Attached programs are not replaced.
     ///
     /// A pinned map with the right layout but another size is replaced by a copy of the new size. Programs that are
     /// attached use the old map until [`Self::attach`].
@@ -90,7 +89,8 @@ impl Datapath {
                 History::Found => fresh = false,
                 History::Resized(old) => {
                     fresh = false;
-                    // Not reported: the sizes of the slot maps follow from those of the maps that they index.
+                    // The slot maps are not reported: their sizes follow from the sizes of CONNTRACK and FRAGMENTS,
+                    // which are.
                     if !matches!(name.as_str(), names::FLOW_SLOTS | names::FRAGMENT_SLOTS) {
                         resized.push(name.clone());
                     }
@@ -141,19 +141,20 @@ impl Datapath {
             fresh,
             resized,
         };
-        // The sizes of the maps may have changed since the shares were computed.
+        // The pinned shares were computed by an earlier process, whose maps may have had other sizes.
         let endpoints = datapath.endpoints.with_policy();
         datapath.shares.cut(&shares::shares(&endpoints, datapath.sizes));
         Ok(datapath)
     }
 
-    /// Returns whether no pinned map existed: this version has attached no program before, or everything was detached.
+    /// Returns whether no pinned map existed before [`Self::open`]: this version has attached no program before, or
+    /// everything was detached.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         self.fresh
     }
 
-    /// Returns the maps that were created anew because their configured size has changed.
+    /// Returns the names of the maps that were replaced because their configured size has changed.
     #[must_use]
     pub fn resized(&self) -> &[String] {
         &self.resized
@@ -193,8 +194,8 @@ impl Datapath {
             .map(Program::fd)
     }
 
-    /// Removes the pinned maps of other versions of `palisade_abi`. To be called after every interface has been
-    /// attached by this version, since older programs use those maps.
+    /// Removes the pinned maps of other versions of `palisade_abi`. Call it only after this version has attached its
+    /// programs to every interface: programs of other versions use those maps.
     ///
     /// # Errors
     /// [`OpenError::Io`] if a directory cannot be read or removed.
@@ -209,14 +210,14 @@ impl Datapath {
     }
 }
 
-/// Raises RLIMIT_MEMLOCK, against which maps count on kernels before 5.11; its default is 64 kB. An error is ignored,
-/// since the creation of a map reports it.
+/// Raises RLIMIT_MEMLOCK: kernels before 5.11 charge the memory of maps to it, and its default is 64 kB. An error is
+/// ignored, since the creation of a map then fails.
 fn lift_memlock() {
     let limit = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
         rlim_max: libc::RLIM_INFINITY,
     };
-    // SAFETY: the struct is valid for the call.
+    // SAFETY: `limit` is valid for the call.
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) };
 }
 
@@ -240,8 +241,8 @@ enum History {
 impl Wanted {
     fn new(name: &str, definition: &aya_obj::Map, limits: &Limits) -> Self {
         let map_type = definition.map_type();
-        // The definition of a ring buffer in the object has the size of a record, for the programs; the kernel
-        // requires zero.
+        // A ring buffer has no keys or values: the kernel requires zero for both sizes, whatever the definition in the
+        // object has.
         let sized = map_type != map_type::RINGBUF;
         Self {
             name: name.to_owned(),
@@ -278,7 +279,7 @@ impl Wanted {
         }
         let map = self.create()?;
         self.migrate(&pinned, &map)?;
-        // Rename replaces the pin atomically, so that another process opens a complete set of maps.
+        // rename(2) replaces the pin atomically, so that another process finds the old map or the new one at the path.
         let staged = dir.join(format!("{}_new", self.name));
         let io = |source| OpenError::Io {
             path: staged.clone(),
@@ -306,7 +307,8 @@ impl Wanted {
         Ok(RawMap::new(&self.name, fd)?)
     }
 
-    /// Copies the elements that fit. Returns [`OpenError::TooSmall`] if a policy or address map would lose elements.
+    /// Copies the elements of a map to a map of another size, as far as they fit. Returns [`OpenError::TooSmall`] if a
+    /// policy or address map would lose elements.
     fn migrate(&self, from: &RawMap, to: &RawMap) -> Result<()> {
         if self.map_type == map_type::RINGBUF {
             return Ok(());

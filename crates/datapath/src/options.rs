@@ -9,8 +9,8 @@ use crate::OpenError;
 /// Location and sizes of the maps.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Directory on a bpffs, `/sys/fs/bpf/palisade` by default; created if it does not exist. Its name must not
-    /// contain a dot.
+    /// Directory on a bpffs, `/sys/fs/bpf/palisade` by default; created if it does not exist. The part of the path that
+    /// does not exist yet must not contain a dot.
     pub pin_dir: PathBuf,
     /// Sizes of the maps.
     pub limits: Limits,
@@ -66,7 +66,7 @@ impl Limits {
         Some(match map {
             names::CONNTRACK => self.conntrack_entries,
             names::FRAGMENTS => self.fragment_entries,
-            // One slot for every second entry of the map that the slots index; see `shares`.
+            // A slot map has half as many slots as the map that it indexes has entries; `shares::shares` divides them.
             names::FLOW_SLOTS => (self.conntrack_entries / 2).max(1),
             names::FRAGMENT_SLOTS => (self.fragment_entries / 2).max(1),
             names::POLICY => self.policy_entries,

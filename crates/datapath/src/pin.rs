@@ -78,7 +78,7 @@ fn existing(path: &Path) -> &Path {
 pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     use std::os::unix::ffi::OsStrExt as _;
     let c_path = std::ffi::CString::new(existing(path).as_os_str().as_bytes())?;
-    // SAFETY: all zero is a valid value of the plain struct.
+    // SAFETY: `statfs` consists of integers, for which zero is a valid value.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: both pointers are valid for the call.
     if unsafe { libc::statfs(c_path.as_ptr(), &mut stat) } < 0 {
@@ -90,9 +90,11 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
 /// Checks that a directory, which need not exist yet, can hold pins.
 ///
 /// # Errors
-/// [`OpenError::NotBpffs`] if it is not on a bpffs, [`OpenError::BadPinDir`] if it is relative or its name has a dot.
+/// [`OpenError::NotBpffs`] if the directory is not on a bpffs, [`OpenError::BadPinDir`] if the path is relative or a
+/// part of it that does not exist yet has a dot, [`OpenError::Io`] if statfs fails.
 pub fn check_pin_dir(pin_dir: &Path) -> Result<()> {
-    // bpffs refuses dots only in names that are created on it; its mount point may have them.
+    // bpffs refuses dots only in names that are created on it, so the existing part of the path, such as the mount
+    // point, may have dots.
     let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
     let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
     if !pin_dir.is_absolute() || dots(to_be_made) {
@@ -116,8 +118,8 @@ pub(crate) fn links_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join("links")
 }
 
-/// Returns the link that is pinned at a path, if it is attached to the interface. Unpins a link whose interface is
-/// gone.
+/// Returns the link that is pinned at a path, if it is attached to the interface. Unpins a link that is not, since its
+/// interface is gone or it was detached.
 pub(crate) fn pinned_link(
     path: &Path,
     ifindex: u32,

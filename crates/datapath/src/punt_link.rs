@@ -1,8 +1,9 @@
 //! The punt link: the veth pair on which packets are punted to the workers and reinjected.
 //!
 //! `<name>0` is the node's end. The programs redirect punted packets to it, and `palisade_reinject` at its ingress
-//! takes the packets that workers send. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket for
-//! each queue. At the egress of both ends, `palisade_punt_filter` drops what sockets of this machine send.
+//! receives the packets that workers send. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket
+//! for each queue. At the egress of both ends, `palisade_punt_filter` drops packets that other sockets of this machine
+//! send.
 //!
 //! The pair and its links (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. While no worker writes
 //! heartbeats, the programs drop packets that need inspection, or forward them if fail open is configured.
@@ -45,7 +46,7 @@ pub struct PuntLink {
     workers: u32,
 }
 
-/// Maps in which workers register their sockets and write their heartbeats. They exist also without a punt link.
+/// Maps in which workers register their sockets and write their heartbeats. The maps exist even without a punt link.
 #[derive(Debug)]
 pub struct SocketMap {
     sockets: std::os::fd::OwnedFd,
@@ -67,7 +68,7 @@ impl PuntLink {
 }
 
 impl SocketMap {
-    /// Registers the AF_XDP socket of a queue. The kernel removes it from the map when it is closed.
+    /// Registers the AF_XDP socket of a queue. The kernel removes the socket from the map when the socket is closed.
     ///
     /// # Errors
     /// [`MapError`] if the socket is not bound to that queue of the workers' end.
@@ -94,7 +95,7 @@ impl Datapath {
     /// Returns the maps for sockets and heartbeats of the workers.
     ///
     /// # Errors
-    /// [`MapError`] if a descriptor cannot be duplicated or a map not be memory-mapped.
+    /// [`MapError`] if a descriptor cannot be duplicated or a map cannot be memory-mapped.
     pub fn socket_map(&self) -> std::result::Result<SocketMap, MapError> {
         let sockets = bpf::duplicate(&self.sockets.fd).map_err(|source| MapError::Syscall {
             map: "xsks".to_owned(),
@@ -106,11 +107,11 @@ impl Datapath {
         })
     }
 
-    /// Creates the punt link with one queue for each worker and attaches its programs. The link of an earlier daemon
-    /// is used if it has the same number of queues.
+    /// Creates the punt link with one queue for each worker and attaches its programs. The link of an earlier daemon is
+    /// reused if it has the same number of queues and the same MTU; otherwise it is replaced.
     ///
     /// # Errors
-    /// [`AttachError`] if the pair cannot be created or a program not be attached.
+    /// [`AttachError`] if the pair cannot be created or a program cannot be attached.
     pub fn punt_link(&self, name: &str, workers: u32) -> Result<PuntLink> {
         let workers = workers.clamp(1, MAX_WORKERS as u32);
         let [node_end, worker_end] = [format!("{name}0"), format!("{name}1")];
@@ -162,7 +163,7 @@ impl Datapath {
         for end in [&node, &worker] {
             set_quiet(end).map_err(failed)?;
         }
-        // The programs are attached before the link is up, so that it never accepts a packet without them.
+        // The programs are attached before the link is up, so that the link never accepts a packet without them.
         self.attach_punt_link(&node, &worker)?;
         for end in [&node, &worker] {
             set_up(end.ifindex).map_err(failed)?;
@@ -208,9 +209,9 @@ impl Datapath {
 }
 
 /// Returns whether Linux of this release panics when a frame from an AF_XDP socket reaches tc or IP with its
-/// destructor: 6.16.8 to 6.17.10. Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, has the destructor read `skb->cb`;
-/// commit 0ebc27a4c67d, in 6.18 and 6.17.11, fixes that; 6.16 ended with 6.16.12. Distribution kernels that always
-/// report 6.17.0 count as affected, which costs a copy of each reinjected packet.
+/// destructor: 6.16.8 to 6.17.10. Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, makes the destructor read
+/// `skb->cb`; commit 0ebc27a4c67d, in 6.18 and 6.17.11, fixes that; 6.16 ended with 6.16.12. Distribution kernels that
+/// always report 6.17.0 count as affected, which costs a copy of each reinjected packet.
 fn panics_after_reinjection(release: &str) -> bool {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
@@ -297,8 +298,8 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // An interface of another network namespace may have the same index. It is not the end of this punt link if it
-        // still has an XDP program after the link was detached.
+        // The punt link may be in another network namespace, and an interface of this one may have the same index. Such
+        // an interface is not an end of the punt link if it still has an XDP program after `link_detach`.
         if file == XDP_PIN
             && let Some(device) = find_device(info.ifindex)?
             && device.xdp.is_none()

@@ -13,12 +13,12 @@ use crate::{
     maps::{RawMap, Shared, check_layout},
 };
 
-/// Free nodes that an LRU map keeps for each CPU (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c). The kernel evicts
-/// when the common list has fewer than these, so the shares leave that many unused for each CPU and once more for the
-/// common list.
+/// Largest number of free nodes that an LRU map keeps for each CPU (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c).
+/// A CPU without free nodes takes them from the common list, and the kernel evicts entries if that list has too few. So
+/// the shares leave this number of entries unused for each CPU and once more for the common list.
 const FREE_PER_CPU: u32 = 128;
 
-/// Sizes of the maps that are divided, entries.
+/// Sizes of the maps that are divided into shares, entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Sizes {
     /// Size of CONNTRACK.
@@ -37,10 +37,11 @@ pub fn share_slot(endpoint: u16, direction: usize) -> u32 {
     u32::from(endpoint) * 2 + direction as u32
 }
 
-/// Returns the shares of these endpoints, and the pool at slot 0.
+/// Returns the shares of these endpoints and, at 0, the pool, by index in SHARES.
 ///
-/// New flows can use half of the map. The rest, without the nodes that the kernel needs free, is for protected flows:
-/// one half is guaranteed in equal parts, the other half is the pool, from which every share can borrow.
+/// Half of CONNTRACK is for flows that are not protected. The other half, less the entries that the kernel keeps free,
+/// is for protected flows: one half of these entries is guaranteed to the shares in equal parts, the other half is the
+/// pool, from which every share can borrow.
 #[must_use]
 pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     let free = (sizes.flows / 16)
@@ -77,7 +78,7 @@ pub fn shares(endpoints: &BTreeSet<u16>, sizes: Sizes) -> BTreeMap<u32, Share> {
     shares
 }
 
-/// Numbers of protected flows that a walk through the map has found, by share.
+/// Numbers of protected flows that a walk through CONNTRACK has found, by index of the share.
 #[derive(Debug, Default)]
 pub(crate) struct ProtectedCounts(BTreeMap<u32, i64>);
 
@@ -132,12 +133,12 @@ impl Shares {
         i64::from(self.at(slot, field::GUARANTEED).load(Ordering::Relaxed))
     }
 
-    /// Writes the sizes of all shares; counts stay. An endpoint without a share can open no flow.
+    /// Writes the sizes of all shares; the counts of protected flows do not change. An endpoint without a share can
+    /// open no flow.
     pub(crate) fn cut(&self, shares: &BTreeMap<u32, Share>) {
         for slot in 0..self.count {
             let share = shares.get(&slot).copied().unwrap_or_default();
-            // Only changed fields are written: most slots belong to no endpoint, and pages that are never written take
-            // no memory.
+            // Only changed fields are written, so that the cache lines that the programs read on other CPUs stay valid.
             for (field, value) in [
                 (field::FLOWS, share.flows),
                 (field::FRAGMENTS, share.fragments),
@@ -183,9 +184,9 @@ impl Shares {
         self.protected_at(slot).load(Ordering::Relaxed) as i64
     }
 
-    /// Corrects the counts after a walk, for flows that user space has deleted and for flows that two CPUs have
-    /// counted. A flow that the programs count during the walk may be counted twice until the next walk. `before`: the
-    /// counts at the start of the walk.
+    /// Corrects the counts of protected flows after a walk: flows that user space has deleted are still counted, and
+    /// two CPUs may have counted the same flow. A flow that the programs count during the walk may be counted twice
+    /// until the next walk. `before`: the counts at the start of the walk.
     pub(crate) fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
         let slots: BTreeSet<u32> = before.keys().chain(protected.0.keys()).copied().collect();
         for slot in slots.into_iter().filter(|&slot| slot != 0 && slot < self.count) {
@@ -212,7 +213,7 @@ impl Shares {
             .collect()
     }
 
-    /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up.
+    /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up, too.
     pub(crate) fn exhausted(&self) -> BTreeSet<u16> {
         let used_up = |slot| {
             self.protected(slot) as i32 >= self.at(slot, field::GUARANTEED).load(Ordering::Relaxed) as i32

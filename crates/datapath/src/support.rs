@@ -17,7 +17,7 @@ pub struct Support {
     pub kernel: String,
     /// Whether the pin directory is on a bpffs.
     pub bpffs: bool,
-    /// Whether the kernel has tcx; if not, programs are attached by clsact. `None` if the query is not permitted.
+    /// Whether the kernel has tcx; if not, programs are attached by clsact. `None` if the query fails.
     pub tcx: Option<bool>,
 }
 
@@ -28,7 +28,7 @@ pub enum XdpSupport {
     Native,
     /// Generic XDP only.
     Generic,
-    /// Kernels before 6.3 do not report XDP features; an attachment shows whether native XDP works.
+    /// Not reported, as by kernels before 6.3: only an attachment shows whether native XDP works.
     Unknown,
 }
 

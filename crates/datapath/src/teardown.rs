@@ -22,7 +22,8 @@ type Result<T> = std::result::Result<T, AttachError>;
 pub(crate) const QDISC_FILE: &str = "clsact_qdisc";
 
 impl Datapath {
-    /// Detaches the programs of an interface. It is no error if there are none or the interface does not exist.
+    /// Detaches the programs of an interface. An interface without programs, or one that does not exist, is not an
+    /// error.
     ///
     /// # Errors
     /// [`AttachError`] if a program, pin or filter cannot be removed.
@@ -46,7 +47,8 @@ impl Datapath {
         detach_all(&self.pin_dir)
     }
 
-    /// Removes the records of interfaces that no longer exist. Returns their indexes.
+    /// Removes the records of interfaces that no longer exist, and returns the indexes of these interfaces. Records
+    /// with a link to an interface of another network namespace are kept.
     ///
     /// # Errors
     /// [`AttachError`] if a record cannot be removed.
@@ -73,7 +75,9 @@ impl Datapath {
         Ok(dead)
     }
 
-    /// Undoes a failed attachment.
+    /// Undoes a failed attachment. `before`: attach points that had a program of Palisade before. `foreign`: attach
+    /// points whose pin belongs to an interface of another network namespace. `slot_before`: earlier entry of the
+    /// interface table.
     pub(crate) fn undo(
         &self,
         device: &Device,

@@ -24,7 +24,7 @@ pub enum MapError {
         #[source]
         source: SyscallError,
     },
-    /// Key or value of the map has another size than the type of this program.
+    /// The key or value size of the map differs from the size of the type in this program.
     #[error(
         "{map} map has keys of {key_size} and values of {value_size} bytes, this program wants {want_key} and \
          {want_value}: the BPF object and the daemon are of different versions"

@@ -39,9 +39,9 @@ unsafe impl Sync for Shared {}
 
 impl Shared {
     pub(crate) fn new(raw: &RawMap) -> Result<Self> {
-        // The kernel rounds an element up to 8 bytes.
+        // The kernel rounds the size of an element up to 8 bytes.
         let length = (raw.info.value_size as usize).next_multiple_of(8) * raw.info.max_entries as usize;
-        // SAFETY: a new mapping at an address that the kernel chooses; no memory of this process is replaced.
+        // SAFETY: the kernel chooses the address of the new mapping, so the call replaces no memory of this process.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -68,18 +68,19 @@ impl Shared {
         })
     }
 
-    /// Returns the atomic at a byte offset. Panics if the offset is outside of the map or not aligned.
+    /// Returns the atomic at a byte offset. Panics if the atomic is not inside the map or not aligned.
     pub(crate) fn at<A: Atomic>(&self, offset: usize) -> &A {
         assert!(offset + size_of::<A>() <= self.length && offset.is_multiple_of(align_of::<A>()));
-        // SAFETY: inside the mapping and aligned, since the mapping begins at a page boundary. This process accesses
-        // the memory only through atomics, for which every bit pattern is valid, and the programs write aligned words.
+        // SAFETY: the atomic is inside the mapping and aligned, since the mapping begins at a page boundary. This
+        // process accesses the memory only through atomics, for which every bit pattern is valid, and the programs
+        // write aligned words.
         unsafe { self.base.add(offset).cast::<A>().as_ref() }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this length, and no reference outlives self.
+        // SAFETY: `new` has mapped this address with this length, and no reference into the mapping outlives `self`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
@@ -126,8 +127,8 @@ impl Endpoints {
         })
     }
 
-    /// Stores a state. Policy and revision change by one store, after identity and flags, so a program that reads the
-    /// new policy reads the new identity too.
+    /// Stores a state. Policy and revision change together by one store, after identity and flags: a program that reads
+    /// the new policy and then the identity gets the new identity.
     pub(crate) fn set(&self, endpoint: u16, state: EndpointState) {
         let offset = usize::from(endpoint) * size_of::<EndpointState>();
         self.memory

@@ -1,6 +1,6 @@
 //! Access to the maps: by bytes where key and value sizes are known only at run time, typed everywhere else.
 //!
-//! Sizes are compared once, when a map is opened. The safety of the system calls depends on it.
+//! Key and value sizes are compared once, when a map is opened. The system calls are sound only if these sizes match.
 
 mod error;
 mod mmap;

@@ -44,7 +44,7 @@ impl<V: FromBytes + IntoBytes + Immutable + Copy> PerCpuArray<V> {
         })
     }
 
-    /// Stores `value` for the first CPU and zero for the others. Only for slots that no program writes.
+    /// Stores `value` for the first CPU and zero for the others. Use it only for slots that no program writes.
     pub(crate) fn set(&self, index: u32, value: &V) -> Result<()> {
         let mut bytes = vec![0; self.raw.value_stride];
         bytes[..size_of::<V>()].copy_from_slice(value.as_bytes());

@@ -14,8 +14,8 @@ use crate::sys::{
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// Elements per batch call: enough to make the cost of the system call negligible, few enough to bound the copies and
-/// the time in which the kernel holds a bucket lock.
+/// Elements per batch call: enough to make the cost of the system call negligible, few enough to keep the buffers of
+/// this process small.
 pub(crate) const BATCH: usize = 4096;
 
 /// Map whose key and value sizes are known only at run time.
@@ -24,7 +24,8 @@ pub(crate) struct RawMap {
     pub fd: OwnedFd,
     pub name: String,
     pub info: bpf::MapInfo,
-    /// Size of a value in system calls, bytes: per-CPU maps have one value per possible CPU, each rounded up to 8.
+    /// Size of a value in system calls, bytes. A per-CPU map has one value per possible CPU, each rounded up to 8
+    /// bytes.
     pub value_stride: usize,
     pub(super) batches: AtomicBool,
 }
@@ -79,8 +80,8 @@ impl RawMap {
         flags: u64,
     ) -> std::result::Result<(), SyscallError> {
         debug_assert_eq!((key.len(), value.len()), (self.key_size(), self.value_stride));
-        // Both errors are transient: without preallocation, elements come from a per-CPU cache that is refilled
-        // asynchronously (ENOMEM), and a program on this CPU may hold the bucket lock (EBUSY).
+        // ENOMEM and EBUSY are transient: elements of maps without preallocation come from a per-CPU cache that is
+        // refilled asynchronously, and `htab_lock_bucket` may fail instead of waiting.
         let mut tries = 0;
         loop {
             match bpf::update(self.fd.as_fd(), key, value, flags) {
@@ -93,8 +94,8 @@ impl RawMap {
         }
     }
 
-    /// Writes elements from contiguous keys and values. An error comes with the number of elements that were written
-    /// before it.
+    /// Writes elements from contiguous keys and values. An error has the number of elements that were written before
+    /// it.
     pub(crate) fn update_all(
         &self,
         keys: &[u8],
@@ -169,7 +170,7 @@ impl RawMap {
     /// for this map type.
     fn walk_by_batches(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<bool> {
         let (k, v) = (self.key_size(), self.value_stride);
-        // Batch lookups of hash maps continue at a bucket number (4 bytes), those of other maps at a key.
+        // Batch lookups of hash maps continue at a bucket number (4 bytes), batch lookups of other maps at a key.
         let mut cursor = vec![0_u8; k.max(8)];
         let mut next = vec![0_u8; k.max(8)];
         let mut first = true;

@@ -51,7 +51,8 @@ where
         Ok(found.then_some(value))
     }
 
-    /// Reads and deletes an entry in one step, so that no concurrent update between the two is lost.
+    /// Reads and deletes an entry in one system call. With two calls, an entry that a program inserts between them
+    /// would be deleted unread.
     pub(crate) fn take(&self, key: &K) -> Result<Option<V>> {
         let mut value = V::new_zeroed();
         let found = bpf::lookup_and_delete(self.fd(), key.as_bytes(), value.as_mut_bytes())
@@ -105,7 +106,7 @@ where
 
     pub(crate) fn for_each(&self, mut each: impl FnMut(K, V)) -> Result<()> {
         self.raw.for_each(|key, value| {
-            // Never fails: the sizes were compared when the map was opened.
+            // The conversions never fail: the sizes were compared when the map was opened.
             if let (Ok(key), Ok(value)) = (K::read_from_bytes(key), V::read_from_bytes(value)) {
                 each(key, value);
             }

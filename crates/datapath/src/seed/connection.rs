@@ -40,7 +40,7 @@ pub struct End {
 pub struct Connection {
     /// End that sent the first SYN.
     pub opener: End,
-    /// The other end.
+    /// End that received the first SYN.
     pub responder: End,
     /// State of the connection.
     pub progress: Progress,
@@ -74,8 +74,8 @@ impl Progress {
     }
 }
 
-/// Returns the connection as the opener and, if NAT translates it, as the responder sees it. A tuple is (source,
-/// destination).
+/// Returns the connection as the opener sees it and, if NAT translates it, also as the responder sees it. `original`
+/// and `reply` are (source, destination) of the two directions.
 pub(super) fn both_views(
     progress: Progress,
     original: (End, End),

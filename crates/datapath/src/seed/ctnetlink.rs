@@ -1,5 +1,5 @@
-//! nf_conntrack by ctnetlink, for kernels without `/proc/net/nf_conntrack`. Hand-written: `netlink-packet-route` does
-//! not cover nfnetlink.
+//! Reads nf_conntrack by ctnetlink, for kernels without `/proc/net/nf_conntrack`. Hand-written: `netlink-packet-route`
+//! does not cover nfnetlink.
 
 use palisade_abi::{Addr, protocol};
 

@@ -18,10 +18,10 @@ pub struct LocalEndpoints {
 /// Endpoints for which a table of connections is trusted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Scope {
-    /// Every endpoint of this node, for nf_conntrack of the namespace of the node: it records packets, not claims of a
-    /// workload.
+    /// Every endpoint of this node. For nf_conntrack of the node's namespace, whose entries come from packets that the
+    /// node has processed: a workload cannot write the table.
     Node,
-    /// One endpoint, for the sockets of its own namespace.
+    /// One endpoint. For the tables of its own namespace, which root in the workload can fill with foreign addresses.
     Endpoint(u16),
 }
 
@@ -35,7 +35,7 @@ impl Scope {
 }
 
 /// Returns one conntrack entry for each end of a connection that is an endpoint in the scope of the table. If two
-/// connections have the same key, the first one is used.
+/// connections have the same key, the first connection is used.
 #[must_use]
 pub fn seeds(
     connections: &[(Scope, Connection)],
@@ -54,7 +54,7 @@ pub fn seeds(
             endpoints.addresses.get(&responder.addr),
         );
         if of_opener.is_some() && of_opener == of_responder {
-            // Both ends are the same endpoint, so no interface sees the packets.
+            // Both addresses belong to the same endpoint, so its packets pass no guarded interface.
             continue;
         }
         for (endpoint, other, local, remote, ingress) in [

@@ -1,17 +1,17 @@
-//! Connections that existed before Palisade, from the kernel's own tables. They are seeded into conntrack so that they
-//! continue.
+//! Reads the connections that existed before Palisade from the kernel's own tables. They are seeded into conntrack, so
+//! that they continue.
 //!
 //! | source | contents | opener of a connection |
 //! |---|---|---|
-//! | nf_conntrack (`/proc` or ctnetlink) | what the node sends, receives and forwards, if a firewall or NAT rule has enabled connection tracking | known |
+//! | nf_conntrack (`/proc` or ctnetlink) | connections of packets that the node sends, receives or forwards, if a firewall or NAT rule has enabled connection tracking | known |
 //! | sockets of a network namespace (`inet_diag`) | TCP connections of that namespace | the peer, if a socket listens on the local port; else the local end |
 //!
 //! The sockets of the node's own namespace cover the flows of the node's endpoint. Flows of a workload are found in
-//! nf_conntrack, or in the workload's namespace if the configuration names it ([`connections_of_netns`]). For any
-//! other flow the next packet, whatever its direction, opens a new entry.
+//! nf_conntrack, or in the workload's namespace if the configuration names it ([`connections_of_netns`]). For any other
+//! flow, the next packet of either direction creates a new entry.
 //!
-//! A list of sockets is not trustworthy: root in a workload can create sockets with foreign addresses, or such that
-//! the peer seems to have opened a flow; for UDP any user can do this. Therefore
+//! A list of sockets is not trustworthy: root in a workload can create sockets with foreign addresses, or sockets for
+//! which the peer seems to have opened the flow. For UDP, any user can create the latter. Therefore
 //!
 //! - a table is used only for the endpoints in its [`Scope`]: the sockets of a namespace only for the endpoint of that
 //!   namespace, whatever addresses the sockets have;
@@ -34,8 +34,8 @@ use std::{fs::File, io, os::fd::AsRawFd as _, path::Path};
 pub use connection::{Connection, End, Progress, SeedError};
 pub use entries::{LocalEndpoints, Scope, seeds};
 
-/// Returns the connections of the calling thread's network namespace, that of the node: first those of nf_conntrack,
-/// for every endpoint, then the sockets, for the endpoint `node` only.
+/// Returns the connections in the calling thread's network namespace, which must be that of the node: first the
+/// connections of nf_conntrack, for every endpoint, then the sockets, for the endpoint `node` only.
 ///
 /// # Errors
 /// [`SeedError`] if an existing table cannot be read.
@@ -47,7 +47,7 @@ pub fn connections(node: u16) -> Result<Vec<(Scope, Connection)>, SeedError> {
     Ok(tracked.chain(sockets).collect())
 }
 
-/// Returns the connections of the network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`) of `endpoint`, for that
+/// Returns the connections in the network namespace (`/run/netns/NAME`, `/proc/PID/ns/net`) of `endpoint`, for that
 /// endpoint only.
 ///
 /// # Errors
@@ -58,11 +58,11 @@ pub fn connections_of_netns(path: &Path, endpoint: u16) -> Result<Vec<(Scope, Co
         source,
     };
     let namespace = File::open(path).map_err(failed)?;
-    // A thread of its own enters the namespace and ends there, so this thread need not change back.
+    // A new thread enters the namespace and ends there, so the calling thread never leaves its own namespace.
     let inside = std::thread::Builder::new()
         .name("seed-netns".into())
         .spawn(move || {
-            // SAFETY: no pointers; the descriptor is open.
+            // SAFETY: setns takes no pointers, and the descriptor is open.
             if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -80,7 +80,7 @@ pub fn connections_of_netns(path: &Path, endpoint: u16) -> Result<Vec<(Scope, Co
 }
 
 fn tracked() -> Result<Vec<Connection>, SeedError> {
-    // Not /proc/net, which shows the namespace of the first thread of the process.
+    // /proc/net would show the namespace of the main thread of the process, which need not be that of this thread.
     match std::fs::read_to_string("/proc/thread-self/net/nf_conntrack") {
         Ok(text) => Ok(text
             .lines()

@@ -1,4 +1,4 @@
-//! TCP sockets of a network namespace, by `inet_diag`.
+//! Reads the TCP sockets of a network namespace by `inet_diag`.
 
 use std::collections::HashSet;
 
@@ -51,7 +51,7 @@ pub(super) fn sockets() -> Result<Vec<Connection>, SeedError> {
             )
         });
         match answer {
-            // The kernel has no module tcp_diag.
+            // The kernel does not have the module tcp_diag.
             Err(e) if matches!(e.errno(), libc::ENOENT | libc::EPROTONOSUPPORT | libc::EINVAL) => {}
             other => other?,
         }
@@ -89,7 +89,8 @@ fn parse_socket(payload: &[u8]) -> Option<InetSocket> {
     })
 }
 
-/// Returns the connections of these sockets. The peer is taken for the opener if a socket listens on the local port.
+/// Returns the connections of these sockets. The peer counts as the opener if the socket is in SYN_RECV, or if a socket
+/// listens on the local port.
 fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
     let listeners: HashSet<End> = sockets
         .iter()

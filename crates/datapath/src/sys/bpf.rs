@@ -63,7 +63,7 @@ pub(crate) mod map_type {
 
 /// Update flag: fail with EEXIST if the key exists.
 pub(crate) const BPF_NOEXIST: u64 = 1;
-/// `BPF_F_BEFORE` without a relative program: run before all programs of the hook.
+/// Attach flag of tcx: without a relative program, the new program runs before all others of the hook.
 pub(crate) const BPF_F_BEFORE: u32 = 1 << 3;
 /// Attach flag: native XDP.
 pub(crate) const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
@@ -233,7 +233,7 @@ unsafe fn bpf<A>(command: libc::c_int, attr: &mut A) -> io::Result<libc::c_long>
 /// Calls bpf(2) with a command that returns a new file descriptor.
 ///
 /// # Safety
-/// As for [`bpf`]; the command must be one that returns a new file descriptor.
+/// Every pointer in `attr` must be valid as for [`bpf`], and the command must return a new file descriptor.
 unsafe fn bpf_fd<A>(command: libc::c_int, attr: &mut A) -> io::Result<OwnedFd> {
     // SAFETY: the caller guarantees the pointers in `attr`.
     let fd = unsafe { bpf(command, attr) }?;
@@ -269,7 +269,7 @@ pub(crate) fn map_create(
         numa_node: 0,
         map_name,
     };
-    // SAFETY: no pointers in the attribute; the command returns a descriptor.
+    // SAFETY: the attribute has no pointers, and the command returns a new descriptor.
     unsafe { bpf_fd(cmd::MAP_CREATE, &mut attr) }
         .map_err(|e| SyscallError::new(format!("BPF_MAP_CREATE of {name}, {max_entries} entries"), e))
 }
@@ -297,7 +297,7 @@ pub(crate) fn get_pinned(path: &Path) -> Result<Option<OwnedFd>> {
         bpf_fd: 0,
         file_flags: 0,
     };
-    // SAFETY: the path lives until the call returns; the command returns a descriptor.
+    // SAFETY: the path lives until the call returns, and the command returns a new descriptor.
     match unsafe { bpf_fd(cmd::OBJ_GET, &mut attr) } {
         Ok(fd) => Ok(Some(fd)),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -338,8 +338,8 @@ fn elem(map: BorrowedFd<'_>, key: &[u8], value: u64, flags: u64) -> Elem {
 
 /// Reads one element into `value`. Returns whether the key exists.
 ///
-/// `key` and `value` must have the sizes of the map, for per-CPU maps those of all CPUs together; [`crate::maps`]
-/// checks them.
+/// `key` and `value` must have the key and value size of the map; for per-CPU maps `value` holds the values of all
+/// CPUs. [`crate::maps`] checks the sizes.
 pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
     // SAFETY: both buffers have the map's sizes.
@@ -377,7 +377,7 @@ pub(crate) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> Result<bool> {
     )
 }
 
-/// Writes the key after `key`, or the first one, to `next`. Returns false at the end of the map.
+/// Writes to `next` the key after `key`, or the first key if `key` is `None`. Returns whether there is such a key.
 pub(crate) fn next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> Result<bool> {
     let mut attr = Elem {
         map_fd: raw(map),
@@ -415,11 +415,11 @@ fn batch(command: libc::c_int, call: &str, attr: &mut Batch) -> BatchOutcome {
     // SAFETY: the callers below pass buffers for `count` keys and values.
     let error = unsafe { bpf(command, attr) }.err();
     let done = match error.as_ref().map(|e| e.raw_os_error().unwrap_or(0)) {
-        // A lookup always writes the count. It ends with success, ENOENT at the end of the map, or ENOSPC.
+        // A lookup writes the count if it ends with success, with ENOENT at the end of the map, or with ENOSPC.
         None => attr.count,
         Some(libc::ENOENT | libc::ENOSPC) if command == cmd::MAP_LOOKUP_BATCH => attr.count,
-        // An update or deletion that fails at an element writes the count of the elements before. One that is refused
-        // as a whole writes nothing, so the count is still the requested one.
+        // An update or deletion that fails at an element writes the number of elements before it. A call that the
+        // kernel refuses as a whole writes nothing, so `attr.count` is still the requested count.
         Some(_) if attr.count < asked => attr.count,
         Some(_) => 0,
     };
@@ -460,7 +460,7 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> Batc
 }
 
 /// Reads up to `count` elements from the position `cursor` (`None`: the beginning) and writes the next position to
-/// `next`. At the end of the map the error is ENOENT, and the elements read before it are valid.
+/// `next`. At the end of the map the error is ENOENT, and the elements that the call has read are valid.
 pub(crate) fn lookup_batch(
     map: BorrowedFd<'_>,
     cursor: Option<&[u8]>,
@@ -482,8 +482,8 @@ pub(crate) fn lookup_batch(
     batch(cmd::MAP_LOOKUP_BATCH, "BPF_MAP_LOOKUP_BATCH", &mut attr)
 }
 
-/// Attaches a program to an interface by a link. The program is detached when the last reference to the link,
-/// descriptor or pin, is gone.
+/// Attaches a program to an interface by a link. The kernel detaches the program when the last descriptor and the last
+/// pin of the link are gone.
 pub(crate) fn link_create(
     prog: BorrowedFd<'_>,
     ifindex: u32,
@@ -499,7 +499,7 @@ pub(crate) fn link_create(
         zero: 0,
         expected_revision: 0,
     };
-    // SAFETY: no pointers in the attribute; the command returns a descriptor.
+    // SAFETY: the attribute has no pointers, and the command returns a new descriptor.
     unsafe { bpf_fd(cmd::LINK_CREATE, &mut attr) }.map_err(|e| {
         SyscallError::new(
             format!("BPF_LINK_CREATE of {attach_type:?} at interface {ifindex}"),
@@ -516,7 +516,7 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<
         flags: 0,
         old_prog_fd: 0,
     };
-    // SAFETY: no pointers in the attribute.
+    // SAFETY: the attribute has no pointers.
     unsafe { bpf(cmd::LINK_UPDATE, &mut attr) }.map_err(|e| SyscallError::new("BPF_LINK_UPDATE", e))?;
     Ok(())
 }
@@ -550,7 +550,7 @@ pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32
     // SAFETY: both arrays have `count` elements. A hook has at most 63 programs (BPF_MPROG_MAX is 64).
     match unsafe { bpf(cmd::PROG_QUERY, &mut attr) } {
         Ok(_) => {}
-        // No program was ever attached to the hook.
+        // No program is attached to the hook.
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
         Err(e) => {
             let call = format!("BPF_PROG_QUERY of {attach_type:?} at interface {ifindex}");
@@ -569,10 +569,10 @@ pub(crate) fn has_tcx(ifindex: u32) -> Result<bool> {
     }
 }
 
-/// Returns the name of a program by its id; `None` if the program is gone or the query not permitted.
+/// Returns the name of a program by its id; `None` if the program is gone or the query fails.
 pub(crate) fn program_name(id: u32) -> Option<String> {
     let mut attr = [id, 0, 0];
-    // SAFETY: no pointers in the attribute; the command returns a descriptor.
+    // SAFETY: the attribute has no pointers, and the command returns a new descriptor.
     let prog = unsafe { bpf_fd(cmd::PROG_GET_FD_BY_ID, &mut attr) }.ok()?;
     let info: ProgInfo = object_info(prog.as_fd()).ok()?;
     let end = info.name.iter().position(|&b| b == 0).unwrap_or(info.name.len());

@@ -1,4 +1,4 @@
-//! clsact qdisc and its BPF filters, by rtnetlink: the tc hooks of kernels without tcx.
+//! The clsact qdisc and its BPF filters, by rtnetlink: the tc hooks of kernels without tcx.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -11,7 +11,7 @@ use super::{
 
 type Result<T> = std::result::Result<T, SyscallError>;
 
-/// Lowest priority number: no filter runs before it.
+/// Lowest priority number, so no filter runs before this one.
 pub(crate) const PRIORITY: u16 = 1;
 /// Handle of the filter of Palisade at its priority ("PAL").
 pub(crate) const HANDLE: u32 = 0x50_41_4c;
@@ -29,7 +29,7 @@ const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_ID: u16 = 11;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 
-/// Filter at one of the two hooks.
+/// Filter at the ingress or egress hook.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Filter {
     pub priority: u16,
@@ -74,7 +74,8 @@ fn c_string(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// Returns the kind of the qdisc that holds ingress filters: `clsact`, or `ingress`, which has no egress hook.
+/// Returns the kind of the qdisc that holds the ingress filters of an interface: `clsact`, or `ingress`, which has no
+/// egress hook; `None` if there is no such qdisc.
 pub(crate) fn qdisc(ifindex: u32) -> Result<Option<String>> {
     let mut kind = None;
     Socket::open(libc::NETLINK_ROUTE)?.query(
@@ -103,8 +104,8 @@ pub(crate) fn add_qdisc(ifindex: u32) -> Result<()> {
         .map_err(|error| missing(error, "clsact qdisc", "sch_ingress", "CONFIG_NET_SCH_INGRESS"))
 }
 
-/// Adds the missing feature to an ENOENT error. The kernel returns it for an unknown kind of qdisc or filter, after it
-/// has tried to load the module.
+/// Adds the name of the missing feature to an ENOENT error, which the kernel returns for an unknown kind of qdisc or
+/// filter after it has tried to load the module.
 fn missing(error: SyscallError, feature: &str, module: &str, option: &str) -> SyscallError {
     if error.errno() != libc::ENOENT {
         return error;
@@ -125,7 +126,7 @@ pub(crate) fn delete_qdisc(ifindex: u32) -> Result<()> {
 }
 
 /// Adds the filter of Palisade, or replaces its program. cls_bpf replaces the program under RCU, so every packet meets
-/// the old or the new one.
+/// the old program or the new one.
 pub(crate) fn set_filter(ifindex: u32, direction: Direction, prog: BorrowedFd<'_>, name: &str) -> Result<()> {
     let request = Request::new(libc::RTM_NEWTFILTER, libc::NLM_F_CREATE | libc::NLM_F_REPLACE)
         .fixed(&tcmsg(ifindex, HANDLE, parent(direction), filter_info()))
@@ -168,7 +169,7 @@ pub(crate) fn filters(ifindex: u32, direction: Direction) -> Result<Vec<Filter>>
     }
 }
 
-/// Parses a filter. Returns `None` for the message that stands for the priority itself (handle 0).
+/// Parses a filter. Returns `None` for a message with handle 0, which describes the priority and not a filter.
 fn parse(payload: &[u8]) -> Option<Filter> {
     let handle = u32_at(payload, 8)?;
     let info = u32_at(payload, 16)?;

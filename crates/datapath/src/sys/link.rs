@@ -183,8 +183,8 @@ pub(crate) fn create(node_end: &str, worker_end: &str, queues: u32, mtu: u32) ->
         .map_err(without_veth)
 }
 
-/// Adds the missing feature to an EOPNOTSUPP error. The kernel returns it for an unknown kind of interface, after it
-/// has tried to load the module.
+/// Adds the name of the missing feature to an EOPNOTSUPP error, which the kernel returns for an unknown kind of
+/// interface after it has tried to load the module.
 fn without_veth(error: SyscallError) -> SyscallError {
     if error.errno() != libc::EOPNOTSUPP {
         return error;
@@ -199,8 +199,8 @@ fn without_veth(error: SyscallError) -> SyscallError {
     }
 }
 
-/// Disables IPv6 and ARP, so that no protocol of this machine sends on the punt link. With IPv6, a node that forwards
-/// IPv6 would send multicast listener reports for ff02::2 (RFC 3810) from it.
+/// Disables IPv6 and ARP, so that no protocol of this machine sends on the punt link. With IPv6 enabled, a node that
+/// forwards IPv6 would send multicast listener reports for ff02::2 (RFC 3810) on the link.
 pub(crate) fn set_quiet(end: &Link) -> Result<()> {
     let call = format!("RTM_NEWLINK of interface {}", end.ifindex);
     let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
@@ -216,7 +216,8 @@ pub(crate) fn set_quiet(end: &Link) -> Result<()> {
         Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
         other => other?,
     }
-    // If the file cannot be written (no IPv6, read-only /proc/sys), `palisade_punt_filter` drops what IPv6 sends.
+    // If the file cannot be written (no IPv6, read-only /proc/sys), `palisade_punt_filter` drops the packets that IPv6
+    // sends.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
     let flags = libc::IFF_NOARP as u32;
     socket.execute(
@@ -237,7 +238,7 @@ pub(crate) fn delete(ifindex: u32) -> Result<()> {
     let request = Request::new(libc::RTM_DELLINK, 0).fixed(&ifinfo(ifindex, 0, 0));
     match Socket::open(libc::NETLINK_ROUTE)?.execute(request, &format!("RTM_DELLINK of interface {ifindex}"))
     {
-        // The kernel has deleted it together with its peer.
+        // The kernel has deleted the interface together with the other end of the veth pair.
         Err(e) if e.errno() == libc::ENODEV => Ok(()),
         other => other,
     }

@@ -1,8 +1,8 @@
 //! Netlink requests, answers and sockets. Every length in an answer is checked. A socket belongs to the network
 //! namespace of the thread that opens it.
 //!
-//! Hand-written: `netlink-packet-route` covers only rtnetlink. nftables, ctnetlink, `sock_diag` and generic netlink
-//! need this code anyway, so with the library for links and tc this crate would have two netlink stacks.
+//! Hand-written: the crate `netlink-packet-route` covers only rtnetlink. nftables, ctnetlink, `sock_diag` and generic
+//! netlink need this code anyway; with that crate for links and tc, there would be two netlink stacks.
 
 use std::{
     io,
@@ -98,14 +98,14 @@ pub(crate) fn find(attributes: &[u8], kind: u16) -> Option<&[u8]> {
         .map(|(_, value)| value)
 }
 
-/// Returns two bytes in host order.
+/// Returns two bytes as a number in host byte order.
 pub(crate) fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(
         bytes.get(offset..offset + 2)?.try_into().ok()?,
     ))
 }
 
-/// Returns four bytes in host order.
+/// Returns four bytes as a number in host byte order.
 pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(
         bytes.get(offset..offset + 4)?.try_into().ok()?,
@@ -133,7 +133,7 @@ impl Socket {
                 "socket(AF_NETLINK, protocol {protocol})"
             )));
         }
-        // SAFETY: just opened, and no other value owns it.
+        // SAFETY: `fd` was just opened, and no other value owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let timeout = libc::timeval {
             tv_sec: 10,
@@ -171,12 +171,12 @@ impl Socket {
         self.exchange(request, flags, call, each)
     }
 
-    /// Returns the port id of the socket. In notifications of the kernel it identifies changes by this socket.
+    /// Returns the port id of the socket. The kernel's notifications about changes by this socket carry this id.
     pub(crate) fn port(&self) -> Result<u32> {
         // SAFETY: zero is a valid value of every field.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         let mut length = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: both are valid for writing, and `length` is the size of the address.
+        // SAFETY: `address` and `length` are valid for writing, and `length` is the size of `address`.
         let answer =
             unsafe { libc::getsockname(self.fd.as_raw_fd(), (&raw mut address).cast(), &raw mut length) };
         if answer < 0 {
@@ -187,7 +187,8 @@ impl Socket {
 
     /// Binds the socket to a port id before the first request.
     pub(crate) fn bind(&self) -> Result<()> {
-        // SAFETY: zero is a valid value of every field: port id 0 lets the kernel choose, and no groups.
+        // SAFETY: zero is a valid value of every field. Port id 0 lets the kernel choose the id; group mask 0 joins no
+        // multicast group.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
         let length = size_of_val(&address) as libc::socklen_t;
@@ -199,8 +200,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Sends requests as one nfnetlink transaction and waits for the answer. An error comes with the index of the
-    /// failed request; `None` if it concerns the transaction.
+    /// Sends requests as one nfnetlink transaction and waits for the answer. An error has the index of the failed
+    /// request, or `None` if it concerns the whole transaction.
     pub(crate) fn batch(
         &mut self,
         requests: Vec<Request>,
@@ -210,13 +211,13 @@ impl Socket {
         const BEGIN: u16 = 0x10;
         const END: u16 = 0x11;
         let [high, low] = subsystem.to_be_bytes();
-        // struct nfgenmsg with the subsystem as resource id.
+        // struct nfgenmsg, with the number of the subsystem as resource id.
         let limit = |kind| Request::new(kind, 0).fixed(&[0, 0, high, low]);
         let first = self.sequence + 1;
         let count = requests.len();
         let mut bytes = limit(BEGIN).finish(first);
         for (number, mut request) in requests.into_iter().enumerate() {
-            // NLM_F_ACK on the last request, since only kernels from 6.10 on acknowledge the end of a batch.
+            // The last request has NLM_F_ACK, since only kernels from 6.10 on acknowledge the end of a batch.
             if number + 1 == count {
                 let flags = u16_at(&request.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
                 request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
@@ -265,7 +266,7 @@ impl Socket {
         }
     }
 
-    /// Enlarges the send buffer of the socket, since a transaction must fit into it as a whole.
+    /// Enlarges the send buffer of the socket for a long transaction, which must fit into the buffer as a whole.
     fn make_room(&self, length: usize) -> Result<()> {
         const USUAL: usize = 64 << 10;
         if length <= USUAL {
@@ -334,7 +335,7 @@ impl Socket {
                     continue;
                 }
                 match i32::from(kind) {
-                    // NLMSG_DONE has an error code like NLMSG_ERROR.
+                    // NLMSG_DONE has an error code at the same offset as NLMSG_ERROR.
                     libc::NLMSG_DONE | libc::NLMSG_ERROR => {
                         let code = u32_at(payload, 0).unwrap_or(0) as i32;
                         return if code == 0 {

@@ -33,7 +33,7 @@ const LIST_ELEMENT: u16 = 1;
 const VERDICT_REGISTER: u32 = 0;
 const REGISTER: u32 = 1;
 
-/// Most elements of a set in one message. The length field of a netlink attribute has 16 bits.
+/// Largest number of set elements in one message: the length field of the attribute that lists them has 16 bits.
 const ELEMENTS: usize = 256;
 
 /// Address family of a table (linux/netfilter.h).
@@ -235,8 +235,8 @@ impl Table<'_> {
         messages
     }
 
-    /// Returns requests that create a set of disjoint ranges: the first key of each, and the first key after it;
-    /// `None` if the range has no end.
+    /// Returns requests that create a set of disjoint ranges. Each range is its first key and the first key after it;
+    /// `None` if the range contains the largest key.
     pub(crate) fn ranges(
         self,
         name: &str,
@@ -258,9 +258,9 @@ impl Table<'_> {
         messages
     }
 
-    /// Returns a request that creates a set of up to `size` elements; 0 for no limit.
+    /// Returns a request that creates a set of at most `size` elements; 0: no limit.
     fn new_set(self, name: &str, keys: KeyType, id: u32, flags: u32, size: u32) -> Request {
-        // User data for nft (type, length, value): the byte order in which it prints the keys.
+        // User data for nft (type, length, value): the byte order in which nft prints the keys.
         let mut userdata = vec![0, 4];
         userdata.extend_from_slice(&keys.byte_order().to_ne_bytes());
         let message = self
@@ -398,8 +398,8 @@ fn text(value: &str) -> Vec<u8> {
     bytes
 }
 
-/// Returns a number in big-endian order, which nf_tables uses for all numbers but those that are compared with a
-/// register.
+/// Returns a number in network byte order, which nf_tables uses for all numbers except data that is compared or
+/// combined with a register.
 const fn word(value: u32) -> [u8; 4] {
     value.to_be_bytes()
 }
