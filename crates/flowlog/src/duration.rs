@@ -1,8 +1,8 @@
 //! Parser and formatter of durations such as `500ms`, `10s`, `1h30m` and `1.5h`. Configuration, flow filters and
 //! command line share this grammar.
 //!
-//! Hand-written: `jiff` and `humantime` also accept spaces, signs, weeks and unit names such as `minutes`, and their
-//! error texts contain no example.
+//! The parser is hand-written: the crates `jiff` and `humantime` also accept spaces, signs, weeks and unit names such
+//! as `minutes`, and their error texts contain no example.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const UNITS: [(&str, u64); 5] = [
     ("ms", 1_000_000),
 ];
 
-/// Number of decimal places that are evaluated. Their product with the ns of a day fits in 128 bits.
+/// Largest number of decimal places that are evaluated: 10^18 times the nanoseconds of a day fits in 128 bits.
 const FRACTION_DIGITS: usize = 18;
 
 /// Error for a text that is not a duration.
@@ -70,7 +70,7 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
     Ok(Duration::new(seconds, (total % 1_000_000_000) as u32))
 }
 
-/// Returns the decimal places `digits` of a unit of `ns`, in ns.
+/// Returns the fraction 0.`digits` of a unit that has `ns` nanoseconds, ns.
 fn part(digits: &str, ns: u64) -> u128 {
     let mut numerator: u128 = 0;
     let mut denominator: u128 = 1;
@@ -94,7 +94,7 @@ pub fn format(duration: Duration) -> String {
     let mut written = 0;
     for (unit, ns) in UNITS {
         let count = rest / u128::from(ns);
-        // Milliseconds are negligible beside a larger unit.
+        // Milliseconds are negligible next to a larger unit.
         if count > 0 && !(unit == "ms" && written > 0) && written < 2 {
             text += &format!("{count}{unit}");
             written += 1;

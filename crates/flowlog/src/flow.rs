@@ -1,6 +1,6 @@
 //! The flow record. Names, enumerations and their numbers are those of the public flow API (`flow.proto`) in its JSON
 //! form: proto field names, no fields with default values, 64-bit integers as strings. Fields that the API does not
-//! have are under `palisade`.
+//! have are in the object `palisade`.
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
@@ -113,7 +113,7 @@ pub enum TracePoint {
 }
 
 impl TracePoint {
-    /// Returns the number for an event's `sub_type`, where Hubble uses 0 for `TO_ENDPOINT`.
+    /// Returns the number for the `sub_type` of an event. Hubble uses 0 for `TO_ENDPOINT` there.
     #[must_use]
     pub const fn sub_type(self) -> i32 {
         match self {
@@ -344,7 +344,7 @@ pub struct Extra {
     /// EtherType of a frame that is not IP.
     #[serde(skip_serializing_if = "is_default")]
     pub ether_type: u16,
-    /// Length from the network header on, bytes.
+    /// Length of the packet from the network header to the end, bytes.
     #[serde(skip_serializing_if = "is_default")]
     pub length: u32,
     /// Whether the packet is a fragment without a transport header.
@@ -546,12 +546,12 @@ impl Layer4 {
     }
 }
 
-/// Flags byte of a TCP header (RFC 9293, section 3.1). Not `bitflags`: Hubble lists the flags in another order than that
-/// of the bits, and as a JSON object.
+/// Flags byte of a TCP header (RFC 9293, section 3.1). The crate `bitflags` does not fit: Hubble lists the flags in an
+/// order other than that of the bits, and as a JSON object.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct TcpFlags(pub u8);
 
-/// Flag bits and names, in the order of Hubble.
+/// Flag bits and names, in the order in which Hubble lists them.
 const TCP_FLAG_NAMES: [(u8, &str); 8] = [
     (0x02, "SYN"),
     (0x10, "ACK"),
@@ -772,7 +772,7 @@ pub struct Policy {
     /// Labels of the policy itself.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub labels: Arc<[Arc<str>]>,
-    /// Revision of the policies with which it decided.
+    /// Revision of the policies at the time of the decision.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub revision: u64,
     /// Kind of resource, such as `CiliumNetworkPolicy` or `NetworkPolicy`.

@@ -220,7 +220,8 @@ impl Printer {
     }
 }
 
-/// Returns the word after the two ends: a trace point, the text of a drop reason, or the verdict with its origin.
+/// Returns the text between the ends and the verdict: a trace point, a drop reason, the kind of match and direction of
+/// a policy verdict, or the kind of an application message.
 fn type_text(flow: &Flow) -> String {
     match flow.event_type {
         EventType {
@@ -282,7 +283,7 @@ fn match_text(number: u32) -> String {
     known.map_or_else(|| format!("unknown ({number})"), |text| (*text).into())
 }
 
-/// Returns the deciding policy and rule as the end of a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
+/// Returns the deciding policy and rule, for the end of a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
 fn why(flow: &Flow) -> Option<String> {
     let rule = flow.palisade.rule.as_ref()?;
     let unknown = || format!("rule {}", rule.id);
@@ -399,8 +400,8 @@ pub fn monitor(flow: &Flow) -> String {
 }
 
 impl Flow {
-    /// Returns whether the endpoint whose policy decided sent the packet: an original packet of its egress, or a reply
-    /// of its ingress.
+    /// Returns whether the endpoint whose policy decided is the source of the packet: an original packet of an egress
+    /// connection, or a reply of an ingress connection.
     fn source_is_local(&self) -> bool {
         let egress = self.traffic_direction == TrafficDirection::Egress;
         egress != (self.is_reply == Some(true))

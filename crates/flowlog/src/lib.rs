@@ -2,8 +2,8 @@
 //! filters, text and JSON.
 //!
 //! The crate does no I/O and reads no clock. The daemon implements [`FlowResolver`], makes flows with
-//! [`Flow::from_event`] and keeps them in a [`Ring`]. The ring makes flows of inspectors' records
-//! ([`Flow::from_record`]) only when they are read. A reader uses a [`Cursor`], [`Filters`] (made from flags by
+//! [`Flow::from_event`] and keeps them in a [`Ring`]. The ring stores records of inspectors, and makes their flows
+//! ([`Flow::from_record`]) only when a reader needs them. A reader uses a [`Cursor`], [`Filters`] (made from flags by
 //! [`FilterBuilder`]) and a [`format::Format`].
 //!
 //! Depends on `palisade-abi` (events) and `palisade-inspect` (records). Start at [`Flow`].

@@ -1,5 +1,5 @@
 //! Sorting of flows by time. Events of the programs and records of the workers reach the ring by different threads, so
-//! a flow can arrive some milliseconds after a later one that it caused.
+//! a flow can arrive some milliseconds after a later flow that it caused.
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -44,7 +44,7 @@ impl Ord for Waiting {
     }
 }
 
-/// Queue that delays each flow for a time and returns the oldest first.
+/// Queue that delays each flow for a time and returns the oldest flow first.
 pub struct Ordered {
     waiting: BinaryHeap<Reverse<Waiting>>,
     window: Duration,
@@ -53,8 +53,8 @@ pub struct Ordered {
 }
 
 impl Ordered {
-    /// Returns a queue that delays flows for `window`. If it has more than `most` flows, the oldest one is due at
-    /// once.
+    /// Returns a queue that delays flows for `window`. While the queue has more than `most` flows, the oldest flow is
+    /// due at once.
     #[must_use]
     pub const fn new(window: Duration, most: usize) -> Self {
         Self {
@@ -75,8 +75,8 @@ impl Ordered {
         }));
     }
 
-    /// Returns the oldest flow if its delay has passed. The delay counts from the arrival, so a wall clock that was
-    /// set back does not extend it.
+    /// Returns the oldest flow if its delay has passed. The delay counts from the arrival, so the delay is not longer
+    /// if the wall clock is set back.
     pub fn due(&mut self, now: Instant) -> Option<Arc<Flow>> {
         let Reverse(oldest) = self.waiting.peek()?;
         let is_due = self.waiting.len() > self.most || now.duration_since(oldest.came) >= self.window;

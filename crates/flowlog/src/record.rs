@@ -31,7 +31,7 @@ impl Flow {
         let drop_reason = DropReason(if dropped { record.reason as u8 } else { 0 });
         let (source, source_port) = record.source;
         let (destination, destination_port) = record.destination;
-        // The connection is ingress of the endpoint if a request arrives at it or a response leaves it.
+        // The connection is ingress of the endpoint if a request arrives at the endpoint or a response leaves it.
         let ingress = record.ingress != record.reply;
         let own = names.endpoint(record.endpoint);
         let (own_source, own_destination) = if record.ingress { (None, own) } else { (own, None) };
@@ -120,7 +120,7 @@ impl Flow {
     }
 }
 
-/// Application message in the fields and words of the flow API.
+/// Parts of a flow record that describe the application message, in the terms of the flow API.
 #[derive(Default)]
 struct Read {
     dns: Option<Dns>,

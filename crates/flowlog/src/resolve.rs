@@ -39,8 +39,8 @@ pub struct RuleInfo {
     pub default_deny: bool,
 }
 
-/// Resolves the numbers in an event. Called for every event, so implementations should return clones of shared strings
-/// instead of new ones.
+/// Resolves the numbers in an event. The methods are called for every event, so implementations should return clones of
+/// shared strings instead of new strings.
 pub trait FlowResolver {
     /// Returns the name of this node.
     fn node(&self) -> Arc<str>;
@@ -50,8 +50,8 @@ pub trait FlowResolver {
     fn endpoint(&self, id: u16) -> Option<Owner>;
     /// Returns the owner of exactly this address.
     fn address(&self, address: IpAddr) -> Option<Owner>;
-    /// Returns a rule by its number. Rules that were replaced recently should still be found, since events arrive
-    /// later than policy changes.
+    /// Returns a rule by its number. A rule that was replaced recently should still be found, since its last events may
+    /// arrive after the policy change.
     fn rule(&self, id: u32) -> Option<RuleInfo>;
     /// Returns the name of an interface.
     fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
@@ -64,7 +64,7 @@ pub trait FlowResolver {
 impl Flow {
     /// Returns the flow record of an event.
     ///
-    /// `clock_offset`: difference between the time since 1970 and the monotonic clock of the event, ns.
+    /// `clock_offset`: wall-clock time since 1970 minus the monotonic time of the event's clock, ns.
     #[must_use]
     pub fn from_event(event: &Event, names: &(impl FlowResolver + ?Sized), clock_offset: i64) -> Self {
         let flag = |bit| event.flags & bit != 0;
@@ -179,7 +179,7 @@ impl Flow {
         flow
     }
 
-    /// Stores the policies that decided in the field of their direction and verdict.
+    /// Stores the deciding policies in the field for the direction of the connection and the verdict.
     pub(crate) fn decided_by(&mut self, policies: Arc<[Policy]>, denied: bool) {
         let egress = self.traffic_direction == TrafficDirection::Egress;
         let list = match (egress, denied) {
@@ -191,8 +191,8 @@ impl Flow {
         *list = policies;
     }
 
-    /// Adds the names for which the endpoint has resolved the address of the peer. `from_endpoint`: the endpoint sent
-    /// the packet.
+    /// Adds the names for which the endpoint has resolved the address of the peer. `from_endpoint`: whether the
+    /// endpoint sent the packet.
     pub(crate) fn name_remote_end(
         &mut self,
         names: &(impl FlowResolver + ?Sized),
@@ -240,7 +240,7 @@ pub(crate) fn end(
         .or_else(|| is_ip.then(|| names.address(address.into())).flatten())
         .unwrap_or_default();
     // The identity that the program looked up is shown even if the address has another owner by now. If the program
-    // looked up none, only the endpoint of the interface is certain.
+    // looked up no identity, only the endpoint of the interface is certain.
     let identity = match seen_identity {
         0 if by_endpoint => owner.identity,
         seen => seen,
@@ -263,7 +263,7 @@ fn layer4(event: &Event) -> Option<Layer4> {
         return None;
     }
     let (source_port, destination_port) = (event.source_port, event.destination_port);
-    // Type and code are a byte each.
+    // For ICMP, the port fields of an event are type and code, one byte each.
     let (kind, code) = (source_port as u8, destination_port as u8);
     Some(match event.protocol {
         protocol::TCP => Layer4::Tcp {
@@ -321,7 +321,7 @@ fn summary(flow: &Flow) -> String {
 }
 
 fn ether_type_text(number: u16) -> String {
-    // IEEE 802 numbers, IANA.
+    // IANA registry "IEEE 802 Numbers".
     match number {
         0x0806 => "ARP".into(),
         0x8100 | 0x88a8 => "VLAN".into(),

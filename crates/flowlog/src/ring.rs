@@ -1,10 +1,10 @@
 //! Ring of the most recent flows, with one writer at a time and any number of readers.
 //!
 //! Every flow has a number. The flow with number *n* is in slot *n mod capacity* until flow *n + capacity* overwrites
-//! it; a late reader gets the number of flows that it missed. A slot is locked only to copy or replace one pointer,
-//! not while a flow is filtered, formatted or sent, so a slow reader does not delay the writer.
+//! it; a reader that is late gets the number of flows that it missed. A slot is locked only to copy or replace one
+//! pointer, not while a flow is filtered, formatted or sent, so a slow reader does not delay the writer.
 //!
-//! Hand-written, since a broadcast channel can neither be read from a time on nor backwards.
+//! The ring is hand-written, since readers of a broadcast channel can neither begin at a given time nor read backwards.
 //!
 //! Inspectors may produce many more records than are ever read. The ring stores the records, and makes a flow with its
 //! texts only when a reader needs it ([`Ring::push_record`]).
@@ -69,7 +69,7 @@ struct Slot {
 /// Bounded ring of flows.
 pub struct Ring {
     slots: Box<[Mutex<Slot>]>,
-    /// Number of the next flow; all flows before it are in their slots or overwritten.
+    /// Number of the next flow. All flows with lower numbers are in their slots or overwritten.
     next: AtomicU64,
     /// Serializes writers.
     writing: Mutex<()>,
@@ -94,7 +94,7 @@ pub struct Cursor {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A poisoned lock protects consistent data: no code under these locks panics halfway through a change.
+    // A poisoned lock is used all the same: no code under these locks leaves data half changed if it panics.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -142,13 +142,13 @@ impl Ring {
         self.seen() == 0
     }
 
-    /// Adds a flow; a full ring overwrites the oldest one. Returns the number of the new flow.
+    /// Adds a flow; a full ring overwrites the oldest flow. Returns the number of the new flow.
     pub fn push(&self, flow: Flow) -> u64 {
         self.put(Entry::Flow(Arc::new(flow)))
     }
 
-    /// Adds a record of an inspector. The flow is made at the first read, with the names that `names` returns then, or
-    /// in [`Ring::settle`] before these names change. Returns the number of the flow.
+    /// Adds a record of an inspector. The flow is made at the first read, with the names that `names` returns at that
+    /// time, or earlier by [`Ring::settle`]. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
         self.put(Entry::Record(Arc::new(Deferred {
             record: *record,
@@ -158,8 +158,8 @@ impl Ring {
         })))
     }
 
-    /// Makes the flow of each record before `until` that was not read yet, and releases its resolver. To be called
-    /// when the daemon is idle, and before names change.
+    /// Replaces each record that is older than `until` by its flow, and so releases the resolver of the record. The
+    /// daemon calls this when it is idle, and before names change.
     pub fn settle(&self, until: Timestamp) {
         for slot in &self.slots {
             let (number, entry) = {
@@ -190,8 +190,8 @@ impl Ring {
         self.next.store(number + 1, Ordering::SeqCst);
         drop(turn);
         drop(before); // frees the old flow with no lock held
-        // A reader increments `sleepers` before it checks `next` for the last time. So either the reader sees this
-        // flow, or this load sees the reader.
+        // A reader increments `sleepers` before it checks `next` for the last time. So either the reader sees the new
+        // flow, or this load sees that the reader sleeps.
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&self.sleep));
             self.awake.notify_all();
@@ -224,7 +224,7 @@ impl Ring {
         cursor
     }
 
-    /// Returns the last `count` flows that pass the filters, oldest first, and a cursor after the newest flow.
+    /// Returns the last `count` flows that pass the filters, the oldest first, and a cursor after the newest flow.
     #[must_use]
     pub fn last(self: &Arc<Self>, count: usize, filters: &Filters) -> (Vec<Arc<Flow>>, Cursor) {
         let end = self.seen();
@@ -268,7 +268,7 @@ impl Ring {
 }
 
 impl Cursor {
-    /// Returns the next flow or the number of lost ones; `None` if there is no newer flow.
+    /// Returns the next flow, or the number of flows that this reader has lost; `None` if there is no newer flow.
     pub fn read(&mut self) -> Option<Next> {
         loop {
             let end = self.ring.seen();
@@ -289,7 +289,7 @@ impl Cursor {
         }
     }
 
-    /// Waits for a flow after the cursor, at most for `timeout`. Returns whether there is one.
+    /// Waits for a flow after the cursor, at most for `timeout`. Returns whether there is such a flow.
     pub fn wait(&self, timeout: Duration) -> bool {
         let ready = |ring: &Ring| ring.seen() > self.at;
         if ready(&self.ring) {

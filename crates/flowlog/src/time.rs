@@ -17,7 +17,7 @@ impl Timestamp {
     /// Latest representable time.
     pub const MAX: Self = Self(i64::MAX);
 
-    /// Returns the time that lies `time` earlier; saturates.
+    /// Returns the timestamp `time` before this one; saturates.
     #[must_use]
     pub fn before(self, time: std::time::Duration) -> Self {
         Self(
@@ -43,7 +43,8 @@ impl Timestamp {
     }
 
     fn calendar(self) -> jiff::Timestamp {
-        // The default is never used: the range of jiff, years -9999 to 9999, contains every i64 of nanoseconds.
+        // The default is never used: the range of `jiff`, years -9999 to 9999, contains every number of nanoseconds in
+        // an `i64`.
         jiff::Timestamp::from_nanosecond(self.0.into()).unwrap_or_default()
     }
 }

@@ -1,4 +1,4 @@
-//! The flags of which filters are made, with their help.
+//! The command-line flags of which filters are made, with their help texts.
 
 /// A flag of `palisade observe` that adds to the filters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -186,8 +186,8 @@ impl Requirement {
         }
     }
 
-    /// Returns the value of a label that has this key; empty if the label has no value. The first colon separates
-    /// source and key; a key may contain more colons.
+    /// Returns the value of a label if the label has the source and key of this requirement; an empty text if the label
+    /// has no value. The first colon separates source and key; a key may contain more colons.
     fn value_of<'a>(&self, label: &'a str) -> Option<&'a str> {
         let (name, value) = label.split_once('=').unwrap_or((label, ""));
         let (source, key) = name.split_once(':').unwrap_or(("", name));

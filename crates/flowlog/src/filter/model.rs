@@ -17,7 +17,7 @@ pub(super) struct Sided<T> {
     pub(super) source: Vec<T>,
     /// Values for the destination.
     pub(super) destination: Vec<T>,
-    /// Values of which one must match the source or the destination.
+    /// Values, one of which must match the source or the destination.
     pub(super) either: Vec<T>,
 }
 
@@ -157,12 +157,12 @@ pub(super) struct PortRange {
     pub(super) last: u16,
 }
 
-/// Endpoints with a common beginning of their names.
+/// Number, or beginning of the name, by which a flag selects endpoints.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) struct EndpointName {
-    /// Number of an endpoint of this node, if the name was a number.
+    /// Number of an endpoint of this node, if the value of the flag is a number.
     pub(super) id: Option<u32>,
-    /// Namespace, if the value had one.
+    /// Namespace, if the value of the flag has one.
     pub(super) namespace: Option<String>,
     /// Beginning of the name; empty for all endpoints of the namespace.
     pub(super) prefix: String,
@@ -201,9 +201,9 @@ pub(super) enum Test {
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Filters {
-    /// Filters of which one must match, unless the list is empty.
+    /// Filters, one of which must match unless the list is empty.
     pub whitelist: Vec<FlowFilter>,
-    /// Filters of which none may match.
+    /// Filters, none of which may match.
     pub blacklist: Vec<FlowFilter>,
     /// Earliest time.
     pub since: Option<Timestamp>,

@@ -32,7 +32,7 @@ pub enum FilterError {
         flag: String,
         /// Value as given.
         value: String,
-        /// What is wrong, and a valid example.
+        /// Description of the problem, with a valid example.
         problem: ValueError,
     },
     /// No such flag.
@@ -41,12 +41,13 @@ pub enum FilterError {
     /// `--not` is not followed by a filter.
     #[error("--not must stand before the filter that it reverses; there is none after it")]
     DanglingNot,
-    /// `--not` stands before `--since` or `--until`.
+    /// `--not` precedes `--since` or `--until`.
     #[error("--not cannot reverse --{0}: use --since for a beginning and --until for an end")]
     NotReversible(String),
 }
 
-/// What is wrong with a value, and a valid example. A text instead of variants, since only a user reads it.
+/// Description of the problem with a value, with a valid example. It is a text and not an enum, since only users read
+/// it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ValueError(Cow<'static, str>);
@@ -97,11 +98,11 @@ impl FilterBuilder {
         }
     }
 
-    /// Adds a flag, one of [`FLAGS`], with its value. A value may be a list with commas, except for flags whose single
-    /// values can contain commas: selectors, regular expressions and header fields.
+    /// Adds a flag, one of [`FLAGS`], with its value. A value may be a comma-separated list, except for flags whose
+    /// single values can contain commas: selectors, regular expressions and header fields.
     ///
     /// # Errors
-    /// [`FilterError`]: the flag is unknown, its value is invalid, or `--not` cannot stand before it.
+    /// [`FilterError`] if the flag is unknown, its value is invalid, or the flag cannot follow `--not`.
     pub fn flag(&mut self, flag: &str, value: &str) -> std::result::Result<(), FilterError> {
         let bad = |problem: ValueError| FilterError::Value {
             flag: flag.into(),
@@ -398,7 +399,7 @@ fn one_of<T: Into<String>>(names: impl Iterator<Item = T>) -> ValueError {
     format!("none of {}", names.join(", ")).into()
 }
 
-/// Parses RFC 3339, a date, or a duration, which is subtracted from `now`.
+/// Parses a time in RFC 3339, a date, or a duration, which is subtracted from `now`.
 fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp> {
     let relative = || duration::parse(text).map(|ago| now.before(ago));
     text.parse().or_else(|_| relative()).map_err(|_| {
@@ -407,11 +408,11 @@ fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp> {
 }
 
 impl LabelSelector {
-    /// Parses a list, with commas, of `app=web`, `app==web`, `app!=web`, `app in (a, b)`, `app notin (a, b)`, `app` and
-    /// `!app`. Each key may have a source: `k8s:app`.
+    /// Parses a comma-separated list of `app=web`, `app==web`, `app!=web`, `app in (a, b)`, `app notin (a, b)`, `app`
+    /// and `!app`. Each key may have a source: `k8s:app`.
     ///
     /// # Errors
-    /// [`ValueError`] with the part of the syntax that is violated.
+    /// [`ValueError`] if the text does not follow this syntax.
     pub fn parse(text: &str) -> Result<Self> {
         let parts = split_outside_parentheses(text)?;
         parts
@@ -504,6 +505,5 @@ impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
     }
 }
 
-/// Size limit of a compiled pattern, bytes. Every client of the control socket can send a pattern, and the daemon
-/// compiles it.
+/// Size limit of a compiled pattern, bytes: the daemon compiles the patterns of every client of the control socket.
 const PATTERN_SIZE: usize = 1 << 20;
