@@ -1,5 +1,5 @@
-//! Baseline programs of the benchmark: the minimum cost of a verdict. Only the object that `bench/` loads has them;
-//! they are never attached.
+//! Baseline programs of the benchmark: the minimum cost of a verdict. Only the object that `bench/` loads contains
+//! these programs; they are never attached.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::macros::{classifier, xdp};

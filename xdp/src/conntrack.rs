@@ -164,7 +164,7 @@ fn live(entry: Option<Entry>, now: u64) -> Option<Entry> {
     }
 }
 
-/// Returns whether a packet with the direction `ingress` is in the reply direction of the flow.
+/// Returns whether a packet is in the reply direction of the flow. `ingress`: the packet goes to the endpoint.
 #[inline(always)]
 pub fn is_reply(entry: Entry, ingress: bool) -> bool {
     (entry.flags() & ct_flags::INGRESS != 0) != ingress

@@ -52,8 +52,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
                         return pkt.set(Reason::UnrelatedIcmp);
                     }
                     // The worker compares the quoted sequence number with the segments in flight, and must learn that a
-                    // segment it generated is too big. An error about a DNS datagram quotes nothing but its UDP header,
-                    // in which the worker has nothing to check.
+                    // segment it generated is too big. After `cut`, an error about a DNS datagram quotes only the UDP
+                    // header, in which the worker has nothing to check.
                     if pkt.key.protocol == protocol::TCP {
                         punt::request_punt_of_flow(ctx, pkt, entry);
                     }
@@ -387,9 +387,9 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
 /// without inspection, and whose opposite direction is inspected or denied by a deny rule. A default deny of the
 /// opposite direction does not count, because it applies to the packets of every client.
 ///
-/// Inspected: TCP in mid-stream becomes a flow of the opposite direction; the inspector has not seen the start of the
-/// connection and resets both ends. A SYN+ACK, a reset, UDP and SCTP are dropped. Denied: TCP is dropped, UDP and SCTP
-/// pass.
+/// If the opposite direction is inspected, TCP in mid-stream becomes a flow of that direction: the inspector has not
+/// seen the start of the connection and resets both ends. A SYN+ACK, a reset, UDP and SCTP are dropped. If the opposite
+/// direction is denied, TCP is dropped; UDP and SCTP pass.
 #[inline(never)]
 fn reverse_flow(pkt: &mut PacketContext, ingress: u32) -> u32 {
     let packet = &pkt.headers;
@@ -639,7 +639,8 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     }
     // If the rules are the same, the decisions of the inspector stay valid.
     if old_ruleset != 0 && pkt.ruleset == 0 && !pkt.is_dropped() {
-        // Inspection ends here. The new serial makes a later inspection of the flow start from scratch.
+        // The flow is no longer inspected. With a new serial, a later inspection of the flow starts without the old
+        // state.
         entry.set_serial(entry.serial().wrapping_add(1));
     }
     entry.set_ruleset(pkt.ruleset);
@@ -663,7 +664,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
 /// so that its stack is free again before the lookup.
 #[inline(never)]
 fn read_quote<H: Hook>(ctx: H, pkt: &PacketContext, quote: &mut Quote) -> u32 {
-    // ICMP errors are rare, so the headers are pulled without trying first.
+    // ICMP errors are rare, so the headers are pulled without an attempt to decode them first.
     ctx.pull_headers();
     u32::from(decode_quote(&ctx.bytes(true), &pkt.headers, quote).is_err())
 }

@@ -66,7 +66,7 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
         return;
     };
     let packet = &pkt.headers;
-    // The packet path looks up the peer's identity only; the endpoint's own is in its state.
+    // The packet path looks up only the peer's identity; the endpoint's identity is in its `EndpointState`.
     let own_identity = match ENDPOINTS.get(pkt.endpoint & 0xffff) {
         Some(state) => state.identity,
         None => 0,

@@ -11,7 +11,7 @@ use crate::share;
 /// name different next headers.
 const IPV6_FRAGMENT: u32 = 44;
 
-/// Returns the key of a fragment's datagram, which contains interface and hook.
+/// Returns the key of a fragment's datagram. The key contains interface and hook.
 #[inline(always)]
 fn key(pkt: &PacketContext) -> FragmentKey {
     let packet = &pkt.headers;

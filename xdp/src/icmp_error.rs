@@ -1,9 +1,10 @@
 //! ICMP errors about inspected flows.
 //!
-//! The sender of an error chooses what it quotes, so an error could carry data past the inspector: up to 576 bytes, or
-//! 1,280 over IPv6. [`cut`] truncates it to the quote that RFC 792 requires, the network header and eight bytes. These
-//! eight bytes are the ports, which are compared with the flow, and for TCP the sequence number, for UDP length and
-//! checksum. Path MTU discovery needs no more. The worker compares the TCP sequence number (`inspect::tcp::quote`).
+//! The sender of an error chooses the quoted bytes, so an error could carry data past the inspector: up to 576 bytes,
+//! or 1,280 over IPv6. [`cut`] truncates the error to the quote that RFC 792 requires, the network header and eight
+//! bytes. These eight bytes are the ports, which are compared with the flow, and for TCP the sequence number, for UDP
+//! length and checksum. Path MTU discovery needs no more. The worker compares the TCP sequence number
+//! (`inspect::tcp::quote`).
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
 use palisade_abi::protocol;
@@ -43,7 +44,8 @@ pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
     let transport = u32::from(pkt.headers.transport_offset);
     let ipv6 = pkt.headers.is(flags::IPV6);
     let quoted_header = if ipv6 { 40 } else { 20 };
-    // IPv4: the word with the length of the quoted header. IPv6: the word with its next header.
+    // IPv4: the word with the length of the quoted header. IPv6: the word with the next-header field of the quoted
+    // header.
     let mut word = [0_u32; 1];
     if !ctx.load(transport + HEADER + if ipv6 { 4 } else { 0 }, &mut word) {
         return 1;

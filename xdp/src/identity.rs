@@ -1,4 +1,5 @@
-//! Identity of an address: exact ipcache entry, learned address, longest prefix, world. Routing table lookups.
+//! Lookup of the identity of an address: exact ipcache entry, learned address, longest prefix, world. Also lookups in
+//! the routing table.
 
 use aya_ebpf::bindings::bpf_fib_lookup;
 use aya_ebpf::btf_maps::lpm_trie::Key;
@@ -58,7 +59,7 @@ fn exact_word(addr: &Addr) -> u64 {
     exact_here(addr).0
 }
 
-/// Inlined form of [`exact`], for callers whose stack has room for the key.
+/// Returns the exact ipcache entry of an address: [`exact`] inlined, for callers whose stack has room for the key.
 #[inline(always)]
 pub fn exact_here(addr: &Addr) -> IpcacheHit {
     // The key is a copy on the stack, because the verifier of Linux 6.1 rejects a map key in the memory of a global
@@ -127,7 +128,7 @@ const AF_INET6: u8 = 10;
 pub const NOWHERE: u32 = u32::MAX;
 
 /// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). An IPv4 address of 169.254.0.0/16
-/// does not count as one: Linux accepts packets to such an address of the node on every link.
+/// is not treated as link-local: Linux accepts packets to such an address of the node on every link.
 #[inline(always)]
 pub fn is_link_local(addr: &Addr) -> bool {
     addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
@@ -136,8 +137,8 @@ pub fn is_link_local(addr: &Addr) -> bool {
 /// Returns whether the kernel would forward the packet rather than deliver it locally. Multicast and broadcast count as
 /// local delivery.
 ///
-/// The function asks the routing table, which has an address of the node from the moment it is added; the ipcache has
-/// it only once the daemon knows it. An unclear result counts as local delivery.
+/// The function asks the routing table, which contains a new address of the node at once; the ipcache contains the
+/// address only after the daemon has seen it. An unclear result counts as local delivery.
 #[inline(always)]
 pub fn is_forwarded<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     route(ctx, pkt) != 0

@@ -34,8 +34,8 @@ const BY_POLICY: u32 = Reason::Allowed as u32;
 const PASS: u32 = Reason::LinkControl as u32;
 const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 
-/// Gives the verdict on a frame that is not IP, an IGMP or an ICMPv6 message if link control decides it. The reason
-/// stays 0 if the policy decides.
+/// Gives the verdict on a frame that is not IP, or on an IGMP or ICMPv6 message, if link control decides about it. The
+/// reason stays 0 if the policy decides.
 #[inline(always)]
 pub fn check<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     let packet = &pkt.headers;
@@ -104,7 +104,7 @@ fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
 
 /// Returns the reason for a frame that is not IP. ARP passes; on a NIC also the link-local control group
 /// 01:80:C2:00:00:0x (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the
-/// configuration. Any other frame passes only if no policy enforces the direction.
+/// configuration. Any other frame passes only if no policy enforces the direction, or in audit mode.
 #[inline(always)]
 fn not_ip<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     if pkt.layer3 == 0 {
@@ -202,10 +202,10 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
 /// Returns whether a message may name `addr` as the address of its sender.
 ///
 /// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any
-/// address that no workload has; the node's own pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862,
-/// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP);
-/// otherwise an address that no endpoint has, or a workload's if the message entered by a workload's interface, where
-/// it was checked.
+/// address that no workload has; the node's own addresses pass, so that the kernel sees address conflicts (RFC 5227;
+/// RFC 4862, section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy
+/// ARP); otherwise an address that no endpoint has, or a workload's if the message entered by a workload's interface,
+/// where it was checked.
 #[inline(always)]
 fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();

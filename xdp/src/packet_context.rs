@@ -85,7 +85,8 @@ pub struct PacketContext {
     pub entry_flags: u8,
     /// Number of policies that request a punt.
     pub punt_requests: u8,
-    /// Whether one of these policies needs this packet: it lies in no offload window.
+    /// Whether a policy that requests a punt needs this packet: the packet lies outside the offload windows of its
+    /// flow.
     pub must_punt: bool,
     /// Not 0: the endpoint's policy selects peers by DNS name, so learned addresses are looked up.
     pub learns: u8,
@@ -93,7 +94,7 @@ pub struct PacketContext {
     pub punt_flags: u8,
     /// [`opposite`]: result of the lookup of the same flow in the opposite direction.
     pub opposite: u8,
-    /// The packet creates a flow of which it is in the reply direction.
+    /// Whether the packet creates a flow and is in the reply direction of that flow.
     pub reversed: bool,
 }
 

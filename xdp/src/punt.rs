@@ -171,7 +171,8 @@ pub fn only_punted(ctx: Skb) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Redirects a punted frame at the workers' end of the punt link to the AF_XDP socket of its queue. Drops other frames.
+/// Redirects a punted frame at the workers' end of the punt link to the AF_XDP socket of the receive queue. Drops other
+/// frames.
 #[inline(always)]
 pub fn to_worker(ctx: Xdp) -> u32 {
     let bytes = ctx.bytes(false);

@@ -144,7 +144,8 @@ fn apply_command(command: &FlowCommand) -> u32 {
     if entry.ruleset() != command.ruleset || u32::from(entry.punt_flags()) != command.punt_flags {
         return 0;
     }
-    // A worker sends WINDOWS and OFFLOAD only after data of the connection, so the handshake is complete.
+    // A worker sends WINDOWS and OFFLOAD only after it has received data of the connection, so the handshake is
+    // complete.
     conntrack::opened(entry);
     // `decided` is a hash of the connection and its rules: if another CPU changes the entry now, the command has no
     // effect.

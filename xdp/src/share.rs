@@ -137,15 +137,15 @@ fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
         return None;
     }
     // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key. If another
-    // CPU writes the key at the same time, an entry found by it has another time of creation.
+    // CPU writes the key at the same time, an entry found by that key has another time of creation.
     let entry = CONNTRACK.get_ptr_mut(unsafe { &(*slot).key })?;
     // SAFETY: `entry` points to a map value that the running program has just looked up.
     let entry = unsafe { Entry::new(entry) }?;
     (entry.created() == created && entry.protected() == 0).then_some(entry)
 }
 
-/// Protects a flow that both ends use (`settled`), or ends its protection. If the budget is used up, protecting has no
-/// effect.
+/// Protects a flow that both ends use (`settled`), or ends its protection. If the budget is used up, the flow stays
+/// unprotected.
 #[inline(never)]
 pub fn set_protected(key: &CtKey, entry: Entry, settled: u32) -> u32 {
     if settled != 0 {

@@ -99,8 +99,8 @@ macro_rules! global_functions {
             }
             #[inline(always)]
             fn send(self, pkt: &PacketContext, what: u32, flow: *mut CtEntry) {
-                // The budget is checked before the call: in a flood it suppresses nearly every event, and the call
-                // would cost the most.
+                // The budget is checked before the call: in a flood the budget suppresses nearly every event, and the
+                // call would be the main cost.
                 if event::may_send(pkt, what) {
                     $send(self.0, pkt, what, flow);
                 }

@@ -183,7 +183,7 @@ pub const SHARE_WAYS: u32 = 4;
 pub struct FlowSlot {
     /// Key of the flow. Endpoint 0: the slot is free.
     pub key: CtKey,
-    /// [`CtEntry::created`] of the flow: distinguishes it from a later flow with the same key.
+    /// [`CtEntry::created`] of the flow, which distinguishes the flow from a later one with the same key.
     pub created: u64,
 }
 
@@ -195,7 +195,7 @@ pub struct FragmentSlot {
     pub key: FragmentKey,
     /// Zero.
     pub zero: u32,
-    /// [`FragmentPorts::expires`] of the datagram: distinguishes it from a later datagram with the same key.
+    /// [`FragmentPorts::expires`] of the datagram, which distinguishes the datagram from a later one with the same key.
     pub expires: u64,
 }
 

@@ -10,7 +10,7 @@ use crate::reason::REASONS;
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum EventKind {
-    /// A policy allowed or denied the first packet of a flow, or its first packet under a new policy.
+    /// A policy allowed or denied the first packet of a flow, or the flow's first packet under a new policy.
     PolicyVerdict = 0,
     /// A packet was dropped.
     Drop = 1,

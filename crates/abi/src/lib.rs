@@ -116,7 +116,8 @@ pub mod maps {
     pub const BUDGETS: &str = "BUDGETS";
     /// `PERCPU_ARRAY[1]` [`crate::Clock`].
     pub const CLOCK: &str = "CLOCK";
-    /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]; and [`crate::counter_slot`].
+    /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]. The last slots are those of
+    /// [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
     /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; a rule whose number exceeds the array counts at 0.
     pub const RULES: &str = "RULES";

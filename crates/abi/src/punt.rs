@@ -49,7 +49,8 @@ pub struct PuntRequest {
     pub remote_identity: u32,
     /// The endpoint's revision.
     pub revision: u32,
-    /// [`crate::CtEntry::serial`]: distinguishes a connection from the next one with the same addresses and ports.
+    /// [`crate::CtEntry::serial`], which distinguishes a connection from the next one with the same addresses and
+    /// ports.
     pub serial: u32,
     /// The endpoint whose policy requests inspection; 0: no request.
     pub endpoint: u16,
@@ -63,7 +64,8 @@ pub struct PuntRequest {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PuntHeader {
-    /// [`crate::Config::cookie`], which only programs and workers know: distinguishes punted packets from other frames.
+    /// [`crate::Config::cookie`], which only programs and workers know. The cookie distinguishes punted packets from
+    /// other frames.
     pub cookie: u64,
     /// Index of the interface where the packet was punted.
     pub ifindex: u32,
@@ -93,8 +95,9 @@ pub mod reinject_path {
 
 /// Flags of a [`ReinjectTrailer`].
 pub mod reinject_flags {
-    /// Set `skb->mark` to [`crate::Config::mark`], so that the tc program of that direction at the interface lets the
-    /// packet pass. This flag is not set if the ingress hook is XDP, because no tc program would remove the mark.
+    /// The program sets `skb->mark` to [`crate::Config::mark`], so that the tc program of that direction at the
+    /// interface lets the packet pass. This flag is not set if the ingress hook is XDP, because no tc program would
+    /// remove the mark.
     pub const MARK: u8 = 1;
     /// A [`super::FlowCommand`] precedes the trailer.
     pub const COMMAND: u8 = 2;
@@ -120,11 +123,12 @@ pub struct ReinjectTrailer {
 
 /// Operations of a [`FlowCommand`].
 pub mod flow_op {
-    /// Set the offload windows: sequence numbers inside them need no inspection.
+    /// Sets the offload windows: sequence numbers inside them need no inspection.
     pub const WINDOWS: u32 = 0;
-    /// Offload the flow: neither direction needs inspection any more. The windows are ignored.
+    /// Offloads the flow: neither direction needs inspection any more. The windows are ignored.
     pub const OFFLOAD: u32 = 1;
-    /// The connection is over: the inspector has verified its close or reset, or has reset it.
+    /// The connection is over: the inspector has verified the close or reset of the connection, or has reset the
+    /// connection.
     pub const CLOSE: u32 = 2;
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;

@@ -64,7 +64,7 @@ reasons! {
     /// IPv6 extension headers that are not accepted: too many or too long, out of order, of an unknown routing type, or
     /// a routing header with segments left.
     InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
-    /// A later fragment whose first fragment was not seen, and no rule allows all ports.
+    /// A later fragment whose first fragment was not seen, while no rule allows all ports.
     FragmentNotFound = 175, "First logical datagram fragment not found";
     /// A deny rule matches.
     PolicyDeniedByDenylist = 181, "Policy denied by denylist";

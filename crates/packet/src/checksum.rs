@@ -33,8 +33,8 @@ impl Sum {
 
     /// Returns the sum of a transport's pseudo header (RFC 768; RFC 9293, section 3.1; RFC 8200, section 8.1).
     ///
-    /// For IPv4-mapped addresses it is the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in ones'
-    /// complement.
+    /// For IPv4-mapped addresses the result is the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in
+    /// ones' complement.
     #[must_use]
     pub fn pseudo(source: Addr, destination: Addr, protocol: u8, length: usize) -> Self {
         Self::default()

@@ -127,8 +127,8 @@ pub(crate) fn decode_v6<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet) -> Re
     transport::decode(bytes, packet)
 }
 
-/// Returns the length of the packet by its header's length field. A super-frame of more than 65,535 bytes (BIG TCP) has
-/// 0 in the field, and its length is the frame's.
+/// Returns the length of the packet according to the length field of its header. A super-frame of more than 65,535
+/// bytes (BIG TCP) has 0 in the field, and the packet fills the frame.
 #[inline(always)]
 fn stated_length(stated: u32, available: u32) -> u32 {
     if stated == 0 && available > 65_535 {

@@ -39,7 +39,7 @@ use bytes::take;
 pub enum Start {
     /// An Ethernet header.
     Ethernet {
-        /// Number of VLAN tags in `skb->vlan_tci` instead of the frame: 0 or 1.
+        /// Number of VLAN tags that are in `skb->vlan_tci` and not in the frame: 0 or 1.
         tags_removed: u32,
     },
     /// A network header.

@@ -88,7 +88,7 @@ pub trait Hook: Copy {
     /// Returns the index of the interface by which the packet entered the node; 0 if this machine generated the packet.
     /// The result is meaningful only at tc egress.
     fn entered_by(self) -> u32;
-    /// Returns the number of VLAN tags in `skb->vlan_tci` instead of the frame.
+    /// Returns the number of VLAN tags that are in `skb->vlan_tci` and not in the frame: 0 or 1.
     fn tags_removed(self) -> u32;
     /// Makes the headers readable (tc), or compares the full length of the frame with its readable part (XDP). Returns
     /// whether decoding the frame again can give another result.

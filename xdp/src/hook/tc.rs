@@ -103,7 +103,7 @@ impl Hook for Skb {
     fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32 {
         const LENGTH: u32 = size_of::<PuntHeader>() as u32;
         // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `header`
-        // is a map value of `LENGTH` bytes that only this CPU uses.
+        // points to a map value of `LENGTH` bytes that only this CPU uses.
         unsafe {
             let skb = self.0;
             // A super-frame (GSO) is segmented when veth transmits it to the punt link.
