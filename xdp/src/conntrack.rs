@@ -319,7 +319,7 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
         entry.set_reply_tcp(tcp_flags::SYN | tcp_flags::ACK);
         entry.set_flags(entry.flags() & !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED));
         entry.set_expires(now() + config.tcp_opening);
-        // A half-open connection counts as a new flow.
+        // A half-open connection is not protected, like any new flow.
         unprotect(key, entry);
     }
 }

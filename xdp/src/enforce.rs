@@ -65,8 +65,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
             return;
         }
     }
-    // Step 4: conntrack. The key contains the endpoint's address, and the first packet of the flow has passed step 3,
-    // so a packet of a known flow needs no step 3.
+    // Step 4: conntrack. The key contains the endpoint's address, so an entry exists only for an address that is valid
+    // at this endpoint. A packet of a known flow needs no step 3.
     if pkt.stateful {
         let ingress = pkt.is_ingress();
         conntrack::write_key(&mut pkt.key, pkt.endpoint, ingress, conntrack::ends(&pkt.headers));
@@ -607,7 +607,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
         } else if pkt.opposite == opposite::INSPECTED {
             pkt.clear_decision();
             lookup_direction(pkt, known.into(), ingress ^ 1);
-            // The flow counts in the share of its direction, which changes.
+            // The flow counts in the share of its direction, and the direction changes below.
             conntrack::unprotect(&pkt.key, entry);
             flow_flags = (flow_flags ^ ct_flags::INGRESS) | ct_flags::MIDSTREAM;
         } else {
@@ -629,7 +629,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     entry.set_remote_identity(pkt.remote_identity);
     let old_ruleset = entry.ruleset();
     if old_ruleset != pkt.ruleset || entry.punt_flags() != pkt.punt_flags {
-        // Windows and offload were decided by other rules.
+        // The windows and the offload decision belong to the old rules.
         entry.set_windows([0; 4]);
         entry.set_decided(0);
         entry.set_over(0);

@@ -144,8 +144,7 @@ fn apply_command(command: &FlowCommand) -> u32 {
     if entry.ruleset() != command.ruleset || u32::from(entry.punt_flags()) != command.punt_flags {
         return 0;
     }
-    // A worker sends WINDOWS and OFFLOAD only after it has received data of the connection, so the handshake is
-    // complete.
+    // WINDOWS and OFFLOAD imply OPENED: a worker sends these commands only for an open connection.
     conntrack::opened(entry);
     // `decided` is a hash of the connection and its rules: if another CPU changes the entry now, the command has no
     // effect.
