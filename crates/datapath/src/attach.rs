@@ -49,7 +49,7 @@ impl Datapath {
         let dir = self.link_dir(ifindex);
         let before = attached_points(&dir, &device)?;
         // `attached_points` has removed the pins of links whose interface is gone. A remaining pin without a program at
-        // this interface therefore belongs to an interface of another network namespace.
+        // this interface is taken for that of an interface in another network namespace.
         let foreign: Vec<AttachPoint> = AttachPoint::ALL
             .into_iter()
             .filter(|point| dir.join(point.file()).exists() && !before.contains(point))

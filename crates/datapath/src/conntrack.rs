@@ -84,7 +84,7 @@ impl Datapath {
 }
 
 impl Conntrack<'_> {
-    /// Returns all entries, expired ones included, in no order.
+    /// Returns all entries, expired ones included, in no particular order.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -144,7 +144,7 @@ impl Conntrack<'_> {
         Ok(sweep)
     }
 
-    /// Adds seeded flows whose keys have no entry yet. Returns how many were added.
+    /// Adds seeded flows whose keys have no entry yet. Returns the number of added flows.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be written.

@@ -79,7 +79,7 @@ impl Datapath {
         })
     }
 
-    /// Returns the entries of all policy tables, in no order.
+    /// Returns the entries of all policy tables, in no particular order.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -87,7 +87,7 @@ impl Datapath {
         self.policy.entries()
     }
 
-    /// Returns the ipcache entries of full-length addresses, in no order.
+    /// Returns the ipcache entries of full-length addresses, in no particular order.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -95,7 +95,7 @@ impl Datapath {
         self.ipcache.entries()
     }
 
-    /// Returns the ipcache entries of prefixes, in no order.
+    /// Returns the ipcache entries of prefixes, in no particular order.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.

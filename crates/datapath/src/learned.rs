@@ -5,7 +5,7 @@ use palisade_abi::{Identity, LearnedKey};
 use crate::{Datapath, MapError};
 
 impl Datapath {
-    /// Returns the learned addresses, in no order.
+    /// Returns the learned addresses, in no particular order.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -13,7 +13,7 @@ impl Datapath {
         self.learned.entries()
     }
 
-    /// Adds or replaces learned addresses. All of them are in the map when this returns.
+    /// Adds or replaces learned addresses. All of them are in the map when the function returns.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be written; some of the addresses may be in it then.

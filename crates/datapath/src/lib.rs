@@ -3,7 +3,7 @@
 //! ```text
 //! <pin_dir>/v1/POLICY, CONNTRACK, ...      maps, of one version of palisade_abi
 //! <pin_dir>/links/<ifindex>/xdp, ...       links of the programs at an interface
-//! nftables: table inet <name>              rules for packets that no program sees
+//! nftables: table inet <name>              rules for packets that escape the programs
 //! ```
 //!
 //! Attached programs stay attached when the process ends or crashes. A later [`Datapath::open`] opens the pinned maps,

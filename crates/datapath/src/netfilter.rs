@@ -56,7 +56,7 @@ const OWN_V6: &str = "own6";
 /// Contents of the table.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Rules {
-    /// Indexes of the interfaces with programs, and of those stacked on them (bridges, VRFs, VLANs).
+    /// Indexes of the interfaces with programs, and of the interfaces that are stacked on them (bridges, VRFs, VLANs).
     pub enforced: BTreeSet<u32>,
     /// Interfaces of `enforced` that belong to workloads or are stacked on such an interface.
     pub workloads: BTreeSet<u32>,
@@ -547,8 +547,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             OWN_V6,
         ),
     ] {
-        // The programs look up routes without the mark. They have evaluated such a packet as a forwarded one, but
-        // TPROXY or routing by mark delivers it to the node.
+        // The programs look up routes without the mark. To them, a packet that TPROXY or routing by mark delivers to
+        // the node was a forwarded packet.
         let mut expressions = vec![
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),
@@ -579,7 +579,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     ] {
         let expressions = vec![
             // The rule is only for the original direction: IPS_DST_NAT is a property of the connection, so replies to a
-            // connection of the node that DNAT changes have it, too.
+            // connection that the node has opened and DNAT has changed match it, too.
             Load(Connection::Direction),
             Compare(Comparison::Equal, vec![0]),
             Load(Connection::Status),
@@ -617,8 +617,8 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
 /// programs, the programs check the output interface (`xdp/src/link.rs`), so such a packet costs one lookup here.
 fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, NotIn, Transport};
-    // Accepts neighbour solicitations and advertisements with hop limit 255, which no router has forwarded (RFC 4861,
-    // section 7.1). Without this rule, the first packets of a new interface would wait a second for the next
+    // These rules accept neighbour solicitations and advertisements with hop limit 255, which no router has forwarded
+    // (RFC 4861, section 7.1). Without the rules, the first packets of a new interface would wait a second for the next
     // solicitation. ARP packets do not pass these hooks.
     let discovery = |index: Meta, own: bool| {
         let mut expressions = vec![

@@ -89,8 +89,8 @@ impl Datapath {
                 History::Found => fresh = false,
                 History::Resized(old) => {
                     fresh = false;
-                    // The slot maps are not reported: their sizes follow from the sizes of CONNTRACK and FRAGMENTS,
-                    // which are.
+                    // The slot maps are not reported, since their sizes follow from the sizes of CONNTRACK and
+                    // FRAGMENTS.
                     if !matches!(name.as_str(), names::FLOW_SLOTS | names::FRAGMENT_SLOTS) {
                         resized.push(name.clone());
                     }
@@ -211,7 +211,7 @@ impl Datapath {
 }
 
 /// Raises RLIMIT_MEMLOCK: kernels before 5.11 charge the memory of maps to it, and its default is 64 kB. An error is
-/// ignored, since the creation of a map then fails.
+/// ignored: if the limit is too low, the creation of a map reports it.
 fn lift_memlock() {
     let limit = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
@@ -241,8 +241,8 @@ enum History {
 impl Wanted {
     fn new(name: &str, definition: &aya_obj::Map, limits: &Limits) -> Self {
         let map_type = definition.map_type();
-        // A ring buffer has no keys or values: the kernel requires zero for both sizes, whatever the definition in the
-        // object has.
+        // A ring buffer has no keys or values: the kernel requires zero for both sizes, whatever sizes its definition
+        // in the object has.
         let sized = map_type != map_type::RINGBUF;
         Self {
             name: name.to_owned(),

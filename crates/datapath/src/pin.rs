@@ -118,8 +118,8 @@ pub(crate) fn links_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join("links")
 }
 
-/// Returns the link that is pinned at a path, if it is attached to the interface. Unpins a link that is not, since its
-/// interface is gone or it was detached.
+/// Returns the link that is pinned at a path, if it is attached to the interface. Unpins a link that is not attached to
+/// the interface: the interface is gone, or the link was detached.
 pub(crate) fn pinned_link(
     path: &Path,
     ifindex: u32,

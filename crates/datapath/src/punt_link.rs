@@ -298,8 +298,9 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // The punt link may be in another network namespace, and an interface of this one may have the same index. Such
-        // an interface is not an end of the punt link if it still has an XDP program after `link_detach`.
+        // The punt link may be in another network namespace, and an interface in the namespace of this thread may have
+        // the same index. Such an interface is not an end of the punt link if it still has an XDP program after
+        // `link_detach`.
         if file == XDP_PIN
             && let Some(device) = find_device(info.ifindex)?
             && device.xdp.is_none()

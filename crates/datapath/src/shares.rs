@@ -37,7 +37,7 @@ pub fn share_slot(endpoint: u16, direction: usize) -> u32 {
     u32::from(endpoint) * 2 + direction as u32
 }
 
-/// Returns the shares of these endpoints and, at 0, the pool, by index in SHARES.
+/// Returns the shares of these endpoints by index in SHARES; index 0 is the pool.
 ///
 /// Half of CONNTRACK is for flows that are not protected. The other half, less the entries that the kernel keeps free,
 /// is for protected flows: one half of these entries is guaranteed to the shares in equal parts, the other half is the

@@ -139,8 +139,8 @@ pub enum IpVersion {
     V6 = 2,
 }
 
-/// Number of a drop reason; 0 if the packet was not dropped. In JSON it is the name in the API, or the number if the
-/// API has no name for it, as protobuf writes unknown enumeration values.
+/// Number of a drop reason; 0 if the packet was not dropped. In JSON, a drop reason is its name in the API, or its
+/// number if the API has no name for it, as protobuf writes unknown enumeration values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct DropReason(pub u8);
 
@@ -171,7 +171,7 @@ impl DropReason {
             .map(|(_, name)| *name)
     }
 
-    /// Returns the text of the reason, or the number if it is unknown.
+    /// Returns the text of the reason, or its number if the reason is unknown.
     #[must_use]
     pub fn text(self) -> Cow<'static, str> {
         match Reason::from_u8(self.0) {
@@ -772,7 +772,7 @@ pub struct Policy {
     /// Labels of the policy itself.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub labels: Arc<[Arc<str>]>,
-    /// Revision of the policies at the time of the decision.
+    /// Revision of the policies at the time of the decision; Palisade does not set this field.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub revision: u64,
     /// Kind of resource, such as `CiliumNetworkPolicy` or `NetworkPolicy`.

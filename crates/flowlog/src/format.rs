@@ -308,7 +308,7 @@ pub fn json(flow: &Flow) -> String {
         node_name: flow.node_name.to_string(),
         time: flow.time,
     };
-    // Never fails: serde_json fails only for I/O errors and for map keys that are not strings.
+    // The conversion never fails: serde_json fails only for I/O errors and for map keys that are not strings.
     let mut line = serde_json::to_string(&response).unwrap_or_default();
     line.push('\n');
     line

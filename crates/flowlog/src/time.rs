@@ -49,7 +49,8 @@ impl Timestamp {
     }
 }
 
-/// RFC 3339 with 0, 3, 6 or 9 digits of a second, as the JSON mapping of protobuf timestamps requires.
+/// Formats a time by RFC 3339, with 0, 3, 6 or 9 decimal places of a second, as the JSON mapping of protobuf timestamps
+/// requires.
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = match self.0 {
@@ -62,7 +63,7 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// Parses RFC 3339 (`2026-04-28T01:04:16.5+02:00`), or a date alone, which means its midnight in UTC.
+/// Parses a time in RFC 3339 (`2026-04-28T01:04:16.5+02:00`), or a date alone, which stands for 00:00 UTC of that day.
 impl FromStr for Timestamp {
     type Err = ParseTimeError;
 

@@ -51,7 +51,7 @@ impl RawMap {
         self.info.key_size as usize
     }
 
-    /// Adds the name of the map to an error. E2BIG and ENOSPC become [`MapError::Full`].
+    /// Adds the name of the map to an error. E2BIG and ENOSPC become [`MapError::Full`], except for arrays.
     pub(crate) fn error(&self, source: SyscallError) -> MapError {
         // A full hash map returns E2BIG, a full LPM trie ENOSPC. An array returns E2BIG for an index beyond its end.
         if matches!(source.errno(), libc::E2BIG | libc::ENOSPC) && self.info.map_type != map_type::ARRAY {

@@ -18,10 +18,11 @@ pub struct LocalEndpoints {
 /// Endpoints for which a table of connections is trusted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Scope {
-    /// Every endpoint of this node. For nf_conntrack of the node's namespace, whose entries come from packets that the
-    /// node has processed: a workload cannot write the table.
+    /// Every endpoint of this node. This is the scope of nf_conntrack in the node's namespace: its entries come from
+    /// packets that the node has processed, and a workload cannot write them.
     Node,
-    /// One endpoint. For the tables of its own namespace, which root in the workload can fill with foreign addresses.
+    /// One endpoint. This is the scope of the tables in the endpoint's namespace, which root in the workload can fill
+    /// with foreign addresses.
     Endpoint(u16),
 }
 
@@ -54,7 +55,7 @@ pub fn seeds(
             endpoints.addresses.get(&responder.addr),
         );
         if of_opener.is_some() && of_opener == of_responder {
-            // Both addresses belong to the same endpoint, so its packets pass no guarded interface.
+            // Both addresses belong to the same endpoint, so the packets of the connection pass no guarded interface.
             continue;
         }
         for (endpoint, other, local, remote, ingress) in [

@@ -6,8 +6,8 @@ use palisade_abi::protocol;
 
 use super::connection::{Connection, End, Progress, both_views};
 
-/// Parses one line of `/proc/net/nf_conntrack`. Returns the connection as the opener and, if NAT translates it, as the
-/// responder sees it.
+/// Parses one line of `/proc/net/nf_conntrack`. Returns the connection as the opener sees it and, if NAT translates it,
+/// also as the responder sees it.
 pub(super) fn parse_tracked(line: &str) -> Option<[Option<Connection>; 2]> {
     let mut words = line.split_ascii_whitespace().skip(3);
     let protocol: u8 = words.next()?.parse().ok()?;

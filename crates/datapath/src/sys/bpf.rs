@@ -349,7 +349,7 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Resul
     )
 }
 
-/// Reads and deletes one element in one step. Returns whether the key existed.
+/// Reads and deletes one element in one system call. Returns whether the key existed.
 pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
     // SAFETY: both buffers have the map's sizes.

@@ -34,7 +34,7 @@ impl SyscallError {
         }
     }
 
-    /// Returns the error number, 0 if the error is not one of the kernel.
+    /// Returns the error number; 0 if the error does not come from the kernel.
     #[must_use]
     pub fn errno(&self) -> i32 {
         self.io_error.raw_os_error().unwrap_or(0)

@@ -46,7 +46,7 @@ pub enum FilterError {
     NotReversible(String),
 }
 
-/// Description of the problem with a value, with a valid example. It is a text and not an enum, since only users read
+/// Description of the problem with a value, and a valid example. It is a text and not an enum, since only users read
 /// it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
