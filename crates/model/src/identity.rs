@@ -8,8 +8,8 @@ use crate::{
     rule::Label,
 };
 
-/// Returns whether the labels are of a combined learned identity: of several `toFQDNs` selectors, or of one selector
-/// on a prefix that a policy names. One selector on the world is not combined.
+/// Returns whether the labels belong to a combined learned identity: they hold several `fqdn` labels, or one `fqdn`
+/// label and the label of a prefix. The identity of one `toFQDNs` selector on the world is not combined.
 #[must_use]
 pub fn is_combined(labels: &Labels) -> bool {
     let names = labels.iter().filter(|label| label.source == "fqdn").count();
@@ -30,7 +30,8 @@ pub fn cidr_label(prefix: IpNet) -> Label {
     }
 }
 
-/// Returns the prefix of a `cidr` label; `None` for other labels. IPv6 may have dashes for colons (`2001-db8--0/32`).
+/// Returns the prefix of a `cidr` label; `None` for other labels. In an IPv6 prefix, dashes may replace the colons
+/// (`2001-db8--0/32`).
 #[must_use]
 pub fn cidr_of(label: &Label) -> Option<IpNet> {
     if label.source != "cidr" {
@@ -43,7 +44,8 @@ pub fn cidr_of(label: &Label) -> Option<IpNet> {
         .ok()
 }
 
-/// Returns the labels of an address that only a prefix of a policy identifies: the world and the prefix.
+/// Returns the labels of an address that only a prefix of a policy identifies: the label of the world and the label of
+/// the prefix. A prefix of length 0 has only the label of the world.
 #[must_use]
 pub fn prefix_labels(prefix: IpNet, options: &Options) -> Labels {
     let v6 = matches!(prefix, IpNet::V6(_));

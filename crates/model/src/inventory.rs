@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::labels::{Labels, reserved};
 
-/// When traffic of an endpoint is denied by default.
+/// Conditions under which traffic of an endpoint is denied by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Enforcement {
     /// In each direction for which a policy that selects the endpoint has rules.
@@ -90,8 +90,7 @@ pub struct Peer {
     pub labels: Labels,
     /// Named ports of the peer.
     pub named_ports: NamedPorts,
-    /// Prefixes of the peer; a single address is a full-length prefix. Empty in case files, where a peer may be known
-    /// by name only.
+    /// Prefixes of the peer; a single address is a full-length prefix. Empty if a peer of a case file has only a name.
     pub prefixes: Vec<IpNet>,
 }
 

@@ -98,7 +98,7 @@ pub fn reserved(key: &str) -> Label {
     }
 }
 
-/// Parses `source:key=value`. The default source is `k8s`, the default value is empty.
+/// Parses `source:key=value`. The default source is `k8s`, the default value is empty. `$key` means `reserved:key`.
 ///
 /// Only a colon before the first `=` ends the source; a value may contain colons.
 #[must_use]

@@ -1,9 +1,9 @@
 //! Identities of addresses that endpoints learned by name.
 //!
-//! Every `toFQDNs` selector has a number. An address that an endpoint learned through some selectors has the labels
-//! that it would have anyway (those of the world, or of the longest prefix that a policy names) and one label for each
-//! of the selectors. Each such label set has an identity, with rows in the tables of the endpoints that use all of
-//! these selectors.
+//! Every `toFQDNs` selector has a number. The label set of a learned address consists of the labels that the address
+//! has without learned names (those of the world, or of the longest prefix that a policy names) and of one label for
+//! each selector that matches a learned name. Each such label set has an identity, with entries in the policy tables of
+//! the endpoints that use all of these selectors.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -21,7 +21,7 @@ pub type SelectorNumber = u32;
 /// The selectors that the egress rules of an endpoint use, by number.
 pub type SelectorList = Arc<[(SelectorNumber, FqdnPattern)]>;
 
-/// What determines the identity of a learned address.
+/// Key of the identity of a learned address: the identity without names, and the matching selectors.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LearnedSet {
     /// Identity of the address without learned names.
@@ -30,8 +30,8 @@ pub struct LearnedSet {
     pub selectors: Arc<[SelectorNumber]>,
 }
 
-/// Returns whether learned names can change an identity. Addresses of endpoints, of the node and of labelled peers
-/// keep their identity, whatever names resolve to them.
+/// Returns whether learned names can change the identity of an address. Addresses of endpoints, of the node and of
+/// labelled peers keep their identity, whatever names resolve to them.
 #[must_use]
 pub const fn learnable(base: Identity) -> bool {
     matches!(
@@ -43,7 +43,7 @@ pub const fn learnable(base: Identity) -> bool {
 /// Identities of learned sets: by base, then by selectors.
 pub type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
 
-/// The data to find the identity of a learned address. Cloning is cheap, so another thread can have a copy. It belongs
+/// Data to find the identity of a learned address. Cloning is cheap, so other threads can have copies. The data belongs
 /// to one [`Snapshot`](crate::snapshot::Snapshot).
 #[derive(Clone, Debug, Default)]
 pub struct LearnedIdentities {
@@ -85,15 +85,15 @@ impl LearnedIdentities {
     }
 
     /// Returns the identity of an address that was learned through these selectors (ascending). `None` if the
-    /// combination has no identity yet; [`Self::set`] returns what to request from the compiler.
+    /// combination has no identity yet; [`Self::set`] returns the set to request from the compiler.
     ///
-    /// Selectors that no rule uses are ignored. An address whose identity names cannot change keeps its identity.
+    /// Selectors that no rule uses are ignored. Learned names do not change an identity that is not [`learnable`].
     #[must_use]
     pub fn identity(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<Identity> {
         self.identity_on(self.base(address), selectors)
     }
 
-    /// Returns the same as [`Self::identity`] for an IPv4 address of the world.
+    /// Returns the result of [`Self::identity`] for an IPv4 address of the world.
     #[must_use]
     pub fn identity_in_world(&self, selectors: &[SelectorNumber]) -> Option<Identity> {
         self.identity_on(self.worlds[0], selectors)
@@ -117,13 +117,13 @@ impl LearnedIdentities {
         })
     }
 
-    /// Returns the learned set of an address; `None` if names cannot change its identity.
+    /// Returns the learned set of an address; `None` if learned names do not change its identity.
     #[must_use]
     pub fn set(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
         self.set_on(self.base(address), selectors)
     }
 
-    /// Returns the same as [`Self::set`] for an IPv4 address of the world.
+    /// Returns the result of [`Self::set`] for an IPv4 address of the world.
     #[must_use]
     pub fn set_in_world(&self, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
         self.set_on(self.worlds[0], selectors)

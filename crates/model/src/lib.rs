@@ -4,7 +4,7 @@
 //! the compiler, and [`op`] the writes that carry a snapshot to the BPF maps. [`request`] describes one request of an
 //! application protocol, for case files and `policy trace`.
 //!
-//! Depends on `palisade-abi`. The crate has neither a parser nor the compiler, so a protocol parser or the datapath
+//! The crate depends on `palisade-abi`. It has neither a parser nor the compiler, so a protocol parser or the datapath
 //! can be built and tested without them. `palisade-policy` reads, compiles and plans.
 //!
 //! ```

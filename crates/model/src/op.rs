@@ -1,4 +1,4 @@
-//! The operations of a plan. Each writes to one BPF map.
+//! The operations of a plan. Each operation writes to one BPF map.
 
 use palisade_abi::{
     Addr, Class, EndpointState, Identity, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey, PrefixKey,
@@ -12,7 +12,7 @@ pub enum Op {
     PolicyPut(Vec<(PolicyKey, PolicyEntry)>),
     /// Removes entries of the policy table. A missing entry is not an error.
     PolicyDelete(Vec<PolicyKey>),
-    /// Stores the class of slots ([`palisade_abi::class_slot`]).
+    /// Stores the port class of each slot ([`palisade_abi::class_slot`]).
     ClassPut(Vec<(u32, Class)>),
     /// Adds or replaces a full-length address.
     AddressPut(Addr, IpcacheEntry),

@@ -1,4 +1,4 @@
-//! Requests as case files and command lines describe them, and the trait by which an inspector judges one.
+//! Requests that case files and command lines describe, and the trait by which an inspector decides them.
 
 use std::sync::Arc;
 
@@ -85,7 +85,7 @@ pub enum GetBodies {
     /// Denied, unless the rule that allows the request names `Content-Length` or `Transfer-Encoding`.
     #[default]
     Refuse,
-    /// Judged like requests of other methods.
+    /// Decided like requests of other methods.
     Allow,
 }
 
@@ -98,24 +98,24 @@ pub struct HttpOptions {
     pub get_bodies: GetBodies,
 }
 
-/// Why a described request is denied.
+/// Cause of the denial of a described request.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Denial {
     /// No rule allows the request.
     NoRule,
-    /// The request is malformed or ambiguous, so the inspector refuses it whatever the rules say.
+    /// The request is malformed or ambiguous, so the inspector refuses the request independently of the rules.
     Refused {
         /// Reason of the refusal.
         why: &'static str,
-        /// Effect that the client sees.
+        /// Effect that the client sees, in words.
         becomes: String,
     },
 }
 
-/// Judges described requests by the application rules of an entry, as the inspector of the traffic does.
+/// Decides described requests by the application rules of a policy table entry, as the inspector of real traffic does.
 pub trait Judge {
-    /// Returns the rule of `set` that allows the request, or why the request is denied; `None` if no inspector reads
-    /// the protocol. The request has the protocol that `set` reads.
+    /// Returns the id of the rule of `set` that allows the request, or the cause of the denial; `None` if no inspector
+    /// reads the protocol. The request must have the protocol that `set` reads.
     fn judge(
         &self,
         set: &Arc<RuleSet>,

@@ -1,8 +1,8 @@
 //! Policies after parsing and validation: the output of the parser and the input of the compiler.
 //!
-//! Each meaning has one form here. Labels have a source, namespaces are requirements of selectors, prefixes are
-//! masked, ports are ranges. References to groups of prefixes stay references; the compiler resolves them against the
-//! `CiliumCIDRGroup`s of the node.
+//! Equivalent ways to write a policy have one form here. Labels have a source, namespaces are requirements of
+//! selectors, prefixes are masked, ports are ranges. References to groups of prefixes stay references; the compiler
+//! resolves them against the `CiliumCIDRGroup`s of the node.
 
 use std::{fmt, sync::Arc};
 
@@ -179,8 +179,8 @@ pub struct Rule {
     pub peers: Peers,
     /// Protocols and ports of the rule.
     pub ports: Ports,
-    /// `fromRequires` or `toRequires`: requirements that every endpoint selector of this section must meet as well, in
-    /// all specs that select the same endpoint. They allow no peer by themselves.
+    /// `fromRequires` or `toRequires`: requirements that are added to every endpoint selector of this section, in all
+    /// specs that select the same endpoint. They allow no peer by themselves.
     pub requires: Vec<Selector>,
     /// Whether `authentication.mode` is `required`.
     pub auth_required: bool,
@@ -193,8 +193,8 @@ pub struct Rule {
 pub enum Peers {
     /// Every peer: the rule has `toPorts` or `icmps`, but names no peer.
     Any,
-    /// No peer: the rule is `{}`, has an empty list of peers, or only peers that cannot be resolved here. The section
-    /// still causes default deny.
+    /// No peer: the rule is `{}`, has an empty list of peers, or has only peers that only a cluster could resolve
+    /// (`toServices`, `fromGroups`). The section still causes default deny.
     None,
     /// Peers that one of the list members selects.
     OneOf(Vec<Peer>),
@@ -301,8 +301,8 @@ pub struct PortRule {
 /// A protocol with its ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortSpec {
-    /// A range of port numbers. `0..=65535` is every port; the parser turns port 0 into it, and a reversed range into
-    /// its first port.
+    /// A range of port numbers. `0..=65535` is every port; the parser converts port 0 to that range, and a reversed
+    /// range to its first port.
     Range {
         /// Protocol of the ports.
         protocol: L4Protocol,
@@ -317,7 +317,7 @@ pub enum PortSpec {
         protocol: L4Protocol,
         /// Name of the port, in lower case.
         name: String,
-        /// Last port of a range that begins at the named port. If it is not above the named port (0 never is), only
+        /// Last port of a range that begins at the named port. If `last` is not above the named port, as with 0, only
         /// the named port matches.
         last: u16,
     },
@@ -341,8 +341,8 @@ pub enum L4Protocol {
     Udp,
     /// SCTP.
     Sctp,
-    /// Another protocol of the policy language, by IP protocol number (ICMP, ICMPv6, VRRP 112, IGMP 2, ...), with all
-    /// its packets.
+    /// All packets of another protocol of the policy language, by IP protocol number (ICMP, ICMPv6, VRRP 112, IGMP 2,
+    /// ...).
     Other(u8),
 }
 
@@ -425,11 +425,11 @@ pub enum MismatchAction {
     Fail,
     /// The rule matches, and the mismatch is reported.
     Log,
-    /// Append the header.
+    /// Cilium appends the header. Palisade never modifies requests, so this action equals `Fail`.
     Add,
-    /// Remove the header.
+    /// Cilium removes the header. Palisade never modifies requests, so this action equals `Fail`.
     Delete,
-    /// Set the header.
+    /// Cilium sets the header. Palisade never modifies requests, so this action equals `Fail`.
     Replace,
 }
 
@@ -485,7 +485,7 @@ pub struct CidrGroup {
     pub location: Location,
 }
 
-/// A label selector. An empty one selects every label set.
+/// A label selector. A selector without requirements selects every label set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Selector {
     /// Requirements, all of which must be met.

@@ -19,7 +19,7 @@ use crate::{
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, Section, TlsContext},
 };
 
-/// The desired content of the maps, after the plan that leads to it.
+/// The desired content of the maps, once the plan has been carried out.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Every identity in use, by number.
@@ -48,7 +48,8 @@ pub struct Snapshot {
     pub names: LearnedIdentities,
     /// Learned addresses that a plan must consider. The compiler leaves the field empty; the daemon fills it.
     pub learned: Learned,
-    /// Highest revision that an endpoint has or had. The revision before it is free for a plan.
+    /// Highest revision that an endpoint has or had. No endpoint has the number before it, which a plan may use
+    /// temporarily.
     pub revision: u32,
     /// Warnings about the policies as a whole, such as port names that no endpoint has.
     pub diagnostics: Vec<Diagnostic>,
@@ -76,8 +77,8 @@ pub struct MapContents {
 impl Snapshot {
     /// Creates a snapshot from maps that were read back, as the start of the first plan after a restart.
     ///
-    /// Before the first update the compiler must avoid the numbers in it (`Compiler::avoid`). Then new tables have
-    /// policy ids and revisions of their own, and the old tables enforce until each endpoint is switched.
+    /// Before the first update the compiler must avoid the numbers in this snapshot (`Compiler::avoid`). New tables
+    /// then get unused policy ids, and the old tables enforce until each endpoint is switched.
     #[must_use]
     pub fn from_maps(contents: MapContents) -> Self {
         let mut tables: BTreeMap<u32, Table> = BTreeMap::new();
@@ -204,7 +205,7 @@ impl Table {
     }
 }
 
-/// Returns the keys whose entries differ, in ascending order, with the entry of each side.
+/// Returns the keys whose entries differ, in ascending order, with the old and the new entry.
 pub fn differing<'a>(
     old: &'a BTreeMap<TableKey, PolicyEntry>,
     new: &'a BTreeMap<TableKey, PolicyEntry>,
@@ -232,7 +233,7 @@ pub fn differing<'a>(
     })
 }
 
-/// A rule's place among the policies.
+/// Place of a rule: policy, spec, section and index.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RulePlace {
     /// Kind of the resource.
@@ -258,14 +259,14 @@ pub enum RuleKey {
         direction: u8,
         /// `namespace/name` of the policy that causes the default deny; of several, the first by name.
         policy: Arc<str>,
-        /// Number of other policies that cause it too.
+        /// Number of other policies that cause the default deny too.
         others: u32,
     },
     /// Allowed: the policies of the direction have `enableDefaultDeny: false`.
     DefaultAllow {
         /// The direction, as a number of [`Direction`].
         direction: u8,
-        /// `namespace/name` of such a policy; of several, the first by name.
+        /// `namespace/name` of one of these policies: the first by name.
         policy: Arc<str>,
     },
     /// Denied: enforcement is `always`, and no rule allows the packet.
@@ -359,8 +360,8 @@ pub struct RuleSet {
     pub reads: u8,
     /// Alternatives, each with the rule that it comes from.
     pub alternatives: Vec<Alternative>,
-    /// `serverNames` beside rules of another protocol: one of them must match as well. An empty list does not restrict
-    /// names.
+    /// `serverNames` in addition to rules of another protocol: one of the names must match as well. An empty list does
+    /// not restrict names.
     pub server_names: Vec<FqdnPattern>,
     /// `terminatingTLS` of the entry.
     pub terminating_tls: Option<TlsContext>,
@@ -382,8 +383,8 @@ pub struct Alternative {
 /// Condition that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
-    /// Matches every request: from a plain allow beside application rules, or from an empty list of rules. The traffic
-    /// is still inspected.
+    /// Matches every request. A rule without application rules that matches the same packets causes it, or an empty
+    /// list of rules. The traffic is still inspected.
     Everything,
     /// An http rule.
     Http(HttpRule),
