@@ -1,5 +1,5 @@
-//! Case files: unit tests for policies. Each case has policies, endpoints, peers and checks. The verdicts come from
-//! the compiled tables, by the same lookups that the programs do.
+//! Case files: unit tests for policies. Each case has policies, endpoints, peers and checks. The verdicts come from the
+//! compiled policy tables, by the same lookups as in the BPF programs.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,11 +27,11 @@ use crate::{
 /// Result of a case file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// A line for each check with another verdict, and for each invalid case.
+    /// A line for each check whose verdict differs from the expected one, and for each error of an invalid case.
     pub lines: Vec<String>,
     /// Number of checks with the expected verdict.
     pub passed: usize,
-    /// Number of other checks.
+    /// Number of failed checks; an invalid case counts as at least one.
     pub failed: usize,
 }
 
@@ -91,7 +91,7 @@ struct CaseConfig {
     http: CaseHttp,
 }
 
-/// The part of `[http]` of the configuration that affects verdicts.
+/// Settings of the section `[http]` of the configuration that affect verdicts.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct CaseHttp {
@@ -198,7 +198,7 @@ impl Values {
     }
 }
 
-/// A name, or an object with a name and properties.
+/// A name, or an object with a name. Other members of the object are ignored.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum NameFacts {
@@ -257,8 +257,8 @@ impl Number {
     }
 }
 
-/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is its name in messages; `judge`
-/// evaluates the requests of checks.
+/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is the name of the file in messages;
+/// `judge` decides the requests of checks.
 #[must_use]
 pub fn run(file: &str, text: &str, judge: &dyn Judge) -> Report {
     let mut report = run_cases(file, text, judge);
@@ -337,8 +337,8 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
         .cloned()
         .collect();
     if case.endpoints.is_empty() {
-        // Without endpoints the compiler builds no tables and finds no conflicts, so all specs that could select one
-        // endpoint are compared.
+        // Without endpoints the compiler builds no tables and finds no conflicts, so compare all pairs of specs that
+        // could select the same endpoint.
         errors.extend(possible_conflicts(&parsed.policies));
     }
     let (inventory, options) =
@@ -401,7 +401,7 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     report
 }
 
-/// Meaning of the names of a case.
+/// Endpoint numbers and identities by the names that a case uses.
 struct CaseNames<'a> {
     endpoints: HashMap<&'a str, u16>,
     identities: HashMap<&'a str, Identity>,
@@ -487,7 +487,7 @@ fn run_check(
     Ok(Some(format!("expected {expected}, got {got}: {because}")))
 }
 
-/// Returns the verdict, the deciding rule and, if the request is refused whatever the rules say, the reason.
+/// Returns the verdict, the id of the deciding rule, and the reason of a denial that does not come from a rule.
 fn outcome(
     snapshot: &Snapshot,
     entry: &PolicyEntry,
@@ -522,7 +522,6 @@ fn outcome(
             }
             match decide(judge, set, request, options) {
                 Ok(rule) => ("allow".into(), rule, None),
-                // In audit mode, requests that no rule allows pass and are reported.
                 Err(Denial::NoRule) => (denied(), entry.rule, None),
                 Err(Denial::Refused { why, .. }) => (denied(), entry.rule, Some(why)),
             }

@@ -9,8 +9,9 @@ use palisade_abi::{
     CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, class_slot, class_slot_unknown_port, protocol,
 };
 
-/// The classes that always exist: for each protocol with ports or types, those that no rule names. The slot for an
-/// unknown port has the same class, because only rules for the whole protocol match it too.
+/// Classes that always exist: for each protocol with ports or types, one class for all ports that no rule names. The
+/// slot for an unknown port (later fragments) has this class as well, because only rules for the whole protocol match
+/// either.
 const BASE: [(u8, Class); 5] = [
     (protocol::TCP, FIRST_DYNAMIC_CLASS),
     (protocol::UDP, FIRST_DYNAMIC_CLASS + 1),
@@ -44,8 +45,8 @@ pub enum PortSet {
 }
 
 impl PortSet {
-    /// Returns whether the set contains a packet of this protocol and destination port (or ICMP type). `None` if the
-    /// port is unknown, as for a later fragment.
+    /// Returns whether the set contains a packet of this protocol and destination port (or ICMP type). `port` is `None`
+    /// if the port is unknown, as for a later fragment.
     #[must_use]
     pub fn contains(&self, packet_protocol: u8, port: Option<u16>) -> bool {
         match *self {
@@ -87,7 +88,7 @@ fn base(protocol: u8) -> Option<Class> {
     BASE.iter().find(|(p, _)| *p == protocol).map(|(_, class)| *class)
 }
 
-/// Rules distinguish more port sets than there are class numbers.
+/// Error: the rules distinguish more port sets than there are class numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the policies distinguish more than {} sets of ports; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
 pub struct TooManyClasses;
@@ -134,7 +135,7 @@ fn slots_without_rules() -> Vec<Class> {
             }
         }
     }
-    // No packet has a protocol beyond 255, so the last slot is unused.
+    // Slots that no packet uses, such as the last one, get a class as well.
     for slot in &mut slots {
         if *slot == CLASS_UNKNOWN {
             *slot = OTHER;
@@ -299,8 +300,8 @@ impl Classes {
         Ok(class)
     }
 
-    /// Returns the classes of a port set; `None` for every packet. Only sets that were retained before the last
-    /// refresh have classes of their own.
+    /// Returns the classes of a port set; `None` for [`PortSet::All`]. The set must have been retained before the last
+    /// refresh: only then the ports of the set have classes of their own.
     #[must_use]
     pub fn of(&self, set: PortSet) -> Option<Arc<[Class]>> {
         let (protocol, first, last) = match set {

@@ -18,7 +18,7 @@ pub struct Allocator {
     next_local: Identity,
 }
 
-/// The part of an [`Allocator`] that goes into the state file.
+/// The part of an [`Allocator`] that the state file holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllocatorState {
     /// Labels by identity number.
@@ -57,8 +57,8 @@ impl Allocator {
     }
 
     /// Returns the state for [`Self::from_state`], without combinations of learned names: DNS servers determine how
-    /// many of them there are. The positions of the search are part of the state, so the number of such a combination
-    /// is not reused soon.
+    /// many of them there are. The state includes the positions of the search, so the number of such a combination is
+    /// not reused soon after a restart.
     #[must_use]
     pub fn state(&self) -> AllocatorState {
         AllocatorState {
@@ -73,15 +73,16 @@ impl Allocator {
         }
     }
 
-    /// Frees the number of a label set that no address has any more. It is reused only after all others of the range.
+    /// Frees the number of a label set that no address has any more. The number is reused only after all other free
+    /// numbers of the range.
     pub fn release(&mut self, labels: &Labels) {
         if let Some(number) = self.numbers.remove(labels) {
             self.taken.remove(&number);
         }
     }
 
-    /// Reserves numbers that the maps of a running node hold but the state file does not: their entries would get the
-    /// meaning of another identity.
+    /// Reserves numbers that the maps hold after a restart but the state file does not. Otherwise a new label set could
+    /// get such a number, and old map entries would apply to it.
     pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
         self.taken.extend(
             numbers
@@ -90,8 +91,8 @@ impl Allocator {
         );
     }
 
-    /// Returns the number of a label set. `in_use` returns whether a number is referred to; it is called only if the
-    /// range is exhausted.
+    /// Returns the number of a label set. `in_use` returns whether a number is in use; it is called only if the range
+    /// is exhausted.
     ///
     /// # Errors
     /// All numbers of the range are in use.

@@ -1,7 +1,8 @@
-//! Evaluation of described requests by the application rules of an entry.
+//! Evaluation of described requests by the application rules of a policy table entry.
 //!
 //! Case files and `policy trace` use the inspector of the protocol through [`Judge`]. [`passing_as`] is a plain
-//! evaluation of the rules: for protocols without an inspector, and as the reference model in tests of the inspectors.
+//! evaluation of the rules. It serves protocols without an inspector, and is the reference model in tests of the
+//! inspectors.
 
 use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
@@ -28,7 +29,7 @@ impl Judge for Plain {
 /// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if no inspector reads such traffic.
 ///
 /// # Errors
-/// Why the request is denied.
+/// The cause of the denial.
 pub(crate) fn decide(
     judge: &dyn Judge,
     set: &Arc<RuleSet>,
@@ -48,8 +49,9 @@ pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternativ
     passing_as(set, request, Paths::Both)
 }
 
-/// Returns the first alternative that allows the request, with its path in the given forms. If both forms are checked,
-/// each needs an alternative, not necessarily the same; the result is that of the path as sent.
+/// Returns the first alternative that allows the request. `paths` selects the forms of the path to match. If both forms
+/// are matched, each needs an alternative, not necessarily the same; the result is the alternative for the path as
+/// sent.
 #[must_use]
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
@@ -91,8 +93,8 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
     Some(found)
 }
 
-/// Returns the first alternative that matches the request with another path; `None` for a path that cannot be
-/// resolved.
+/// Returns the first alternative that matches the request. `path` replaces the path of the request; `None` if the path
+/// cannot be resolved.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
     set.alternatives.iter().find(|alternative| {
         is_asked(&alternative.matcher, set) && matches(&alternative.matcher, request, path)
@@ -137,7 +139,7 @@ fn matches(matcher: &Matcher, request: &Request, path: Option<&[u8]>) -> bool {
 }
 
 fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> bool {
-    // A missing part matches no expression. CONNECT has no path.
+    // An absent path or host matches no expression. CONNECT has no path.
     let path = path.filter(|path| !path.is_empty());
     let host = Some(http.host.as_bytes()).filter(|host| !host.is_empty());
     let full = |pattern: &str, text: Option<&[u8]>| text.is_some_and(|text| full_match(pattern, text));
@@ -145,7 +147,7 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
         match name.to_ascii_lowercase().as_str() {
             ":method" => vec![http.method.as_bytes()],
             ":path" => path.into_iter().collect(),
-            // As in Envoy, `:authority` is the host, from the Host field or from the target.
+            // As in Envoy, `:authority` is the host, from the Host field or from the request target.
             ":authority" | "host" => host.into_iter().collect(),
             name if name.starts_with(':') => Vec::new(),
             name => http
@@ -168,7 +170,8 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
             .as_ref()
             .is_none_or(|pattern| full(pattern, Some(http.method.as_bytes())))
         && rule.host.as_ref().is_none_or(|pattern| {
-            // Servers ignore the case of hosts, so no change of case may allow a request that is otherwise denied.
+            // Servers ignore the letter case of hosts, so upper case must not allow a request that is denied in lower
+            // case.
             full(pattern, host)
                 && (!http.host.bytes().any(|byte| byte.is_ascii_uppercase())
                     || full(&format!("(?i:{pattern})"), host))
@@ -181,7 +184,7 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
             // Only LOG accepts a mismatch. The actions that modify the request are not supported.
             wanted.mismatch == MismatchAction::Log
                 || match (&wanted.value, &wanted.secret) {
-                    // Palisade cannot read secrets, so the value beside a secret is compared.
+                    // Palisade cannot read secrets. If the entry has both a secret and a value, the value is compared.
                     (Some(value), _) => header(&wanted.name, Some(value)),
                     (None, None) => header(&wanted.name, None),
                     (None, Some(_)) => false,
@@ -210,7 +213,7 @@ fn server_name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     !name.is_empty() && name.parse::<IpAddr>().is_err() && name_matches(pattern, name)
 }
 
-/// Returns whether a name or pattern matches a DNS name. Case and a trailing dot are ignored.
+/// Returns whether a name or pattern matches a DNS name. Letter case and a trailing dot are ignored.
 #[must_use]
 pub fn name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();

@@ -1,10 +1,11 @@
 //! "Did you mean": the name that an unknown word resembles, for policies and for the configuration.
 
-/// Longest word to look a suggestion up for, in characters: the distance takes time by the product of the lengths.
+/// Longest word to look a suggestion up for, in characters: the distance takes time proportional to the product of the
+/// lengths.
 const MAX_WORD: usize = 64;
 
-/// Returns the name that `written` resembles most: one that differs in case only, or by few letters (inserted, removed,
-/// replaced, or swapped with their neighbour).
+/// Returns the name that `written` resembles most: one that differs in letter case only, or by few letters (inserted,
+/// removed, replaced, or swapped with their neighbour).
 ///
 /// ```
 /// use palisade_policy::suggest::nearest;

@@ -25,7 +25,7 @@ pub struct Question {
     pub source: String,
     /// Destination, in the same forms. With `to_fqdn`: an address of the name, or empty for any IPv4 address.
     pub destination: String,
-    /// Name by which the source has learned the destination.
+    /// DNS name by which the source has learned the address of the destination.
     pub to_fqdn: Option<String>,
     /// Request of the flow, for inspected traffic.
     pub request: Request,
@@ -157,7 +157,7 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
             source.name
         )
     })?;
-    // The combination of selectors may have no identity yet. Then a copy of the compiler creates it.
+    // If the combination of selectors has no identity yet, a copy of the compiler creates one.
     let mut compiler = Cow::Borrowed(compiler);
     let snapshot = compiler.snapshot();
     let selectors: Vec<SelectorNumber> = snapshot
@@ -170,7 +170,7 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
         .collect();
     let names = snapshot.names.clone();
     let learn = |names: &LearnedIdentities| match question.destination.as_str() {
-        // The address is taken for one that neither a policy nor a peer names.
+        // Without an address, assume one that neither a prefix of a policy nor a peer contains.
         "" => names.identity_in_world(&selectors),
         _ => names.identity(address, &selectors),
     };
@@ -261,7 +261,7 @@ fn trace_between(
 }
 
 /// Returns notes on address translation. The node may masquerade packets of a workload, or publish a port for it. Such
-/// a packet has the node's address at its NIC, and the node's policy decides on it as well.
+/// a packet has the node's address at the NIC of the node, and the node's policy decides it as well.
 fn judged_as_the_node(
     compiler: &Compiler,
     question: &Question,
@@ -478,7 +478,7 @@ fn asked(request: &Request) -> Option<String> {
     dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
 }
 
-/// Returns the effect on a request that no rule allows.
+/// Returns the effect, in words, on a request that no rule allows.
 const fn becomes(request: &Request) -> &'static str {
     match request {
         Request { http: Some(_), .. } => "it is answered 403",

@@ -78,7 +78,8 @@ impl Compiler {
         // Later entries replace earlier ones: first the prefixes of policies, then peers, then endpoints of this node.
         let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
-            // The trie stores IPv4 prefixes within ::ffff:0:0/96, and no IPv6 packet has such an address.
+            // The trie stores IPv4 prefixes within ::ffff:0:0/96, so an IPv6 prefix in that range would match IPv4
+            // addresses.
             if mapped.contains(prefix) {
                 continue;
             }
@@ -123,7 +124,8 @@ impl Compiler {
             }
         }
         if let Some(labels) = &node_labels {
-            // A peer with no label but `reserved:host` is the node as well.
+            // A peer whose only label is `reserved:host` has the identity HOST too. The labels of the node take
+            // precedence.
             wanted.insert(identity::HOST, labels.clone());
         }
         let world = |v6| number(&options.world_labels(v6));
@@ -166,7 +168,7 @@ impl Compiler {
     }
 
     /// Adds or removes the identities of prefixes that only policies name. Falls back to [`Self::refresh_identities`]
-    /// if a prefix is also in the inventory, or overlaps the IPv4-mapped range.
+    /// if a prefix is also in the inventory, or contains the IPv4-mapped range.
     pub(super) fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         let mapped = IpNet::V6(V4_MAPPED);
         let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);
@@ -222,7 +224,7 @@ impl Compiler {
     }
 
     /// Updates the members of selectors for identities that are gone and identities that are new, and marks the
-    /// subjects that use the selectors.
+    /// subjects that use the selectors as dirty.
     pub(super) fn change_identities(
         &mut self,
         gone: &[Identity],

@@ -1,4 +1,4 @@
-//! Changes of the input, and what one update has touched.
+//! Changes of the input of the compiler, and the progress of one update.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +11,7 @@ use palisade_model::inventory::Inventory;
 
 use super::spec::FileContent;
 
-/// What has changed since the last [`Compiler::update`](super::Compiler::update).
+/// Changes of the input since the last [`Compiler::update`](super::Compiler::update).
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     /// The new inventory, if it has changed.
@@ -26,14 +26,14 @@ pub(super) struct SharedChanges {
     pub(super) files: BTreeMap<String, Option<Arc<FileContent>>>,
 }
 
-/// What one update has touched so far.
+/// Subjects, identities and prefixes that one update affects.
 #[derive(Default)]
 pub(super) struct Progress {
     /// Subjects to compile again.
     pub(super) dirty: BTreeSet<usize>,
     /// Identities that are new or gone.
     pub(super) moved: BTreeSet<Identity>,
-    /// Prefixes that policies name now and did not before (positive), or the other way round (negative).
+    /// Prefixes that policies name only since this update (positive) or no longer name (negative).
     pub(super) prefixes: BTreeMap<IpNet, i8>,
 }
 

@@ -68,7 +68,7 @@ pub struct Compiler {
     /// Named ports of all endpoints and peers.
     pub(super) named_ports: NamedPortOwners,
     pub(super) next_policy: u32,
-    /// Cost of regular expressions that were measured before, in states.
+    /// Cached cost of regular expressions, in automaton states.
     pub(super) expressions: HashMap<String, usize>,
     pub(super) snapshot: Snapshot,
 }
@@ -109,7 +109,8 @@ impl Compiler {
         }
     }
 
-    /// Avoids the policy ids, identities and revisions that the maps of a running node hold, after a restart.
+    /// Makes the compiler avoid the policy ids, identities and revisions that the maps hold after a restart of the
+    /// daemon.
     pub fn avoid(&mut self, found: &Snapshot) {
         let policies = found.tables.keys().copied();
         let in_use = found.endpoints.values().map(|state| state.policy);
@@ -130,7 +131,8 @@ impl Compiler {
         self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
     }
 
-    /// Has the next plan raise the revisions of endpoints, so that their flows are evaluated again.
+    /// Raises the revisions of endpoints in the snapshot. Once a plan has written them, the flows of the endpoints are
+    /// evaluated again.
     pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
         // A revision grows in steps of two, because a plan may need the number in between.
         let revision = self.snapshot.revision.wrapping_add(2);
@@ -154,7 +156,7 @@ impl Compiler {
         &self.inventory
     }
 
-    /// Returns the policies in use, file by file.
+    /// Returns the content of each policy file in use, with the name of the file.
     pub fn files(&self) -> impl Iterator<Item = (&str, &FileContent)> {
         self.files
             .iter()

@@ -16,7 +16,8 @@ use palisade_model::{
 
 use super::{l7_policy::L7Policy, select::ResolvedSelector};
 
-/// A port as written, one of its protocols, and a peer (`None`: any). L7 rules are merged if these three are equal.
+/// A port as written, one of its protocols, and a peer (`None`: any). Application rules of several entries are merged
+/// if these three are equal.
 type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
 /// A port as written, without its protocol.
@@ -51,7 +52,7 @@ impl<'a> ConflictFinder<'a> {
         if !section.denies() && entries.iter().all(|entry| entry.l7.is_none()) {
             return;
         }
-        // Rules that select any peer are compared as one peer, however the peer is written.
+        // All ways to select any peer count as the same peer.
         let any = |peer: &Peer| ResolvedSelector::of(peer, &[]) == ResolvedSelector::Any;
         let peers: Vec<Option<Cow<'_, Peer>>> = match &rule.peers {
             Peers::None => return,
@@ -111,7 +112,8 @@ impl<'a> ConflictFinder<'a> {
     }
 }
 
-/// Returns the peer and the entities that it consists of. A selector that requires only `reserved:X` is the entity X.
+/// Returns the peer and the entities that it consists of. A selector that requires only `reserved:X` becomes the entity
+/// X.
 fn parts(peer: &Peer) -> Vec<Cow<'_, Peer>> {
     const CLUSTER: [Entity; 7] = [
         Entity::Host,
@@ -160,7 +162,7 @@ fn entity_of(requirement: &Requirement) -> Option<Entity> {
     })
 }
 
-/// Splits a port into its protocols, so that the same port of `ANY` and of `TCP` is recognised.
+/// Splits a port into its protocols, so that an entry for `ANY` and an entry for `TCP` with the same port are compared.
 fn split(port: &PortSpec) -> Vec<(Port<'_>, L4Protocol)> {
     let (port, protocol) = match port {
         PortSpec::Range {
@@ -182,8 +184,8 @@ fn split(port: &PortSpec) -> Vec<(Port<'_>, L4Protocol)> {
     }
 }
 
-/// Returns the conflicts between policies with equal endpoint selectors, even if no endpoint of this node matches
-/// them. The compiler itself finds the conflicts between all policies of each endpoint.
+/// Returns the conflicts between policies with equal endpoint selectors, even if the selectors match no endpoint of
+/// this node. The compiler itself finds the conflicts between all policies of each endpoint.
 pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     let mut errors = Vec::new();
     let mut subjects: Vec<&SpecSubject> = Vec::new();
@@ -237,7 +239,7 @@ pub(crate) fn possible_conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     errors
 }
 
-/// Returns whether labels can exist that both subjects select. Sources of labels are ignored.
+/// Returns whether a label set can exist that both subjects select. Sources of labels are ignored.
 fn can_overlap(a: &SpecSubject, b: &SpecSubject) -> bool {
     let (a, b) = match (a, b) {
         (SpecSubject::Endpoints(a), SpecSubject::Endpoints(b))

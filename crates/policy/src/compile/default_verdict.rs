@@ -34,7 +34,8 @@ impl Compiler {
             || (enforcement == Enforcement::Default && !init && any_rules.is_none());
         let strict = enforcement == Enforcement::Always || init;
         let audit = !strict && denying.iter().all(|(_, audit)| *audit);
-        // The default deny names an enforced policy. It names one in audit mode only if all of them are.
+        // The rule of a default deny names enforced policies. It names policies in audit mode only if all denying
+        // policies are in audit mode.
         denying.retain(|(_, in_audit)| audit || !*in_audit);
         let mut policies: Vec<&SpecKey> = denying.into_iter().map(|(key, _)| key).collect();
         policies.dedup_by(|a, b| (&a.policy, a.kind, &a.file) == (&b.policy, b.kind, &b.file));

@@ -38,8 +38,8 @@ impl Compiler {
                 let flags = if subject.names.selectors.is_empty() {
                     subject.plain
                 } else {
-                    // Rows of learned identities join the live egress table without a change of flags, and such a row may
-                    // inspect or deny explicitly. So egress is not plain where names are learned.
+                    // Rows of learned identities join the live egress table without a change of flags, and such a row
+                    // may inspect or deny explicitly. So an endpoint that learns names never has PLAIN_EGRESS.
                     endpoint_flags::LEARNS | (subject.plain & !endpoint_flags::PLAIN_EGRESS)
                 };
                 subject

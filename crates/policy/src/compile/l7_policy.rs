@@ -1,4 +1,4 @@
-//! The application rules of one entry of `toPorts`, and which of them exclude each other.
+//! The application rules of one entry of `toPorts`, and conflicts between the rules of two entries.
 
 use palisade_abi::Inspector;
 use palisade_model::{
@@ -11,11 +11,11 @@ use palisade_model::{
 pub(super) struct L7Policy {
     /// Protocol that the inspector reads.
     pub(super) kind: Inspector,
-    /// Priority of the protocol; of several, the lowest number wins.
+    /// Priority of the protocol: if several protocols match a packet, the one with the lowest number is inspected.
     pub(super) priority: u8,
     /// Requests that pass.
     pub(super) matchers: Vec<Matcher>,
-    /// `serverNames` beside rules of another protocol.
+    /// `serverNames` in addition to rules of another protocol.
     pub(super) server_names: Vec<FqdnPattern>,
     pub(super) terminating_tls: Option<TlsContext>,
     pub(super) originating_tls: Option<TlsContext>,
@@ -25,9 +25,8 @@ pub(super) struct L7Policy {
 impl L7Policy {
     /// Returns the application rules of an entry; `None` if it has none.
     ///
-    /// Whether requests that no rule matches pass depends on the default verdict of the endpoint
-    /// ([`merge`](super::precedence)): where the default is allow, application rules restrict nothing, and where any
-    /// policy denies by default, they do.
+    /// The default verdict of the endpoint decides requests that no rule matches ([`merge`](super::precedence)). If it
+    /// is allow, application rules restrict nothing.
     pub(super) fn of(l7: &L7) -> Option<Self> {
         if l7.is_none() {
             return None;
@@ -90,11 +89,11 @@ impl L7Policy {
         })
     }
 
-    /// Returns why the application rules of two rules for the same peer and port exclude each other; `None` if they
-    /// can be merged.
+    /// Returns the reason why the application rules of two entries for the same peer and port exclude each other;
+    /// `None` if they can be merged.
     pub(super) fn conflict(&self, other: &Self) -> Option<String> {
         let name = |l7: &Self| inspector_name(l7.kind as u8);
-        // Server names combine with rules about the encrypted protocol only if TLS is terminated.
+        // Server names combine with http or kafka rules only if TLS is terminated.
         let names = |l7: &Self| {
             let names = l7
                 .matchers

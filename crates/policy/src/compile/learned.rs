@@ -1,7 +1,8 @@
 //! Rows of learned identities in the policy tables.
 //!
-//! Only endpoints that use all selectors of a learned identity can meet it, and only as a destination. So its rows are
-//! in the egress tables of those endpoints and nowhere else, which bounds the size of the other tables.
+//! An endpoint can send to an address with a learned identity only if it uses all selectors of the identity. On
+//! ingress, peers never have learned identities. So the rows of a learned identity are only in the egress part of the
+//! tables of those endpoints, which bounds the size of all other tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -49,14 +50,14 @@ impl Compiler {
     /// cost grows with the number of new sets, and with the rules of the endpoints that use their selectors.
     ///
     /// # Errors
-    /// No identity number is left.
+    /// An error if no identity number is left.
     pub fn learned(&mut self, wanted: &BTreeSet<LearnedSet>) -> Result<LearnedUpdate, Vec<Diagnostic>> {
         if self.names.wanted != *wanted {
             self.names.wanted.clone_from(wanted);
             self.names.wanted_changed = true;
         }
         let mut update = LearnedUpdate::default();
-        // After a rejected change, the subjects may have other numbers than the snapshot.
+        // After a rejected change, subjects may have policy ids that differ from those in the snapshot.
         let before = (!self.in_step()).then(|| self.snapshot.clone());
         let mut touched: BTreeMap<usize, BTreeSet<Identity>> = BTreeMap::new();
         let mut more = Vec::new();
@@ -128,7 +129,7 @@ impl Compiler {
         &self.names.wanted
     }
 
-    /// Returns whether the snapshot holds the tables of the subjects.
+    /// Returns whether the snapshot holds the current tables of all subjects.
     fn in_step(&self) -> bool {
         self.subjects.iter().all(|subject| {
             self.snapshot
@@ -236,7 +237,7 @@ impl Compiler {
                     affected.insert(at);
                     differing.entry(at).or_default().insert(number);
                 }
-                // Subjects that stopped using a selector are in `changed_users`.
+                // `changed_users` already holds the subjects that stopped using a selector.
             }
             self.names.made_for = made_for;
             self.names.wanted_changed = false;
@@ -282,7 +283,7 @@ impl Compiler {
                 }));
             }
         }
-        // If a number is missing below, the next update must recompute the sets.
+        // If no number is left, this function returns early, and the next update must recompute the sets.
         self.names.made_for = None;
         self.names.changed = true;
         let old_sets = std::mem::take(&mut self.names.sets);
@@ -321,7 +322,7 @@ impl Compiler {
         Ok(changes)
     }
 
-    /// Returns the learned identities that a subject can meet.
+    /// Returns the learned identities of which the subject uses every selector.
     fn learned_rows(&self, subject: &Subject) -> LearnedRows {
         let mut rows = LearnedRows::default();
         for selector in &subject.names.selectors {
@@ -358,7 +359,7 @@ impl Compiler {
 
     /// Updates the selectors and learned identities of the snapshot.
     pub(super) fn finish_names(&mut self, before: &palisade_model::snapshot::Snapshot) {
-        // Selectors that no rule uses any more are forgotten. Their numbers are not reused.
+        // Remove the selectors that no rule uses any more. Their numbers are not reused.
         let used: HashSet<SelectorNumber> = self
             .specs
             .values()

@@ -29,14 +29,14 @@ pub(super) struct LearnedNames {
     pub(super) patterns: BTreeMap<SelectorNumber, FqdnPattern>,
     /// Subjects that use each selector.
     pub(super) users: BTreeMap<SelectorNumber, BTreeSet<usize>>,
-    /// Sets that the daemon requested beyond the standing ones.
+    /// Sets that the daemon requested in addition to the standing ones (one selector, on the world).
     pub(super) wanted: BTreeSet<LearnedSet>,
     /// Identities of all sets.
     pub(super) sets: BTreeMap<LearnedSet, Identity>,
-    /// Meaning of the learned identities, except those that are also ordinary identities.
+    /// Learned identities by number, except those that are also ordinary identities.
     pub(super) identities: BTreeMap<Identity, Arc<LearnedIdentity>>,
     pub(super) by_selector: HashMap<SelectorNumber, BTreeSet<Identity>>,
-    /// Selectors in use and identities of the world for which `sets` were computed.
+    /// Selectors in use, and identities of the world, from which `sets` was computed.
     pub(super) made_for: Option<(BTreeSet<SelectorNumber>, [Identity; 2])>,
     pub(super) wanted_changed: bool,
     /// Whether any identity has changed since the last snapshot.
@@ -94,7 +94,7 @@ impl LearnedNames {
         Some(Labels::new(base.iter().cloned().chain(names?)))
     }
 
-    /// Forgets which subjects use which selectors, before all subjects are created again.
+    /// Clears the users of all selectors, before all subjects are recreated.
     pub(super) fn forget_users(&mut self) {
         self.users.clear();
         self.made_for = None;
@@ -116,14 +116,14 @@ impl LearnedNames {
     }
 }
 
-/// The selectors of one subject, and the learned identities that it can meet.
+/// The selectors of one subject, and the learned identities in the table of the subject.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SubjectNames {
     pub(super) selectors: BTreeSet<SelectorNumber>,
     /// The selectors as in the snapshot.
     pub(super) list: Option<SelectorList>,
     pub(super) rows: LearnedRows,
-    /// Whether the endpoints learn names, in the endpoint states that have the subject's policy id.
+    /// Whether the endpoint states with the subject's current policy id have the flag LEARNS.
     pub(super) learns: bool,
 }
 

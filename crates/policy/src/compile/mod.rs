@@ -1,9 +1,9 @@
-//! The compiler: policies and an inventory to a snapshot. A change recompiles only what it touches.
+//! The compiler of policies and an inventory to a snapshot. A change recompiles only the tables that it affects.
 //!
 //! Between updates the compiler keeps the identities that each distinct peer selects and, for each subject (endpoints
-//! with the same labels and named ports), the specs that select it and its table. The cost of a changed file grows
-//! with its own specs, with the subjects that they select, and, if a prefix is new or gone, with the number of
-//! distinct peers.
+//! with the same labels, named ports and audit mode), the specs that select the subject and its table. The cost of a
+//! changed file grows with its own specs, with the subjects that they select, and, if a prefix is new or gone, with the
+//! number of distinct peers.
 //!
 //! [`Compiler::update`] applies changes (`update.rs`). It compiles the dirty subjects (`tables.rs`) from rules whose
 //! peers and ports are resolved (`rules.rs`, `ports.rs`), by the order of precedence (`precedence.rs`), and assembles

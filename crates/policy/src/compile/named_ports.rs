@@ -1,4 +1,4 @@
-//! Named ports in egress rules. A name stands for the number that each peer has given to it.
+//! Named ports in egress rules. Towards a peer, a name means the number that the peer gives it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,8 +24,8 @@ pub(super) enum Numbers {
     Own {
         /// Identities that give the name one number, by number.
         by_number: Vec<(u16, Arc<BTreeSet<Identity>>)>,
-        /// Identities whose endpoints give the name several numbers, by number. Policies cannot distinguish these
-        /// endpoints.
+        /// Identities that give the name several numbers, by number. The endpoints of such an identity have the same
+        /// labels, so policies cannot distinguish them.
         several: Vec<(u16, Arc<BTreeSet<Identity>>)>,
         /// All identities of `by_number` and `several`.
         owners: Arc<BTreeSet<Identity>>,

@@ -41,8 +41,8 @@ impl NamedPrefixes {
         }
     }
 
-    /// Returns whether a labelled peer contains the prefix. Its addresses keep the peer's identity, however narrow a
-    /// prefix a policy names.
+    /// Returns whether a prefix of a labelled peer contains `prefix`. Addresses of the peer keep its identity, even if
+    /// a policy names a narrower prefix.
     pub(super) fn shadows(&self, prefix: IpNet) -> bool {
         let v6 = matches!(prefix, IpNet::V6(_));
         self.lengths

@@ -1,4 +1,4 @@
-//! Ports of rules to port sets, with names looked up.
+//! Resolution of the ports of rules, port names included, to port sets.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -19,13 +19,13 @@ use crate::classes::PortSet;
 pub(super) struct Resolved {
     /// Port sets towards every peer.
     pub(super) sets: Vec<PortSet>,
-    /// Port names that peers number differently, one for each protocol.
+    /// Port names that peers number differently, with one element for each protocol.
     pub(super) apart: Vec<NumberedDistinctPorts>,
 }
 
 /// A port name that peers number differently.
 pub(super) struct NumberedDistinctPorts {
-    /// Port set and identities of the peers that have the name, by number.
+    /// For each number of the name: the port set, and the identities of the peers to which it applies.
     pub(super) own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
     /// All peers that have the name.
     pub(super) owners: Arc<BTreeSet<Identity>>,
@@ -135,8 +135,9 @@ impl Compiler {
                                 .into_iter()
                                 .map(|(port, owners)| (set(port), owners))
                                 .collect();
-                            // The endpoints of one identity may have several numbers. An allow must not open a number
-                            // that one of them does not have, so it takes none of them; a deny takes all of them.
+                            // The endpoints of one identity may give the name several numbers. An allow must not open a
+                            // port of an endpoint that gives the name another number, so it uses none of the numbers; a
+                            // deny uses all.
                             let mut others = Vec::new();
                             if section.denies() {
                                 own.extend(several.into_iter().map(|(port, owners)| (set(port), owners)));

@@ -1,4 +1,4 @@
-//! Precedence: of all rules that match a packet, the one table entry that decides.
+//! Precedence: one policy table entry from all rules that match a packet.
 //!
 //! The order is that of Cilium 1.19. Of the rules that match a packet:
 //!
@@ -10,16 +10,17 @@
 //! 4. Any other allow: `Allow`.
 //! 5. No rule: the default verdict of the direction ([`Builder::default_entry`]).
 //!
-//! If several rules decide alike, the entry names the one with the narrowest ports, then the one that names its peers,
-//! then the first.
+//! If several rules lead to the same decision, the entry names the rule with the narrowest ports, then a rule that
+//! names its peers, then the first rule.
 //!
-//! Audit mode is Palisade's own. A policy in audit mode must not drop what the enforced policies allow, so steps 1 to 3
-//! set the `AUDIT` flag if only policies in audit mode decide that way and the packet passes without them.
+//! Audit mode of single policies does not exist in Cilium. A policy in audit mode must not drop what the enforced
+//! policies allow, so steps 1 to 3 set the `AUDIT` flag if only policies in audit mode decide that way and the packet
+//! passes without them.
 //!
-//! The programs look up four keys and take the first that exists: (identity, class), (identity, any class),
-//! (any identity, class), (any identity, any class). An entry therefore hides all entries behind it. So each entry is
-//! decided over the rules of its own key and of all keys behind it, and an entry that equals what the programs would
-//! find without it is left out.
+//! The programs look up four keys and take the first that exists: (identity, class), (identity, any class), (any
+//! identity, class), (any identity, any class). An entry therefore hides all entries that follow it in this order. So
+//! each entry results from the rules of its own key and of all keys that follow. An entry is left out if the programs
+//! would find an equal entry without it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -40,7 +41,8 @@ use crate::classes::PortSet;
 pub(super) struct Builder<'a> {
     pub(super) direction: Direction,
     pub(super) rules: &'a [&'a TableRule],
-    /// Identities to make entries for, beside the entries for any identity; `None`: all that a rule names.
+    /// Identities to make entries for, in addition to the entries for any identity. `None`: all identities that rules
+    /// name.
     pub(super) rows: Option<&'a BTreeSet<Identity>>,
     /// Learned identities that the subject can meet; `None` for ingress.
     pub(super) learned: Option<&'a LearnedRows>,
@@ -87,13 +89,13 @@ struct Wildcard<'a> {
     every_class: PolicyEntry,
     /// Entries by class. Those that equal `every_class` are not in the table.
     by_class: BTreeMap<Class, PolicyEntry>,
-    /// Whether a rule excepts identities.
+    /// Whether a rule for any peer has exceptions.
     has_exceptions: bool,
 }
 
 impl Wildcard<'_> {
     /// Returns the classes for which an identity may need an entry of its own. `row`: the rules that name the identity;
-    /// `every_class`: its entry for any class, if there is one.
+    /// `every_class`: the entry of the identity for any class, if there is one.
     fn classes_to_decide(
         &self,
         row: &Row<'_>,
@@ -107,7 +109,7 @@ impl Wildcard<'_> {
             None => {}
             // No rule can take precedence over an enforced denial.
             Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
-            // A plain allow changes nothing where any identity is allowed anyway.
+            // Where the entries for any identity allow too, a plain allow changes nothing.
             Some((Decision::Allow, _)) => {
                 let decided = self.by_class.iter();
                 let restricted = decided.filter(|(_, entry)| entry.decision != Decision::Allow as u8);
@@ -146,7 +148,7 @@ impl<'a> Builder<'a> {
             }
         }
         for (rules, identities) in self.groups() {
-            // The same rules name all identities of a group, and the same rules except them.
+            // The same rules name, and except, all identities of a group, so all have the same entries.
             let Some(first) = identities.first().copied() else {
                 continue;
             };
@@ -159,7 +161,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Decides the entries for any identity.
+    /// Returns the rules and entries for any identity.
     fn wildcard(&mut self) -> Wildcard<'a> {
         let mut row = Row::default();
         let rules = self.rules.iter();
@@ -211,7 +213,7 @@ impl<'a> Builder<'a> {
         groups
     }
 
-    /// Calls `name` with each identity of `peer` that needs entries; it may do so more than once.
+    /// Calls `name` with each identity of `peer` that needs entries, possibly several times with the same identity.
     fn name_identities(&self, peer: &Member, mut name: impl FnMut(Identity)) {
         let Some(rows) = self.rows else {
             peer.members.iter().for_each(|identity| name(*identity));
@@ -228,7 +230,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Decides the entries of one identity that the rules with the indices `rules` name.
+    /// Returns the entries of one identity, which the rules with the indices `rules` name.
     fn identity_row(
         &mut self,
         wildcard: &Wildcard<'a>,
@@ -271,7 +273,7 @@ impl<'a> Builder<'a> {
         let Some(hit) = narrowest(denials()) else {
             return rest;
         };
-        // Only policies in audit mode deny. If the packet passes without them, it passes with them too and is
+        // Only policies in audit mode deny. A packet that passes without these policies passes with them too, and is
         // reported.
         let would_pass = rest.flags & entry_flags::AUDIT != 0 || rest.decision == Decision::Allow as u8;
         if would_pass {
@@ -379,7 +381,8 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Returns the hit with the narrowest ports; of several, one that names its peers; of several, the first.
+/// Returns the hit with the narrowest ports. Among equally narrow hits, a rule that names its peers comes first, then
+/// the order of the rules decides.
 fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h Hit<'a>> {
     let mut best: Option<(&Hit<'a>, (u8, bool))> = None;
     for hit in hits {
@@ -458,8 +461,8 @@ fn merge(
     (inspector, set)
 }
 
-/// Returns whether another hit requires server names for the same ports of one of the same peers. `by_audited`:
-/// policies in audit mode count as well.
+/// Returns whether another hit requires server names for the same ports and at least one common peer. `by_audited`:
+/// rules of policies in audit mode count as well.
 fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_audited: bool) -> bool {
     hits.iter().any(|(other, other_ports)| {
         let names = other_ports

@@ -9,7 +9,7 @@ use palisade_model::{
 
 use super::spec::FileContent;
 
-/// Name of a resource, of which only one may exist: kind, namespace and name.
+/// Unique name of a resource: kind, namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ResourceName {
     kind: &'static str,
@@ -23,7 +23,7 @@ impl fmt::Display for ResourceName {
 }
 
 impl FileContent {
-    /// Returns the resources of the file with their places. Bare rules of case files have no names.
+    /// Returns the resources of the file with their places. Bare rules of case files have no names and are left out.
     pub fn resources(&self) -> impl Iterator<Item = (ResourceName, &Location)> {
         let policies = self.policies.iter().filter_map(|policy| {
             let kind = match policy.kind {

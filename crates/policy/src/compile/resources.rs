@@ -1,5 +1,5 @@
-//! Each resource is in one file. If two files defined it, both policies would be in force, and a restriction added to
-//! one file would have no effect, because the other file still allows the traffic.
+//! Check that each resource is in one file only. If two files defined the same policy, both would be in force, and a
+//! restriction added to one file would have no effect, because the other file still allows the traffic.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,8 +15,8 @@ use super::{
 };
 
 impl Compiler {
-    /// Returns errors about resources in changed files that another file has. The file that had the resource before
-    /// keeps it; of new files, the one whose name sorts first.
+    /// Returns errors about resources in changed files that another file defines as well. The file that had the
+    /// resource before keeps it; of new files, the one whose name sorts first.
     pub(super) fn resources_in_two_files(
         &self,
         changes: &BTreeMap<String, Option<Arc<FileContent>>>,

@@ -1,4 +1,4 @@
-//! Rules of a spec to rules of a table.
+//! Conversion of the rules of a spec to rules of a table.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -26,13 +26,13 @@ use crate::classes::PortSet;
 /// Ports of a rule, split by the members towards which they apply.
 #[derive(Default)]
 struct RulePorts {
-    /// Towards all members of the rule.
+    /// Ports that apply towards all members of the rule.
     common: Vec<TablePorts>,
     /// Port names that peers number differently: each number applies only towards some members.
     distinct: Vec<DistinctPorts>,
 }
 
-/// A port by name, towards the members that give the name one number.
+/// One number of a port name, with the members towards which the number applies.
 struct DistinctPorts {
     members: Members,
     except: Option<Arc<BTreeSet<Identity>>>,
@@ -126,7 +126,8 @@ impl Compiler {
         Some(if any { Members::Any } else { Members::Of(members) })
     }
 
-    /// Returns the member of a label selector that `fromRequires` or `toRequires` of the subject's specs narrows.
+    /// Returns the member for a label selector, narrowed by the `fromRequires` or `toRequires` of all specs of the
+    /// subject.
     fn narrowed_member(&self, peer: u32, selector: &Selector, required: &Selector) -> Member {
         let requirements = selector.requirements.iter().chain(&required.requirements);
         let narrowed = Selector {
@@ -226,7 +227,7 @@ impl Compiler {
         has_effect
     }
 
-    /// Returns the warning about a port name that no peer of the rule has.
+    /// Returns the warning about a port name that no endpoint or peer to which the rule applies has.
     fn unresolved(&self, name: &str, location: &Location, cx: &RuleContext<'_>) -> Diagnostic {
         let whom = match cx.direction {
             Direction::Ingress => {

@@ -126,7 +126,8 @@ fn contains(prefix: IpNet, labels: &Labels) -> bool {
         .any(|label| cidr_of(label).is_some_and(|cidr| prefix.contains(&cidr)))
 }
 
-/// Returns whether a prefix contains the addresses of an identity. A world identity without a prefix is only in `/0`.
+/// Returns whether a prefix contains the addresses of an identity. Only `/0` contains a world identity without a
+/// prefix.
 fn covers(prefix: IpNet, labels: &Labels) -> bool {
     let own_world = match prefix {
         IpNet::V4(_) => "world-ipv4",
@@ -179,7 +180,8 @@ fn is_labelled(labels: &Labels) -> bool {
 pub(super) struct IdentityIndex {
     labels: BTreeMap<Identity, Labels>,
     by_label: HashMap<String, HashMap<String, BTreeSet<Identity>>>,
-    /// Address family (whether IPv6), first address and length of `cidr` labels.
+    /// Address family (whether IPv6), first address and length of each `cidr` label, with the identity that has the
+    /// label.
     by_prefix: BTreeSet<(bool, u128, u8, Identity)>,
 }
 
@@ -263,7 +265,7 @@ impl IdentityIndex {
     }
 
     /// Returns a superset of the identities that the selector matches: those that meet the positive requirement with
-    /// the fewest matches.
+    /// the fewest matches. `None` if the selector has no positive requirement.
     fn candidates(&self, selector: &Selector) -> Option<BTreeSet<Identity>> {
         let count = |key: &str, values: &[String]| -> usize {
             let Some(known) = self.by_label.get(key) else {

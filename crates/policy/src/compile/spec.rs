@@ -1,4 +1,4 @@
-//! Specs of policy files, with their peers looked up.
+//! Specs of policy files, with their peers resolved.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub struct FileContent {
     pub cidr_groups: Vec<CidrGroup>,
 }
 
-/// Position of a spec, by which specs are ordered.
+/// Key of a spec, by which specs are ordered: policy name, kind, file and position.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct SpecKey {
     pub(super) policy: Arc<str>,
@@ -41,7 +41,7 @@ pub(super) struct CompiledSpec {
     pub(super) selectors: Vec<SelectorNumber>,
     /// Whether a rule has application rules.
     pub(super) has_l7_rules: bool,
-    /// Cost of the regular expressions of all http rules, in states.
+    /// Cost of the regular expressions of all http rules, in automaton states.
     pub(super) expressions: usize,
     /// Whether the policy is in audit mode.
     pub(super) audit: bool,

@@ -96,7 +96,7 @@ pub(super) enum DirtyRows {
 }
 
 impl DirtyRows {
-    /// Largest number of rows to rebuild one by one; beyond it the whole table is rebuilt.
+    /// Largest number of rows to rebuild one by one; if more rows change, the whole table is rebuilt.
     const MANY: usize = 64;
 
     /// Adds the rows of all identities that the rules select.

@@ -15,14 +15,14 @@ use crate::classes::PortSet;
 /// Peers of a rule, resolved to identities.
 #[derive(Clone, Debug)]
 pub(super) enum Members {
-    /// Any peer, also one without a known identity.
+    /// Any peer, even if its identity is in no table.
     Any,
     /// The identities that one of the peers selects.
     Of(Vec<Member>),
 }
 
 impl Members {
-    /// Returns the members that are among some identities.
+    /// Returns the members, reduced to the given identities.
     pub(super) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
         Self::Of(match self {
             Self::Any => vec![Member {
@@ -42,7 +42,7 @@ impl Members {
         })
     }
 
-    /// Returns the members without some identities. `Any` cannot exclude identities; [`TableRule::except`] does it.
+    /// Returns the members without the given identities. `Any` cannot exclude identities; [`TableRule::except`] does.
     pub(super) fn without(&self, identities: &BTreeSet<Identity>) -> Self {
         match self {
             Self::Any => Self::Any,
@@ -92,7 +92,7 @@ impl Member {
         }
     }
 
-    /// Number of the peer "any" in rules that a port name has split by identities.
+    /// Number of the peer "any" in rules that were split by identities because peers number a port name differently.
     pub(super) const ANY: u32 = u32::MAX - 1;
 
     /// Calls `name` with each learned identity of `rows` that the peer selects.
@@ -132,8 +132,8 @@ pub(super) struct TableRule {
     pub(super) audit: bool,
     pub(super) auth_required: bool,
     pub(super) members: Members,
-    /// Identities that a rule for any peer does not apply to. They have the named port of the rule under another
-    /// number, and the rule is split: another part applies to them.
+    /// Identities to which this rule for any peer does not apply. They give the port name of the rule another number,
+    /// so a separate rule applies to them.
     pub(super) except: Option<Arc<BTreeSet<Identity>>>,
     pub(super) ports: Vec<TablePorts>,
 }

@@ -1,4 +1,4 @@
-//! The tables of subjects. A change rebuilds the rows that it affects; the others stay.
+//! The policy tables of subjects. A change rebuilds only the rows that it affects.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -27,8 +27,9 @@ use super::{
 };
 use crate::classes::PortSet;
 
-/// Bound on the cost of the regular expressions of all policies that select an endpoint, in states. The inspector
-/// matches them as one automaton, so one endpoint could otherwise use the memory and time of all.
+/// Bound on the cost of the regular expressions of all policies that select an endpoint, in automaton states. The
+/// inspector combines them to one automaton. Without the bound, the policies of one endpoint could take the memory and
+/// time that the inspection of all endpoints needs.
 const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
 impl Compiler {
     /// Compiles the dirty subjects and the subjects whose port classes change with them, and assembles the snapshot.
@@ -70,10 +71,11 @@ impl Compiler {
         Ok(())
     }
 
-    /// Stores the table of a subject, under a new policy id if it is not to be changed in place.
+    /// Stores the table of a subject, under a new policy id unless the live table is changed in place.
     fn install_table(&mut self, at: usize, table: Table) {
         let subject = &mut self.subjects[at];
-        // If an endpoint starts or stops learning names, one store must change the flag and the policy id together.
+        // If an endpoint starts or stops learning names, one store must change the flag and the policy id together, so
+        // the table gets a new policy id.
         let learns = !subject.names.selectors.is_empty();
         let anew = subject.policy == 0 || subject.names.learns != learns;
         subject.names.learns = learns;
@@ -177,7 +179,7 @@ impl Compiler {
         }
         self.resolve_rules(at, &mut dirty_rows, moved);
         if let Err(errors) = self.check_conflicts(at) {
-            // Rebuild the whole table next time.
+            // The next update must rebuild the whole table.
             self.subjects[at].default_verdict = [None, None];
             return Err(errors);
         }
@@ -304,8 +306,8 @@ impl Compiler {
         ))
     }
 
-    /// Appends the entries of one direction to `entries`: all of them, or those of the identities in `rows` and of any
-    /// identity.
+    /// Appends the entries of one direction to `entries`: all entries, or those of the identities in `rows` and those
+    /// for any identity.
     pub(super) fn build(
         &mut self,
         at: usize,
@@ -367,8 +369,8 @@ impl Compiler {
     }
 }
 
-/// Returns whether to change the live table entry by entry instead of writing a new table: if only rows of new
-/// identities are added, or if the table is large and the difference small. Either way each packet meets the old or
+/// Returns whether to change the live table entry by entry instead of writing a new table: if only a few rows of new
+/// identities are added, or if the table is large and the difference small. In both cases each packet gets the old or
 /// the new verdict (see [`plan`](crate::plan)), but only a new table changes all verdicts at once.
 pub(super) fn small_step(old: &Table, new: &Table) -> bool {
     const LARGE: usize = 2048;
@@ -390,7 +392,7 @@ pub(super) fn small_step(old: &Table, new: &Table) -> bool {
     only_new_identities || (size >= LARGE && changed <= size / 8)
 }
 
-/// Returns a table in which `entries` replace the rows of some identities and the row of any identity.
+/// Returns a table in which `entries` replace the rows of the given identities and the row for any identity.
 fn with_rows(old: &Table, identities: &BTreeSet<Identity>, entries: Vec<(TableKey, PolicyEntry)>) -> Table {
     let mut table = old.clone();
     for identity in identities.iter().chain([&identity::ANY]) {

@@ -29,7 +29,7 @@ use super::{
 const REMEMBERED_EXPRESSIONS: usize = 1 << 16;
 
 impl Compiler {
-    /// Applies changes, and recompiles what they touch.
+    /// Applies changes, and recompiles the subjects that they affect.
     ///
     /// # Errors
     /// Errors of the changes, with their places. The compiler keeps its previous state.
@@ -60,7 +60,7 @@ impl Compiler {
             Ok(()) => self.own_resources(&replaced),
             Err(errors) => {
                 // The previous content compiled before, so it compiles again. Numbers of port classes and policies may
-                // differ from those in the maps; the next update covers the difference.
+                // differ from those in the maps; the plan after the next update includes the difference.
                 let _ = self.apply(undo);
                 self.snapshot = before;
                 return Err(errors);
@@ -151,8 +151,8 @@ impl Compiler {
                 }
             }
         }
-        // An endpoint that changes its subject must not see its old table modified, and must not modify a table that
-        // other endpoints use. So both the old and the new subject get tables with new policy ids.
+        // An endpoint that moves to another subject must not see its old table modified, and its rules must not modify
+        // a table that other endpoints still use. So both the old and the new subject get tables with new policy ids.
         let before = &self.snapshot.endpoints;
         let changed: HashSet<u32> = subjects
             .iter()
@@ -171,7 +171,7 @@ impl Compiler {
         self.names.forget_users();
         progress.dirty = (0..self.subjects.len()).collect();
 
-        // The prefixes come before the identities, so that the members of selectors are computed once.
+        // Collect the prefixes before the identities, so that the members of selectors are computed only once.
         let groups = self.groups();
         let groups: Vec<&CidrGroup> = groups.iter().collect();
         let policies = self.files.values().flat_map(|content| &content.policies);
@@ -201,7 +201,7 @@ impl Compiler {
         Ok(())
     }
 
-    /// Returns the cost of the regular expressions of a spec, in states.
+    /// Returns the cost of the regular expressions of a spec, in automaton states.
     fn expressions_of(&mut self, spec: &Spec) -> usize {
         if self.expressions.len() > REMEMBERED_EXPRESSIONS {
             self.expressions.clear();
@@ -264,7 +264,7 @@ impl Compiler {
         }
     }
 
-    /// Removes a user of a peer, and of the prefixes that it names.
+    /// Removes a user of a peer. If it was the last user, removes a user of each prefix that the peer names.
     fn release_peer(&mut self, number: u32, progress: &mut Progress) {
         let Some(resolved) = self.peers.release(number) else {
             return;
@@ -281,7 +281,8 @@ impl Compiler {
         }
     }
 
-    /// Adds a user of a peer, and of the prefixes that it names. Returns the number of the peer.
+    /// Adds a user of a peer. If the peer is new, adds a user of each prefix that the peer names. Returns the number of
+    /// the peer.
     fn retain_peer(&mut self, peer: &Peer, groups: &[&CidrGroup], progress: &mut Progress) -> u32 {
         let (number, new) = self.peers.retain(peer, groups, &self.identity_index);
         if new && let Some(slot) = self.peers.slot(number) {

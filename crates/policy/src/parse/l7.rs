@@ -1,4 +1,4 @@
-//! Application rules: the members beside `ports` in an entry of `toPorts`.
+//! Application rules: the members other than `ports` in an entry of `toPorts`.
 
 use palisade_model::rule::{
     FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
@@ -136,7 +136,7 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
             format!("{second} and {first} cannot be combined in one entry; write an entry for each"),
         );
     }
-    // An empty list beside rules of another kind is an error all the same.
+    // An empty list of one kind together with rules of another kind is still an error.
     if let ([(first, rules), ..], [second, ..]) = (kinds.as_slice(), empty.as_slice())
         && rules_of_its_own(rules)
     {
@@ -317,7 +317,7 @@ const KAFKA_KEYS: [&str; 34] = [
     "alterconfigs",
 ];
 
-/// Returns the API key of a Kafka request by its name; case is ignored.
+/// Returns the API key of a Kafka request by its name; letter case is ignored.
 pub(crate) fn kafka_api_key(name: &str) -> Option<i16> {
     let name = name.to_ascii_lowercase();
     let at = KAFKA_KEYS.iter().position(|known| *known == name)?;

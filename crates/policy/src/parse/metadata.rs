@@ -17,7 +17,7 @@ pub(super) struct Metadata<'a> {
 
 /// Prefix of Palisade's annotations.
 const ANNOTATIONS: &str = "palisade.io/";
-/// Annotation for audit mode of a policy: packets that it denies pass and are reported.
+/// Annotation for audit mode of a policy: packets that the policy denies pass and are reported.
 const AUDIT: &str = "palisade.io/audit";
 
 /// Fields that the API server adds to a resource and that tools leave in files.
@@ -85,7 +85,7 @@ pub(super) fn read<'d>(document: &'d Object<'_>) -> Option<Metadata<'d>> {
     })
 }
 
-/// Parses the annotations. Returns whether the policy is in audit mode. Annotations of others are ignored.
+/// Parses the annotations. Returns whether the policy is in audit mode. Annotations of other tools are ignored.
 fn annotations(at: At<'_>) -> bool {
     let Some(object) = at.object() else {
         return false;

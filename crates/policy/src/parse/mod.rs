@@ -1,4 +1,4 @@
-//! The parser: texts of policy files to validated policies.
+//! The parser of policy files: from text to validated policies.
 //!
 //! ```text
 //! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr, fqdn
@@ -10,8 +10,8 @@
 //! name, and members that are never requested are unknown fields. After an error the parser continues, so that all
 //! errors of a file are reported. The output has the normal form of [`rule`](palisade_model::rule).
 //!
-//! Hand-written on `saphyr-parser` instead of serde: serde stops at the first error and loses the places of fields and
-//! values.
+//! The parser uses `saphyr-parser` instead of serde, because serde stops at the first error and loses the places of
+//! fields and values.
 
 mod cidr;
 mod cidr_group;
@@ -69,7 +69,8 @@ pub fn decode(file: &str, bytes: Vec<u8>) -> Result<String, Diagnostic> {
     })
 }
 
-/// Returns whether a text has neither a document nor a comment. Such a file was truncated, or is being written.
+/// Returns whether a text has neither a document nor a comment. Such a file was probably truncated, or is being
+/// written.
 #[must_use]
 pub fn is_blank(text: &str) -> bool {
     text.lines().all(|line| {
@@ -78,7 +79,7 @@ pub fn is_blank(text: &str) -> bool {
     })
 }
 
-/// Parses the text of a YAML or JSON file. `file` is its name in messages.
+/// Parses the text of a YAML or JSON file. `file` is the name of the file in messages.
 #[must_use]
 pub fn parse(file: &str, text: &str) -> Parsed {
     let context = Context::new(file);
@@ -91,7 +92,7 @@ pub fn parse(file: &str, text: &str) -> Parsed {
 }
 
 /// Parses the policies of a case: resources (`policies`), and bare rules (`rules`), to which no namespace scoping is
-/// applied. Each is a list of objects. `case` is the name of the case in messages.
+/// applied. Both are lists of objects. `case` is the name of the case in messages.
 #[must_use]
 pub fn parse_rules_json(
     case: &str,

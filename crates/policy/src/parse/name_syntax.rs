@@ -26,7 +26,7 @@ fn is_dns_label(label: &str) -> bool {
 pub(super) fn check_label_key(key: &str) -> Result<(), &'static str> {
     let name = match key.split_once('/') {
         Some((prefix, name)) => {
-            // Labels of prefixes also pass, as "cidr:10.0.0.0/8" or "cidr:2001-db8--0/32".
+            // The keys of prefix labels also pass, such as "10.0.0.0/8" of "cidr:10.0.0.0/8", or "2001-db8--0/32".
             if prefix.len() > 253 || !prefix.split('.').all(is_dns_label) {
                 return Err("the part before the \"/\" must be a DNS name in lower case");
             }
@@ -78,8 +78,8 @@ pub(super) fn is_service_name(name: &str) -> bool {
         && !name.contains("--")
 }
 
-/// Parses a port number. Returns also whether it was written with a base. As in Cilium, `0x`, `0b`, `0o` and a leading
-/// `0` are bases, and with a base `_` may separate digits. A text like `0x50` may also be a port *name*
+/// Parses a port number. Returns also whether the text has a base prefix or a `_`. As in Cilium, `0x`, `0b`, `0o` and a
+/// leading `0` are base prefixes, and `_` may separate digits. A text like `0x50` may also be a port *name*
 /// ([`is_service_name`]).
 pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     let lower = text.to_ascii_lowercase();
@@ -91,7 +91,7 @@ pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
         _ => (10, lower.as_str()),
     };
     let based = base != 10;
-    // One more `_` may follow the base.
+    // A `_` may also follow the base prefix.
     let plain = if based {
         digits.strip_prefix('_').unwrap_or(digits)
     } else {
@@ -105,8 +105,8 @@ pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     Some((port, based || plain.contains('_')))
 }
 
-/// Parses a host name or, with `wildcards`, a pattern of host names. Returns it in lower case without the trailing
-/// dot.
+/// Parses a host name or, with `wildcards`, a pattern of host names. Returns the name in lower case without the
+/// trailing dot.
 pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static str> {
     let allowed =
         |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.') || wildcards && b == b'*';
@@ -122,7 +122,7 @@ pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static 
     Ok(text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase())
 }
 
-/// Returns why no host can have a name or pattern, although its characters are valid.
+/// Returns the reason why no host name can match a name or pattern of valid characters; `None` if one can.
 pub(super) fn names_no_host(text: &str) -> Option<&'static str> {
     if text.len() > MAX_DNS_NAME {
         Some("it is longer than 255 characters")

@@ -74,8 +74,8 @@ fn policy_type(at: At<'_>) -> Option<&'static str> {
     }
 }
 
-/// Returns the rules of a direction. If the policy applies to the direction, it denies everything that no rule allows,
-/// even if there is no rule. `concerned`: the policy applies to the direction.
+/// Returns the rules of a direction. `concerned`: whether the policy applies to the direction. Then everything that no
+/// rule allows is denied, even if there is no rule: the result has one rule that matches no peer.
 fn section(object: &Object<'_>, name: &'static str, concerned: bool, rules: Vec<Rule>) -> Option<Vec<Rule>> {
     match (concerned, rules.is_empty()) {
         (true, false) => Some(rules),
@@ -145,7 +145,8 @@ fn peer(at: At<'_>, namespace: &str) -> Option<Peer> {
             match namespaces {
                 Some(at) => {
                     requirements.extend(selector::read(at, Keys::Namespace)?.requirements);
-                    // A pod has a namespace, so a selector that only excludes labels must not match the world.
+                    // `namespaceSelector` selects pods, and each pod has a namespace. Without this requirement, a
+                    // selector that only excludes labels would also match the world.
                     requirements.push(selector::has_namespace());
                 }
                 None => requirements.push(selector::in_namespace(namespace)),

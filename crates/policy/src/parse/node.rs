@@ -20,7 +20,7 @@ pub(crate) enum Value {
     Null,
     Bool(bool),
     Integer(i128),
-    /// A number that is not an integer. The policy language has none, so only its text matters, for messages.
+    /// A number that is not an integer. The policy language has no such numbers, so only the text is kept.
     Float(String),
     String {
         text: String,

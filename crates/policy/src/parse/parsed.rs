@@ -7,8 +7,8 @@ use palisade_model::{
 
 /// The result of parsing a file.
 ///
-/// A resource with an error is not among the policies. The caller decides whether to use the others: a file with an
-/// error must not replace its last good content.
+/// Resources with errors are left out. If the file has an error, the caller must not replace the last good content of
+/// the file with the remaining resources.
 #[derive(Clone, Debug, Default)]
 pub struct Parsed {
     /// Policies without errors, in the order of the file.

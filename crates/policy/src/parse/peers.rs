@@ -88,7 +88,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     members.finish()
 }
 
-/// Parses `fromRequires` or `toRequires`: requirements that the endpoint selectors of rules must meet as well.
+/// Parses `fromRequires` or `toRequires`: requirements that are added to the endpoint selectors of rules.
 ///
 /// Resources may have them, as before Cilium 1.19. Bare rules follow Cilium 1.19, which refuses them.
 pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Selector> {
@@ -121,7 +121,8 @@ struct Members<'o> {
 }
 
 impl<'o> Members<'o> {
-    /// Returns the list of a member, if present, after a check that no other member has elements.
+    /// Returns the list of a member; `None` if the member is absent or its list is empty. Reports an error if another
+    /// member has elements as well.
     fn list(&mut self, name: &'static str) -> Option<List<'o>> {
         self.object.warn_null(&[name]);
         let list = self.object.field(name)?.list()?;

@@ -135,7 +135,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         Some(at) => last_port(at),
         None => Some(0),
     };
-    // Cilium keeps the lower 16 bits of a number that is too large.
+    // Only a bare rule can have a number of more than 16 bits. As Cilium does, keep the lower 16 bits.
     let last = written_last.map(|last| last as u16);
     let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();
@@ -420,8 +420,8 @@ fn icmp_field(at: At<'_>) -> Option<PortSpec> {
     Some(PortSpec::Icmp { v6, kind })
 }
 
-/// Returns the port of a bare rule whose ICMP type is out of range. Cilium keeps 16 bits of such a number, so it
-/// matches no packet; a negative number it reads as every type.
+/// Returns the ports of a bare rule whose ICMP type is out of range. As in Cilium, a negative type means every type; a
+/// type above 255 matches no packet (`None`).
 fn odd_icmp_type(at: At<'_>, v6: bool) -> Option<PortSpec> {
     let number = at.integer(i64::from(i32::MIN)..=i64::from(i32::MAX))?;
     if number < 0 {

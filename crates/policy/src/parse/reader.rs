@@ -1,4 +1,5 @@
-//! Reading of trees: a cursor with the path to its node, objects whose members are requested by name, and diagnostics.
+//! Access to trees of nodes: a cursor with the path to its node, objects whose members are requested by name, and
+//! diagnostics.
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,9 +18,9 @@ use palisade_protocols::http1::re2;
 use super::node::{Entry, Node, Position, Value, quoted};
 use crate::suggest::nearest;
 
-/// Bound on the cost of all regular expressions of one policy, in states ([`re2::cost`]).
+/// Bound on the cost of all regular expressions of one policy, in automaton states ([`re2::cost`]).
 pub(super) const MAX_POLICY_COST: usize = 250_000;
-/// Bound on the cost of all regular expressions of one file, in states.
+/// Bound on the cost of all regular expressions of one file, in automaton states.
 const MAX_FILE_COST: usize = 2_000_000;
 
 /// State of the parsing of one file: its name and the diagnostics so far.
@@ -27,8 +28,8 @@ pub(super) struct Context {
     file: Arc<str>,
     diagnostics: RefCell<Vec<Diagnostic>>,
     errors: Cell<usize>,
-    /// Whether a bare rule of a case file is being parsed. In a cluster, no schema validates such rules: they mean
-    /// what Cilium's agent makes of them, and what a resource must not have is only a warning.
+    /// Whether a bare rule of a case file is being parsed. No schema of Kubernetes validates bare rules, so they are
+    /// interpreted as by Cilium's agent, and violations of the schema of resources are only warnings.
     bare: Cell<bool>,
     expressions: RefCell<Expressions>,
 }
@@ -38,7 +39,7 @@ pub(super) struct Context {
 struct Expressions {
     /// Result of the check of each expression.
     known: HashMap<String, Result<(), String>>,
-    /// Cost of all expressions of the file, and of the current policy, in states.
+    /// Cost of all expressions of the file, and of the current policy, in automaton states.
     of_file: usize,
     of_policy: usize,
 }
@@ -322,7 +323,7 @@ impl<'a> At<'a> {
     pub(super) fn boolean(&self) -> Option<bool> {
         match &self.node.value {
             Value::Bool(value) => Some(*value),
-            // Booleans of YAML 1.1, which the reader of Kubernetes still accepts.
+            // Booleans of YAML 1.1, which the YAML parser of Kubernetes still accepts.
             Value::String { text, plain: true } => match text.to_ascii_lowercase().as_str() {
                 "yes" | "on" | "y" => Some(true),
                 "no" | "off" | "n" => Some(false),
@@ -376,7 +377,8 @@ impl<'a> List<'a> {
         self.items.is_empty()
     }
 
-    /// Calls `element` for each element. Elements for which it returns `None` have been reported and are left out.
+    /// Calls `element` for each element of the list. Elements for which `element` returns `None` are left out;
+    /// `element` has reported the error.
     pub(super) fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
         let at = self.at;
         self.items
@@ -459,7 +461,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Warns of members that are null: they restrict nothing, and often the author only forgot the value.
+    /// Warns of members that are null: such a member restricts nothing, and often the author only forgot the value.
     pub(super) fn warn_null(&self, names: &[&'static str]) {
         if self.at.is_bare() {
             return;
@@ -472,7 +474,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Ignores members that Palisade has no use for.
+    /// Accepts members that Palisade does not use.
     pub(super) fn ignore(&self, names: &[&'static str]) {
         self.known.borrow_mut().extend(names);
     }
@@ -510,8 +512,8 @@ impl<'a> Object<'a> {
         self.at.say(Severity::Error, position, message.as_ref());
     }
 
-    /// Reports all members that were not requested as unknown fields. Returns whether there are none. To be called
-    /// last.
+    /// Reports all members that were not requested as unknown fields. Returns whether there are none. Must be called
+    /// after all members have been requested.
     pub(super) fn finish(&self) -> bool {
         let known = self.known.borrow();
         let mut all_known = true;

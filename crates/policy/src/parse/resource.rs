@@ -1,4 +1,4 @@
-//! Documents to resources: the kind, and what all kinds have in common.
+//! Conversion of documents to resources: the kind, and the members that all kinds have in common.
 
 use std::collections::HashMap;
 
@@ -292,7 +292,7 @@ fn escaped(text: &str) -> String {
     format!("\"{ascii}\"")
 }
 
-/// Returns a kind for a message. The kind comes from the file, so it may contain anything.
+/// Returns a kind for a message. The kind comes from the file, so it may contain any character.
 fn shown(kind: &str) -> String {
     let quoted = quoted(kind);
     quoted.trim_matches('"').to_owned()

@@ -1,4 +1,4 @@
-//! The section of a spec that a parser function is in.
+//! The section of a spec that is being parsed.
 
 use super::selector::Scope;
 

@@ -18,7 +18,7 @@ pub(super) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 pub(super) enum Keys {
     /// `SOURCE:KEY`. Without a source any source matches; `$KEY` is `reserved:KEY`.
     Sourced,
-    /// Keys without a source; their source is this one.
+    /// Keys without a source; all labels have this source.
     Of(&'static str),
     /// Labels of the endpoint's namespace.
     Namespace,
@@ -153,7 +153,8 @@ fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String)
         Some(source) => LabelSource::Named(source.to_owned()),
     };
     let key = match keys {
-        // Every namespace has this label with its own name. Endpoints have the name directly, under another label.
+        // Kubernetes gives each namespace this label with the name of the namespace. Endpoints have that name in the
+        // label [`NAMESPACE`].
         Keys::Namespace if key == "kubernetes.io/metadata.name" => NAMESPACE.to_owned(),
         Keys::Namespace => format!("{NAMESPACE_LABELS}.{key}"),
         _ => key.to_owned(),
@@ -171,8 +172,8 @@ pub(super) struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    /// Parses the endpoint selector of a policy. The endpoints of a namespaced policy are in its namespace, whatever
-    /// its `matchLabels` are.
+    /// Parses the endpoint selector of a policy. A namespaced policy selects endpoints of its own namespace only,
+    /// whatever namespace `matchLabels` names.
     pub(super) fn subject(&self, at: At<'_>, keys: Keys) -> Option<Selector> {
         let (mut requirements, expressions) = read_parts(at, keys)?;
         if let (PolicyKind::Cnp | PolicyKind::Knp, Some(namespace)) = (self.kind, self.namespace) {

@@ -1,9 +1,9 @@
-//! YAML texts to trees of nodes.
+//! Conversion of YAML texts to trees of nodes.
 //!
-//! Reads YAML 1.2 and the extensions that the reader of Kubernetes accepts: merge keys (`<<`) and concatenated JSON
-//! objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
+//! Accepts YAML 1.2 and the extensions that the YAML parser of Kubernetes accepts: merge keys (`<<`) and concatenated
+//! JSON objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
 //! laughs"). Some characters are refused before parsing: those at which a parser may stop, and those that only some
-//! parsers treat as a line break. Otherwise rules behind such a character could vanish without an error.
+//! parsers treat as a line break. Otherwise rules after such a character could be lost without an error.
 
 use std::{
     borrow::Cow,
@@ -81,13 +81,13 @@ fn forbidden_character(text: &str) -> Option<YamlError> {
 /// Removes byte order marks where a document begins (YAML 1.2.2, section 5.2), as in two concatenated files.
 ///
 /// # Errors
-/// A mark elsewhere. It would become part of a key or value that looks like another one.
+/// An error if a mark is elsewhere: it would become part of a key or value, which would look like another key or value.
 fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
     if !text.contains('\u{feff}') {
         return Ok(Cow::Borrowed(text));
     }
     let mut out = String::with_capacity(text.len());
-    // Whether only comments and blank lines follow the end of the last document.
+    // Whether only comments and blank lines have followed the end of the last document.
     let mut between = true;
     let mut at = 0;
     for line in text.split_inclusive('\n') {
@@ -158,7 +158,7 @@ fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
     (line, column)
 }
 
-/// The parsing ends; the error has been recorded.
+/// Signal that parsing ends. The error is in `Loader::errors`.
 struct Stop;
 
 /// Counts nodes: tests bound the work by this number, as the time depends on the load of the machine.
@@ -229,7 +229,7 @@ impl Loader {
                         .unwrap_or_default();
                     let here = line.char_indices().nth(marker.col());
                     let here = here.map_or("", |(byte, _)| &line[byte..]);
-                    // In the first column these characters have another meaning, such as a directive.
+                    // In the first column, such characters have another meaning: `%` begins a directive.
                     let here = if marker.col() == 0 { "" } else { here };
                     self.error(self.position(marker), in_plain_words(error.info(), here));
                     return Err(Stop);
@@ -239,7 +239,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Returns the place in the whole text of a place in the current part.
+    /// Converts a place in the current part to the place in the whole text.
     fn position(&self, marker: Marker) -> Position {
         let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         // The parser counts lines from 1 and columns from 0.
@@ -339,7 +339,7 @@ impl Loader {
         #[cfg(test)]
         work::count(1);
         if anchor != 0 {
-            // The copy kept for aliases counts as well.
+            // The copy for aliases counts towards the bound as well.
             let size = size(&node);
             #[cfg(test)]
             work::count(size);
@@ -401,8 +401,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Refuses tags on a list or object other than those of lists and objects: another parser may interpret them
-    /// differently.
+    /// Reports a tag on a list or object, unless it is the standard tag of lists or objects or `!`: another parser may
+    /// interpret the value differently.
     fn collection_tag(&mut self, tag: Option<&Tag>, expected: &str, position: Position) {
         let known = tag.is_none_or(|tag| {
             (tag.handle.is_empty() && tag.suffix == "!")
@@ -466,7 +466,8 @@ impl OpenValue {
     }
 }
 
-/// Returns the parser's message, with the likely cause: an unquoted `*` begins an alias.
+/// Returns the parser's message, with the likely cause if the value at `here` begins with a character that needs
+/// quotes.
 fn in_plain_words(said: &str, here: &str) -> String {
     match here.chars().next() {
         Some('*') => {
@@ -543,7 +544,8 @@ fn plain_scalar(text: &str) -> Value {
 }
 
 fn integer(text: &str) -> Option<i128> {
-    // A leading zero means octal in YAML 1.1 (Kubernetes) and decimal in 1.2, so such numbers are not numbers here.
+    // A leading zero means octal in YAML 1.1 (Kubernetes) and decimal in 1.2, so such a text is not parsed as an
+    // integer.
     let digits = text.trim_start_matches(['+', '-']);
     if digits.len() > 1 && digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

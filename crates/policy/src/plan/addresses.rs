@@ -15,8 +15,9 @@ use super::choice::Choices;
 pub(super) enum AddressKey {
     Address(Addr),
     Prefix(PrefixKey),
-    /// A learned address, which applies to one endpoint only. The choice of numbers treats it as if it applied to all
-    /// endpoints: it may keep apart more numbers than necessary, never fewer.
+    /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares its old and
+    /// new identity in all changed tables, not only in the table of that endpoint. So it may copy more entries than
+    /// necessary, never fewer.
     Learned(LearnedKey),
 }
 
@@ -99,7 +100,7 @@ pub(super) fn hides_learned(entry: &IpcacheEntry) -> bool {
     entry.identity < identity::FIRST_LOCAL
 }
 
-/// Returns whether learned addresses count for the endpoint of `key`.
+/// Returns whether the programs look up learned addresses for the endpoint of `key`.
 pub(super) fn learns(state: &Snapshot, key: LearnedKey) -> bool {
     let endpoint = u16::try_from(key.endpoint).ok();
     endpoint
@@ -107,10 +108,10 @@ pub(super) fn learns(state: &Snapshot, key: LearnedKey) -> bool {
         .is_some_and(|state| state.flags & endpoint_flags::LEARNS != 0)
 }
 
-/// Returns the pairs of identities of learned addresses whose ipcache entry hides the learned identity before or after
-/// the change. Such an address needs a spare number while the tables are switched, as a spare number hides no learned
-/// identity: an endpoint that learned the address then uses its learned entry, whose number the plan chooses
-/// separately.
+/// Returns the pairs (old, new) of identities of learned addresses whose ipcache entry hides the learned identity
+/// before or after the change. While the tables are switched, the ipcache entry of such an address gets a spare
+/// identity. A spare identity hides no learned identity ([`hides_learned`]): an endpoint that learned the address then
+/// uses its learned entry, whose identity the plan chooses separately.
 pub(super) fn contested(
     addresses: &[AddressChange],
     old: &Snapshot,
@@ -142,7 +143,7 @@ impl AddressChange {
         (pair.0 != pair.1).then_some(pair)
     }
 
-    /// Returns the entry while the tables are switched.
+    /// Returns the entry that the key has while the tables are switched.
     pub(super) fn between(&self, choices: &Choices<Identity>) -> IpcacheEntry {
         let Some((from, to)) = self.pair() else {
             return self.to;
@@ -189,7 +190,7 @@ pub(super) fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressCh
             from: key.effective(old),
             to: key.effective(new),
         })
-        // Another change can hide a learned address or let it count.
+        // A change of the ipcache or of LEARNS can change the effective entry of a learned address that itself stays.
         .filter(|change| {
             change.found != change.wanted
                 || (matches!(change.key, AddressKey::Learned(_)) && change.pair().is_some())

@@ -10,7 +10,7 @@ use palisade_model::snapshot::{Snapshot, Table, TableKey};
 
 use super::tables::TableChanges;
 
-/// How an address or a port gets from its old number to its new one.
+/// Time at which an address or a port gets its new number (identity or class), and the entries that are copied for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice<N> {
     /// The new number is written before the tables are switched.
@@ -21,7 +21,8 @@ pub(super) enum Choice<N> {
     Fresh,
     /// As `Late`; the new tables get copies of the new number's entries under the old number.
     Gone,
-    /// A spare number is written before the switch, with copied entries in both tables, and the new number after it.
+    /// A spare number is written before the tables are switched, with copied entries in both tables. The new number is
+    /// written after the switch.
     By(N),
 }
 
@@ -38,8 +39,8 @@ impl<N: Copy + Ord> Choices<N> {
         }
     }
 
-    /// Returns the pairs (from, to) of numbers whose entries an old table copies. `changes`: whether the table itself
-    /// changes.
+    /// Returns the pairs (from, to) for which an old table gets copies of the entries of `from` under `to`. `changes`:
+    /// whether the table itself changes.
     pub(super) fn copies_in_old(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -51,8 +52,8 @@ impl<N: Copy + Ord> Choices<N> {
             .collect()
     }
 
-    /// Returns the pairs (from, to) of numbers whose entries a new table copies. `changes`: whether the table itself
-    /// changes.
+    /// Returns the pairs (from, to) for which a new table gets copies of the entries of `from` under `to`. `changes`:
+    /// whether the table itself changes.
     pub(super) fn copies_in_new(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -65,7 +66,7 @@ impl<N: Copy + Ord> Choices<N> {
     }
 }
 
-/// The entries of a table for each number of an axis.
+/// The entries of a table by their number on an axis: direction, rest of the key, and entry.
 pub(super) type Lines<N> = HashMap<N, Vec<(u8, u32, PolicyEntry)>>;
 
 /// An axis of the table: identities or classes.
@@ -96,13 +97,12 @@ pub(super) trait Axis {
     }
 }
 
-/// Returns whether all tables decide alike for two numbers.
+/// Returns whether, in each table, two numbers have equal entries.
 pub(super) fn same<N: Copy + Ord + Hash>(lines: &[Lines<N>], a: N, b: N) -> bool {
     lines.iter().all(|lines| lines.get(&a) == lines.get(&b))
 }
 
-/// Chooses for each pair of an old and a new number how one becomes the other. Pairs in `apart` always get a spare
-/// number.
+/// Returns a [`Choice`] for each pair of an old and a new number. Pairs in `apart` get a spare number if one is left.
 pub(super) fn choose<A: Axis>(
     axis: &A,
     pairs: &BTreeSet<(A::Number, A::Number)>,

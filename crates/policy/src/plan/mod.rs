@@ -1,10 +1,11 @@
-//! From one content of the maps to the next, in an order in which each packet meets the old rules or the new ones.
+//! Plans: operations from one content of the maps to the next, in an order in which each packet gets its old or its new
+//! verdict.
 //!
-//! A verdict comes from four lookups: the identity of the peer, the class of its port, the policy table of the endpoint,
-//! and the entry of the table. A change may touch all four, but one write changes one of them. [`plan`] therefore has
-//! four steps: make, switch, settle, break. In between, every packet gets its old or its new verdict.
+//! A verdict comes from four lookups: the identity of the peer, the class of the port, the policy table of the
+//! endpoint, and the entry of the table. A change may touch all four, but one write changes one of them. [`plan`]
+//! therefore has four steps: make, switch, settle, break. In between, every packet gets its old or its new verdict.
 //!
-//! Entries and prefixes are written from the most specific to the least specific, and deleted the other way round.
+//! Entries and prefixes are written from the most specific to the least specific, and deleted in the reverse order.
 
 mod addresses;
 mod choice;
@@ -26,7 +27,7 @@ use addresses::{AddressChange, changed_addresses, contested, settle_addresses};
 use choice::{Choices, ClassAxis, IdentityAxis, choose};
 use tables::{TableChanges, difference, extend, table_changes};
 
-/// Returns the operations that lead from one snapshot to another, in their order.
+/// Returns the operations that lead from one snapshot to another, in the order of execution.
 ///
 /// The compiler guarantees that an endpoint whose table changes shares no policy id with one whose table stays.
 #[must_use]
@@ -48,16 +49,16 @@ type Contents<'a> = BTreeMap<u32, Cow<'a, BTreeMap<TableKey, PolicyEntry>>>;
 struct Plan<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
-    /// The most specific first.
+    /// Changed addresses and prefixes, the most specific first.
     addresses: Vec<AddressChange>,
     /// Slots whose class changes: slot, old class, new class.
     slots: Vec<(u32, Class, Class)>,
     tables: TableChanges<'a>,
     identities: Choices<Identity>,
     classes: Choices<Class>,
-    /// The old tables, extended for the numbers in between.
+    /// The old tables, with copied entries for numbers that are used only during the plan.
     old_tables: Contents<'a>,
-    /// The new tables, extended likewise.
+    /// The new tables, with copied entries for numbers that are used only during the plan.
     new_tables: Contents<'a>,
 }
 
@@ -129,9 +130,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Appends step 2, "switch". The new tables are written under new policy ids, and one store switches each
-    /// endpoint. A table that changes little keeps its policy id and is changed in place: a packet's verdict changes
-    /// once, when the entry that decides it is written, or when the entry before it in the lookup is deleted.
+    /// Appends step 2, "switch". The new tables are written under new policy ids, and one store switches each endpoint.
+    /// A table that changes little keeps its policy id and is changed in place: a packet's verdict changes once, when
+    /// the entry that decides the new verdict is written, or when the entry that precedes it in the lookup is deleted.
     ///
     /// Returns the endpoint states as written. `settles`: step 3 changes something.
     fn switch(&self, settles: bool, ops: &mut Vec<Op>) -> BTreeMap<u16, EndpointState> {
@@ -181,8 +182,8 @@ impl<'a> Plan<'a> {
         ops
     }
 
-    /// Appends step 4, "break". What nothing uses any more is deleted, and revisions are raised so that flows are
-    /// evaluated again.
+    /// Appends step 4, "break". Deletes entries and tables that are no longer used, and raises revisions so that flows
+    /// are evaluated again.
     fn break_old(&self, states: &BTreeMap<u16, EndpointState>, ops: &mut Vec<Op>) {
         for (id, state) in &self.new.endpoints {
             if states.get(id) != Some(state) {
@@ -206,7 +207,8 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: its flags before.
+/// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: flags of the endpoint
+/// before the plan.
 fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [EndpointState; 2] {
     // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. It also does
     // so if LEARNS changes, because a program may have read LEARNS of one state and the policy id of the other.
@@ -216,8 +218,8 @@ fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [End
     } else {
         state.revision.wrapping_sub(1)
     };
-    // A program may still read the old table. So LEARNS is set if either state has it, and the PLAIN flags only if
-    // both states have them. The identity of a learned address is right for both tables until step 3.
+    // A program may still read the old table. So LEARNS is set if either state has it, and the PLAIN flags only if both
+    // states have them. Until step 3, learned addresses have identities for which both tables have the right entries.
     let both = EndpointState {
         revision,
         flags: (state.flags | old_flags) & endpoint_flags::LEARNS

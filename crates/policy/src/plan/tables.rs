@@ -51,8 +51,7 @@ pub(super) fn table_changes<'a>(old: &'a Snapshot, new: &'a Snapshot) -> TableCh
     }
 }
 
-/// Returns the entries of a table in which numbers are copied: each second number of a pair gets the entries of the
-/// first.
+/// Returns the entries of a table with copies: for each pair (from, to), the entries of `from` replace those of `to`.
 pub(super) fn extend<'a>(
     table: &'a Table,
     identities: &[(Identity, Identity)],
@@ -68,7 +67,8 @@ pub(super) fn extend<'a>(
             for key in stale {
                 extended.entries.remove(&key);
             }
-            // Copies come from the unmodified table, because `from` may itself be replaced by a copy.
+            // Copies come from the unmodified table, because the entries of `from` may themselves be replaced by
+            // copies.
             for (key, entry) in table.row(direction as u8, *from) {
                 extended.entries.insert(
                     TableKey {
@@ -107,7 +107,7 @@ pub(super) fn difference(
     if std::ptr::eq(old, new) {
         return;
     }
-    // Number of fixed fields of a key, in the order of the lookup.
+    // Rank of a key in the lookup: 3 for the key that the programs look up first, 0 for the last.
     let level = |key: &TableKey| {
         2 * usize::from(key.identity != identity::ANY) + usize::from(key.class != palisade_abi::CLASS_ANY)
     };
