@@ -410,7 +410,8 @@ pub struct HttpRule {
 pub struct HeaderMatch {
     /// Header name.
     pub name: String,
-    /// Expected value; `None` if the entry has a secret, which Palisade does not resolve.
+    /// Expected value. If `None`, any value matches; with a secret, no value matches, because Palisade cannot read
+    /// secrets.
     pub value: Option<String>,
     /// `namespace/name` of a secret.
     pub secret: Option<String>,

@@ -355,8 +355,8 @@ impl fmt::Display for RuleInfo {
 /// Application rules of an `inspect` entry. A request passes if one of the alternatives matches.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct RuleSet {
-    /// Protocol that the inspector reads, as a number of [`Inspector`]. It differs from the entry's inspector if TLS
-    /// must be terminated first.
+    /// Protocol that the inspector reads, as a number of [`Inspector`]. The protocol differs from the entry's inspector
+    /// if TLS must be terminated first.
     pub reads: u8,
     /// Alternatives, each with the rule that it comes from.
     pub alternatives: Vec<Alternative>,
@@ -383,8 +383,8 @@ pub struct Alternative {
 /// Condition that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
-    /// Matches every request. A rule without application rules that matches the same packets causes it, or an empty
-    /// list of rules. The traffic is still inspected.
+    /// Matches every request. Comes from a rule without application rules for the same packets, or from an empty list
+    /// of rules. The traffic is still inspected.
     Everything,
     /// An http rule.
     Http(HttpRule),

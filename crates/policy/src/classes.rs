@@ -11,7 +11,7 @@ use palisade_abi::{
 
 /// Classes that always exist: for each protocol with ports or types, one class for all ports that no rule names. The
 /// slot for an unknown port (later fragments) has this class as well, because only rules for the whole protocol match
-/// either.
+/// either of them.
 const BASE: [(u8, Class); 5] = [
     (protocol::TCP, FIRST_DYNAMIC_CLASS),
     (protocol::UDP, FIRST_DYNAMIC_CLASS + 1),

@@ -207,8 +207,8 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
             .is_none_or(|topic| kafka.topics.first() == Some(topic))
 }
 
-/// Returns whether a pattern matches a server name. No pattern matches a ClientHello without a name (an empty one
-/// here), or with an address as its name (not allowed by RFC 6066, section 3).
+/// Returns whether a pattern matches a server name. No pattern matches a ClientHello without a name (`name` is empty),
+/// or with an address as its name (not allowed by RFC 6066, section 3).
 fn server_name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     !name.is_empty() && name.parse::<IpAddr>().is_err() && name_matches(pattern, name)
 }

@@ -23,7 +23,8 @@ pub struct Question {
     /// Source: an endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a
     /// reserved identity by name.
     pub source: String,
-    /// Destination, in the same forms. With `to_fqdn`: an address of the name, or empty for any IPv4 address.
+    /// Destination, in the forms of `source`. With `to_fqdn`: an address to which the name resolves, or empty for any
+    /// IPv4 address.
     pub destination: String,
     /// DNS name by which the source has learned the address of the destination.
     pub to_fqdn: Option<String>,

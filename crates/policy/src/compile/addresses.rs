@@ -79,7 +79,7 @@ impl Compiler {
         let mapped = IpNet::V6(V4_MAPPED);
         for prefix in self.prefixes.keys().filter(|prefix| prefix.prefix_len() > 0) {
             // The trie stores IPv4 prefixes within ::ffff:0:0/96, so an IPv6 prefix in that range would match IPv4
-            // addresses.
+            // addresses. Such a prefix gets no entry.
             if mapped.contains(prefix) {
                 continue;
             }

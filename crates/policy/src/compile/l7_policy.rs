@@ -25,8 +25,8 @@ pub(super) struct L7Policy {
 impl L7Policy {
     /// Returns the application rules of an entry; `None` if it has none.
     ///
-    /// The default verdict of the endpoint decides requests that no rule matches ([`merge`](super::precedence)). If it
-    /// is allow, application rules restrict nothing.
+    /// The default verdict of the endpoint decides requests that no rule matches ([`merge`](super::precedence)). If the
+    /// default verdict is allow, application rules restrict nothing.
     pub(super) fn of(l7: &L7) -> Option<Self> {
         if l7.is_none() {
             return None;

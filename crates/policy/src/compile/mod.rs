@@ -1,4 +1,5 @@
-//! The compiler of policies and an inventory to a snapshot. A change recompiles only the tables that it affects.
+//! The compiler. Its input is policies and an inventory, its output a snapshot. A change recompiles only the tables
+//! that it affects.
 //!
 //! Between updates the compiler keeps the identities that each distinct peer selects and, for each subject (endpoints
 //! with the same labels, named ports and audit mode), the specs that select the subject and its table. The cost of a

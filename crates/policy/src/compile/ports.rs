@@ -25,7 +25,7 @@ pub(super) struct Resolved {
 
 /// A port name that peers number differently.
 pub(super) struct NumberedDistinctPorts {
-    /// For each number of the name: the port set, and the identities of the peers to which it applies.
+    /// For each number of the name: the port set, and the identities of the peers to which the number applies.
     pub(super) own: Vec<(PortSet, Arc<BTreeSet<Identity>>)>,
     /// All peers that have the name.
     pub(super) owners: Arc<BTreeSet<Identity>>,

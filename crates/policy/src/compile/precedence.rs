@@ -109,7 +109,8 @@ impl Wildcard<'_> {
             None => {}
             // No rule can take precedence over an enforced denial.
             Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
-            // Where the entries for any identity allow too, a plain allow changes nothing.
+            // The identity is allowed for any class. Only classes that the entries for any identity do not plainly
+            // allow can need an entry.
             Some((Decision::Allow, _)) => {
                 let decided = self.by_class.iter();
                 let restricted = decided.filter(|(_, entry)| entry.decision != Decision::Allow as u8);

@@ -227,7 +227,7 @@ impl Compiler {
         has_effect
     }
 
-    /// Returns the warning about a port name that no endpoint or peer to which the rule applies has.
+    /// Returns the warning about a port name that resolves to no port in this rule.
     fn unresolved(&self, name: &str, location: &Location, cx: &RuleContext<'_>) -> Diagnostic {
         let whom = match cx.direction {
             Direction::Ingress => {

@@ -218,7 +218,7 @@ fn whole(protocol: L4Protocol) -> PortSpec {
     }
 }
 
-/// Parses `endPort`. In a bare rule it may be any 32-bit number, as in Cilium.
+/// Parses `endPort`. In a bare rule, any 32-bit number is accepted, as in Cilium.
 fn last_port(at: At<'_>) -> Option<i32> {
     if !at.is_bare() {
         return at.integer(0..=65535).and_then(|port| i32::try_from(port).ok());
@@ -235,7 +235,7 @@ fn last_port(at: At<'_>) -> Option<i32> {
     Some(port)
 }
 
-/// Parses a port number. A leading zero makes it octal, as in Cilium.
+/// Parses a port number. A leading zero makes the number octal, as in Cilium.
 fn number(at: At<'_>, text: &str) -> Option<u16> {
     match port_number(text) {
         Some((port, based)) => {

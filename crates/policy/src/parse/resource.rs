@@ -236,7 +236,8 @@ fn belongs(api_version: &str, group: &str) -> bool {
     api_version.is_empty() || api_version.split_once('/').is_some_and(|(of, _)| of == group)
 }
 
-/// Reports a resource that is not parsed. It is an error if the resource was probably meant as a policy, else a note.
+/// Reports a resource that is not parsed. The report is an error if the resource was probably meant as a policy, a
+/// warning for network policies of other products, else a note.
 fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
     let group = api_version
         .split_once('/')

@@ -154,7 +154,7 @@ fn label_key(text: &str, keys: Keys, bare: bool) -> Result<(LabelSource, String)
     };
     let key = match keys {
         // Kubernetes gives each namespace this label with the name of the namespace. Endpoints have that name in the
-        // label [`NAMESPACE`].
+        // label `NAMESPACE`.
         Keys::Namespace if key == "kubernetes.io/metadata.name" => NAMESPACE.to_owned(),
         Keys::Namespace => format!("{NAMESPACE_LABELS}.{key}"),
         _ => key.to_owned(),

@@ -16,8 +16,8 @@ pub(super) enum AddressKey {
     Address(Addr),
     Prefix(PrefixKey),
     /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares its old and
-    /// new identity in all changed tables, not only in the table of that endpoint. So it may copy more entries than
-    /// necessary, never fewer.
+    /// new identity in all changed tables, not only in the table of that endpoint. So the plan may copy more entries
+    /// than necessary, never fewer.
     Learned(LearnedKey),
 }
 
@@ -60,7 +60,8 @@ impl AddressKey {
         }
     }
 
-    /// Returns the entry that an address finds in `in_state` if nothing more specific than this key matches.
+    /// Returns the entry that a lookup in `in_state` finds for an address of this key, if nothing more specific than
+    /// the key matches.
     fn effective(self, in_state: &Snapshot) -> IpcacheEntry {
         let (addr, below) = match self {
             Self::Address(addr) => (addr, 128),
@@ -190,7 +191,8 @@ pub(super) fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressCh
             from: key.effective(old),
             to: key.effective(new),
         })
-        // A change of the ipcache or of LEARNS can change the effective entry of a learned address that itself stays.
+        // A change of the ipcache or of LEARNS can change the effective entry of a learned address whose own entry does
+        // not change.
         .filter(|change| {
             change.found != change.wanted
                 || (matches!(change.key, AddressKey::Learned(_)) && change.pair().is_some())

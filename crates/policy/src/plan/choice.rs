@@ -152,8 +152,8 @@ pub(super) fn choose<A: Axis>(
                     below = Some(number);
                     Choice::By(number)
                 }
-                // All numbers are in use. The address switches late: its packets may meet the new tables under the old
-                // number, for the duration of this plan.
+                // All numbers are in use. The number changes late: until this plan ends, packets may be looked up in
+                // the new tables under the old number.
                 None => Choice::Late,
             }
         };

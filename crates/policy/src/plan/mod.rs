@@ -45,7 +45,7 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
 /// Contents of tables by policy id. Extended tables have entries for numbers that are used only during the plan.
 type Contents<'a> = BTreeMap<u32, Cow<'a, BTreeMap<TableKey, PolicyEntry>>>;
 
-/// The difference between two snapshots, and the numbers that addresses and ports have in between.
+/// The difference between two snapshots, and the numbers that addresses and ports have during the plan.
 struct Plan<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
@@ -210,8 +210,9 @@ impl<'a> Plan<'a> {
 /// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: flags of the endpoint
 /// before the plan.
 fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [EndpointState; 2] {
-    // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. It also does
-    // so if LEARNS changes, because a program may have read LEARNS of one state and the policy id of the other.
+    // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. Step 4 also
+    // raises the revision if LEARNS changes, because a program may have read LEARNS of one state and the policy id of
+    // the other.
     let learns_as_before = (old_flags ^ state.flags) & endpoint_flags::LEARNS == 0;
     let revision = if !settles && learns_as_before {
         state.revision
