@@ -94,7 +94,7 @@ pub enum GetBodies {
 pub struct HttpOptions {
     /// Forms of a path that rules are matched against.
     pub paths: Paths,
-    /// Whether a GET may have a body.
+    /// Handling of requests that have a body although their method usually has none.
     pub get_bodies: GetBodies,
 }
 

@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(allocator.number(&two, &|_| true), Ok(numbers[2] + 1));
         assert!(!allocator.state().identities.values().any(is_combined));
 
-        // The daemon was killed before it wrote the state: the maps tell which numbers are taken.
+        // The daemon was killed before it wrote the state: only the maps show which numbers are in use.
         let mut older = Allocator::default();
         older.avoid(numbers);
         assert_eq!(older.number(&two, &|_| true), Ok(numbers[2] + 1));

@@ -766,7 +766,7 @@ spec:
             "policy default/names egress rule 2 (names.yaml:11)"
         );
         assert!(answer.destination.labels.has("fqdn", "*.example.com"));
-        // In a prefix that a policy names: the combination has no identity yet.
+        // The address is in a prefix that a policy names: the combination has no identity yet.
         let answer = ask_by_name(to_name("api.example.com", "203.0.113.9", 22)).unwrap();
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert!(answer.destination.labels.has("cidr", "203.0.113.0/24"));

@@ -123,7 +123,7 @@ mod tests {
     fn a_resource_is_in_one_file() {
         let mut compiler = Compiler::new(&CompilerState::default());
         update(&mut compiler, [file("b", &[P, OTHER_NAMESPACE, OTHER_KIND])]).unwrap();
-        // The resource in force stays, whatever the name of the other file.
+        // The resource in force remains, whatever the name of the other file is.
         let expected = "CiliumNetworkPolicy default/p is already in b:1:1, which stays in force; delete one of the \
                         two, or rename it";
         for name in ["a", "c"] {

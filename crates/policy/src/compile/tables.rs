@@ -28,8 +28,8 @@ use super::{
 use crate::classes::PortSet;
 
 /// Bound on the cost of the regular expressions of all policies that select an endpoint, in automaton states. The
-/// inspector combines them to one automaton. Without the bound, the policies of one endpoint could take the memory and
-/// time that the inspection of all endpoints needs.
+/// inspector combines these expressions into one automaton. Without the bound, the policies of one endpoint could take
+/// the memory and time that the inspection of all endpoints needs.
 const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
 impl Compiler {
     /// Compiles the dirty subjects and the subjects whose port classes change with them, and assembles the snapshot.

@@ -38,7 +38,7 @@ fn assert_http(rule: &str, expected: &str) {
     assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
-/// Asserts the one error of a Kafka rule, beside the warning about Kafka (at `rules`, column 48).
+/// Asserts the one error of a Kafka rule, in addition to the warning about Kafka (at `rules`, column 48).
 #[track_caller]
 fn assert_kafka(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{kafka: [{rule}]}}}}]");

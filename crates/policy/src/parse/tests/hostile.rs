@@ -1,4 +1,4 @@
-//! Malicious texts: they are refused after bounded work, and never end the process.
+//! Malicious texts: the parser refuses each after bounded work and does not crash.
 //!
 //! The work is counted: nodes created and copied, states of compiled expressions. Work without a counter (such as a
 //! linear search for each key) is bounded by the CPU time of the thread.
@@ -392,7 +392,7 @@ fn rules_after_a_control_character_do_not_vanish() {
         ),
     ] {
         refused(&format!("{A_POLICY}---{character}\n{other}"), says);
-        // Also in a comment, which it would end for some parsers, and in a string.
+        // The character is also refused in a string, and in a comment, which it would end for some parsers.
         let commented = says.replace("5:4", "1:3");
         refused(&format!("# {character}{A_POLICY}"), &commented);
         let quoted = says.replace("5:4", "3:20");
@@ -486,7 +486,7 @@ fn concatenated_json_objects() {
         assert_eq!(said(&text), [""; 0], "{separator:?}");
         assert_eq!(parsed.policies.len(), 3, "{separator:?}");
     }
-    // The place is that in the file.
+    // The place counts from the start of the file.
     refused(
         &format!(
             "{}\n{}",
