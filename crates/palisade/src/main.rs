@@ -1,7 +1,7 @@
 //! `palisade`: the daemon and its command line.
 //!
-//! The crate depends on every other crate. The command line is in `cli` and `command`, the daemon in `daemon` (entry:
-//! `daemon::startup::run`), the socket between the two in `control`, the configuration file in `config`.
+//! The command line is in `cli` and `command`, the daemon in `daemon` (entry: `daemon::startup::run`), the socket
+//! between the two in `control`, the configuration file in `config`.
 #![forbid(unsafe_code)]
 #![warn(unreachable_pub)]
 

@@ -1,6 +1,6 @@
 //! Texts that the daemon and the command line share.
 
-/// Returns the text of an error, followed by its causes. A cause with which the text ends already is left out.
+/// Returns the text of an error, followed by its causes. A cause is left out if the text already ends with it.
 pub(crate) fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1) {

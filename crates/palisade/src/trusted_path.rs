@@ -1,6 +1,6 @@
-//! Paths whose entries no user other than root can replace, and locks on such paths. A user that can rename an entry of
-//! a directory above a file controls what the daemon opens: an unprivileged user that made the pin directory first
-//! could unlink the pins that hold the programs at their interfaces.
+//! Paths that only root and the user of this process can replace, and locks on such paths. A user that can rename an
+//! entry of a directory above a file controls what the daemon opens: an unprivileged user that made the pin directory
+//! first could unlink the pins that hold the programs at their interfaces.
 
 use std::{
     collections::VecDeque,
@@ -25,15 +25,16 @@ use nix::{
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 /// Most symbolic links that are followed in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
-/// Deepest level of directories that is checked. The daemon makes at most two levels.
+/// Deepest accepted level below a private directory. The daemon makes at most two levels.
 const MAX_DEPTH: usize = 8;
 
 /// Why a path is not used.
 #[derive(Debug)]
 pub(crate) enum UnsafePath {
-    /// A user other than root could replace or change an entry of the path.
+    /// It is not certain that only root and the user of this process can change the path and the entries of the
+    /// directory.
     Untrusted(String),
-    /// The path does not exist and cannot be made, or cannot be read.
+    /// The path cannot be made, read or used as a directory.
     Failed(String),
 }
 
@@ -46,12 +47,12 @@ impl fmt::Display for UnsafePath {
 
 impl std::error::Error for UnsafePath {}
 
-/// Returns the path of a directory without symbolic links. The directory is made if it is missing. The directory and
-/// all directories in it get mode 0700. All entries must belong to root or to the user of this process, and no other
-/// user may be able to replace a parent directory.
+/// Returns the path of a directory with symbolic links resolved. A missing directory is made. The function removes the
+/// permissions of group and others from the directory and from all directories below it. It fails if another user owns
+/// an entry of the directory, or could replace a directory above it.
 ///
 /// # Errors
-/// See [`UnsafePath`]. `setting` is the option that the message names.
+/// See [`UnsafePath`]. `setting`: the option that error messages name.
 pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafePath> {
     let found = walk(path)?;
     if !found.missing.as_os_str().is_empty() {
@@ -61,7 +62,7 @@ pub(crate) fn private_dir(path: &Path, setting: &str) -> Result<PathBuf, UnsafeP
             .mode(0o700)
             .create(&whole)
             .map_err(|error| failed(&whole, &error))?;
-        // The path is walked again, because another process may have made the directory at the same time.
+        // The path is walked again, because another process can have made the directory at the same time.
         let again = walk(&whole)?;
         return private(again.there, setting);
     }
@@ -89,20 +90,21 @@ fn private(dir: PathBuf, setting: &str) -> Result<PathBuf, UnsafePath> {
     Ok(dir)
 }
 
-/// Removes the rights of group and others. Entries that others made before are found by [`check_entries`] afterwards.
+/// Removes the permissions of group and others from a directory. [`check_entries`] must run afterwards: it finds the
+/// entries that other users have made before.
 fn restrict_mode(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     if metadata.mode() & 0o077 == 0 {
         return Ok(());
     }
     match fs::set_permissions(dir, Permissions::from_mode(0o700)) {
         Ok(()) => Ok(()),
-        // Without write permission for others, a read-only file system is accepted.
+        // A directory that only its owner can write is accepted, because the file system can be read-only.
         Err(_) if metadata.mode() & 0o022 == 0 => Ok(()),
         Err(error) => Err(failed(dir, &error)),
     }
 }
 
-/// Checks that everything in the directory is root's.
+/// Checks that no other user owns or can write an entry below the directory.
 fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePath> {
     if depth > MAX_DEPTH {
         return Err(UnsafePath::Untrusted(format!(
@@ -138,8 +140,8 @@ fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePa
     Ok(())
 }
 
-/// Returns the directory of the socket without symbolic links. The directory is made if it is missing. Other users may
-/// search it.
+/// Returns the path of the socket's directory with symbolic links resolved. A missing directory is made, with search
+/// permission for all users.
 ///
 /// # Errors
 /// See [`UnsafePath`].
@@ -161,14 +163,14 @@ pub(crate) fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
 /// The existing and the missing part of a path.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// Longest existing part, without links.
+    /// Longest existing part, with symbolic links resolved.
     pub there: PathBuf,
     /// The missing rest.
     pub missing: PathBuf,
 }
 
-/// Resolves a path like the kernel. Fails if a user other than root could replace a directory or a link above the last
-/// component, which itself is not checked.
+/// Resolves the symbolic links and `..` of a path like the kernel. Fails if another user could replace a component of
+/// the path. The entries of the last component are not checked.
 pub(crate) fn walk(path: &Path) -> Result<Found, UnsafePath> {
     let mut here = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = parts(path).collect();
@@ -231,7 +233,7 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> + '_ {
 }
 
 /// Checks that no other user can replace the entries of a directory. In a directory with the sticky bit only the owner
-/// of an entry or of the directory can rename or remove it (unlink(2): EPERM).
+/// of an entry or of the directory can rename or remove the entry (unlink(2): EPERM).
 fn check_ancestor(dir: &Path, metadata: &Metadata) -> Result<(), UnsafePath> {
     let (mode, sticky) = (metadata.mode(), metadata.mode() & 0o1000 != 0);
     if !is_own(metadata) {
@@ -268,8 +270,8 @@ fn failed(path: &Path, error: &io::Error) -> UnsafePath {
     UnsafePath::Failed(format!("{}: {error}{fix}", path.display()))
 }
 
-/// Locks the directory itself and not a file in it: on a full or read-only file system no lock file can be made, and in
-/// bpffs never.
+/// Locks a directory itself instead of a file in it, because no lock file can be made in bpffs or on a full or
+/// read-only file system.
 pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>> {
     loop {
         let dir = OpenOptions::new()
@@ -282,7 +284,7 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
         let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match (locked, named) {
             (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
-            // `palisade stop --detach` has removed the directory after it was opened.
+            // The directory was removed after it was opened, for example by `palisade stop --detach`.
             _ => DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -374,7 +376,7 @@ mod tests {
         fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
         assert!(refused(&dir).contains("0666"));
         fs::remove_file(&file).unwrap();
-        // In the path: a directory that others can write is safe only with the sticky bit.
+        // A parent directory that other users can write is safe only with the sticky bit.
         fs::set_permissions(root.path(), Permissions::from_mode(0o777)).unwrap();
         assert!(refused(&dir).contains("0777"));
         fs::set_permissions(root.path(), Permissions::from_mode(0o1777)).unwrap();

@@ -17,7 +17,7 @@ pub(crate) enum Request {
     Stop { detach: bool },
     /// Reads the configuration and the policies again.
     Reload,
-    /// Returns the [`PolicySummary`] of one policy or of all.
+    /// Returns the [`PolicySummary`] of the named policy or of every policy.
     PolicyGet { name: Option<String> },
     /// Returns the [`SelectorRow`]s.
     PolicySelectors,
@@ -73,7 +73,7 @@ pub(crate) struct ObserveRequest {
 pub(crate) struct TraceRequest {
     /// Source: endpoint, peer, address, or a reserved identity.
     pub from: String,
-    /// Destination. With `to_fqdn` its address, or empty.
+    /// Destination. With `to_fqdn`: an address of that name, or empty.
     pub to: String,
     /// Name by which the source has learned the destination.
     #[serde(default)]
@@ -116,7 +116,7 @@ pub(crate) struct TraceHttp {
 pub(crate) enum Answer {
     /// The answer, or the end of a stream.
     Ok(serde_json::Value),
-    /// The request failed and changed nothing.
+    /// The request failed, for this reason.
     Error(String),
     /// One flow of a stream.
     Flow(Box<Flow>),
@@ -149,7 +149,7 @@ pub(crate) struct Status {
     pub audit: bool,
     /// Number of changes that were put in force.
     pub revision: u64,
-    /// Duration of the last change, from reading the files to the last map entry, ms.
+    /// Duration of the last change, from its begin to the write of the last map entry, ms.
     pub last_change_ms: f64,
     /// Guarded interfaces.
     pub interfaces: Vec<InterfaceStatus>,
@@ -172,7 +172,7 @@ pub(crate) struct Status {
     /// Learned names.
     #[serde(default)]
     pub names: NamesStatus,
-    /// Dropped packets since the maps were made.
+    /// Packets dropped since the maps were made.
     pub drops: Vec<DropCount>,
 }
 
@@ -191,7 +191,7 @@ pub(crate) struct InterfaceStatus {
     pub ingress: Option<String>,
     /// Hook at egress.
     pub egress: Option<String>,
-    /// Why the interface is not attached by the first choice.
+    /// Why the first choice of hooks is not used; `None` if it is.
     pub note: Option<String>,
     /// Why the interface is not guarded.
     pub problem: Option<String>,
@@ -235,7 +235,7 @@ pub(crate) struct PolicyFile {
     pub file: String,
     /// Whether the present content is in force.
     pub state: PolicyFileState,
-    /// Number of its policies in force.
+    /// Number of policies of the file that are in force.
     pub policies: usize,
     /// Diagnostics of the form `FILE:LINE:COL: message`.
     pub diagnostics: Vec<String>,
@@ -250,7 +250,7 @@ pub(crate) enum PolicyFileState {
     InForce,
     /// The file is broken; its last good content is in force.
     LastGood,
-    /// The file is broken and never was good; nothing of it is in force.
+    /// The file is broken and has no last good content; none of its policies is in force.
     Unused,
 }
 
@@ -281,7 +281,7 @@ pub(crate) struct Workers {
     pub punt_link: String,
     /// `poll`, `spin` or `busy-poll`.
     pub mode: String,
-    /// Treatment of packets that no worker can inspect: `drop` or `pass`.
+    /// Treatment of packets that need inspection while no worker runs: `drop` or `pass`.
     pub on_failure: String,
     /// Why there are no workers.
     pub problem: Option<String>,
@@ -375,7 +375,7 @@ pub(crate) struct WorkerRing {
     pub rx_dropped: u64,
     /// Packets dropped because the RX ring was full.
     pub rx_ring_full: u64,
-    /// Packets dropped because the fill ring was empty.
+    /// Number of times that the kernel found the fill ring empty.
     pub rx_fill_ring_empty: u64,
     /// Number of invalid descriptors.
     pub invalid: u64,
@@ -410,7 +410,7 @@ pub(crate) struct EventStatus {
     pub suppressed: u64,
     /// Events lost because the ring was full.
     pub lost: u64,
-    /// Clients of `observe` that were disconnected because they did not read.
+    /// Clients that were disconnected because they did not send their request or read the answer in time.
     pub slow_clients: u64,
 }
 
@@ -511,7 +511,7 @@ pub(crate) struct PolicySummary {
     /// The same resource as JSON: `kind`, `metadata`, `spec`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource: Option<serde_json::Value>,
-    /// Whether the file is broken now. Its last good content is then in force, not the present one.
+    /// Whether the file of the policy is broken now. The last good content of the file is then in force.
     #[serde(default)]
     pub file_broken: bool,
 }
@@ -523,7 +523,8 @@ pub(crate) struct RuleSummary {
     pub id: u32,
     /// Text of the rule.
     pub rule: String,
-    /// Entry of `ingress`, `egressDeny` and so on in the resource, if the policy was requested by name.
+    /// The rule as JSON: one element of `ingress`, `egressDeny` and so on. `None` unless the policy was requested by
+    /// name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec: Option<serde_json::Value>,
     /// Number of packets that the rule has decided.
@@ -541,7 +542,7 @@ pub(crate) struct SelectorRow {
     pub policies: Vec<String>,
     /// Number of rules with this selector.
     pub users: usize,
-    /// Identities that it selects.
+    /// Identities that the selector selects.
     pub identities: Vec<u32>,
 }
 
@@ -552,7 +553,7 @@ pub(crate) struct TraceAnswer {
     pub passes: bool,
     /// Explanation as text.
     pub text: String,
-    /// Explanation for programs.
+    /// Explanation for scripts, as JSON.
     pub trace: serde_json::Value,
 }
 
@@ -580,17 +581,17 @@ pub(crate) struct PolicyRow {
     pub ports: Vec<String>,
     /// Inspector of the traffic.
     pub inspector: Option<String>,
-    /// Whether the ends must authenticate.
+    /// Whether both ends of the flow must authenticate.
     pub auth: bool,
-    /// Whether the drop is only reported (audit mode).
+    /// Whether drops are only reported (audit mode).
     pub audit: bool,
     /// Number of the deciding rule.
     pub rule: u32,
     /// Text of the deciding rule.
     pub decided_by: String,
-    /// Bytes that the rule has decided, over all its entries.
+    /// Bytes of packets that the rule has decided, over all policy table entries of the rule.
     pub bytes: u64,
-    /// Packets that the rule has decided, over all its entries.
+    /// Packets that the rule has decided, over all policy table entries of the rule.
     pub packets: u64,
 }
 
@@ -631,7 +632,7 @@ pub(crate) struct ConnectionRow {
     pub flags: Vec<String>,
 }
 
-/// Identity of a prefix.
+/// An ipcache entry: a prefix and its identity.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct IpcacheRow {
     /// The prefix.

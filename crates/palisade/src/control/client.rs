@@ -25,17 +25,18 @@ use super::{
     api::{Answer, Request},
 };
 
-/// Longest wait for a connection, and for each line of the answer to a request that changes nothing.
+/// Longest wait for a connection, and for each part of an answer unless [`CHANGE_TIMEOUT`] applies.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the answer to a change; the daemon itself gives up after a minute.
+/// Longest wait for each part of the answer to a stop, a reload or a change of options. The daemon itself gives up
+/// after a minute.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
-/// Shortest wait for a daemon, whatever the caller's limit is.
+/// Lower limit of the wait for a daemon, even if the caller asks for less.
 const MIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Error of a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
-    /// No process listens at the socket.
+    /// The client cannot connect to the socket, probably because no daemon runs.
     #[error(
         "the daemon is not running ({socket}: {error}); start it with `systemctl start palisade` or `palisade run`"
     )]
@@ -45,7 +46,7 @@ pub(crate) enum ClientError {
         /// Error of connect(2).
         error: io::Error,
     },
-    /// This user may not connect to the socket.
+    /// The user of this process has no permission to connect to the socket.
     #[error("{socket}: {error}; the daemon answers only root: use sudo")]
     NotPermitted {
         /// Path of the socket.
@@ -61,18 +62,18 @@ pub(crate) enum ClientError {
         /// User of the process.
         uid: u32,
     },
-    /// The daemon accepts connections and does not answer.
+    /// The daemon does not accept the connection or does not answer in time.
     #[error(
         "the daemon (process {pid}) has not answered for {:.1} s: it hangs, is stopped, or the node is overloaded. What \
          it attached goes on enforcing the last policy. `systemctl restart palisade` starts it anew", waited.as_secs_f64()
     )]
     Hangs {
-        /// Process id of the daemon, from the socket's credentials.
+        /// Process id of the daemon, from the socket's credentials; 0 if the connection was not accepted.
         pid: i32,
         /// Time that the client has waited.
         waited: Duration,
     },
-    /// The connection was closed, or the answer violates the protocol.
+    /// The connection has failed, or the answer violates the protocol.
     #[error("the daemon's answer cannot be read: {0}")]
     Broken(io::Error),
     /// The daemon has refused the request, for this reason.
@@ -85,7 +86,7 @@ pub(crate) enum ClientError {
 pub(crate) struct Client {
     reader: BufReader<UnixStream>,
     pid: i32,
-    /// Longest wait for each line.
+    /// Longest wait for each part of an answer.
     timeout: Duration,
 }
 
@@ -118,7 +119,7 @@ impl Client {
             let (socket, error) = (path.to_owned(), io::Error::from(error));
             match error.kind() {
                 io::ErrorKind::PermissionDenied => ClientError::NotPermitted { socket, error },
-                // The listener's queue stays full.
+                // The queue of the listener was full until the timeout.
                 io::ErrorKind::WouldBlock => ClientError::Hangs {
                     pid: 0,
                     waited: begun.elapsed(),
@@ -139,7 +140,7 @@ impl Client {
             TimeVal::milliseconds(i64::try_from(timeout.min(READ_TIMEOUT).as_millis()).unwrap_or(10_000));
         setsockopt(&socket, SendTimeout, &send).map_err(failed)?;
         connect(socket.as_raw_fd(), &address).map_err(failed)?;
-        // Another user's process could have made the socket, and root must not trust its answers.
+        // Another user's process could have made the socket, and root must not trust the answers of that process.
         let peer = getsockopt(&socket, PeerCredentials).map_err(failed)?;
         if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
             return Err(ClientError::NotRoot {
@@ -172,7 +173,7 @@ impl Client {
         }
     }
 
-    /// Returns the next line; `None` once the daemon has closed the connection.
+    /// Returns the next line other than [`Answer::Alive`]; `None` once the daemon has closed the connection.
     pub(crate) fn next(&mut self) -> Result<Option<Answer>, ClientError> {
         loop {
             let line = self.line()?;
@@ -187,7 +188,8 @@ impl Client {
         }
     }
 
-    /// Returns a line. The timeout restarts with each part of the line that arrives.
+    /// Returns the next line, or only its beginning if the connection ends or the line exceeds [`MAX_ANSWER`]. The
+    /// timeout restarts with each part of the line that arrives.
     fn line(&mut self) -> Result<Vec<u8>, ClientError> {
         let mut line = Vec::new();
         loop {
@@ -232,7 +234,8 @@ pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Resu
     Client::send(socket, request)?.answer()
 }
 
-/// Sends a request and returns its answer. Fails if the daemon sends nothing for `timeout`.
+/// Sends a request and returns its answer. Fails if the daemon sends nothing for `timeout`, which is limited to the
+/// range from [`MIN_TIMEOUT`] to [`READ_TIMEOUT`].
 pub(crate) fn ask_within<T: DeserializeOwned>(
     socket: &Path,
     request: &Request,

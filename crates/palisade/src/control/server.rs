@@ -1,4 +1,5 @@
-//! Server of the control socket. It answers only root, and a bounded number of clients, each within deadlines.
+//! Server of the control socket. It accepts only clients that run as root, and at most [`MAX_CLIENTS`] at a time. A
+//! client that does not send or read in time is disconnected.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -37,18 +38,18 @@ use super::{
     api::{Answer, Request},
 };
 
-/// Most clients at the same time. Each has a thread.
+/// Largest number of clients at the same time; each client has a thread.
 const MAX_CLIENTS: usize = 64;
 /// Time within which a client must send its whole request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
-/// Bytes that are sent at a time.
+/// Size of the chunks in which an answer is sent, bytes.
 const WRITE_CHUNK_BYTES: usize = 64 * 1024;
 /// Time within which a client must read each chunk.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Time for the whole answer, unless the client follows flows.
+/// Deadline for the whole answer; it does not apply to a client that follows flows.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
-/// Most clients that follow flows; the remaining connections stay free for other requests.
+/// Largest number of clients that follow flows; the remaining connections stay free for other requests.
 const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 
 /// Longest wait for clients when the daemon ends. Clients that follow flows do not disconnect by themselves.
@@ -65,7 +66,8 @@ pub(crate) trait Sink {
     fn flush(&mut self) -> io::Result<()>;
     /// Returns whether the client has disconnected.
     fn closed(&self) -> bool;
-    /// Marks the answer as a stream without an end. Returns whether the limit on following clients allows one more.
+    /// Marks the answer as a stream without an end. Returns false, and does nothing, if too many clients follow flows
+    /// already.
     fn follow(&mut self) -> bool;
 }
 
@@ -80,7 +82,7 @@ pub(crate) trait Handler: Send + Sync + 'static {
 pub(crate) struct Counts {
     clients: AtomicUsize,
     followers: AtomicUsize,
-    /// Clients that were disconnected because they did not read.
+    /// Clients that were disconnected because they did not send their request or read the answer in time.
     pub slow: AtomicU64,
     /// Clients that were refused because there were too many.
     pub refused: AtomicU64,
@@ -93,10 +95,11 @@ pub(crate) struct Claim {
     _lock: Flock<File>,
 }
 
-/// Takes the right to listen at a path, and makes its directory.
+/// Takes the exclusive right to listen at a path. Makes the directory of the path if it is missing.
 ///
 /// # Errors
-/// Another daemon has the right, a process listens at the path, or another user could replace the socket.
+/// Fails if another process has the right or listens at the path, if another user could replace the socket, or if the
+/// path cannot be used for another reason.
 pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     let shown = || format!("[node] socket {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -126,7 +129,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             bail!("{}: is there already and is not a socket", shown());
         }
-        // A daemon of a version without the lock.
+        // An older version of the daemon listens without the lock.
         Ok(_) if is_alive(&path) => {
             bail!(
                 "{}: a process listens there already; end it with `palisade stop`",
@@ -139,7 +142,8 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     Ok(Claim { path, _lock: lock })
 }
 
-/// Returns whether a process listens at a socket. Does not wait if the queue of the listener is full.
+/// Returns whether a process listens at a socket, and true if this cannot be determined. Does not wait if the queue of
+/// the listener is full.
 fn is_alive(path: &Path) -> bool {
     let connected = socket(
         AddressFamily::Unix,
@@ -164,8 +168,8 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Waits up to [`CLOSE_GRACE_PERIOD`] for clients to read their last answer, because their threads end with the
-    /// process. Then removes the socket.
+    /// Waits up to [`CLOSE_GRACE_PERIOD`] until all clients have their answers, because the threads of the clients end
+    /// with the process. Then removes the socket.
     pub(crate) fn close(self) {
         let until = Instant::now() + CLOSE_GRACE_PERIOD;
         while self.counts.clients.load(Ordering::SeqCst) > 0 && Instant::now() < until {
@@ -184,7 +188,7 @@ impl Drop for Socket {
     }
 }
 
-/// Listens at the path and starts the thread that accepts clients.
+/// Listens at the path of the claim and starts the thread that accepts clients.
 pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
     // The socket is bound under a temporary name, made private and then renamed, so that no other user can ever
     // connect.
@@ -387,7 +391,8 @@ impl Sink for StreamSink<'_> {
     }
 
     fn closed(&self) -> bool {
-        // Clients send nothing after their request, so any readable data or an end of file means a disconnect.
+        // Clients send nothing after their request, so readable data, an end of file or an error counts as a
+        // disconnect.
         let nothing = recv(
             self.stream.as_raw_fd(),
             &mut [0; 1],
@@ -434,7 +439,7 @@ mod tests {
 
     fn raw(path: &Path, bytes: &[u8]) -> String {
         let mut stream = UnixStream::connect(path).unwrap();
-        // The server may have answered and closed before everything was sent.
+        // The server can answer and close the connection before all bytes are sent.
         let _ = stream.write_all(bytes);
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer);
@@ -562,7 +567,7 @@ mod tests {
         client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
         drop(socket);
 
-        // A listener without the lock, with space in its queue and without.
+        // A listener that has not taken the lock, first with space in its queue, then with a full queue.
         let listener = UnixListener::bind(&path).unwrap();
         for _ in 0..3 {
             let error = claim(&path).unwrap_err().to_string();

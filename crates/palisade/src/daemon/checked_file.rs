@@ -20,12 +20,12 @@ fn header(text: &str) -> String {
     )
 }
 
-/// Returns a text with its first line.
+/// Returns the content of a sealed file: the first line, then the text.
 pub(super) fn seal(text: &str) -> String {
     header(text) + text
 }
 
-/// A file has other content than the daemon wrote to it.
+/// Error: the content of a file is not what the daemon wrote to it.
 #[derive(Debug, thiserror::Error)]
 #[error("it is not what was written to it (truncated or changed)")]
 pub(super) struct Damaged;
@@ -33,7 +33,7 @@ pub(super) struct Damaged;
 /// Returns the text of a sealed file.
 ///
 /// # Errors
-/// [`Damaged`] if length or CRC-32 differ from those in the first line, or there is no such line.
+/// [`Damaged`] if the content is not UTF-8, or if length or CRC-32 do not match the first line.
 pub(super) fn unseal(content: &[u8]) -> Result<&str, Damaged> {
     let content = std::str::from_utf8(content).map_err(|_| Damaged)?;
     match content.split_once('\n') {

@@ -1,4 +1,4 @@
-//! The control thread: owns the compiler, changes the maps, handles one message after the other.
+//! The control thread. It owns the compiler, changes the maps, and handles one message after the other.
 
 use std::{
     cell::RefCell,
@@ -38,13 +38,13 @@ use super::{
 };
 use crate::config::{Config, WithoutPolicies};
 
-/// Interval at which the daemon checks that everything is still attached.
+/// Time without a message after which the daemon checks that everything is still attached.
 const ATTACH_CHECK_INTERVAL: Duration = Duration::from_secs(15);
-/// Interval at which a failed operation is tried again.
+/// Time without a message after which a failed operation is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Time without a change after which the state is written.
 const SAVE_DEBOUNCE: Duration = Duration::from_millis(500);
-/// Longest time from a change to the writing of the state.
+/// Longest time from the first unsaved change to the writing of the state.
 const SAVE_MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// The data of the control thread.
@@ -58,7 +58,7 @@ pub(super) struct Control {
     pub(super) netfilter: netfilter::Keeper,
     /// Whether this node translates addresses.
     pub(super) translates: bool,
-    /// Whether the input of the nftables table may have changed since the last write.
+    /// Whether the data from which the nftables table is made can have changed since its last write.
     pub(super) netfilter_due: bool,
     pub(super) datapath: Arc<Datapath>,
     pub(super) names: Arc<FqdnManager>,
@@ -71,7 +71,7 @@ pub(super) struct Control {
     /// Number of changes that were put in force.
     pub(super) changes: u64,
     pub(super) last_change: Duration,
-    /// Whether both directions of every endpoint are under default deny, because policies cannot be read.
+    /// Whether the enforcement mode `default` is replaced by `always`, because policies cannot be read.
     pub(super) closed: bool,
     /// Time of the first and of the last change since the state was last written; `None` without a change.
     pub(super) unsaved: Option<(Instant, Instant)>,
@@ -89,7 +89,7 @@ pub(super) struct Control {
 pub(super) enum End {
     /// The programs stay attached.
     Stay,
-    /// Everything is detached. The client that requested it gets the answer.
+    /// Everything is detached. The client that requested the detachment gets the answer.
     Detach(Reply<()>),
 }
 
@@ -97,8 +97,8 @@ impl Control {
     /// Handles messages until one of them ends the daemon.
     pub(super) fn serve(&mut self, messages: &Receiver<Message>) -> End {
         loop {
-            // The deadline of the unsaved state is checked before each message, because a continuous stream of messages
-            // would keep `idle` from running.
+            // [`SAVE_MAX_DELAY`] is checked before each message, because under a continuous stream of messages `idle`,
+            // which also saves the state, never runs.
             if self
                 .unsaved
                 .is_some_and(|(first, _)| first.elapsed() > SAVE_MAX_DELAY)
@@ -183,7 +183,7 @@ impl Control {
             .unwrap_or(ATTACH_CHECK_INTERVAL)
     }
 
-    /// Notes that the state differs from what was written.
+    /// Marks the state as changed since it was last written.
     pub(super) fn changed(&mut self) {
         let now = Instant::now();
         self.unsaved = Some((self.unsaved.map_or(now, |(first, _)| first), now));
@@ -273,7 +273,8 @@ impl Control {
         }
     }
 
-    /// Returns the names of the endpoints whose policy differs from that in `before`, at most 20 of them.
+    /// Returns the names of at most 20 endpoints whose policy differs from that in `before`, and the number of further
+    /// ones.
     pub(super) fn touched(&self, before: &BTreeMap<u16, EndpointState>) -> String {
         const MAX_NAMES_SHOWN: usize = 20;
         let now = &self.enforcer.compiler.snapshot().endpoints;
@@ -366,7 +367,8 @@ impl Control {
         self.netfilter_due = true;
     }
 
-    /// Passes the names in `matchName` selectors and the DNS servers to the prefetcher.
+    /// Passes the names in `matchName` selectors and the DNS servers to the prefetcher, or no names if `[dns] prefetch`
+    /// is off.
     fn prefetch(&mut self) {
         let dns = &self.config.dns;
         if self.prefetch.is_none() && dns.prefetch {
@@ -439,8 +441,9 @@ impl Control {
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
         let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
-        // The programs at either interface of a forwarded packet drop forbidden packets (219). Only packets between two
-        // interfaces without programs need the forward chain, so the chain is written if any interface has no programs.
+        // The programs at either interface of a forwarded packet drop forbidden packets (reason 219). Only packets
+        // between two interfaces without programs need the forward chain, so the chain is written if any interface has
+        // no programs.
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)
@@ -503,7 +506,7 @@ impl Control {
         self.state.keeper.policies(self.files.to_keep());
     }
 
-    /// Keeps a copy of the configuration for a later start that finds the file broken.
+    /// Stores a copy of the configuration, for a later start at which the file is broken.
     pub(super) fn keep_config(&self) {
         // After a failed reload the file is broken, and the copy must stay the last good one.
         if self.reload_problem.is_none() {

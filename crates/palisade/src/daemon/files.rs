@@ -1,4 +1,5 @@
-//! Files that are replaced atomically, so that a crash or a power failure leaves the old or the new content.
+//! Files that are replaced atomically, so that a crash or a power failure leaves either the complete old or the
+//! complete new content.
 
 use std::{
     ffi::OsString,
@@ -8,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Returns the path of the temporary file: hidden, in the same directory.
+/// Returns the path of a hidden temporary file in the directory of `path`.
 pub(super) fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
@@ -21,7 +22,7 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Replaces a file: writes a temporary file, flushes it, renames it.
+/// Replaces a file atomically: writes a temporary file, flushes it to the disk, and renames it to `path`.
 pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary_name(path)?;
     let mut file = fs::OpenOptions::new()

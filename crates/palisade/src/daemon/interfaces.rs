@@ -45,12 +45,12 @@ pub(super) struct Interfaces {
     present: BTreeMap<String, u32>,
     /// Whether seeding is over: the existing connections were seeded, or must no longer be seeded.
     seeded: bool,
-    /// Interfaces that are not configured, as last written to the programs' interface table: by index, whether each is
-    /// stacked on an interface of a workload. `None` before the first write.
+    /// Indices of the interfaces that are not configured, as last written to the programs' interface table. The value
+    /// is whether the interface is stacked on an interface of a workload. `None` before the first write.
     others: Option<BTreeMap<u32, bool>>,
     /// Index of each interface at which attaching failed while the programs of an earlier attachment still run.
     kept: BTreeMap<String, u32>,
-    /// Whether one of the interfaces is or was a port of a bridge.
+    /// Whether one of the guarded interfaces is or was a port of a bridge.
     had_bridge: bool,
 }
 
@@ -202,8 +202,8 @@ impl Interfaces {
                 Some(Outcome::Guarded(attachment, _)) => Some(attachment.ifindex),
                 _ => None,
             };
-            // Before the first write of `others`, the attachment may be that of a previous daemon, which is recognised
-            // by role and endpoint. Later `outcomes` has the index of each attachment.
+            // Before the first write of `others`, the attachment can have been made by a previous daemon; it is
+            // recognised by role and endpoint. Later, `outcomes` has the index of each attachment.
             if known.is_none() && self.others.is_some() {
                 continue;
             }
@@ -251,7 +251,7 @@ impl Interfaces {
     }
 
     /// Detaches the programs from interfaces that are no longer configured, and removes the pins of deleted interfaces.
-    /// Returns `guarded`, and whether any of its interfaces is no longer configured.
+    /// Returns the list `guarded` unchanged, and whether an interface in it is no longer configured.
     fn release(
         &mut self,
         datapath: &Datapath,
@@ -274,7 +274,8 @@ impl Interfaces {
                         error!(interface = attached.name, %error, "the programs cannot be detached")
                     }
                 }
-                // The entry is removed here, so that the next write adds the interface as an unguarded one.
+                // Without its entry the interface counts as new, so that the next write adds it to the table as an
+                // unguarded one.
                 if let Some(others) = &mut self.others {
                     others.remove(&attached.ifindex);
                 }
@@ -298,8 +299,8 @@ impl Interfaces {
     /// Returns the part of the nftables rules that depends on interfaces. `nics`: whether the table stops traffic of
     /// unguarded NICs.
     ///
-    /// A NIC at which attaching failed is left out, so that an operator can still reach the node; `status` reports the
-    /// failure.
+    /// The table does not stop traffic of a NIC at which attaching failed, so that an operator can still reach the
+    /// node; `status` reports the failure.
     pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
         let (mut enforced, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
@@ -326,7 +327,7 @@ impl Interfaces {
             if !is_closed {
                 continue;
             }
-            // nftables matches no alternative names, so the primary name is added.
+            // nftables does not match alternative names, so the primary name is added.
             let index = network.alternatives.get(name);
             let first = network.links.iter().find(|(_, link)| Some(*link) == index);
             names.extend(first.map(|(first, _)| first.clone()));
@@ -439,7 +440,7 @@ const fn role_name(role: Role) -> &'static str {
     }
 }
 
-/// Returns the name of a hook as the configuration has it.
+/// Returns the name of a hook for `status` and the log.
 fn hook_name(kind: HookKind) -> String {
     match kind {
         HookKind::XdpNative => "xdp (native)",

@@ -16,7 +16,7 @@ pub(super) enum Message {
     Policies(Changes),
     /// Interfaces or addresses of the node have changed.
     Network(Network),
-    /// Another process has changed the nftables rule set.
+    /// The nftables rule set has changed.
     Netfilter(netfilter::Change),
     /// The process has received this signal.
     Signal(i32),
@@ -24,7 +24,7 @@ pub(super) enum Message {
     Fqdn(ControlRequest),
     /// A worker has ended. It starts again by itself.
     WorkerEnded,
-    /// A client wants the daemon to end; with `detach` everything that the daemon attached is removed first.
+    /// A client requests the end of the daemon; with `detach` everything that the daemon attached is removed first.
     Stop { detach: bool, reply: Reply<()> },
     /// A request that only the control thread can answer.
     Client(ClientRequest),
@@ -48,8 +48,8 @@ impl Message {
     }
 }
 
-/// Requests of clients that the control thread answers, because they need the compiler or change something. All others
-/// are answered by the threads of the clients ([`super::handlers`]).
+/// Requests that need data of the control thread. All other requests are answered by the threads of the clients
+/// ([`super::handlers`]).
 pub(super) enum ClientRequest {
     /// The part of the status that the control thread has.
     Status(Reply<Status>),
@@ -89,7 +89,7 @@ impl<T> Reply<T> {
         (Self(sender), receiver)
     }
 
-    /// Sends the answer. A client that has disconnected needs none.
+    /// Sends the answer. An error is ignored: it means that the client no longer waits.
     pub(super) fn send(self, answer: Result<T, String>) {
         let _ = self.0.send(answer);
     }

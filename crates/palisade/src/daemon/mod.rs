@@ -56,12 +56,13 @@ use crate::{
 
 /// Runs the daemon until a signal or a client ends it.
 ///
-/// `replaced`: why `config` is the last good copy and not the file itself.
+/// `replaced`: why `config` is the last good copy of the file; `None` if it is the file itself.
 pub(crate) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     startup::run(config, replaced)
 }
 
-/// Explains the verdict on a packet by policies that are not in force, with the endpoints and peers of a configuration.
+/// Explains which verdict the policies in `files` would give a packet, with the endpoints and peers of `config`. The
+/// policies are not put in force.
 pub(crate) fn trace_offline(
     config: &Config,
     files: Offers,
@@ -77,7 +78,7 @@ pub(crate) fn trace_offline(
     trace::trace(&compiler, config, request).map_err(anyhow::Error::msg)
 }
 
-/// Returns the diagnostics of policies together with the endpoints and peers of a configuration.
+/// Returns the diagnostics from compiling the policies in `files` with the endpoints and peers of `config`.
 pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
     Ok(match compile_offline(config, files)? {
         Ok(compiler) => compiler.snapshot().diagnostics.clone(),

@@ -36,7 +36,7 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
-/// Inspectors of a worker, one bit for each [`Inspector`].
+/// Inspectors of a worker, as a bit mask: bit N is set for the [`Inspector`] with number N.
 pub(super) const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
 /// Most DNS answers of one worker that wait for their commit.
@@ -68,7 +68,7 @@ struct Running {
     xdp: Vec<u32>,
 }
 
-/// The queues that workers write to.
+/// Receiving ends of the queues to which workers write.
 #[derive(Debug)]
 pub(super) struct Output {
     /// DNS answers to be committed.
@@ -78,9 +78,9 @@ pub(super) struct Output {
 }
 
 impl Workers {
-    /// Makes the punt link and starts the workers. If that fails, the daemon runs without workers: only traffic that
-    /// needs inspection is affected. `known`: index against which server names are checked. `failed` is called whenever
-    /// a worker ends.
+    /// Makes the punt link and starts the workers. If the workers cannot be started, the daemon runs without them; only
+    /// traffic that needs inspection is affected. `known`: index of learned addresses against which server names are
+    /// checked. `failed` is called whenever a worker ends.
     pub(super) fn start(
         config: &Config,
         datapath: &Datapath,
@@ -113,8 +113,8 @@ impl Workers {
     }
 
     /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down. The link may have
-    /// been deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether
-    /// the punt link is a new one, so that the datapath configuration must be written.
+    /// been deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether a
+    /// new punt link was made; the datapath configuration must then be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;
@@ -174,7 +174,7 @@ impl Workers {
         self.wanted.on_failure = on_failure;
     }
 
-    /// Gives the workers the rule sets of a policy state that is about to be in force.
+    /// Gives the workers the rule sets of a policy state that is about to be put in force.
     pub(super) fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
         let Ok(running) = &mut self.running else { return };
         let rules = Rules::prepare(sets, Some(&running.rules));
@@ -185,8 +185,9 @@ impl Workers {
         running.pool.set_rules(&running.rules);
     }
 
-    /// Gives the workers the interfaces with XDP programs. A packet that is reinjected at the ingress of such an
-    /// interface does not pass XDP again, so it must not carry the mark, which no program would clear.
+    /// Gives the workers the indices of the interfaces with XDP programs. A packet that is reinjected at the ingress of
+    /// such an interface does not pass the XDP program again, and no other program would clear the mark of reinjected
+    /// packets. Workers therefore send such a packet without the mark.
     pub(super) fn set_attached<'a>(&mut self, attached: impl Iterator<Item = &'a Attached>) {
         let Ok(running) = &mut self.running else { return };
         let is_xdp = |kind| matches!(kind, Some(HookKind::XdpNative | HookKind::XdpGeneric));
@@ -218,7 +219,7 @@ impl Workers {
         }
     }
 
-    /// Returns what prevents inspection; `None` if all workers run.
+    /// Returns what prevents inspection; `None` if all workers run and write heartbeats.
     pub(super) fn missing(&self) -> Option<String> {
         match &self.running {
             Ok(running) => {
@@ -397,7 +398,7 @@ fn secrets() -> io::Result<(u64, u32)> {
     Ok((u64::from_ne_bytes(cookie).max(1), u32::from_ne_bytes(mark).max(1)))
 }
 
-/// Adds up the metrics of all workers.
+/// Adds the metrics of all workers to the sums in the report.
 fn add_up(report: &mut api::Workers, numbers: impl Iterator<Item = (Metric, u64)>) {
     for (number, value) in numbers {
         let keeps = &mut report.keeps;
@@ -465,7 +466,7 @@ fn worker(number: usize, counters: &Counters) -> api::Worker {
     }
 }
 
-/// Returns the function that makes the socket of a worker and enters it in the socket map.
+/// Returns the function that makes the socket of a worker and enters the socket in the socket map.
 fn socket_maker(
     wanted: &Wanted,
     socket_map: &Arc<palisade_datapath::SocketMap>,
