@@ -3,7 +3,7 @@
 use palisade_abi::PuntRequest;
 use palisade_packet::Packet;
 
-/// A punted packet, seen by the engine for one of its punt requests.
+/// A punted packet together with one of its punt requests.
 #[derive(Clone, Copy, Debug)]
 pub struct PacketView<'a> {
     /// The punt request: endpoint, rule set and inspector.
@@ -14,7 +14,7 @@ pub struct PacketView<'a> {
     pub hook: u8,
     /// Decoded headers of `frame`.
     pub packet: &'a Packet,
-    /// The frame from its Ethernet header on. Its transport checksum is complete and valid, except for a fragment.
+    /// The frame from its Ethernet header on. Its transport checksum is complete and valid, except in a fragment.
     pub frame: &'a [u8],
     /// Offset of the network header in `frame`, bytes.
     pub network: usize,
@@ -27,9 +27,9 @@ pub struct PacketView<'a> {
 /// Destination of a packet that the engine builds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Route {
-    /// Index of the interface of the packet that caused this one.
+    /// Index of the interface at which the packet that caused the generated packet was punted.
     pub ifindex: u32,
-    /// Hook of the packet that caused this one: [`palisade_abi::punt_hook`].
+    /// Hook at which the packet that caused the generated packet was punted: [`palisade_abi::punt_hook`].
     pub hook: u8,
     /// Whether the generated packet goes to the sender of the packet that caused it. If not, the generated packet takes
     /// the path of that packet.

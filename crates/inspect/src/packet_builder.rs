@@ -1,4 +1,4 @@
-//! Builds the network headers and datagrams that the engine sends.
+//! Builds UDP datagrams that the engine sends, and the IP headers of all generated packets.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -15,8 +15,8 @@ const UDP_HEADER: usize = 8;
 /// Offset of the checksum in an IPv4 header, bytes.
 const IPV4_CHECKSUM: usize = 10;
 
-/// Builds the datagram that answers the one in `view`, with addresses and ports swapped. Returns false if the datagram
-/// must not be answered, because an address is multicast, broadcast or unspecified.
+/// Builds the datagram that answers the one in `view`, with addresses and ports swapped. Returns whether it was built:
+/// a datagram from or to a multicast, broadcast or unspecified address is never answered.
 pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let packet = view.packet;
     let Some(([to, from], rest)) = view
@@ -56,7 +56,7 @@ pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec
         .add(&ports_and_length)
         .add(payload)
         .fold();
-    // A checksum of zero means that the datagram has none (RFC 768).
+    // A checksum field of zero would mean that the datagram has no checksum (RFC 768).
     let sum = if sum == 0xffff { 0xffff } else { !sum };
     out.extend_from_slice(&ports_and_length);
     out.extend_from_slice(&sum.to_be_bytes());

@@ -7,12 +7,11 @@ use crate::Millis;
 pub struct TcpLimits {
     /// Maximum number of open connections.
     pub connections: usize,
-    /// Maximum number of open connections of one endpoint. An endpoint may also have at most three times as many open
-    /// connections as the table has free places (`connections` minus all open connections).
+    /// Maximum number of open connections of one endpoint. In addition, the open connections of an endpoint must not
+    /// exceed three times the number of free places (`connections` minus all open connections).
     pub connections_per_endpoint: usize,
-    /// Maximum number of half-open connections, in which the client has not acknowledged the server's SYN. If there are
-    /// more, the oldest one of the endpoint with the most half-open connections is removed, because its source may be
-    /// forged.
+    /// Maximum number of half-open connections, whose handshake is not complete. Beyond it, a new one evicts the oldest
+    /// one of the endpoint with the most half-open connections, because the source address of a SYN can be forged.
     pub half_open: usize,
     /// Idle timeout of a half-open connection, ms.
     pub half_open_idle: Millis,
@@ -24,7 +23,8 @@ pub struct TcpLimits {
     pub frames_per_direction: usize,
     /// Maximum number of packets held for all connections.
     pub frames: usize,
-    /// Time that a packet may wait for a verdict, ms. Then the connection is aborted.
+    /// Maximum time that bytes wait for a verdict, ms. After that, the connection is aborted; in audit mode, it is
+    /// offloaded.
     pub deadline: Millis,
     /// Time after which held bytes are acknowledged on behalf of the receiver, ms.
     pub acknowledge: Millis,
@@ -64,29 +64,30 @@ impl Default for TcpLimits {
 pub struct TcpStats {
     /// Connections that were added, half-open.
     pub opened: u64,
-    /// Connections in the table now.
+    /// Connections in the table now, including half-open ones but not candidates.
     pub connections: u64,
-    /// Half-open connections now, including candidates that may replace an existing connection.
+    /// Half-open connections now, including candidates, which can replace a connection that is in the table.
     pub half_open: u64,
-    /// Half-open connections that were removed because of the limit.
+    /// Half-open connections that were removed because of `TcpLimits::half_open`.
     pub half_open_evicted: u64,
-    /// Connections that were replaced by a new one with the same ports before their end was seen.
+    /// Connections that were replaced by a new one with the same addresses and ports, after the server had acknowledged
+    /// the new SYN.
     pub replaced: u64,
     /// Bytes that are kept now.
     pub bytes: u64,
     /// Packets that are held now.
     pub frames: u64,
-    /// Retransmissions with the same bytes.
+    /// Retransmitted segments.
     pub retransmitted: u64,
-    /// Retransmissions with other bytes.
+    /// Segments that contradict earlier ones: other bytes at the same position, or bytes after the FIN.
     pub overlaps: u64,
-    /// Segments outside the window.
+    /// Segments whose sequence number, acknowledgement or timestamp is out of range.
     pub out_of_window: u64,
-    /// Segments that receivers could interpret differently.
+    /// Segments that are malformed, or not valid in the state of the connection.
     pub invalid: u64,
     /// Packets of connections whose handshake was not seen.
     pub midstream: u64,
-    /// Packets that were dropped because of a limit.
+    /// Packets that exceeded a limit.
     pub limited: u64,
     /// Connections whose verdict took longer than the deadline.
     pub overdue: u64,
@@ -96,11 +97,11 @@ pub struct TcpStats {
     pub answered: u64,
     /// Connections that were offloaded.
     pub offloaded: u64,
-    /// Offload windows that were set.
+    /// Flow commands that set or removed offload windows.
     pub windows: u64,
     /// Acknowledgements that were sent on behalf of a receiver.
     pub acknowledged: u64,
-    /// Generated packets that deliver acknowledged bytes.
+    /// Generated packets that deliver bytes acknowledged on behalf of a receiver.
     pub delivered: u64,
     /// Generated packets that forward the allowed part of a held packet.
     pub split: u64,
@@ -110,7 +111,7 @@ pub struct TcpStats {
     pub icmp_unrelated: u64,
     /// ICMP errors that lowered the size of generated packets.
     pub icmp_narrowed: u64,
-    /// Retransmission timeouts of acknowledged bytes.
+    /// Retransmission timeouts of bytes acknowledged on behalf of a receiver.
     pub repeated: u64,
     /// Offloaded connections that are remembered now.
     pub offloaded_flows: u64,

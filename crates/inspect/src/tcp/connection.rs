@@ -42,24 +42,24 @@ pub(crate) struct Connection<F> {
     halves: PerSide<Half<F>>,
     phase: Phase,
     key: CtKey,
-    /// Punt request of the last packet.
+    /// Punt request of the last packet before the connection was offloaded or aborted.
     slot: PuntRequest,
     /// Serial of the conntrack entry, or the serial that the entry gets when this connection replaces the previous one.
     serial: u32,
     /// Serial that a previous connection with the same ports has left in the conntrack entry. The command that goes
     /// with the SYN+ACK replaces that serial, so that no offload of the previous connection applies to this one.
     before: Option<u32>,
-    /// Whether the conntrack entry has `serial`.
+    /// Whether the conntrack entry is known to have `serial`.
     is_known: bool,
-    /// Notification of the BPF programs that the handshake is complete.
+    /// Notification to the BPF programs that the handshake is complete.
     opened: Announcement,
-    /// Notification of the BPF programs that the connection has ended.
+    /// Notification to the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so no
-    /// packet may be generated in a sender's place.
+    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so none
+    /// must be generated that carries bytes in a sender's place.
     is_shared: bool,
-    /// Whether audit mode is on: a connection that would be aborted is offloaded instead.
+    /// Whether audit mode is on. A connection that exceeds the deadline is then offloaded instead of aborted.
     is_audit: bool,
     /// Offload window of each direction: sequence numbers of its start and end.
     windows: PerSide<[u32; 2]>,
@@ -73,7 +73,7 @@ pub(crate) struct Connection<F> {
     counted: (u64, u64),
     /// Time of the last packet, ms.
     pub(super) seen: Millis,
-    /// Whether a reset has been forwarded.
+    /// Whether a reset, or a response of another policy's inspector, has presumably ended the connection.
     is_reset: bool,
     /// Time and reason of the last record about a dropped packet.
     reported: Option<(Millis, Reason)>,
@@ -174,8 +174,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends the CLOSE command for a connection that has ended or no longer needs inspection, unless it was sent
-    /// before.
+    /// Sends the CLOSE command, unless it was sent before, if the connection is done and its conntrack entry has its
+    /// serial.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if self.is_done() && self.is_known && self.closed != Announcement::Sent {
             self.closed = Announcement::Sent;
@@ -243,7 +243,7 @@ impl<F> Connection<F> {
         self.seen.saturating_add(self.idle(cx.shared)) > cx.now
     }
 
-    /// Offloads a connection that would be aborted without audit mode.
+    /// Offloads a connection that would be aborted or refused without audit mode.
     pub(super) fn pass_unread<S: Sink<F>>(&mut self, reason: Reason, cx: &mut TcpCx<'_, F, S>) {
         self.report_end(Verdict::Audit, reason, reason.text(), cx);
         cx.shared.stats.offloaded += 1;
@@ -251,7 +251,7 @@ impl<F> Connection<F> {
         self.flush(Side::Client, cx);
     }
 
-    /// Drops the held packets.
+    /// Drops the held packets and the kept bytes, and stops the timers.
     pub(super) fn close<S: Sink<F>>(&mut self, reason: Reason, cx: &mut TcpCx<'_, F, S>) {
         for half in self.halves.both_mut() {
             for held in half.held.drain(..) {
@@ -262,7 +262,8 @@ impl<F> Connection<F> {
         self.count(cx.shared);
     }
 
-    /// Records the end of a connection for which no inspector has made a record.
+    /// Records that the connection ends, or would end without audit mode, for a reason other than an inspector's
+    /// verdict.
     fn report_end<S: Sink<F>>(
         &self,
         verdict: Verdict,

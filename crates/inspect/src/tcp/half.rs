@@ -29,13 +29,13 @@ const FLOOR_IPV6: u32 = 1_280;
 /// Size of the headers of a generated packet without TCP options, bytes.
 const HEADERS_IPV4: u32 = 40;
 const HEADERS_IPV6: u32 = 60;
-/// Sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
+/// Packet sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
 const PLATEAUS: [u32; 2] = [1_492, 1_006];
-/// Maximum number of ICMP errors that lower the size of packets to one end. Each error causes retransmissions, so
-/// forged ones must be bounded. A path has fewer links with different MTUs.
+/// Maximum number of ICMP errors that lower the size of packets to one end. Each such error causes retransmissions and
+/// can be forged, so their number must be bounded. A path has fewer links with different MTUs.
 const NARROWINGS: u8 = 8;
 
-/// Minimum distance below the acknowledged position at which retransmissions are accepted, bytes.
+/// Minimum length of the range below the acknowledged position in which retransmissions are accepted, bytes.
 const OLD: u64 = 1 << 16;
 
 /// Maximum number of byte ranges that are kept at the same time.
@@ -54,7 +54,7 @@ pub(super) struct Held<F> {
 /// A range of kept bytes. Skipped bytes lie between two pieces.
 #[derive(Debug, Default)]
 struct Piece {
-    /// Position of the first byte that is needed.
+    /// Position of the first kept byte.
     start: Position,
     bytes: Vec<u8>,
     /// Number of bytes at the front of `bytes` that lie below `start`.
@@ -100,7 +100,7 @@ impl Piece {
         if self.bytes.len() < at + data.len() {
             self.bytes.resize(at + data.len(), 0);
         }
-        // Bytes without room do not count as arrived, so their packet stays held until the deadline.
+        // If the buffer is too short, the bytes do not count as arrived, so their packet stays held until the deadline.
         let Some(room) = self.bytes.get_mut(at..at + data.len()) else {
             return false;
         };
@@ -165,7 +165,7 @@ pub(super) enum Arrival {
     Differs,
 }
 
-/// One direction of a connection. `sender` and `receiver` are those of this direction.
+/// One direction of a connection. In the comments, sender and receiver are the two ends in this direction.
 pub(super) struct Half<F> {
     /// Sequence number of the sender's SYN, once that was seen.
     pub(super) isn: Option<u32>,
@@ -190,7 +190,7 @@ pub(super) struct Half<F> {
     pub(super) latest: u32,
     /// Window field of the sender's last segment.
     pub(super) window: u16,
-    /// Position below which all bytes have arrived.
+    /// Position below which all bytes have arrived or were skipped.
     pub(super) next: Position,
     /// Position below which the inspector has allowed all bytes.
     pub(super) judged: Position,
@@ -206,12 +206,12 @@ pub(super) struct Half<F> {
     pub(super) proxy_acked: Position,
     /// Time at which the held bytes are acknowledged on behalf of the receiver, ms.
     pub(super) ack_at: Option<Millis>,
-    /// Time of the next retransmission of bytes acknowledged on behalf of the receiver, ms, and the number of
-    /// retransmissions so far.
+    /// Time of the next retransmission of bytes acknowledged on behalf of the receiver, ms, and the number of timeouts
+    /// so far.
     pub(super) again: Option<(Millis, u32)>,
-    /// Position below which bytes acknowledged on behalf of the receiver may be lost.
+    /// Position below which all bytes that the receiver has not acknowledged are presumed lost.
     pub(super) lost: Position,
-    /// Position below which the lost bytes were retransmitted.
+    /// Position below which the bytes presumed lost were retransmitted.
     pub(super) resent: Position,
     /// Time since which the first byte without a verdict waits, ms.
     pub(super) since: Option<Millis>,
@@ -381,18 +381,19 @@ impl<F> Half<F> {
         piece.slice(from, to.clamp(from, from + most as u64))
     }
 
-    /// Marks all bytes in flight that were acknowledged on behalf of the receiver as lost.
+    /// Presumes that all bytes in flight that were acknowledged on behalf of the receiver are lost.
     pub(super) fn lose(&mut self) {
         self.lost = self.delivered();
         self.resent = self.acked;
     }
 
-    /// Returns whether the receiver has not acknowledged all lost bytes.
+    /// Returns whether the receiver has not yet acknowledged all bytes that were presumed lost.
     pub(super) fn is_recovering(&self) -> bool {
         self.acked < self.lost
     }
 
-    /// Returns the start and end of the allowed bytes of the first held packet that were not forwarded yet.
+    /// Returns the start and end of the allowed bytes of the first held packet that were not forwarded yet, if the rest
+    /// of that packet has no verdict.
     pub(super) fn part(&self) -> Option<(Position, Position)> {
         let held = self.held.front().filter(|held| held.end > self.judged)?;
         let from = held.start.max(self.sent);
@@ -408,7 +409,7 @@ impl<F> Half<F> {
         piece.map_or(&[], |piece| piece.slice(from, to.clamp(from, piece.end())))
     }
 
-    /// Returns the position up to which bytes acknowledged on behalf of the receiver were sent to it.
+    /// Returns the position up to which bytes acknowledged on behalf of the receiver were sent to the receiver.
     pub(super) fn delivered(&self) -> Position {
         self.sent.min(self.proxy_acked)
     }
@@ -432,8 +433,8 @@ impl<F> Half<F> {
         };
     }
 
-    /// Lowers the size of generated packets for the sender to the MTU of a link, bytes. `mtu` is 0 if the router did
-    /// not report it. Returns whether the size has changed.
+    /// Lowers the size of generated packets for the sender to `mtu`, the MTU of a link in bytes, or to the next plateau
+    /// if `mtu` is 0 because the router did not report it. Returns whether the size has changed.
     pub(super) fn narrow(&mut self, mtu: u32, is_ipv6: bool) -> bool {
         let (floor, headers) = if is_ipv6 {
             (FLOOR_IPV6, HEADERS_IPV6)
@@ -456,7 +457,7 @@ impl<F> Half<F> {
         true
     }
 
-    /// Returns the time since which a packet or byte waits for its verdict, ms; none if no deadline runs.
+    /// Returns the time since which a packet or byte has waited for its verdict, ms; `None` if no deadline runs.
     pub(super) fn waits_since(&self) -> Option<Millis> {
         let held = self.held.front().map(|held| held.since);
         [held, self.since]
@@ -491,7 +492,7 @@ impl<F> Half<F> {
             .sum()
     }
 
-    /// Returns the bytes that have arrived and have no verdict yet.
+    /// Returns the bytes without a verdict, up to the first byte that has not arrived.
     pub(super) fn unjudged(&self) -> &[u8] {
         match self.pieces.back() {
             Some(piece) if self.judged < self.next && piece.start <= self.judged => {
@@ -517,8 +518,8 @@ impl<F> Half<F> {
         self.forget();
     }
 
-    /// Marks the next `n` bytes as allowed and does not compare their retransmissions. Returns false if retransmissions
-    /// are compared after all, because too many skipped ranges are not acknowledged.
+    /// Marks the next `n` bytes as allowed and, if possible, exempts their retransmissions from the comparison. Returns
+    /// whether they are exempt. At most `MAX_PIECES` ranges are kept, so the number of skipped ranges is bounded.
     pub(super) fn skip(&mut self, n: u64) -> bool {
         if self.pieces.len() >= MAX_PIECES {
             self.pass(n);

@@ -13,13 +13,13 @@ pub(crate) enum Action {
     NeedMore,
     /// As `NeedMore`, but no deadline runs, because the other side has to send first.
     AwaitPeer,
-    /// The first `n` bytes are forwarded before their verdict and are shown to the inspector again. For a message that
-    /// gets a verdict only as a whole: the end of the message is held.
+    /// The first `n` bytes are forwarded before their verdict and are shown to the inspector again. Used for a message
+    /// that gets a verdict only as a whole: only the end of the message is held.
     ForwardUnjudged(usize),
     /// The first `n` bytes are allowed and forwarded.
     Forward(usize),
-    /// The next `n` bytes are forwarded without inspection, and their retransmissions are not compared. `n` may exceed
-    /// the number of bytes that have arrived.
+    /// The next `n` bytes are forwarded without inspection, and their retransmissions need not be compared with an
+    /// earlier copy. `n` may exceed the number of bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
     Offload,
@@ -41,8 +41,8 @@ pub(crate) trait Offloadable {
 
 /// Inspects the streams of both sides of a connection.
 pub(crate) trait StreamInspector<F> {
-    /// Inspects the bytes of one side that have arrived and have no verdict yet. `end`: whether the stream ends after
-    /// them. With `end` and no bytes, `Forward(0)` forwards the end of the stream.
+    /// Inspects the bytes of one side that have arrived and have no verdict yet. `end` is true if the stream ends after
+    /// these bytes. With `end` and no bytes, `Forward(0)` forwards the end of the stream.
     fn read<S: Sink<F>>(&mut self, side: Side, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action;
 
     /// Reports, before each `read`, how many bytes of the stream of `side` have been forwarded.

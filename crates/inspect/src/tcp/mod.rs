@@ -1,8 +1,8 @@
 //! Inspection of TCP connections without terminating them: packets are held, forwarded unchanged, or dropped.
 //!
 //! A [`connection::Connection`] reassembles the streams of both directions and shows them to a [`StreamInspector`]. A
-//! packet is forwarded once the inspector has allowed all of its bytes. If its last bytes are denied, or wait for the
-//! other side, the allowed bytes are forwarded in a generated packet.
+//! packet is forwarded once the inspector has allowed all of its bytes. If the last bytes of the packet are denied, or
+//! wait for the other side, the allowed bytes are forwarded in a generated packet.
 //!
 //! The receiver gets exactly the bytes that were inspected. Bytes are kept until the receiver has acknowledged them,
 //! and a retransmission with other bytes is dropped. So the inspection does not depend on which copy the receiver

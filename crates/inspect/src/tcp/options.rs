@@ -30,7 +30,7 @@ const MAX_OPTIONS: usize = 40;
 /// Reason for which a segment is dropped because of its options.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OptionProblem {
-    /// The length of an option is wrong for its kind, or exceeds the header.
+    /// The header is truncated, or the length of an option is wrong for its kind or exceeds the header.
     Length,
     /// MPTCP (kind 30) outside a SYN: the option was removed from the SYNs, so no end may use MPTCP.
     Mptcp,
@@ -97,7 +97,7 @@ pub fn normalise(segment: &mut [u8], mss_clamp: Option<u16>) -> Result<bool, Opt
 
 fn rewrite(options: &mut [u8], is_syn: bool, mss_clamp: Option<u16>) -> Result<(), OptionProblem> {
     let mut at = 0;
-    // One bit for each kind that is kept.
+    // One bit for each kind of option that was kept already.
     let mut seen = 0u16;
     while let Some(&kind) = options.get(at) {
         match kind {

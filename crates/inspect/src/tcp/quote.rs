@@ -36,13 +36,14 @@ pub(crate) struct QuotedSegment {
     pub(super) sender: Side,
     /// Sequence number of the segment.
     pub(super) seq: u32,
-    /// MTU of the next hop from a Packet Too Big message, bytes; 0 if the router did not set it. None for other errors.
+    /// MTU of the next hop from a Packet Too Big message, bytes; 0 if the router did not set it. `None` for other
+    /// errors.
     pub(super) mtu: Option<u32>,
 }
 
 impl QuotedSegment {
-    /// Returns the segment that an ICMP error quotes; none if the quoted packet is not TCP, or has IP options or
-    /// extension headers. The BPF programs punt no such errors.
+    /// Returns the segment that an ICMP error quotes, or `None` if the quote is not usable. The BPF programs punt only
+    /// errors that quote TCP without IP options or extension headers.
     pub(crate) fn read(view: &PacketView<'_>) -> Option<Self> {
         let PacketView { packet, frame, .. } = view;
         let is_ipv6 = packet.is(flags::IPV6);

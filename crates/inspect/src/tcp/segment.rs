@@ -37,8 +37,8 @@ pub(super) struct Segment<'a> {
 }
 
 impl<'a> Segment<'a> {
-    /// Parses the TCP segment of a packet. Returns none if the header is malformed, or if receivers could interpret the
-    /// segment differently.
+    /// Parses the TCP segment of a packet. Returns `None` if the header is malformed, or if receivers could interpret
+    /// the segment differently.
     pub(super) fn read(view: &PacketView<'a>) -> Option<Self> {
         let header = view.frame.get(view.transport..view.payload.0)?;
         let (fixed, options) = header.split_first_chunk::<20>()?;
@@ -75,7 +75,7 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// Parses the options. Returns none if a length is wrong or a kind is unknown, because a receiver may know that
+    /// Parses the options. Returns `None` if a length is wrong or a kind is unknown, because a receiver may know that
     /// kind. [`options::normalise`] has already overwritten unknown options with NOPs.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
@@ -134,7 +134,7 @@ pub(super) struct Link {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct OutSegment<'a> {
     pub(super) seq: u32,
-    /// Acknowledgement number; none for a segment without ACK.
+    /// Acknowledgement number; `None` for a segment without ACK.
     pub(super) ack: Option<u32>,
     pub(super) window: u16,
     pub(super) rst: bool,
@@ -148,7 +148,8 @@ impl Link {
     /// Maximum length of the link header, bytes: Ethernet with two VLAN tags.
     const LONGEST: usize = 22;
 
-    /// Returns the `Link` of a packet's direction; none if its link header is too short or too long.
+    /// Returns the `Link` for the direction of a packet; `None` if the link header of the packet is too short or too
+    /// long.
     pub(super) fn of(view: &PacketView<'_>) -> Option<Self> {
         let from = view.frame.get(..view.network)?;
         let mut header = [0; Self::LONGEST];

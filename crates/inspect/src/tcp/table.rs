@@ -32,7 +32,7 @@ struct Entry<F, T> {
     inspector: T,
     /// Time at which the connection is due in [`Connections::due`], ms.
     due: Millis,
-    /// Number of the connection among the half-open ones; none if it is open.
+    /// Number of the connection among the half-open ones; `None` if the connection is open.
     half_open: Option<u64>,
 }
 
@@ -62,7 +62,7 @@ enum Place {
     New(Slot),
     /// An offloaded connection.
     OffloadedFlow,
-    /// No connection: a SYN+ACK that answers no SYN.
+    /// No connection: a segment with SYN that fits no known connection.
     Stray,
     /// No connection: a SYN that must not open one, because it carries data, FIN or RST.
     Invalid,
@@ -75,7 +75,7 @@ enum Place {
 enum Slot {
     /// The connection that is in use.
     Current,
-    /// A connection with the same ports, opened before the end of the current one was seen.
+    /// A half-open connection with the same ports, whose SYN arrived before the end of the current one was seen.
     Candidate,
 }
 
@@ -83,19 +83,19 @@ enum Slot {
 pub(crate) struct Connections<F, T: Offloadable> {
     entries: HashMap<CtKey, Box<Entry<F, T>>>,
     /// Connections whose SYN arrived while another connection with the same ports was known. Only the server knows
-    /// whether the known connection has ended: a candidate replaces it when the server acknowledges the candidate's
-    /// SYN.
+    /// whether the known connection has ended: a candidate replaces the known connection when the server acknowledges
+    /// the candidate's SYN.
     candidates: HashMap<CtKey, Box<Entry<F, T>>>,
     shares: HashMap<u16, Share>,
     open: usize,
     half_open: usize,
-    /// Number of the last half-open connection. Numbers order them by age.
+    /// Number of the newest half-open connection. The numbers order half-open connections by age.
     number: u64,
     offloaded_flows: HashMap<CtKey, OffloadedFlow<T::OffloadVerdict>>,
     /// Keys and serials of `offloaded_flows`, the oldest first. Entries of removed flows stay until they are the
     /// oldest.
     oldest_first: VecDeque<(CtKey, u32)>,
-    /// Deadline of each connection.
+    /// Deadlines of all connections, the earliest first.
     due: BTreeSet<(Millis, Key)>,
     shared: Shared,
 }
@@ -261,8 +261,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Handles a packet of an offloaded connection. The BPF programs punt such a packet if the rules of the connection
-    /// have changed.
+    /// Handles a packet of an offloaded connection. The BPF programs punt such a packet until they have the OFFLOAD
+    /// command, and after a change of the rules.
     fn packet_of_offloaded<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -353,7 +353,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
         let is_offloaded = self.offloaded_flows.contains_key(&key);
         match self.entries.get(&key).map(|entry| &entry.connection) {
-            // In an open connection only a retransmitted SYN+ACK is valid.
+            // Of segments with SYN, an open connection accepts only a retransmission.
             Some(current) if has_syn && current.is_opened() => {
                 match segment.filter(|segment| current.repeats(side, segment)) {
                     Some(_) => Place::Known(Slot::Current),

@@ -74,7 +74,7 @@ impl<F> Connection<F> {
     }
 
     /// Sends one generated packet with bytes of `side` that were acknowledged on behalf of the receiver, beginning at
-    /// position `from`. Returns the number of bytes.
+    /// position `from`. Returns the number of bytes sent.
     fn send_acknowledged<S: Sink<F>>(&self, side: Side, from: Position, cx: &mut TcpCx<'_, F, S>) -> u64 {
         let payload = self.halves[side].undelivered(from, self.payload_to(side.other()));
         if payload.is_empty() {
@@ -138,7 +138,8 @@ impl<F> Connection<F> {
     }
 
     /// Retransmits bytes of `side` that were acknowledged on behalf of the receiver, after a timeout. From the second
-    /// timeout on the packets are smaller, since a link may drop large packets without an ICMP error (RFC 2923, 2.1).
+    /// timeout on the packets are smaller, since a link can drop large packets without an ICMP error (RFC 2923, 2.1).
+    /// After `TRIES` retransmissions the connection is aborted.
     pub(super) fn retransmit<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let Some((_, tries)) = self.halves[side].again.filter(|(at, _)| *at <= cx.now) else {
             return;
@@ -159,8 +160,8 @@ impl<F> Connection<F> {
         self.halves[side].again = is_sent.then(|| (cx.now + (FIRST_TRY << (tries + 1)), tries + 1));
     }
 
-    /// Retransmits bytes that may be lost, at most [`AGAIN`] packets ahead of the receiver's acknowledgement. Returns
-    /// whether anything was sent.
+    /// Retransmits bytes that are presumed lost, at most [`AGAIN`] packets ahead of the receiver's acknowledgement.
+    /// Returns whether anything was sent.
     pub(super) fn recover<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) -> bool {
         let half = &self.halves[side];
         let start = half.acked.max(START + 1);
@@ -179,11 +180,12 @@ impl<F> Connection<F> {
         at > from
     }
 
-    /// Sets the timers for acknowledgements on behalf of a receiver and for retransmissions.
+    /// Continues the retransmission of lost bytes, and sets the timers for retransmissions and for acknowledgements on
+    /// behalf of a receiver. Acknowledges at once if too many packets are held.
     pub(super) fn arm<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         for side in Side::BOTH {
-            // Bytes are acknowledged at half of the limit, because further packets need room until the acknowledgement
-            // reaches the sender.
+            // Bytes are acknowledged once half of the permitted number of packets is held, because further packets need
+            // room until the acknowledgement reaches the sender.
             let most = cx.shared.limits.frames_per_direction / 2;
             if self.halves[side].is_recovering() {
                 self.recover(side, cx);

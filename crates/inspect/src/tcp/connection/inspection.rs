@@ -14,7 +14,8 @@ use super::{
 };
 use crate::Sink;
 
-/// Maximum length of an offload window, bytes: the BPF programs compare sequence numbers modulo 2^32.
+/// Maximum length of an offload window, bytes. Sequence numbers have 32 bits, so a comparison is valid only within 2^31
+/// bytes.
 const LONGEST_WINDOW: u64 = 1 << 30;
 /// Number of bytes past the end of an offload window after which the window is removed.
 const WINDOW_AGE: u64 = 1 << 28;
@@ -132,8 +133,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Marks the next `n` bytes of one side as allowed, of which `available` have arrived. Sets an offload window if at
-    /// least `TcpLimits::window` of them have not arrived.
+    /// Marks the next `n` bytes of one side as allowed, of which `available` have arrived. Sets an offload window, if
+    /// possible, when at least `TcpLimits::window` of them have not arrived.
     fn skip(&mut self, side: Side, n: u64, available: u64, shared: &Shared) {
         let half = &mut self.halves[side];
         // Bytes that were acknowledged on behalf of the receiver must be kept until they are delivered.
@@ -161,7 +162,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Forwards the held packets whose bytes are all allowed.
+    /// Forwards the held packets of `side` that may be forwarded; after an offload, those of both sides.
     pub(super) fn flush<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         if matches!(self.phase, Phase::Offloaded) {
             self.flush_all(cx);
@@ -172,8 +173,8 @@ impl<F> Connection<F> {
             self.release(held.frame, cx);
         }
         let half = &self.halves[side];
-        // In all other cases the allowed part stays held: the rest of the message is about to arrive, or the packet is
-        // soon acknowledged on behalf of the receiver.
+        // Only in these cases is the allowed part of a held packet forwarded on its own. In any other case the rest of
+        // the message is expected soon, or the packet is soon acknowledged on behalf of the receiver.
         if half.awaits_peer || !half.is_contiguous() {
             self.split(side, cx);
         }

@@ -83,8 +83,8 @@ impl<F> Connection<F> {
     }
 }
 
-/// Stores the initial sequence number and the options of a SYN. Returns whether the SYN is acceptable: a SYN with
-/// another sequence number or other options may replace only a SYN that is not acknowledged.
+/// Stores the initial sequence number and the options of a SYN. Returns whether the SYN is acceptable: it must not
+/// change a sequence number or options that the ends can be using already.
 fn take_syn<F>(own: &mut Half<F>, other: &Half<F>, side: Side, segment: &Segment<'_>) -> bool {
     let options = &segment.options;
     let has_timestamps = options.timestamp.is_some();
@@ -100,7 +100,7 @@ fn take_syn<F>(own: &mut Half<F>, other: &Half<F>, side: Side, segment: &Segment
         own.recent = options.timestamp.map_or(0, |(value, _)| value);
         own.latest = own.recent;
     } else if own.scale != options.scale || own.has_timestamps != has_timestamps {
-        // A stack may retransmit its SYN without options, in case a middlebox drops SYNs with options.
+        // A stack can retransmit its SYN without options, in case a middlebox drops SYNs with options.
         if !is_unanswered || other.isn.is_some() {
             return false;
         }

@@ -13,13 +13,13 @@ pub(super) const FIRST_TRY: Millis = 250;
 /// Phase of a connection.
 pub(super) enum Phase {
     Open,
-    /// A response waits until its receiver has acknowledged all bytes that the other end sent before.
+    /// A response waits until earlier bytes of both ends are delivered and acknowledged, or until its time limit.
     Responding(Box<Response>),
     /// The response has been sent.
     Responded(Box<Response>),
     /// The rest of the connection needs no inspection.
     Offloaded,
-    /// The connection was reset at both ends.
+    /// The connection has ended with a reset. Its packets are dropped.
     Aborted(Reason),
 }
 
@@ -27,7 +27,7 @@ pub(super) enum Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Announcement {
     No,
-    /// Is sent with the next packet that is forwarded.
+    /// The notification is sent with the next packet that is forwarded.
     Next,
     Sent,
 }

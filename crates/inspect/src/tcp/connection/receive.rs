@@ -36,17 +36,17 @@ impl Extent {
 
 /// Result of the checks of a segment.
 enum Checked {
-    /// The segment is acceptable and acknowledges this position of the other end.
+    /// The segment is acceptable. It acknowledges the stream of the other end up to this position.
     Acceptable(Extent, Position),
     /// The segment acknowledges bytes that another policy's inspector has sent.
     AcksOtherInspector,
 }
 
 impl<F> Connection<F> {
-    /// Handles a segment. Returns whether the inspector may have something to read.
+    /// Handles a segment. Returns whether [`Connection::inspect`] must run.
     ///
     /// # Errors
-    /// Returns the frame and the reason if the segment must be dropped.
+    /// Returns the frame and the reason if the caller must reject the segment ([`Connection::reject`]).
     pub(super) fn receive<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -99,8 +99,8 @@ impl<F> Connection<F> {
     }
 
     /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered,
-    /// or at most one window below. One byte beyond the window is accepted too, as a zero-window probe (RFC 9293,
-    /// 3.8.6.1).
+    /// or below it but not below [`Half::oldest`](super::super::half::Half::oldest). One byte beyond the window is
+    /// accepted too, as a zero-window probe (RFC 9293, 3.8.6.1).
     #[inline]
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);
@@ -118,11 +118,11 @@ impl<F> Connection<F> {
         Ok(Extent { start, end, behind })
     }
 
-    /// "Fifth, check the ACK field": the segment must not acknowledge more than the other end has sent, nor less than
-    /// one window below what it has acknowledged before (RFC 5961, 5.2). A selective acknowledgement must not cover
-    /// more than the other end has sent either.
+    /// "Fifth, check the ACK field": the segment must acknowledge neither more than the other end has sent nor a
+    /// position far below earlier acknowledgements (RFC 5961, 5.2). A selective acknowledgement must not cover more
+    /// than the other end has sent either.
     ///
-    /// Returns none if the segment acknowledges bytes that another policy's inspector has sent.
+    /// Returns `None` if the segment acknowledges bytes that another policy's inspector has sent.
     #[inline]
     fn check_ack(&self, arrived: &Arrived<'_, '_>) -> Result<Option<Position>, Reason> {
         let other = &self.halves[arrived.side.other()];
@@ -142,7 +142,7 @@ impl<F> Connection<F> {
     }
 
     /// Protection against wrapped sequences (RFC 7323, 5.3): if both ends have agreed on timestamps, a segment without
-    /// a timestamp or with an old one is dropped.
+    /// a timestamp, or with one older than TS.Recent, is dropped.
     #[inline]
     fn check_timestamp(&mut self, arrived: &Arrived<'_, '_>, start: Position) -> Result<(), Reason> {
         let is_agreed = self.has_timestamps();
@@ -157,7 +157,7 @@ impl<F> Connection<F> {
     }
 
     /// "Fifth, check the ACK field", continued: SND.UNA and the send window of the other end are updated. The window is
-    /// scaled if both SYNs carried that option (RFC 7323, 2.3).
+    /// scaled if both SYNs carried the window scale option (RFC 7323, 2.3).
     #[inline]
     fn take_ack(&mut self, arrived: &Arrived<'_, '_>, acked: Position) {
         let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
@@ -179,10 +179,10 @@ impl<F> Connection<F> {
             || (has_fin && own.highest > at.end)
     }
 
-    /// Handles a segment that begins with acknowledged bytes, for which no copy to compare is kept. If it were
-    /// forwarded, a receiver that has acknowledged bytes before it had them would get bytes other than the inspected
-    /// ones. So the segment is not forwarded: the sender gets the acknowledgement, and new bytes after the acknowledged
-    /// ones are delivered in generated packets.
+    /// Handles a segment that begins with acknowledged bytes, of which no copy is kept for comparison. A receiver that
+    /// has acknowledged bytes before they arrived would take uninspected bytes from this segment. So only a keepalive
+    /// probe is forwarded. For any other segment, the sender gets an acknowledgement, and new bytes after the
+    /// acknowledged ones are delivered, if possible, in generated packets.
     fn on_retransmission<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -194,7 +194,7 @@ impl<F> Connection<F> {
         let progress = matches!(self.phase, Phase::Responding(_));
         cx.shared.stats.retransmitted += 1;
         let own = &mut self.halves[side];
-        // A keepalive probe may repeat the last acknowledged byte (RFC 9293, 3.8.4).
+        // A keepalive probe can repeat the last acknowledged byte (RFC 9293, 3.8.4).
         if at.behind == own.acked && segment.payload.len() <= 1 {
             self.release(frame, cx);
             return Ok(progress);
@@ -221,7 +221,8 @@ impl<F> Connection<F> {
     }
 
     /// "Seventh, process the segment text": stores the bytes and compares them with an earlier copy. The packet is
-    /// forwarded if all of its bytes may be forwarded, else held.
+    /// forwarded if all of its bytes may be forwarded. Otherwise it is held, or dropped if all of its bytes have
+    /// arrived before.
     fn accept_data<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,

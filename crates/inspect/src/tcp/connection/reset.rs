@@ -14,10 +14,13 @@ use super::{
 use crate::{PacketView, Sink};
 
 impl<F> Connection<F> {
-    /// Handles a reset. The reset is forwarded if its receiver may expect exactly its sequence number (RFC 5961, 3.2).
+    /// Handles a reset. If its receiver is in SYN-SENT, the reset is forwarded only if it acknowledges the SYN. In any
+    /// other state, it is forwarded if its sequence number lies between the last acknowledged and the last forwarded
+    /// byte, because the receiver accepts only the number that it expects next (RFC 5961, 3.2). A reset that follows
+    /// held bytes is replaced by a generated one.
     ///
     /// # Errors
-    /// Returns the frame and the reason if the segment must be dropped.
+    /// Returns the frame and the reason if the reset is neither forwarded nor replaced, so that the caller drops it.
     pub(super) fn reset<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
@@ -41,8 +44,8 @@ impl<F> Connection<F> {
         let position = own.position(segment.seq);
         if (own.acked..=own.sent).contains(&position) {
             self.is_reset = true;
-            // With bytes in flight the receiver may expect another sequence number and answer with a challenge ACK (RFC
-            // 5961, 3.2). Then the connection continues, so its end is not reported.
+            // With bytes in flight, the receiver possibly expects another sequence number and answers with a challenge
+            // ACK (RFC 5961, 3.2). The connection can then continue, so its end is not reported.
             if own.acked == own.sent && self.closed == Announcement::No {
                 self.closed = Announcement::Next;
             }
@@ -95,7 +98,8 @@ impl<F> Connection<F> {
         self.emit(to, &segment, cx);
     }
 
-    /// Answers a packet of a connection that no longer exists with a reset (RFC 9293, 3.10.7.1).
+    /// Answers a packet with a reset, as an end without that connection does (RFC 9293, 3.10.7.1). A reset gets no
+    /// answer.
     pub(in crate::tcp) fn refuse<S: Sink<F>>(view: &PacketView<'_>, cx: &mut TcpCx<'_, F, S>) {
         if let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view))
             && !segment.is_rst()
@@ -112,16 +116,16 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Resets a connection of which only the packet of `view` is known, at both ends. Returns whether that is done:
-    /// false if the receiver of the packet is probed first.
+    /// Resets, at both ends, a connection of which only the packet of `view` is known. Returns false if the receiver of
+    /// the packet gets a probe first.
     ///
     /// A reset is accepted only if its sequence number is exactly the one that its receiver expects (RFC 5961, 3.2).
     /// For the sender of the packet that is the acknowledgement number of the packet. The number that the receiver of
     /// the packet expects is not known, because the packet may be a retransmission. So if the packet occupies sequence
     /// space, the receiver gets an empty segment with a sequence number below its window, and answers with an
     /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. That acknowledgement is
-    /// punted too. It occupies no sequence space and has both numbers, so both ends are reset then. A lost probe does
-    /// no harm, because the sender retransmits its packet.
+    /// punted too. It occupies no sequence space and has both numbers, so both ends are reset then. If the probe is
+    /// lost, the sender's retransmission causes another probe.
     pub(in crate::tcp) fn reset_unknown<S: Sink<F>>(view: &PacketView<'_>, cx: &mut TcpCx<'_, F, S>) -> bool {
         let (Some(link), Some(segment)) = (Link::of(view), Segment::read(view)) else {
             return true;

@@ -14,7 +14,7 @@ use crate::Sink;
 const SPILL: u64 = 1 << 20;
 
 impl<F> Connection<F> {
-    /// Sends the response once its receiver has acknowledged all bytes that the other end has sent before.
+    /// Sends the response once all earlier bytes of both ends are delivered and acknowledged.
     pub(super) fn respond_when_due<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if let Phase::Responding(response) = &self.phase {
             let before = &self.halves[response.to.other()];
@@ -126,7 +126,7 @@ impl<F> Connection<F> {
     }
 
     /// Handles a packet of a connection whose response was sent. All bytes of both ends are acknowledged, so that both
-    /// ends close in order.
+    /// ends can close without a reset.
     pub(super) fn receive_after_response<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
