@@ -1,5 +1,5 @@
-//! Checksums of punted packets. A transport checksum that the local sender left to its device is completed; all others
-//! are verified.
+//! Checksums of punted packets. A transport checksum that the local sender left to its device is completed; other
+//! checksums are verified, with the exceptions of [`complete_or_verify`].
 //!
 //! The sum itself is [`palisade_packet::checksum`].
 
@@ -7,11 +7,12 @@ use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
 
 /// Verifies the IPv4 header checksum of a frame, and completes or verifies its TCP or UDP checksum. The transport
-/// checksums of fragments and of other protocols are not verified, and a UDP datagram over IPv4 may have none.
+/// checksums of fragments and of other protocols are not verified, and a UDP datagram over IPv4 can be without a
+/// checksum.
 ///
 /// # Errors
-/// A checksum is wrong. The receiver will discard the packet, so inspecting it would allow an insertion attack: the
-/// inspector would process bytes that the receiver ignores.
+/// A checksum is wrong, or a mandatory checksum is missing. The receiver will discard the packet, so inspecting it
+/// would allow an insertion attack: the inspector would process bytes that the receiver ignores.
 pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reason> {
     let network = usize::from(packet.network_offset);
     let transport = usize::from(packet.transport_offset);

@@ -20,7 +20,7 @@ pub(crate) const WAKER: Token = Token(1);
 pub(crate) struct WorkerControl<R> {
     /// The application rules in force.
     pub rules: Arc<R>,
-    /// Interfaces with an XDP program at ingress, by index.
+    /// Indices of the interfaces with an XDP program at ingress.
     pub xdp: Arc<[u32]>,
     /// Endpoints that were deleted since the worker last read the settings. The worker drops their state and empties
     /// the list.
@@ -59,7 +59,7 @@ pub(crate) struct WorkerContext<R> {
     pub poll: Poll,
     /// The queue of learned addresses to commit.
     pub commit_queue: CommitQueue,
-    /// Most commits of learned addresses that this worker may have open.
+    /// Most commits of learned addresses that this worker can have open at a time.
     pub max_commits: usize,
     pub records: queue::Sender<TimedRecord>,
 }

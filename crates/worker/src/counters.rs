@@ -1,4 +1,4 @@
-//! The counters of a worker. Only the worker writes them; any thread may read them. Start at [`Counters`].
+//! The counters of a worker. Only the worker writes the counters; any thread can read them. Start at [`Counters`].
 
 use std::sync::{
     Arc, Mutex, OnceLock, PoisonError,
@@ -56,40 +56,39 @@ pub struct Counters {
     state: AtomicU8,
     /// Packets received from the socket.
     pub packets_in: Count,
-    /// Bytes of the received packets, from the Ethernet header on.
+    /// Bytes of the received packets without their punt headers. Packets shed under overload are not included.
     pub bytes_in: Count,
     /// Punted packets that were forwarded.
     pub packets_out: Count,
     /// Bytes of the forwarded packets.
     pub bytes_out: Count,
-    /// Packets that inspectors made and the worker sent: refusals, resets, acknowledgements, redelivered bytes.
+    /// Generated packets that were put into the transmit ring.
     pub generated: Count,
-    /// Packets that inspectors made and the worker could not send, because no frame was free or the transmit ring was
-    /// full.
+    /// Generated packets that were discarded, for example because no frame was free.
     pub generated_lost: Count,
-    /// Packets whose bytes were delivered in generated packets.
+    /// Held packets that were dropped because generated packets deliver their bytes.
     pub absorbed: Count,
     /// Packets whose TCP options were rewritten.
     pub options_rewritten: Count,
     /// Packets handed off to the workers that own their flows.
     pub handoff_out: Count,
-    /// Packets that other workers handed off to this one.
+    /// Packets that this worker copied from hand-off rings to its own frames.
     pub handoff_in: Count,
-    /// Frames that inspectors hold now, most of them until a verdict.
+    /// Frames that the inspectors hold now.
     pub held: Count,
-    /// Connections that are tracked now.
+    /// TCP connections that the inspectors track now.
     pub flows: Count,
-    /// Records lost because the queue was full.
+    /// Records that could not be queued.
     pub records_lost: Count,
     /// Number of times that the worker slept in `epoll_wait`.
     pub sleeps: Count,
-    /// Number of times that the worker was restarted after a failure.
+    /// Number of failures of the worker. After each failure the worker is restarted unless it must stop.
     pub restarts: Count,
     /// Frames of the socket.
     pub frames: Count,
     /// Dropped packets by the number of the drop reason.
     dropped: [Count; 256],
-    /// Losses in the rings of all sockets of this worker, in the order of [`Counters::ring`].
+    /// Losses in the rings of all sockets of this worker, in the order of the fields of [`PortStatistics`].
     ring: [Count; 4],
     /// The metrics of all engines of this worker, in the order in which the first engine listed them.
     metrics: OnceLock<Box<[(Metric, Count)]>>,
@@ -201,7 +200,7 @@ impl Counters {
         }
     }
 
-    /// Returns the metrics of all engines of this worker, up to a second old.
+    /// Returns the metrics of all engines of this worker. A running worker updates them once per second.
     pub fn metrics(&self) -> impl Iterator<Item = (Metric, u64)> {
         let metrics = self.metrics.get().into_iter().flatten();
         metrics.map(|(number, count)| (*number, count.get()))
@@ -224,7 +223,7 @@ impl Counters {
         }
     }
 
-    /// Returns the failure that ended the worker's last run; `None` if the worker runs.
+    /// Returns the failure because of which the worker is down; `None` in all other states.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<Failure>> {
         self.failure

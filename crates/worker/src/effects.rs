@@ -17,7 +17,7 @@ const MAX_GENERATED_BYTES: usize = 256 * 1024;
 
 /// An action that an inspector requests.
 pub(crate) enum Effect {
-    /// Forward a held packet unchanged, with a flow command if there is one.
+    /// Forward a held packet or pass it to the second policy's inspector, with a flow command if there is one.
     Release(Handle, Option<FlowCommand>),
     /// Drop a held packet.
     Discard(Handle, Reason),
@@ -93,11 +93,12 @@ impl Effects {
         self.committer.is_answered()
     }
 
-    /// Wakes the reader of the records and passes refreshes on, each at most once per tick of the coarse clock. `now`:
-    /// ns.
+    /// Wakes the reader of the records and passes refreshes on, each at most once per tick of the coarse clock unless
+    /// the record queue fills up. `now`: ns.
     ///
-    /// A wake-up is a system call, and the woken thread would compete for the CPU just when the packet's receiver needs
-    /// it. If the record queue is more than a quarter full, its reader is woken without waiting for the next tick.
+    /// A wake-up is a system call, and the woken thread would compete for the CPU with the receiver of the forwarded
+    /// packet. If the record queue is more than a quarter full, the reader of the records is woken without waiting for
+    /// the next tick.
     pub(crate) fn flush(&mut self, now: u64) {
         if self.records.has_unflushed() && (now != self.records_flushed || self.records.is_filling_up()) {
             self.records.wake();

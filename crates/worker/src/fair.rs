@@ -3,10 +3,11 @@
 
 /// Number of counters. The hash of a flow selects its counter.
 const BUCKETS: usize = 256;
-/// Time after which the counters start from zero, ns.
+/// Interval after which the counters are reset to zero, ns.
 const INTERVAL: u64 = 10_000_000;
 
-/// The packets that were admitted in the current interval, per bucket of flows.
+/// Numbers of the packets admitted in the current interval, by bucket. A bucket is the set of flows that share a
+/// counter.
 pub(crate) struct Fair {
     admitted: [u32; BUCKETS],
     /// Start of the interval, ns.
@@ -36,8 +37,9 @@ impl Fair {
         }
     }
 
-    /// Admits half of a batch: the packets in whose buckets the fewest packets were admitted before. Calls `refuse`
-    /// with the index of each other packet. `hashes`: the packets' flow hashes.
+    /// Admits half of a batch, rounded down, but at least one packet: the packets before which the fewest packets of
+    /// their bucket were admitted. Calls `refuse` with the index of each other packet. `hashes`: the packets' flow
+    /// hashes.
     pub(crate) fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
         self.ranks.clear();
         for hash in hashes.clone() {
@@ -54,7 +56,7 @@ impl Fair {
         }
         let (below, limit, _) = self.sorted.select_nth_unstable(half);
         let limit = *limit;
-        // Number of packets with this rank to admit, so that exactly half of the batch is admitted.
+        // Number of packets with the rank `limit` that are admitted to complete the half.
         let mut ties = half - below.iter().filter(|rank| **rank < limit).count();
         for (index, (hash, rank)) in hashes.zip(&self.ranks).enumerate() {
             let rank = *rank;
@@ -71,7 +73,7 @@ impl Fair {
     }
 }
 
-/// Returns the bucket of a flow hash. The hash is multiplied first, because all flows of a worker have the same hash
+/// Returns the counter of a flow hash. The hash is multiplied first, because all flows of a worker have the same hash
 /// modulo the number of workers.
 const fn bucket(admitted: &mut [u32; BUCKETS], hash: u32) -> &mut u32 {
     let index = hash.wrapping_mul(0x9e37_79b1) >> 24;

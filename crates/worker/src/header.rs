@@ -24,8 +24,8 @@ pub const ETHERNET_HEADER: usize = 14;
 /// Parses the punt header.
 ///
 /// # Errors
-/// [`Reason::PuntForeign`] if the cookie is wrong, the hook is unknown, the interface is zero, or no slot requests
-/// inspection. Such a frame was not punted by the programs.
+/// [`Reason::PuntForeign`] if the frame is too short, the cookie is wrong, the hook is unknown, the interface is zero,
+/// or no slot requests inspection. Such a frame was not punted by the programs.
 pub fn parse(bytes: &[u8], cookie: u64) -> Result<PuntHeader, Reason> {
     let (punted, frame) = PuntHeader::read_from_prefix(bytes).map_err(|_| Reason::PuntForeign)?;
     if punted.cookie != cookie || frame.len() < ETHERNET_HEADER {
@@ -87,7 +87,7 @@ impl Prepared {
 /// whether a byte was changed; always false for fragments and for protocols other than TCP.
 ///
 /// # Errors
-/// [`OptionProblem`] if the packet must not be forwarded.
+/// [`OptionProblem`] if the options are malformed or must not be forwarded.
 pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, OptionProblem> {
     let packet = &prepared.packet;
     if packet.protocol != protocol::TCP || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
@@ -151,8 +151,7 @@ pub fn prepare(bytes: &mut [u8], punted: &PuntHeader) -> Result<Prepared, (Reaso
 /// Decodes an Ethernet frame with an IP packet.
 ///
 /// # Errors
-/// The frame is malformed or not IP. Returns the drop reason, which is the one that the programs would give, and the
-/// headers that were decoded.
+/// The frame is malformed or not IP. Returns the drop reason and the headers that were decoded.
 pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     let mut packet = Packet::default();
     match palisade_packet::decode(frame, Start::Ethernet { tags_removed: 0 }, &mut packet) {
@@ -165,7 +164,7 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
 /// Returns the trailer of a packet that was punted at the hook of `route`, or that was made in response to a packet
 /// punted there (`route.back`).
 ///
-/// The mark makes the tc program of the reinjected packet's direction pass the packet. A packet that is reinjected to
+/// The mark makes the tc program that the reinjected packet meets pass the packet. A packet that is reinjected to
 /// ingress is not marked if XDP is the ingress hook of the interface (`xdp`): a reinjected packet does not go through
 /// XDP again, so no program would clear the mark.
 #[must_use]

@@ -6,7 +6,7 @@
 use palisade_abi::{FlowCommand, PuntRequest};
 
 /// A handle on a held frame. It cannot be cloned, and the effect that forwards or drops the frame consumes it, so each
-/// frame is forwarded or dropped once.
+/// frame is forwarded or dropped at most once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Handle(u32);
 

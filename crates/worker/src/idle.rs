@@ -19,12 +19,12 @@ const MIN_SPIN: Duration = Duration::from_micros(2);
 const POLLS_PER_YIELD: u32 = 16;
 /// Yields to other threads after which a worker sleeps.
 const MAX_YIELDS: u32 = 2;
-/// A `sched_yield` shorter than this found no other runnable thread.
+/// A `sched_yield` that takes at most this time is assumed to have found no other runnable thread.
 const IDLE_YIELD: Duration = Duration::from_micros(2);
 
 /// Interval of heartbeats, and so the longest sleep.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(50);
-/// Longest time that a record or a refresh waits until its reader is woken.
+/// Longest sleep while records or refreshes are queued whose reader has not been woken.
 const MAX_FLUSH_DELAY: Duration = Duration::from_millis(4);
 /// Longest sleep while the transmit ring has packets that the kernel did not take. The kernel does not wake the worker
 /// when the device can send again.
@@ -53,7 +53,7 @@ pub(crate) trait Host {
     /// The socket failed.
     fn busy_poll(&mut self) -> io::Result<bool>;
 
-    /// Sleeps until there may be work, at most for [`sleep_timeout`].
+    /// Sleeps until the worker is woken, at most for [`sleep_timeout`].
     ///
     /// # Errors
     /// `epoll_wait` failed.
@@ -77,7 +77,8 @@ impl Idle {
         }
     }
 
-    /// Waits until there is work or the sleep timeout has passed. The caller does a turn in either case.
+    /// Waits for work, at most until the sleep timeout has passed; in [`Mode::Spin`] only relaxes the CPU for a moment.
+    /// The caller does a turn after each wait.
     ///
     /// # Errors
     /// The socket or `epoll_wait` failed.
@@ -109,8 +110,8 @@ impl Idle {
     /// Returns whether there is work.
     ///
     /// The thread that runs after a yield is often the one that sends the packets that the worker waits for, so the
-    /// worker yields more than once. After that it sleeps instead of waiting in the run queue: the kernel wakes a
-    /// sleeping thread on any idle CPU, but leaves a runnable thread on its CPU.
+    /// worker yields more than once. After that it sleeps instead of waiting in the run queue: the kernel can wake a
+    /// sleeping thread on an idle CPU, but it moves a runnable thread to another CPU only when it balances the load.
     fn spin<H: Host>(&self, host: &mut H, since: Duration) -> bool {
         let mut yields = 0;
         loop {
@@ -187,10 +188,11 @@ mod tests {
     const US: Duration = Duration::from_micros(1);
     const MS: Duration = Duration::from_millis(1);
 
-    /// A thread with a simulated clock: each operation takes the time given here.
+    /// A thread with a simulated clock. The fields of type `Duration` after `work_at` are the times that operations
+    /// take.
     struct Simulated {
         now: Duration,
-        /// When work arrives; it stays until the test takes it.
+        /// Time at which work arrives. The work stays until the test sets another time.
         work_at: Option<Duration>,
         poll: Duration,
         pause: Duration,
@@ -290,7 +292,8 @@ mod tests {
         let since = host.now;
         assert!(host.wait(&mut idle, 10 * MS));
         assert_eq!(host.now - since, 10 * MS, "work ends the sleep");
-        // 2 µs: a yield and 16 polls with pauses take 1.1 µs, so there are two rounds and the final poll.
+        // 2 µs: a yield and 16 polls with pauses take 1.1 µs, so two rounds are complete and the third ends after its
+        // yield.
         assert_eq!((host.yields, host.pauses), (2 + 1, 2 * POLLS_PER_YIELD));
     }
 
@@ -352,7 +355,7 @@ mod tests {
         assert!(host.wait(&mut idle, 10 * MS));
         assert_eq!(host.yields, MAX_YIELDS);
         assert_eq!(host.pauses, POLLS_PER_YIELD, "polls only between the two");
-        // Work that the second yield brings is found without a sleep.
+        // Work that arrives during the second yield is found without a sleep.
         idle.budget = MAX_SPIN;
         assert!(!host.wait(&mut idle, 10 * US));
         assert_eq!(host.yields, 2 * MAX_YIELDS);

@@ -1,6 +1,6 @@
 //! The interface to the inspectors of a worker. It is a trait so that the loop can be tested without inspectors.
 //!
-//! [`palisade_inspect::Engine`] implements it.
+//! [`palisade_inspect::Engine`] implements the trait.
 
 use std::sync::Arc;
 
@@ -18,13 +18,13 @@ pub trait Inspect {
     fn set_rules(&mut self, rules: Arc<Self::Rules>);
     /// Returns whether the rules contain a rule set.
     fn knows(&self, ruleset: u32) -> bool;
-    /// Inspects a packet for one slot. Queues effects on this frame and on other held frames in `sink`.
+    /// Inspects a packet for one slot. Passes effects on this frame and on other held frames to `sink`.
     fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
     /// Takes the result of a commit of learned addresses.
     fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>);
     /// Acts on the deadlines that have passed.
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>);
-    /// Returns the time of the next deadline.
+    /// Returns the time of the next deadline; `None` if there is no deadline.
     fn deadline(&self) -> Option<Millis>;
     /// Drops the state and the held packets of a deleted endpoint.
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);

@@ -1,7 +1,7 @@
-//! The inspection of the packets whose flow a worker owns: prepares a packet, passes it to the inspectors, and runs the
-//! effects that they queue.
+//! The inspection of the packets whose flow a worker owns. This module prepares a packet, passes it to the inspectors,
+//! and runs the effects that the inspectors queue.
 //!
-//! [`Inspection::packet`] drops a packet, or holds it as a [`HeldFrame`] until an effect forwards or discards it.
+//! [`Inspection::packet`] drops a packet, or holds it as a [`HeldFrame`] until an effect forwards or drops it.
 
 use std::sync::Arc;
 
@@ -159,8 +159,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     /// Passes a held packet to the inspector of a slot.
     fn inspect(&mut self, port: &mut P, handle: Handle, slot: &PuntRequest, prepared: &Prepared) {
         if !self.engine.knows(slot.ruleset) {
-            // The control plane sends rules to the workers before it writes their numbers to the maps. So the rules of
-            // this packet have been sent, but possibly after this turn began.
+            // The control plane sends rules to the workers before it writes the numbers of their rule sets to the maps.
+            // So the rules for this packet have been sent, but possibly after this turn began.
             self.apply_control();
             if !self.engine.knows(slot.ruleset) {
                 self.effects.discard(handle, Reason::UnknownRuleset);
@@ -217,7 +217,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             }
             return;
         };
-        // Each policy has a flow of its own. A command for the first flow is sent now, because the second inspector may
+        // Each policy has a flow of its own. A command for the first flow is sent now, because the second inspector can
         // hold the packet for long. `REPLACE` is sent with the packet, because the programs apply it to that packet.
         match command {
             Some(command) if command.op == flow_op::REPLACE => held.first_command = Some(*command),
@@ -248,8 +248,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Passes the results of commits of learned addresses to the engine, which forwards the DNS answers that it held
-    /// until their addresses were committed. Returns whether there was a result.
+    /// Passes the results of commits of learned addresses to the engine, which decides about the DNS answers that it
+    /// holds until their addresses are committed. Returns whether there was a result.
     pub(crate) fn take_commits(&mut self, port: &mut P) -> bool {
         let mut any = false;
         while let Some(learned) = self.effects.next_committed() {

@@ -2,8 +2,8 @@
 //!
 //! Each worker owns an AF_XDP socket with its UMEM, an engine (the inspectors of its flows with their state), and
 //! timers. It shares hand-off rings with the other workers ([`palisade_xsk::handoff`]). With the control plane it
-//! shares two queues (learned addresses to commit, records) and a watched value (the settings). A worker blocks at none
-//! of them: in the steady state a packet costs no lock, no allocation and no system call of its own.
+//! shares two queues (learned addresses to commit, records) and a watched value (the settings). In the steady state a
+//! packet costs no lock, no allocation and no system call of its own.
 //!
 //! A worker that panics or whose socket fails is restarted with a new socket and a new engine. The connections that it
 //! inspected are reset, because their state is lost. Until the worker runs again its heartbeat is withdrawn, and the

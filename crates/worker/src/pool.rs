@@ -40,19 +40,20 @@ pub struct Setup<P, E: Inspect> {
     pub clock: fn() -> u64,
     /// Largest packet that one worker can hand off to another, bytes.
     pub max_handoff: usize,
-    /// Callback that makes the socket of a worker and returns it with its number of frames. The worker's thread calls
-    /// it at each start of the worker.
+    /// Callback that makes a socket for a worker and returns the socket and its number of frames. The worker's thread
+    /// calls this callback at each start of the worker.
     pub port: Arc<dyn Fn(usize) -> io::Result<(P, usize)> + Send + Sync>,
-    /// Callback that makes the inspectors of a worker. The worker's thread calls it at each start of the worker.
+    /// Callback that makes the inspectors of a worker. The worker's thread calls this callback at each start of the
+    /// worker.
     pub engine: Arc<dyn Fn(usize) -> E + Send + Sync>,
     /// Callback that publishes the number of a worker and the time of its heartbeat, ns. A time of 0 means that the
     /// worker does not run.
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     /// The application rules at the start.
     pub rules: Arc<E::Rules>,
-    /// Most commits of learned addresses that one worker may have open.
+    /// Most commits of learned addresses that one worker can have open at a time.
     pub max_commits: usize,
-    /// Most records that may wait for their reader.
+    /// Capacity of the queue of records.
     pub records: usize,
 }
 
@@ -173,13 +174,13 @@ impl<R: Send + Sync + 'static> Pool<R> {
         self.modify(|control| control.rules = Arc::clone(rules));
     }
 
-    /// Sets the interfaces with an XDP program at ingress, by index.
+    /// Sets the indices of the interfaces with an XDP program at ingress.
     pub fn set_xdp(&self, interfaces: &[u32]) {
         let interfaces: Arc<[u32]> = interfaces.into();
         self.modify(|control| control.xdp = Arc::clone(&interfaces));
     }
 
-    /// Drops the state and the held packets of deleted endpoints.
+    /// Makes the workers drop the state and the held packets of deleted endpoints.
     pub fn forget_endpoints(&self, endpoints: &[u16]) {
         self.modify(|control| control.gone.extend_from_slice(endpoints));
     }

@@ -11,7 +11,8 @@ pub struct PortStatistics {
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
-    /// Packets dropped because the fill ring was empty.
+    /// Number of times that the kernel found the fill ring empty when it needed a frame. In copy mode, each time is a
+    /// lost packet.
     pub rx_fill_ring_empty: u64,
     /// Invalid descriptors in any of the rings.
     pub invalid: u64,
@@ -22,10 +23,11 @@ pub trait Port {
     /// The owner of a frame.
     type Frame;
 
-    /// Moves up to `limit` received packets to the end of `into` and returns their number.
+    /// Moves at most `limit` received packets to the end of `into`. Returns the number of descriptors removed from the
+    /// receive ring.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     fn receive(&mut self, into: &mut VecDeque<Self::Frame>, limit: usize) -> io::Result<usize>;
 
     /// Returns the number of packets in the receive ring.
@@ -50,23 +52,23 @@ pub trait Port {
     fn free(&mut self, frame: Self::Frame);
 
     /// Puts a frame into the transmit ring; the packet is `length` bytes from offset `start` of [`Port::buffer_mut`].
-    /// The kernel may not send the packet until [`Port::flush`] wakes it.
+    /// The packet can remain in the ring until the next call of [`Port::flush`].
     ///
     /// # Errors
-    /// The transmit ring is full. Returns the frame.
+    /// The packet could not be put into the ring, for example because the ring is full. Returns the frame.
     fn transmit(&mut self, frame: Self::Frame, start: usize, length: usize) -> Result<(), Self::Frame>;
 
     /// Wakes the kernel to send the packets in the transmit ring, and frees the frames of sent packets. Returns the
     /// number of packets left in the transmit ring.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     fn flush(&mut self) -> io::Result<usize>;
 
     /// Polls the driver once in this thread (busy polling).
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     fn busy_poll(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -75,17 +77,17 @@ pub trait Port {
     /// gone.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     fn check(&mut self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Returns the descriptor that becomes readable when a packet arrives.
+    /// Returns the file descriptor that becomes readable when a packet arrives; `None` if there is no such descriptor.
     fn fd(&self) -> Option<RawFd>;
 
     /// Returns the losses in the rings.
     ///
     /// # Errors
-    /// The kernel does not return the statistics.
+    /// The statistics could not be read.
     fn statistics(&mut self) -> io::Result<PortStatistics>;
 }

@@ -122,7 +122,7 @@ impl<T> Receiver<T> {
     /// Waits for the next item. All calls must come from the same thread: senders wake the thread of the first call.
     ///
     /// # Errors
-    /// [`RecvError`] if no item has arrived within `timeout`, or all senders have been dropped.
+    /// [`RecvError`] if no item has arrived within `timeout`, or the queue is empty and all senders have been dropped.
     pub fn recv_timeout(&self, timeout: Duration) -> Result<T, RecvError> {
         self.thread.get_or_init(thread::current);
         let mut until = None;

@@ -1,4 +1,4 @@
-//! The loop of a worker. [`Worker::turn`] does all pending work once; [`Worker::run`] repeats turns and waits in
+//! The loop of a worker. [`Worker::turn`] serves each source of work once; [`Worker::run`] repeats turns and waits in
 //! between.
 //!
 //! The parts of a turn are in `rx.rs`, `inspection.rs` and `tx.rs`; the waiting strategy is in `idle.rs`.
@@ -118,7 +118,7 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         }
     }
 
-    /// Does all pending work once. Returns whether there was work.
+    /// Serves each source of work once. Returns whether there was a packet or the result of a commit.
     ///
     /// # Errors
     /// The socket failed.

@@ -62,7 +62,7 @@ impl<'a, F> Rx<'a, F> {
     /// Takes a batch from the receive ring and sheds half of it under overload. Returns whether a packet has arrived.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// The socket failed.
     pub(crate) fn receive<P: Port<Frame = F>>(&mut self, port: &mut P, now: u64) -> io::Result<bool> {
         let received = port.receive(&mut self.batch, BATCH)?;
         self.fair.advance(now);
@@ -72,8 +72,8 @@ impl<'a, F> Rx<'a, F> {
         Ok(received != 0)
     }
 
-    /// Drops half of the batch, mostly packets of the flows that send most ([`Fair::halve`]). Dropping takes far less
-    /// time than inspecting, so the ring drains.
+    /// Drops half of the batch, mostly packets of the flows that have had the most packets admitted ([`Fair::halve`]).
+    /// Dropping takes far less time than inspecting, so the ring drains.
     fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);
@@ -171,7 +171,7 @@ impl<'a, F> Rx<'a, F> {
         any
     }
 
-    /// Returns whether another worker has handed off a packet to this one.
+    /// Returns whether a packet that another worker has handed off is waiting.
     pub(crate) fn has_handoffs(&mut self) -> bool {
         let mut receivers = self.peers.receivers.iter_mut().flatten();
         receivers.any(|receiver| receiver.available() != 0)

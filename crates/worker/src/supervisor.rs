@@ -22,7 +22,7 @@ use crate::{
 
 /// EEVDF slice to request. Workers run in short, latency-critical bursts.
 const SCHED_SLICE: Duration = Duration::from_micros(100);
-/// Delay before the first restart; doubles with each further one.
+/// Delay before the first restart. The delay doubles with each further restart, up to [`MAX_BACKOFF`].
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 /// Longest delay before a restart.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
@@ -59,7 +59,7 @@ pub(crate) fn supervise<P: Port, E: Inspect>(
         if started.elapsed() > HEALTHY_AFTER {
             delay = MIN_BACKOFF;
         }
-        // Log a failure only if its text differs from that of the last failure.
+        // While a worker fails again before it runs, log only failures whose text differs from the previous one.
         let last = context.counters.failure();
         if last.is_none_or(|last| last.to_string() != failure.to_string()) {
             error!(
@@ -103,7 +103,7 @@ fn run_once<P: Port, E: Inspect>(
     worker.run()
 }
 
-/// Waits for `delay`, or until `stop` is set.
+/// Waits at most for `delay`; returns early if `stop` is set.
 fn back_off<R>(context: &mut WorkerContext<R>, delay: Duration) {
     let until = Instant::now() + delay;
     let mut events = Events::with_capacity(8);

@@ -1,6 +1,6 @@
 //! The transmit side of a worker: appends the reinject trailer to a packet and puts the packet into the transmit ring.
 //!
-//! Each frame passed to [`Tx`] is either put into the transmit ring, or freed and counted as lost. Start at
+//! Each frame passed to [`Tx`] is either put into the transmit ring, or freed and counted as dropped. Start at
 //! [`Tx::forward`].
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::{counters::Counters, header, held::HeldFrame, port::Port};
 /// The transmit side of a worker.
 pub(crate) struct Tx {
     cookie: u64,
-    /// Interfaces with an XDP program at ingress, by index.
+    /// Indices of the interfaces with an XDP program at ingress.
     xdp: Arc<[u32]>,
     counters: Arc<Counters>,
 }
@@ -33,7 +33,7 @@ impl Tx {
         self.xdp = xdp;
     }
 
-    /// Forwards a held packet, which continues at its hook, with up to two flow commands.
+    /// Forwards a held packet, with up to two flow commands, to the hook that punted the packet.
     pub(crate) fn forward<P: Port>(
         &self,
         port: &mut P,
@@ -53,8 +53,7 @@ impl Tx {
         }
     }
 
-    /// Sends a packet that an inspector has made. `packet` is `None` if its bytes are missing; it is then counted as
-    /// lost.
+    /// Sends a generated packet, and counts the packet as lost if it cannot be sent or if `packet` is `None`.
     pub(crate) fn emit<P: Port>(&self, port: &mut P, packet: Option<&[u8]>, route: Route) {
         if packet.is_some_and(|packet| self.try_emit(port, packet, route)) {
             self.counters.generated.add(1);
@@ -75,11 +74,11 @@ impl Tx {
         self.send(port, frame, 0, packet.len(), &self.trailer(route), [None; 2])
     }
 
-    /// Sends a flow command after an empty Ethernet header; the programs drop that frame after they have run the
-    /// command.
+    /// Sends a flow command in a frame that has only a zeroed Ethernet header. The programs drop that frame after they
+    /// have run the command.
     ///
-    /// Without a free frame the command is lost. The worker then continues to inspect the flow, which is slower but not
-    /// wrong.
+    /// A command can be lost, for example because no frame is free. The flow then continues to be punted, which is
+    /// slower but not wrong.
     pub(crate) fn send_command<P: Port>(&self, port: &mut P, command: &FlowCommand) {
         let trailer = ReinjectTrailer {
             cookie: self.cookie,

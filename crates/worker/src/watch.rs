@@ -1,8 +1,8 @@
 //! A value that the control plane changes and one worker watches. Without a change, the worker pays one load per check.
 //!
-//! This is `tokio::sync::watch` for threads. `arc-swap` would replace whole values, but both ends must modify this
-//! value: the settings include the list of deleted endpoints, to which the control plane appends and which the worker
-//! empties. This module depends on nothing else in this crate; start at [`watch`].
+//! This is an equivalent of `tokio::sync::watch` for threads. `arc-swap` would replace whole values, but both ends must
+//! modify this value: the settings include the list of deleted endpoints, to which the control plane appends and which
+//! the worker empties. This module depends on nothing else in this crate; start at [`watch`].
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -57,7 +57,7 @@ impl<T> Receiver<T> {
         self.shared.version.load(Ordering::Acquire) != self.seen
     }
 
-    /// Calls `read` with the latest value. `read` may change the value, for example empty a list.
+    /// Calls `read` with the latest value. `read` can change the value, for example empty a list.
     pub(crate) fn read<R>(&mut self, read: impl FnOnce(&mut T) -> R) -> R {
         let mut value = self.shared.value.lock().unwrap_or_else(PoisonError::into_inner);
         self.seen = self.shared.version.load(Ordering::Acquire);

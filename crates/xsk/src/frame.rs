@@ -16,7 +16,7 @@ pub(crate) const CHUNK: usize = 4096;
 /// The UMEM of a socket and the states of its frames. Each held frame keeps the pool alive.
 pub(crate) struct Pool {
     umem: Umem,
-    /// The descriptor of each frame without data, by frame number.
+    /// The descriptor of each frame, by frame number, with a data length of 0.
     blank: Box<[FrameDesc]>,
     states: FrameStates,
 }
@@ -51,21 +51,22 @@ impl Pool {
             .transition(desc.addr() / CHUNK, FrameState::Receiving, FrameState::Free);
     }
 
-    /// Frees a frame that the completion ring returned. Returns whether the frame was in flight.
+    /// Frees a frame whose descriptor came from the completion ring. Returns false and changes nothing if the frame's
+    /// state was not `Sending`.
     pub(crate) fn sent(&self, desc: &FrameDesc) -> bool {
         self.states
             .transition(desc.addr() / CHUNK, FrameState::Sending, FrameState::Free)
     }
 
-    /// Returns a free frame, for a packet that user space makes.
+    /// Returns a free frame, for a packet that user space makes; `None` if no frame is free.
     pub(crate) fn alloc(self: &Rc<Self>) -> Option<Frame> {
         let index = self.states.take(FrameState::Held)?;
         let desc = self.blank.get(index as usize)?;
         Some(Frame::new(self, *desc, 0))
     }
 
-    /// Returns the frame of a descriptor from the receive ring; `None` if the kernel did not own that frame or the
-    /// descriptor is not within one chunk.
+    /// Returns the frame of a descriptor from the receive ring; `None` if the frame's state was not `Receiving` or the
+    /// packet is not within one chunk.
     pub(crate) fn received(self: &Rc<Self>, desc: FrameDesc) -> Option<Frame> {
         let (length, start) = (desc.lengths().data(), desc.addr() % CHUNK);
         if start + length > CHUNK {
@@ -83,7 +84,7 @@ impl fmt::Debug for Pool {
     }
 }
 
-/// The data does not fit into the frame.
+/// The requested length does not fit: the frame is too small, or the packet is too short.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 #[error("no room in the frame")]
 pub struct NoRoom;
@@ -91,8 +92,8 @@ pub struct NoRoom;
 /// A frame that user space owns, with a packet in it. Dropping it frees the chunk.
 pub struct Frame {
     pool: Rc<Pool>,
-    /// Descriptor of the usable part of the chunk: from the address at which the kernel put the packet to the end of
-    /// the chunk.
+    /// Descriptor of the usable part of the chunk, which extends to the end of the chunk. In a received frame, the
+    /// usable part starts at the address at which the kernel put the packet.
     desc: FrameDesc,
     /// Offset of the packet in the usable part.
     start: usize,
@@ -173,7 +174,7 @@ impl Frame {
         self.desc.lengths().data() - self.start - self.length
     }
 
-    /// Sets the length of the packet. If the length grows, the added bytes are those that were in the chunk before.
+    /// Sets the length of the packet. If the length grows, the added bytes keep their previous contents.
     ///
     /// # Errors
     /// The packet would reach beyond the chunk.
@@ -197,8 +198,8 @@ impl Frame {
         Ok(())
     }
 
-    /// Inserts bytes at the front of the packet. Moves the packet within the chunk unless at least `bytes.len()` bytes
-    /// have been stripped from its front.
+    /// Inserts bytes at the front of the packet. Moves the packet within the chunk if there is not enough space before
+    /// the packet.
     ///
     /// # Errors
     /// The packet would not fit into the chunk.

@@ -2,7 +2,7 @@
 //!
 //! A frame belongs to the UMEM of one socket, and a socket to one thread, so a frame that arrives at the queue of a
 //! worker that does not own the flow cannot be moved to the owner. The packet is copied into a slot of this ring
-//! instead; slots are allocated once. The ring is that of [`spsc`].
+//! instead; slots are allocated once. [`spsc`] implements the ring.
 
 use crate::spsc;
 

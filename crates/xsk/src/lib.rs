@@ -1,14 +1,15 @@
-//! AF_XDP sockets: packets between the kernel and user space without a system call for each.
+//! AF_XDP sockets, which move packets between the kernel and user space without a system call for each packet.
 //!
 //! A [`Socket`] is bound to one queue of one interface and owns a UMEM, which is divided into chunks of a page. A
 //! [`Frame`] owns one chunk: it cannot be cloned, sending it gives the chunk to the kernel, and dropping it frees the
 //! chunk. So a chunk has one owner at any time. Sockets and frames stay on the thread that made them; threads share
 //! only the rings of [`spsc`] and [`handoff`].
 //!
-//! This crate loads no program and writes no map. The caller attaches the XDP program and inserts the socket into its
-//! `XSKMAP`.
+//! This crate loads no program and writes no map. The caller attaches the XDP program and inserts the socket into the
+//! program's `XSKMAP`.
 //!
-//! This crate depends on no other crate of Palisade; the rings are those of xsk-rs. Start at [`Socket`].
+//! This crate depends on no other crate of Palisade; xsk-rs implements the rings that are shared with the kernel. Start
+//! at [`Socket`].
 #![allow(
     unsafe_code,
     reason = "memory that is shared with the kernel, and rings between threads"

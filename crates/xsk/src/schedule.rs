@@ -14,7 +14,7 @@ pub fn set_sched_slice(slice: Duration) -> io::Result<()> {
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = size_of::<libc::sched_attr>() as u32;
     // Read the attributes first, so that the call below keeps the policy and the nice value. SAFETY: the kernel writes
-    // at most `size` bytes into `attributes`, which has that size. Thread 0 is the calling thread.
+    // at most `size` bytes into `attributes`, which has that size. Thread ID 0 means the calling thread.
     if unsafe {
         libc::syscall(
             libc::SYS_sched_getattr,
@@ -29,8 +29,8 @@ pub fn set_sched_slice(slice: Duration) -> io::Result<()> {
     }
     attributes.size = size;
     attributes.sched_runtime = u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX);
-    // SAFETY: the kernel reads `attributes.size` bytes, which is the size of `attributes`. Thread 0 is the calling
-    // thread.
+    // SAFETY: the kernel reads `attributes.size` bytes, which is the size of `attributes`. Thread ID 0 means the
+    // calling thread.
     if unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(&attributes), 0) } != 0 {
         return Err(io::Error::last_os_error());
     }

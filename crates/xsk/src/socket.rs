@@ -29,11 +29,12 @@ use crate::{
 
 /// Most descriptors per ring operation.
 const BATCH: usize = 64;
-/// Wake-ups without progress after which [`Socket::flush`] leaves the rest in the transmit ring.
+/// Consecutive wake-ups without progress after which [`Socket::flush`] leaves the remaining packets in the transmit
+/// ring.
 const MAX_STALLED_KICKS: u32 = 64;
-/// Time without progress after which [`Socket::flush`] leaves the rest in the transmit ring.
+/// Time since the first wake-up without progress after which [`Socket::flush`] can leave packets in the transmit ring.
 const MAX_FLUSH_STALL: Duration = Duration::from_millis(2);
-/// Delay before the first retry of `bind`; doubles with each retry.
+/// Delay before the first retry of `bind`. The delay doubles with each retry, up to [`MAX_BIND_RETRY`].
 const MIN_BIND_RETRY: Duration = Duration::from_millis(1);
 /// Longest delay between two retries of `bind`.
 const MAX_BIND_RETRY: Duration = Duration::from_millis(50);
@@ -106,7 +107,7 @@ pub enum Error {
     /// The number of frames is not a power of two, or too small.
     #[error("{0} frames: must be a power of two, at least 16")]
     Frames(u32),
-    /// The name is empty or contains a zero byte.
+    /// The interface name is empty or contains a zero byte.
     #[error("not an interface name: {0:?}")]
     Name(String),
     /// The kernel is built without AF_XDP.
@@ -162,8 +163,8 @@ impl From<Error> for io::Error {
     }
 }
 
-/// Returns the error for a UMEM that could not be made. xsk-rs opens an AF_XDP socket to register the UMEM, so a kernel
-/// without AF_XDP fails here, with `EAFNOSUPPORT`.
+/// Returns the error for a UMEM that could not be made. xsk-rs opens an AF_XDP socket to register the UMEM; a kernel
+/// without AF_XDP refuses that with `EAFNOSUPPORT`.
 fn umem_error(frames: u32, source: io::Error) -> Error {
     if source.raw_os_error() != Some(libc::EAFNOSUPPORT) {
         return Error::Memory { frames, source };
@@ -174,7 +175,7 @@ fn umem_error(frames: u32, source: io::Error) -> Error {
     }
 }
 
-/// Losses of a socket since it was made.
+/// Losses and other statistics of a socket since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
     /// Packets dropped because they were larger than a frame or, in copy mode, because the fill ring was empty. In the
@@ -182,7 +183,8 @@ pub struct Statistics {
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
-    /// Packets dropped because the fill ring was empty.
+    /// Number of times that the kernel found the fill ring empty when it needed a frame. In copy mode, each time is a
+    /// lost packet.
     pub rx_fill_ring_empty: u64,
     /// Invalid descriptors in the fill ring.
     pub rx_invalid: u64,
@@ -190,8 +192,8 @@ pub struct Statistics {
     pub tx_invalid: u64,
     /// Number of times that the kernel found the transmit ring empty, which is not a loss.
     pub tx_ring_empty: u64,
-    /// Descriptors in the receive and completion rings whose frame the kernel did not own. A value other than 0
-    /// indicates a bug in the driver.
+    /// Descriptors in the receive and completion rings that are invalid or whose frame the kernel did not own. A value
+    /// other than 0 indicates a bug in the kernel.
     pub unexpected: u64,
 }
 
@@ -252,7 +254,8 @@ impl Socket {
         let socket_config = SocketConfig::builder()
             .rx_queue_size(size(frames / 2)?)
             .tx_queue_size(size(frames / 2)?)
-            // Prevent libxdp from loading a program: the datapath attaches one and inserts the socket into its map.
+            // Prevent libxdp from loading a program: the datapath attaches a program and inserts the socket into the
+            // program's map.
             .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
             .xdp_flags(XdpFlags::XDP_FLAGS_DRV_MODE)
             .bind_flags(copy_flags | BindFlags::XDP_USE_NEED_WAKEUP)
@@ -285,10 +288,11 @@ impl Socket {
         Ok(socket)
     }
 
-    /// Refills the fill ring and moves up to `limit` packets from the receive ring to `into`. Returns their number.
+    /// Refills the fill ring and moves at most `limit` packets from the receive ring to `into`. Returns the number of
+    /// descriptors removed from the ring; some of them can be invalid (see [`Statistics::unexpected`]).
     ///
     /// # Errors
-    /// The kernel could not be woken: the interface is down or gone.
+    /// The kernel could not be woken, for example because the interface is down.
     pub fn receive(&mut self, into: &mut impl Extend<Frame>, limit: usize) -> io::Result<usize> {
         self.reap();
         let mut received = 0;
@@ -340,7 +344,8 @@ impl Socket {
         self.pool.alloc()
     }
 
-    /// Puts a packet into the transmit ring. The kernel may not send the packet until [`Socket::flush`] wakes it.
+    /// Puts a packet into the transmit ring. The packet can remain in the ring until the next call of
+    /// [`Socket::flush`].
     ///
     /// # Errors
     /// The ring is full, the packet is empty, or the frame belongs to another socket. Returns the frame.
@@ -350,7 +355,7 @@ impl Socket {
         }
         let desc = frame.prepare_to_send();
         // SAFETY: the descriptor is of this UMEM (`is_of`). `into_tx` below consumes the frame's only owner, so user
-        // space does not access the chunk before it returns through the completion ring.
+        // space does not access the chunk before the chunk returns through the completion ring.
         if unsafe { self.tx.produce_one(&desc) } == 0 {
             return Err(frame);
         }
@@ -363,7 +368,7 @@ impl Socket {
     /// without being woken.
     ///
     /// # Errors
-    /// The kernel could not be woken: the interface is down or gone.
+    /// The kernel could not be woken, for example because the interface is down.
     pub fn flush(&mut self) -> io::Result<usize> {
         let mut left = self.unsent();
         if left == 0 {
@@ -379,7 +384,7 @@ impl Socket {
             }
             if let Err(error) = self.kick() {
                 match error.raw_os_error() {
-                    // The kernel has reached its limit of packets per call, or the device is busy.
+                    // Temporary errors: for example, the kernel has reached its limit of packets per call.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EBUSY | libc::EINTR) => {}
                     _ => return Err(error),
                 }
@@ -396,7 +401,7 @@ impl Socket {
                 if stalled_kicks >= MAX_STALLED_KICKS || since.elapsed() > MAX_FLUSH_STALL {
                     break;
                 }
-                // The thread that drains the device's queue may be waiting for this CPU.
+                // The thread that drains the device's queue is possibly waiting for this CPU.
                 thread::yield_now();
             } else {
                 stalled_kicks = 0;
@@ -416,7 +421,7 @@ impl Socket {
     /// Waits for a packet according to the socket's mode, at most for `timeout`. Returns whether a packet is available.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     pub fn wait(&mut self, timeout: Duration) -> io::Result<bool> {
         if self.rx_available() != 0 {
             return Ok(true);
@@ -456,7 +461,7 @@ impl Socket {
     /// entries and, in [`Mode::BusyPoll`], runs the interface's NAPI in this thread.
     ///
     /// # Errors
-    /// The interface is down or gone.
+    /// A system call failed, for example because the interface is down.
     pub fn busy_poll_once(&mut self) -> io::Result<()> {
         // SAFETY: the buffer has length zero and no address is requested, so the kernel writes nothing.
         let outcome = unsafe {
@@ -482,7 +487,7 @@ impl Socket {
     /// Returns the losses of this socket.
     ///
     /// # Errors
-    /// The interface is down or gone, or the kernel does not return the statistics.
+    /// The interface is gone, or the kernel does not return the statistics.
     pub fn statistics(&mut self) -> io::Result<Statistics> {
         self.check()?;
         let statistics = self.rx.fd().xdp_statistics()?;
@@ -518,8 +523,8 @@ impl Socket {
     /// Moves free frames to the fill ring, except the reserve.
     fn refill(&mut self) {
         let mut room = self.fill.nb_free(self.fill_size as u32) as usize;
-        // Each update of the ring's producer index takes its cache line from the CPU on which the kernel reads it, so
-        // refill only when a batch fits.
+        // Refill only when a batch fits, because each update of the ring's producer index invalidates the cache line of
+        // the CPU on which the kernel reads the index.
         if room < BATCH.min(self.fill_size / 2) {
             return;
         }
@@ -596,8 +601,8 @@ impl Socket {
             tv_sec: timeout.as_secs().min(3600) as libc::time_t,
             tv_nsec: timeout.subsec_nanos().into(),
         };
-        // SAFETY: `fd` and `time` are on this function's stack and outlive the call, the count of 1 is that of `fd`,
-        // and the signal mask is null.
+        // SAFETY: the first two arguments describe one `pollfd`, which outlives the call, as does `time`. The signal
+        // mask is null, so the kernel does not read it.
         let ready = unsafe { libc::ppoll(&raw mut fd, 1, &raw const time, ptr::null()) };
         if ready < 0 {
             let error = io::Error::last_os_error();
@@ -607,15 +612,15 @@ impl Socket {
             return Ok(false);
         }
         if fd.revents & libc::POLLIN == 0 {
-            // `poll` reports no event for a socket whose interface is gone (`xsk_poll`), so check for that after a
-            // timeout.
+            // `poll` reports no event for a socket whose interface is gone (`xsk_poll`), so check for that whenever no
+            // packet is available.
             self.check()?;
         }
         Ok(fd.revents & libc::POLLIN != 0)
     }
 
-    /// Returns an error if the interface is gone. A thread that only waits for packets, without calling `sendto` or
-    /// `recvfrom`, learns of that only through `SO_ERROR`.
+    /// Returns the error of a socket that has failed, for example because its interface is gone. A thread that only
+    /// waits for packets, without calling `sendto` or `recvfrom`, finds such a failure only through `SO_ERROR`.
     fn check(&self) -> io::Result<()> {
         let error = self.option(libc::SOL_SOCKET, libc::SO_ERROR)?;
         if error != 0 {
@@ -689,8 +694,8 @@ impl AsFd for Socket {
     }
 }
 
-/// Binds a socket. Retries while the queue is in use (`EBUSY`), because the kernel releases a queue some time after the
-/// process that used it has ended.
+/// Binds a socket. Retries while the queue is in use (`EBUSY`), because the kernel can release a queue later than the
+/// process that used it ends.
 fn bind(
     config: &Config,
     socket: SocketConfig,
@@ -733,7 +738,8 @@ fn bind(
     }
 }
 
-/// Returns the kernel's error that caused an error of xsk-rs.
+/// Returns the system call error that caused an error of xsk-rs. Without such a cause, returns an error with the same
+/// text.
 fn cause(error: &(dyn std::error::Error + 'static)) -> io::Error {
     error
         .source()
@@ -761,7 +767,7 @@ mod tests {
             "{text}"
         );
         assert_eq!(io::Error::from(unsupported).kind(), io::ErrorKind::Unsupported);
-        // Anything else is about the memory.
+        // Every other error is reported as [`Error::Memory`].
         let other = error(libc::ENOMEM);
         assert!(matches!(other, Error::Memory { frames: 64, .. }), "{other}");
     }

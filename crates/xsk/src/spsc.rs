@@ -28,7 +28,7 @@ use plain::UnsafeCell;
 
 #[cfg(not(loom))]
 mod plain {
-    //! `UnsafeCell` with the interface of loom's, which detects concurrent access.
+    //! An `UnsafeCell` with the interface of `loom::cell::UnsafeCell`.
 
     #[derive(Debug)]
     pub(super) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
@@ -45,8 +45,8 @@ mod plain {
     }
 }
 
-/// The state that both ends share. Positions count slots since the start and wrap at `usize::MAX`; the slot of a
-/// position is the position modulo the number of slots.
+/// The state that both ends share. Positions count slots since the start and wrap at `usize::MAX`; the index of a
+/// position's slot is the position modulo the number of slots.
 struct Ring<P> {
     slots: Box<[UnsafeCell<P>]>,
     /// Position of the next slot to write.
@@ -217,7 +217,7 @@ impl<T> Reader<Option<T>> {
     }
 }
 
-/// Returns the ends of a ring that moves values, with at least `min_slots` slots.
+/// Returns the ends of a ring with at least `min_slots` slots, into and out of which values are moved.
 #[must_use]
 pub fn values<T>(min_slots: usize) -> (Writer<Option<T>>, Reader<Option<T>>) {
     ring(min_slots, || None)
