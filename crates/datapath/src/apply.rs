@@ -7,8 +7,7 @@ use palisade_model::op::Op;
 
 use crate::{Datapath, MapError, shares::shares};
 
-/// Error of a plan that was executed only in part. The steps before the failed one have changed the maps; the policies
-/// that were enforced before stay enforced.
+/// Error of a plan that was executed only in part. The steps before the failed one have changed the maps.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// A map operation failed.
@@ -90,8 +89,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Computes the shares of all endpoints that have a policy or get one by `ops`. Endpoints that lose their policy
-    /// by `ops` keep their share, unless `leaving` is set.
+    /// Writes the shares of all endpoints that have a policy or get one by `ops`. Endpoints that lose their policy by
+    /// `ops` keep their share, unless `leaving` is set.
     fn share_out(&self, ops: &[Op], leaving: bool) {
         let mut endpoints = self.endpoints.with_policy();
         for op in ops {

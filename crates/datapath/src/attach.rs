@@ -49,7 +49,7 @@ impl Datapath {
         let dir = self.link_dir(ifindex);
         let before = attached_points(&dir, &device)?;
         // `attached_points` has removed the pins of links whose interface is gone. A remaining pin without a program at
-        // this interface is taken for that of an interface in another network namespace.
+        // this interface is treated as the pin of an interface in another network namespace.
         let foreign: Vec<AttachPoint> = AttachPoint::ALL
             .into_iter()
             .filter(|point| dir.join(point.file()).exists() && !before.contains(point))
@@ -61,10 +61,10 @@ impl Datapath {
         })
     }
 
-    /// Writes the interfaces without programs to the interface table, so that packets that enter by them can be
-    /// forwarded: packets that enter by an interface that is not in the table are not forwarded. `others` maps the
-    /// index of each interface to whether it is stacked on an interface of a workload ([`role::LINK`], else
-    /// [`role::SEEN`]). `before` is the argument of the last call; `None` compares with the whole table.
+    /// Writes the interfaces without programs to the interface table, because packets that enter by an interface
+    /// outside the table are not forwarded. `others` maps the index of each interface to whether it is stacked on an
+    /// interface of a workload ([`role::LINK`], else [`role::SEEN`]). `before` is the value of `others` in the last
+    /// call; `None` compares with the whole table.
     ///
     /// # Errors
     /// [`MapError`](crate::MapError) if the interface table cannot be read or written.

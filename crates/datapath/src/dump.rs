@@ -44,7 +44,7 @@ impl Datapath {
     /// Returns the fill levels of the maps that reject entries when they are full. Walks these maps.
     ///
     /// # Errors
-    /// [`MapError`] if the map cannot be read.
+    /// [`MapError`] if a map cannot be read.
     pub fn fill_levels(&self) -> Result<Vec<Fill>, MapError> {
         let level = |map, entries: usize, max_entries: u32| Fill {
             map,
@@ -66,7 +66,7 @@ impl Datapath {
     /// Reads the maps of which a [`Dump`] consists.
     ///
     /// # Errors
-    /// [`MapError`] if the map cannot be read.
+    /// [`MapError`] if a map cannot be read.
     pub fn dump(&self) -> Result<Dump, MapError> {
         Ok(Dump {
             policy: self.policy_entries()?,

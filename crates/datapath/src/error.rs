@@ -29,7 +29,7 @@ pub enum OpenError {
         /// The pin directory.
         path: PathBuf,
     },
-    /// A directory could not be created or read.
+    /// A directory or pin could not be created, read or removed.
     #[error("{path}: {source}")]
     Io {
         /// Directory or pin.

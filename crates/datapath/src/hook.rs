@@ -33,8 +33,8 @@ impl Role {
 /// Hook for packets that enter by the interface.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Hook {
-    /// XDP at an Ethernet NIC, or tc if the driver refuses native XDP. tc at an endpoint, since a veth with XDP makes
-    /// the kernel split GSO packets.
+    /// At an Ethernet NIC: XDP, or tc if the driver refuses native XDP. At every other interface: tc, since a veth with
+    /// XDP makes the kernel split GSO packets.
     #[default]
     Auto,
     /// XDP.
@@ -187,7 +187,7 @@ pub enum AttachError {
         /// Interface name.
         name: String,
     },
-    /// A foreign filter has the priority of Palisade's filter, and another kind or the same handle.
+    /// A foreign filter has the priority of Palisade's filter, and either another kind or the same handle.
     #[error("{name}: {kind} filter `{filter}` has priority 1 at {direction:?}; give it a higher number")]
     ForeignFilter {
         /// Interface name.

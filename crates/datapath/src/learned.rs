@@ -13,7 +13,7 @@ impl Datapath {
         self.learned.entries()
     }
 
-    /// Adds or replaces learned addresses. All of them are in the map when the function returns.
+    /// Adds or replaces learned addresses. If the function succeeds, the map has all of them.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be written; some of the addresses may be in it then.

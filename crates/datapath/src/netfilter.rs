@@ -58,7 +58,7 @@ const OWN_V6: &str = "own6";
 pub struct Rules {
     /// Indexes of the interfaces with programs, and of the interfaces that are stacked on them (bridges, VRFs, VLANs).
     pub enforced: BTreeSet<u32>,
-    /// Interfaces of `enforced` that belong to workloads or are stacked on such an interface.
+    /// Interfaces of `enforced` that belong to workloads or are stacked on an interface of a workload.
     pub workloads: BTreeSet<u32>,
     /// Names of configured interfaces. Packets of such an interface are dropped unless its index is in `enforced`.
     pub names: BTreeSet<String>,
@@ -204,7 +204,7 @@ impl Netfilter {
     /// that the kernel does not support.
     ///
     /// # Errors
-    /// [`NetfilterError`] if the kernel refuses, or if another daemon or program has created the table.
+    /// [`NetfilterError`] if the kernel refuses a request, or if another daemon or program has created the table.
     pub fn write(&mut self, rules: &Rules) -> Result<Vec<String>, NetfilterError> {
         if rules.is_empty() {
             self.remove()?;
@@ -229,10 +229,10 @@ impl Netfilter {
         }
     }
 
-    /// Returns the dropped packets by reason and direction, without zero counters.
+    /// Returns the counters of dropped packets by reason and direction, without zero counters.
     ///
     /// # Errors
-    /// [`NetfilterError::Syscall`] if the kernel refuses.
+    /// [`NetfilterError::Syscall`] if the kernel refuses a request.
     pub fn counts(&mut self) -> Result<Vec<(Reason, Direction, Counter)>, NetfilterError> {
         let (found, _) = self.tables()?;
         let counts = self.count(&found)?;
@@ -247,7 +247,7 @@ impl Netfilter {
     /// Removes the table. A table that does not exist, or that another daemon or program has created, is not an error.
     ///
     /// # Errors
-    /// [`NetfilterError::Syscall`] if the kernel refuses.
+    /// [`NetfilterError::Syscall`] if the kernel refuses a request.
     pub fn remove(&mut self) -> Result<(), NetfilterError> {
         let (found, _) = self.tables()?;
         let steps: Vec<Request> = found

@@ -14,7 +14,7 @@ use crate::{
 type Result<T> = std::result::Result<T, AttachError>;
 
 impl Datapath {
-    /// Returns the interfaces with programs, as the kernel reports them.
+    /// Returns the interfaces of which the pin directory has records, with their programs as the kernel reports them.
     ///
     /// # Errors
     /// [`AttachError`] if a pin or an interface cannot be read.

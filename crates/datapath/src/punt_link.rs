@@ -71,7 +71,7 @@ impl SocketMap {
     /// Registers the AF_XDP socket of a queue. The kernel removes the socket from the map when the socket is closed.
     ///
     /// # Errors
-    /// [`MapError`] if the socket is not bound to that queue of the workers' end.
+    /// [`MapError`] if the kernel refuses the socket.
     pub fn insert_socket(&self, queue: u32, socket: BorrowedFd<'_>) -> std::result::Result<(), MapError> {
         bpf::update(
             self.sockets.as_fd(),

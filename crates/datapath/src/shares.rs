@@ -185,7 +185,7 @@ impl Shares {
     }
 
     /// Corrects the counts of protected flows after a walk: flows that user space has deleted are still counted, and
-    /// two CPUs may have counted the same flow. A flow that the programs count during the walk may be counted twice
+    /// two CPUs can have counted the same flow. A flow that the programs count during the walk can be counted twice
     /// until the next walk. `before`: the counts at the start of the walk.
     pub(crate) fn correct(&self, before: &BTreeMap<u32, i64>, protected: &ProtectedCounts) {
         let slots: BTreeSet<u32> = before.keys().chain(protected.0.keys()).copied().collect();

@@ -86,7 +86,7 @@ fn split_while(text: &str, belongs: impl Fn(char) -> bool) -> (&str, &str) {
     text.split_at(end)
 }
 
-/// Returns the two largest units of a duration: `3h12m`, `42s`, `7ms`.
+/// Returns a duration as text, with at most its two largest units: `3h12m`, `42s`, `7ms`.
 #[must_use]
 pub fn format(duration: Duration) -> String {
     let mut rest = duration.as_nanos();

@@ -266,10 +266,10 @@ pub struct Flow {
     pub source: Endpoint,
     /// Receiver of the packet.
     pub destination: Endpoint,
-    /// Names for which the endpoint whose policy decided has resolved the source address.
+    /// Names that the endpoint whose policy decided has resolved to the source address.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub source_names: Arc<[Arc<str>]>,
-    /// Names for which the endpoint whose policy decided has resolved the destination address.
+    /// Names that the endpoint whose policy decided has resolved to the destination address.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub destination_names: Arc<[Arc<str>]>,
     /// Application message.
@@ -625,10 +625,10 @@ pub struct Http {
     /// Status code, for responses.
     #[serde(skip_serializing_if = "is_default")]
     pub code: u32,
-    /// Method; for a response that of the request.
+    /// Method of the request; in the record of a response, of the request that it answers.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
-    /// URL, without secrets and with visible ASCII characters only; for a response that of the request.
+    /// URL of the same request, without secrets and with visible ASCII characters only.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub url: String,
     /// Protocol version, such as `HTTP/1.1`.
@@ -659,7 +659,8 @@ pub struct Tls {
     /// Highest offered version, such as `TLS 1.3`.
     #[serde(skip_serializing_if = "is_empty")]
     pub version: Cow<'static, str>,
-    /// Whether the ClientHello has an encrypted one inside (ECH); the server name is the outer one.
+    /// Whether the ClientHello contains an encrypted ClientHello (ECH). If so, `server_name` is the name in the outer
+    /// ClientHello.
     #[serde(skip_serializing_if = "is_default")]
     pub ech: bool,
 }
@@ -698,7 +699,7 @@ pub struct Dns {
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Endpoint {
-    /// Number of the endpoint of this node; 0 for a peer.
+    /// Number of the endpoint; 0 if this end is not an endpoint of this node.
     #[serde(rename = "ID", skip_serializing_if = "is_default")]
     pub id: u32,
     /// Numeric identity; 0 if it was not looked up.

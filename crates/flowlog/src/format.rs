@@ -250,8 +250,8 @@ fn type_text(flow: &Flow) -> String {
     }
 }
 
-/// Returns `dns-request proxy`, `dns-response proxy`, `http-request` or `tls-request`; `l7-request` if the message
-/// could not be parsed.
+/// Returns protocol and kind of an application message, such as `dns-request proxy` or `http-response`. The protocol is
+/// `l7` if the message could not be parsed.
 fn l7_text(flow: &Flow) -> String {
     let Some(l7) = &flow.l7 else {
         return "l7".into();

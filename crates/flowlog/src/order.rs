@@ -75,8 +75,8 @@ impl Ordered {
         }));
     }
 
-    /// Returns the oldest flow if its delay has passed. The delay counts from the arrival, so the delay is not longer
-    /// if the wall clock is set back.
+    /// Returns the oldest flow if it is due. The delay is measured from the arrival on the monotonic clock, so setting
+    /// the wall clock back does not lengthen it.
     pub fn due(&mut self, now: Instant) -> Option<Arc<Flow>> {
         let Reverse(oldest) = self.waiting.peek()?;
         let is_due = self.waiting.len() > self.most || now.duration_since(oldest.came) >= self.window;

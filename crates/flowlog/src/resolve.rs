@@ -16,7 +16,7 @@ use crate::{
 /// Owner of an address: an endpoint of this node, the node itself included, or a named peer.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Owner {
-    /// Number of the endpoint of this node; 0 for a peer.
+    /// Number of the endpoint; 0 if the owner is not an endpoint of this node.
     pub endpoint: u16,
     /// Identity.
     pub identity: u32,
@@ -55,7 +55,7 @@ pub trait FlowResolver {
     fn rule(&self, id: u32) -> Option<RuleInfo>;
     /// Returns the name of an interface.
     fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
-    /// Returns the names for which an endpoint of this node has resolved an address.
+    /// Returns the names that an endpoint of this node has resolved to an address.
     fn dns_names(&self, _endpoint: u16, _address: IpAddr) -> Arc<[Arc<str>]> {
         Arc::default()
     }
@@ -191,8 +191,8 @@ impl Flow {
         *list = policies;
     }
 
-    /// Adds the names for which the endpoint has resolved the address of the peer. `from_endpoint`: whether the
-    /// endpoint sent the packet.
+    /// Adds the names that the endpoint has resolved to the address of the peer. `from_endpoint`: whether the endpoint
+    /// sent the packet.
     pub(crate) fn name_remote_end(
         &mut self,
         names: &(impl FlowResolver + ?Sized),

@@ -6,7 +6,7 @@
 //!
 //! The ring is hand-written, since readers of a broadcast channel can neither begin at a given time nor read backwards.
 //!
-//! Inspectors may produce many more records than are ever read. The ring stores the records, and makes a flow with its
+//! Inspectors can produce many more records than are ever read. The ring stores the records, and makes a flow with its
 //! texts only when a reader needs it ([`Ring::push_record`]).
 
 use std::{

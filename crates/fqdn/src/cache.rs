@@ -22,10 +22,11 @@ use crate::{
 /// Limits on the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Shortest lifetime of an address, ms, even if the answer has a shorter time to live: a client connects after it
-    /// has received the answer, also if the time to live is 0.
+    /// Shortest lifetime of an address, ms. It also applies if the answer has a shorter time to live, even 0, because a
+    /// client connects only after it has received the answer.
     pub min_ttl: Millis,
-    /// Longest lifetime of an address, ms, even if the answer has a longer time to live.
+    /// Longest lifetime of an address, ms, even if the answer has a longer time to live. An address in use is kept
+    /// after its lifetime.
     pub max_ttl: Millis,
     /// Most addresses of one name per endpoint.
     pub addresses_per_name: usize,
@@ -75,7 +76,7 @@ pub struct CachedAddress {
     pub ip: IpAddr,
     /// Time until the address expires, ms; `None` if it has expired.
     pub left: Option<Millis>,
-    /// Whether a connection uses the address, according to the last two sweeps.
+    /// Whether the address was marked as in use ([`Cache::mark_in_use`]) since the sweep before the last one.
     pub in_use: bool,
 }
 
@@ -86,10 +87,9 @@ pub struct Cache {
     endpoints: HashMap<EndpointId, Endpoint>,
     /// Number of (name, address) pairs of all endpoints: the sum of [`Endpoint::pairs`].
     total: usize,
-    /// Number of answers learned so far, which is the number of the last answer.
+    /// Number of the last answer or restored name.
     learnings: u64,
-    /// Number of transitions of (endpoint, selector, address) triples between live and gone so far, which is the number
-    /// of the last transition.
+    /// Number of the last transition of an (endpoint, selector, address) triple between live and gone.
     turns: u64,
     stats: Stats,
     sni_index: Option<Arc<SniAddressIndex>>,
@@ -228,7 +228,7 @@ impl Cache {
     /// Evicts addresses if the limit on all endpoints requires it, and appends the removals to `changes`. Returns the
     /// number of addresses that `endpoint` may add, at most `wanted`.
     fn make_room(&mut self, endpoint: EndpointId, wanted: usize, changes: &mut Vec<Change>) -> usize {
-        /// Number of additional addresses to evict at a time, because finding the largest endpoint takes a scan of all
+        /// Number of addresses to evict beyond those needed, because finding the largest endpoint takes a scan of all
         /// endpoints.
         const BATCH: usize = 64;
         let limit = self.config.addresses_total;
@@ -366,8 +366,8 @@ impl Cache {
         self.update(endpoint, |state, sink| state.set_selectors(Some(selectors), sink))
     }
 
-    /// Sets the special-purpose addresses that the policy of an endpoint lists. Removes learned special-purpose
-    /// addresses that are no longer listed, even if they are in use.
+    /// Sets the special-purpose addresses that the policy of an endpoint lists. Removes special-purpose addresses that
+    /// were learned earlier and are no longer allowed, even if they are in use. Does nothing with [`Special::Learn`].
     pub fn set_listed(&mut self, endpoint: EndpointId, listed: Arc<ListedPrefixes>) -> Update {
         let Special::Refuse(except) = self.config.special.clone() else {
             return Update::default();
@@ -412,8 +412,8 @@ impl Cache {
         }
     }
 
-    /// Removes the addresses that were expired and unused at this sweep and at the previous one. The update also
-    /// repeats changes that were not written.
+    /// Removes the addresses that both this sweep and the previous one have found expired and unused. The returned
+    /// update also repeats changes whose write was not confirmed.
     pub fn sweep(&mut self, endpoint: EndpointId, now: Millis) -> Update {
         self.update(endpoint, |state, sink| state.sweep(now, sink))
     }
@@ -459,7 +459,7 @@ impl Cache {
         all
     }
 
-    /// Returns the endpoints that have selectors or names, in ascending order.
+    /// Returns all endpoints of the cache, in ascending order.
     #[must_use]
     pub fn endpoints(&self) -> Vec<EndpointId> {
         self.select(None)
@@ -497,7 +497,7 @@ impl Cache {
         list
     }
 
-    /// Returns whether an endpoint has learned the address for any name.
+    /// Returns whether the cache has the address for any name that the endpoint has learned.
     #[must_use]
     pub fn has(&self, endpoint: EndpointId, address: IpAddr) -> bool {
         let entry = self
@@ -507,7 +507,7 @@ impl Cache {
         entry.is_some_and(AddressEntry::is_named)
     }
 
-    /// Returns the name for which an endpoint has learned the address most recently, for flow records.
+    /// Returns the name for which an endpoint has most recently learned the address.
     #[must_use]
     pub fn name_of(&self, endpoint: EndpointId, address: IpAddr) -> Option<Name> {
         let entry = self
@@ -559,8 +559,8 @@ impl Cache {
         lines
     }
 
-    /// Restores a name that was saved `elapsed` ms ago, within the limits. Restores expired addresses too, because
-    /// connections may have survived the restart; sweeps remove the unused ones.
+    /// Restores a name that was saved `elapsed` ms ago, as far as the limits allow. Restores expired addresses too,
+    /// because connections can still use them after the restart; sweeps remove the unused addresses.
     ///
     /// # Errors
     /// [`NameError`] if the saved text is not a name.

@@ -29,7 +29,7 @@ pub struct Change {
     pub(crate) turn: u64,
 }
 
-/// Changes that are not caused by an answer, but by expiry, a policy or an operator.
+/// Changes whose cause is not an answer: for example expiry, a new policy or an operator.
 ///
 /// The caller writes all changes, those of answers included, in the order in which the cache has returned them, and
 /// then calls [`crate::Cache::written`]. If a write fails, the caller drops the update; the next sweep repeats its
@@ -58,15 +58,16 @@ pub struct Pending {
     pub(crate) number: u64,
     pub(crate) endpoint: EndpointId,
     pub(crate) changes: Vec<Change>,
-    /// All (name in wire form, address) pairs of the answer, including those that the cache already had.
+    /// The learned (name in wire form, address) pairs of the answer, including those that the cache already had.
     pub(crate) pairs: Vec<(Arc<[u8]>, IpAddr)>,
     pub(crate) refused: usize,
-    /// Shortest time that the pairs are kept after the answer was learned, ms.
+    /// Lifetime that the answer gives to its pairs, ms.
     pub(crate) lease: Millis,
 }
 
 impl Pending {
-    /// Returns the changes in the order in which they must be written; often none, because all addresses were known.
+    /// Returns the changes in the order in which they must be written. Often there are none, because the cache already
+    /// had all addresses.
     #[must_use]
     pub fn changes(&self) -> &[Change] {
         &self.changes
@@ -84,20 +85,20 @@ impl Pending {
         self.endpoint
     }
 
-    /// Returns the addresses of the answer, including those that the cache already had. An address can occur several
-    /// times.
+    /// Returns the learned addresses of the answer, including those that the cache already had. An address can occur
+    /// several times.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.pairs.iter().map(|(_, address)| *address)
     }
 
-    /// Returns the number of addresses that were not learned because a limit is reached and all addresses are in use.
+    /// Returns the number of (name, address) pairs that were not learned because of a limit.
     #[must_use]
     pub fn refused(&self) -> usize {
         self.refused
     }
 
-    /// Returns the time for which all addresses of the answer are kept after it was learned, ms; `None` if the answer
-    /// has no addresses or if some of them were not learned.
+    /// Returns the lifetime that the answer gives to its addresses, ms; `None` if no address was learned, or if a limit
+    /// excluded an address.
     #[must_use]
     pub fn lease(&self) -> Option<Millis> {
         (self.refused == 0 && !self.pairs.is_empty()).then_some(self.lease)
@@ -119,14 +120,13 @@ impl Committed {
     }
 }
 
-/// The reason why an answer must not be forwarded.
+/// The reason why an answer must not be forwarded, or not yet.
 #[derive(Debug)]
 pub enum Uncommitted {
-    /// The maps lack changes of the answer, because the policy was replaced or another write failed after the answer
-    /// was learned. The caller writes the changes of this [`Pending`] and commits again.
+    /// The maps lack addresses of the answer, for example because the policy was replaced after the answer was learned.
+    /// The caller writes the changes of this [`Pending`] and commits again.
     Missing(Pending),
-    /// An address of the answer was removed after the answer was learned, because of a limit, a policy or an operator.
-    /// The caller drops the answer.
+    /// An address of the answer was removed after the answer was learned. The caller drops the answer.
     Superseded,
 }
 

@@ -42,8 +42,8 @@ pub(crate) struct Endpoint {
     pub(crate) pairs: usize,
     /// Number of the current round. Each sweep ends a round.
     round: u64,
-    /// Whether the limit was reached while all addresses were in use, and since then no address was removed and no
-    /// sweep has run. If so, the search for an unused address is skipped.
+    /// Whether the limit on the endpoint was reached while all addresses were in use, and since then no address was
+    /// removed and no sweep has run. If so, the search for an unused address is skipped.
     exhausted: bool,
 }
 
@@ -106,10 +106,10 @@ enum MapState {
 pub(crate) struct Sink<'a> {
     pub(crate) endpoint: EndpointId,
     pub(crate) changes: &'a mut Vec<Change>,
-    /// Number of transitions of triples so far.
+    /// Number of the last transition of a triple.
     pub(crate) turns: &'a mut u64,
     pub(crate) stats: &'a mut Stats,
-    /// The index for other threads.
+    /// The index that other threads read.
     pub(crate) sni_index: Option<&'a SniAddressIndex>,
 }
 
@@ -152,7 +152,7 @@ impl Default for Endpoint {
 }
 
 impl Endpoint {
-    /// Returns whether the endpoint has no state left.
+    /// Returns whether the endpoint has no selectors, names and addresses.
     pub(crate) fn is_empty(&self) -> bool {
         self.selectors.is_none() && self.names.is_empty() && self.addresses.is_empty()
     }
@@ -177,7 +177,8 @@ impl Endpoint {
         addresses.iter().filter(is_new).count()
     }
 
-    /// Learns addresses of a name. Calls `taken` for each address with the key of the name and whether it was learned.
+    /// Learns addresses of a name. Calls `taken` for each address, with the key of the name, the address, and whether
+    /// the cache now has the pair.
     pub(crate) fn learn(
         &mut self,
         name: &Name,
@@ -263,7 +264,7 @@ impl Endpoint {
         true
     }
 
-    /// Makes room for one more pair of the name by evicting the oldest unused pair if a limit is reached. Pairs of the
+    /// Makes room for one more pair of the name: evicts an unused pair for each limit that is reached. Pairs of the
     /// answer `number` are not evicted. Returns whether there is room.
     fn make_room(&mut self, key: &Arc<[u8]>, number: u64, limits: &Limits, sink: &mut Sink<'_>) -> bool {
         let full = self
@@ -289,7 +290,7 @@ impl Endpoint {
                 .find_map(|name| Some((name.clone(), self.victim_of(name, number)?)))
         };
         let Some((name, victim)) = victim else {
-            // Pairs of this answer may be evicted for the next answer, so only addresses in use count here.
+            // The next answer can evict pairs of this answer, so `exhausted` depends only on addresses in use.
             self.exhausted = self
                 .names
                 .values()
@@ -306,8 +307,8 @@ impl Endpoint {
         true
     }
 
-    /// Evicts up to `count` pairs whose address no connection uses, starting with the name that was learned longest
-    /// ago. Returns the number of evicted pairs.
+    /// Evicts up to `count` pairs whose address no connection uses, starting with the least recently learned name.
+    /// Returns the number of evicted pairs.
     pub(crate) fn evict(&mut self, count: usize, sink: &mut Sink<'_>) -> usize {
         self.take(count, |state, pair| !state.in_use(pair.address), sink)
     }
@@ -355,7 +356,7 @@ impl Endpoint {
         }
     }
 
-    /// Returns the address of a name that was learned longest ago, of those that no connection uses and that the answer
+    /// Returns the least recently learned address of a name, among those that no connection uses and that the answer
     /// `number` does not contain.
     fn victim_of(&self, name: &Arc<[u8]>, number: u64) -> Option<IpAddr> {
         let pairs = &self.names.get(name)?.pairs;
@@ -498,8 +499,8 @@ impl Endpoint {
         }
     }
 
-    /// Replaces the selectors. Additions precede removals, so that an address that the old and the new policy allow
-    /// remains reachable.
+    /// Replaces the selectors. Additions precede removals, so that an address that both the old and the new policy
+    /// allow remains reachable.
     pub(crate) fn set_selectors(&mut self, selectors: Option<Arc<Selectors>>, sink: &mut Sink<'_>) {
         let mut old = Vec::new();
         for (key, name) in &mut self.names {
@@ -590,7 +591,8 @@ impl Endpoint {
             return;
         };
         triple.map = match change.kind {
-            // The triple has changed again after `change` was returned, so the maps may not hold its current state.
+            // The triple has changed again after `change` was returned, so this write does not confirm its current
+            // state.
             _ if triple.turn != change.turn => MapState::Unsure,
             ChangeKind::Live => MapState::Present,
             ChangeKind::Gone => MapState::Absent,
@@ -638,7 +640,8 @@ impl AddressEntry {
         complete
     }
 
-    /// Counts one more name of the address that matches `selector`. Emits a change unless the maps hold the triple.
+    /// Adds one to the number of the address's names that match `selector`. Emits a change unless the maps hold the
+    /// triple.
     fn acquire(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let at = self.find(selector).unwrap_or_else(|at| {
             // Most addresses have one selector, but `Vec` would reserve room for four.
@@ -668,7 +671,8 @@ impl AddressEntry {
         }
     }
 
-    /// Counts one name less of the address that matches `selector`. Emits a change if no such name is left.
+    /// Subtracts one from the number of the address's names that match `selector`. Emits a change if no such name is
+    /// left.
     fn release(&mut self, address: IpAddr, selector: SelectorId, sink: &mut Sink<'_>) {
         let Ok(at) = self.find(selector) else { return };
         let Some(triple) = self.triples.get_mut(at) else {

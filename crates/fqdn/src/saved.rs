@@ -1,4 +1,4 @@
-//! The form in which learned names survive a restart: each is a JSON line of the daemon's journal.
+//! The form in which learned names survive a restart: one JSON line for each name.
 
 use std::net::IpAddr;
 
@@ -24,6 +24,6 @@ pub struct SavedName {
 pub struct SavedAddress {
     /// The address.
     pub ip: IpAddr,
-    /// Remaining lifetime, ms; 0 if the address has expired but may be in use.
+    /// Remaining lifetime, ms; 0 if the address has expired.
     pub left: Millis,
 }

@@ -15,7 +15,7 @@ pub struct Selectors {
 }
 
 impl Selectors {
-    /// Compiles selectors. A selector can have several patterns.
+    /// Compiles selectors. A selector with several patterns occurs once for each pattern.
     ///
     /// # Errors
     /// [`PatternError`] for the first pattern that is invalid.

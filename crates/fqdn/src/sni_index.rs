@@ -16,7 +16,7 @@ use crate::EndpointId;
 /// The (endpoint, address, name) triples of a [`crate::Cache`], for other threads. The index always has the same
 /// triples as the cache, so the limits of the cache bound the index too.
 ///
-/// A lookup takes the read lock of a shard, so it can only wait for insertions and removals in that shard.
+/// A lookup takes the read lock of a shard, so only insertions and removals in that shard can delay it.
 #[derive(Debug)]
 pub struct SniAddressIndex {
     hashes: RandomState,
@@ -55,7 +55,7 @@ impl SniAddressIndex {
         self.entries.len()
     }
 
-    /// Returns whether no endpoint has learned an address.
+    /// Returns whether the index has no triples.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

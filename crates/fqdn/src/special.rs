@@ -46,8 +46,8 @@ const fn v6(a: u16, b: u16, c: u16, length: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0), length)
 }
 
-/// The blocks of the IANA registry of special-purpose IPv4 addresses (RFC 6890) that are not globally reachable, and
-/// multicast (RFC 5771).
+/// Blocks of the IANA registry of special-purpose IPv4 addresses (RFC 6890) to which public names should not resolve,
+/// and multicast (RFC 5771).
 const IPV4: &[Ipv4Net] = &[
     v4(0, 0, 0, 8),
     v4(10, 0, 0, 8),
@@ -66,7 +66,7 @@ const IPV4: &[Ipv4Net] = &[
     v4(240, 0, 0, 4),
 ];
 
-/// The blocks of the IANA registry of special-purpose IPv6 addresses (RFC 6890) that are not globally reachable,
+/// Blocks of the IANA registry of special-purpose IPv6 addresses (RFC 6890) to which public names should not resolve,
 /// multicast (RFC 4291, section 2.7), and the deprecated site-local prefix (RFC 3879), which some stacks still route.
 /// `::/96` contains the unspecified address, the loopback address and the IPv4-compatible addresses (RFC 4291, section
 /// 2.5.5.1).

@@ -11,7 +11,7 @@ pub struct Stats {
     pub refreshed: u64,
     /// Pairs that were evicted because of a limit.
     pub evicted: u64,
-    /// Pairs that were not added because a limit was reached and all pairs were in use.
+    /// Pairs that were not added because of a limit.
     pub refused: u64,
     /// Addresses that were not learned because they are special-purpose addresses (RFC 6890).
     pub special: u64,
@@ -25,7 +25,7 @@ pub struct Stats {
     pub aborted: u64,
 }
 
-/// Number of entries in the cache and their memory, computed from the capacities of the tables.
+/// Number of entries in the cache, and an estimate of their memory from the capacities of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
 pub struct Memory {
     /// Number of endpoints.

@@ -2,9 +2,8 @@
 //! 5452). [`Tracker`] has a limit per endpoint and a limit for all endpoints, and does not allocate in the steady
 //! state.
 //!
-//! The questions are in a vector with a free list, linked by age and by key. `inspect` has a similar queue for values
-//! that expire in order (`expiry_queue.rs`). That queue is not used here, because each slot is also in the chain of its
-//! key, by which an answer finds its question, and a removal must update both lists.
+//! The questions are in a vector with a free list, linked by age and by key. The similar queue of `inspect`
+//! (`expiry_queue.rs`) links values by age only, so it is not used here.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -63,7 +62,7 @@ pub struct OpenQuestion<T> {
 /// The reason why a query or an answer is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Unsolicited {
-    /// No open question matches: the answer has another id, port, address or question, or is too late.
+    /// No open question matches the answer.
     NoQuestion,
     /// The question was answered before.
     Duplicate,
@@ -239,7 +238,7 @@ impl<T: Copy> Tracker<T> {
         self.expire(now);
         let key = Key { flow, id: answer.id };
         let Some(question) = &answer.question else {
-            // Some error responses omit the question. Such a response has no records, and closes the newest open
+            // Some error responses omit the question. Such a response gives no addresses, and closes the newest open
             // question of the flow with the same id.
             let newest = self.chain(key).next().filter(|_| answer.rcode != 0);
             return newest

@@ -1,6 +1,7 @@
 //! Access to the maps: by bytes where key and value sizes are known only at run time, typed everywhere else.
 //!
-//! Key and value sizes are compared once, when a map is opened. The system calls are sound only if these sizes match.
+//! The key and value sizes of a map are compared with those of the types once, when the map is opened. The system calls
+//! are sound only if the sizes match.
 
 mod error;
 mod mmap;

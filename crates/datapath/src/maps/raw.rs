@@ -158,7 +158,7 @@ impl RawMap {
         Ok(())
     }
 
-    /// Calls `each` for all elements. During concurrent writes an element may be missed or visited twice.
+    /// Calls `each` for all elements. During concurrent writes an element can be missed or visited twice.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
         if self.batches.load(Ordering::Relaxed) && self.walk_by_batches(&mut each)? {
             return Ok(());

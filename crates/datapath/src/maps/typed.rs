@@ -140,7 +140,7 @@ mod tests {
         let mut read = map.entries().unwrap();
         read.sort_unstable();
         assert_eq!(read, entries);
-        // Every third key, and keys without an element.
+        // Remove every third key, and keys without an element.
         let gone: Vec<_> = (0..15_000_u32).step_by(3).collect();
         map.remove_all(&gone).unwrap();
         let mut read = map.entries().unwrap();

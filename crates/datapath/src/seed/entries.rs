@@ -222,7 +222,7 @@ mod tests {
             seeds(&[(Scope::Endpoint(8), forged)], &known, &config(), 0).len(),
             1
         );
-        // A connection between both is used only for the endpoint of whose namespace the table is.
+        // A connection between endpoints 7 and 8 is used only for the endpoint whose namespace has the table.
         let both = tcp("10.0.2.10:1000", "10.0.1.10:80");
         let out = seeds(&[(Scope::Endpoint(7), both)], &known, &config(), 0);
         assert_eq!(out.iter().map(|(key, _)| key.endpoint).collect::<Vec<_>>(), [7]);

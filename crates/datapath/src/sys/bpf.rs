@@ -312,7 +312,7 @@ fn object_info<T: FromBytes + IntoBytes + KnownLayout>(fd: BorrowedFd<'_>) -> Re
         info_len: size_of::<T>() as u32,
         info: std::ptr::from_mut(&mut info) as u64,
     };
-    // SAFETY: `info` is valid for `info_len` bytes, and any bytes are a value of it.
+    // SAFETY: `info` is valid for `info_len` bytes, and every bit pattern is a valid value of `T`.
     unsafe { bpf(cmd::OBJ_GET_INFO_BY_FD, &mut attr) }
         .map_err(|e| SyscallError::new("BPF_OBJ_GET_INFO_BY_FD", e))?;
     Ok(info)

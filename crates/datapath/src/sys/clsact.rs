@@ -11,7 +11,7 @@ use super::{
 
 type Result<T> = std::result::Result<T, SyscallError>;
 
-/// Lowest priority number, so no filter runs before this one.
+/// Lowest priority number: filters with other priorities run after this one.
 pub(crate) const PRIORITY: u16 = 1;
 /// Handle of the filter of Palisade at its priority ("PAL").
 pub(crate) const HANDLE: u32 = 0x50_41_4c;

@@ -94,7 +94,7 @@ pub(crate) enum Expression {
     Connection(Connection),
     /// Loads the type of the destination address (`RTN_*`) from the routing table into the register.
     DestinationType,
-    /// Keeps these bits of the register.
+    /// Clears all bits of the register except these.
     And(u32),
     /// Continues if the comparison of the register is true.
     Compare(Comparison, Vec<u8>),

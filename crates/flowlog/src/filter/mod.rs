@@ -2,8 +2,8 @@
 //!
 //! A [`FlowFilter`] has the fields of the flow API's message of that name; two fields about source and destination are
 //! one field with sides here. A field matches if one of its values matches, and a filter matches if every field that is
-//! set matches. A flow passes [`Filters`] if the whitelist is empty or one of its filters matches, and no filter of the
-//! blacklist matches.
+//! set matches. A flow passes [`Filters`] if its time is in their range, no filter of the blacklist matches, and a
+//! filter of the whitelist matches or the whitelist is empty.
 //!
 //! [`FilterBuilder`] makes filters from flags. The order of the flags matters, since `--not` reverses the flag after
 //! it. This crate does not parse the command line: [`FLAGS`] lists every flag with its help, the binary derives its

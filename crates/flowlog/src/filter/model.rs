@@ -203,7 +203,7 @@ pub(super) enum Test {
 pub struct Filters {
     /// Filters, one of which must match unless the list is empty.
     pub whitelist: Vec<FlowFilter>,
-    /// Filters, none of which may match.
+    /// Filters that must not match.
     pub blacklist: Vec<FlowFilter>,
     /// Earliest time.
     pub since: Option<Timestamp>,

@@ -10,7 +10,7 @@ pub enum ParseError {
     /// Shorter than a header.
     #[strum(serialize = "message shorter than its header")]
     Short,
-    /// Longer than [`super::Limits::message`].
+    /// Longer than [`super::Limits::message`] or than a limit of the caller.
     #[strum(serialize = "message too long")]
     TooLong,
     /// A query where an answer is expected, or an answer where a query is expected.
@@ -43,7 +43,7 @@ pub enum ParseError {
     /// A name of more than 255 bytes.
     #[strum(serialize = "name longer than 255 bytes")]
     NameTooLong,
-    /// A compression pointer that does not point to an earlier name: it could make a loop, or points into the header.
+    /// A compression pointer into the header, or one that does not point backwards and so could form a loop.
     #[strum(serialize = "compression pointer that does not point backwards")]
     BadPointer,
     /// More compression pointers to follow than [`super::Limits::pointers`].
@@ -55,8 +55,7 @@ pub enum ParseError {
     /// Malformed SVCB or HTTPS parameters (RFC 9460, section 2.2).
     #[strum(serialize = "malformed service parameters")]
     BadSvcParams,
-    /// A second OPT record, an OPT record whose owner is not the root, or options that exceed the record (RFC 6891,
-    /// section 6.1.1).
+    /// A malformed or misplaced OPT record (RFC 6891, section 6.1.1).
     #[strum(serialize = "malformed EDNS record")]
     BadOpt,
     /// More than sixteen CNAME records.

@@ -58,7 +58,7 @@ impl Flags {
         self.0 & 0x0400 != 0
     }
 
-    /// Returns TC: whether the answer was truncated, so that the client repeats the query over TCP.
+    /// Returns TC: whether the answer was truncated. If it was, the client repeats the query over TCP.
     #[must_use]
     pub const fn truncated(self) -> bool {
         self.0 & 0x0200 != 0
@@ -118,7 +118,7 @@ impl Query {
     /// Parses a query without allocating.
     ///
     /// # Errors
-    /// [`ParseError`] if the message is not a query with one question that is well-formed up to its last byte.
+    /// [`ParseError`] if the message is not a well-formed query with exactly one question, or exceeds a limit.
     pub fn parse(message: &[u8], limits: &Limits) -> Result<Self, ParseError> {
         let header = Header::parse(message, limits)?;
         if header.flags.response() {
@@ -168,7 +168,7 @@ impl Head {
     ///
     /// # Errors
     /// [`ParseError::Short`] or [`ParseError::Truncated`] if more bytes are needed; any other error if the bytes cannot
-    /// be the start of an answer.
+    /// be the start of an accepted answer.
     pub fn read(message: &[u8]) -> Result<Self, ParseError> {
         let limits = Limits {
             records: u32::MAX,
@@ -202,7 +202,7 @@ pub enum Source {
     Hint,
 }
 
-/// An address of the queried name in an answer.
+/// An address in an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Address {
     /// The address.
@@ -261,7 +261,7 @@ impl Answer {
         Ok(answer)
     }
 
-    /// Returns whether the answer was truncated, so that the client repeats the query over TCP.
+    /// Returns whether the answer was truncated. If it was, the client repeats the query over TCP.
     #[must_use]
     pub fn truncated(&self) -> bool {
         self.flags.truncated()
@@ -270,7 +270,8 @@ impl Answer {
     /// Parses an answer and replaces this value.
     ///
     /// # Errors
-    /// [`ParseError`] if the message is not an answer that is well-formed up to its last byte. The value is empty then.
+    /// [`ParseError`] if the message is not a well-formed answer, or exceeds a limit. The value then has no question,
+    /// names or addresses.
     pub fn read(&mut self, message: &[u8], limits: &Limits) -> Result<(), ParseError> {
         let result = self.read_sections(message, limits);
         if result.is_err() {
@@ -433,8 +434,8 @@ impl Answer {
         Ok(())
     }
 
-    /// Checks the data of an address record, and adds its addresses if `belongs` is set. Malformed data is refused also
-    /// in records of other owners, because some clients use their addresses.
+    /// Checks the data of a record and, if `belongs` is set, adds the record's addresses. The check does not depend on
+    /// `belongs`, because some clients also use the addresses of records with other owners.
     fn take_addresses(
         &mut self,
         reader: &mut Reader<'_>,

@@ -1,9 +1,9 @@
 //! DNS messages (RFC 1035), as far as a firewall must understand them.
 //!
 //! A [`Query`] has exactly one question. An [`Answer`] has the addresses that a resolver returns for the queried name:
-//! those of the records of the answer section whose owner is that name or an alias of it or, if there are none, of its
-//! A and AAAA records with other owners. Addresses in the authority and additional sections are ignored, because a
-//! resolver can put any name there.
+//! the addresses in records of the answer section whose owner is that name or one of its aliases. If there are none, an
+//! answer has the addresses of the A and AAAA records with other owners. Addresses in the authority and additional
+//! sections are ignored, because a resolver can put any name there.
 //!
 //! The parsers check all sections up to the last byte. So a client cannot find a record in an accepted message that
 //! the parser has not seen.

@@ -101,7 +101,7 @@ impl fmt::Debug for Name {
 }
 
 /// Formats the name as text without the trailing dot; the root name is `.`. Dots within labels, backslashes and bytes
-/// that are not printable are escaped (RFC 4343, section 2.1).
+/// other than visible ASCII are escaped (RFC 4343, section 2.1).
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
@@ -200,8 +200,7 @@ pub enum NameError {
     LabelTooLong,
     /// Two adjacent dots, a leading dot, or empty text.
     EmptyLabel,
-    /// A backslash at the end of the text, or a backslash and a digit that are not followed by two more digits or that
-    /// give a number above 255.
+    /// A backslash at the end of the text, or a numeric escape other than `\000` to `\255`.
     Escape,
     /// Bytes that are not an uncompressed name in wire form.
     NotWire,

@@ -37,7 +37,7 @@ pub struct NameSet {
     nodes: Vec<Node>,
     /// Child nodes by node and literal label.
     literal: HashMap<Key, u32>,
-    /// Branches with a wildcard label, by node, side and the label's literal prefix or suffix.
+    /// Branches with a wildcard label, by node, kind (`PREFIX` or `SUFFIX`) and the label's literal prefix or suffix.
     affixes: HashMap<Key, Vec<Branch>>,
 }
 
@@ -67,7 +67,7 @@ struct Branch {
     node: u32,
 }
 
-/// A label with wildcards, as the literal parts between the wildcards. The first and the last part may be empty.
+/// A label with wildcards, as the literal parts between the wildcards. The first and the last part can be empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Glob(Vec<Box<[u8]>>);
 
@@ -115,7 +115,8 @@ const LITERAL: u8 = 0;
 const PREFIX: u8 = 1;
 const SUFFIX: u8 = 2;
 
-/// Hash key of a child: node, kind and bytes. The bytes are stored inline, so a lookup does not allocate.
+/// Key of a lookup in [`NameSet`]: a node, the kind (`LITERAL`, `PREFIX` or `SUFFIX`), and the bytes of a label or of
+/// its literal prefix or suffix. The bytes are stored inline, so a lookup does not allocate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     node: u32,
@@ -176,7 +177,7 @@ impl NameSet {
     /// Compiles patterns. Matches are reported as indices into this input.
     ///
     /// # Errors
-    /// [`PatternError`] for the first item that is neither a name nor a pattern.
+    /// [`PatternError`] for the first invalid name or pattern.
     pub fn new<'a>(patterns: impl IntoIterator<Item = &'a FqdnPattern>) -> Result<Self, PatternError> {
         let mut set = Self {
             nodes: vec![Node::default()],
@@ -250,8 +251,8 @@ impl NameSet {
         }
     }
 
-    /// Descends the tree with the remaining labels, from right to left. `plain`: number of labels, counted from the
-    /// left end of the name, that consist only of bytes that a wildcard matches. The nodes form a tree, so no node is
+    /// Descends the tree with the remaining labels, from right to left. `plain`: length of the run of labels at the
+    /// left end of the name that consist only of bytes that a wildcard matches. The nodes form a tree, so no node is
     /// visited twice.
     fn walk(&self, node: u32, labels: &[&[u8]], plain: usize, report: &mut impl FnMut(&[u32])) {
         let Some(here) = self.nodes.get(node as usize) else {

@@ -1,6 +1,6 @@
 //! Response codes (RFC 1035, section 4.1.1).
 
-/// A response code of the responses that Palisade makes.
+/// Response code of a response that Palisade generates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Rcode {

@@ -1,4 +1,4 @@
-//! DNS over TCP: each message follows its length, two bytes (RFC 1035, section 4.2.2).
+//! DNS over TCP: the length of each message, two bytes, precedes the message (RFC 1035, section 4.2.2).
 
 use super::{HEADER_LEN, error::ParseError};
 

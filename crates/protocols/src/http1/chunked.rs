@@ -43,7 +43,7 @@ enum State {
     ExtensionEscape,
     /// After the closing quote of a quoted string.
     ExtensionClosed,
-    /// In the extension of a response, which may have any form.
+    /// In a chunk extension of a response, see [`Chunks::of_answer`].
     ExtensionOfAnswer,
     /// After the CR of a size line.
     SizeEnd,
@@ -97,8 +97,8 @@ pub struct Chunks {
     is_answer: bool,
 }
 
-/// Fields that frame or route a message, in the form of [`Folded`]. They are refused in trailers (RFC 9110, section
-/// 6.5.1), because some servers merge trailer fields into the header fields.
+/// Fields that must not be in trailers (RFC 9110, section 6.5.1), because some servers merge trailer fields into the
+/// header fields. The names are in the form of [`Folded`].
 const NO_TRAILERS: [&[u8]; 11] = [
     b"contentlength",
     b"transferencoding",
@@ -116,10 +116,10 @@ const NO_TRAILERS: [&[u8]; 11] = [
 impl Chunks {
     /// Creates a parser for the body of a response.
     ///
-    /// Chunk extensions of a response may contain anything but control characters: recipients ignore extensions that
-    /// they do not know (RFC 9112, section 7.1.1), and HTTP rules restrict requests only. Chunk extensions of a request
-    /// must be tokens or quoted strings without white space around them, because servers differ in where a size line
-    /// with other bytes ends.
+    /// Chunk extensions of a response may contain all bytes except control characters other than tab: recipients ignore
+    /// extensions that they do not know (RFC 9112, section 7.1.1), and HTTP rules restrict requests only. Chunk
+    /// extensions of a request must be tokens or quoted strings without white space around them, because servers differ
+    /// in where a size line with other bytes ends.
     #[must_use]
     pub fn of_answer() -> Self {
         Self {

@@ -144,9 +144,8 @@ impl Head {
 /// A field name reduced to its letters and digits in lower case. Some servers treat names as equal if their reduced
 /// forms are equal.
 ///
-/// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit,
-/// and gateways reverse that. So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same
-/// field.
+/// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit.
+/// So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same field.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Folded {
     bytes: [u8; 24],

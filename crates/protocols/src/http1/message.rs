@@ -43,7 +43,7 @@ pub enum Body {
 pub enum Target {
     /// A path, with an optional query.
     Origin,
-    /// A URI, as clients send it to proxies.
+    /// An absolute URI, as clients send it to proxies.
     Absolute,
     /// Host and port; only CONNECT.
     Authority,
@@ -275,8 +275,8 @@ impl<'a> Request<'a> {
         self.headers.values("upgrade").next().is_some()
     }
 
-    /// Returns whether the request has a body although RFC 9110, section 9.3, defines none for its method. Many servers
-    /// do not read such a body, and parse its bytes as the next request.
+    /// Returns whether the request has a body although RFC 9110, section 9.3, defines no use of a body for its method.
+    /// Many servers do not read such a body, and parse its bytes as the next request.
     #[must_use]
     pub fn has_unexpected_body(&self) -> bool {
         const WITHOUT: [&str; 6] = ["GET", "HEAD", "DELETE", "TRACE", "OPTIONS", "CONNECT"];

@@ -56,7 +56,7 @@ pub enum ParseError {
     /// A line that starts with white space: obsolete line folding (RFC 9112, section 5.2).
     #[strum(serialize = "folded header line")]
     Folding,
-    /// White space between a field name and its colon (RFC 9112, section 5.1), or no colon.
+    /// A malformed field name, for example with white space before its colon (RFC 9112, section 5.1).
     #[strum(serialize = "malformed header name")]
     BadName,
     /// A malformed request or status line, or a request line with white space other than two single spaces.
@@ -71,7 +71,7 @@ pub enum ParseError {
     /// A field longer than [`Limits::line`].
     #[strum(serialize = "line too long")]
     LineTooLong,
-    /// A head longer than [`Limits::block`].
+    /// A head longer than [`Limits::block`], or a trailer section that is too long.
     #[strum(serialize = "head too long")]
     HeadTooLong,
     /// A field name such as `Transfer_Encoding`, which some servers read as a field that frames or routes the message.
@@ -80,7 +80,7 @@ pub enum ParseError {
     /// A `Connection` field that makes a proxy remove a field that frames or routes the message.
     #[strum(serialize = "Connection names a framing header")]
     BadConnection,
-    /// An Expect other than `100-continue` (RFC 9110, section 10.1.1).
+    /// An Expect other than a single `100-continue` (RFC 9110, section 10.1.1).
     #[strum(serialize = "Expect other than 100-continue")]
     BadExpect,
     /// A body that follows the final response to a request with `Expect`. The server may read the body as the next
@@ -114,10 +114,10 @@ pub enum ParseError {
     /// A request target whose host differs from the Host field.
     #[strum(serialize = "target and Host disagree")]
     HostDiffers,
-    /// A request target in a form that its method does not have (RFC 9112, section 3.2).
+    /// A malformed request target, or one in a form that its method does not have (RFC 9112, section 3.2).
     #[strum(serialize = "malformed request target")]
     BadTarget,
-    /// A chunk size that is not a number or too large, or a malformed chunk extension.
+    /// A malformed chunk size, chunk extension or line end, or a chunk that is too large.
     #[strum(serialize = "malformed chunk size")]
     BadChunk,
     /// A trailer field that is malformed, or that frames or routes a message (RFC 9110, section 6.5.1).

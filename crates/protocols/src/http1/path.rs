@@ -25,8 +25,8 @@ impl fmt::Display for PathError {
 
 impl std::error::Error for PathError {}
 
-/// Number of times that a path is decoded. A proxy may decode the path, and the server after it may decode the path
-/// again; the third round is a reserve.
+/// Largest number of times that a path is decoded. A proxy may decode the path, and the server after it may decode the
+/// path again; the third round is a reserve.
 const ROUNDS: usize = 3;
 
 /// Replaces the contents of `out` by `path` as a server would resolve it. `path` includes the query, which is copied

@@ -22,7 +22,7 @@ const MAX_LENGTH: usize = 8 << 10;
 pub const MAX_COST: usize = 40_000;
 
 /// Estimates the cost of parsing an expression, in the unit of [`cost`], without parsing it. Unicode classes cost most,
-/// and `(?i)` multiplies the cost of classes.
+/// and `(?i)` multiplies the cost.
 fn cost_of_reading(pattern: &str) -> usize {
     let folds = pattern.contains("(?") && pattern.contains('i');
     let classes = pattern.matches(r"\p").count() + pattern.matches(r"\P").count();

@@ -8,12 +8,12 @@ fn find(stream: &[u8]) -> Result<Option<usize>, ParseError> {
     Head::default().find(stream, &Limits::default())
 }
 
-/// Finds and parses a request that is all of `text`.
 /// Returns a buffer that lives until the end of the test process.
 fn room<'a>() -> &'a mut HeaderBuffer<'a> {
     Box::leak(Box::default())
 }
 
+/// Finds and parses a request that is all of `text`.
 fn request(text: &str) -> Result<Request<'_>, ParseError> {
     match find(text.as_bytes())? {
         Some(length) if length == text.len() => Request::parse(text.as_bytes(), room()),

@@ -44,10 +44,10 @@ pub enum ParseError {
     /// protected.
     #[strum(serialize = "record too long")]
     RecordTooLong,
-    /// A record without content that is not application data (RFC 8446, section 5.1).
+    /// An empty record of a type other than application data (RFC 8446, section 5.1).
     #[strum(serialize = "handshake record without content")]
     EmptyRecord,
-    /// A record of another type before the ClientHello is complete (RFC 8446, section 5.1).
+    /// A record of another type between the records of a later ClientHello (RFC 8446, section 5.1).
     #[strum(serialize = "record of another type within the hello")]
     Interleaved,
     /// A record or a handshake message of another type where a hello is required.
@@ -59,8 +59,7 @@ pub enum ParseError {
     /// Bytes after the hello in its last record: another message, which the parser would not check.
     #[strum(serialize = "bytes behind the hello in its record")]
     Trailing,
-    /// A length that does not fit the message or the field, too many extensions, or an empty list where at least one
-    /// element is required.
+    /// A malformed hello, for example with a length that does not fit or with too many extensions.
     #[strum(serialize = "malformed hello")]
     Malformed,
     /// A duplicate extension (RFC 8446, section 4.2).

@@ -121,8 +121,8 @@ pub enum ClientStep {
     More,
     /// A complete hello. The rest of the input starts after it.
     Hello(Box<ClientHello>),
-    /// A piece of a record without handshake messages, which needs no inspection: an alert, early data, or
-    /// ChangeCipherSpec.
+    /// A piece of a record of another type, such as an alert, application data or ChangeCipherSpec. Such records need
+    /// no inspection.
     Other,
 }
 

@@ -133,7 +133,7 @@ fn ambiguous_server_names_are_refused() {
     );
     let twice = [name_extension(b"a.example"), name_extension(b"b.example")].concat();
     assert_eq!(read(&twice), Err(ParseError::DuplicateExtension));
-    // An empty list, or bytes behind it.
+    // An empty list, or bytes after the list.
     assert_eq!(read(&extension(0, &[])), Err(ParseError::Malformed));
     assert_eq!(read(&extension(0, &[0, 0])), Err(ParseError::Malformed));
     assert_eq!(
@@ -261,7 +261,7 @@ fn the_server_reader_detects_whether_another_hello_follows() {
     let mut flight = server_hello([1; 32], &[]);
     flight.extend(message(11, &[0; 500]));
     assert_eq!(read(&record(22, &flight)), Ok(ServerStep::Answered(0x0303)));
-    // Bytes behind a HelloRetryRequest are refused, however the stream is segmented.
+    // Bytes after a HelloRetryRequest are refused, however the stream is segmented.
     let mut more = server_hello(record::RETRY_RANDOM, &tls13);
     let length = more.len();
     more.extend(server_hello([1; 32], &tls13));
