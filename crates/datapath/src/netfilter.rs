@@ -141,11 +141,12 @@ impl Part {
         match self {
             Self::Base => "",
             Self::Mark => {
-                "one-way datagrams that TPROXY or routing by mark turns to the node are delivered (the kernel option \
-                 CONFIG_NFT_FIB_INET is needed)"
+                "one-way datagrams that TPROXY or routing by mark redirects to the node are delivered (the kernel \
+                 option CONFIG_NFT_FIB_INET is needed)"
             }
             Self::Nat => {
-                "one-way datagrams that DNAT turns to the node are delivered (the kernel option CONFIG_NFT_CT is needed)"
+                "one-way datagrams that DNAT redirects to the node are delivered (the kernel option CONFIG_NFT_CT is \
+                 needed)"
             }
             Self::Bridge => {
                 "a bridge forwards between its ports while one of them is not guarded (the kernel option \
@@ -216,7 +217,7 @@ impl Netfilter {
         }
         let counts = self.count(&found)?;
         let call = format!("the nftables table {}", self.name);
-        let lacking = send_what_is_taken(
+        let lacking = send_supported(
             || steps(&self.name, &self.owner, rules, &found, &counts),
             |requests| self.socket.batch(requests, nft::SUBSYSTEM, &call),
         );
@@ -345,7 +346,7 @@ impl Netfilter {
 
 /// Sends the steps as one transaction, and repeats it without each optional part that the kernel refuses. Returns the
 /// refused parts. An error has the description of the refused step.
-fn send_what_is_taken(
+fn send_supported(
     steps: impl Fn() -> Vec<Step>,
     mut send: impl FnMut(Vec<Request>) -> Result<(), (Option<usize>, SyscallError)>,
 ) -> Result<Vec<Part>, (String, SyscallError)> {
@@ -565,7 +566,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         input(
             Part::Mark,
             expressions,
-            "229: turned to the node by TPROXY or a mark",
+            "229: redirected to the node by TPROXY or a mark",
         );
     }
     if !rules.has_nat {
@@ -592,7 +593,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             Count(TRANSLATED),
             Drop,
         ];
-        input(Part::Nat, expressions, "229: turned to the node by DNAT");
+        input(Part::Nat, expressions, "229: redirected to the node by DNAT");
     }
     all
 }
@@ -843,7 +844,7 @@ mod tests {
         for missing in [Part::Mark, Part::Nat, Part::Bridge] {
             let first = all().iter().position(|(part, ..)| *part == missing).unwrap();
             let (mut lengths, whole) = (Vec::new(), all().len());
-            let lacking = send_what_is_taken(all, |requests| {
+            let lacking = send_supported(all, |requests| {
                 lengths.push(requests.len());
                 if lengths.len() == 1 {
                     Err((Some(first), refused()))
@@ -857,7 +858,7 @@ mod tests {
             assert!(!missing.lack().is_empty());
         }
         for at in [Some(0), None] {
-            send_what_is_taken(all, |_| Err((at, refused()))).unwrap_err();
+            send_supported(all, |_| Err((at, refused()))).unwrap_err();
         }
     }
 

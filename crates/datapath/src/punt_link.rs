@@ -177,10 +177,10 @@ impl Datapath {
     fn attach_punt_link(&self, node: &Link, worker: &Link) -> Result<()> {
         let dir = punt_link_dir(&self.pin_dir);
         make_dir(&dir).map_err(Box::new)?;
-        place_xdp(&dir.join(XDP_PIN), worker, &self.programs.punt)?;
+        attach_xdp(&dir.join(XDP_PIN), worker, &self.programs.punt)?;
         let release = kernel_release();
         if panics_after_reinjection(&release) {
-            place_xdp(&dir.join(PASS_PIN), node, &self.programs.pass).map_err(|error| match error {
+            attach_xdp(&dir.join(PASS_PIN), node, &self.programs.pass).map_err(|error| match error {
                 AttachError::Syscall { name, source } => AttachError::Syscall {
                     name,
                     source: SyscallError::new(
@@ -197,9 +197,9 @@ impl Datapath {
             })?;
         }
         let (programs, ingress, egress) = (&self.programs, Direction::Ingress, Direction::Egress);
-        place_tc(&dir.join(REINJECT_PIN), node, ingress, &programs.reinject)?;
-        place_tc(&dir.join(NODE_FILTER_PIN), node, egress, &programs.punt_filter)?;
-        place_tc(
+        attach_tc(&dir.join(REINJECT_PIN), node, ingress, &programs.reinject)?;
+        attach_tc(&dir.join(NODE_FILTER_PIN), node, egress, &programs.punt_filter)?;
+        attach_tc(
             &dir.join(WORKER_FILTER_PIN),
             worker,
             egress,
@@ -222,7 +222,7 @@ fn panics_after_reinjection(release: &str) -> bool {
 }
 
 /// Attaches a native XDP program to an end of the punt link, or replaces the program of an earlier daemon.
-fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
+fn attach_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     let failed = refused(end);
     match pinned_link(path, end.ifindex)? {
         Some((link, _)) => bpf::link_update(link.as_fd(), program.fd()).map_err(failed),
@@ -239,17 +239,17 @@ fn place_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
 
 /// Attaches a program to a tc hook of an end of the punt link, or replaces the program of an earlier daemon. A clsact
 /// filter has no pin.
-fn place_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
+fn attach_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
     let failed = refused(end);
     let device = find_device(end.ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex: end.ifindex })?;
     if resolve_tc(TcMode::Auto, &device)? == HookKind::Clsact {
-        let placed = (|| {
+        let attached = (|| {
             if clsact::qdisc(end.ifindex)?.is_none() {
                 clsact::add_qdisc(end.ifindex)?;
             }
             clsact::set_filter(end.ifindex, direction, program.fd(), program.name)
         })();
-        return placed.map_err(failed);
+        return attached.map_err(failed);
     }
     match pinned_link(path, end.ifindex)? {
         Some((link, _)) => bpf::link_update(link.as_fd(), program.fd()).map_err(failed),

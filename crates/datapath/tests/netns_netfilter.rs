@@ -62,10 +62,10 @@ table inet palisade {
     meta nfproto ipv6 ip6 saddr @endpoints6 iif != @workloads counter name "unguarded_in" drop comment "219: an address of a workload by an interface that is not guarded"
     meta nfproto ipv6 meta l4proto ipv6-icmp iif != @enforced icmpv6 type >= 135 icmpv6 type <= 136 ip6 hoplimit 255 ip6 daddr @own6 accept comment "neighbour discovery"
     iif != @enforced iifname @names counter name "unguarded_in" drop comment "219: configured and not guarded"
-    meta mark != 0 iif @enforced meta nfproto ipv4 ip daddr != @own4 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
-    meta mark != 0 iif @enforced meta nfproto ipv6 ip6 daddr != @own6 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: turned to the node by TPROXY or a mark"
-    ct direction original ct status & dnat != 0 iif @enforced ct original ip daddr != @own4 counter name "translated" drop comment "229: turned to the node by DNAT"
-    ct direction original ct status & dnat != 0 iif @enforced ct original ip6 daddr != @own6 counter name "translated" drop comment "229: turned to the node by DNAT"
+    meta mark != 0 iif @enforced meta nfproto ipv4 ip daddr != @own4 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: redirected to the node by TPROXY or a mark"
+    meta mark != 0 iif @enforced meta nfproto ipv6 ip6 daddr != @own6 fib daddr type != 2 fib daddr type != 3 fib daddr type != 4 fib daddr type != 5 counter name "translated" drop comment "229: redirected to the node by TPROXY or a mark"
+    ct direction original ct status & dnat != 0 iif @enforced ct original ip daddr != @own4 counter name "translated" drop comment "229: redirected to the node by DNAT"
+    ct direction original ct status & dnat != 0 iif @enforced ct original ip6 daddr != @own6 counter name "translated" drop comment "229: redirected to the node by DNAT"
   }
   chain forward {
     type filter hook forward priority 300;
