@@ -1,20 +1,21 @@
 //! Port classes. All (protocol, port) pairs that no rule distinguishes share one class, so a rule for a range of 40,000
-//! ports needs one entry in the policy table, or a few if other rules name ports in the range.
+//! ports needs a few entries in the policy table instead of 40,000.
 
 /// Number of a port class; 0 is [`CLASS_ANY`]. A number keeps its meaning while a policy uses it.
 pub type Class = u16;
 
-/// Wildcard of a policy key: any protocol and any port. No packet has this class.
+/// Wildcard of a policy key: any protocol and any port. The compiler assigns this class to no port.
 pub const CLASS_ANY: Class = 0;
 
-/// Class of all slots before the first policy is written. It matches only entries with [`CLASS_ANY`].
+/// Class of all slots before the first policy is written. The number equals [`CLASS_ANY`], so packets with this class
+/// match only entries for any protocol and any port.
 pub const CLASS_UNKNOWN: Class = 0;
 
 /// The first class that the compiler assigns.
 pub const FIRST_DYNAMIC_CLASS: Class = 1;
 
 /// Number of slots for each protocol with ports: 65,536 ports, and one slot for an unknown port (a later fragment whose
-/// first fragment was not seen). Only rules for all ports of the protocol match an unknown port.
+/// first fragment was not seen). Only rules for all ports match an unknown port.
 pub const PORT_SLOTS: usize = 65_537;
 /// Number of slots for each of ICMP and ICMPv6: 256 types, and one slot for an unknown type (a later fragment).
 pub const ICMP_SLOTS: usize = 257;
@@ -29,8 +30,8 @@ const ICMP_BASE: u32 = 3 * PORT_SLOTS as u32;
 const ICMPV6_BASE: u32 = ICMP_BASE + ICMP_SLOTS as u32;
 const PROTOCOL_BASE: u32 = ICMPV6_BASE + ICMP_SLOTS as u32;
 
-/// Returns the slot of the class table for a protocol and a destination port (ICMP: the type; ignored for other
-/// protocols). The slot is always less than [`CLASS_SLOTS`].
+/// Returns the slot of the class table for a protocol and a destination port. For ICMP and ICMPv6, `port` is the type;
+/// for protocols without ports it is ignored. The slot is always less than [`CLASS_SLOTS`].
 #[inline(always)]
 #[must_use]
 pub const fn class_slot(protocol: u8, port: u16) -> u32 {

@@ -48,7 +48,7 @@ pub mod ct_flags {
     pub const REMOTE_IS_LOCAL: u8 = 32;
     /// The first packet was not a SYN (TCP in mid-stream).
     pub const MIDSTREAM: u8 = 64;
-    /// A trace event has reported the end of the flow.
+    /// The programs have seen the end of the flow and do not report it again.
     pub const CLOSED: u8 = 128;
 }
 
@@ -58,9 +58,9 @@ pub mod ct_flags {
 pub struct CtEntry {
     /// Time when the entry expires, ns of the coarse monotonic clock.
     pub expires: u64,
-    /// Time when the entry was made, same clock.
+    /// Time when the entry was made, ns of the coarse monotonic clock.
     pub created: u64,
-    /// Time of the last trace event, same clock.
+    /// Time of the last trace event, ns of the coarse monotonic clock.
     pub reported: u64,
     /// Packets of the original direction.
     pub forward_packets: u64,
@@ -70,9 +70,9 @@ pub struct CtEntry {
     pub reply_packets: u64,
     /// Bytes of the reply direction, from the network header on.
     pub reply_bytes: u64,
-    /// [`crate::EndpointState::revision`] of the policy that allowed the flow.
+    /// [`crate::EndpointState::revision`] under which the flow was last allowed; 0 if the flow was denied since then.
     pub revision: u32,
-    /// Number of the rule that allowed the flow.
+    /// Number of the rule that decided about the flow.
     pub rule: u32,
     /// Identity of the peer when the policy was looked up.
     pub remote_identity: u32,
@@ -100,7 +100,7 @@ pub struct CtEntry {
     /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
     /// Offload windows, TCP sequence numbers: `windows[0]..windows[1]` of the original direction,
-    /// `windows[2]..windows[3]` of the reply direction, without the upper bound. Equal bounds: no window.
+    /// `windows[2]..windows[3]` of the reply direction. The upper bound is excluded. Equal bounds: no window.
     pub windows: [u32; 4],
     /// Hash of the inspector's last decision and of the connection and rules for which the decision is valid, from
     /// [`CtEntry::offload`] or [`CtEntry::windowed`]; 0: no decision.
@@ -145,8 +145,8 @@ impl CtEntry {
     }
 }
 
-/// The part of the conntrack and fragment maps that the flows of one endpoint and direction may use: slot
-/// `endpoint * 2 + direction` of SHARES. Slot 0 is the pool: the protected flows beyond the guarantees of all shares.
+/// The part of the conntrack and fragment maps that the flows of one endpoint and direction can use: slot `endpoint * 2
+/// + direction` of SHARES. Slot 0 is the pool, which counts the protected flows beyond the guarantees of their shares.
 ///
 /// Only user space writes the first five fields.
 #[repr(C, align(8))]
@@ -165,15 +165,15 @@ pub struct Share {
     /// Zero.
     pub zero: u32,
     /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. The number
-    /// may be briefly negative if two CPUs change it at once.
+    /// can be briefly wrong, even negative, if two CPUs change it at once.
     pub protected: i64,
 }
 
 /// Slots of the SHARES map: endpoint × direction.
 pub const SHARE_SLOTS: usize = 2 * crate::ID_SLOTS;
 
-/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS that a new flow or datagram can take; it takes the slot of
-/// the oldest flow or datagram among them.
+/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS of which a new flow or datagram takes one, in general the
+/// slot of the oldest flow or datagram.
 pub const SHARE_WAYS: u32 = 4;
 
 /// Slot of FLOW_SLOTS. A new flow that takes the slot evicts the flow that held the slot, unless that flow is
@@ -212,8 +212,8 @@ pub struct FragmentKey {
     /// Interface and hook of the first fragment: `ifindex << 1 | egress`. A fragment at one interface cannot set the
     /// ports of a datagram at another interface.
     pub hook: u32,
-    /// IP protocol. IPv6: 44, the fragment header itself, because the fragments of one datagram may name different next
-    /// headers and only that of the first fragment counts (RFC 8200, section 4.5).
+    /// IP protocol. IPv6: 44, the fragment header itself, because the fragments of one datagram can name different next
+    /// headers, and only the next header in the first fragment counts (RFC 8200, section 4.5).
     pub protocol: u32,
 }
 

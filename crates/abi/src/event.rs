@@ -10,7 +10,7 @@ use crate::reason::REASONS;
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum EventKind {
-    /// A policy allowed or denied the first packet of a flow, or the flow's first packet under a new policy.
+    /// A policy has decided about a packet that belongs to no known flow, or has changed the verdict on a known flow.
     PolicyVerdict = 0,
     /// A packet was dropped.
     Drop = 1,
@@ -18,17 +18,17 @@ pub enum EventKind {
     Trace = 2,
 }
 
-/// Slots of the BUDGETS map: kind of event × reason.
+/// Number of slots of the BUDGETS map: kinds of events × reasons.
 pub const BUDGET_SLOTS: usize = 3 * REASONS;
 
-/// Returns the slot of the BUDGETS map for events of a kind (a number of [`EventKind`]) and a reason.
+/// Returns the slot of the BUDGETS map for a kind of event (an [`EventKind`] as a number) and a reason.
 #[inline(always)]
 #[must_use]
 pub const fn budget_slot(kind: u32, reason: u8) -> u32 {
     kind * REASONS as u32 + reason as u32
 }
 
-/// Returns the kind (a number of [`EventKind`]) and the reason of a slot of the BUDGETS map.
+/// Returns the kind of event (an [`EventKind`] as a number) and the reason to which a slot of the BUDGETS map belongs.
 #[must_use]
 pub const fn budget_of(slot: u32) -> (u32, u8) {
     (slot / REASONS as u32, (slot % REASONS as u32) as u8)
@@ -60,9 +60,9 @@ pub enum MatchKind {
 pub enum TracePoint {
     /// The event is no trace.
     None = 0,
-    /// The first packet has passed.
+    /// The conntrack entry of the flow was created.
     Start = 1,
-    /// The flow is in use; reported once per interval.
+    /// The flow is in use; reported at most once per interval.
     Interval = 2,
     /// The flow was reset, or closed by both ends.
     End = 3,
@@ -78,8 +78,8 @@ pub mod event_flags {
     pub const IPV6: u8 = 4;
     /// The packet leaves the endpoint (egress); otherwise it goes to the endpoint.
     pub const EGRESS: u8 = 8;
-    /// It is unknown whether the packet is of the original or of the reply direction: a verdict on the first packet of
-    /// a flow, or a drop before the conntrack lookup.
+    /// The programs do not know whether the packet is of the original or of the reply direction, for example if they
+    /// drop a packet that belongs to no known flow.
     pub const REPLY_UNKNOWN: u8 = 16;
     /// The packet is an ICMP error about a live flow.
     pub const RELATED: u8 = 32;
@@ -103,17 +103,17 @@ pub struct Event {
     pub source_port: u16,
     /// Destination port, host byte order; ICMP: the code.
     pub destination_port: u16,
-    /// Identity of the source, 0 if it was not looked up.
+    /// Identity of the source; 0 if it is not known.
     pub source_identity: u32,
-    /// Identity of the destination, 0 if it was not looked up.
+    /// Identity of the destination; 0 if it is not known.
     pub destination_identity: u32,
-    /// Number of the deciding rule, 0 if the policy was not looked up.
+    /// Number of the deciding rule or of the default deny; 0 if no policy decided.
     pub rule: u32,
     /// Index of the interface.
     pub ifindex: u32,
     /// Length of the packet from the network header on, bytes.
     pub length: u32,
-    /// The endpoint whose policy was looked up; 0 if none was.
+    /// Number of the endpoint whose policy applies to the packet; 0 if the interface is not guarded.
     pub endpoint: u16,
     /// [`EventKind`].
     pub kind: u8,

@@ -18,9 +18,9 @@ pub mod role {
     /// a port, or a VLAN device on it. A workload's packets enter the node's stack by the upper interface, after their
     /// verdict at the guarded interface.
     pub const LINK: u8 = 3;
-    /// An unguarded interface that the daemon knows. A packet that enters by it may be forwarded, unless its source
-    /// address is a workload's. An interface that the daemon does not know yet has no role, and the programs drop a
-    /// forwarded packet that entered by it.
+    /// An unguarded interface that the daemon knows. The programs let a packet that entered by such an interface be
+    /// forwarded, unless the packet's source address is a workload's. An interface that the daemon does not know yet
+    /// has no role, and the programs drop a forwarded packet that entered by it.
     pub const SEEN: u8 = 4;
 }
 
@@ -35,7 +35,7 @@ pub mod interface_flags {
     pub const LAYER3: u8 = 1;
     /// The XDP program runs in generic mode, where it would process a reinjected packet again and punt it in a loop.
     pub const XDP_GENERIC: u8 = 2;
-    /// The daemon is still attaching the programs: packets that enter may have no verdict yet.
+    /// The daemon is still attaching the programs: until it has finished, packets can enter without a verdict.
     pub const PENDING: u8 = 4;
 }
 
@@ -63,11 +63,13 @@ pub struct Interface {
 pub mod endpoint_flags {
     /// The policy selects peers by DNS name, so learned addresses are looked up.
     pub const LEARNS: u32 = 1;
-    /// The ingress table has no entry that inspects or denies by a deny rule: the programs need not look it up for a
-    /// flow in the egress direction. The flag is valid only for the policy in the same [`super::EndpointState`].
+    /// The policy table has no ingress entry that inspects or denies by a deny rule, so for an egress flow the programs
+    /// need not look up the ingress direction. The flag is valid only for the policy in the same
+    /// [`super::EndpointState`].
     pub const PLAIN_INGRESS: u32 = 2;
-    /// The egress table has no entry that inspects or denies by a deny rule: the programs need not look it up for a
-    /// flow in the ingress direction. The flag is valid only for the policy in the same [`super::EndpointState`].
+    /// The policy table has no egress entry that inspects or denies by a deny rule, so for an ingress flow the programs
+    /// need not look up the egress direction. The flag is valid only for the policy in the same
+    /// [`super::EndpointState`].
     pub const PLAIN_EGRESS: u32 = PLAIN_INGRESS << 1;
 }
 
@@ -84,7 +86,7 @@ pub mod config_flags {
 pub struct EndpointState {
     /// Number of the policy table. 0: none yet, every packet is dropped ([`crate::Reason::NoPolicy`]).
     pub policy: u32,
-    /// Revision: changes with the policy and with any identity. Flows with another revision are evaluated again.
+    /// Revision: changes when the policy or any identity changes. Flows with another revision are evaluated again.
     pub revision: u32,
     /// The endpoint's own identity.
     pub identity: u32,
@@ -108,7 +110,7 @@ pub struct Counter {
 pub struct RateBudget {
     /// Time when the bucket was last refilled, ns of the coarse monotonic clock.
     pub filled_at: u64,
-    /// Number of events that may still be sent in this second.
+    /// Number of events that can still be sent before the next refill.
     pub tokens: u64,
     /// Events suppressed for lack of tokens, since the maps were made.
     pub suppressed: u64,
@@ -142,7 +144,7 @@ pub struct Config {
     pub other: u64,
     /// Lifetime of the ports of a fragmented datagram.
     pub fragment: u64,
-    /// Interval between trace events of a flow in use; 0: none are sent.
+    /// Interval between trace events of a flow in use; 0: no trace event is sent while the flow is in use.
     pub trace_interval: u64,
     /// Number of events of one kind and reason that one CPU may send per second.
     pub events_per_second: u64,

@@ -47,7 +47,7 @@ impl Addr {
         Self::from_v4_word(u32::from_ne_bytes(b))
     }
 
-    /// Makes an address from an IPv4 address that was read as one word, without a byte swap.
+    /// Makes an address from an IPv4 address in network order that was read as one word, without a byte swap.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4_word(word: u32) -> Self {
@@ -125,7 +125,8 @@ pub struct PrefixKey {
 pub struct IpcacheEntry {
     /// Identity, see [`crate::identity`].
     pub identity: u32,
-    /// The endpoint of this node that has the address, 0 if none has. The node itself is an endpoint too.
+    /// Number of the endpoint of this node that has the address; 0 if no endpoint has it. The node itself is an
+    /// endpoint too.
     pub endpoint: u16,
     /// Flags; none are defined, zero.
     pub flags: u16,

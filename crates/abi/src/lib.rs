@@ -1,8 +1,8 @@
 //! Interface between the BPF programs (`xdp/`) and user space.
 //!
 //! Plain data with fixed layouts: map keys and values, event records, verdicts and reasons. The types derive `zerocopy`
-//! traits, so a type with implicit padding does not compile. Padding has no defined value: the verifier of Linux 6.1
-//! rejects a map key on the stack with padding, and a hash map compares all bytes of a key.
+//! traits, so a type with implicit padding does not compile. Padding has no defined value, but the verifier of Linux
+//! 6.1 rejects a map key on the stack that is not fully initialized, and a hash map compares all bytes of a key.
 //!
 //! [`VERSION`] changes with every change of a layout or of its meaning; pinned maps of another version are never
 //! reused.
@@ -119,7 +119,7 @@ pub mod maps {
     /// `PERCPU_ARRAY[COUNTER_SLOTS]` reason × 2 + direction -> [`crate::Counter`]. The last slots are those of
     /// [`crate::counter_slot`].
     pub const COUNTERS: &str = "COUNTERS";
-    /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; a rule whose number exceeds the array counts at 0.
+    /// `PERCPU_ARRAY` rule number -> [`crate::Counter`]; a rule whose number exceeds the array is counted in slot 0.
     pub const RULES: &str = "RULES";
     /// `ARRAY[1]` [`crate::Config`].
     pub const CONFIG: &str = "CONFIG";

@@ -36,7 +36,7 @@ pub mod identity {
     pub const FIRST_LABELS: Identity = 256;
     /// Last identity of a label set.
     pub const LAST_LABELS: Identity = 65_535;
-    /// First identity of a prefix or a set of learned selectors; these are local to the node.
+    /// First identity of a prefix or a set of learned selectors; these identities are local to the node.
     pub const FIRST_LOCAL: Identity = (1 << 24) + 1;
     /// Last identity of a prefix or a set of learned selectors.
     pub const LAST_LOCAL: Identity = (1 << 25) - 1;
@@ -57,9 +57,10 @@ pub const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Key of the policy table.
 ///
-/// The first key that exists decides, in this order: (identity, class), (identity, any class), (any identity, class),
-/// (any identity, any class). The compiler has resolved precedence, so the first entry found decides. The last key
-/// exists for each policy and direction; if no key exists, the packet is dropped ([`crate::Reason::NoPolicy`]).
+/// The programs look up four keys in this order: (identity, class), (identity, any class), (any identity, class), (any
+/// identity, any class). The first key that exists decides, because the compiler has resolved the precedence of the
+/// rules. The last key exists for each policy and direction; if none of the four exists, the packet is dropped
+/// ([`crate::Reason::NoPolicy`]).
 #[repr(C)]
 #[derive(
     Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,

@@ -41,7 +41,7 @@ pub mod punt_hook {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct PuntRequest {
-    /// Number of the rule that decided the flow.
+    /// Number of the rule that decided about the flow.
     pub rule: u32,
     /// Number of the rule set.
     pub ruleset: u32,
@@ -79,7 +79,8 @@ pub struct PuntHeader {
     pub hook: u8,
     /// Zero.
     pub zero: [u8; 3],
-    /// The requests, in the order in which the policies decide: the interface's endpoint, then the node.
+    /// The requests, in the order in which the policies decide: that of the interface's endpoint before that of the
+    /// node. With only one request, the second slot is unused.
     pub slots: [PuntRequest; 2],
 }
 
@@ -95,8 +96,8 @@ pub mod reinject_path {
 
 /// Flags of a [`ReinjectTrailer`].
 pub mod reinject_flags {
-    /// The program sets `skb->mark` to [`crate::Config::mark`], so that the tc program of that direction at the
-    /// interface lets the packet pass. This flag is not set if the ingress hook is XDP, because no tc program would
+    /// The program sets `skb->mark` to [`crate::Config::mark`], so that the tc program on the packet's path at the
+    /// interface lets the packet pass. The flag is not set if the hook on that path is XDP, because no tc program would
     /// remove the mark.
     pub const MARK: u8 = 1;
     /// A [`super::FlowCommand`] precedes the trailer.
@@ -133,8 +134,8 @@ pub mod flow_op {
     /// The opener has acknowledged the answering side's SYN.
     pub const OPENED: u32 = 3;
     /// A new connection with the same addresses and ports replaces the connection that the entry was made for. The
-    /// decisions for the old connection become void; `windows[0]` is the serial of the new one. A packet that carries
-    /// this command is reinjected only if the command was applied.
+    /// decisions for the old connection become void; `windows[0]` is the serial of the new connection. A packet that
+    /// carries this command is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
 }
 
@@ -158,8 +159,8 @@ pub struct FlowCommand {
     pub windows: [u32; 4],
 }
 
-/// MTU of the punt link, bytes: the largest with which native XDP on a veth receives a frame into one page, together
-/// with headroom and `skb_shared_info`.
+/// MTU of the punt link, bytes. With native XDP on a veth, a frame of this MTU fits into one page, together with
+/// headroom and `skb_shared_info`.
 pub const PUNT_MTU: u32 = 3_400;
 
 /// Length of an Ethernet header, bytes. The MTU of a device does not include this header.
@@ -169,8 +170,8 @@ const ETHERNET: u32 = 14;
 pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
 /// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops a frame that exceeds its MTU
-/// (`is_skb_forwardable`), and no counter of Palisade shows this drop. So the frame must fit with the header when it is
-/// punted, and with the trailer when it is reinjected.
+/// (`is_skb_forwardable`), and no counter of Palisade shows this drop. So the frame must fit with the punt header when
+/// it is punted, and with the trailer when it is reinjected.
 pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
 const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);

@@ -47,24 +47,24 @@ reasons! {
     /// Passed without inspection: no worker runs, and the node is configured to fail open.
     FailedOpen = 6, "Failed open: not inspected";
 
-    /// The sender may not use this source address.
+    /// The sender must not use this source address.
     InvalidSourceIp = 132, "Invalid source ip";
     /// Default deny: no rule allows the packet.
     PolicyDenied = 133, "Policy denied";
-    /// An ARP or neighbour discovery message that is truncated, longer than its type allows, or otherwise malformed.
+    /// A malformed ARP packet or neighbour discovery message.
     InvalidPacket = 134, "Invalid packet";
-    /// A TCP or UDP header with a value that no sender produces: data offset, flags, length.
+    /// A TCP or UDP header with an invalid data offset, combination of flags, or length.
     CtInvalidHeader = 135, "CT: Truncated or invalid header";
     /// ICMPv6 in an IPv4 packet, or ICMP in an IPv6 packet.
     UnknownL4 = 137, "CT: Unknown L4 protocol";
-    /// Neither IPv4, IPv6 nor an allowed link protocol.
+    /// A frame that is neither IPv4 nor IPv6, and not of an allowed link protocol.
     UnsupportedL3 = 139, "Unsupported L3 protocol";
-    /// The conntrack map rejected the entry.
+    /// The conntrack entry of a new flow could not be created.
     CtInsertionFailed = 155, "CT: Map insertion failed";
-    /// IPv6 extension headers that are not accepted: too many or too long, out of order, of an unknown routing type, or
-    /// a routing header with segments left.
+    /// IPv6 extension headers that are not accepted: for example too many, out of order, or a routing header with
+    /// segments left.
     InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
-    /// A later fragment whose first fragment was not seen, while no rule allows all ports.
+    /// A later fragment whose first fragment was not seen, and no rule for all ports allows the fragment.
     FragmentNotFound = 175, "First logical datagram fragment not found";
     /// A deny rule matches.
     PolicyDeniedByDenylist = 181, "Policy denied by denylist";
@@ -73,7 +73,7 @@ reasons! {
 
     /// The program runs on an interface that is not configured.
     NoInterface = 210, "Interface not configured";
-    /// The endpoint has no policy table yet.
+    /// The endpoint has no policy table, or the table has no entry for the packet.
     NoPolicy = 211, "No policy loaded";
     /// The policy requires HTTP inspection, which is not available.
     NoHttpInspector = 212, "No inspector: HTTP";
@@ -87,7 +87,8 @@ reasons! {
     NoListener = 216, "No listener";
     /// The policy requires TLS termination, which is not implemented.
     NoTlsTermination = 217, "No inspector: TLS termination";
-    /// The packet goes to a workload's interface, but not to an address of the workload.
+    /// The packet leaves by a workload's interface, but its destination is neither an address of the workload nor a
+    /// group.
     NotTheEndpoints = 218, "Destination is not the endpoint's";
     /// A packet with a workload's address entered, or would leave, by an interface that is not guarded; or a packet
     /// entered by an interface that the daemon does not know yet.
@@ -104,15 +105,15 @@ reasons! {
     TruncatedL2 = 224, "Truncated Ethernet header";
     /// The network header is truncated.
     TruncatedL3 = 225, "Truncated network header";
-    /// An ICMP error that quotes no live flow of the endpoint, and no rule allows its type; or an error about an
-    /// inspected connection that quotes no segment in flight.
+    /// An ICMP error that quotes no live flow of the endpoint and whose type no rule allows; or an ICMP error about an
+    /// inspected flow that the programs or the worker do not accept.
     UnrelatedIcmp = 226, "ICMP error for no known flow";
     /// A packet that the state of the connection does not allow, such as a SYN+ACK without a SYN.
     CtInvalidState = 227, "CT: Invalid state";
     /// The kernel could not make the packet's headers readable.
     PullFailed = 228, "Packet data not accessible";
-    /// The node generated the packet with a source address that the node does not have: a reply to a packet that DNAT
-    /// or TPROXY redirected to the node, without a verdict of the node's policy.
+    /// The node generated the packet with a source address that the node does not have. Such a packet replies to one
+    /// that DNAT or TPROXY redirected to the node, and the node's policy has not allowed that flow.
     Translated = 229, "Source is not the node's (DNAT or TPROXY)";
     /// The packet needs inspection, and no worker runs.
     NoWorker = 230, "No worker";
@@ -161,8 +162,8 @@ reasons! {
     /// The destination address of the TLS connection is not a learned address of the server name that the client
     /// requests.
     SniAddress = 251, "Address not learned for the server name";
-    /// A fragment that hides or overlaps its transport header, or overlaps another fragment (RFC 1858, RFC 3128, RFC
-    /// 5722).
+    /// An invalid fragment: for example one that cuts or overlaps the transport header (RFC 1858, RFC 3128), or
+    /// overlaps another fragment (RFC 5722).
     InvalidFragment = 252, "Invalid fragment: cut or overlapped header or data";
 }
 
@@ -184,10 +185,10 @@ impl Reason {
     }
 }
 
-/// Number of values of a reason's number, a `u8`.
+/// Number of values of a `u8`, the type of a reason's number.
 pub(crate) const REASONS: usize = 1 << u8::BITS;
 
-/// Number of slots of the COUNTERS map: reason × direction. The last ones are those of [`counter_slot`].
+/// Number of slots of the COUNTERS map: reason × direction. The last slots are those of [`counter_slot`].
 pub const COUNTER_SLOTS: usize = 2 * REASONS;
 
 /// Slots of the COUNTERS map that do not count packets by reason. They come after the slots of the highest reason, 252.
