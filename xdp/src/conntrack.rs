@@ -1,8 +1,8 @@
 //! Conntrack: the flows that the policy of an endpoint has allowed. One entry holds both directions of a flow.
 //!
-//! Programs change entries in place without atomics ([`Entry`]). When two CPUs handle packets of one flow, a count may
-//! be lost and the last writer's time and flags stay. Of these fields only the TCP flags influence a verdict: a lost
-//! FIN or RST leaves the entry alive until its timeout.
+//! Programs change entries in place without atomics ([`Entry`]). When two CPUs handle packets of one flow, a count can
+//! be lost, and the time and flags of the last writer stay. If a FIN or RST is lost in this way, the entry stays alive
+//! until its timeout.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
@@ -21,14 +21,15 @@ use crate::maps::{CLOCK, CONFIG, CONNTRACK};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// Age from which an answered flow without a handshake is protected, ns. A single query and its answer take less time.
+/// Age from which an answered flow of a protocol other than TCP is protected, ns. A single query and its answer take
+/// less time.
 const SETTLES_AFTER: u64 = 2_000_000_000;
 
 /// The TCP flags that change the state of a connection.
 pub const STATE_FLAGS: u8 = tcp_flags::FIN | tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK;
 
 /// Returns the coarse monotonic clock, ns: the clock of all timeouts, which advances with the tick. Each CPU reads it
-/// once per jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result may lag by
+/// once per jiffy, because the helper takes 13 of the 100 ns that a packet of a known flow costs; the result can lag by
 /// a tick.
 #[inline(always)]
 pub fn now() -> u64 {
@@ -205,8 +206,8 @@ pub fn is_bare_syn(packet: &Packet) -> bool {
         && !packet.is(flags::FRAGMENT_LATER)
 }
 
-/// Returns whether the packet is a SYN of the answering side of a flow without an inspector: a simultaneous open, or
-/// the first SYN was forged with the peer's address.
+/// Returns whether the packet is a SYN of the answering side of a flow without an inspector: either both ends opened
+/// the connection at once, or the source address of the first SYN was forged.
 #[inline(always)]
 pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> bool {
     is_bare_syn(packet) && entry.inspector() == 0 && is_reply(entry, ingress)
@@ -238,9 +239,9 @@ fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closi
     }
 }
 
-/// Returns whether both ends use the flow, so that no new flow may evict it. TCP: the opener has acknowledged the
-/// SYN+ACK. The SYN+ACK is not enough, because a forged SYN causes one too. Other protocols: the flow has been answered
-/// and is older than [`SETTLES_AFTER`].
+/// Returns whether both ends use the flow, so that new flows must not evict it. TCP: the opener has acknowledged the
+/// SYN+ACK, and the connection is not closing. The SYN+ACK is not enough, because a forged SYN causes one too. Other
+/// protocols: the flow has been answered and is older than [`SETTLES_AFTER`].
 #[inline(always)]
 fn is_settled(protocol: u8, flow_flags: u8, forward_tcp: u8, reply_tcp: u8, age: u64) -> bool {
     if flow_flags & ct_flags::REPLIED == 0 {
@@ -414,7 +415,7 @@ pub fn claim_slot(pkt: &mut PacketContext) -> u32 {
     share::claim_slot(&pkt.key, egress, pkt.now, pkt.serial)
 }
 
-/// Creates the entry of a flow that has a slot. Sets the verdict only if the map rejects the entry.
+/// Creates the entry of a flow that has a slot. Sets the verdict only on failure.
 #[inline(never)]
 pub fn insert(pkt: &mut PacketContext) {
     let Some(config) = CONFIG.get(0) else {
@@ -453,7 +454,7 @@ pub fn insert(pkt: &mut PacketContext) {
     entry.punt_flags = pkt.punt_flags;
     // The verifier of Linux 6.1 accepts a key on the stack, but not in the packet context; see `lookup`.
     let key = pkt.key;
-    // An entry that replaces an expired one does not add to the map, so it is not counted.
+    // An entry that replaces another one does not add to the map, so it is not counted.
     if CONNTRACK.insert(&key, &entry, u64::from(BPF_NOEXIST)).is_ok() {
         counters::conntrack_created();
     } else {

@@ -1,6 +1,6 @@
 //! Counters of packets and bytes. The counters are per CPU and not atomic: softirqs are off while a program runs, so no
-//! other program of the same CPU interrupts it. If PREEMPT_RT lets another program interrupt it, a count may be lost,
-//! which does no harm.
+//! other program interrupts it on the same CPU. On PREEMPT_RT another program can, and a count can be lost, which does
+//! no harm.
 
 use palisade_abi::{Counter, Direction, Reason, counter_slot};
 

@@ -105,8 +105,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
     ctx.admit_new_flow(pkt);
 }
 
-/// Returns whether a live entry still allows its flow; sets the verdict otherwise. An entry of an older revision is
-/// evaluated by the policy in force.
+/// Returns whether a packet of a live flow still passes; sets the verdict otherwise. A flow with another revision is
+/// evaluated again by the policy in force.
 #[inline(always)]
 fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool {
     // A bare SYN opens a new connection with the same addresses and ports: the peer's identity may have changed.
@@ -151,8 +151,8 @@ fn known_remote(pkt: &PacketContext) -> IpcacheHit {
     identity::exact(&pkt.key.remote)
 }
 
-/// Looks up the policy for the flow `pkt.key` as if the flow was opened in the given direction. `known`: the ipcache
-/// entry of the peer.
+/// Looks up the policy for the flow `pkt.key` as if the flow had been opened in the given direction. `known`: the
+/// ipcache entry of the peer.
 #[inline(never)]
 fn lookup_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     let identity = if pkt.learns != 0 && ingress == 0 {
@@ -247,7 +247,8 @@ fn reaches_its_workload<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     }
 }
 
-/// Returns whether this machine generated the packet with a source address that it does not have.
+/// Returns whether the packet must be dropped because this machine generated it with a source address that the machine
+/// does not have.
 ///
 /// Such a packet replies to a packet that passed the ingress hook as forwarded, but was then translated (DNAT) or
 /// redirected (TPROXY, routing by fwmark) to the node. The node's policy has not allowed that flow, so the reply is
@@ -283,7 +284,8 @@ fn slot(pkt: &PacketContext) -> u32 {
     }
 }
 
-/// Gives the verdict on a packet that belongs to no live flow, and creates the conntrack entry: steps 3 and 5 to 8.
+/// Gives the verdict on a packet that belongs to no live flow: steps 3 and 5 to 8. Creates the conntrack entry if the
+/// packet begins a flow.
 #[inline(always)]
 pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     // Step 3: addresses.
@@ -304,8 +306,9 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     };
     // Step 6: class of protocol and port.
     let slot = slot(pkt);
-    // Only a bare SYN shows which end opened the flow. For any other packet the opposite direction is looked up too:
-    // otherwise an attacker that sends the first packet would choose the direction whose rules apply to the flow.
+    // Only a bare SYN shows which end opened the flow. For any other packet of TCP, UDP or SCTP the opposite direction
+    // is looked up too: otherwise an attacker that sends the first packet would choose the direction whose rules apply
+    // to the flow.
     pkt.opposite = opposite::NONE;
     if pkt.stateful
         && direction_is_uncertain(pkt.headers.protocol, conntrack::is_bare_syn(&pkt.headers))
@@ -385,7 +388,7 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
 
 /// Handles a packet that may be a reply (it is not a bare SYN and belongs to no flow), that its own direction allows
 /// without inspection, and whose opposite direction is inspected or denied by a deny rule. A default deny of the
-/// opposite direction does not count, because it applies to the packets of every client.
+/// opposite direction does not count: for an ordinary client, the opposite direction is denied by default.
 ///
 /// If the opposite direction is inspected, TCP in mid-stream becomes a flow of that direction: the inspector has not
 /// seen the start of the connection and resets both ends. A SYN+ACK, a reset, UDP and SCTP are dropped. If the opposite
@@ -410,8 +413,8 @@ fn reverse_flow(pkt: &mut PacketContext, ingress: u32) -> u32 {
     0
 }
 
-/// Step 3: returns whether the source address is valid and the packet concerns the endpoint; sets the verdict
-/// otherwise. Writes the ipcache entry of the peer into `pkt`.
+/// Step 3: checks the addresses and the path of the packet. Returns whether the policy of the endpoint must decide
+/// about the packet; sets the verdict otherwise. Writes the ipcache entry of the peer into `pkt`.
 // The function is not inlined: its spilled registers would take stack space while `insert` runs, and on Linux 6.1 the
 // chain of calls has none left.
 #[inline(never)]
@@ -525,9 +528,9 @@ fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
 }
 
 /// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on
-/// its link only (RFC 4007, section 6), and the ipcache holds the node's link-local addresses of all links. So a packet
-/// that entered by a NIC, or that this machine did not generate, has no link-local source of the node, and a packet
-/// that leaves by a NIC has no such destination.
+/// its link only (RFC 4007, section 6), and the ipcache holds the node's link-local addresses of all links. So the
+/// link-local source of a packet that another machine generated is not the node's, and the link-local destination of a
+/// packet that leaves by a NIC is not the node's either.
 #[inline(always)]
 fn forget_other_links<H: Hook>(
     ctx: H,
@@ -573,9 +576,9 @@ fn is_to_group<H: Hook>(ctx: H, pkt: &PacketContext, to: u32) -> bool {
     }
 }
 
-/// Evaluates a live flow by a policy newer than the one that allowed it, in the direction of the flow, whatever
-/// direction the packet has. A denied flow keeps its entry and stays denied in both directions until it expires:
-/// without the entry, the next packet of the reply direction would open a flow of its own.
+/// Evaluates a live flow by the policy in force, in the direction of the flow, whatever direction the packet has. A
+/// denied flow keeps its entry and stays denied in both directions until it expires: without the entry, the next packet
+/// of the reply direction would open a flow of its own.
 #[inline(always)]
 pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) {
     let known = known_remote(pkt);
@@ -649,7 +652,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     pkt.event_flags = conntrack::direction_flags(entry, pkt.is_ingress());
     if pkt.is_dropped() {
         counters::rule(pkt.rule, pkt.headers.length);
-        // No endpoint has revision 0: the next packet evaluates the flow again.
+        // No endpoint has revision 0, so the flow is evaluated again for its next packet.
         entry.set_revision(0);
     } else {
         entry.set_revision(pkt.revision);
@@ -669,8 +672,9 @@ fn read_quote<H: Hook>(ctx: H, pkt: &PacketContext, quote: &mut Quote) -> u32 {
     u32::from(decode_quote(&ctx.bytes(true), &pkt.headers, quote).is_err())
 }
 
-/// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]; sets the reason of the drop if
-/// the error is invalid. The caller looks the flow up, because the stack has no room for both the quote and the lookup.
+/// Writes the key of the flow that an ICMP error quotes, and sets [`Reason::Related`]. Sets another reason if the error
+/// is invalid or its quote identifies no flow. The caller looks the flow up, because the stack has no room for both the
+/// quote and the lookup.
 #[inline(always)]
 pub fn match_icmp_error<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let mut quote = Quote::default();

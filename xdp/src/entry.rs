@@ -7,7 +7,7 @@ use palisade_abi::CtEntry;
 /// A value of the CONNTRACK map.
 ///
 /// Programs on two CPUs may handle packets of one flow at once, so a reference would alias. Each access reads or writes
-/// one field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU may be lost.
+/// one field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU can be lost.
 /// Counters and times tolerate that; [`CtEntry::decided`] protects the decisions of an inspector.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -52,12 +52,12 @@ macro_rules! read_only_fields {
 }
 
 impl Entry {
-    /// Returns the entry at `at`; none if the pointer is null.
+    /// Returns the entry at `at`; `None` if the pointer is null.
     ///
     /// # Safety
     /// `at` is null or a value of the CONNTRACK map that the running program looked up. Such a value stays readable and
     /// writable until the program ends (RCU). If the kernel gives the element to another flow before that, reads return
-    /// values of that flow and writes change its counters; [`CtEntry::serial`] distinguishes the two flows.
+    /// values of that flow and writes change its entry; [`CtEntry::serial`] distinguishes the two flows.
     #[inline(always)]
     pub unsafe fn new(at: *mut CtEntry) -> Option<Self> {
         // This compiles to no branch, because `Option<NonNull>` is a nullable pointer. LLVM would duplicate all code

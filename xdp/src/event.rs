@@ -29,8 +29,8 @@ fn slot(pkt: &PacketContext, what: u32) -> u32 {
     budget_slot(what >> 8, pkt.reason)
 }
 
-/// Takes a token from the budget of this kind and reason. Returns whether a token was left. A bucket is refilled once a
-/// second.
+/// Takes a token from the budget of this kind and reason. Returns whether the event can be sent. A bucket is refilled
+/// once a second.
 #[inline(always)]
 pub fn may_send(pkt: &PacketContext, what: u32) -> bool {
     let (slot, now) = (slot(pkt, what), pkt.now);
@@ -82,8 +82,8 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
         event_flags |= event_flags::EGRESS;
     }
     let event = record.as_mut_ptr();
-    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory holds
-    // an older record.
+    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory can
+    // hold an older record.
     unsafe {
         (*event).time = bpf_ktime_get_ns();
         (*event).source = packet.source;

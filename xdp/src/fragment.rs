@@ -28,15 +28,16 @@ fn key(pkt: &PacketContext) -> FragmentKey {
     }
 }
 
-/// Stores the ports of a first fragment that a rule has allowed or denied, so that the same rule decides about the
-/// later fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
+/// Stores the ports of a first fragment that a policy has allowed or denied, so that the same rules apply to the later
+/// fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
 #[inline(never)]
 pub fn remember(pkt: &mut PacketContext) -> u32 {
     let judged = !pkt.is_dropped() || pkt.rule != 0;
     if !judged || pkt.reason == Reason::Forwarded as u8 {
         return 0;
     }
-    // `pkt.endpoint` is the node if the node's policy was looked up too; the share is that of the interface's endpoint.
+    // `pkt.endpoint` is the node if the node's policy was looked up too, but the slot belongs to the share of the
+    // interface's endpoint.
     let Some(interface) = INTERFACES.get(pkt.ifindex & (ID_SLOTS as u32 - 1)) else {
         return 0;
     };
@@ -66,7 +67,7 @@ pub fn remember(pkt: &mut PacketContext) -> u32 {
     0
 }
 
-/// Sets the ports of a later fragment to those of the first fragment.
+/// Sets the ports of a later fragment to those of the first fragment, or marks them as unknown.
 #[inline(never)]
 pub fn resolve(pkt: &mut PacketContext) -> u32 {
     let key = key(pkt);

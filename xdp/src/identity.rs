@@ -24,7 +24,7 @@ impl IpcacheHit {
         Self((u64::from(entry.endpoint) << 32) | u64::from(entry.identity))
     }
 
-    /// Returns the endpoint of this node that has the address; 0 if none has.
+    /// Returns the endpoint of this node that has the address; 0 if no endpoint has it.
     #[inline(always)]
     pub fn endpoint(self) -> u32 {
         (self.0 >> 32) as u32
@@ -37,7 +37,7 @@ impl IpcacheHit {
     }
 }
 
-/// Returns the node's own endpoint; 0 before user space has configured one.
+/// Returns the node's own endpoint; 0 before user space has configured it.
 #[inline(always)]
 pub fn host_endpoint() -> u32 {
     match CONFIG.get(0) {
@@ -74,7 +74,7 @@ pub fn exact_here(addr: &Addr) -> IpcacheHit {
 }
 
 /// Returns the identity of the peer of a flow that `endpoint` opens. A learned address takes precedence over prefixes,
-/// but not over a peer that has labels of its own. `known`: the exact ipcache entry.
+/// but not over a reserved identity or an identity of a label set. `known`: the exact ipcache entry.
 #[inline(never)]
 pub fn learned(addr: &Addr, known: u64, endpoint: u32) -> u32 {
     let exact = IpcacheHit(known).identity();
@@ -124,11 +124,12 @@ impl From<IpcacheHit> for u64 {
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// Result of [`route`]: the kernel would refuse to forward the packet.
+/// Result of [`route`]: the kernel would not deliver the packet locally, and the lookup names no interface by which the
+/// packet would leave.
 pub const NOWHERE: u32 = u32::MAX;
 
-/// Returns whether an address is unique on its link only (RFC 4291, section 2.5.6). An IPv4 address of 169.254.0.0/16
-/// is not treated as link-local: Linux accepts packets to such an address of the node on every link.
+/// Returns whether an address is link-local and thus unique only on its link (RFC 4291, section 2.5.6). An IPv4 address
+/// of 169.254.0.0/16 is not treated as link-local: Linux accepts packets to such an address of the node on every link.
 #[inline(always)]
 pub fn is_link_local(addr: &Addr) -> bool {
     addr.0[0] & u32::from_ne_bytes([0xff, 0xc0, 0, 0]) == u32::from_ne_bytes([0xfe, 0x80, 0, 0])
@@ -144,8 +145,8 @@ pub fn is_forwarded<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     route(ctx, pkt) != 0
 }
 
-/// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if it would refuse to;
-/// 0 if it delivers the packet locally.
+/// Returns the index of the interface by which the kernel would forward the packet; [`NOWHERE`] if there is no such
+/// interface; 0 if the kernel would deliver the packet locally or the result is unclear.
 #[inline(always)]
 pub fn route<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     ask_route(ctx, pkt, false)

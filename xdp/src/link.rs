@@ -1,10 +1,9 @@
 //! Step 2, link control: messages that a link needs to work pass regardless of the policies. This module also decides
 //! about frames that are not IP.
 //!
-//! A message passes only if it stays on the link: its hop limit shows that no router has forwarded it, the node does
-//! not forward packets to its destination, and at a workload's interface its length does not exceed the maximum for its
-//! type. A message whose sender names the address of another endpoint as its own is dropped. The policy decides about
-//! every other message.
+//! An IP message passes only if no router has forwarded it and the node will not forward it; at a workload's interface
+//! its length is limited too. A message that is malformed, or that names the address of another endpoint as the
+//! sender's own, is dropped. The policy decides about the remaining messages.
 
 use palisade_abi::{
     Addr, CLASS_ANY, Decision, ETHER_TYPE_LLC, EventKind, ID_SLOTS, Interface, PolicyKey, Reason, TracePoint,
@@ -34,8 +33,8 @@ const BY_POLICY: u32 = Reason::Allowed as u32;
 const PASS: u32 = Reason::LinkControl as u32;
 const SPOOFED: u32 = Reason::InvalidSourceIp as u32;
 
-/// Gives the verdict on a frame that is not IP, or on an IGMP or ICMPv6 message, if link control decides about it. The
-/// reason stays 0 if the policy decides.
+/// Gives the verdict on a frame that is not IP. On an IGMP or ICMPv6 message, gives a verdict only if link control
+/// decides; otherwise the reason stays 0, and the policy decides.
 #[inline(always)]
 pub fn check<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     let packet = &pkt.headers;
@@ -84,7 +83,7 @@ pub fn role_of(ifindex: u32) -> u8 {
     }
 }
 
-/// Returns the `N` bytes of the frame at offset `at`. Makes them readable first if necessary.
+/// Returns the `N` bytes of the frame at offset `at`; `None` if they cannot be made readable.
 #[inline(always)]
 fn read<H: Hook, const N: usize>(ctx: H, at: u32) -> Option<[u8; N]> {
     if let Some(found) = ctx.bytes(false).array::<N>(at) {
@@ -102,9 +101,9 @@ fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
     <Linear as Bytes>::word(header, at)
 }
 
-/// Returns the reason for a frame that is not IP. ARP passes; on a NIC also the link-local control group
-/// 01:80:C2:00:00:0x (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and the EtherTypes of the
-/// configuration. Any other frame passes only if no policy enforces the direction, or in audit mode.
+/// Returns the reason for a frame that is not IP. [`arp`] decides about ARP. On a NIC, frames to the link-local control
+/// group 01:80:C2:00:00:0x (spanning tree, LACP, LLDP, 802.1X; IEEE 802.1Q, table 8-1) and frames of the configured
+/// EtherTypes pass. Any other frame passes only if no policy enforces the direction, or in audit mode.
 #[inline(always)]
 fn not_ip<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     if pkt.layer3 == 0 {
@@ -155,11 +154,11 @@ fn unenforced(pkt: &PacketContext) -> u32 {
     } else {
         default_reason(host, u32::from(pkt.direction ^ 1))
     };
-    // Both are Allowed, Audited or UnsupportedL3: the larger number is the stricter verdict.
+    // Both values are Allowed, Audited or UnsupportedL3: the larger number is the stricter verdict.
     if own > node { own } else { node }
 }
 
-/// Returns whether the policy of an endpoint denies a direction by default.
+/// Returns whether an endpoint's policy drops packets of a direction by default; false in audit mode.
 #[inline(always)]
 pub fn is_enforced(endpoint: u32, direction: u32) -> bool {
     default_reason(endpoint, direction) == Reason::UnsupportedL3 as u32
@@ -201,11 +200,11 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
 
 /// Returns whether a message may name `addr` as the address of its sender.
 ///
-/// From a workload: an address of its endpoint, or a link-local address that the node does not have. From a NIC: any
-/// address that no workload has; the node's own addresses pass, so that the kernel sees address conflicts (RFC 5227;
-/// RFC 4862, section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy
-/// ARP); otherwise an address that no endpoint has, or a workload's if the message entered by a workload's interface,
-/// where it was checked.
+/// From a workload: an address of its endpoint, or a link-local address that no endpoint has. From a NIC: any address
+/// that no workload has; the node's own addresses pass, so that the kernel sees address conflicts (RFC 5227; RFC 4862,
+/// section 5.4). Towards a workload and out of a NIC: any address if the node generated the message (proxy ARP);
+/// otherwise an address that no endpoint has, or a workload's if the message entered by a workload's interface, where
+/// it was checked.
 #[inline(always)]
 fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
     let owner = identity::exact(addr).endpoint();
@@ -222,8 +221,8 @@ fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
 }
 
 /// Returns the reason for an ARP packet (RFC 826). At a workload's interface only requests and replies for IPv4 over
-/// Ethernet pass. The sender's address must satisfy [`may_name`] or be 0.0.0.0, as in a probe (RFC 5227, section
-/// 2.1.1).
+/// Ethernet pass. An IPv4 address of the sender must satisfy [`may_name`] or be 0.0.0.0, as in a probe (RFC 5227,
+/// section 2.1.1).
 #[inline(always)]
 fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];
@@ -271,8 +270,8 @@ fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     }
 }
 
-/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass: a
-/// unicast packet that a router forwarded may also arrive with a TTL of 1.
+/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass
+/// without a policy lookup: a unicast packet with a TTL of 1 can come from another link.
 #[inline(always)]
 fn igmp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let packet = &pkt.headers;
@@ -318,7 +317,7 @@ fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, pkt)
         }
-        // Only routers on a NIC's link configure this node; a workload's advertisement would redirect the node's
+        // Only routers on a NIC's link configure this node; a workload's advertisement could redirect the node's
         // traffic.
         icmpv6::ROUTER_ADVERTISEMENT if pkt.hook_point == hook_point::NIC_IN => discovery(ctx, pkt),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, pkt),
@@ -326,8 +325,8 @@ fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     }
 }
 
-/// Returns the reason for an MLD message: hop limit 1, to a group, from a link-local or unspecified source (RFC 2710,
-/// section 3; RFC 3590).
+/// Returns the reason for an MLD message. Such a message has hop limit 1, goes to a group and has a link-local or
+/// unspecified source (RFC 2710, section 3; RFC 3590).
 #[inline(always)]
 fn listener<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let packet = &pkt.headers;
@@ -358,7 +357,7 @@ fn listener<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     }
 }
 
-/// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept hop limit 255 and code 0 only; a
+/// Returns the reason for a neighbour discovery message (RFC 4861). Receivers accept only hop limit 255 and code 0; a
 /// forwarded packet has a smaller hop limit.
 #[inline(always)]
 fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
@@ -397,7 +396,8 @@ fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
         }
     }
     if !is_nic(pkt) {
-        // There is room for one link-layer address option, in a solicitation also for a nonce (RFC 7527).
+        // Room for options: a solicitation can contain a link-layer address and a nonce (RFC 7527), any other message
+        // only a link-layer address.
         let room = if is_solicitation { 16 } else { 8 };
         if headers(packet) != IPV6 || length > options + room {
             return BY_POLICY;
@@ -430,8 +430,8 @@ fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
         )
 }
 
-/// Returns whether the node does not forward the packet to another link: the destination is link-local or in ff02::/16,
-/// or the routing table delivers it locally or to the same link.
+/// Returns whether the node does not forward the packet to another link. Link-local destinations, unicast or multicast,
+/// never leave the link; for others, the ipcache or the routing table decides.
 #[inline(always)]
 fn stays_on_link<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     let to = &pkt.headers.destination;

@@ -71,7 +71,7 @@ pub struct PacketContext {
     pub egress: u8,
     /// The packet is a later fragment whose first fragment has not been seen, so its ports are unknown.
     pub ports_unknown: bool,
-    /// Whether the packet may create a conntrack entry.
+    /// Whether the packet can match or create a conntrack entry.
     pub stateful: bool,
     /// Whether the decoder compares lengths with the whole frame rather than with its linear part.
     pub full_length: bool,

@@ -97,7 +97,7 @@ fn hash(key: &CtKey) -> u32 {
 }
 
 /// Redirects a packet to the worker of its flow. If that fails, sets the reason of the drop, or [`Reason::FailedOpen`]
-/// if the configuration lets the packet pass without inspection.
+/// if no worker runs and the configuration lets such packets pass without inspection.
 #[inline(always)]
 pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let (Some(config), Some(header)) = (CONFIG.get(0), PUNT.get_ptr_mut(0)) else {
@@ -158,9 +158,9 @@ fn has_cookie(bytes: &Linear) -> bool {
     }
 }
 
-/// Drops frames that a socket of this machine sends to an end of the punt link, before they fill the receive queue of
-/// the other end. The tc egress hook sees neither XDP redirects nor AF_XDP transmission (`dev_direct_xmit`); a frame
-/// that a tc program redirects begins with the cookie.
+/// Drops frames that the programs have not punted, for example from a packet socket, before they fill the receive queue
+/// of the other end of the punt link. The tc egress hook sees neither XDP redirects nor AF_XDP transmission
+/// (`dev_direct_xmit`); a frame that a tc program redirects begins with the cookie.
 #[inline(always)]
 pub fn only_punted(ctx: Skb) -> i32 {
     let bytes = ctx.bytes(false);

@@ -3,13 +3,13 @@
 //! A new flow takes a slot of its endpoint and direction; the flow that held the slot is deleted unless it is
 //! protected. A flow is protected once both ends use it. It then counts against the endpoint's budget of protected
 //! flows until it closes. If the budget is used up, the flow keeps its slot instead. So a flood, even one of complete
-//! handshakes, evicts only new flows of the same endpoint and direction.
+//! handshakes, evicts only unprotected flows of the same endpoint and direction.
 //!
-//! The slot is that of the oldest flow among [`SHARE_WAYS`] slots at a random place. This approximates "the oldest of
-//! all" without a cursor that all CPUs share, and without atomic additions, which the BPF target of Rust lacks. The
-//! counts of protected flows are plain additions: if two CPUs change a count at the same instant, the count is off by
-//! one until the next sweep counts the flows again. The map has room for more such errors than ten seconds can cause
-//! (`datapath::shares`).
+//! A new flow in general takes the slot of the oldest flow among [`SHARE_WAYS`] slots at a random place. This
+//! approximates "the oldest of all" without a cursor that all CPUs share, and without atomic additions, which the BPF
+//! target of Rust lacks. The counts of protected flows are plain additions: if two CPUs change a count at the same
+//! instant, the count is off by one until the next sweep counts the flows again. The map has room for more such errors
+//! than can occur in ten seconds (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use palisade_abi::{CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
@@ -48,8 +48,8 @@ fn place(slots: u32, random: u32) -> u32 {
     ((u64::from(random) * u64::from(sets)) >> 32) as u32 * SHARE_WAYS
 }
 
-/// Takes a slot at a random place for a flow whose entry is made afterwards. Deletes the flow that held the slot unless
-/// that flow is protected. Returns 0 if the endpoint has no share.
+/// Takes a slot at a random place for a flow. Deletes the flow that held the slot unless that flow is protected.
+/// Returns 0 if the endpoint has no share.
 #[inline(never)]
 pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32 {
     let Some(share) = share(u32::from(key.endpoint), direction) else {
@@ -72,8 +72,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
     let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
-    // The time of creation of each slot is read once: if another CPU takes the slot afterwards, that time does not
-    // match the new flow, and the new flow is not deleted.
+    // The time of creation in each slot is read once: if another CPU takes the slot afterwards, that time does not
+    // match the other CPU's flow, which is then not deleted.
     let mut oldest_at = created_at(oldest);
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
@@ -104,8 +104,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         }
     }
     // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key. If another
-    // CPU writes the key at the same time, the helper finds no flow or deletes the new flow, whose next packet gets a
-    // new verdict.
+    // CPU writes the key at the same time, the helper finds no flow or deletes the other CPU's flow, whose next packet
+    // gets a new verdict.
     if holder.is_some() && CONNTRACK.remove(unsafe { &(*slot).key }).is_ok() {
         counters::conntrack_evicted();
     }
@@ -127,7 +127,7 @@ fn created_at(slot: *mut FlowSlot) -> u64 {
     unsafe { core::ptr::read_volatile(&raw const (*slot).created) }
 }
 
-/// Returns the flow that was created at `created` and holds a slot; none if the slot is free, or its flow is gone or
+/// Returns the flow that was created at `created` and holds a slot; `None` if the slot is free, or its flow is gone or
 /// protected.
 #[inline(always)]
 fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
@@ -144,8 +144,8 @@ fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
     (entry.created() == created && entry.protected() == 0).then_some(entry)
 }
 
-/// Protects a flow that both ends use (`settled`), or ends its protection. If the budget is used up, the flow stays
-/// unprotected.
+/// Protects a flow that both ends use (`settled`), or ends its protection and takes a slot for it. If the budget is
+/// used up, the flow stays unprotected.
 #[inline(never)]
 pub fn set_protected(key: &CtKey, entry: Entry, settled: u32) -> u32 {
     if settled != 0 {
@@ -198,8 +198,8 @@ pub fn release_protection(key: &CtKey, entry: Entry) {
     }
 }
 
-/// Takes a slot for a fragmented datagram at an interface of `endpoint`, before its entry is made. Deletes the datagram
-/// that held the slot. Returns 0 if the endpoint has no share.
+/// Takes a slot for a fragmented datagram at an interface of `endpoint`. Deletes the ports of the datagram that held
+/// the slot. Returns 0 if the endpoint has no share.
 #[inline(never)]
 pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u32 {
     let Some(share) = share(endpoint, key.hook & 1) else {

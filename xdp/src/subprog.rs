@@ -1,8 +1,8 @@
 //! The global functions of the programs, made by one macro for XDP and for tc.
 //!
 //! The verifier checks a global function (exported, with the C calling convention) once, by the types of its
-//! parameters; it walks any other function again for each path that calls the function. A global function gets memory
-//! whose content is unknown and which may be null, and returns a number.
+//! parameters; it walks any other function again for each path that calls the function. A global function gets
+//! pointers, which can be null, to memory of unknown content, and returns a number.
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{CtEntry, TracePoint};

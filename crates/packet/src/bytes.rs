@@ -2,7 +2,7 @@
 
 use palisade_abi::Reason;
 
-/// Limit of the offset of a header in a frame, bytes. A chain of IPv6 extension headers beyond the limit is malformed,
+/// Limit of the offset of a header in a frame, bytes. A chain of IPv6 extension headers that does not fit is malformed,
 /// and an ICMP error that quotes such a chain matches no flow.
 pub const MAX_HEADERS: u32 = 1024;
 
@@ -16,7 +16,8 @@ pub trait Bytes {
         self.len() == 0
     }
 
-    /// Returns `N` bytes at `offset`; none if not all of them are readable in place.
+    /// Returns `N` bytes at `offset`; `None` if not all of them are readable in place, or if `offset` exceeds
+    /// [`MAX_HEADERS`].
     fn array<const N: usize>(&self, offset: u32) -> Option<&[u8; N]>;
 
     /// Returns the four bytes at offset `at` of a header from [`Self::array`] as one word, without a byte swap. Callers

@@ -17,8 +17,8 @@ pub(crate) fn note(
     payload: u32,
 ) -> Result<(), Reason> {
     packet.fragment_id = id;
-    // The payload of each fragment but the last is a multiple of eight bytes (RFC 791, section 3.2; RFC 8200, section
-    // 4.5). A datagram has at most 65,535 bytes, so no fragment may end beyond that length.
+    // The payload of each fragment except the last is a multiple of eight bytes (RFC 791, section 3.2; RFC 8200,
+    // section 4.5). A datagram has at most 65,535 bytes, so a fragment that ends beyond that length is invalid.
     if payload == 0 || (more && !payload.is_multiple_of(8)) || offset + payload > 65_535 {
         packet.flags |= if offset == 0 {
             flags::FRAGMENT_FIRST

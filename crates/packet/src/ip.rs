@@ -164,8 +164,8 @@ impl Options {
     #[inline(never)]
     fn step<B: Bytes + ?Sized>(&mut self, bytes: &B, end: u32) -> Result<(), Reason> {
         let offset = u32::from(self.offset);
-        // The read includes the byte before, because the verifier derives no bound from the comparison for a single
-        // byte (docs/VERIFIER.md).
+        // The read includes the byte before the option, because the verifier derives no bound from the comparison for a
+        // single byte (docs/VERIFIER.md).
         let kind = take::<2, B>(bytes, offset - 1, end, Reason::InvalidIpv4)?[1];
         let length = match kind {
             option::END => end - offset,
@@ -188,7 +188,8 @@ impl Options {
 ///
 /// The state is in memory and each step is a call, so the verifier checks each step by itself; otherwise it would
 /// follow every sequence of headers to its end. The verifier forgets most values that are stored at an offset other
-/// than a multiple of eight; the field `zero` gives `offset`, `next`, `fragments` and `fragment` such offsets.
+/// than a multiple of eight; the field `zero` gives `offset`, `next`, `fragments` and `fragment` such offsets, so the
+/// verifier has fewer states to tell apart.
 #[repr(C, align(8))]
 #[derive(Default)]
 pub(crate) struct Chain {
@@ -227,7 +228,8 @@ impl Chain {
         self.fragment & 1 != 0
     }
 
-    /// Skips the header at `offset` in a packet that ends at `end`. `position`: number of headers before it.
+    /// Skips the header at `offset` in a packet that ends at `end`. `position`: number of extension headers before that
+    /// header.
     #[inline(never)]
     pub(crate) fn step<B: Bytes + ?Sized>(
         &mut self,
@@ -251,8 +253,8 @@ impl Chain {
             _ => (u32::from(header[1]) + 1) * 8,
         };
         // With segments left, the next node sends the packet to an address other than the destination that the policy
-        // has checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver may do the same for a type that is
-        // unknown here.
+        // has checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver could do the same for a type that the
+        // decoder does not know.
         if kind == ROUTING && (header[3] != 0 || !ROUTING_TYPES.contains(&header[2])) {
             return Err(Reason::InvalidIpv6Extension);
         }

@@ -2,10 +2,10 @@
 //! TCP, UDP, SCTP, ICMP and ICMPv6 that a verdict depends on.
 //!
 //! The BPF programs and user space share this source: tests in user space test the code that runs in the kernel. The
-//! decoder reads bytes through [`Bytes`], copies and allocates nothing, and bounds every loop.
+//! decoder reads the frame in place through [`Bytes`], allocates nothing, and bounds every loop.
 //!
-//! A packet that the firewall and its receiver could interpret differently is malformed, even if some receivers accept
-//! it.
+//! A packet counts as malformed if the firewall and the receiver could interpret it differently, even if some receivers
+//! accept it.
 //!
 //! Depends on `palisade-abi`. Start at [`decode`], which fills a [`Packet`].
 #![no_std]
@@ -51,15 +51,15 @@ pub enum Start {
 /// After an error, `packet` holds the fields that were decoded before it, for the event.
 ///
 /// # Errors
-/// The reason why the packet is malformed. [`Reason::PullFailed`]: the frame has bytes that are not readable in place;
-/// the caller makes the first [`MAX_HEADERS`] bytes readable and tries again.
+/// The reason why the packet is malformed. [`Reason::PullFailed`]: a header is not readable in place; the caller makes
+/// the first [`MAX_HEADERS`] bytes of the frame readable and tries again.
 #[inline(always)]
 pub fn decode<B: Bytes + ?Sized>(bytes: &B, start: Start, packet: &mut Packet) -> Result<(), Reason> {
     match start {
         Start::Ethernet { tags_removed } => ethernet::decode(bytes, tags_removed, packet)?,
         Start::Network => {
-            // 20 bytes are the shortest network header. From a comparison for a single byte at offset 0 the verifier
-            // derives no bound (docs/VERIFIER.md).
+            // Read 20 bytes, the shortest network header: the verifier derives no bound from a comparison for a single
+            // byte at offset 0 (docs/VERIFIER.md).
             let header = take::<20, B>(bytes, 0, bytes.len(), Reason::TruncatedL3)?;
             packet.ether_type = match header[0] >> 4 {
                 4 => ETHER_TYPE_IPV4,

@@ -6,7 +6,7 @@ use palisade_abi::{Addr, protocol};
 pub mod flags {
     /// IPv6.
     pub const IPV6: u8 = 1;
-    /// Not IP; [`super::Packet::ether_type`] tells the protocol.
+    /// Not IP; [`super::Packet::ether_type`] is the protocol.
     pub const NOT_IP: u8 = 2;
     /// The first of several fragments.
     pub const FRAGMENT_FIRST: u8 = 4;
@@ -44,7 +44,7 @@ pub struct Packet {
     pub network_offset: u16,
     /// Offset of the transport header in the frame, if there is one, bytes.
     pub transport_offset: u16,
-    /// IP protocol. Later IPv6 fragments: the next header of the fragment header, which may be an extension header.
+    /// IP protocol. Later IPv6 fragments: the next header of the fragment header, which can be an extension header.
     pub protocol: u8,
     /// TCP flags.
     pub tcp_flags: u8,

@@ -16,7 +16,7 @@ const MAX_ERROR_V6: u32 = 1280;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Quote {
-    /// Source address, to which the error is sent.
+    /// Source address; a valid error is sent to this address.
     pub source: Addr,
     /// Destination address.
     pub destination: Addr,
@@ -35,10 +35,9 @@ pub struct Quote {
 /// Decodes the packet that an ICMP error quotes into `quote`, which must be [`Quote::default`].
 ///
 /// # Errors
-/// [`Reason::UnrelatedIcmp`] if the error is longer than the maximum, or if the quoted packet identifies no flow: it is
-/// truncated within the first eight bytes of its transport header, a later fragment, or an ICMP message other than
-/// echo. [`Reason::InvalidIpv6Extension`] or [`Reason::TruncatedL3`] if its extension headers are invalid.
-/// [`Reason::PullFailed`] as in [`crate::decode`].
+/// [`Reason::UnrelatedIcmp`] if the error is too long, or if the quoted packet identifies no flow, for example because
+/// it is a later fragment. [`Reason::InvalidIpv6Extension`] or [`Reason::TruncatedL3`] if the extension headers of the
+/// quoted packet are invalid. [`Reason::PullFailed`] as in [`crate::decode`].
 #[inline(always)]
 pub fn decode_quote<B: Bytes + ?Sized>(bytes: &B, packet: &Packet, quote: &mut Quote) -> Result<(), Reason> {
     let short = Reason::UnrelatedIcmp;

@@ -48,7 +48,7 @@ pub mod icmpv6 {
 }
 
 /// Returns whether a TCP implementation sends this combination of flags (RFC 9293, sections 3.5 and 3.10). PSH, URG and
-/// the congestion flags do not matter.
+/// the congestion flags (RFC 3168) are ignored.
 #[inline(always)]
 #[must_use]
 pub const fn valid_tcp_flags(set: u8) -> bool {

@@ -95,10 +95,10 @@ pub trait Hook: Copy {
     fn pull_headers(self) -> bool;
     /// Calls the helper `bpf_fib_lookup`.
     fn route(self, question: &mut bpf_fib_lookup) -> i64;
-    /// Copies the bytes of the frame at offset `at` into `into`. Returns whether the frame has them.
+    /// Copies the bytes of the frame at offset `at` into `into`. Returns whether that succeeded.
     fn load<const N: usize>(self, at: u32, into: &mut [u32; N]) -> bool;
-    /// Overwrites `length` bytes of the frame at offset `at` with the first bytes of `from`. Returns whether the frame
-    /// has them.
+    /// Overwrites `length` bytes of the frame at offset `at` with the first bytes of `from`. Returns whether that
+    /// succeeded.
     fn store<const N: usize>(self, at: u32, from: &mut [u32; N], length: u32) -> bool;
     /// Truncates the frame to `length` bytes. Returns whether that worked.
     fn cut(self, length: u32) -> bool;

@@ -106,7 +106,7 @@ impl Hook for Xdp {
             return FAILED;
         }
         // SAFETY: the comparison above shows that the packet has `LENGTH` bytes. A frame starts at an even address, so
-        // halves of words are aligned; `header` points to a map value of `LENGTH` bytes that only this CPU uses.
+        // the `u16` accesses are aligned; `header` points to a map value of `LENGTH` bytes that only this CPU uses.
         unsafe {
             let to = bytes.start as *mut u16;
             let from = header.cast::<u16>();
