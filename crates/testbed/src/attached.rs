@@ -1,5 +1,5 @@
-//! Queries the BPF programs attached to an interface from the kernel, because older versions of bpftool do not know
-//! tcx.
+//! Asks the kernel which hooks of an interface have BPF programs. bpftool is not used, because older versions do not
+//! know tcx.
 
 use std::io;
 

@@ -66,7 +66,7 @@ impl Capture {
             .clone()
     }
 
-    /// Returns the number of packets for which `wanted` returns true.
+    /// Returns the number of packets captured so far for which `wanted` returns true.
     pub fn count(&self, wanted: impl Fn(&Packet) -> bool) -> usize {
         self.packets
             .lock()
@@ -76,18 +76,18 @@ impl Capture {
             .count()
     }
 
-    /// Returns the number of incoming packets from `source`.
+    /// Returns the number of incoming packets from `source` captured so far.
     #[must_use]
     pub fn received_from(&self, source: IpAddr) -> usize {
         self.count(|p| !p.outgoing && p.source == source)
     }
 
-    /// Waits for a packet for which `wanted` returns true.
+    /// Waits until at least one packet has been captured, since the start, for which `wanted` returns true.
     pub fn wait(&self, what: &str, timeout: Duration, wanted: impl Fn(&Packet) -> bool) -> Result<()> {
         self.wait_for(1, what, timeout, wanted)
     }
 
-    /// Waits for `count` packets for which `wanted` returns true.
+    /// Waits until at least `count` packets have been captured, since the start, for which `wanted` returns true.
     pub fn wait_for(
         &self,
         count: usize,
@@ -123,7 +123,7 @@ pub(crate) fn open(index: u32) -> io::Result<Socket> {
     // SAFETY: the storage holds a `sockaddr_ll` of that size, initialised above.
     let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
     socket.bind(&address)?;
-    // The default receive buffer holds only some hundred packets. If the buffer cannot be enlarged, the capture may
+    // The default receive buffer holds only some hundred packets. If the buffer cannot be enlarged, the capture can
     // miss packets of a fast sender.
     let _ = socket.set_recv_buffer_size(8 << 20);
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;

@@ -18,9 +18,9 @@ use crate::{
     topology::{NIC, Topology},
 };
 
-/// Longest time that a request to the daemon may take.
+/// Timeout of a request to the daemon.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Longest time that a start may take; most of it is spent in the kernel's verifier.
+/// Timeout of a start of the daemon. The kernel's verifier takes most of the time of a start.
 const START: Duration = Duration::from_secs(90);
 
 /// The hooks of the programs, as values of the configuration file.
@@ -58,7 +58,7 @@ pub struct Settings {
     /// The hooks of the programs.
     pub hooks: Hooks,
     /// Whether the configuration names the workloads' network namespaces. The daemon seeds conntrack with the
-    /// connections that are open in them.
+    /// connections that are open in these namespaces.
     pub seed: bool,
     /// Further tables in TOML: `[limits]`, `[timeouts]`, `[[peer]]`, `[[namespace]]`.
     pub tables: String,
@@ -204,7 +204,7 @@ impl Daemon {
         &self.pins
     }
 
-    /// Returns the process id; `None` if the daemon was ended.
+    /// Returns the process id; `None` if the daemon has not been started or has been ended by this `Daemon`.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Process::pid)
@@ -311,7 +311,7 @@ impl Daemon {
 
     /// Replaces the contents of the policy folder, and waits until the policies are enforced.
     ///
-    /// The files get new names, so that the daemon's status of a file cannot be that of an earlier file.
+    /// The files get new names, because the daemon's status identifies a file by its name.
     pub fn apply(&self, policies: &[(&str, &str)]) -> Result<()> {
         let n = serial();
         let old: Vec<PathBuf> = fs::read_dir(self.policies())?

@@ -31,7 +31,7 @@ use crate::{
     process::{Process, output},
 };
 
-/// The port of all DNS servers.
+/// The port of all DNS servers in this module.
 pub const PORT: u16 = 53;
 const START: Duration = Duration::from_secs(10);
 /// Interval at which a thread checks whether it must stop.
@@ -107,7 +107,7 @@ impl Said {
         }
     }
 
-    /// Creates a response without records.
+    /// Creates a response with a response code and without records.
     #[must_use]
     pub fn rcode(rcode: u8) -> Self {
         Self {
@@ -250,7 +250,7 @@ impl Serving {
                             one.address.unwrap_or(this.at.ip()),
                             one.port.unwrap_or(this.at.port()),
                         );
-                        // The policy may block the response, which makes sending fail.
+                        // Ignore errors: sending fails if the policy blocks the response.
                         let _ = match &socket {
                             Ok(socket) if other == this.at => socket.send_to(&message, from).map(drop),
                             _ => send_from(&this.ns, other, from, &message),
@@ -274,7 +274,7 @@ impl Serving {
             };
             let this = self.clone();
             thread::spawn(move || {
-                // The client may close the connection at any time.
+                // Ignore errors: the client can close the connection at any time.
                 let _ = this.stream(stream, from);
             });
         }
@@ -353,7 +353,7 @@ impl Query {
             Some(name) => question(name, self.kind),
             None => self.question.clone(),
         };
-        // QR, AA and RA are set; opcode and RD are those of the query.
+        // QR, AA and RA are set; opcode and RD are copied from the query.
         let flags = 0x8480 | self.flags & 0x7900 | u16::from(said.truncated) << 9 | u16::from(said.rcode);
         let sections = [&said.answer, &said.authority, &said.additional];
         let mut counts = sections.map(|records| records.len() as u16);
@@ -395,7 +395,7 @@ pub fn question(name: &str, kind: u16) -> Vec<u8> {
     question
 }
 
-/// Returns a query with these questions and RD set.
+/// Returns a query with these questions and the RD flag.
 #[must_use]
 pub fn query(id: u16, questions: &[(&str, u16)]) -> Vec<u8> {
     let mut message = Vec::new();
@@ -595,7 +595,7 @@ impl Server {
         Self::run("dnsmasq", ns, command, addresses, dir)
     }
 
-    /// Starts knotd with these records, each in the zone of the top-level domain of its owner name. Every client may
+    /// Starts knotd with these records, each in the zone of the top-level domain of its owner name. Every client can
     /// transfer the zones.
     pub fn knot(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let dir = temp_dir("knot")?;
@@ -689,8 +689,7 @@ pub struct Dug {
     pub text: String,
 }
 
-/// Runs `dig` with one try. `args`: the name and further arguments. Uses UDP unless `args` has `+tcp` or the answer is
-/// truncated.
+/// Runs `dig` with one try. `args`: the name and further arguments. `dig` chooses the transport as usual.
 pub fn dig(ns: &Ns, server: IpAddr, args: &[&str]) -> Result<Dug> {
     let mut command = ns.command("dig");
     command
@@ -762,7 +761,7 @@ pub fn ask(
     ns.enter(attempt).with_context(|| format!("{source} -> {server}"))
 }
 
-/// Returns the response code of a message; `None` if it is shorter than a header.
+/// Returns the response code of a message; `None` if the message is too short to have one.
 #[must_use]
 pub fn rcode(message: &[u8]) -> Option<u8> {
     message.get(3).map(|byte| byte & 15)
@@ -791,7 +790,8 @@ pub fn resolving(ns: &Ns, program: &str, conf: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// Returns the sorted addresses that Python's `socket.getaddrinfo` finds for a name; none if it does not resolve.
+/// Returns the addresses that Python's `socket.getaddrinfo` finds for a name, sorted. The list is empty if the name
+/// does not resolve.
 pub fn getaddrinfo(ns: &Ns, conf: &Path, name: &str) -> Result<Vec<IpAddr>> {
     const SCRIPT: &str = "
 import socket, sys

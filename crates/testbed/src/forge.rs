@@ -4,9 +4,9 @@
 //! netfilter hooks of its namespace, so they can have any IP and MAC addresses. tc and the other end of the link treat
 //! them as ordinary frames. [`Wire::wait`] returns the packets that arrive on the link.
 //!
-//! The network stack of the namespace also receives the packets that arrive. It answers a TCP segment to one of its
-//! addresses with a reset if no socket has the connection. To prevent that, use a local port of [`PORTS`] after
-//! [`prepare`](crate::rawtcp::prepare), or an address that the namespace does not have.
+//! The network stack of the namespace also receives the packets that arrive. The stack answers a TCP segment to an
+//! address of the namespace with a reset if no socket has the connection. To prevent that, use a local port of
+//! [`PORTS`] after [`prepare`](crate::rawtcp::prepare), or an address that the namespace does not have.
 
 use std::{
     io,
@@ -222,7 +222,7 @@ pub mod option {
 
     /// Returns an MP_CAPABLE option of version 1 without checksums, with HMAC-SHA256 (RFC 8684, section 3.1). For a
     /// SYN, `keys` is empty. For the third packet of the handshake, `keys` has the keys of both ends, and `length` is
-    /// the length of its payload if it has one.
+    /// the length of the packet's payload; `None` without payload.
     #[must_use]
     pub fn mp_capable(keys: &[[u8; 8]], length: Option<u16>) -> Vec<u8> {
         let mut data = vec![0x01, 0x01];
@@ -284,8 +284,8 @@ pub fn icmp(from: IpAddr, to: IpAddr, kind: u8, code: u8, body: &[u8], sum: Chec
     message
 }
 
-/// Returns an ICMP "fragmentation needed" (RFC 1191) or an ICMPv6 "packet too big" message (RFC 8201) about the IP
-/// packet `quoted`, depending on the family of the addresses.
+/// Returns a message that the IP packet `quoted` is too long: ICMP "fragmentation needed" (RFC 1191), or ICMPv6 "packet
+/// too big" (RFC 8201) if the addresses are IPv6.
 #[must_use]
 pub fn too_big(from: IpAddr, to: IpAddr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
     let quoted = &quoted[..quoted.len().min(1_200)];
@@ -369,7 +369,7 @@ pub struct Heard {
 }
 
 impl Heard {
-    /// Parses the segment in a packet; `None` if the packet is not TCP or is a fragment.
+    /// Parses the segment in a packet; `None` if the packet is a fragment or has no valid TCP header.
     #[must_use]
     pub fn read(packet: &Packet) -> Option<Self> {
         if packet.protocol != protocol::TCP || packet.fragment {
@@ -423,11 +423,11 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Opens a packet socket on `interface` of `ns`. Its frames are sent to the MAC address of `gateway`, an IP address
-    /// on the link.
+    /// Opens a packet socket on `interface` of `ns`. [`Wire::send`] will send to the MAC address of `gateway`, which is
+    /// an IP address on the link.
     ///
     /// # Errors
-    /// Returns an error if the interface does not exist, or if the MAC address of `gateway` cannot be resolved.
+    /// Returns an error if the socket cannot be opened, or if the MAC address of `gateway` cannot be resolved.
     pub fn open(ns: &Ns, interface: &str, gateway: IpAddr) -> Result<Self> {
         let index = ns.ifindex(interface)?;
         let socket = ns.enter(|| capture::open(index)).context("packet socket")?;
@@ -458,7 +458,7 @@ impl Wire {
     /// Sends an Ethernet frame unchanged.
     ///
     /// # Errors
-    /// Returns an error if the frame is longer than the MTU of the interface allows, or if the link is down.
+    /// Returns an error if the kernel does not accept the frame, for example because the frame is too long.
     pub fn send_frame(&self, frame: &[u8]) -> Result<()> {
         self.socket
             .send(frame)
@@ -505,7 +505,7 @@ impl Wire {
     }
 
     /// Waits for an incoming packet for which `wanted` returns `Some`, and returns that value; `None` after `timeout`.
-    /// Includes packets that arrived since the last call.
+    /// Considers all packets that have not been received or drained before.
     pub fn wait<T>(&self, timeout: Duration, mut wanted: impl FnMut(&Packet) -> Option<T>) -> Option<T> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 1 << 16];
@@ -592,7 +592,7 @@ impl Forged {
     /// handshake, given the received SYN+ACK.
     ///
     /// # Errors
-    /// Returns an error if the other end does not send a SYN+ACK in time.
+    /// Returns an error if a segment cannot be sent, or if the other end does not send a SYN+ACK in time.
     pub fn open(
         wire: Wire,
         local: SocketAddr,

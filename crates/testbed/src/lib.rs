@@ -2,7 +2,7 @@
 //!
 //! A testbed does not change the machine's own interfaces, routes or firewall. Everything is in namespaces whose names
 //! contain the pid of the process that made them (`pal-<pid>-<n>-<label>`). Dropping a testbed removes its namespaces,
-//! also after a panic. If the process was killed, the next process that starts a testbed removes them.
+//! even during a panic. If the process was killed, the next process that starts a testbed removes the namespaces.
 //!
 //! ```text
 //!   workload ns            node ns                         internet ns

@@ -57,7 +57,7 @@ fn fnv(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Measures the longest time between two consecutive events.
+/// Measures the longest time between two consecutive events. The start counts as an event.
 #[derive(Debug)]
 struct Gap {
     last: Mutex<(Instant, Duration)>,
@@ -94,7 +94,7 @@ pub struct TcpReport {
     pub changed: u64,
     /// Number of retransmitted segments, the sum of both ends.
     pub retransmitted: u32,
-    /// Longest time between two blocks that came back.
+    /// Longest time that the client waited for the next block to come back.
     pub longest_gap: Duration,
     /// The error that ended the connection early.
     pub broken: Option<ErrorKind>,
@@ -221,8 +221,8 @@ impl TcpLoad {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
             if Instant::now() > deadline + Duration::from_secs(1) {
-                // The server's thread is still blocked on its socket, because the policy drops the client's FIN or
-                // reset. Do not join the thread; it ends with the process.
+                // A thread is still blocked on its socket, for example because the policy drops the client's FIN or
+                // reset. Do not join the threads; they end with the process.
                 self.threads.clear();
                 break;
             }
@@ -458,8 +458,8 @@ pub struct Leak {
 }
 
 impl Leak {
-    /// Sends a datagram and a SYN from `source` in `from` to `to` every `pace`. The receiver's interface is `interface`
-    /// in `receiver`; no socket needs to listen there.
+    /// Sends a datagram and a SYN from `source` in `from` to `to` every `pace`. `receiver`: namespace and name of the
+    /// receiver's interface; no socket needs to listen there.
     pub fn start(
         from: &Ns,
         source: IpAddr,

@@ -28,7 +28,7 @@ use tempfile::TempDir;
 
 use crate::process::output;
 
-/// Directory with the names of `ip netns`.
+/// Directory in which `ip netns` keeps the names of the namespaces.
 const NAMES: &str = "/run/netns";
 const PREFIX: &str = "pal-";
 /// The BPF file system. Pin directories of test daemons are named `palisade-test-<pid>-<n>`.
@@ -52,7 +52,7 @@ pub fn pin_dir() -> PathBuf {
 }
 
 /// A network namespace. Clones refer to the same namespace. Dropping the last clone kills the processes in the
-/// namespace and removes it.
+/// namespace and removes the namespace.
 #[derive(Clone, Debug)]
 pub struct Ns(Arc<Inner>);
 
@@ -89,7 +89,7 @@ impl Ns {
         &self.0.name
     }
 
-    /// Returns the descriptor of the namespace, for `setns`.
+    /// Returns the file descriptor of the namespace, for `setns`.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.file.as_fd()
@@ -187,8 +187,8 @@ impl Drop for Inner {
     }
 }
 
-/// Makes the kernel kill the calling process when its parent ends. Fails if the parent has ended already. May be called
-/// between fork and exec.
+/// Makes the kernel kill the calling process when the thread that created the process ends. Fails if the process is no
+/// longer a child of `parent`. Can be called between fork and exec.
 pub(crate) fn die_with(parent: Pid) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
@@ -225,7 +225,7 @@ fn remove_name(name: &str) {
     let _ = output(Command::new("ip").args(["netns", "del", name]), TOOL_TIMEOUT);
 }
 
-/// Kills all processes in the namespace with this inode, including children that outlived their parents.
+/// Kills all processes in the namespace with this inode, except the calling process.
 fn kill_inside(dev: u64, ino: u64) {
     let Ok(processes) = fs::read_dir("/proc") else {
         return;
@@ -285,7 +285,8 @@ fn remove_where(wanted: impl Fn(Pid) -> bool) {
     }
 }
 
-/// Creates a temporary directory. Dropping it removes it; [`sweep`] removes those of killed processes.
+/// Creates a temporary directory. Dropping the result removes the directory; [`sweep`] removes the directories of
+/// killed processes.
 pub fn temp_dir(label: &str) -> Result<TempDir> {
     let prefix = format!("{TEMP_PREFIX}{}-{label}-", std::process::id());
     tempfile::Builder::new()
@@ -294,9 +295,9 @@ pub fn temp_dir(label: &str) -> Result<TempDir> {
         .context("temporary directory")
 }
 
-/// Removes a pin directory. The kernel frees its programs and maps once nothing else refers to them.
+/// Removes a directory and its contents. The kernel frees pinned programs and maps once nothing else refers to them.
 pub fn remove_pins(dir: &Path) {
-    // An error is ignored because the directory may not exist.
+    // Ignore errors: it is no error if the directory does not exist.
     let _ = fs::remove_dir_all(dir);
 }
 

@@ -38,7 +38,7 @@ pub struct Packet {
     pub payload: Vec<u8>,
 }
 
-/// Parses an Ethernet frame; `None` if it is not IP or is truncated.
+/// Parses an Ethernet frame; `None` if the frame is not IP or its headers are truncated.
 #[must_use]
 pub fn parse(frame: &[u8], outgoing: bool) -> Option<Packet> {
     let ether_type = u16::from_be_bytes(frame.get(12..14)?.try_into().ok()?);
@@ -129,7 +129,7 @@ pub fn icmp(kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
 }
 
 /// Returns a UDP datagram with its network header. The UDP checksum is zero over IPv4, and correct over IPv6, which
-/// requires one.
+/// requires a checksum.
 #[must_use]
 pub fn whole_udp(source: IpAddr, destination: IpAddr, from: u16, to: u16, contents: &[u8]) -> Vec<u8> {
     let length = 8 + contents.len() as u16;

@@ -20,11 +20,11 @@ use crate::{
 pub enum Outcome {
     /// The peer has responded.
     Open,
-    /// The peer or its kernel has refused: a TCP reset or an ICMP port unreachable.
+    /// The other end has refused or closed the connection, or has sent an ICMP port unreachable message.
     Refused,
     /// No response within the timeout.
     TimedOut,
-    /// A router or the local kernel has reported that the destination is unreachable.
+    /// The attempt has failed in another way: for example, the destination is unreachable.
     Unreachable,
 }
 
@@ -56,7 +56,7 @@ pub enum Kind {
 pub struct Probe {
     /// The namespace that sends.
     pub from: Ns,
-    /// Source address; `None` for the one that routing selects.
+    /// Source address; `None` for the address that routing selects.
     pub source: Option<IpAddr>,
     /// Destination; the port is ignored for ICMP.
     pub to: SocketAddr,
@@ -76,7 +76,8 @@ impl Probe {
     }
 }
 
-/// Runs attempts concurrently, each with its own timeout. Returns the outcomes in order.
+/// Runs attempts concurrently in batches, each attempt with its own timeout. Returns the outcomes in the order of
+/// `probes`.
 #[must_use]
 pub fn run_all(probes: &[(Probe, Duration)]) -> Vec<Outcome> {
     // While the kernel resolves a neighbour, it queues a limited number of packets and drops the others.
@@ -147,7 +148,7 @@ pub fn exchange(stream: &mut TcpStream, timeout: Duration) -> Outcome {
     }
 }
 
-/// Returns unique bytes.
+/// Returns at least eight pseudo-random bytes, different ones for each call.
 fn nonce(size: usize) -> Vec<u8> {
     let mut state =
         (u64::from(std::process::id()) << 32 | u64::from(serial())).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -61,7 +61,7 @@ impl Process {
             .unwrap_or_default()
     }
 
-    /// Returns the exit status if the process has ended.
+    /// Returns the exit status; `None` if the process still runs.
     pub fn exited(&mut self) -> Result<Option<ExitStatus>> {
         self.child.try_wait().with_context(|| self.name.clone())
     }

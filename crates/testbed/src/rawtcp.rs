@@ -21,7 +21,7 @@ use crate::{
     packet::{checksum, protocol},
 };
 
-/// The clients use ports from this one up to [`LAST_PORT`].
+/// First of the ports that the clients use; [`LAST_PORT`] is the last one.
 const FIRST_PORT: u16 = 20_000;
 const LAST_PORT: u16 = 29_999;
 /// Mark of the clients' packets, which distinguishes them from the kernel's resets.
@@ -121,14 +121,15 @@ impl Segment {
         self
     }
 
-    /// Sends the segment in IP fragments of at most `size` bytes, a multiple of eight.
+    /// Sends the segment in IP fragments that each contain at most `size` bytes of the segment. `size`: a multiple of
+    /// eight.
     #[must_use]
     pub fn fragments(mut self, size: usize) -> Self {
         self.fragment = Some(size);
         self
     }
 
-    /// Sends the last fragment first.
+    /// Sends the fragments in reverse order.
     #[must_use]
     pub fn backwards(mut self) -> Self {
         self.backwards = true;
@@ -157,11 +158,11 @@ pub struct RawTcp {
     isn: u32,
     their_isn: u32,
     timestamps: bool,
-    /// Greatest timestamp received from the other end.
+    /// Last timestamp received from the other end.
     recent: u32,
     began: Instant,
     id: u16,
-    /// Offset of the first byte that the other end has not acknowledged.
+    /// Offset of the first byte that the other end has not acknowledged; -1 if the SYN is not acknowledged.
     acked: i64,
     received: Vec<u8>,
     early: Vec<(u32, Vec<u8>)>,
@@ -171,8 +172,8 @@ pub struct RawTcp {
     pub acknowledges: bool,
 }
 
-/// Prepares a namespace for these clients: an nftables rule drops the resets that the kernel sends from their ports.
-/// May be called repeatedly.
+/// Prepares a namespace for the clients of this module: an nftables rule drops the resets that the kernel sends from
+/// the clients' ports. Can be called repeatedly.
 pub fn prepare(ns: &Ns) -> Result<()> {
     ns.nft(&format!(
         "table inet rawtcp {{}}\ndelete table inet rawtcp\ntable inet rawtcp {{\nchain output {{\n\
@@ -182,8 +183,8 @@ pub fn prepare(ns: &Ns) -> Result<()> {
 }
 
 impl RawTcp {
-    /// Creates a client at `source` for a connection to `to` without sending a packet. The namespace must be
-    /// [`prepare`]d.
+    /// Creates a client with the local address `source` and the remote address and port `to`. Does not send a packet
+    /// yet. [`prepare`] must have been called for the namespace.
     pub fn new(ns: &Ns, source: IpAddr, to: SocketAddr) -> Result<Self> {
         let port = FIRST_PORT + (serial() % u32::from(LAST_PORT - FIRST_PORT)) as u16;
         let local = SocketAddr::new(source, port);
@@ -230,7 +231,7 @@ impl RawTcp {
         self.isn = isn;
     }
 
-    /// Drops the state of the connection. The next connection has the same ports and this initial sequence number.
+    /// Drops the state of the connection. The next connection has the same ports and the initial sequence number `isn`.
     pub fn begin_anew(&mut self, isn: u32) {
         (self.isn, self.their_isn, self.acked) = (isn, 0, -1);
         self.received.clear();
@@ -278,7 +279,8 @@ impl RawTcp {
         &self.received
     }
 
-    /// Returns the offset of the first byte that the other end has not acknowledged; a FIN counts as one byte.
+    /// Returns the offset of the first byte that the other end has not acknowledged; -1 if the SYN is not acknowledged.
+    /// A FIN counts as one byte.
     #[must_use]
     pub fn acked(&self) -> i64 {
         self.acked
@@ -303,7 +305,7 @@ impl RawTcp {
         self.isn.wrapping_add(1).wrapping_add(at as u32)
     }
 
-    /// Returns the acknowledgement number of the received stream.
+    /// Returns the sequence number of the next byte that the client expects from the other end.
     #[must_use]
     pub fn next(&self) -> u32 {
         self.their_isn
@@ -622,7 +624,7 @@ fn sockets(local: SocketAddr, remote: SocketAddr) -> io::Result<(Socket, Socket)
     inward.bind(&SocketAddr::new(local.ip(), 0).into())?;
     inward.connect(&SocketAddr::new(remote.ip(), 0).into())?;
     // The socket receives the packets of all clients at this address. If the buffer cannot be enlarged, some packets
-    // may be lost, and the other end retransmits them.
+    // can be lost; the other end retransmits them.
     let _ = inward.set_recv_buffer_size(4 << 20);
     Ok((out, inward))
 }

@@ -24,7 +24,7 @@ pub enum End {
     Open,
     /// The client has sent a FIN.
     Finished,
-    /// The connection was reset.
+    /// The connection was reset, or writing to it failed.
     Reset,
 }
 
@@ -54,7 +54,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Starts a server on each of `ports` at each of `addresses`, which responds with the output of `answer`.
+    /// Starts a server on each of `ports` at each of `addresses`. The server responds with the output of `answer`.
     pub fn start(
         ns: &Ns,
         addresses: &[IpAddr],
@@ -100,7 +100,7 @@ impl Recorder {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns the last connection from `from`.
+    /// Returns the last connection from `from`; `None` if there is none.
     #[must_use]
     pub fn from(&self, from: SocketAddr) -> Option<Heard> {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);

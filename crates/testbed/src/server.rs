@@ -180,7 +180,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
                             to: *to,
                             tcp: false,
                         });
-                        // The policy may block the response, which makes sending fail.
+                        // Ignore errors: sending fails if the policy blocks the response.
                         let _ = socket.send_to(&buffer[..n], from);
                     }
                     true
@@ -224,7 +224,7 @@ impl Nginx {
         );
         let file = root.join("nginx.conf");
         fs::write(&file, conf)?;
-        // A temporary directory is only accessible to its owner, but nginx may run as another user.
+        // A temporary directory is only accessible to its owner, but nginx can run as another user.
         set_mode(root, 0o755)?;
         let mut command = ns.command("nginx");
         command

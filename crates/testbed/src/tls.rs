@@ -150,7 +150,7 @@ pub struct Certificate {
     pub key: PathBuf,
 }
 
-/// Makes a certificate for names, which may be wildcards such as `*.x`, with `openssl`.
+/// Makes a certificate with `openssl`. The names can be wildcards such as `*.x`.
 pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
     let (cert, key) = (dir.join("cert.pem"), dir.join("key.pem"));
     let names: Vec<String> = names.iter().map(|name| format!("DNS:{name}")).collect();
@@ -165,7 +165,7 @@ pub fn certificate(dir: &Path, names: &[&str]) -> Result<Certificate> {
         .arg(&cert);
     let out = output(&mut command, Duration::from_secs(20))?;
     ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    // Servers may run as another user, which must be able to read the files.
+    // Some servers run as another user, which must be able to read the files.
     for file in [&cert, &key] {
         let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         fs::set_permissions(file, readable).with_context(|| file.display().to_string())?;

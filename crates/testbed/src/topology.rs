@@ -18,7 +18,7 @@ use crate::{
     probe::ping,
 };
 
-/// Longest time until every namespace reaches its router, also on a busy machine.
+/// Timeout of [`Topology::meet`]. It is long enough for a busy machine.
 const MEET_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Name of the node's NIC.
@@ -271,8 +271,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until each namespace has resolved the MAC address of its router. On a new interface IPv6 neighbour
-    /// discovery may take a second (RETRANS_TIMER, RFC 4861, section 10).
+    /// Waits until each namespace has resolved the MAC address of its router. On a new interface, IPv6 neighbour
+    /// discovery can take a second (RETRANS_TIMER, RFC 4861, section 10).
     pub fn meet(&self) -> Result<()> {
         let links = self
             .workloads
@@ -283,7 +283,8 @@ impl Topology {
             let threads: Vec<_> = links
                 .flat_map(|(ns, routers)| routers.map(|router| (ns, router)))
                 .map(|(ns, router)| {
-                    // Repeated, because the kernel drops a packet whose neighbour it could not resolve in three seconds.
+                    // `wait_until` repeats the ping, because the kernel drops a packet if the neighbour is not resolved
+                    // in time.
                     let answers = move || ping(ns, None, router, 8, Duration::from_secs(2)) == Outcome::Open;
                     scope.spawn(move || wait_until(&format!("{router} answers"), MEET_TIMEOUT, answers))
                 })
@@ -321,10 +322,10 @@ impl Topology {
         )
     }
 
-    /// Returns a workload by its name.
+    /// Returns a workload that has an interface, by its name.
     ///
     /// # Panics
-    /// Panics if there is no workload with this name.
+    /// Panics if no workload with an interface has this name.
     #[must_use]
     pub fn get(&self, name: &str) -> &Workload {
         self.workloads

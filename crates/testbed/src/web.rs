@@ -41,8 +41,8 @@ pub struct Seen {
 }
 
 impl Web {
-    /// Starts nginx on these ports, IPv4 and IPv6. It responds with `hello from NAME`, and to `/empty` with 204. Files
-    /// below `/files/` can be read, and written with PUT.
+    /// Starts nginx on these ports, for IPv4 and IPv6. Clients can read and PUT files below `/files/`. nginx answers a
+    /// request for `/empty` with status 204, and a request for any other path with `hello from NAME`.
     pub fn start(
         ns: &Ns,
         name: &str,
@@ -236,7 +236,7 @@ impl Peer {
 /// The result of curl.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Curl {
-    /// Exit code: 0 after a response, 28 after a timeout, 35 if the TLS handshake failed, 56 after a reset.
+    /// Exit code of curl: for example, 28 after a timeout, 35 if the TLS handshake failed; -1 if a signal ended curl.
     pub code: i32,
     /// Status of the last response; 0 without a response.
     pub status: u16,
@@ -461,7 +461,7 @@ impl Talk {
     /// Receives until the connection ends. Returns `true` after a FIN and `false` after `timeout`.
     ///
     /// # Errors
-    /// Returns an error if the connection was reset.
+    /// Returns an error if receiving failed, for example because the connection was reset.
     pub fn hear_all(&mut self, timeout: Duration) -> io::Result<bool> {
         self.hear(timeout, |_| false)?;
         Ok(self.ended)

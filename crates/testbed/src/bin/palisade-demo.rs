@@ -171,13 +171,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Makes Ctrl-C and SIGTERM remove all namespaces before they end the demo.
+/// Makes SIGINT, SIGTERM and SIGHUP remove all namespaces of the demo before they end the demo.
 fn clean_up_on_signals() -> Result<()> {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         set.add(signal);
     }
-    // Block the signals before other threads start. These threads inherit the mask, so only the thread below receives
+    // Block the signals before other threads start. These threads inherit the mask, so only the thread below handles
     // the signals.
     set.thread_block()?;
     thread::spawn(move || {
@@ -397,7 +397,7 @@ fn draw(world: &World) -> Result<()> {
 #[derive(Clone, PartialEq, Eq)]
 enum Got {
     Nothing,
-    /// A refusal of the protocol.
+    /// A refusal that the protocol reported, see [`Verdict::Refused`].
     No,
     /// A response, with the measurement or the address that the program printed.
     Answer(String),
@@ -710,8 +710,8 @@ fn flows_of(
     daemon.flows(&filters)
 }
 
-/// Returns, according to the flow records of an attempt, whether the attempt passed only because of audit mode, and the
-/// policies that decided. `known`: number of matching flow records before the attempt.
+/// Returns whether a flow record of an attempt has the verdict AUDIT, and the policies that decided about the attempt.
+/// `known`: number of matching flow records before the attempt.
 fn deciding(
     world: &World,
     daemon: &Daemon,
@@ -719,7 +719,7 @@ fn deciding(
     family: Family,
     known: usize,
 ) -> Result<(bool, Vec<String>)> {
-    // The daemon may not have received the events of the last attempt yet.
+    // Repeat the query: the daemon receives the events of an attempt asynchronously.
     let mut flows = Vec::new();
     for _ in 0..40 {
         flows = flows_of(world, daemon, attempt, family)?;
@@ -730,8 +730,7 @@ fn deciding(
         thread::sleep(Duration::from_millis(50));
     }
     let audited = flows.iter().any(|f| f["verdict"] == "AUDIT");
-    // If some flow records show a drop, or a pass that only audit mode allowed, the policies of these records decided,
-    // and other records do not matter.
+    // If any flow record has the verdict DROPPED or AUDIT, only the policies of such records decided.
     let stopped = |f: &&Value| f["verdict"] == "DROPPED" || f["verdict"] == "AUDIT";
     let relevant: Vec<&Value> = if flows.iter().any(|f| stopped(&f)) {
         flows.iter().filter(stopped).collect()
@@ -744,8 +743,8 @@ fn deciding(
     ))
 }
 
-/// Returns the deciding policy of a flow record, such as `shop/backend (ingress)`, or the policies that caused a
-/// default deny.
+/// Returns the policies that decided about a flow record, with the direction, as text: for example `shop/backend
+/// (ingress)`.
 fn decision(flow: &Value) -> Result<String> {
     let direction = flow["traffic_direction"].as_str().unwrap_or("?").to_lowercase();
     let rule = &flow["palisade"]["rule"];

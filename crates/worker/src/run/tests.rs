@@ -26,7 +26,7 @@ const COOKIE: u64 = 0x1234_5678_9abc_def0;
 const CHUNK: usize = 4_096;
 const FRAMES: usize = 64;
 
-/// A port in memory.
+/// A [`Port`] whose rings and frames are in memory.
 struct MemoryPort {
     chunks: Vec<Vec<u8>>,
     free: Vec<usize>,
@@ -142,7 +142,7 @@ impl Port for MemoryPort {
     }
 }
 
-/// Rule sets that tell the engine of these tests what to do.
+/// Numbers of rule sets. Each selects what [`Script`] does with a packet.
 mod does {
     pub(super) const RELEASE: u32 = 0;
     pub(super) const HOLD: u32 = 1;
@@ -151,10 +151,11 @@ mod does {
     pub(super) const COMMAND: u32 = 4;
 }
 
-/// A slot with this rule and [`does::COMMAND`] gets a command that must travel with its packet.
+/// Number of a rule. For a slot with this rule and [`does::COMMAND`], [`Script`] requests a command that is sent with
+/// the packet.
 const REPLACES: u32 = 1_000;
 
-/// An engine that does with a packet what the number of the rule set says.
+/// An engine that does with a packet what the number of the rule set selects.
 #[derive(Default)]
 struct Script {
     held: Vec<Handle>,
@@ -177,7 +178,7 @@ fn command(endpoint: u16) -> FlowCommand {
 }
 
 impl Inspect for Script {
-    /// The rule sets below this number exist.
+    /// A number. The rule sets with smaller numbers exist.
     type Rules = u32;
 
     fn set_rules(&mut self, rules: Arc<u32>) {
@@ -305,7 +306,8 @@ impl Sent {
         if self.tcp { protocol::TCP } else { protocol::UDP }
     }
 
-    /// Returns the frame, and the frame with the partial checksum of a local sender that leaves the rest to its device.
+    /// Returns the frame with the complete transport checksum, and the frame with only the sum of the pseudo header
+    /// (`CHECKSUM_PARTIAL`).
     fn frames(&self) -> (Vec<u8>, Vec<u8>) {
         let mut segment = vec![0x30, 0x39, 0, 53];
         if self.tcp {
@@ -418,7 +420,7 @@ fn carry(frame: &[u8], stripped: bool, hook: u8, hash: u32, slots: [PuntRequest;
     bytes
 }
 
-/// Splits a sent frame into packet, trailer and flow command.
+/// Splits a sent frame into the packet, the trailer, and the flow command before the trailer.
 fn split(bytes: &[u8]) -> (Vec<u8>, ReinjectTrailer, Option<FlowCommand>) {
     let (rest, released) = ReinjectTrailer::read_from_suffix(bytes).unwrap();
     assert_eq!(released.cookie, COOKIE);
@@ -442,9 +444,9 @@ fn udp() -> Sent {
     }
 }
 
-/// The longest frame that is punted fits on the punt link again with a command of each of two policies and with the
-/// VLAN tag that the device had stripped. A frame with one byte more is dropped with a reason; veth would drop it
-/// without one.
+/// The longest frame that is punted still fits on the punt link when the worker sends it with the commands of two
+/// policies and with the VLAN tag that the device has stripped. A frame that is one byte longer is dropped with a
+/// reason; veth would drop the frame without a reason.
 #[test]
 fn the_longest_frame_is_forwarded_with_two_commands() {
     use palisade_abi::{MAX_ON_PUNT_LINK, MAX_PUNT_FRAME};
@@ -574,7 +576,7 @@ proptest! {
         let mut broken = whole.clone();
         let at = network + at.index(whole.len() - network);
         broken[at] ^= 1 << bit;
-        // A flipped bit may make the checksum of a datagram zero, which means that there is none.
+        // A flipped bit can make the checksum field of a datagram zero, which means that the datagram has no checksum.
         let field = network + 20 + sent.options * 4 + 6;
         prop_assume!(sent.tcp || broken[field..field + 2] != [0, 0]);
         let slots = [slot(3, does::RELEASE), PuntRequest::default()];
@@ -807,7 +809,7 @@ fn a_worker_whose_interface_is_gone_publishes_no_heartbeat() {
     let mut port = MemoryPort::new(Vec::new());
     port.gone = true;
     let mut worker = Worker::new(&mut context, port, Script::default(), FRAMES);
-    // Already the first heartbeat would make the programs punt to a socket that receives nothing.
+    // Even the first heartbeat would make the programs punt to a socket that receives nothing.
     assert!(worker.turn().is_err());
     assert_eq!(heartbeats.load(Ordering::Relaxed), 0);
     worker.port.gone = false;
