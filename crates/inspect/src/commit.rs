@@ -1,8 +1,8 @@
 //! The queues between the workers and the thread that writes learned addresses to the maps. [`CommitRequest`]s go to
 //! that thread, [`CommitResult`]s go back to the workers.
 //!
-//! All workers share one queue of requests. Each worker has its own queue of results. Both are bounded, and no sender
-//! blocks: a worker has at most as many requests open as its queue of results can hold.
+//! All workers share one queue of requests. Each worker has its own queue of results. All these queues are bounded, and
+//! no sender blocks: a worker has at most as many requests open as its queue of results can hold.
 //!
 //! Depends on `crossbeam-channel`. Start at [`commit_queue`].
 
@@ -55,7 +55,7 @@ pub struct CommitResult {
     pub endpoint: u16,
     /// Whether every address of the answer is in the maps. If not, the answer must not be forwarded.
     pub committed: bool,
-    /// Lease of the addresses; none if they may leave the maps at any time.
+    /// Lease of the addresses; `None` if they can leave the maps at any time.
     pub lease: Option<Lease>,
     /// The answer of the request, whose allocation can be reused.
     pub answer: Box<Answer>,
@@ -76,14 +76,14 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 /// Maximum number of a worker's refreshes that wait for [`Committer::flush`].
 const MAX_REFRESHES: usize = 64;
 
-/// Sending end of the queue. Creates a [`Committer`] for each worker.
+/// Sending end of the queue of requests. Creates a [`Committer`] for each worker.
 #[derive(Clone, Debug)]
 pub struct CommitQueue {
     requests: Sender<CommitTask>,
     epoch: Epoch,
 }
 
-/// Receiving end of the queue.
+/// Receiving end of the queue of requests.
 #[derive(Debug)]
 pub struct CommitReceiver {
     requests: Receiver<CommitTask>,
@@ -204,7 +204,7 @@ impl Committer {
     /// [`Committer::flush`]. Does not allocate or block.
     ///
     /// # Errors
-    /// Returns the request if too many are open.
+    /// Returns the request if too many requests are open, or too many refreshes wait for [`Committer::flush`].
     pub fn refresh(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
         if self.refreshes.len() >= MAX_REFRESHES {
             self.flush();
@@ -227,7 +227,7 @@ impl Committer {
         !self.refreshes.is_empty()
     }
 
-    /// Sends the refreshes. If the queue is full, the rest waits for the next call.
+    /// Sends the refreshes. Those for which the queue has no room wait for the next call.
     pub fn flush(&mut self) {
         while let Some(task) = self.refreshes.pop_front() {
             match self.requests.try_send(task) {
@@ -240,7 +240,7 @@ impl Committer {
         }
     }
 
-    /// See [`crate::Sink::epoch`].
+    /// Returns the current epoch: see [`crate::Sink::epoch`].
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.epoch.now()
@@ -259,7 +259,7 @@ impl Committer {
         !self.results.is_empty()
     }
 
-    /// Returns the number of requests without a result.
+    /// Returns the number of requests whose result was not taken yet.
     #[must_use]
     pub fn open(&self) -> usize {
         self.open
@@ -267,7 +267,7 @@ impl Committer {
 }
 
 impl CommitReceiver {
-    /// Waits for the next request. Returns none after the timeout.
+    /// Waits for the next request. Returns `None` after the timeout.
     ///
     /// # Errors
     /// [`QueueClosed`] if all workers have ended.
@@ -292,7 +292,7 @@ impl CommitReceiver {
     }
 }
 
-/// All workers have ended: no request will follow.
+/// Error: all workers have ended, so no request will follow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct QueueClosed;
 
@@ -346,7 +346,7 @@ mod tests {
         );
         assert_eq!(committer.take().unwrap().ticket, 1);
         assert_eq!((committer.open(), woken.load(Ordering::Relaxed)), (0, 0));
-        // Without a receiver: the number of refreshes is bounded, and none is lost.
+        // While the receiver takes no request, the number of refreshes is bounded, and none is lost.
         let mut accepted = 0;
         while committer.refresh(request(accepted)).is_ok() {
             accepted += 1;

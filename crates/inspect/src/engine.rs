@@ -177,7 +177,7 @@ impl<F> Engine<F> {
         .min()
     }
 
-    /// Drops the held packets and the open DNS questions of an endpoint that was removed.
+    /// Drops the held packets of an endpoint that was removed, and removes its connections and its open DNS questions.
     pub fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<F>) {
         self.forget(Some(endpoint), sink);
     }

@@ -1,7 +1,7 @@
 //! Reassembly of fragmented datagrams (RFC 791, 3.2; RFC 8200, 4.5). Fragments are held until the datagram is complete
 //! and has a verdict. Then all of them are forwarded unchanged, or all are dropped.
 //!
-//! If fragments overlap, receivers may reassemble different datagrams. So the whole datagram is dropped, and every
+//! If fragments overlap, receivers can reassemble different datagrams. So the whole datagram is dropped, and every
 //! further fragment of it (RFC 5722). An exact duplicate of a fragment is not treated as an overlap.
 
 use foldhash::{HashMap, HashMapExt as _};
@@ -57,7 +57,7 @@ pub struct FragmentStats {
     pub fragments: u64,
     /// Datagrams that were completed.
     pub complete: u64,
-    /// Datagrams that were incomplete at their timeout.
+    /// Datagrams that were still incomplete at their timeout, or when their endpoint was removed.
     pub incomplete: u64,
     /// Datagrams that were dropped because of an overlap or an inconsistent length.
     pub contradicting: u64,
@@ -75,7 +75,7 @@ struct Key {
     endpoint: u16,
     ifindex: u32,
     hook: u8,
-    /// Protocol of the IPv4 header. For IPv6 always that of the fragment header (44): the fragments of one datagram may
+    /// Protocol of the IPv4 header. For IPv6 always that of the fragment header (44): the fragments of one datagram can
     /// differ in their next header, and only that of the first one is used (RFC 8200, 4.5).
     protocol: u8,
     id: u32,
@@ -235,7 +235,7 @@ impl<F> Reassembler<F> {
     /// Adds a fragment. Returns the datagram if it is complete now.
     ///
     /// # Errors
-    /// Returns the fragment and the reason if it must be dropped.
+    /// Returns the frame and the reason if the caller must drop the fragment.
     pub(crate) fn take<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -420,7 +420,7 @@ impl<F> Reassembler<F> {
             .map(|since| since.saturating_add(self.limits.timeout))
     }
 
-    /// Drops the held fragments of an endpoint, or all.
+    /// Drops the held fragments of one endpoint, or all held fragments, even in audit mode.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         while let Some(mut datagram) = self
             .datagrams
@@ -492,7 +492,7 @@ impl<F> Datagram<F> {
     }
 }
 
-/// Returns the position of a fragment; none if its header is malformed or the datagram would exceed 65,535 bytes.
+/// Returns the position of a fragment, or `None` if the fragment is invalid.
 fn position(view: &PacketView<'_>) -> Option<Position> {
     /// Number of the authentication header. Its length is in units of 4 bytes (RFC 4302, 2.2), not 8.
     const AUTHENTICATION: u8 = 51;

@@ -151,7 +151,7 @@ pub struct Record {
     /// Number of the policy rule that decided: the one whose application rule matched, else the one that required the
     /// inspection.
     pub rule: u32,
-    /// Time from the request to this answer, ms; none in other records.
+    /// Time from the request to its response, ms; `None` if the record is not about a response.
     pub latency: Option<u32>,
     /// Content of the record.
     pub what: What,
@@ -187,8 +187,8 @@ impl About {
         }
     }
 
-    /// Returns the endpoint and the address to which it connects; none if the endpoint is the server. `self` must
-    /// describe a packet of the client.
+    /// Returns the endpoint and the address to which the endpoint connects, or `None` if the endpoint is the server.
+    /// `self` must describe a packet of the client.
     pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
         (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
@@ -255,7 +255,7 @@ pub enum What {
         addresses: [Addr; 8],
         /// Number of valid addresses.
         count: u8,
-        /// Lowest TTL, s.
+        /// Lowest TTL of the answer, s; 0 if the answer has none.
         ttl: u32,
         /// Last name of the CNAME chain; empty without a CNAME.
         cname: Text,
@@ -266,7 +266,7 @@ pub enum What {
         name: Text,
         /// Highest TLS version that the client offers.
         version: u16,
-        /// Whether the hello carries an encrypted ClientHello (ECH). `name` is that of the outer hello.
+        /// Whether the hello carries an encrypted ClientHello (ECH). `name` is the server name of the outer hello.
         ech: bool,
     },
     /// An HTTP request.

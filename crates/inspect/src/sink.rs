@@ -36,7 +36,7 @@ pub trait Sink<F> {
     fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }
-    /// Returns the current epoch: it changes whenever a learned address leaves the maps before its lease ends.
+    /// Returns the current epoch, which changes whenever a learned address leaves the maps before its lease ends.
     fn epoch(&self) -> u64 {
         0
     }

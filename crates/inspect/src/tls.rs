@@ -61,7 +61,7 @@ pub struct TlsStats {
     pub tcp: TcpStats,
     /// Well-formed ClientHellos.
     pub hellos: u64,
-    /// Hellos with a name that no rule allows.
+    /// Hellos that no rule allows, without those in `ech_denied` and `sni_mismatches`.
     pub denied: u64,
     /// Hellos that were denied because they carry an encrypted ClientHello.
     pub ech_denied: u64,
@@ -112,7 +112,7 @@ struct Judged {
 }
 
 impl Offloadable for Flow {
-    /// None: audit mode has offloaded the connection before a hello was inspected.
+    /// `None` if audit mode has offloaded the connection before a hello was inspected.
     type OffloadVerdict = Option<Judged>;
     fn remember(&mut self) -> Self::OffloadVerdict {
         self.judged.take()
@@ -371,8 +371,8 @@ impl<'a> TlsStream<'a> {
         }
     }
 
-    /// Returns whether the endpoint has learned the address of the server by the server name. True if the endpoint is
-    /// the server, because addresses of its clients are not learned.
+    /// Returns whether the endpoint has learned the address of the server by the server name. Also true if that is not
+    /// required: if names are not verified, the hello has no name, or the endpoint is the server.
     fn is_known(&self, hello: &ClientHello) -> bool {
         let (Some(names), ServerName::Name(name)) = (self.names, &hello.server_name) else {
             return true;

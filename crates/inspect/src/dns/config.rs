@@ -29,7 +29,7 @@ pub struct DnsLimits {
     pub held: usize,
     /// Maximum number of held answers of one endpoint.
     pub held_per_endpoint: usize,
-    /// Time that an answer is held before it is dropped, ms.
+    /// Maximum time that an answer is held, ms. After that, the answer is dropped.
     pub deadline: Millis,
     /// Limits of DNS connections. Their `deadline` applies to an incomplete message.
     pub tcp: TcpLimits,
@@ -67,11 +67,11 @@ pub struct DnsStats {
     pub queries: u64,
     /// Queries for a name that no rule allows.
     pub denied: u64,
-    /// Queries that were refused because the table of open questions is full.
+    /// Queries that were refused because no further open question or zone transfer can be tracked.
     pub too_many: u64,
     /// Responses that the engine has sent to clients.
     pub replies: u64,
-    /// Answers that belong to an open question.
+    /// Answers that belong to an open question, and first messages of zone transfers.
     pub answers: u64,
     /// Messages of zone transfers that were forwarded.
     pub transferred: u64,
@@ -81,9 +81,9 @@ pub struct DnsStats {
     pub fast_path: u64,
     /// Answers whose commit failed or could not be requested.
     pub uncommitted: u64,
-    /// Answers that were dropped because their commit took too long.
+    /// Answers whose commit took too long.
     pub overdue: u64,
-    /// Answers that were dropped because too many are held.
+    /// Answers that could not be held because too many are held.
     pub not_held: u64,
     /// Answers that are held now.
     pub held: u64,

@@ -128,7 +128,8 @@ impl<F> Dns<F> {
         !audit
     }
 
-    /// Holds an answer until its addresses are committed.
+    /// Holds an answer until its addresses are committed. An answer that cannot be held or committed is dropped, or
+    /// forwarded in audit mode.
     pub(crate) fn hold<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -235,8 +236,8 @@ impl<F> Dns<F> {
             .map(|since| since.saturating_add(self.limits.deadline))
     }
 
-    /// Drops the held answers of an endpoint, or all, also in audit mode: an endpoint that was removed has no policy
-    /// that could let them pass.
+    /// Drops the held answers of one endpoint, or all held answers, even in audit mode: an endpoint that was removed
+    /// has no policy that could let them pass.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         if let Some(endpoint) = endpoint {
             self.tracker.remove_endpoint(endpoint);

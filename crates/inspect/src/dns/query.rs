@@ -107,7 +107,7 @@ impl<F> Dns<F> {
         }
     }
 
-    /// Sends the client of a dropped query a response.
+    /// Responds to the client of a dropped query, if a response can be built.
     pub(super) fn reply<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

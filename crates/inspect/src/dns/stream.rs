@@ -2,9 +2,9 @@
 //! is matched with a question and its addresses are committed. A query that is denied gets a response, which ends the
 //! connection. An answer that is dropped resets the connection.
 //!
-//! All messages of a zone transfer (RFC 5936, RFC 1995) are forwarded: every message with the ID of the question,
-//! until the connection ends. A transfer is a copy for a secondary server, not a lookup, so its addresses are not
-//! learned.
+//! The messages of a zone transfer (RFC 5936, RFC 1995) are forwarded. A message belongs to the transfer if it has the
+//! ID of the query and repeats no other question. A transfer is a copy for a secondary server, not a lookup, so its
+//! addresses are not learned.
 
 use std::collections::VecDeque;
 
@@ -56,7 +56,7 @@ struct Flow {
     judged: u64,
     /// Number of missing bytes of a transfer message whose beginning was forwarded.
     rest: usize,
-    /// Messages between `forwarded` and `judged`.
+    /// Inspected messages between `forwarded` and `judged`.
     answers: VecDeque<Judged>,
     /// Reason for which the connection must be aborted.
     broken: Option<Reason>,
@@ -100,8 +100,8 @@ impl Flow {
         }
     }
 
-    /// Returns the transfer to which a message belongs. An ordinary question may have the same ID; its answer is told
-    /// apart from the transfer by the question that it repeats.
+    /// Returns the transfer to which a message belongs. An ordinary query can have the same ID. The answer to that
+    /// query does not belong to the transfer, because it repeats another question.
     fn transfer(&mut self, head: &Head) -> Option<&mut Transfer> {
         self.transfers.iter_mut().find(|transfer| {
             transfer.id == head.id && head.question.as_ref().is_none_or(|q| *q == transfer.question)
@@ -141,7 +141,7 @@ struct DnsStream<'a, 'v, F> {
     flow: &'a mut Flow,
     dns: &'a mut Dns<F>,
     key: CtKey,
-    /// The packet that has arrived; none if the call is for the result of a commit. A message is inspected when the
+    /// The packet that has arrived; `None` if the call is for the result of a commit. A message is inspected when the
     /// packet that completes it arrives.
     packet: Option<&'a PacketView<'v>>,
 }
@@ -236,7 +236,7 @@ impl<F> Streams<F> {
         self.connections.deadline()
     }
 
-    /// Removes the connections of an endpoint, or all, and drops their held packets.
+    /// Removes the connections of one endpoint, or all connections, and drops their held packets.
     pub(crate) fn forget<S: Sink<F>>(
         &mut self,
         endpoint: Option<u16>,
@@ -448,8 +448,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         if flow.forwarded > before {
             return Action::Forward((flow.forwarded - before) as usize);
         }
-        // A server may send the end of a long answer only after its beginning is acknowledged. Forwarding the beginning
-        // does no harm, because the client cannot use a message without its end.
+        // A server can wait for an acknowledgement of the beginning of a long answer before it sends the end.
+        // Forwarding the beginning does no harm, because the client cannot use a message without its end.
         let last = flow
             .answers
             .front()
@@ -491,7 +491,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// Forwards the beginning of a transfer message before its end has arrived, if no earlier message waits. Returns
-    /// the number of bytes; none if the message does not belong to a transfer.
+    /// the number of bytes to forward, or `None` if no byte may be forwarded yet.
     fn begin<S: Sink<F>>(&mut self, bytes: &[u8], cx: &mut Cx<'_, F, S>) -> Option<usize> {
         let view = self.packet_of(Side::Server)?;
         let (prefix, message) = bytes.split_first_chunk::<PREFIX>()?;
@@ -508,7 +508,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 
     /// Counts a message, or the beginning of one, as part of a transfer. Returns whether the message is the first of
-    /// its transfer; none if it belongs to no transfer.
+    /// its transfer, or `None` if it belongs to no transfer.
     fn transferred<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -530,7 +530,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     }
 }
 
-/// Returns the response to a query with its length in front; none if the query allows no response.
+/// Returns the response to a query with its length in front, or `None` if no response can be built.
 fn framed_reply(query: &[u8], rcode: Rcode) -> Option<Vec<u8>> {
     let mut message = [0; 512];
     let length = reply(query, rcode, &mut message).ok()?;

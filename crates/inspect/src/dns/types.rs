@@ -64,7 +64,7 @@ pub(crate) struct Transfer {
     pub(super) id: u16,
     pub(super) question: Question,
     pub(super) note: Note,
-    /// Time of the question.
+    /// Time of the question, ms.
     pub(super) at: Millis,
     /// Whether the first message of the transfer has arrived.
     pub(super) begun: bool,

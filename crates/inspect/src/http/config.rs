@@ -16,7 +16,7 @@ pub struct HttpLimits {
     pub head: http1::Limits,
     /// Form in which a path is matched.
     pub paths: Paths,
-    /// Whether a GET may have a body.
+    /// Handling of a body of a request whose method usually has none.
     pub get_bodies: GetBodies,
     /// Names of the header fields that records show; upper and lower case are equal. A field with a secret is shown
     /// without its value.

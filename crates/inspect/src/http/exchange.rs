@@ -162,8 +162,8 @@ pub(super) struct Left {
 }
 
 impl Left {
-    /// Checks whether an offloaded connection may continue. A tunnel has no further request to which new rules could
-    /// apply, so it ends when its rule set changes.
+    /// Returns an error if an offloaded connection must not continue. A tunnel has no further request to which new
+    /// rules could apply, so it ends when its rule set changes, except in audit mode.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -220,7 +220,7 @@ impl Flow {
         self.current = self.behind.pop_front();
     }
 
-    /// Returns whether the bytes after the last request may be of another protocol, depending on its response.
+    /// Returns whether the bytes after the last request can be of another protocol, depending on its response.
     fn may_switch(&self) -> bool {
         self.behind
             .back()
@@ -260,7 +260,7 @@ impl HttpStream<'_> {
             return Action::Forward(0);
         }
         if !self.flow.client.is_between_messages() {
-            // A server may ignore a body after its final response. Some servers then parse the body as the next
+            // A server can ignore a body after its final response. Some servers then parse the body as the next
             // request.
             if mem::take(&mut self.flow.announced) == Announced::Late {
                 return self.malformed(ParseError::LateBody, 0, cx);
@@ -299,7 +299,7 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
-        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server may
+        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server can
         // send more than one response to an earlier request (for example a body to HEAD), and the surplus must not be
         // taken for the response to this request.
         if may_switch && self.flow.pending() > 0 {
@@ -382,7 +382,8 @@ impl HttpStream<'_> {
         });
     }
 
-    /// Responds in the server's place, once all requests before the refused one are answered.
+    /// Responds in the server's place once all requests before the refused one are answered. Aborts the connection
+    /// instead if the server has sent a FIN or a response that only the end of the connection ends.
     fn refuse(&mut self, refused: Refused) -> Action {
         self.flow.refused = Some(refused);
         if self.flow.ended || matches!(self.flow.server, Place::Rest) {
@@ -620,8 +621,8 @@ pub(crate) fn has_refused_body(
     !takes_bodies && request.has_unexpected_body()
 }
 
-/// Returns the status of the response to a malformed request; none if the connection is reset, because the client
-/// does not speak HTTP/1. `begun`: whether the client has sent a well-formed request before.
+/// Returns the status of the response to a malformed request, or `None` if the connection is reset without a response,
+/// because the client does not speak HTTP/1. `begun` is true if the client has sent a well-formed request before.
 pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
     match refusal {
         ParseError::Http2 => None,

@@ -1,5 +1,5 @@
-//! HTTP/1: a request that a rule allows is forwarded with its body and its response. The BPF programs forward long
-//! bodies without punting them, by an offload window.
+//! HTTP/1: a request that a rule allows is forwarded with its body and its response. Long bodies are in offload
+//! windows, so the BPF programs forward them without a punt.
 
 mod config;
 mod exchange;

@@ -46,7 +46,7 @@ const SECRET_WORDS: [&[u8]; 12] = [
 
 /// Writes `http://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
 pub(crate) fn url(host: &str, path: &str, out: &mut Text) {
-    // Writing to a `Text` cannot fail. It truncates.
+    // Writing to a `Text` cannot fail: a long text is truncated.
     let _ = out.write_str("http://");
     visible(host.as_bytes(), Form::Url, out);
     without_secrets(path.as_bytes(), Form::Url, out);
@@ -118,12 +118,12 @@ fn visible(bytes: &[u8], form: Form, out: &mut Text) {
     }
 }
 
-/// Writes a URL from its path on, or a value that may have URLs or parameters in it.
+/// Writes a URL from its path on, or a field value, which can contain URLs or parameters.
 ///
 /// Parameters begin after `?`, `&` and `;` (also in a path: `/a;jsessionid=1`), in fields also at the beginning and
-/// after a comma. Percent-encoded delimiters count too, because a URL may be the parameter of another one. A secret
-/// value ends only at a delimiter that every parser treats as the end of the value. A user and password before a host
-/// are redacted too.
+/// after a comma. Percent-encoded delimiters count too, because a URL can be a parameter of another URL. A secret value
+/// ends only at a delimiter that every parser treats as the end of the value. A user and password before a host are
+/// redacted too.
 fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
     // Offset of the first byte that is not written.
     let mut from = 0;
@@ -138,7 +138,7 @@ fn without_secrets(bytes: &[u8], form: Form, out: &mut Text) {
         if hidden {
             let ends = match byte {
                 b'&' => true,
-                // In a query both may be part of a value.
+                // In a query both can be part of a value.
                 b'/' | b'?' => !query,
                 _ => false,
             };

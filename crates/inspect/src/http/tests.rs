@@ -604,7 +604,7 @@ fn an_unexpected_body_needs_a_rule_that_names_its_framing() {
     let mut talk = Talk::with(&allow);
     talk.client(request("GET", "/public/a").as_bytes());
     assert_eq!(talk.at_server(), request("GET", "/public/a"));
-    // Allowed by any rule that allows the request, not only by the first.
+    // The body is allowed if any rule that allows the request names a framing header, not only if the first one does.
     let named = Matcher::Http(HttpRule {
         method: Some("GET".into()),
         path: Some("/public/_search".into()),
@@ -825,7 +825,7 @@ fn audit_mode_forwards_and_records() {
     assert!(talk.at_server().ends_with('x'));
     talk.flags = 0;
     talk.client(b"y");
-    // The server says what it waits for.
+    // The server answers the probe with the sequence number that it expects.
     talk.put(Side::Server, ACK, b"");
     assert!(talk.reset && !talk.at_server().ends_with('y'));
 }

@@ -26,9 +26,9 @@ pub struct HttpRules {
     path: Field,
     method: Field,
     host: Field,
-    /// The expressions for hosts, case-insensitive.
+    /// The expressions of `host`, compiled to ignore case.
     folded_host: Patterns,
-    /// Indexes of the alternatives without an expression.
+    /// Indexes of the alternatives without an expression for path, host or method.
     bare: Vec<u32>,
 }
 
@@ -43,12 +43,12 @@ struct Field {
 #[derive(Debug, Default)]
 struct Alternative {
     rule: u32,
-    /// Numbers of its expressions.
+    /// Number of the expression in `HttpRules::path`. The next two fields are the numbers for method and host.
     path: Option<u32>,
     method: Option<u32>,
     host: Option<u32>,
     headers: Box<[HeaderTest]>,
-    /// Whether requests that the alternative allows may have a body with every method.
+    /// Whether the requests that the alternative allows may have a body even if their method usually has none.
     takes_bodies: bool,
 }
 
@@ -105,8 +105,8 @@ pub struct HttpVerdict {
     pub rule: u32,
     /// Whether a `headerMatches` entry with `mismatch: LOG` did not match.
     pub log: bool,
-    /// Whether the request may have a body with every method: a rule that allows the request names `Content-Length` or
-    /// `Transfer-Encoding`, or allows every request.
+    /// False if the request has a body that its method usually does not have, and no rule permits that. A rule permits
+    /// it if it allows the request and either names `Content-Length` or `Transfer-Encoding`, or allows every request.
     pub takes_bodies: bool,
 }
 
@@ -115,7 +115,7 @@ pub struct HttpVerdict {
 pub enum HttpDenial {
     /// No rule allows the request.
     NoRule,
-    /// The path cannot be resolved, and only rules with a path would allow the request.
+    /// The path cannot be resolved, and no rule allows the request without a path.
     Path(PathError),
 }
 
@@ -177,10 +177,11 @@ impl HttpRules {
         rules
     }
 
-    /// Returns the verdict on a request, with the rule of the first alternative that matches.
+    /// Returns the verdict on a request, with the rule of the first alternative that allows the request as sent. Unless
+    /// `paths` is [`Paths::Raw`], the request must also be allowed with its resolved path.
     ///
     /// # Errors
-    /// [`HttpDenial`] if no alternative matches.
+    /// [`HttpDenial`] if no alternative allows the request in one of these forms.
     pub fn judge(
         &self,
         request: &Request<'_>,
@@ -333,15 +334,16 @@ impl Alternative {
             && self.headers.iter().all(|test| test.log || test.holds(facts))
     }
 
-    /// Returns whether the path is irrelevant.
+    /// Returns whether the alternative matches every path.
     fn ignores_paths(&self) -> bool {
         self.path.is_none() && !self.headers.iter().any(|test| &*test.name == ":path")
     }
 }
 
 impl HeaderTest {
-    /// Returns whether the header has the wanted value. All fields with this name must have it, because a server may
-    /// use any of them. For the same reason no field may have a different name that some servers treat as this name.
+    /// Returns whether the header has the wanted value. All fields with this name must have it, because a server can
+    /// use any of them. For the same reason there must be no field with a different name that some servers treat as
+    /// this name.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
@@ -368,7 +370,7 @@ impl HeaderTest {
 /// A request with its path in the form that is matched.
 struct Facts<'a> {
     request: &'a Request<'a>,
-    /// Path; none if the request has no path or the path cannot be resolved.
+    /// Path; `None` if the request has no path or the path cannot be resolved.
     path: Option<&'a [u8]>,
 }
 
@@ -378,8 +380,9 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Returns whether requests that a rule allows may have a body with every method. A rule that names a framing header is
-/// meant for requests with a body. A rule that allows every request also allows a request that is smuggled in a body.
+/// Returns whether the requests that a rule allows may have a body even if their method usually has none. A rule that
+/// names a framing header is meant for requests with a body. A rule that allows every request also allows a request
+/// that is smuggled in a body.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers
@@ -409,8 +412,8 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
             (None, Some(_)) => Wanted::Unknown,
             (None, None) => Wanted::Present,
         },
-        // ADD, DELETE and REPLACE would have to change the request, so with these actions a request with a mismatch is
-        // not allowed.
+        // The mismatch actions ADD, DELETE and REPLACE would have to change the request, which is not supported. So
+        // with them, as without an action, a rule does not allow a request with a mismatch.
         log: wanted.mismatch == MismatchAction::Log,
     });
     plain.chain(others).collect()

@@ -22,7 +22,7 @@ pub struct Rules {
 }
 
 /// A pattern that could not be prepared. It matches nothing. Validation rejects invalid patterns, so the cause is a
-/// bug, or the expressions of a rule set exceed a limit together.
+/// bug, or a limit that the expressions of a rule set exceed only together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Number of the rule set.
@@ -40,7 +40,7 @@ struct Prepared {
 }
 
 impl Rules {
-    /// Prepares the rule sets of a snapshot. Unchanged ones are taken from `previous`.
+    /// Prepares the rule sets of a snapshot. Unchanged rule sets are taken from `previous`.
     #[must_use]
     pub fn prepare(sets: &BTreeMap<u32, Arc<RuleSet>>, previous: Option<&Self>) -> Self {
         let mut rules = Self::default();

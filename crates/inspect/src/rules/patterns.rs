@@ -19,13 +19,14 @@ const ONE: usize = 1 << 20;
 const TOGETHER: usize = 32 << 20;
 /// Maximum size of a worker's cache of DFA states for one field, bytes. A full cache is cleared.
 const CACHE: usize = 8 << 20;
-/// Maximum number of texts to which an expression is expanded. An expression with more texts is compiled.
+/// Maximum number of texts to which an expression is expanded. An expression that matches more texts is compiled.
 const LITERALS: usize = 64;
 
 /// Expressions, numbered in the order in which they were given.
 ///
 /// An expression that matches only a few texts (`GET|HEAD`, `/healthz`) is expanded to these texts, which are looked up
 /// in a hash table. All other expressions are compiled to one automaton, which reads a text once for all of them.
+/// Before that, a trailing `.*` is cut off some expressions ([`Part`]).
 #[derive(Debug, Default)]
 pub(super) struct Patterns {
     exact: HashMap<Box<[u8]>, Vec<u32>>,
@@ -35,23 +36,24 @@ pub(super) struct Patterns {
 #[derive(Debug)]
 struct Automaton {
     dfa: DFA,
-    /// Description of each of its patterns.
+    /// For each pattern of the DFA, its expression and the suffix that was cut off.
     parts: Vec<Part>,
 }
 
-/// The part of an expression that the automaton reads.
+/// An expression as it was compiled. If it ends with `.*`, and the part before that matches only a few texts
+/// (`/api/.*`), the trailing `.*` is cut off before compilation. The automaton then stops early, and many such
+/// expressions need few states.
 #[derive(Clone, Copy, Debug)]
 struct Part {
     /// Number of the expression.
     number: u32,
-    /// Suffix of the expression after that part. The most common expressions are like `/api/.*`. An automaton for the
-    /// part without the suffix stops early, and stays small for many expressions.
+    /// Suffix that was cut off. It is matched without the automaton.
     rest: Rest,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// No suffix: the automaton reads the whole expression.
+    /// No suffix was cut off.
     None,
     /// `.*`
     Line,
@@ -64,8 +66,9 @@ enum Rest {
 pub(super) struct DfaCache(Option<Cache>);
 
 impl Patterns {
-    /// Compiles expressions. `problem` gets each one that cannot be compiled, and the error. Such an expression
-    /// matches nothing.
+    /// Compiles expressions. `problem` is called with each expression that cannot be compiled and with the error. Such
+    /// an expression matches nothing. If the automaton of all compiled expressions cannot be built, `problem` is called
+    /// once, and none of them matches.
     pub(super) fn new<'a>(
         expressions: impl IntoIterator<Item = &'a str>,
         mut problem: impl FnMut(&str, String),
@@ -129,8 +132,8 @@ impl Patterns {
         }
         if let Some(automaton) = &self.automaton {
             let cache = cache.0.get_or_insert_with(|| automaton.dfa.create_cache());
-            // The search cannot fail, because the DFA has no quit bytes and does not give up when its cache is full. If
-            // the search failed, no further expression would match.
+            // The result is `None` in a dead state, in which no further expression can match. The search itself cannot
+            // fail, because the DFA has no quit bytes and does not give up when its cache is full.
             let _ = automaton.run(text, cache, out);
             out.sort_unstable();
             out.dedup();
@@ -182,7 +185,7 @@ impl Automaton {
 
 fn parse(expression: &str) -> Result<Hir, String> {
     let translated = re2::translate(expression)?;
-    // Texts may be invalid UTF-8, as for `regex::bytes`.
+    // Texts can be invalid UTF-8, as for `regex::bytes`.
     let mut parser = ParserBuilder::new().utf8(false).build();
     parser.parse(&translated).map_err(|error| error.to_string())
 }
@@ -211,7 +214,7 @@ fn compile(expressions: &[Hir], size: usize) -> Result<NFA, String> {
         .map_err(|error| error.to_string())
 }
 
-/// Returns the texts that an expression matches, if there are at most [`LITERALS`].
+/// Returns all texts that an expression matches, or `None` if they cannot be listed within [`LITERALS`].
 fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     // An expression with assertions (`^`, `\b`) depends on the surrounding text.
     if !expression.properties().look_set().is_empty() {
@@ -228,8 +231,8 @@ fn texts_of(expression: &Hir) -> Option<Vec<Box<[u8]>>> {
     Some(texts.iter().map(|text| text.as_bytes().into()).collect())
 }
 
-/// Splits the suffix `.*` off an expression, if the part before the suffix matches a few literal texts only. Such a
-/// part matches at a few positions of a text at most.
+/// Cuts the suffix `.*` off an expression if the part before the suffix matches only a few texts, so that its matches
+/// end at only a few positions.
 fn split(expression: Hir) -> (Hir, Rest) {
     let HirKind::Concat(parts) = expression.kind() else {
         return (expression, Rest::None);

@@ -76,8 +76,8 @@ impl Seg {
         f
     }
 
-    /// Calls `f` with the segment as a punted packet. Packets of the client go to the endpoint; with INGRESS in the
-    /// slot's flags, packets of the server do.
+    /// Calls `f` with the segment as a punted packet. The client's packets go to the endpoint, unless INGRESS is set in
+    /// the slot's flags: then the server's packets go to the endpoint.
     pub(crate) fn view(&self, slot: PuntRequest, f: impl FnOnce(&PacketView<'_>, Vec<u8>)) {
         let frame = self.frame();
         let mut packet = Packet::default();
@@ -296,7 +296,7 @@ impl Bench {
         self.put_as(seg, 0, 0);
     }
 
-    /// Handles a segment of this endpoint. A serial other than 0 is that of a conntrack entry that an earlier segment
+    /// Handles a segment of this endpoint. A serial other than 0 belongs to a conntrack entry that an earlier segment
     /// has made.
     fn put_as(&mut self, seg: &Seg, serial: u32, endpoint: u16) {
         let (table, out, now) = (&mut self.table, &mut self.out, self.now);
@@ -437,7 +437,7 @@ fn a_retransmission_with_other_bytes_is_dropped() {
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
     bench.put(&client(3, b"c"));
     assert_eq!(bench.take().released.len(), 2);
-    // Forwarded and not acknowledged: the bytes are compared.
+    // Forwarded bytes are compared until they are acknowledged.
     bench.put(&client(1, b"abc"));
     bench.put(&client(0, b"\x03Xbc"));
     bench.put(&client(2, b"bX\x01d"));
@@ -491,7 +491,7 @@ fn out_of_window_and_ambiguous_segments_are_dropped() {
     let mut bad = client(0, b"\x01a");
     bad.options = vec![2, 0, 0, 0];
     bench.put(&bad);
-    // A selective acknowledgement of bytes that were never sent.
+    // A selective acknowledgement of bytes that were never sent is dropped.
     let mut sack = client(0, b"");
     sack.options = [
         &[1, 1, 5, 10][..],
@@ -1005,7 +1005,7 @@ fn built_packets_carry_the_latest_timestamp() {
     bench.put(&stamped(syn_ack, 5000, 90));
     bench.put(&stamped(client(0, b""), 95, 5000));
     bench.take();
-    // Two messages are forwarded. The server may have accepted both, with their timestamps, although it has not
+    // Two messages are forwarded. The server has possibly accepted both, with their timestamps, although it has not
     // acknowledged them.
     bench.put(&stamped(client(0, b"\x02ab"), 100, 5000));
     bench.put(&stamped(client(3, b"\x02cd"), 110, 5000));
@@ -1097,7 +1097,7 @@ fn new_bytes_behind_acknowledged_ones_are_delivered() {
     bench.put(&client(0, stream));
     let out = bench.take();
     assert!(out.emitted.iter().any(|(seg, _)| seg.data == stream[6..]));
-    // Other bytes instead of unacknowledged ones.
+    // A retransmission with other bytes at an unacknowledged position is dropped.
     bench.put(&client(0, b"\x02ab\x02cX\x03efg"));
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }
@@ -1126,11 +1126,12 @@ fn offloaded_connections_are_remembered_within_a_limit() {
     assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
 
-/// The same ports again, before the end of the old connection was seen: the server decides whether the SYN opens a new
-/// one. With the SYN+ACK the BPF programs get the command that no offload of the old connection applies to the new one.
+/// The client uses the same ports again before the end of the old connection was seen: the server decides whether the
+/// SYN opens a new connection. With the SYN+ACK the BPF programs get the command that no offload of the old connection
+/// applies to the new one.
 #[test]
 fn a_connection_that_replaces_another_is_inspected_from_its_start() {
-    // An old connection that is offloaded; offloaded with undelivered bytes; with an offload window; with an incomplete
+    // The old connection is offloaded, is offloaded with undelivered bytes, has an offload window, or has an incomplete
     // message.
     for (first, offloaded) in [
         (&b"\x01O"[..], true),
@@ -1265,7 +1266,7 @@ fn a_challenge_ack_of_the_server_lets_the_client_reset_the_old_connection() {
     bench.put(&Seg::new(Side::Client, ACK, 900_001, 78, b"\x02Xa"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.discarded), (2, vec![Reason::AppDenied]));
-    // A server without the connection refuses, or accepts at once.
+    // A server without the old connection refuses the new one, or accepts it at once.
     let mut bench = Bench::open();
     bench.put_as(&syn, 99, 0);
     bench.put(&Seg::new(Side::Server, RST | ACK, 0, 900_001, b""));
@@ -1292,7 +1293,7 @@ fn the_end_of_a_connection_is_reported_once_it_is_certain() {
     bench.put(&last);
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands[0].op), (1, flow_op::CLOSE));
-    // With bytes in flight, the receiver may answer a reset with a challenge ACK.
+    // With bytes in flight, the receiver can answer a reset with a challenge ACK.
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x01a"));
     bench.put(&Seg::new(Side::Client, RST, CLIENT_ISN.wrapping_add(1), 0, b""));
@@ -1422,7 +1423,7 @@ fn one_endpoint_cannot_use_all_connections() {
     assert!(shares[1] >= 12 && shares[2] >= 3 && shares[3] >= 1, "{shares:?}");
 }
 
-/// There may be more half-open connections than may open. So the limit is checked again when a handshake completes.
+/// More handshakes can begin than connections may be open, so the limit is checked again when a handshake completes.
 #[test]
 fn half_open_connections_that_complete_stay_within_the_limit() {
     const HALF_OPEN: u32 = 200;
@@ -1431,7 +1432,7 @@ fn half_open_connections_that_complete_stay_within_the_limit() {
             connections_per_endpoint: 10,
             ..TcpLimits::default()
         },
-        // An endpoint gets three times as many open connections as the table has free places.
+        // An endpoint may have at most three times as many open connections as the table has free places.
         TcpLimits {
             connections: 13,
             ..TcpLimits::default()

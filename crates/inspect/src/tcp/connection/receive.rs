@@ -99,8 +99,8 @@ impl<F> Connection<F> {
     }
 
     /// "First, check sequence number": a segment is acceptable if it lies in the window that the receiver has offered,
-    /// or below it but not below [`Half::oldest`](super::super::half::Half::oldest). One byte beyond the window is
-    /// accepted too, as a zero-window probe (RFC 9293, 3.8.6.1).
+    /// or below the window but not below `Half::oldest`. One byte beyond the window is accepted too, as a zero-window
+    /// probe (RFC 9293, 3.8.6.1).
     #[inline]
     fn check_sequence(&self, arrived: &Arrived<'_, '_>) -> Result<Extent, Reason> {
         let (own, other) = (&self.halves[arrived.side], &self.halves[arrived.side.other()]);

@@ -6,7 +6,7 @@ use crate::{
     tcp::{half::Half, quote::QuotedSegment},
 };
 
-/// Verdict of an error.
+/// Verdict on an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
     Passed,
@@ -97,7 +97,7 @@ impl Bench {
         self.error_as(error, PuntRequest::default())
     }
 
-    /// Handles an error. `slot` may have a serial other than 0, and flags.
+    /// Handles an error. A serial of 0 in `slot` stands for the serial of the connection.
     fn error_as(&mut self, error: Error, slot: PuntRequest) -> Fate {
         let frame = error.frame();
         let mut packet = Packet::default();
@@ -146,7 +146,7 @@ impl Bench {
         self.deliver_with(length, b"");
     }
 
-    /// As `owed`, with further bytes in the packet that completes the message.
+    /// Like [`Bench::deliver`], with further bytes in the packet that completes the message.
     fn deliver_with(&mut self, length: usize, behind: &[u8]) {
         let message = [
             &[3, b'L', ((length - 4) >> 8) as u8, (length - 4) as u8][..],
@@ -163,7 +163,7 @@ impl Bench {
         assert_eq!(self.out.released.len(), 1, "the client's own packet");
     }
 
-    /// Returns the position and length of the generated packets of the client.
+    /// Returns the position and length of each packet that was generated in the client's place.
     fn made(&mut self) -> Vec<(u32, usize)> {
         let made = self.take().emitted;
         made.iter()
@@ -180,7 +180,7 @@ fn an_error_counts_only_if_it_quotes_bytes_in_flight() {
     bench.put(&client(0, b"\x03abc"));
     bench.put(&client(4, b"\x05ab"));
     assert_eq!(bench.out.released.len(), 1, "the second one is held");
-    // Bytes 0 to 3 of the client are in flight. A bare acknowledgement has number 4.
+    // Bytes 0 to 3 of the client are in flight. A bare acknowledgement has the sequence number of byte 4.
     for (at, fate) in [
         (0, Passed),
         (3, Passed),
@@ -414,7 +414,7 @@ fn errors_about_a_syn_pass_and_forged_ones_do_not() {
         bench.error(hard(Side::Client, CLIENT_ISN)),
         Dropped(Reason::TcpMidstream)
     );
-    // A candidate: its SYN may be answered by an error too.
+    // An error about the SYN of a candidate is forwarded too.
     let mut bench = Bench::open();
     let other = Seg::new(Side::Client, SYN, 5_000, 0, b"");
     bench.put_as(&other, 99, 7);
