@@ -213,9 +213,9 @@ pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> boo
     is_bare_syn(packet) && entry.inspector() == 0 && is_reply(entry, ingress)
 }
 
-/// Returns whether the flow has an inspector that may need the packet; offload windows are checked later. An inspector
-/// needs each SYN, even of an offloaded flow: the SYN may open a new connection with the same ports, which has no
-/// verdict yet.
+/// Returns whether the flow has an inspector that needs the packet, apart from offload windows, which are checked
+/// later. An inspector needs each SYN, even of an offloaded flow: the SYN can open a new connection with the same
+/// addresses and ports, on which there is no verdict yet.
 #[inline(always)]
 pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
     entry.inspector() != 0
@@ -228,7 +228,7 @@ pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
 fn timeout(config: &Config, protocol: u8, flow_flags: u8, forward_tcp: u8, closing: bool) -> u64 {
     match protocol {
         protocol::TCP if closing => config.tcp_closing,
-        // A SYN+ACK does not show that the opener exists, because the source of the SYN may be forged. The opener's ACK
+        // A SYN+ACK does not show that the opener exists, because the source of the SYN can be forged. The opener's ACK
         // shows it.
         protocol::TCP if flow_flags & ct_flags::REPLIED != 0 && forward_tcp & tcp_flags::ACK != 0 => {
             config.tcp_established
@@ -338,8 +338,9 @@ pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspecte
     let has_state = packet.protocol == protocol::TCP && !is_inspected && !packet.is(flags::FRAGMENT_LATER);
     entry.count(reply, packet.length);
     let mut seen = packet.tcp_flags & STATE_FLAGS;
-    // An end that sends a packet without RST has not reset the connection, so an earlier RST in its name was forged. A
-    // forged RST thus shortens the timeout until the next packet from that end, a real RST until the entry expires.
+    // An end that sends a packet without RST has not reset the connection, so an earlier RST from that end was forged.
+    // A forged RST thus shortens the timeout only until the next packet from that end. After a real RST no such packet
+    // comes, and the entry expires.
     if reply {
         flow_flags |= ct_flags::REPLIED;
         if has_state {
@@ -406,8 +407,8 @@ pub fn direction_flags(entry: Entry, ingress: bool) -> u8 {
     out
 }
 
-/// Takes a slot of the share for a new flow and draws its serial. Returns 0 if the endpoint has no share. This function
-/// is not part of [`insert`], because the stack frame of one function has no room for both.
+/// Draws the serial of a new flow and takes a slot of the share for the flow. Returns 0 if the endpoint has no share.
+/// This function is not part of [`insert`], because one stack frame has no room for both.
 #[inline(always)]
 pub fn claim_slot(pkt: &mut PacketContext) -> u32 {
     pkt.serial = share::random();
@@ -422,7 +423,7 @@ pub fn insert(pkt: &mut PacketContext) {
         return pkt.set(Reason::CtInsertionFailed);
     };
     let packet = &pkt.headers;
-    // The timeout of an unanswered flow that is not closing (see `timeout`): a reset creates no flow.
+    // A new flow is unanswered, and not closing because a reset creates no flow: `timeout` would return this value too.
     let lifetime = match packet.protocol {
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,

@@ -32,8 +32,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
     };
     (pkt.policy, pkt.revision) = policy_of(state);
     // SAFETY: `state` points to a map value, which lives as long as the map, and `flags` is aligned; the read is
-    // volatile because user space may write the field. User space may set LEARNS after the policy; until then the
-    // endpoint has no learned addresses.
+    // volatile because user space can write the field. User space can set LEARNS after the policy; until LEARNS is set,
+    // the endpoint has no learned addresses.
     pkt.learns =
         unsafe { core::ptr::read_volatile(&raw const (*state).flags) } as u8 & endpoint_flags::LEARNS as u8;
     pkt.event_flags = event_flags::REPLY_UNKNOWN;
@@ -83,8 +83,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
             if !recheck_flow(ctx, pkt, entry) {
                 return;
             }
-            // This machine generated the packet, and the peer is not the node: the packet may be the reply to a
-            // translated one (see `is_translated`).
+            // This machine generated the packet, and the peer is not the node: the packet could be the reply to a
+            // translated packet (see `is_translated`).
             if pkt.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
                 && entry.flags() & ct_flags::REMOTE_IS_HOST == 0
@@ -109,7 +109,8 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
 /// evaluated again by the policy in force.
 #[inline(always)]
 fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool {
-    // A bare SYN opens a new connection with the same addresses and ports: the peer's identity may have changed.
+    // A bare SYN can open a new connection with the same addresses and ports. The peer's identity may have changed
+    // since the last policy lookup.
     let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&pkt.headers);
     if entry.revision() != pkt.revision || opens {
         ctx.reevaluate_flow(pkt, entry);
@@ -207,7 +208,7 @@ fn is_plain(pkt: &PacketContext, ingress: u32) -> bool {
         return false;
     };
     // SAFETY: `state` points to a map value, which lives as long as the map, and `flags` is aligned; the read is
-    // volatile because user space may write the field.
+    // volatile because user space can write the field.
     let flags = unsafe { core::ptr::read_volatile(&raw const (*state).flags) };
     let (policy, revision) = policy_of(state);
     let plain = if ingress != 0 {
@@ -222,7 +223,7 @@ fn is_plain(pkt: &PacketContext, ingress: u32) -> bool {
 #[inline(always)]
 fn policy_of(state: *const EndpointState) -> (u32, u32) {
     // SAFETY: `state` points to a map value of 16 bytes, aligned to 8, which lives as long as the map; the read is
-    // volatile because user space may write the value.
+    // volatile because user space can write the value.
     let word = unsafe { core::ptr::read_volatile(state.cast::<u64>()) }.to_ne_bytes();
     (
         u32::from_ne_bytes([word[0], word[1], word[2], word[3]]),
@@ -252,7 +253,7 @@ fn reaches_its_workload<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
 ///
 /// Such a packet replies to a packet that passed the ingress hook as forwarded, but was then translated (DNAT) or
 /// redirected (TPROXY, routing by fwmark) to the node. The node's policy has not allowed that flow, so the reply is
-/// dropped if the node's ingress is enforced. A reset passes, because netfilter rules of the node may reject forwarded
+/// dropped if the node's ingress is enforced. A reset passes, because netfilter rules of the node can reject forwarded
 /// packets with a reset.
 #[inline(always)]
 fn is_translated<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
@@ -386,7 +387,7 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
     );
 }
 
-/// Handles a packet that may be a reply (it is not a bare SYN and belongs to no flow), that its own direction allows
+/// Handles a packet that could be a reply (it is not a bare SYN and belongs to no flow), that its own direction allows
 /// without inspection, and whose opposite direction is inspected or denied by a deny rule. A default deny of the
 /// opposite direction does not count: for an ordinary client, the opposite direction is denied by default.
 ///
@@ -529,8 +530,8 @@ fn check_addresses<H: Hook>(ctx: H, pkt: &mut PacketContext) -> bool {
 
 /// Discards ipcache entries of link-local addresses that belong to another link. An address of fe80::/10 is unique on
 /// its link only (RFC 4007, section 6), and the ipcache holds the node's link-local addresses of all links. So the
-/// link-local source of a packet that another machine generated is not the node's, and the link-local destination of a
-/// packet that leaves by a NIC is not the node's either.
+/// link-local source of a packet that this machine did not generate is not the node's, and the link-local destination
+/// of a packet that leaves by a NIC is not the node's either.
 #[inline(always)]
 fn forget_other_links<H: Hook>(
     ctx: H,

@@ -6,7 +6,7 @@ use palisade_abi::CtEntry;
 
 /// A value of the CONNTRACK map.
 ///
-/// Programs on two CPUs may handle packets of one flow at once, so a reference would alias. Each access reads or writes
+/// Programs on two CPUs can handle packets of one flow at once, so a reference would alias. Each access reads or writes
 /// one field by one volatile load or store. A read-modify-write is not atomic: the update of the other CPU can be lost.
 /// Counters and times tolerate that; [`CtEntry::decided`] protects the decisions of an inspector.
 #[derive(Clone, Copy)]
@@ -20,7 +20,7 @@ macro_rules! fields {
             #[inline(always)]
             pub fn $field(self) -> $type {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
-                // field is aligned; the read is volatile because other CPUs may write it.
+                // field is aligned; the read is volatile because other CPUs can write it.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
 
@@ -28,7 +28,7 @@ macro_rules! fields {
             #[inline(always)]
             pub fn $set(self, value: $type) {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. The
-                // field is aligned and any bytes are a valid value; the write is volatile because other CPUs may read
+                // field is aligned and any bytes are a valid value; the write is volatile because other CPUs can read
                 // it.
                 unsafe { core::ptr::write_volatile(&raw mut (*self.as_ptr()).$field, value) }
             }
@@ -43,7 +43,7 @@ macro_rules! read_only_fields {
             #[inline(always)]
             pub fn $field(self) -> $type {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
-                // field is aligned; the read is volatile because the kernel may give the element to another flow at any
+                // field is aligned; the read is volatile because the kernel can give the element to another flow at any
                 // time.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
@@ -103,7 +103,7 @@ impl Entry {
     pub fn count(self, reply: bool, length: u32) {
         let entry = self.as_ptr();
         // SAFETY: `Entry::new` got a pointer to a map value, which stays readable and writable while the program runs.
-        // The fields are aligned; the accesses are volatile because other CPUs may access them.
+        // The fields are aligned; the accesses are volatile because other CPUs can access them.
         unsafe {
             let (packets, bytes) = if reply {
                 (&raw mut (*entry).reply_packets, &raw mut (*entry).reply_bytes)
@@ -126,7 +126,7 @@ impl Entry {
     pub fn window(self, reply: bool) -> (u32, u32) {
         // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. Both bounds
         // lie together at a multiple of eight bytes: one load never sees one old and one new bound. The read is
-        // volatile because other CPUs may write them.
+        // volatile because other CPUs can write them.
         let word = unsafe {
             let at = &raw const (*self.as_ptr()).windows[if reply { 2 } else { 0 }];
             core::ptr::read_volatile(at.cast::<u64>())
@@ -146,7 +146,7 @@ impl Entry {
             let word = u64::from_ne_bytes([from[0], from[1], from[2], from[3], to[0], to[1], to[2], to[3]]);
             // SAFETY: `Entry::new` got a pointer to a map value, which stays writable while the program runs. Both
             // bounds lie together at a multiple of eight bytes, so one store changes both. The write is volatile
-            // because other CPUs may read them.
+            // because other CPUs can read them.
             unsafe { core::ptr::write_volatile((&raw mut (*self.as_ptr()).windows[at]).cast::<u64>(), word) };
         }
     }

@@ -7,7 +7,7 @@ use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// The IPv6 fragment header. Its number is used as the protocol in the key of an IPv6 datagram, whose fragments may
+/// The IPv6 fragment header. Its number is used as the protocol in the key of an IPv6 datagram, whose fragments can
 /// name different next headers.
 const IPV6_FRAGMENT: u32 = 44;
 
@@ -73,7 +73,7 @@ pub fn resolve(pkt: &mut PacketContext) -> u32 {
     let key = key(pkt);
     let packet = &mut pkt.headers;
     let ipv6 = packet.is(flags::IPV6);
-    // SAFETY: the value stays readable while the program runs. The fields are copied at once, because the LRU map may
+    // SAFETY: the value stays readable while the program runs. The fields are copied at once, because the LRU map can
     // recycle the element for another datagram.
     match unsafe { FRAGMENTS.get(&key) } {
         Some(ports) if ports.expires > pkt.now => {

@@ -28,7 +28,7 @@ fn folded(sum: u64) -> u16 {
     !(sum as u16)
 }
 
-/// Returns the ones' complement sum of `length` bytes, a multiple of four.
+/// Returns the ones' complement sum of `seed` and `length` bytes. `length` is a multiple of four.
 #[inline(always)]
 fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     // SAFETY: callers pass memory of `length` bytes, and the verifier checks it again.

@@ -176,7 +176,7 @@ fn ask_route<H: Hook>(ctx: H, pkt: &PacketContext, back: bool) -> u32 {
     question.family = if ipv6 { AF_INET6 } else { AF_INET };
     question.l4_protocol = packet.protocol;
     question.ifindex = pkt.ifindex;
-    // `ip rule` may select by ports. The kernel does not know the ports of a fragment.
+    // `ip rule` can select by ports. The kernel does not know the ports of a fragment.
     if matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
         && !packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER)
     {

@@ -144,7 +144,7 @@ fn is_configured(pkt: &PacketContext) -> bool {
 }
 
 /// Returns the reason for a frame without address and port: the policy's entry for any peer and any port decides. At a
-/// workload's interface the peer may be the node, so the node's policy must allow the frame too.
+/// workload's interface the peer can be the node, so the node's policy must allow the frame too.
 #[inline(always)]
 fn unenforced(pkt: &PacketContext) -> u32 {
     let own = default_reason(pkt.endpoint, u32::from(pkt.direction));
@@ -173,7 +173,7 @@ fn default_reason(endpoint: u32, direction: u32) -> u32 {
         return denied;
     };
     // SAFETY: `state` points to a map value, which lives as long as the map, and `policy` is aligned; the read is
-    // volatile because user space may write the field.
+    // volatile because user space can write the field.
     let policy = unsafe { core::ptr::read_volatile(&raw const (*state).policy) };
     let key = PolicyKey {
         policy,
@@ -317,8 +317,8 @@ fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
         icmpv6::NEIGHBOUR_SOLICITATION | icmpv6::NEIGHBOUR_ADVERTISEMENT | icmpv6::ROUTER_SOLICITATION => {
             discovery(ctx, pkt)
         }
-        // Only routers on a NIC's link configure this node; a workload's advertisement could redirect the node's
-        // traffic.
+        // Only advertisements from a NIC's link pass without a policy lookup; a workload's advertisement could redirect
+        // the node's traffic.
         icmpv6::ROUTER_ADVERTISEMENT if pkt.hook_point == hook_point::NIC_IN => discovery(ctx, pkt),
         icmpv6::LISTENER_QUERY..=icmpv6::LISTENER_DONE | icmpv6::LISTENER_REPORT_V2 => listener(ctx, pkt),
         _ => BY_POLICY,

@@ -1,4 +1,4 @@
-//! The BPF programs: their entry points. Built for the BPF target by `crates/datapath/build.rs`.
+//! The entry points of the BPF programs. `crates/datapath/build.rs` builds this crate for the BPF target.
 //!
 //! Depends on `palisade-abi` and `palisade-packet`. Start at [`palisade_xdp`]; `pipeline.rs` holds the eight steps of
 //! the verdict (docs/ARCHITECTURE.md, "The packet path"), `enforce.rs` the verdict for one endpoint.

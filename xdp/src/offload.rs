@@ -8,9 +8,9 @@ use crate::entry::Entry;
 use crate::hook::Hook;
 use crate::packet_context::PacketContext;
 
-/// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies may inspect a packet, and
-/// both requests stay in the punt header: a packet inside the window of one flow may lie outside the window of the
-/// other.
+/// Sets [`PacketContext::must_punt`] if the flow's inspector needs the packet. Two policies can inspect a packet, each
+/// with its own conntrack entry. Both requests stay in the punt header, because a packet inside the window of one entry
+/// can lie outside the window of the other.
 #[inline(never)]
 pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u32 {
     if !is_in_window(ctx, pkt, entry) {
@@ -58,7 +58,8 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     }
     let payload = packet.length - headers;
     if payload == 0 {
-        // The inspector needs the acknowledgment of the window's last byte: the receiver then has all of the window.
+        // The inspector needs the acknowledgment of the window's last byte, which shows that the receiver has all of
+        // the window.
         let acked = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
         let room = other_to.wrapping_sub(other_from);
         return room < 1 << 31 && acked.wrapping_sub(other_from) < room;

@@ -90,7 +90,7 @@ fn classify<C: Calls>(ctx: C, pkt: &mut PacketContext, egress: u32) {
         (true, false) => hook_point::FROM_WORKLOAD,
         (true, true) => hook_point::TO_WORKLOAD,
     };
-    // Step 1: parse. The headers may lie outside the linear part of the frame: pull them in and decode once more.
+    // Step 1: parse. The headers can lie outside the linear part of the frame: pull them in and decode once more.
     ctx.decode(pkt);
     if pkt.reason != 0 {
         if ctx.pull_headers() {

@@ -47,8 +47,8 @@ fn load<T: Plain>(ctx: Skb, at: u32, into: &mut T) -> bool {
     unsafe { bpf_skb_load_bytes(ctx.0.cast(), at, core::ptr::from_mut(into).cast(), size) == 0 }
 }
 
-/// Applies the commands of a reinjected frame, removes them and the trailer, and redirects the packet to the hook that
-/// the trailer names. Drops frames without the cookie.
+/// Applies the commands of a reinjected frame, removes them and the trailer, and redirects the packet to the interface
+/// and path that the trailer names. Drops frames without the cookie.
 #[inline(always)]
 pub fn reinject(ctx: Skb) -> i32 {
     const TRAILER: u32 = size_of::<ReinjectTrailer>() as u32;

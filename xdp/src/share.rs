@@ -56,7 +56,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         return 0;
     };
     // SAFETY: `share` points to a map value, which lives as long as the map; the reads are volatile because user space
-    // may write the fields, each by one store.
+    // can write the fields, each by one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).flows),
@@ -67,7 +67,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         return 0;
     }
     let first = first.wrapping_add(place(slots, random));
-    // During an upgrade the old programs may have a smaller map than the one that the shares are computed for. The flow
+    // During an upgrade the old programs can have a smaller map than the one that the shares are computed for. The flow
     // then has no slot and lives until its timeout.
     let Some(mut oldest) = FLOW_SLOTS.get_ptr_mut(first) else {
         return 1;
@@ -91,8 +91,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
             }
         }
     }
-    // Of two live flows the one that was used last stays: the oldest may belong to a resolver that has just reused its
-    // port.
+    // Of two live flows the one that was used last stays: the oldest flow could belong to a resolver that has just
+    // reused the port.
     let (mut slot, mut holder) = (oldest, holder(oldest, oldest_at));
     if let Some(flow) = holder
         && second_at != u64::MAX
@@ -110,7 +110,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
         counters::conntrack_evicted();
     }
     // SAFETY: `slot` points to a map value, which lives as long as the map; the writes are volatile because other CPUs
-    // may access the value. If two CPUs take the slot at the same instant, one of the two flows has no slot and lives
+    // can access the value. If two CPUs take the slot at the same instant, one of the two flows has no slot and lives
     // until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);
@@ -123,7 +123,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
 #[inline(always)]
 fn created_at(slot: *mut FlowSlot) -> u64 {
     // SAFETY: callers pass a pointer to a map value, which lives as long as the map; the read is volatile because other
-    // CPUs may write the field.
+    // CPUs can write the field.
     unsafe { core::ptr::read_volatile(&raw const (*slot).created) }
 }
 
@@ -132,7 +132,7 @@ fn created_at(slot: *mut FlowSlot) -> u64 {
 #[inline(always)]
 fn holder(slot: *mut FlowSlot, created: u64) -> Option<Entry> {
     // SAFETY: callers pass a pointer to a map value, which lives as long as the map; the read is volatile because other
-    // CPUs may write the field.
+    // CPUs can write the field.
     if unsafe { core::ptr::read_volatile(&raw const (*slot).key.endpoint) } == 0 {
         return None;
     }
@@ -163,7 +163,7 @@ fn protect(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs may change the counts
+    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs can change the counts
     // at the same time; see the module comment.
     unsafe {
         if (*share).protected >= i64::from((*share).guaranteed) {
@@ -188,7 +188,7 @@ pub fn release_protection(key: &CtKey, entry: Entry) {
     let (Some(share), Some(pool)) = (share, SHARES.get_ptr_mut(POOL)) else {
         return;
     };
-    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs may change the counts
+    // SAFETY: `share` and `pool` point to map values, which live as long as the map. Other CPUs can change the counts
     // at the same time; see the module comment.
     unsafe {
         if (*share).protected > i64::from((*share).guaranteed) {
@@ -206,7 +206,7 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
         return 0;
     };
     // SAFETY: `share` points to a map value, which lives as long as the map; the reads are volatile because user space
-    // may write the fields, each by one store.
+    // can write the fields, each by one store.
     let (first, slots) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*share).fragments),
@@ -220,7 +220,7 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
     let Some(mut slot) = FRAGMENT_SLOTS.get_ptr_mut(first) else {
         return 1;
     };
-    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs may
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs can
     // write the field.
     let mut slot_expires = unsafe { core::ptr::read_volatile(&raw const (*slot).expires) };
     for way in 1..SHARE_WAYS {
@@ -229,19 +229,19 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
         }
         if let Some(other) = FRAGMENT_SLOTS.get_ptr_mut(first.wrapping_add(way)) {
             // SAFETY: `other` points to a map value, which lives as long as the map; the read is volatile because other
-            // CPUs may write the field.
+            // CPUs can write the field.
             let other_expires = unsafe { core::ptr::read_volatile(&raw const (*other).expires) };
             if other_expires < slot_expires {
                 (slot, slot_expires) = (other, other_expires);
             }
         }
     }
-    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs may
+    // SAFETY: `slot` points to a map value, which lives as long as the map; the read is volatile because other CPUs can
     // write the field.
     if unsafe { core::ptr::read_volatile(&raw const (*slot).key.hook) } != 0 {
         // SAFETY: `slot` points to a map value, which lives as long as the map; the kernel only reads the key.
         let old_key = unsafe { &(*slot).key };
-        // SAFETY: the value stays readable while the program runs. The time is copied at once, because the LRU map may
+        // SAFETY: the value stays readable while the program runs. The time is copied at once, because the LRU map can
         // recycle the element for another datagram.
         let old = unsafe { FRAGMENTS.get(old_key) };
         if old.is_some_and(|old| old.expires == slot_expires) {
@@ -249,7 +249,7 @@ pub fn claim_fragment_slot(key: &FragmentKey, endpoint: u32, expires: u64) -> u3
         }
     }
     // SAFETY: `slot` points to a map value, which lives as long as the map; the writes are volatile because other CPUs
-    // may access the value. If two CPUs take the slot at the same instant, one of the two datagrams has no slot and
+    // can access the value. If two CPUs take the slot at the same instant, one of the two datagrams has no slot and
     // lives until its timeout.
     unsafe {
         core::ptr::write_volatile(&raw mut (*slot).key, *key);

@@ -119,7 +119,7 @@ impl CtEntry {
     /// Returns the value of [`Self::decided`] after an OFFLOAD command.
     ///
     /// The hash matches only an entry with the connection (`serial`), the rule set and the flags for which the worker
-    /// sent the command. Another CPU may write other rules, another connection, or (LRU maps recycle elements at once)
+    /// sent the command. Another CPU can write other rules, another connection, or (LRU maps recycle elements at once)
     /// another flow to the entry at the same time. The command then has no effect, whichever CPU writes first.
     #[inline(always)]
     #[must_use]

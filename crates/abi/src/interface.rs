@@ -146,7 +146,7 @@ pub struct Config {
     pub fragment: u64,
     /// Interval between trace events of a flow in use; 0: no trace event is sent while the flow is in use.
     pub trace_interval: u64,
-    /// Number of events of one kind and reason that one CPU may send per second.
+    /// Number of events of one kind and reason that one CPU can send per second.
     pub events_per_second: u64,
     /// Number of the node's own endpoint.
     pub host_endpoint: u32,

@@ -102,7 +102,7 @@ pub mod reinject_flags {
     pub const MARK: u8 = 1;
     /// A [`super::FlowCommand`] precedes the trailer.
     pub const COMMAND: u8 = 2;
-    /// A second command precedes the first one, because two policies may inspect one packet.
+    /// A second command precedes the first one, because two policies can inspect one packet.
     pub const SECOND_COMMAND: u8 = 4;
 }
 

@@ -242,7 +242,7 @@ impl Chain {
             return Err(Reason::InvalidIpv6Extension);
         }
         let kind = self.next;
-        // Only the first extension header may be hop-by-hop options (RFC 8200, section 4.1).
+        // Hop-by-hop options are valid only as the first extension header (RFC 8200, section 4.1).
         if kind == HOP_BY_HOP && position != 0 {
             return Err(Reason::InvalidIpv6Extension);
         }

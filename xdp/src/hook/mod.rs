@@ -51,9 +51,10 @@ impl Bytes for Linear {
         Some(unsafe { &*(at as *const [u8; N]) })
     }
 
-    /// Reads the word in two halves: a frame starts at an even address, and every header has an even length. Otherwise
-    /// LLVM would read each byte. With its target feature `allows-misaligned-mem-access` LLVM would read whole words,
-    /// but also write misaligned words to the stack, which the verifier rejects.
+    /// Reads the word in two halves, because LLVM would otherwise read each byte. The halves are aligned: a frame
+    /// starts at an even address, and every header has an even length. With its target feature
+    /// `allows-misaligned-mem-access` LLVM would read whole words, but also write misaligned words to the stack, which
+    /// the verifier rejects.
     #[inline(always)]
     fn word<const N: usize>(header: &[u8; N], at: usize) -> u32 {
         assert!(at + 4 <= N);
@@ -103,7 +104,8 @@ pub trait Hook: Copy {
     /// Truncates the frame to `length` bytes. Returns whether that worked.
     fn cut(self, length: u32) -> bool;
     /// Writes `header` in front of the packet and redirects the packet to the interface `punt_link`. Returns 0, or the
-    /// number of the [`Reason`] for the failure. `header` points to the [`PuntHeader`] of this CPU.
+    /// number of the [`Reason`] for the failure. `header` points to the [`PuntHeader`] of this CPU. `queue`: queue of
+    /// the punt link; XDP ignores it.
     fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32;
     /// Returns the number of the hook in [`palisade_abi::punt_hook`].
     fn number(self, egress: bool) -> u8;

@@ -52,7 +52,7 @@ impl Hook for Skb {
         unsafe { (*self.0).vlan_present }
     }
 
-    /// The headers may lie in page fragments of the socket buffer instead of its linear part.
+    /// The headers can lie in page fragments of the socket buffer instead of its linear part.
     #[inline(always)]
     fn pull_headers(self) -> bool {
         let bytes = self.bytes(false);
