@@ -44,7 +44,7 @@ impl ApplyError {
         }
     }
 
-    /// Returns the map that is too small for the step, if that is the cause.
+    /// Returns the map that is too small for the step; `None` if the error has another cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {
@@ -107,9 +107,9 @@ impl Datapath {
         }
     }
 
-    /// Returns endpoint and address of each address that leaves its endpoint by these steps. The flows of such an
-    /// address must be removed: for a flow that is in conntrack, the programs do not look up again which endpoint its
-    /// source address belongs to.
+    /// Returns endpoint and address of each address that leaves its endpoint by `ops`. The flows of such an address
+    /// must be removed: for a flow that is in conntrack, the programs do not look up again which endpoint its source
+    /// address belongs to.
     fn moved(&self, ops: &[Op]) -> Result<HashSet<(u16, Addr)>, MapError> {
         let mut moved = HashSet::new();
         for op in ops {

@@ -69,7 +69,7 @@ impl Datapath {
 
     /// Copies the flows that have not expired from the conntrack map that [`Self::open`] has replaced by one of another
     /// size. Programs that were attached before write to the old map until their interface is attached again, so this
-    /// is called after each attachment.
+    /// function is called after each attachment.
     pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
         if let Some(old) = &self.old_conntrack {
             let now = crate::monotonic_coarse();

@@ -129,7 +129,7 @@ fn program_hint() -> String {
 }
 
 /// Returns the error of the load with the last lines of the verifier log. The verifier writes the reason last, and the
-/// log may have a million lines.
+/// log can have a million lines.
 fn refusal(error: &ProgramError) -> String {
     const LINES: usize = 12;
     let ProgramError::LoadError {
@@ -151,7 +151,7 @@ fn refusal(error: &ProgramError) -> String {
 const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
 
 impl OpenError {
-    /// Returns the map whose configured size is too small, if that is the cause.
+    /// Returns the map whose configured size is too small; `None` if the error has another cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {

@@ -8,7 +8,7 @@ use zerocopy::FromBytes as _;
 
 use crate::{Datapath, MapError, SyscallError, sys::bpf};
 
-/// Reads the events of the programs. Only one reader may exist, since reading consumes events.
+/// Reads the events of the programs. There must be only one reader at a time, since reading consumes events.
 pub struct EventReader {
     ring: RingBuf<MapData>,
     malformed: u64,

@@ -141,7 +141,7 @@ pub enum AttachError {
         /// Index of the interface that has the slot.
         other: u32,
     },
-    /// An XDP program that Palisade has not attached is at the interface.
+    /// The interface has an XDP program that Palisade has not attached.
     #[error(
         "{name}: another XDP program (id {prog_id}, `{prog_name}`) is attached; remove it (`ip link set dev {name} \
          xdp off`, or end the program that holds it), or set `ingress = \"tc\"` for this interface"

@@ -16,7 +16,7 @@ impl Datapath {
     /// Adds or replaces learned addresses. If the function succeeds, the map has all of them.
     ///
     /// # Errors
-    /// [`MapError`] if the map cannot be written; some of the addresses may be in it then.
+    /// [`MapError`] if the map cannot be written. Some of the addresses can then be in the map.
     pub fn put_learned(&self, entries: &[(LearnedKey, Identity)]) -> Result<(), MapError> {
         // Most DNS answers have one address, for which a single update is faster than a batch.
         if let [(key, identity)] = entries {
@@ -28,7 +28,7 @@ impl Datapath {
     /// Removes learned addresses. Keys without an entry are ignored.
     ///
     /// # Errors
-    /// [`MapError`] if the map cannot be written; some of the addresses may be removed then.
+    /// [`MapError`] if the map cannot be written. Some of the addresses can then be missing in the map.
     pub fn remove_learned(&self, keys: &[LearnedKey]) -> Result<(), MapError> {
         self.learned.remove_all(keys)
     }

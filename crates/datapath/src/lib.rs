@@ -9,9 +9,9 @@
 //! Attached programs stay attached when the process ends or crashes. A later [`Datapath::open`] opens the pinned maps,
 //! and [`Datapath::attach`] replaces the programs atomically.
 //!
-//! Only one process at a time may use a pin directory; the daemon holds a lock on its run file. Network interfaces are
-//! those of the network namespace of the calling thread. bpffs belongs to the mount namespace, so daemons of several
-//! network namespaces need a `pin_dir` each.
+//! Two processes must not use a pin directory at the same time; the daemon holds a lock on its run file. Network
+//! interfaces are those of the network namespace of the calling thread. bpffs belongs to the mount namespace, so
+//! daemons of several network namespaces need a `pin_dir` each.
 //!
 //! Depends on `palisade-abi` and, for plans, on `palisade-model`. Start at [`Datapath::open`], [`Datapath::apply`] and
 //! [`Datapath::attach`].

@@ -66,8 +66,8 @@ pub struct Rules {
     pub endpoints: BTreeSet<IpAddr>,
     /// Destinations that the programs treat as the node: addresses, broadcast addresses and local routes.
     pub own: BTreeSet<IpNet>,
-    /// Whether forwarded packets must be checked, because some of them may pass no interface with programs. The check
-    /// costs a lookup for every forwarded packet.
+    /// Whether forwarded packets must be checked, because some of them can bypass all interfaces with programs. The
+    /// check costs a lookup for every forwarded packet.
     pub forwards: bool,
     /// Whether the node's ingress policy is enforced. If it is, packets that reach the node without having been
     /// evaluated against that policy are dropped.
@@ -558,7 +558,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         ];
         expressions.extend_from_slice(family);
         expressions.extend([destination, NotIn(own), DestinationType]);
-        // The set of own addresses may be outdated, so a destination that is local by the kernel's routing table
+        // The set of own addresses can be outdated, so a destination that is local by the kernel's routing table
         // passes, too. 2 to 5 are RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST and RTN_MULTICAST.
         expressions
             .extend((2..=5_u32).map(|kind| Compare(Comparison::NotEqual, kind.to_ne_bytes().to_vec())));
@@ -744,7 +744,7 @@ fn split(addresses: &BTreeSet<IpAddr>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     (v4, v6)
 }
 
-/// First key of a range, and the first key after the range; `None` if the range contains the largest key.
+/// First key of a range, and the first key after the range. The latter is `None` if the range contains the largest key.
 type Range = (Vec<u8>, Option<Vec<u8>>);
 
 /// Returns the prefixes of each family as disjoint ranges, together with the groups that the programs evaluate as

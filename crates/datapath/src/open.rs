@@ -141,7 +141,7 @@ impl Datapath {
             fresh,
             resized,
         };
-        // The pinned shares were computed by an earlier process, whose maps may have had other sizes.
+        // The pinned shares were computed by an earlier process, whose maps can have had other sizes.
         let endpoints = datapath.endpoints.with_policy();
         datapath.shares.cut(&shares::shares(&endpoints, datapath.sizes));
         Ok(datapath)

@@ -94,7 +94,7 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
 /// part of it that does not exist yet has a dot, [`OpenError::Io`] if statfs fails.
 pub fn check_pin_dir(pin_dir: &Path) -> Result<()> {
     // bpffs refuses dots only in names that are created on it, so the existing part of the path, such as the mount
-    // point, may have dots.
+    // point, can have dots.
     let dots = |p: &Path| p.to_str().is_none_or(|p| p.contains('.'));
     let to_be_made = pin_dir.strip_prefix(existing(pin_dir)).unwrap_or(pin_dir);
     if !pin_dir.is_absolute() || dots(to_be_made) {

@@ -298,7 +298,7 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // The punt link may be in another network namespace, and an interface in the namespace of this thread may have
+        // The punt link can be in another network namespace, and an interface in the namespace of this thread can have
         // the same index. Such an interface is not an end of the punt link if it still has an XDP program after
         // `link_detach`.
         if file == XDP_PIN

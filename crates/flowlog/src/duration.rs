@@ -70,7 +70,7 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
     Ok(Duration::new(seconds, (total % 1_000_000_000) as u32))
 }
 
-/// Returns the fraction 0.`digits` of a unit of time in nanoseconds. `ns`: length of the unit.
+/// Returns 0.`digits` of a unit of time, ns. `ns`: length of the unit.
 fn part(digits: &str, ns: u64) -> u128 {
     let mut numerator: u128 = 0;
     let mut denominator: u128 = 1;

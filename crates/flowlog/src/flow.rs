@@ -625,10 +625,11 @@ pub struct Http {
     /// Status code, for responses.
     #[serde(skip_serializing_if = "is_default")]
     pub code: u32,
-    /// Method of the request; in the record of a response, of the request that it answers.
+    /// Method of the request, which the record of the response repeats.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
-    /// URL of the same request, without secrets and with visible ASCII characters only.
+    /// URL of the request, which the record of the response repeats, without secrets and with visible ASCII characters
+    /// only.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub url: String,
     /// Protocol version, such as `HTTP/1.1`.

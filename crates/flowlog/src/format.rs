@@ -283,7 +283,8 @@ fn match_text(number: u32) -> String {
     known.map_or_else(|| format!("unknown ({number})"), |text| (*text).into())
 }
 
-/// Returns the deciding policy and rule, for the end of a line: `[policy shop/web ingress rule 2, shop.yaml:12]`.
+/// Returns the deciding policy and rule for the end of a line, such as `[policy shop/web ingress rule 2,
+/// shop.yaml:12]`.
 fn why(flow: &Flow) -> Option<String> {
     let rule = flow.palisade.rule.as_ref()?;
     let unknown = || format!("rule {}", rule.id);
@@ -408,7 +409,7 @@ impl Flow {
     }
 }
 
-/// Returns `10.0.1.10:4711 -> 10.0.1.20:80 tcp SYN`.
+/// Returns a text such as `10.0.1.10:4711 -> 10.0.1.20:80 tcp SYN`.
 fn packet_text(flow: &Flow) -> String {
     let numeric = Printer {
         numeric: true,

@@ -1,5 +1,5 @@
 //! Sorting of flows by time. Events of the programs and records of the workers reach the ring by different threads, so
-//! a flow can arrive some milliseconds after a later flow that it caused.
+//! a flow can arrive some milliseconds after a flow that it caused.
 
 use std::{
     cmp::{Ordering, Reverse},

@@ -287,7 +287,7 @@ fn tls_version(version: u16) -> Cow<'static, str> {
     })
 }
 
-/// Returns `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.
+/// Returns a text such as `DNS Answer "192.0.2.1" TTL: 30 CNAMEs: "a.example." (Proxy www.example. A)`.
 fn answer_text(dns: &Dns) -> String {
     let mut text = String::from("DNS Answer ");
     let quoted = |text: &mut String, list: &mut dyn Iterator<Item = String>| {

@@ -50,7 +50,7 @@ pub trait FlowResolver {
     fn endpoint(&self, id: u16) -> Option<Owner>;
     /// Returns the owner of exactly this address.
     fn address(&self, address: IpAddr) -> Option<Owner>;
-    /// Returns a rule by its number. A rule that was replaced recently should still be found, since its last events may
+    /// Returns a rule by its number. A rule that was replaced recently should still be found, since its last events can
     /// arrive after the policy change.
     fn rule(&self, id: u32) -> Option<RuleInfo>;
     /// Returns the name of an interface.

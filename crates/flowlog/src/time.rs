@@ -36,7 +36,8 @@ impl Timestamp {
         Self(ns)
     }
 
-    /// Returns `Apr 28 01:04:16.656`, UTC, with the day padded by a space: the first column of Hubble's compact output.
+    /// Returns a text such as `Apr 28 01:04:16.656`, UTC, with the day padded by a space: the first column of Hubble's
+    /// compact output.
     #[must_use]
     pub fn stamp(self) -> String {
         self.calendar().strftime("%b %e %H:%M:%S%.3f").to_string()

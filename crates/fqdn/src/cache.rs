@@ -33,8 +33,8 @@ pub struct Config {
     /// Most addresses of all names together per endpoint.
     pub addresses_per_endpoint: usize,
     /// Most addresses of all names of all endpoints together. At the limit, unused addresses of the endpoint with the
-    /// most addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share and
-    /// the learning endpoint has less.
+    /// most addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share of
+    /// the limit and the learning endpoint has less.
     pub addresses_total: usize,
     /// Whether addresses are learned for the aliases in the CNAME chain as well as for the queried name.
     pub aliases: bool,
@@ -226,7 +226,7 @@ impl Cache {
     }
 
     /// Evicts addresses if the limit on all endpoints requires it, and appends the removals to `changes`. Returns the
-    /// number of addresses that `endpoint` may add, at most `wanted`.
+    /// number of addresses that `endpoint` can add, at most `wanted`.
     fn make_room(&mut self, endpoint: EndpointId, wanted: usize, changes: &mut Vec<Change>) -> usize {
         /// Number of addresses to evict beyond those needed, because finding the largest endpoint takes a scan of all
         /// endpoints.
@@ -322,7 +322,7 @@ impl Cache {
         }
     }
 
-    /// Aborts an answer that will not be forwarded. Removes the addresses that no other answer has given; the next
+    /// Aborts an answer that will not be forwarded. Removes the addresses that only this answer has given; the next
     /// sweep returns the resulting changes.
     pub fn abort(&mut self, pending: Pending) {
         self.stats.aborted += 1;

@@ -36,7 +36,7 @@ pub(crate) struct Endpoint {
     pub(crate) listed: Option<Arc<ListedPrefixes>>,
     pub(crate) names: HashMap<Arc<[u8]>, NameEntry>,
     pub(crate) addresses: HashMap<IpAddr, AddressEntry>,
-    /// The names in the order in which they were learned last, oldest first.
+    /// The names, the least recently learned first.
     ages: BTreeMap<u64, Arc<[u8]>>,
     /// Number of (name, address) pairs.
     pub(crate) pairs: usize,
@@ -417,7 +417,7 @@ impl Endpoint {
         }
     }
 
-    /// Removes an address that has no names, unless the maps may still hold a triple of it.
+    /// Removes an address that has no names, unless the maps can still hold one of its triples.
     fn drop_address_if_empty(&mut self, address: IpAddr) {
         if self
             .addresses

@@ -1,9 +1,9 @@
 //! The addresses that endpoints learn from DNS answers, and for how long these addresses are allowed.
 //!
 //! [`Cache`] stores learned addresses per endpoint: an address that one endpoint has learned is not allowed for
-//! another. The cache outputs [`Change`]s: an endpoint may, or may no longer, reach an address by a selector. An answer
-//! must not be forwarded before the maps hold all of its changes. Therefore [`Cache::learn`] returns a [`Pending`], and
-//! only [`Cache::commit`] turns it into a [`Committed`], which the caller needs to forward the answer.
+//! another. The cache outputs [`Change`]s: a selector allows, or no longer allows, an endpoint to reach an address. An
+//! answer must not be forwarded before the maps hold all of its changes. Therefore [`Cache::learn`] returns a
+//! [`Pending`], and only [`Cache::commit`] turns it into a [`Committed`], which the caller needs to forward the answer.
 //!
 //! [`Tracker`] stores the open questions, so that the caller can drop answers that match none of them.
 //!

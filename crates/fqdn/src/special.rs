@@ -85,7 +85,7 @@ const IPV6: &[Ipv6Net] = &[
 ];
 
 /// Returns whether an address is special-purpose. A NAT64 or 6to4 address (RFC 6052, section 2.1; RFC 3056) is
-/// special-purpose if the IPv4 address embedded in it is.
+/// special-purpose if its embedded IPv4 address is special-purpose.
 #[must_use]
 pub fn is_special(address: IpAddr) -> bool {
     match address.to_canonical() {

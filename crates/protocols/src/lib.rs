@@ -1,6 +1,6 @@
 //! Parsers of application protocols: DNS, HTTP/1 and TLS hellos.
 //!
-//! The input comes from the network and may be crafted by an attacker. The parsers do no I/O, read no clock and do not
+//! The input comes from the network, so an attacker can craft it. The parsers do no I/O, read no clock and do not
 //! panic. They refuse malformed or ambiguous input with an error that has a text and a counter of its own.
 //!
 //! This crate depends on `palisade-model` for the type of patterns. Start at [`dns::Query`] and [`dns::Answer`],

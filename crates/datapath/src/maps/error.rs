@@ -44,7 +44,7 @@ pub enum MapError {
 }
 
 impl MapError {
-    /// Returns the map that is too small for the operation, if that is the cause.
+    /// Returns the map that is too small for the operation; `None` if the error has another cause.
     #[must_use]
     pub fn too_small(&self) -> Option<&str> {
         match self {

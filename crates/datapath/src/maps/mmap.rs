@@ -18,7 +18,7 @@ use crate::sys::SyscallError;
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// Atomic types for access to map memory. Every bit pattern is a valid value, and other threads and programs may write
+/// Atomic types for access to map memory. Every bit pattern is a valid value, and other threads and programs can write
 /// concurrently.
 pub(crate) trait Atomic {}
 impl Atomic for AtomicU16 {}

@@ -81,7 +81,7 @@ impl RawMap {
     ) -> std::result::Result<(), SyscallError> {
         debug_assert_eq!((key.len(), value.len()), (self.key_size(), self.value_stride));
         // ENOMEM and EBUSY are transient: elements of maps without preallocation come from a per-CPU cache that is
-        // refilled asynchronously, and `htab_lock_bucket` may fail instead of waiting.
+        // refilled asynchronously, and `htab_lock_bucket` can fail instead of waiting.
         let mut tries = 0;
         loop {
             match bpf::update(self.fd.as_fd(), key, value, flags) {

@@ -83,7 +83,7 @@ pub(crate) fn qdisc(ifindex: u32) -> Result<Option<String>> {
         libc::NLM_F_DUMP,
         "RTM_GETQDISC",
         &mut |_, payload| {
-            // The kernel may dump the qdiscs of every interface.
+            // The kernel can dump the qdiscs of every interface.
             if u32_at(payload, 4) == Some(ifindex) && u32_at(payload, 12) == Some(CLSACT_PARENT) {
                 kind = payload
                     .get(20..)

@@ -86,7 +86,7 @@ fn parse(payload: &[u8]) -> Option<Device> {
     })
 }
 
-/// Interface that is or may be an end of the punt link.
+/// Interface that is, or could be, an end of the punt link.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) ifindex: u32,

@@ -235,8 +235,8 @@ impl Table<'_> {
         messages
     }
 
-    /// Returns requests that create a set of disjoint ranges. Each range is its first key and the first key after it;
-    /// `None` if the range contains the largest key.
+    /// Returns requests that create a set of disjoint ranges. A range is given by its first key and the first key after
+    /// it; the latter is `None` if the range contains the largest key.
     pub(crate) fn ranges(
         self,
         name: &str,

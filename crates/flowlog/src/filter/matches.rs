@@ -187,7 +187,7 @@ impl Requirement {
     }
 
     /// Returns the value of a label if the label has the source and key of this requirement; an empty text if the label
-    /// has no value. The first colon separates source and key; a key may contain more colons.
+    /// has no value. The first colon separates source and key; a key can contain more colons.
     fn value_of<'a>(&self, label: &'a str) -> Option<&'a str> {
         let (name, value) = label.split_once('=').unwrap_or((label, ""));
         let (source, key) = name.split_once(':').unwrap_or(("", name));

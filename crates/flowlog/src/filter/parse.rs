@@ -98,7 +98,7 @@ impl FilterBuilder {
         }
     }
 
-    /// Adds a flag, one of [`FLAGS`], with its value. A value may be a comma-separated list, except for flags whose
+    /// Adds a flag, one of [`FLAGS`], with its value. A value can be a comma-separated list, except for flags whose
     /// single values can contain commas: selectors, regular expressions and header fields.
     ///
     /// # Errors
@@ -409,7 +409,7 @@ fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp> {
 
 impl LabelSelector {
     /// Parses a comma-separated list of `app=web`, `app==web`, `app!=web`, `app in (a, b)`, `app notin (a, b)`, `app`
-    /// and `!app`. Each key may have a source: `k8s:app`.
+    /// and `!app`. Each key can have a source: `k8s:app`.
     ///
     /// # Errors
     /// [`ValueError`] if the text does not follow this syntax.

@@ -226,7 +226,7 @@ pub struct Answer {
     /// Response code, with the upper bits of EDNS.
     pub rcode: u16,
     /// The question, if the answer repeats it. Servers omit it in some error responses; an answer without a question
-    /// but with records is refused.
+    /// but with records in the answer section is refused.
     pub question: Option<Question>,
     /// The targets of the CNAME chain that starts at the queried name, in order.
     pub aliases: Vec<Name>,
@@ -314,7 +314,7 @@ impl Answer {
             return reader.end();
         };
 
-        // First pass: check all records up to the last byte, and collect the CNAME records, which may be in any order.
+        // First pass: check all records up to the last byte, and collect the CNAME records, which can be in any order.
         let section = reader.at;
         let mut addresses = 0_u32;
         let (mut cnames, mut aliases) = ([Cname::default(); ALIASES], 0);
@@ -381,8 +381,8 @@ impl Answer {
         self.ttl = Some(self.ttl.map_or(ttl, |lowest| lowest.min(ttl)));
     }
 
-    /// Follows the CNAME chain of the queried name. A name has only one CNAME record (RFC 2181, section 10.1), so only
-    /// the first one of each name is followed.
+    /// Follows the CNAME chain of the queried name. A name must not have more than one CNAME record (RFC 2181, section
+    /// 10.1), so only the first one of each name is followed.
     fn follow_aliases(
         &mut self,
         reader: &mut Reader<'_>,
@@ -611,8 +611,8 @@ impl<'a> Reader<'a> {
         Ok(record)
     }
 
-    /// Reads a name and follows its compression pointers. Each pointer must point before the start of the labels that
-    /// led to it (RFC 1035, section 4.1.4: "a prior occurrence"), so there are no loops.
+    /// Reads a name and follows its compression pointers. Each pointer must point before the run of labels that it ends
+    /// (RFC 1035, section 4.1.4: "a prior occurrence"), so there are no loops.
     #[inline(always)]
     fn name(&mut self) -> Result<Name, ParseError> {
         let mut builder = NameBuilder::new();

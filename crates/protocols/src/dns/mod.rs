@@ -5,8 +5,8 @@
 //! answer has the addresses of the A and AAAA records with other owners. Addresses in the authority and additional
 //! sections are ignored, because a resolver can put any name there.
 //!
-//! The parsers check all sections up to the last byte. So a client cannot find a record in an accepted message that
-//! the parser has not seen.
+//! The parsers check all sections up to the last byte. So an accepted message has no record that the parser has not
+//! checked.
 //!
 //! ```
 //! use palisade_protocols::dns::{Limits, ParseError, Query, Rcode, reply, rtype};

@@ -124,7 +124,7 @@ impl fmt::Display for Name {
     }
 }
 
-/// Parses text with or without the trailing dot, with the escapes that `Display` writes.
+/// Parses text, with or without the trailing dot. Accepts the escapes that `Display` writes.
 impl FromStr for Name {
     type Err = NameError;
 

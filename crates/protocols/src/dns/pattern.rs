@@ -127,7 +127,7 @@ struct Key {
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // Bytes after the first `len` are zero in every key, so `Eq` may compare them and the hash may omit them.
+        // Bytes after the first `len` are zero in every key, so `Eq` can compare them and the hash can omit them.
         state.write_u64(u64::from(self.node) << 16 | u64::from(self.kind) << 8 | u64::from(self.len));
         state.write(self.bytes.get(..usize::from(self.len)).unwrap_or_default());
     }

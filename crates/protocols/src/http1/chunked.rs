@@ -116,7 +116,7 @@ const NO_TRAILERS: [&[u8]; 11] = [
 impl Chunks {
     /// Creates a parser for the body of a response.
     ///
-    /// Chunk extensions of a response may contain all bytes except control characters other than tab: recipients ignore
+    /// Chunk extensions of a response can contain all bytes except control characters other than tab: recipients ignore
     /// extensions that they do not know (RFC 9112, section 7.1.1), and HTTP rules restrict requests only. Chunk
     /// extensions of a request must be tokens or quoted strings without white space around them, because servers differ
     /// in where a size line with other bytes ends.

@@ -25,7 +25,7 @@ impl Default for Limits {
 
 /// First line of the preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// Most empty lines before a request. By RFC 9112, section 2.2, servers should ignore at least one.
+/// Most empty lines before a start line. By RFC 9112, section 2.2, servers should ignore at least one.
 const LEADING_LINES: usize = 4;
 
 /// A search for the end of a head. Each byte is examined once, however the stream is segmented.

@@ -284,7 +284,7 @@ impl<'a> Request<'a> {
             && WITHOUT.iter().any(|name| self.method.eq_ignore_ascii_case(name))
     }
 
-    /// Returns whether the client may wait for a 100 response before it sends the body (RFC 9110, section 10.1.1).
+    /// Returns whether the client can wait for a 100 response before it sends the body (RFC 9110, section 10.1.1).
     /// HTTP/1.0 requests count too: servers must ignore their Expect, but some do not.
     #[must_use]
     pub fn expects_continue(&self) -> bool {
@@ -441,8 +441,8 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
 }
 
 /// Returns whether the text is a host with an optional port (RFC 3986, section 3.2.2), without user information (RFC
-/// 9110, section 4.2.4) and without escapes. A host may contain colons only in brackets, so that all servers agree on
-/// where the port starts.
+/// 9110, section 4.2.4) and without escapes. Colons of a host must be in brackets, so that all servers agree on where
+/// the port starts.
 fn is_authority(text: &str) -> bool {
     let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
     if let Some(rest) = text.strip_prefix('[') {
@@ -460,7 +460,7 @@ fn is_authority(text: &str) -> bool {
 }
 
 /// Returns whether the authority of a target and the Host field name the same host. Letter case and the default port of
-/// the scheme are ignored. For CONNECT, Host may omit the port of the target.
+/// the scheme are ignored. For CONNECT, Host can omit the port of the target.
 fn is_same_host(target: &str, authority: &str, host: &str) -> bool {
     let default = match () {
         () if strip_scheme(target, "http://").is_some() => ":80",

@@ -83,11 +83,11 @@ pub enum ParseError {
     /// An Expect other than a single `100-continue` (RFC 9110, section 10.1.1).
     #[strum(serialize = "Expect other than 100-continue")]
     BadExpect,
-    /// A body that follows the final response to a request with `Expect`. The server may read the body as the next
+    /// A body that follows the final response to a request with `Expect`. The server can read the body as the next
     /// request.
     #[strum(serialize = "body after the final response to Expect")]
     LateBody,
-    /// A body in a request whose method has no body; many servers do not read such a body.
+    /// A body in a request whose method defines no use of a body; many servers do not read such a body.
     #[strum(serialize = "body of a method without a body")]
     UnexpectedBody,
     /// More fields than [`MAX_HEADERS`].
@@ -120,7 +120,7 @@ pub enum ParseError {
     /// A malformed chunk size, chunk extension or line end, or a chunk that is too large.
     #[strum(serialize = "malformed chunk size")]
     BadChunk,
-    /// A trailer field that is malformed, or that frames or routes a message (RFC 9110, section 6.5.1).
+    /// A trailer field that is malformed or not allowed in trailers (RFC 9110, section 6.5.1).
     #[strum(serialize = "field that is not allowed in a trailer")]
     BadTrailer,
 }

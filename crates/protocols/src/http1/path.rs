@@ -25,7 +25,7 @@ impl fmt::Display for PathError {
 
 impl std::error::Error for PathError {}
 
-/// Largest number of times that a path is decoded. A proxy may decode the path, and the server after it may decode the
+/// Largest number of times that a path is decoded. A proxy can decode the path, and the server after it can decode the
 /// path again; the third round is a reserve.
 const ROUNDS: usize = 3;
 
@@ -49,7 +49,7 @@ pub fn resolved(path: &str, out: &mut Vec<u8>) -> Result<(), PathError> {
         if rounds == ROUNDS {
             return Err(PathError::EncodedTooOften);
         }
-        // In later rounds a percent sign may be the result of decoding `%25`, so it need not begin an escape.
+        // In later rounds a percent sign can be the result of decoding `%25`, so it need not begin an escape.
         if !decode(out, rounds == 0)? {
             break;
         }

@@ -190,7 +190,8 @@ impl<'p> Translator<'p> {
         Ok(())
     }
 
-    /// Translates the rest of `{n}`, `{n,}` or `{n,m}` after the brace. Returns false if the brace is a literal.
+    /// Translates the rest of `{n}`, `{n,}` or `{n,m}` after the opening brace. Returns false if that brace is a
+    /// literal.
     fn counted_repetition(&mut self) -> Result<bool, String> {
         let Some((inside, rest)) = self.rest.split_once('}') else {
             return Ok(false);

@@ -1,9 +1,9 @@
 //! Parser of the unencrypted part of TLS handshakes: the ClientHello, and the server's first message.
 //!
 //! [`ClientReader`] assembles the ClientHello from any number of records and segments. [`ServerReader`] determines
-//! whether the server requests a second ClientHello. Each reader buffers at most one handshake message. Both refuse
-//! streams that implementations could read in different ways: bytes after a ClientHello in the same record, records of
-//! another type between fragments of a ClientHello, duplicate extensions.
+//! whether the server requests a second ClientHello. Each reader buffers at most one handshake message. The readers
+//! refuse streams that implementations could read in different ways: bytes after a ClientHello in the same record,
+//! records of another type between fragments of a ClientHello, duplicate extensions.
 //!
 //! The specifications are RFC 8446 (TLS 1.3), RFC 5246 (TLS 1.2), RFC 6066 (server names) and RFC 9849 (ECH).
 //!
@@ -27,8 +27,8 @@ pub use record::{ClientReader, ClientStep, ServerReader, ServerStep};
 
 use strum::{Display, IntoStaticStr, VariantArray};
 
-/// Longest ClientHello that is accepted, bytes. Post-quantum key shares make it about 1,800 bytes long; padding and
-/// session tickets can add several thousand. The protocol allows 16 MiB.
+/// Longest ClientHello that is accepted, bytes. A ClientHello with post-quantum key shares has about 1,800 bytes;
+/// padding and session tickets can add several thousand. The protocol allows 16 MiB.
 pub const MAX_HELLO: usize = 16_384;
 
 /// The reason why a stream is refused. Each reason has a counter of its own.

@@ -58,7 +58,7 @@ impl Records {
                 self.have += 1;
                 *input = rest;
                 // Refuse a stream that is not TLS at its first wrong byte, without waiting for the rest of the header,
-                // which may never come.
+                // which might never arrive.
                 match self.header.get(..self.have).unwrap_or_default() {
                     [first, ..] if first & 0x80 != 0 => return Err(ParseError::Ssl2),
                     [CHANGE_CIPHER_SPEC..=APPLICATION_DATA] => {}
@@ -132,7 +132,7 @@ pub struct ClientReader {
     records: Records,
     /// The bytes of the incomplete handshake message.
     held: Vec<u8>,
-    /// Whether a hello has been read, so that other records may follow.
+    /// Whether a hello has been read. Only then are records of other types accepted.
     begun: bool,
 }
 

@@ -257,7 +257,7 @@ fn the_server_reader_detects_whether_another_hello_follows() {
     assert_eq!(read(&record(23, &[1])), Err(ParseError::NotHello));
     assert_eq!(read(b"HTTP/1.1 400"), Err(ParseError::NotTls));
     assert_eq!(read(&answer[..20]), Ok(ServerStep::More));
-    // Certificate and further messages may be in the same record.
+    // Certificate and further messages can be in the same record.
     let mut flight = server_hello([1; 32], &[]);
     flight.extend(message(11, &[0; 500]));
     assert_eq!(read(&record(22, &flight)), Ok(ServerStep::Answered(0x0303)));
