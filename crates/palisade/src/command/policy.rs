@@ -121,7 +121,7 @@ pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
     Ok(if total.failed == 0 { EXIT_OK } else { EXIT_NO })
 }
 
-/// Returns the description of the packet on the command line.
+/// Returns the packet that the command line describes.
 pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     let usual = match (&args.dns, &args.http, &args.sni) {
         _ if args.protocol.is_some() => None,
@@ -147,7 +147,7 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     })
 }
 
-/// Returns the protocol and the port of `--protocol` and `--port`. The default protocol is TCP.
+/// Returns the protocol and the port that `--protocol` and `--port` give. The default protocol is TCP.
 fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Result<(u8, u16)> {
     let (port, with_port) = match port.map(|port| port.split_once('/').unwrap_or((port, ""))) {
         None => (None, None),

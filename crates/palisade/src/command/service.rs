@@ -67,7 +67,8 @@ pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Returns the configuration, or its last good copy with a text for `status` if the file is broken.
+/// Returns the configuration. If the file is broken, returns the last good copy with a text for `status`; `None` if
+/// there is no usable copy either.
 fn config_to_run(path: &Path) -> Option<(Config, Option<String>)> {
     let errors = match Config::load(path) {
         Ok(config) => return Some((config, None)),
@@ -217,7 +218,7 @@ pub(super) fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result
     }
 }
 
-/// Waits until the socket is gone, which the daemon removes last.
+/// Waits for the removal of the socket, which is the last action of the daemon.
 fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     let until = Instant::now() + STOP_DEADLINE;
     while socket.exists() {

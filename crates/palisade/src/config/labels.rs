@@ -6,16 +6,16 @@ use palisade_model::{labels, rule::Label};
 
 use super::reader::{At, Section};
 
-/// Label with the namespace of an endpoint.
+/// Key of the label that holds the namespace of an endpoint.
 pub(super) const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
 /// Prefix of the labels that an endpoint has from its namespace.
 const NAMESPACE_LABEL_PREFIX: &str = "io.cilium.k8s.namespace.labels.";
-/// Label of every Kubernetes namespace with its name.
+/// Key of the label that holds the name of a Kubernetes namespace.
 const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// Label sources that only Palisade assigns.
 const RESERVED_SOURCES: [&str; 5] = ["reserved", "cidr", "cidrgroup", "fqdn", "any"];
 
-/// Returns the labels of each `[[namespace]]`, without the label that holds its name.
+/// Returns the labels of each `[[namespace]]` by its name. The label that holds the name is not included.
 pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<Label>> {
     let mut namespaces = HashMap::new();
     for section in sections {

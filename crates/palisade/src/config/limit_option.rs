@@ -6,7 +6,7 @@ use std::fmt::Display;
 use palisade_abi::maps;
 use palisade_datapath::{ApplyError, MapError, OpenError};
 
-/// An error that a larger map may solve.
+/// An error that can be due to a map that is too small.
 pub(crate) trait SizeError: Display {
     /// Returns the name of the map that is too small; `None` if the error has another cause.
     fn too_small(&self) -> Option<&str>;

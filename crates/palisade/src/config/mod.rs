@@ -53,7 +53,8 @@ impl Config {
         Self::parse(path, &text)
     }
 
-    /// Returns a path option of `[node]` in a text that may have errors elsewhere.
+    /// Returns a path option of `[node]` in a text that can have errors elsewhere; `None` unless the option is an
+    /// absolute path.
     pub(crate) fn node_path(text: &str, key: &str) -> Option<PathBuf> {
         let (table, _) = DeTable::parse_recoverable(text);
         let node = table.get_ref().get("node")?.get_ref().as_table()?;

@@ -22,7 +22,7 @@ use palisade_worker::Mode;
 pub(crate) const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
 /// Directory of pinned links and maps.
 pub(crate) const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/palisade";
-/// Directory of everything that survives the daemon.
+/// Default directory of identities, rule numbers and last good policies.
 pub(crate) const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
 /// Path of the control socket.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
@@ -174,7 +174,7 @@ pub(crate) struct Dns {
 pub(crate) enum DenyAnswer {
     /// REFUSED.
     Refused,
-    /// NXDOMAIN, because some clients try the next name of their search list only after it.
+    /// NXDOMAIN. Some clients try the next name of their search list only after NXDOMAIN.
     NxDomain,
 }
 
@@ -211,7 +211,7 @@ pub(crate) struct Worker {
     pub threads: usize,
     /// How workers wait for packets.
     pub mode: Mode,
-    /// Treatment of packets that no worker can inspect.
+    /// Treatment of packets that need inspection while no worker runs.
     pub on_failure: OnFailure,
     /// Frames of each worker's socket.
     pub frames: u32,
@@ -250,7 +250,7 @@ pub(crate) enum IngressHook {
     Tc,
 }
 
-/// Mode of XDP. If the interface does not support the configured mode, that is an error and not a silent fallback.
+/// Mode of XDP. If the interface does not support the configured mode, attaching fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum XdpMode {
     /// In the driver.

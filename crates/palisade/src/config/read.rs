@@ -31,7 +31,7 @@ use super::{
 };
 
 /// EtherTypes that pass a NIC by default, besides the link-local control group: PTP (IEEE 1588), which sets a NIC's
-/// clock, and EAPOL (IEEE 802.1X), which opens a switch port and may be sent to unicast addresses. Neither carries
+/// clock, and EAPOL (IEEE 802.1X), which opens a switch port and can be sent to unicast addresses. Neither carries
 /// packets of other protocols.
 const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
@@ -80,7 +80,8 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     config
 }
 
-/// Names and addresses that may occur only once, each with the section that has it.
+/// Interfaces, names and addresses that must be unique. The value of an interface or address is the section that has
+/// it.
 #[derive(Default)]
 struct Taken {
     interfaces: HashMap<String, String>,
@@ -372,7 +373,7 @@ fn worker(section: Section<'_, '_>) -> Worker {
         fits
     });
     let interface = section.string("interface").map(|at| {
-        // One byte is reserved for the digit of the end.
+        // Of the 15 bytes of an interface name, one is reserved for the digit of the link's end.
         if at.value.len() > 14 || !is_interface_name(&at.value) {
             section.error_at(
                 at.offset,
@@ -539,7 +540,7 @@ fn endpoint(
         if at.value.contains('/') {
             PathBuf::from(at.value)
         } else {
-            // iproute2 keeps named namespaces there.
+            // iproute2 mounts named network namespaces in this directory.
             Path::new("/run/netns").join(at.value)
         }
     });

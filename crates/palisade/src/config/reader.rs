@@ -424,7 +424,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 None => text.parse(),
             };
             match number {
-                // Policies decide on these frames: they are parsed as packets, or have a tag before a packet.
+                // Policies decide on these frames, so no list can let them pass.
                 Ok(0x0800 | 0x86dd | 0x0806 | 0x8100 | 0x88a8) => Err(format!(
                     "'{text}' is IPv4, IPv6, ARP or a VLAN tag: policies decide on these, never a list"
                 )),

@@ -35,8 +35,8 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Most selector sets of learned addresses per endpoint for which identities are made on request. A single selector on
-/// an address of the world always has an identity.
+/// Most selector sets of learned addresses per endpoint for which identities are made on request. An address of the
+/// world that matches a single selector always has an identity.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and which of its results the maps hold.
@@ -48,9 +48,9 @@ pub(super) struct Enforcer {
     in_maps: Snapshot,
     /// Last state that the maps held completely.
     good: Option<Snapshot>,
-    /// Sets of selectors that learned addresses belong to, of all endpoints.
+    /// Selector sets of learned addresses for which identities are made: the sets in `granted` of all endpoints.
     wanted: BTreeSet<LearnedSet>,
-    /// The sets of `wanted`, by endpoint.
+    /// Granted selector sets, by endpoint; see [`Enforcer::grant`].
     granted: HashMap<EndpointId, HashSet<LearnedSet>>,
     /// Compiled selectors, keyed by the memory address of their source list.
     compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
@@ -59,7 +59,7 @@ pub(super) struct Enforcer {
 }
 
 impl Enforcer {
-    /// Starts from what the maps of a running node hold.
+    /// Returns an enforcer that starts from the current content of the maps.
     pub(super) fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
         let learned = palisade_model::snapshot::Learned {
@@ -81,8 +81,8 @@ impl Enforcer {
         })
     }
 
-    /// Compiles a new inventory and all new policy files. If the compiler refuses them together, each file is tried
-    /// alone, so that one bad file does not prevent the others from taking effect.
+    /// Compiles a new inventory and all new policy files. If the compiler refuses them together, inventory and files
+    /// are tried separately, so that one bad file does not prevent the others from taking effect.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
@@ -153,7 +153,8 @@ impl Enforcer {
         }
     }
 
-    /// Handles a file that the compiler refuses: its last good content is compiled, unless that is in force already.
+    /// Handles a file that the compiler refuses. The last good copy of the file is compiled, unless content of the file
+    /// is in force already.
     fn refuse(
         &mut self,
         name: &str,
@@ -174,8 +175,8 @@ impl Enforcer {
     }
 
     /// Makes the maps hold the compiler's state, learned addresses included, in an order in which every packet meets
-    /// the old rules or the new ones. Returns whether anything changed. After a failure the last complete state is put
-    /// back, and the next attempt starts from there.
+    /// either the old rules or the new ones. Returns whether the maps have changed. After a failure the last complete
+    /// state is put back, and the next attempt starts from there.
     ///
     /// `set_rules` is called with the rule sets before any map entry refers to them.
     pub(super) fn enforce(
@@ -444,7 +445,7 @@ impl Enforcer {
         }
     }
 
-    /// Returns the compiled selectors of every endpoint.
+    /// Returns the part of the policies that concerns names, for every endpoint with name selectors.
     fn names_policy(&mut self) -> fqdn::Policy {
         let snapshot = self.compiler.snapshot();
         let mut policy = fqdn::Policy::default();
@@ -483,7 +484,7 @@ impl Enforcer {
         policy
     }
 
-    /// Returns the names that policies give in full (`matchName`), each with its endpoints.
+    /// Returns the names in `matchName` selectors, each with the endpoints whose policies contain the selector.
     pub(super) fn full_names(&self) -> BTreeMap<String, BTreeSet<EndpointId>> {
         let mut names: BTreeMap<String, BTreeSet<EndpointId>> = BTreeMap::new();
         for (endpoint, list) in &self.compiler.snapshot().fqdn {
@@ -543,7 +544,7 @@ fn denied_patterns(compiler: &Compiler, endpoint: EndpointId) -> Vec<&FqdnPatter
         .collect()
 }
 
-/// Resolves learned addresses to identities by one snapshot of the compiler.
+/// Resolves learned addresses to identities, according to one snapshot of the compiler.
 struct SnapshotResolver(LearnedIdentities);
 
 fn resolver(snapshot: &Snapshot) -> SnapshotResolver {
@@ -560,7 +561,7 @@ fn set_of(resolver: &SnapshotResolver, address: IpAddr, selectors: &[SelectorId]
 
 impl IdentityResolver for SnapshotResolver {
     fn identity(&self, address: IpAddr, selectors: &[SelectorId]) -> Option<Identity> {
-        // Nearly every address has one selector, so this case allocates nothing.
+        // Nearly every address has one selector, so this case avoids an allocation.
         match selectors {
             [one] => self.0.identity(address, &[one.0]),
             several => self.0.identity(address, &numbers(several)),
@@ -589,7 +590,8 @@ fn found(dump: Dump) -> Snapshot {
     })
 }
 
-/// Returns the inventory: the node, its endpoints and peers, from the configuration and the node's own addresses.
+/// Returns the inventory: the node, its endpoints and peers, from the configuration and the node's own addresses. New
+/// endpoints get a number in `state`.
 pub(super) fn inventory<C>(
     config: &Config,
     network: &Network,

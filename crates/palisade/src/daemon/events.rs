@@ -31,7 +31,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Age at which the offset to the wall clock is read again.
 const MAX_CLOCK_AGE: Duration = Duration::from_secs(1);
 
-/// Starts the thread that reads events. Returns its counter of events.
+/// Starts the thread that reads events. Returns the counter of events that the thread increments.
 pub(super) fn read(
     mut reader: EventReader,
     ring: Arc<Ring>,
@@ -84,7 +84,7 @@ pub(super) fn records(
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
-        // Since when the ring has records that are not flows yet.
+        // Time since which the ring has records that are not converted yet.
         let mut unsettled: Option<Instant> = None;
         loop {
             let timeout = if unsettled.is_some() {
@@ -104,8 +104,8 @@ pub(super) fn records(
                 ring.settle(Timestamp::MAX);
                 unsettled = None;
             } else if unsettled.is_some_and(|since| since.elapsed() > MAX_UNSETTLED_AGE) {
-                // Under load newer records overwrite the older ones before they reach this age, so this call converts
-                // few records.
+                // Under load newer records overwrite older ones before those reach this age, so this call converts few
+                // records.
                 ring.settle(now.before(MAX_UNSETTLED_AGE));
                 unsettled = Some(Instant::now());
             }

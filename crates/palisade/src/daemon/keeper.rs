@@ -26,7 +26,8 @@ use crate::trusted_path::private_dir;
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Most files of a batch that are flushed by one `fsync` each; a larger batch is flushed by one `syncfs`.
+/// Largest number of files in a batch in which each file is flushed by its own `fsync`. A larger batch is flushed by
+/// one `syncfs`.
 const MAX_SINGLE_FSYNCS: usize = 16;
 
 /// Last good policy files by name; `None` leaves the copy on the disk unchanged.
@@ -86,7 +87,7 @@ impl Keeper {
         let _ = self.orders.send(Order::Config(text));
     }
 
-    /// Writes the last good policy files, and removes the copies of files that `texts` does not have.
+    /// Writes the last good policy files, and removes the copies of files that are not in `texts`.
     pub(super) fn policies(&self, texts: PolicyTexts) {
         let _ = self.orders.send(Order::Policies(texts));
     }
@@ -94,8 +95,7 @@ impl Keeper {
     /// Waits until the files of all earlier orders are on the disk.
     ///
     /// # Errors
-    /// Text of the first failed write, or that the disk has not answered for [`FLUSH_DEADLINE`]. Failed writes are
-    /// retried.
+    /// Text of the first failed write, or why the thread has not answered. Failed writes are retried.
     pub(super) fn flush(&self) -> Result<(), String> {
         let (done, wait) = mpsc::channel();
         let _ = self.orders.send(Order::Flush(done));
@@ -108,7 +108,7 @@ impl Keeper {
         }
     }
 
-    /// Returns the error of the last write if it failed.
+    /// Returns the error of the last write; `None` if that write succeeded.
     pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
@@ -123,7 +123,7 @@ struct Writing {
     state: Option<String>,
     config: Option<String>,
     policies: Option<PolicyTexts>,
-    /// Policy files on the disk, as far as this thread has written or read them.
+    /// Content of the policy files that this thread has written to the disk or found there.
     written: HashMap<String, Arc<str>>,
     problem: Arc<Mutex<Option<String>>>,
 }
@@ -155,7 +155,7 @@ impl Writing {
             let outcome = self.write();
             self.tell(outcome.as_ref().err());
             for done in waiting {
-                // A receiver that timed out is gone.
+                // The receiver is gone if its wait has timed out.
                 let _ = done.send(outcome.clone());
             }
         }
@@ -210,7 +210,8 @@ impl Writing {
     }
 }
 
-/// Makes a directory hold exactly these policy files.
+/// Makes a directory hold the copies of exactly these policy files. The copy of a file whose text is `None` is left
+/// unchanged.
 pub(super) fn keep_policies(
     dir: &Path,
     texts: &PolicyTexts,
@@ -227,7 +228,7 @@ pub(super) fn keep_policies(
             continue;
         }
         let path = dir.join(name);
-        // A previous daemon may have written the same content.
+        // A previous daemon can have written the same content.
         if checked_file::read(&path).is_ok_and(|there| there == **text) {
             written.insert(name.clone(), Arc::clone(text));
             continue;
@@ -251,8 +252,8 @@ pub(super) fn keep_policies(
         let put = if synced.is_ok() && outcome.is_ok() {
             fs::rename(temporary, path)
         } else {
-            // After a failure no file of the batch is replaced. The temporary files are removed, because the disk may
-            // be full.
+            // After a failed write or flush no file of the batch is replaced. The temporary files are removed, because
+            // the disk may be full.
             fs::remove_file(temporary)
         };
         match put {

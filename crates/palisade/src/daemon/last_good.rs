@@ -36,8 +36,8 @@ pub(crate) fn find(path: &Path) -> Result<(Config, PathBuf), Vec<String>> {
     Err(problems)
 }
 
-/// Returns the possible state directories: the `state_dir` of the broken file, if that line can be read; that of the
-/// service manager (systemd.exec(5), `StateDirectory=`); the default one.
+/// Returns the possible state directories: the `state_dir` of the broken file, if that line can be read; the state
+/// directory that the service manager has made (systemd.exec(5), `StateDirectory=`); the default one.
 fn state_dirs(broken: &str) -> Vec<PathBuf> {
     let managed = env::var_os("STATE_DIRECTORY")
         .map(PathBuf::from)
@@ -110,7 +110,8 @@ mod tests {
             let (found, from) = find(&path).unwrap();
             assert_eq!((found, from), (config.clone(), dir.join(CONFIG)));
         }
-        // Copies of another file, of another version and truncated ones are not used, each with its own error.
+        // A copy of another file, a copy that this version cannot read, and a truncated copy are not used. Each has its
+        // own error.
         keep(&text(&config).replace("palisade.toml", "other.toml"));
         assert!(find(&path).unwrap_err()[0].contains("of another file"));
         keep(&text(&config).replace("role", "roll"));

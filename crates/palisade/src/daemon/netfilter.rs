@@ -35,7 +35,7 @@ const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// `NFNL_SUBSYS_NFTABLES`, `NFT_MSG_NEWGEN`.
 const SUBSYSTEM: u16 = 10;
 const NEW_GENERATION: u16 = 15;
-/// Size of `struct nlmsghdr`; with `struct nfgenmsg` it is [`HEADERS`].
+/// Size of `struct nlmsghdr`. [`HEADERS`] also includes `struct nfgenmsg`.
 const HEADER: usize = 16;
 const HEADERS: usize = HEADER + 4;
 
@@ -46,7 +46,7 @@ const OPEN_WITHOUT_TABLE: &str = "open without it: one-way datagrams that DNAT, 
 /// Name and owner of this daemon's table.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
-    /// Name of the table: that of the punt link, which is unique in the network namespace.
+    /// Name of the table. It equals the name of the punt link, which is unique in the network namespace.
     name: String,
     owner: String,
 }
@@ -165,8 +165,8 @@ impl Keeper {
         table.write(rules)
     }
 
-    /// Notes that another program has changed the table, so that the next write is not skipped. `is_sure`: false if
-    /// notifications were lost; then nothing is logged.
+    /// Notes that another program has changed the table, or can have changed it, so that the next write is not skipped.
+    /// `is_sure`: false if notifications were lost; then nothing is logged.
     pub(super) fn was_touched(&mut self, is_sure: bool) {
         if self.written.take().is_some() && is_sure {
             warn!(
@@ -189,7 +189,8 @@ impl Keeper {
     }
 
     /// Starts a thread that watches nftables until `changed` returns false. `changed` gets whether another program has
-    /// touched the table, and whether this node translates addresses. Returns whether it translates addresses now.
+    /// touched the table, and whether this node translates addresses. Returns whether this node translates addresses at
+    /// the start.
     pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
         // The socket is bound before the first dump, so that no change is missed. Without nf_tables there are no
         // notifications, and the thread polls.
@@ -236,12 +237,12 @@ impl Keeper {
     }
 }
 
-/// Change of nftables by another program.
+/// Change of the packet filter rules of this network namespace by another program.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Change {
     /// Whether the table of this daemon was changed or removed.
     pub touched: bool,
-    /// Whether notifications were lost, which may have been about the table.
+    /// Whether notifications were lost, which can have concerned the table.
     pub may_be_touched: bool,
     /// Whether the node translates addresses now.
     pub translates: bool,
@@ -265,7 +266,7 @@ fn wait() -> Seen {
     Seen::default()
 }
 
-/// Waits for notifications, at most [`POLL_INTERVAL_MS`].
+/// Waits up to [`POLL_INTERVAL_MS`] for notifications and reads them.
 fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     match poll(&mut fds, PollTimeout::from(POLL_INTERVAL_MS)) {
@@ -285,7 +286,7 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
                 return seen;
             }
             Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
-                // The lost notifications may have been about the table.
+                // The lost notifications can have concerned the table.
                 (seen.ruleset, seen.lost) = (true, true);
             }
             Err(_) => {
@@ -296,8 +297,8 @@ fn notified(socket: &Socket, table: &str, port: &AtomicU32) -> Seen {
     }
 }
 
-/// Reads the messages of one notification. Messages that requests of the netlink port `port` have caused are skipped,
-/// because they report the daemon's own writes.
+/// Reads the messages of one datagram. Messages that result from requests of netlink port `port` are skipped, because
+/// they report the daemon's own writes.
 fn read(mut messages: &[u8], table: &str, port: u32, seen: &mut Seen) {
     while let Some(header) = messages.first_chunk::<HEADER>() {
         let [l0, l1, l2, l3, k0, k1, .., p0, p1, p2, p3] = *header;

@@ -76,7 +76,7 @@ impl Network {
     }
 
     /// Returns the interfaces that are stacked on `ports`: bridges and VRFs of these ports, VLANs on them, and so on.
-    /// Packets that enter by a port pass through them to the node's stack.
+    /// Packets that enter by one of the ports pass through these interfaces to the node's stack.
     pub(super) fn above(&self, ports: &BTreeSet<u32>) -> BTreeSet<u32> {
         let mut all = ports.clone();
         loop {
@@ -175,7 +175,7 @@ pub(super) fn local_routes() -> BTreeSet<IpNet> {
             let prefix = IpNet::new(to.unwrap_or(any), route.header.destination_prefix_length);
             routes.extend(prefix.ok());
         });
-        // The kernel has no table of a family that is disabled.
+        // A disabled address family has no local table (ENOENT).
         if let Err(error) = outcome
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -185,8 +185,9 @@ pub(super) fn local_routes() -> BTreeSet<IpNet> {
     routes
 }
 
-/// Returns the node's address. On a point-to-point interface `IFA_LOCAL` is the node's address and `IFA_ADDRESS` that
-/// of the remote end. On other interfaces both are equal, or `IFA_LOCAL` is absent (IPv6).
+/// Returns the node's own address from the attributes of an address message; `None` for a loopback address. On a
+/// point-to-point interface `IFA_LOCAL` is the node's address and `IFA_ADDRESS` that of the remote end. On other
+/// interfaces both are equal, or `IFA_LOCAL` is absent (IPv6).
 fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     let local = attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -203,8 +204,8 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router may have a
-    // million routes in others.
+    // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router can have a
+    // million routes in other tables.
     if matches!(request, RouteNetlinkMessage::GetRoute(_)) {
         socket.set_netlink_get_strict_chk(true)?;
     }
@@ -222,7 +223,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
             let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
             interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-            // Messages are aligned to four bytes; the last one may lack its padding.
+            // Messages are aligned to four bytes; the last one can lack its padding.
             let length = (message.header.length as usize)
                 .next_multiple_of(4)
                 .clamp(4, rest.len());

@@ -37,7 +37,7 @@ pub(super) struct PolicyFiles {
     /// Directory of the last good copies.
     good_dir: PathBuf,
     files: BTreeMap<String, File>,
-    /// Removed files that the compiler still has.
+    /// Removed files whose content the compiler still has.
     removed: BTreeSet<String>,
     /// Error of the last attempt to read the folder.
     folder_problem: Option<String>,
@@ -56,20 +56,20 @@ pub(super) struct News {
     pub file: String,
     /// Kind of the event.
     pub event: Event,
-    /// Names of the policies in the file.
+    /// Names of the policies of the file: the accepted ones, or after a removal or refusal those in force before.
     pub policies: Arc<[String]>,
 }
 
 /// Kind of event of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// A new file is to be in force.
+    /// The compiler has accepted a new file.
     Applied,
-    /// A new content of a known file is to be in force.
+    /// The compiler has accepted the changed content of a known file.
     Changed,
     /// The file was removed.
     Removed,
-    /// The content has errors.
+    /// The content has errors, or the compiler has refused it.
     Refused,
 }
 
@@ -101,7 +101,7 @@ struct File {
     refusals: Vec<Diagnostic>,
     /// Whether the present content has errors or was refused.
     broken: bool,
-    /// Whether `rejected` is left out of the first offers.
+    /// Whether the next offers leave out `rejected`.
     postponed: bool,
 }
 
@@ -191,8 +191,9 @@ impl PolicyFiles {
         }
     }
 
-    /// Returns a text that names the policy files that existed before and cannot be read since the start; `None` if
-    /// there are none. The rules of these files are unknown, deny rules included.
+    /// Returns the problem of the folder if no policy is known, or else a text that names the files that are broken
+    /// since the start and have no last good copy; `None` if there are none. The rules in these files are unknown, deny
+    /// rules included.
     pub(super) fn unknown(&self) -> Option<String> {
         if self.never_read {
             return self.folder_problem.clone();
@@ -212,7 +213,7 @@ impl PolicyFiles {
         })
     }
 
-    /// Reads changed files. Returns whether there is content for the compiler.
+    /// Reads changed files. Returns whether there is a change to offer to the compiler.
     pub(super) fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
@@ -402,7 +403,7 @@ impl PolicyFiles {
         }
     }
 
-    /// Returns the last good copy of a file.
+    /// Returns the last good copy of a file; `None` if there is none or it cannot be used.
     fn kept(&self, name: &str) -> Option<Candidate> {
         let path = self.good_dir.join(name);
         if !path.exists() {
@@ -452,7 +453,8 @@ impl PolicyFiles {
         offers
     }
 
-    /// Returns the last offered content of a file again; `None` if the file was removed.
+    /// Returns the last offered content of a file again; `None` if there is none, for example because the file was
+    /// removed.
     pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
@@ -485,8 +487,8 @@ impl PolicyFiles {
         }
     }
 
-    /// Notes that the compiler has refused the offer of a file, with the errors. If nothing of the file is in force,
-    /// returns its last good copy as a new offer.
+    /// Notes that the compiler has refused the offer of a file, with the errors. Returns a new offer instead: the last
+    /// good copy, if nothing of the file is in force and the copy differs from the refused content.
     pub(super) fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
         let kept = match self.files.get(name) {
             Some(file) if file.good.is_none() && !file.broken => self.kept(name),
@@ -513,7 +515,7 @@ impl PolicyFiles {
     }
 
     /// Returns the texts that a restart needs if it finds files broken: the content in force of each file. `None` for a
-    /// file without content in force: its copy on the disk stays.
+    /// file without content in force: the copy of such a file on the disk stays.
     pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));
@@ -824,7 +826,7 @@ mod tests {
         assert!(!files.update(&Changes::all()));
         assert_eq!(names(&files), ["a"]);
         assert!(files.files.folder_problem().is_some());
-        // The next start does not accept the emptied file either.
+        // After a restart the last good copies are used.
         let mut files = folder.loaded();
         assert_eq!(names(&files), ["a"]);
         fs::rename(&away, &folder.dir).unwrap();
@@ -889,7 +891,7 @@ mod tests {
             files.update(&folder.write("a.yaml", damaged));
             assert_eq!(names(&files), ["a"], "{damaged:?}");
             assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");
-            // The next start does not accept the duplicate either.
+            // The next start does not accept the emptied file either.
             let files = folder.loaded();
             assert_eq!(names(&files), ["a"], "{damaged:?}");
             assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood, "{damaged:?}");

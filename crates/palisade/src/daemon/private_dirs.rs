@@ -27,11 +27,12 @@ pub(crate) struct PrivateDirs {
     _state: Option<Flock<File>>,
 }
 
-/// Takes the directories and the socket of a configuration. If the state directory cannot be made (its file system is
-/// full or read-only), the daemon runs without it.
+/// Takes the directories and the socket of a configuration. If the state directory cannot be used, for example on a
+/// full or read-only file system, the daemon runs without it.
 ///
 /// # Errors
-/// Another daemon uses one of the directories or the socket, or another user could replace or change their content.
+/// Fails if another daemon uses one of the directories or the socket, if another user could change them, or if the pin
+/// directory or the socket cannot be used for another reason.
 pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
@@ -54,8 +55,8 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
 /// made.
 ///
 /// # Errors
-/// Those of [`take`]. A pin directory that another user controls is refused too: a link in it could make the command
-/// remove files elsewhere.
+/// Those of [`take`]. If another user controlled the pin directory, a symbolic link in it could make the command remove
+/// files elsewhere.
 pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
     if node.pin_dir.exists() {
@@ -69,8 +70,8 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Returns a warning for the configuration file, and one for the policy folder, if a user other than root can change
-/// it. An operator may intend that, so it is no error.
+/// Returns a warning for each of the configuration file and the policy folder that belongs to another user or that
+/// every user can write. This is no error, because an operator can intend it.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {
@@ -90,8 +91,8 @@ pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     found
 }
 
-/// Returns the reasons for which a daemon would refuse this configuration on this machine, and warnings about missing
-/// files and interfaces. Changes nothing.
+/// Returns the reasons for which a daemon would refuse this configuration on this machine, and warnings, for example
+/// about missing files and interfaces. Changes nothing.
 pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     let (mut refused, mut missing) = (Vec::new(), Vec::new());
     let node = &config.node;
@@ -127,7 +128,7 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     }
     let interfaces = config.interfaces.iter().map(|interface| &interface.name);
     for name in interfaces.chain(config.endpoints.iter().map(|endpoint| &endpoint.interface)) {
-        // /sys/class/net can belong to another network namespace.
+        // The index is looked up by a system call, because /sys/class/net can belong to another network namespace.
         if let Err(Errno::ENODEV) = nix::net::if_::if_nametoindex(name.as_str()) {
             missing.push(format!(
                 "interface {name}: is not there; it is guarded when it appears"

@@ -1,4 +1,4 @@
-//! `palisade reload`: a table says which options a reload applies and which need a restart.
+//! `palisade reload`. The table [`RULES`] lists which options a reload applies and which need a restart.
 
 use std::time::Instant;
 
@@ -115,8 +115,8 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("peer", "labels", Effect::Reload),
 ];
 
-/// Puts the running value of each option that only a restart changes into a new configuration. Returns the options
-/// that differed: `[limits] conntrack`.
+/// Puts the running value of each option that only a restart changes into a new configuration. Returns the names of the
+/// options that differed, for example `[limits] conntrack`.
 fn keep_running_values(running: &Config, new: &mut Config) -> Vec<String> {
     let mut kept = Vec::new();
     for (section, option, effect) in RULES {

@@ -54,15 +54,15 @@ use crate::{
     text::count,
 };
 
-/// Runs the daemon until a signal or a client ends it. `replaced`: why `config` is the last good copy and not the file
-/// itself.
+/// Runs the daemon until a signal or a client ends it. `replaced`: why `config` is the last good copy of the file;
+/// `None` if it is the file itself.
 ///
 /// # Errors
 /// A phase of the start failed, or not everything could be detached at the end.
 pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
     let (sender, messages) = mpsc::channel();
-    // The signal handlers are installed first, so that a signal during the start is queued and handled after it.
+    // The signal handlers are installed first, so that a signal during the start is queued and handled after the start.
     forward_signals(sender.clone())?;
     let dirs = private_dirs::take(&config.node)?;
     let opened = open(&config, dirs.state_problem.as_deref())?;
@@ -131,7 +131,7 @@ struct Watched {
     files: PolicyFiles,
     network: Network,
     netfilter: netfilter::Keeper,
-    /// This node translates addresses.
+    /// Whether this node translates addresses.
     translates: bool,
 }
 
@@ -186,7 +186,7 @@ fn fill(
         None => cache,
     };
     let fqdn = sender.clone();
-    // Sending fails only while the daemon ends. No answer is forwarded then.
+    // Sending fails only while the daemon ends, when no DNS answer is forwarded any more.
     let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
     let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
     let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
@@ -239,12 +239,12 @@ fn fill(
     let Some(output) = output else {
         return Ok((control, None));
     };
-    // Before the first program can punt a DNS answer.
+    // The names thread must run before the first program can punt a DNS answer.
     control.names.serve(output.commits)?;
     Ok((control, Some(output.records)))
 }
 
-/// Attaches the programs to all interfaces and writes the nftables table.
+/// Attaches the programs to all configured interfaces and writes the nftables table.
 fn attach(control: &mut Control) {
     control.attach();
     control.write_netfilter();
@@ -313,7 +313,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
     control.workers.end();
     if let End::Detach(reply) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
-        // A table that stays would stop interfaces that are made later.
+        // A table that stays would drop traffic of interfaces that are made later.
         let table = netfilter::Place::new(&control.config)
             .remove()
             .map_err(|problem| problem.to_string());

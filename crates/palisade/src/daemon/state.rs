@@ -51,7 +51,7 @@ where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
     /// Reads the file. A file that cannot be read or parsed is renamed. Identities and endpoints then get new numbers,
-    /// and audit mode is off.
+    /// and no endpoint is in audit mode of its own.
     ///
     /// # Errors
     /// The thread that writes the directory cannot be started.
@@ -89,7 +89,7 @@ where
         })
     }
 
-    /// Writes the file if the state has changed since the last write.
+    /// Passes the state to `keeper`, which writes the file, if the state has changed since the last call.
     pub(super) fn save(&mut self) {
         if self.given.as_ref() == Some(&self.state) {
             return;

@@ -122,7 +122,7 @@ impl Control {
         }
     }
 
-    /// Returns a note for the operator if this node translates addresses.
+    /// Returns a note for the operator if this node translates addresses or redirects packets.
     pub(super) fn translation_note(&self) -> Option<String> {
         let mut known = self.translations.borrow_mut();
         if known
@@ -184,7 +184,7 @@ impl Handlers {
                     .push(format!("map {} is {percent}% full{hint}", map.map));
             }
         }
-        // The thread of the client computes this list and not the control thread, because the policy tables may be
+        // This list is computed on the thread of the client instead of the control thread, because policy tables can be
         // large.
         status.missing_inspectors = missing_inspectors(&self.shared.get().snapshot);
         let counters = self.datapath.counters();

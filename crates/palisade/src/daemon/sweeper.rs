@@ -83,7 +83,7 @@ pub(super) fn run(
             }
             match in_use(&datapath, now) {
                 Ok(in_use) => learned.sweep(&in_use),
-                // Without the addresses in use, no learned name may be removed.
+                // While the addresses in use are unknown, no learned name must be removed.
                 Err(error) => {
                     error!(%error, "learned names are not swept, because the connections cannot be read")
                 }

@@ -13,7 +13,7 @@ use crate::{
     control::api::{TraceAnswer, TraceRequest},
 };
 
-/// Explains the verdict on a packet by the policies of a compiler.
+/// Explains the verdict that the policies of a compiler give a packet.
 ///
 /// # Errors
 /// The request names an endpoint, a peer or a name that does not exist, or is contradictory.

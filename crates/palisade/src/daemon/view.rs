@@ -135,7 +135,7 @@ pub(super) struct EventNames {
     rules: Mutex<HashMap<u32, FlowRule>>,
 }
 
-/// Locks the mutex. A poisoned mutex is used too, because no panic can leave the maps in it inconsistent.
+/// Locks the mutex. A poisoned mutex is used too, because no panic can leave the map that it protects inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -308,7 +308,7 @@ pub(super) fn class_names(classes: &[Class]) -> HashMap<Class, Vec<String>> {
     names
 }
 
-/// Returns the ranges of equal class: class, first, last.
+/// Returns the ranges of numbers with equal class, each as class, first number and last number.
 fn runs(class: impl Fn(u16) -> Class, last: u16) -> Vec<(Class, u16, u16)> {
     let mut runs: Vec<(Class, u16, u16)> = Vec::new();
     for at in 0..=last {

@@ -14,8 +14,8 @@ use palisade_datapath::monotonic_coarse;
 use sd_notify::NotifyState;
 use tracing::{error, info, warn};
 
-/// Age of the last heartbeat at which a worker is reported as hanging. Workers write one every 50 ms, and the programs
-/// stop punting after one second; the rest is tolerance for an overloaded machine.
+/// Age of the last heartbeat at which a worker is reported as hanging. Workers write a heartbeat every 50 ms, and the
+/// programs stop punting after one second; the rest is tolerance for an overloaded machine.
 const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
 /// Notifications in each watchdog interval. With four, one late notification does not cause a restart.
 const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
@@ -52,7 +52,7 @@ impl WorkerHeartbeats {
         Self((0..workers).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Sets the last heartbeat of a worker; 0 when the worker has ended.
+    /// Sets the last heartbeat of a worker; `now` is 0 when the worker has ended.
     pub(super) fn heartbeat(&self, number: usize, now: u64) {
         if let Some(last) = self.0.get(number) {
             last.store(now, Ordering::Relaxed);

@@ -48,12 +48,12 @@ pub(crate) fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
 pub(super) struct Changes {
     /// Names of changed files.
     pub files: BTreeSet<String>,
-    /// Whether any file may have changed.
+    /// Whether every file can have changed, so that all files must be read again.
     pub rescan: bool,
 }
 
 impl Changes {
-    /// Returns the change that has all files read again.
+    /// Returns the change after which all files are read again.
     pub(super) fn all() -> Self {
         Self {
             files: BTreeSet::new(),
@@ -176,8 +176,7 @@ pub(super) fn watch(
             }
             let look_again = watched.is_none().then_some(DIR_POLL_INTERVAL);
             let wait = [batch.wait(now), look_again].into_iter().flatten().min();
-            // The timeout is rounded up: with a shorter one the loop would spin until the rest of the millisecond is
-            // over.
+            // The timeout is rounded up: with a shorter one the loop would spin until the millisecond is over.
             let timeout = wait.map_or(PollTimeout::NONE, |wait| {
                 PollTimeout::try_from(wait.as_micros().div_ceil(1_000)).unwrap_or(PollTimeout::MAX)
             });

@@ -23,8 +23,7 @@ use tracing::{error, info, warn};
 
 /// Interval at which the file is flushed to the disk.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
-/// Fewest appended bytes after which the journal is compacted. A journal whose initial names are longer than this is
-/// compacted when it has doubled.
+/// The journal is compacted when the appended bytes exceed both this number and the length of the initial names.
 const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 /// Interval between two attempts after a failed write.
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
@@ -67,7 +66,7 @@ pub(super) struct Journal {
 enum Order {
     Append(u64, Vec<SavedName>),
     Begin(u64, BTreeMap<u16, String>, Vec<SavedName>),
-    /// Send once everything before this order is on the disk.
+    /// Flush the file, then send a message, even if the flush has failed.
     Flush(Sender<()>),
 }
 
@@ -120,7 +119,7 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
             Ok(Line::Name(at, name)) => {
                 let before = known.get(&name.endpoint);
                 if before.is_some() && before == endpoints.get(&name.endpoint) {
-                    // After the clock was set back, a line may come from the future; its age counts as zero.
+                    // After the clock was set back, a line can come from the future; its age counts as zero.
                     found.names.push((name, now.saturating_sub(at)));
                 } else {
                     found.orphaned += 1;
@@ -132,7 +131,8 @@ fn read_file(file: File, endpoints: &BTreeMap<u16, String>, found: &mut Found) -
 }
 
 impl Journal {
-    /// Starts the thread and a new file with these names.
+    /// Makes a new file with these names and starts the thread. A failed write is retried; [`Self::problem`] returns
+    /// its error.
     pub(super) fn begin(
         dir: &Path,
         endpoints: BTreeMap<u16, String>,
@@ -191,7 +191,7 @@ impl Journal {
         }
     }
 
-    /// Waits until everything is on the disk, at most [`FLUSH_DEADLINE`].
+    /// Waits up to [`FLUSH_DEADLINE`] until all earlier names are on the disk. Does not wait if the queue is full.
     pub(super) fn flush(&self) {
         let (done, wait) = mpsc::channel();
         if self.orders.try_send(Order::Flush(done)).is_ok() {
@@ -200,7 +200,7 @@ impl Journal {
         }
     }
 
-    /// Returns the error of the last write if it failed.
+    /// Returns the error of the last write; `None` if that write succeeded.
     pub(super) fn problem(&self) -> Option<String> {
         self.problem
             .lock()
@@ -242,7 +242,7 @@ impl Writing {
                 Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
                 Ok(Order::Flush(done)) => {
                     let outcome = self.sync();
-                    // A receiver that timed out is gone.
+                    // The receiver is gone if its wait has timed out.
                     let _ = done.send(());
                     outcome
                 }
@@ -375,7 +375,7 @@ mod tests {
         let journal = Journal::begin(dir.path(), endpoints(), vec![name(2, "old.test")]).unwrap();
         journal.append(vec![name(2, "a.test"), name(3, "b.test")]);
         journal.append(vec![name(2, "c.test")]);
-        // Without a flush, so only the thread itself writes the lines.
+        // There is no flush here: the thread must write the lines by itself.
         let begun = Instant::now();
         while read(dir.path(), &endpoints()).unwrap().names.len() < 4
             && begun.elapsed() < Duration::from_secs(60)
@@ -448,7 +448,7 @@ mod tests {
         fs::write(&path, &bytes).unwrap();
         let found = read(dir.path(), &endpoints()).unwrap();
         assert_eq!((names(&found), found.broken), (vec!["b.test"], 1));
-        // If the current file is incomplete, the previous one counts too.
+        // If the current file is incomplete, the previous file is read too.
         fs::write(old_path_of(dir.path()), &whole).unwrap();
         fs::write(&path, b"").unwrap();
         assert_eq!(

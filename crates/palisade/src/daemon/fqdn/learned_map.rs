@@ -16,14 +16,14 @@ use palisade_fqdn::{
 };
 use palisade_model::snapshot::Learned;
 
-/// Most attempts to commit an answer. An attempt fails if the policy was replaced or another write failed since the
-/// entries of the answer were written. Under one lock that happens at most once.
+/// Largest number of attempts to commit an answer. An attempt fails if the policy was replaced or another write failed
+/// since the entries of the answer were written.
 const MAX_COMMIT_RETRIES: usize = 4;
 
 /// A set of selectors of an address, in ascending order.
 pub(super) type Set = Arc<[SelectorId]>;
 
-/// Resolves learned addresses to identities by one policy.
+/// Resolves learned addresses to identities, according to one policy.
 pub(crate) trait IdentityResolver {
     /// Returns the identity of an address with these selectors (at least one); `None` if no identity was made for this
     /// set yet.
@@ -43,7 +43,7 @@ pub(crate) trait Writer {
 enum InMap {
     Nothing,
     Identity(Identity),
-    /// A write failed, so the entry may be there or not.
+    /// A write failed, so it is unknown whether the map has the entry.
     Unknown,
 }
 
@@ -183,7 +183,7 @@ impl LearnedMap {
                     selectors.remove(at);
                     self.intern(&selectors)
                 }
-                // The cache repeats a change until it is marked as written. A repeated change is noted already.
+                // The cache repeats a change until the change is marked as written. A repeated change is noted already.
                 (ChangeKind::Live, Ok(_)) | (ChangeKind::Gone, Err(_)) => continue,
             };
             self.unwritten.insert(key);
@@ -206,8 +206,8 @@ impl LearnedMap {
         set
     }
 
-    /// Writes the unwritten entries among `keys` that have an identity, and removes those without selectors. An entry
-    /// whose identity is not made yet stays unwritten.
+    /// Writes the unwritten entries among `keys` that have an identity, and removes the entries without selectors. An
+    /// entry whose identity is not made yet stays unwritten.
     fn write(
         &mut self,
         keys: impl Iterator<Item = LearnedKey>,
@@ -287,8 +287,8 @@ impl LearnedMap {
         }
     }
 
-    /// Returns the learned addresses for which a policy has no identity. `all`: whether to include the addresses that
-    /// were written under the previous policy.
+    /// Returns the learned addresses for which a policy has no identity. `all`: whether to check all addresses instead
+    /// of only those with unwritten entries.
     pub(crate) fn missing(
         &self,
         resolver: &impl IdentityResolver,
@@ -325,7 +325,7 @@ impl LearnedMap {
     }
 
     /// Returns the changes that make the map conform to another policy. `all`: whether to include written entries,
-    /// whose identities may differ under that policy.
+    /// whose identities can differ under that policy.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver, all: bool) -> Transition {
         let mut transition = Transition::default();
         let mut others = BTreeSet::new();
@@ -432,7 +432,7 @@ impl LearnedMap {
         }
     }
 
-    /// Returns the number of addresses in the map.
+    /// Returns the number of addresses in the map, entries of unknown content included.
     pub(crate) fn len(&self) -> usize {
         self.entries
             .values()
@@ -445,7 +445,7 @@ impl LearnedMap {
         self.unwritten.len()
     }
 
-    /// Returns the identities in the map, by address.
+    /// Returns the identities in the map, by endpoint and address.
     pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         let known = self.entries.iter().filter_map(|(key, entry)| match entry.map {
             InMap::Identity(identity) => Some((*key, identity)),

@@ -1,4 +1,4 @@
-//! Learned names. A DNS answer is forwarded only when the maps hold all addresses in it.
+//! Learned names. A DNS answer is forwarded only when the maps hold all addresses that the endpoint learns from it.
 //!
 //! ```text
 //! workers ── CommitRequest ──> names thread: cache ─ changes ─> identities ─> LEARNED ─> commit ── CommitResult ──> workers
@@ -6,8 +6,9 @@
 //!                          └─> control thread: compile, plan, apply ───────┘
 //! ```
 //!
-//! One lock protects everything. The names thread holds it while it settles an answer, the control thread from the plan
-//! of a map change to its end, so that every answer meets either the old policy or the new one.
+//! One lock protects the state. The names thread holds the lock while it settles a batch of answers, the control thread
+//! from the plan of a policy change to the end of the change. Every answer therefore meets either the old policy or the
+//! new one.
 
 #[cfg(test)]
 mod tests;
@@ -46,7 +47,7 @@ use super::{
 };
 use crate::config::with_option;
 
-/// Most answers that are settled under one lock.
+/// Largest number of answers that are settled while the lock is held once.
 const MAX_BATCH: usize = 64;
 /// Longest time that an answer waits for an identity. The worker that holds the packet gives up at about the same time.
 const IDENTITY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -96,7 +97,8 @@ pub(crate) struct FqdnManager {
     state: Mutex<State>,
     writer: Box<dyn Writer + Send + Sync>,
     on_request: Box<dyn Fn(ControlRequest) + Send + Sync>,
-    /// For each kind of request, whether one waits for the control thread. A second one would be redundant.
+    /// For each kind of request, whether one waits for the control thread. A second request of the same kind would be
+    /// redundant.
     requested: [AtomicBool; 3],
     journal: Option<Journal>,
     known_as: RwLock<HashMap<(EndpointId, IpAddr), KnownAs>>,
@@ -130,7 +132,7 @@ impl fmt::Debug for FqdnManager {
 
 /// State that the lock protects.
 pub(crate) struct State {
-    /// Names, addresses, and what of them is in the map.
+    /// Learned names and addresses, and the content of the map.
     pub learned_map: LearnedMap,
     /// Resolver of the policy in force.
     pub view: View,
@@ -274,7 +276,7 @@ impl FqdnManager {
         Ok(())
     }
 
-    /// Returns the time of the cache's clock, ms since its start.
+    /// Returns the time of the cache's clock: ms since this manager was made.
     pub(crate) fn now(&self) -> Millis {
         Millis::try_from(self.start.elapsed().as_millis()).unwrap_or(Millis::MAX)
     }
@@ -328,7 +330,8 @@ impl FqdnManager {
         let _ = self.epoch.set(epoch);
     }
 
-    /// Ends all leases. Called when a committed address leaves the map, or may have left it, before its lease ends.
+    /// Ends all leases. Must be called when a committed address leaves the map, or can have left it, before the lease
+    /// of its answer ends.
     fn end_epoch(&self) {
         if let Some(epoch) = self.epoch.get() {
             epoch.end();
@@ -345,7 +348,8 @@ impl FqdnManager {
         pending
     }
 
-    /// Settles a batch of answers. Returns whether any answer is still pending.
+    /// Settles a batch of answers and refuses answers that have waited too long. Returns whether any answer is still
+    /// pending.
     pub(crate) fn commit_answers(&self, batch: &mut Vec<CommitTask>) -> bool {
         let now = self.now();
         let mut lines = Vec::new();
@@ -453,8 +457,8 @@ impl FqdnManager {
         }
         if let Some(task) = task {
             let epoch = self.epoch.get().map(Epoch::now);
-            // An answer that has waited gets no lease: meanwhile an address may have been removed and learned again for
-            // a shorter time.
+            // An answer that has waited gets no lease: while it waited, one of its addresses can have been removed and
+            // learned again for a shorter time.
             let lease = epoch.zip(lease).filter(|_| committed && since.is_none());
             task.done(
                 committed,
@@ -463,7 +467,7 @@ impl FqdnManager {
         }
     }
 
-    /// Settles the pending answers again, after identities were made.
+    /// Settles the pending answers again, by the resolver that is now in use.
     fn finish_waiting(&self, state: &mut State) {
         let now = self.now();
         let mut lines = Vec::new();
@@ -507,7 +511,7 @@ impl FqdnManager {
     }
 
     /// Notes the name by which the addresses of an answer were learned. Addresses that the cache has not accepted are
-    /// left out, so that the limits of the cache bound this memory too.
+    /// left out, so that the limits of the cache also bound the memory of these notes.
     fn note_names(&self, cache: &Cache, endpoint: EndpointId, answer: &Answer, source: Source) {
         if let Some(question) = &answer.question
             && !answer.addresses.is_empty()
@@ -551,7 +555,7 @@ impl FqdnManager {
         }
     }
 
-    /// Returns the latest name by which an endpoint has learned an address.
+    /// Returns the latest name by which an endpoint has learned an address; empty if there is none.
     pub(crate) fn names_of(&self, endpoint: EndpointId, address: IpAddr) -> Arc<[Arc<str>]> {
         let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
         known
@@ -653,19 +657,19 @@ impl FqdnManager {
         list.into_iter().map(with_source).collect()
     }
 
-    /// Returns the identities in the map, by address.
+    /// Returns the identities in the map, by endpoint and address.
     pub(crate) fn identities(&self) -> BTreeMap<LearnedKey, Identity> {
         self.lock().learned_map.identities()
     }
 
-    /// Waits until the journal is on the disk.
+    /// Waits, for a limited time, until the journal is on the disk.
     pub(crate) fn flush(&self) {
         if let Some(journal) = &self.journal {
             journal.flush();
         }
     }
 
-    /// Returns why learned names may not survive a restart.
+    /// Returns why learned names can be lost at a restart; `None` if the journal can be written.
     pub(crate) fn journal_problem(&self) -> Option<String> {
         self.journal.as_ref().and_then(Journal::problem)
     }
@@ -690,8 +694,8 @@ impl FqdnManager {
         }
     }
 
-    /// Replaces the resolver by that of a policy with additional identities, and settles the pending answers. `full`:
-    /// endpoints that get no further identities; their pending answers are refused.
+    /// Replaces the resolver by the resolver of a policy with additional identities, and settles the pending answers.
+    /// `full`: endpoints that get no further identities; their pending answers are refused.
     pub(crate) fn extended(&self, state: &mut State, view: View, full: &BTreeSet<EndpointId>) {
         state.view = view;
         let view = Arc::clone(&state.view);
@@ -716,8 +720,8 @@ impl FqdnManager {
         self.end_epoch();
     }
 
-    /// Begins a policy change. No answer is committed until the change is done or has failed. `all`: whether the
-    /// identity of an address can change even if its names do not.
+    /// Begins a policy change. No answer is committed while the returned [`Change`] exists, because it holds the lock.
+    /// `all`: whether the identity of an address can change even if its names do not.
     pub(crate) fn change(
         &self,
         policy: &Policy,
@@ -803,7 +807,7 @@ impl Change<'_> {
         self.state.learned_map.missing(resolver, self.all)
     }
 
-    /// Returns the changes of the map.
+    /// Returns the changes that make the map conform to the new policy.
     pub(crate) fn plan(&self, resolver: &impl IdentityResolver) -> Transition {
         self.state.learned_map.plan(resolver, self.all)
     }
@@ -819,7 +823,7 @@ impl Change<'_> {
         self.names.finish_waiting(state);
     }
 
-    /// Aborts the change. The maps may hold a part of the new state, and the old policy stays in force.
+    /// Aborts the change and returns to the selectors of the old policy. The maps can hold a part of the new state.
     pub(crate) fn failed(&mut self, transition: &Transition) {
         self.state.learned_map.aborted(transition);
         // The next sweep repeats the changes of these updates.

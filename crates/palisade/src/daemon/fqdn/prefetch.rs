@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 
 use super::manager::FqdnManager;
 
-/// Most queries in flight.
+/// Largest number of names that are resolved at the same time.
 const MAX_CONCURRENT_QUERIES: usize = 16;
 /// Shortest time between two queries for a name, whatever its TTL.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
@@ -174,7 +174,7 @@ fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
     let config = ResolverConfig::from_parts(None, Vec::new(), servers);
     let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
     let options: &mut ResolverOpts = builder.options_mut();
-    // No cache, because a refresh must not be answered from it.
+    // The resolver has no cache, because each refresh must query a server.
     options.cache_size = 0;
     options.use_hosts_file = ResolveHosts::Never;
     options.timeout = QUERY_TIMEOUT;

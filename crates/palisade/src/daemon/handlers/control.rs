@@ -293,7 +293,8 @@ impl Control {
     /// Switches audit mode of an endpoint.
     ///
     /// # Errors
-    /// The state cannot be written. The option is in force, but is lost at the next start.
+    /// The option cannot be put in force, or the state cannot be written. In the second case the option is in force,
+    /// but is lost at the next start unless a retry of the write succeeds.
     fn set_audit(&mut self, name: String, audit: bool) -> Result<(), String> {
         let begun = Instant::now();
         let changed = if audit {
@@ -343,7 +344,7 @@ fn peers_of(spec: &palisade_model::rule::Spec) -> impl Iterator<Item = &Peer> {
         })
 }
 
-/// Returns the resource of a policy from the text of its file. The resource may be an item of a list.
+/// Returns the resource of a policy from the text of its file. The resource can be an item of a list.
 fn resource_of(text: &str, policy: &Policy) -> Option<Value> {
     fn find<'v>(value: &'v Value, policy: &Policy) -> Option<&'v Value> {
         if let Some(items) = value["items"].as_array() {
@@ -480,7 +481,7 @@ spec: {podSelector: {}, policyTypes: [Ingress]}
             rule(web, 1, Section::EgressDeny, 0),
             is(r#"{"toCIDR": ["192.0.2.0/24"]}"#)
         );
-        // The direction is denied without a rule.
+        // This policy denies ingress without any rule.
         assert_eq!(rule(plain, 0, Section::Ingress, 0), None);
         assert_eq!(resource_of(text, plain).unwrap()["kind"], "NetworkPolicy");
         assert_eq!(resource_of("a: [", web), None);

@@ -160,7 +160,7 @@ impl Handlers {
         self.look_up(|reply| ClientRequest::Endpoint { endpoint, reply })
     }
 
-    /// Returns the number of an endpoint that is given by number, name or address.
+    /// Returns the number of an endpoint that is given by number, name or address; `None` if none is given.
     fn endpoint_number(&self, endpoint: Option<String>) -> Result<Option<u16>, String> {
         let Some(endpoint) = endpoint else { return Ok(None) };
         Ok(Some(self.endpoint(endpoint)?.id))

@@ -42,8 +42,8 @@ const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
 const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// Time for which followed flows are held back so that they can be sorted. A record of a worker reaches the ring later
-/// than an event of the programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
+/// Time for which followed flows are held back so that they can be sorted. A record of a worker can reach the ring
+/// later than an event of the programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
 const REORDER_WINDOW: Duration = Duration::from_millis(50);
 /// Most flows that are held back to be put in order.
 const MAX_REORDERED_FLOWS: usize = 4_096;
@@ -109,7 +109,7 @@ impl Handler for Handlers {
     }
 }
 
-/// Returns an answer as it is sent.
+/// Returns an answer as the JSON value that is sent.
 fn json<T: Serialize>(answer: Result<T, String>) -> Result<Value, String> {
     serde_json::to_value(answer?).map_err(|error| error.to_string())
 }
@@ -120,12 +120,12 @@ pub(super) fn map_error(error: MapError) -> String {
 }
 
 impl Handlers {
-    /// Has the control thread look something up.
+    /// Requests data from the control thread, within [`LOOKUP_DEADLINE`].
     pub(super) fn look_up<T>(&self, request: impl FnOnce(Reply<T>) -> ClientRequest) -> Result<T, String> {
         self.send(LOOKUP_DEADLINE, |reply| Message::Client(request(reply)))
     }
 
-    /// Has the control thread change something.
+    /// Requests a change from the control thread, within [`CHANGE_DEADLINE`].
     fn change<T>(&self, request: impl FnOnce(Reply<T>) -> ClientRequest) -> Result<T, String> {
         self.send(CHANGE_DEADLINE, |reply| Message::Client(request(reply)))
     }

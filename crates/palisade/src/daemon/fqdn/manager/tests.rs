@@ -236,7 +236,7 @@ proptest! {
                     map.lock().good_for = None;
                     let change = names.change(&policy_of(new), &endpoints, true);
                     generation += 1;
-                    // Like the control thread: missing identities are made before the transition is planned.
+                    // As in the control thread, missing identities are made before the transition is planned.
                     known = first;
                     if !change.missing(&Fake { generation, known }).is_empty() {
                         known = 0xff;
@@ -275,7 +275,8 @@ proptest! {
                     continue;
                 }
                 committed.push(learned.ticket);
-                // Only leases of more than a quarter of an hour, which cannot expire while the test runs.
+                // Only leases of more than a quarter of an hour are kept, because they cannot expire while the test
+                // runs.
                 leases.extend(learned.lease.filter(|lease| lease.good_for > 900_000).map(|lease| (lease, learned.ticket)));
             }
             leases.retain(|(lease, _)| lease.epoch == committer.epoch());
