@@ -36,8 +36,8 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     sum as u64 & 0xffff_ffff
 }
 
-/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 on success. Returns 1 if the error is
-/// a fragment or too short, if the quoted header has options or extension headers, or if a helper fails.
+/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 on success, 1 if the error cannot be
+/// truncated, for example because it is a fragment.
 #[inline(never)]
 pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
     let network = u32::from(pkt.headers.network_offset);

@@ -261,7 +261,8 @@ fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     PASS
 }
 
-/// Returns whether `mac` is the frame's source address and not a group address, to which a switch would flood frames.
+/// Returns whether `mac` is the frame's source address and not a group address. Switches would flood frames to a group
+/// address.
 #[inline(always)]
 fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     match ctx.bytes(false).array::<12>(0) {
@@ -413,8 +414,8 @@ fn discovery<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     if stays_on_link(ctx, pkt) { PASS } else { BY_POLICY }
 }
 
-/// Returns whether the option at `at` is a link-layer address (types 1 and 2; RFC 4861, section 4.6.1) that differs
-/// from the frame's source, or cannot be read.
+/// Returns whether the option at `at` cannot be read, or is a link-layer address (types 1 and 2; RFC 4861, section
+/// 4.6.1) that differs from the frame's source; false if the option is not present.
 #[inline(always)]
 fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
     if !present {

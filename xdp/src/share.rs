@@ -40,8 +40,8 @@ pub fn random() -> u32 {
     unsafe { bpf_get_prandom_u32() }
 }
 
-/// Returns the first of [`SHARE_WAYS`] adjacent slots among `slots`, chosen by a random number. A remainder of fewer
-/// slots at the end is not used.
+/// Returns the first of [`SHARE_WAYS`] adjacent slots among `slots`, chosen by a random number. If `slots` is not a
+/// multiple of [`SHARE_WAYS`], the last slots are not used.
 #[inline(always)]
 fn place(slots: u32, random: u32) -> u32 {
     let sets = slots / SHARE_WAYS;
@@ -91,8 +91,8 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
             }
         }
     }
-    // Of two live flows the one that was used last stays: the oldest flow could belong to a resolver that has just
-    // reused the port.
+    // If the two oldest flows are live, the one that was used last stays: the oldest flow could belong to a resolver
+    // that has just reused the port.
     let (mut slot, mut holder) = (oldest, holder(oldest, oldest_at));
     if let Some(flow) = holder
         && second_at != u64::MAX

@@ -31,7 +31,7 @@ const ICMPV6_BASE: u32 = ICMP_BASE + ICMP_SLOTS as u32;
 const PROTOCOL_BASE: u32 = ICMPV6_BASE + ICMP_SLOTS as u32;
 
 /// Returns the slot of the class table for a protocol and a destination port. For ICMP and ICMPv6, `port` is the type;
-/// for protocols without ports it is ignored. The slot is always less than [`CLASS_SLOTS`].
+/// for protocols without ports, `port` is ignored. The slot is always less than [`CLASS_SLOTS`].
 #[inline(always)]
 #[must_use]
 pub const fn class_slot(protocol: u8, port: u16) -> u32 {

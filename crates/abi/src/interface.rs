@@ -79,8 +79,8 @@ pub mod config_flags {
     pub const FAIL_OPEN: u32 = 1;
 }
 
-/// The state of an endpoint that changes while traffic flows. User space writes the first two fields by one 8-byte
-/// store to the memory-mapped array, so no packet sees a policy with another policy's revision.
+/// The part of an endpoint's configuration that can change while traffic flows. User space writes the first two fields
+/// by one 8-byte store to the memory-mapped array, so no packet sees a policy with another policy's revision.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct EndpointState {

@@ -87,8 +87,8 @@ reasons! {
     NoListener = 216, "No listener";
     /// The policy requires TLS termination, which is not implemented.
     NoTlsTermination = 217, "No inspector: TLS termination";
-    /// The packet leaves by a workload's interface, but its destination is neither an address of the workload nor a
-    /// group.
+    /// The packet goes to a workload's interface, but its destination is neither an address of the workload nor a
+    /// multicast or broadcast address.
     NotTheEndpoints = 218, "Destination is not the endpoint's";
     /// A packet with a workload's address entered, or would leave, by an interface that is not guarded; or a packet
     /// entered by an interface that the daemon does not know yet.

@@ -10,8 +10,8 @@ use palisade_abi::Addr;
 pub struct Sum(u64);
 
 impl Sum {
-    /// Adds bytes. If several slices are added, all but the last must have an even length. An odd last byte is padded
-    /// with zero.
+    /// Adds bytes. If several slices are added, all except the last must have an even length. An odd last byte is
+    /// padded with zero.
     #[must_use]
     #[expect(
         clippy::should_implement_trait,
@@ -31,7 +31,8 @@ impl Sum {
         self
     }
 
-    /// Returns the sum of a transport's pseudo header (RFC 768; RFC 9293, section 3.1; RFC 8200, section 8.1).
+    /// Returns the sum of the pseudo header of a transport protocol (RFC 768; RFC 9293, section 3.1; RFC 8200, section
+    /// 8.1).
     ///
     /// For IPv4-mapped addresses the result is the sum of the IPv4 pseudo header: the `ffff` of the mapping is zero in
     /// ones' complement.

@@ -140,7 +140,7 @@ fn stated_length(stated: u32, available: u32) -> u32 {
 
 /// Returns whether a next-header value is an extension header that the decoder follows, as `ipv6_skip_exthdr` of Linux
 /// does. IANA's registry also lists mobility (135), HIP (139) and shim6 (140). Linux treats these as upper-layer
-/// protocols, so no transport header follows them.
+/// protocols and looks for no transport header after them.
 #[inline(always)]
 pub(crate) const fn is_extension(next: u8) -> bool {
     matches!(

@@ -48,7 +48,7 @@ pub enum Start {
 
 /// Decodes a frame into `packet`, which must be [`Packet::default`].
 ///
-/// After an error, `packet` holds the fields that were decoded before it, for the event.
+/// After an error, `packet` holds the fields that were decoded before the error; the drop event contains these fields.
 ///
 /// # Errors
 /// The reason why the packet is malformed. [`Reason::PullFailed`]: a header is not readable in place; the caller makes

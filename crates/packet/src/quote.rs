@@ -1,4 +1,4 @@
-//! The packet that an ICMP error quotes: the fields that identify its flow.
+//! The packet that an ICMP error quotes: the fields that identify the flow of that packet.
 
 use palisade_abi::{Addr, Reason, protocol};
 
