@@ -625,11 +625,11 @@ pub struct Http {
     /// Status code, for responses.
     #[serde(skip_serializing_if = "is_default")]
     pub code: u32,
-    /// Method of the request, which the record of the response repeats.
+    /// Method of the request. The record of the response repeats the method.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
-    /// URL of the request, which the record of the response repeats, without secrets and with visible ASCII characters
-    /// only.
+    /// URL of the request, without secrets and with visible ASCII characters only. The record of the response repeats
+    /// the URL.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub url: String,
     /// Protocol version, such as `HTTP/1.1`.

@@ -283,8 +283,7 @@ fn match_text(number: u32) -> String {
     known.map_or_else(|| format!("unknown ({number})"), |text| (*text).into())
 }
 
-/// Returns the deciding policy and rule for the end of a line, such as `[policy shop/web ingress rule 2,
-/// shop.yaml:12]`.
+/// Returns the deciding policy and rule as text: `[policy shop/web ingress rule 2, shop.yaml:12]`.
 fn why(flow: &Flow) -> Option<String> {
     let rule = flow.palisade.rule.as_ref()?;
     let unknown = || format!("rule {}", rule.id);

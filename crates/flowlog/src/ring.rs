@@ -158,8 +158,7 @@ impl Ring {
         })))
     }
 
-    /// Replaces each record that is older than `until` by its flow, and so releases the resolver of the record. The
-    /// daemon calls this when it is idle, and before names change.
+    /// Replaces each record that is older than `until` by its flow, and so releases the resolver of the record.
     pub fn settle(&self, until: Timestamp) {
         for slot in &self.slots {
             let (number, entry) = {

@@ -8,7 +8,7 @@
 //!
 //! The sockets of the node's own namespace cover the flows of the node's endpoint. Flows of a workload are found in
 //! nf_conntrack, or in the workload's namespace if the configuration names it ([`connections_of_netns`]). For any other
-//! flow, the next packet of either direction creates a new entry.
+//! flow, the next packet of either direction is treated as the first packet of a new flow.
 //!
 //! A list of sockets is not trustworthy: root in a workload can create sockets with foreign addresses, or sockets for
 //! which the peer seems to have opened the flow. For UDP, any user can create the latter. Therefore
