@@ -82,8 +82,8 @@ fn tcx_programs(ifindex: u32, attach_type: u32) -> io::Result<u32> {
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        // ENOENT: no program is attached (other kernels return success and a count of 0). EINVAL: the kernel has no
-        // tcx.
+        // ENOENT: no program is attached (some kernels return success and a count of 0 instead). EINVAL: the kernel has
+        // no tcx.
         Some(libc::ENOENT | libc::EINVAL) => Ok(0),
         _ => Err(error),
     }

@@ -82,12 +82,13 @@ impl Capture {
         self.count(|p| !p.outgoing && p.source == source)
     }
 
-    /// Waits until at least one packet has been captured, since the start, for which `wanted` returns true.
+    /// Waits until a packet for which `wanted` returns true has been captured. Packets captured before the call count.
     pub fn wait(&self, what: &str, timeout: Duration, wanted: impl Fn(&Packet) -> bool) -> Result<()> {
         self.wait_for(1, what, timeout, wanted)
     }
 
-    /// Waits until at least `count` packets have been captured, since the start, for which `wanted` returns true.
+    /// Waits until `count` packets for which `wanted` returns true have been captured. Packets captured before the call
+    /// count.
     pub fn wait_for(
         &self,
         count: usize,

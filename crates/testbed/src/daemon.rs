@@ -167,7 +167,7 @@ impl Daemon {
                 let _ = writeln!(text, "netns = {:?}", w.ns.name());
             }
         }
-        // The addresses of a testbed are special-purpose addresses, and the names of tests resolve to them.
+        // Allow special-purpose addresses in DNS answers, because the addresses of a testbed are such addresses.
         let special = "[dns]\nallow_special = [\"10.0.0.0/8\", \"100.64.0.0/10\", \"192.0.2.0/24\", \"198.18.0.0/15\", \
                        \"198.51.100.0/24\", \"203.0.113.0/24\", \"2001:db8::/32\", \"fd00::/8\"]\n";
         let tables = match settings.tables.split_once("[dns]\n") {
@@ -311,7 +311,7 @@ impl Daemon {
 
     /// Replaces the contents of the policy folder, and waits until the policies are enforced.
     ///
-    /// The files get new names, because the daemon's status identifies a file by its name.
+    /// The new files get new names, so that the file names in the daemon's status show which files it has read.
     pub fn apply(&self, policies: &[(&str, &str)]) -> Result<()> {
         let n = serial();
         let old: Vec<PathBuf> = fs::read_dir(self.policies())?
@@ -381,7 +381,7 @@ impl Daemon {
 
     /// Ends the daemon if it runs (SIGTERM), starts it again and waits until it enforces.
     ///
-    /// Two daemons must not overlap: the directories of the first one are locked until it has ended.
+    /// The old daemon must have ended before the new one starts, because a running daemon locks its directories.
     pub fn restart(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             process.terminate(PATIENCE)?;
@@ -433,7 +433,7 @@ impl Daemon {
         text
     }
 
-    /// Waits until `wanted` returns true for the flows of `observe`, and returns them.
+    /// Waits until `wanted` returns true for the flows of `observe`, and returns these flows.
     pub fn wait_flows(
         &self,
         args: &[&str],

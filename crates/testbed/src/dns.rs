@@ -510,7 +510,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts unbound with these records in zone file format. It is authoritative for the top-level domain of each
+    /// Starts unbound with these records in zone file format. unbound is authoritative for the top-level domain of each
     /// record's owner name.
     pub fn unbound(ns: &Ns, addresses: &[IpAddr], records: &[&str]) -> Result<Self> {
         let mut more = String::new();
@@ -689,7 +689,8 @@ pub struct Dug {
     pub text: String,
 }
 
-/// Runs `dig` with one try. `args`: the name and further arguments. `dig` chooses the transport as usual.
+/// Runs `dig` with one try. `args`: the name and further arguments. Without arguments about the transport, `dig` sends
+/// the query over UDP first.
 pub fn dig(ns: &Ns, server: IpAddr, args: &[&str]) -> Result<Dug> {
     let mut command = ns.command("dig");
     command

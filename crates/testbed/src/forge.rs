@@ -423,8 +423,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Opens a packet socket on `interface` of `ns`. [`Wire::send`] will send to the MAC address of `gateway`, which is
-    /// an IP address on the link.
+    /// Opens a packet socket on `interface` of `ns`. [`Wire::send`] sends to the MAC address of `gateway`, which is an
+    /// IP address on the link.
     ///
     /// # Errors
     /// Returns an error if the socket cannot be opened, or if the MAC address of `gateway` cannot be resolved.

@@ -114,7 +114,7 @@ impl Segment {
         self
     }
 
-    /// Sets the value of the timestamps option. By default it increases by one each millisecond.
+    /// Sets the value of the timestamps option. By default the value increases by one each millisecond.
     #[must_use]
     pub fn timestamp(mut self, value: u32) -> Self {
         self.timestamp = Some(value);
@@ -471,7 +471,7 @@ impl RawTcp {
         self.deliver(&pieces(at, bytes, size), at + bytes.len() as i64, timeout)
     }
 
-    /// Receives packets until `done` returns true. Returns whether `done` returned true within `timeout`.
+    /// Receives packets until `done` returns true, at most for `timeout`. Returns whether `done` returned true.
     pub fn listen(&mut self, timeout: Duration, done: impl Fn(&Self) -> bool) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         loop {

@@ -41,8 +41,8 @@ pub struct Heard {
     pub end: End,
 }
 
-/// A function that returns the bytes to send. Its parameters are the number of received bytes that it has processed,
-/// which it updates, and all bytes received so far.
+/// A function that returns the bytes to send. The first parameter is the number of received bytes that the function has
+/// processed; the function updates this number. The second parameter is all bytes received so far.
 pub type Answer = dyn Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync;
 
 /// A server that records its connections, with one thread per connection.

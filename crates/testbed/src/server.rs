@@ -195,7 +195,7 @@ fn echo(mut sockets: Vec<Open>, stopped: &UnixStream, contacts: &Mutex<Vec<Conta
     }
 }
 
-/// nginx with a configuration of its own. It responds to each path with the name of the server.
+/// nginx with a configuration of its own. [`Nginx::start`] lists the responses.
 #[derive(Debug)]
 pub struct Nginx {
     _process: Process,
@@ -203,7 +203,8 @@ pub struct Nginx {
 }
 
 impl Nginx {
-    /// Starts nginx on `ports`, IPv4 and IPv6. It responds with `hello from <name>`, and to `/big` with `big` bytes.
+    /// Starts nginx on `ports`, for IPv4 and IPv6. nginx answers a request for `/big` with `big` bytes, and a request
+    /// for any other path with `hello from <name>`.
     pub fn start(ns: &Ns, name: &str, ports: &[u16], big: usize) -> Result<Self> {
         let dir = temp_dir("nginx")?;
         let root = dir.path();

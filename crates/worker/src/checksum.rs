@@ -1,7 +1,7 @@
 //! Checksums of punted packets. A transport checksum that the local sender left to its device is completed; other
-//! checksums are verified, with the exceptions of [`complete_or_verify`].
+//! checksums are verified, except those that [`complete_or_verify`] lists.
 //!
-//! The sum itself is [`palisade_packet::checksum`].
+//! [`palisade_packet::checksum`] computes the sums.
 
 use palisade_abi::{Reason, protocol};
 use palisade_packet::{Packet, checksum::Sum, flags};
@@ -57,8 +57,8 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
     }
     if field == pseudo.fold() {
         // CHECKSUM_PARTIAL: the kernel has left the checksum to the device and has written only the sum of the pseudo
-        // header. AF_XDP does not pass `skb->ip_summed`, so only the value shows this. One valid checksum in 65,536
-        // happens to equal that sum; completing it gives the same value again.
+        // header. AF_XDP does not pass `skb->ip_summed`, so the value is the only sign. One valid checksum in 65,536
+        // has this value by chance; completing that checksum gives the same value again.
         let complete = match !Sum::default().add(segment).fold() {
             0 if packet.protocol == protocol::UDP => 0xffff,
             complete => complete,

@@ -1,9 +1,9 @@
-//! Effects: the actions that an inspector requests for a packet. It can forward or discard held packets, send generated
-//! packets, and send commands to the programs.
+//! Effects: the actions that an inspector requests for a packet. An inspector can forward or discard held packets, send
+//! generated packets, and send commands to the programs.
 //!
-//! An inspector borrows the packet's frame while it runs, so it cannot send that frame. It queues effects instead, and
-//! the worker runs them when the inspector has returned (`inspection.rs`). Start at [`Effects`], which is the
-//! inspectors' [`Sink`].
+//! While an inspector runs, it borrows the packet's frame, so it cannot send that frame. The inspector queues effects
+//! instead, and the worker runs the effects when the inspector has returned (`inspection.rs`). Start at [`Effects`],
+//! which is the inspectors' [`Sink`].
 
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
@@ -33,7 +33,7 @@ pub(crate) enum Effect {
     },
 }
 
-/// The sink of a worker's inspectors: queues effects in their order, and passes learned addresses and records on at
+/// The sink of a worker's inspectors. It queues effects in their order, and passes learned addresses and records on at
 /// once.
 pub(crate) struct Effects {
     queue: VecDeque<Effect>,
@@ -45,7 +45,7 @@ pub(crate) struct Effects {
     /// Time of the last wake-up of the records' reader, ns.
     records_flushed: u64,
     /// Time at which refreshes were last passed to the thread that commits addresses, ns. A refresh is an answer whose
-    /// addresses are committed already; it extends their lifetime.
+    /// addresses are committed already; a refresh extends the lifetime of these addresses.
     refreshes_flushed: u64,
     counters: Arc<Counters>,
 }
@@ -69,7 +69,8 @@ impl Effects {
         }
     }
 
-    /// Removes and returns the next effect. Returns `None` when none is left, and then frees the generated packets.
+    /// Removes and returns the next effect. If no effect is left, returns `None` and discards the bytes of the
+    /// generated packets.
     pub(crate) fn next(&mut self) -> Option<Effect> {
         let effect = self.queue.pop_front();
         if effect.is_none() {

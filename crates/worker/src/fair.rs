@@ -1,4 +1,4 @@
-//! Fair shedding: chooses the packets to drop when more packets arrive than the worker can inspect. A flood loses
+//! Fair shedding: the choice of the packets to drop when more packets arrive than the worker can inspect. A flood loses
 //! packets before small flows do. This module depends on nothing else in this crate; start at [`Fair::halve`].
 
 /// Number of counters. The hash of a flow selects its counter.
@@ -12,7 +12,8 @@ pub(crate) struct Fair {
     admitted: [u32; BUCKETS],
     /// Start of the interval, ns.
     since: u64,
-    /// For each packet of a batch, the number of packets of its bucket that were admitted before it.
+    /// Rank of each packet of a batch: the number of packets of its bucket that were admitted in this interval or come
+    /// before it in the batch.
     ranks: Vec<u32>,
     /// The ranks, partially sorted.
     sorted: Vec<u32>,
@@ -37,9 +38,8 @@ impl Fair {
         }
     }
 
-    /// Admits half of a batch, rounded down, but at least one packet: the packets before which the fewest packets of
-    /// their bucket were admitted. Calls `refuse` with the index of each other packet. `hashes`: the packets' flow
-    /// hashes.
+    /// Admits half of a batch, rounded down, but at least one packet: the packets with the lowest ranks. Calls `refuse`
+    /// with the index of each other packet. `hashes`: the packets' flow hashes.
     pub(crate) fn halve(&mut self, hashes: impl Iterator<Item = u32> + Clone, mut refuse: impl FnMut(usize)) {
         self.ranks.clear();
         for hash in hashes.clone() {

@@ -99,7 +99,8 @@ pub fn normalise_options(bytes: &mut [u8], prepared: &Prepared) -> Result<bool, 
     palisade_inspect::normalise_options(segment, Some(MAX_PUNT_MSS))
 }
 
-/// Returns start and end of the transport payload. For a later fragment this is the whole content of the fragment.
+/// Returns the offsets of the start and the end of the transport payload. All bytes of a later fragment count as
+/// payload.
 fn payload(frame: &[u8], packet: &Packet) -> (usize, usize) {
     let transport = usize::from(packet.transport_offset);
     let end = (usize::from(packet.network_offset) + packet.length as usize).min(frame.len());
@@ -164,9 +165,9 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
 /// Returns the trailer of a packet that was punted at the hook of `route`, or that was made in response to a packet
 /// punted there (`route.back`).
 ///
-/// The mark makes the tc program that the reinjected packet meets pass the packet. A packet that is reinjected to
-/// ingress is not marked if XDP is the ingress hook of the interface (`xdp`): a reinjected packet does not go through
-/// XDP again, so no program would clear the mark.
+/// The tc program that processes the reinjected packet passes the packet if it has the mark. A packet that is
+/// reinjected to ingress is not marked if XDP is the ingress hook of the interface (`xdp`): a reinjected packet does
+/// not go through XDP again, so no program would clear the mark.
 #[must_use]
 pub fn trailer(cookie: u64, route: Route, xdp: bool) -> ReinjectTrailer {
     let ingress = (route.hook == punt_hook::TC_EGRESS) == route.back;

@@ -5,8 +5,8 @@
 
 use palisade_abi::{FlowCommand, PuntRequest};
 
-/// A handle on a held frame. It cannot be cloned, and the effect that forwards or drops the frame consumes it, so each
-/// frame is forwarded or dropped at most once.
+/// A handle on a held frame. A handle cannot be cloned, and the effect that forwards or drops the frame consumes the
+/// handle, so each frame is forwarded or dropped at most once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Handle(u32);
 
@@ -28,7 +28,8 @@ pub(crate) struct HeldFrame<F> {
     pub ifindex: u32,
     /// The hook that punted the packet.
     pub hook: u8,
-    /// The second policy's request for inspection, until the first policy's inspector has released the packet.
+    /// The second policy's request for inspection; `None` if there is no second policy, or after the first policy's
+    /// inspector has released the packet.
     pub second: Option<PuntRequest>,
     /// Command of the first policy's inspector, if that command must be sent with the packet.
     pub first_command: Option<FlowCommand>,

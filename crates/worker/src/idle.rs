@@ -1,8 +1,9 @@
 //! The waiting strategy of a worker that has nothing to do.
 //!
 //! A packet that arrives while the worker sleeps is delayed by the wake-up, but a worker that spins takes CPU time from
-//! other threads. So a worker in [`Mode::Poll`] first spins for a short budget, yields the CPU while it spins, and then
-//! sleeps. The budget doubles if spinning found work or longer spinning would have found it, and halves otherwise.
+//! other threads. So a worker in [`Mode::Poll`] first spins for a short budget, during which it also yields the CPU,
+//! and then sleeps. The budget doubles if spinning found work or longer spinning would have found it, and halves
+//! otherwise.
 //!
 //! The strategy is a state machine over [`Host`], which has the clock and the system calls; the tests simulate a host.
 //! Start at [`Idle::wait`]. This module depends on nothing else in this crate.

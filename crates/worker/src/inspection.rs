@@ -217,8 +217,9 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             }
             return;
         };
-        // Each policy has a flow of its own. A command for the first flow is sent now, because the second inspector can
-        // hold the packet for long. `REPLACE` is sent with the packet, because the programs apply it to that packet.
+        // Each policy has a flow of its own. A command for the first policy's flow is sent now, because the second
+        // inspector can hold the packet for long. `REPLACE` is sent with the packet, because the programs apply it to
+        // that packet.
         match command {
             Some(command) if command.op == flow_op::REPLACE => held.first_command = Some(*command),
             Some(command) => self.tx.send_command(port, command),

@@ -1,5 +1,5 @@
-//! The receive side of a worker: takes batches from the receive ring, sheds packets under overload, and hands packets
-//! of other workers' flows off to those workers.
+//! The receive side of a worker. It takes batches from the receive ring, sheds packets under overload, and hands
+//! packets of other workers' flows off to those workers.
 //!
 //! XDP can redirect a packet only to a socket of the queue that the packet arrived at, and the queue depends on the
 //! CPU. So a packet can arrive at any worker; the flow hash in its punt header selects the worker that owns the flow.
@@ -73,7 +73,7 @@ impl<'a, F> Rx<'a, F> {
     }
 
     /// Drops half of the batch, mostly packets of the flows that have had the most packets admitted ([`Fair::halve`]).
-    /// Dropping takes far less time than inspecting, so the ring drains.
+    /// Dropping takes far less time than inspecting, which lets the receive ring drain.
     fn shed<P: Port<Frame = F>>(&mut self, port: &mut P) {
         self.shed.clear();
         self.shed.resize(self.batch.len(), false);

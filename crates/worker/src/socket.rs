@@ -10,7 +10,7 @@ use palisade_xsk::{Frame, Socket};
 
 use crate::port::{Port, PortStatistics};
 
-/// Adds the role of the interface to the error of a socket whose interface is down or gone.
+/// Names the punt link in the error of a socket whose interface is down or gone.
 fn explain(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {
@@ -72,7 +72,7 @@ impl Port for Socket {
     }
 
     fn check(&mut self) -> io::Result<()> {
-        // `recvfrom` fails at once if the interface is down; otherwise it only polls the driver.
+        // `recvfrom` fails at once if the interface is down; otherwise the call only polls the driver.
         self.busy_poll_once().map_err(explain)
     }
 

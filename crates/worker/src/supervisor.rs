@@ -1,5 +1,5 @@
-//! The thread of a worker: makes its socket and its engine, runs the worker, and restarts it with a back-off if it
-//! fails.
+//! The thread of a worker. It makes the worker's socket and engine, runs the worker, and restarts the worker after a
+//! failure, with a back-off.
 //!
 //! Start at [`supervise`].
 
@@ -59,7 +59,8 @@ pub(crate) fn supervise<P: Port, E: Inspect>(
         if started.elapsed() > HEALTHY_AFTER {
             delay = MIN_BACKOFF;
         }
-        // While a worker fails again before it runs, log only failures whose text differs from the previous one.
+        // If a worker fails repeatedly without running in between, log a failure only if its text differs from that of
+        // the previous failure.
         let last = context.counters.failure();
         if last.is_none_or(|last| last.to_string() != failure.to_string()) {
             error!(

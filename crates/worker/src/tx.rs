@@ -1,4 +1,5 @@
-//! The transmit side of a worker: appends the reinject trailer to a packet and puts the packet into the transmit ring.
+//! The transmit side of a worker. It appends the reinject trailer to a packet and puts the packet into the transmit
+//! ring.
 //!
 //! Each frame passed to [`Tx`] is either put into the transmit ring, or freed and counted as dropped. Start at
 //! [`Tx::forward`].

@@ -102,7 +102,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Creates the owner of a frame. The frame's state must be `Held`, and no other `Frame` may exist for it.
+    /// Creates the owner of a frame. The frame's state must be `Held`, and there must be no other `Frame` for it.
     fn new(pool: &Rc<Pool>, mut desc: FrameDesc, length: usize) -> Self {
         set_length(&pool.umem, &mut desc, CHUNK);
         desc.set_options(0);
@@ -126,8 +126,8 @@ impl Frame {
         let mut room = unsafe { self.pool.umem.data_mut(&mut self.desc) };
         let room = room.contents_mut();
         let (begin, length) = (room.as_mut_ptr(), room.len());
-        // SAFETY: pointer and length are those of a slice of the UMEM, which `self.pool` keeps alive. This only extends
-        // the lifetime from that of the wrapper on the stack to that of the mutable borrow of `self`.
+        // SAFETY: pointer and length come from a slice of the UMEM, which `self.pool` keeps alive. Only the lifetime of
+        // the slice is extended, from the lifetime of the wrapper on the stack to the mutable borrow of `self`.
         unsafe { slice::from_raw_parts_mut(begin, length) }
     }
 
@@ -312,7 +312,7 @@ impl fmt::Debug for Frame {
 
 /// Sets the data length of a descriptor, limited to the end of its chunk.
 fn set_length(umem: &Umem, desc: &mut FrameDesc, length: usize) {
-    // SAFETY: `desc` is of `umem`, and both callers own its frame, so there is no other reference to the chunk.
-    // `set_pos` changes the descriptor and accesses no packet memory.
+    // SAFETY: `desc` is of `umem`, and both callers own the frame of `desc`, so there is no other reference to the
+    // chunk. `set_pos` changes the descriptor and accesses no packet memory.
     unsafe { umem.data_mut(desc) }.cursor().set_pos(length);
 }

@@ -1,8 +1,8 @@
 //! The state of each frame of a UMEM: free, with the kernel, or held by user space.
 //!
 //! In user space the type [`Frame`](crate::Frame) guarantees that a frame has one owner. The kernel returns frames as
-//! bare descriptors; this module checks that each descriptor names a frame that the kernel owned. It depends on no
-//! other module; start at [`FrameStates`].
+//! bare descriptors; this module checks that each descriptor names a frame that the kernel owned. This module depends
+//! on no other module; start at [`FrameStates`].
 
 use std::cell::Cell;
 
@@ -87,8 +87,8 @@ impl FrameStates {
         Some(index)
     }
 
-    /// Changes the state of a frame from `from`, which must not be [`FrameState::Free`], to `to`. Returns whether the
-    /// state was changed: it is unchanged if it was not `from` or if the frame does not exist.
+    /// Changes the state of a frame from `from`, which must not be [`FrameState::Free`], to `to`. Returns false and
+    /// changes nothing if the state was not `from` or if the frame does not exist.
     #[inline]
     pub(crate) fn transition(&self, index: usize, from: FrameState, to: FrameState) -> bool {
         let Some(state) = self.states.get(index) else {

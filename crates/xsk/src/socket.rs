@@ -32,7 +32,8 @@ const BATCH: usize = 64;
 /// Consecutive wake-ups without progress after which [`Socket::flush`] leaves the remaining packets in the transmit
 /// ring.
 const MAX_STALLED_KICKS: u32 = 64;
-/// Time since the first wake-up without progress after which [`Socket::flush`] can leave packets in the transmit ring.
+/// Time since the first wake-up without progress after which [`Socket::flush`] leaves the remaining packets in the
+/// transmit ring at the next wake-up without progress.
 const MAX_FLUSH_STALL: Duration = Duration::from_millis(2);
 /// Delay before the first retry of `bind`. The delay doubles with each retry, up to [`MAX_BIND_RETRY`].
 const MIN_BIND_RETRY: Duration = Duration::from_millis(1);
@@ -164,7 +165,7 @@ impl From<Error> for io::Error {
 }
 
 /// Returns the error for a UMEM that could not be made. xsk-rs opens an AF_XDP socket to register the UMEM; a kernel
-/// without AF_XDP refuses that with `EAFNOSUPPORT`.
+/// without AF_XDP refuses to open the socket (`EAFNOSUPPORT`).
 fn umem_error(frames: u32, source: io::Error) -> Error {
     if source.raw_os_error() != Some(libc::EAFNOSUPPORT) {
         return Error::Memory { frames, source };
@@ -218,7 +219,7 @@ pub struct Socket {
     tx_size: usize,
     fill_size: usize,
     unexpected: u64,
-    /// Errno that ended the socket, or 0. It is stored here because reading `SO_ERROR` clears it in the kernel.
+    /// Errno that ended the socket, or 0. It is stored here because reading `SO_ERROR` clears the error in the kernel.
     fatal_errno: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
@@ -312,7 +313,7 @@ impl Socket {
                 frame
             });
             into.extend(&mut frames);
-            // `into` may stop early. Consume the rest, so that each descriptor's frame is freed.
+            // `into` can stop before the last frame. Consume the rest, so that each descriptor's frame is freed.
             frames.for_each(drop);
             self.unexpected += unexpected;
             received += count;
@@ -612,8 +613,8 @@ impl Socket {
             return Ok(false);
         }
         if fd.revents & libc::POLLIN == 0 {
-            // `poll` reports no event for a socket whose interface is gone (`xsk_poll`), so check for that whenever no
-            // packet is available.
+            // `poll` reports no event for a socket whose interface is gone (`xsk_poll`), so check for an error whenever
+            // no packet is available.
             self.check()?;
         }
         Ok(fd.revents & libc::POLLIN != 0)
@@ -694,8 +695,8 @@ impl AsFd for Socket {
     }
 }
 
-/// Binds a socket. Retries while the queue is in use (`EBUSY`), because the kernel can release a queue later than the
-/// process that used it ends.
+/// Binds a socket. Retries while the queue is in use (`EBUSY`), because the kernel can release a queue some time after
+/// the process that used the queue has ended.
 fn bind(
     config: &Config,
     socket: SocketConfig,
