@@ -64,7 +64,7 @@ reasons! {
     /// IPv6 extension headers that are not accepted: for example too many, out of order, or a routing header with
     /// segments left.
     InvalidIpv6Extension = 156, "Invalid IPv6 extension header";
-    /// A later fragment whose first fragment was not seen, and no rule for all ports allows the fragment.
+    /// A later fragment whose first fragment was not seen and that no rule for all ports allows.
     FragmentNotFound = 175, "First logical datagram fragment not found";
     /// A deny rule matches.
     PolicyDeniedByDenylist = 181, "Policy denied by denylist";
@@ -121,7 +121,7 @@ reasons! {
     PuntFailed = 231, "Punt failed";
     /// The packet cannot be punted because of its length, its VLAN tags or its device.
     PuntUnsupported = 232, "Cannot be punted";
-    /// A frame on the punt link that neither a program nor a worker has sent.
+    /// A frame on the punt link that was sent by neither a program nor a worker.
     PuntForeign = 233, "Foreign frame on the punt link";
     /// The worker is overloaded.
     WorkerOverload = 234, "Worker overloaded";
@@ -133,7 +133,8 @@ reasons! {
     FragmentsIncomplete = 237, "Fragments incomplete";
     /// A limit of the inspection is reached.
     InspectLimit = 238, "Inspection limit reached";
-    /// No verdict was possible in time, or the receiver did not acknowledge bytes from Palisade in time.
+    /// No verdict was possible in time, or the receiver did not acknowledge in time the held bytes that a worker had
+    /// delivered.
     InspectDeadline = 239, "No verdict in time";
     /// The application rules do not allow the request.
     AppDenied = 240, "Denied by application rules";
