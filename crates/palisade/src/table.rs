@@ -1,6 +1,6 @@
 //! Text tables: columns as wide as their widest cell, separated by two spaces.
 
-/// A table under construction. A cell may have several lines.
+/// A table under construction. A cell can have several lines.
 #[derive(Debug)]
 pub(crate) struct Table {
     header: Vec<&'static str>,

@@ -23,7 +23,7 @@ use nix::{
 
 /// Longest wait for a lock that a daemon holds while it ends.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
-/// Most symbolic links that are followed in a path, as in the kernel (path_resolution(7)).
+/// Largest number of symbolic links that are followed in a path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 /// Deepest accepted level below a private directory. The daemon makes at most two levels.
 const MAX_DEPTH: usize = 8;

@@ -23,8 +23,8 @@ const DEFAULT_COUNT: usize = 20;
 
 /// Runs `palisade observe`.
 pub(super) fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
-    // The daemon builds the filters from the flags. They are built here too, so that errors are reported without a
-    // daemon.
+    // The daemon builds the filters from the flags. The command builds the filters too, so that errors are reported
+    // without a daemon.
     let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
     for (flag, value) in &args.filters {
         builder.flag(flag, value)?;

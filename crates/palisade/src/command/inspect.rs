@@ -24,7 +24,7 @@ use crate::{
 /// Options of an endpoint.
 pub(super) const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
 
-/// Most endpoints that a row of the policy list names.
+/// Largest number of endpoints that a row of the policy list names.
 const ENDPOINTS_SHOWN: usize = 3;
 
 pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {
@@ -340,7 +340,7 @@ fn policy_rows(rows: &[PolicyRow]) -> Table {
         "RULE PACKETS",
         "DECIDED BY",
     ]);
-    // A rule has one counter for all its entries, which is shown in the first of its rows.
+    // A rule has one counter for all its entries. The counter is shown only in the first row of the rule.
     let mut counted = BTreeSet::new();
     for row in rows {
         let first = counted.insert(row.rule);

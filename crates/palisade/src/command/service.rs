@@ -33,7 +33,8 @@ use crate::{
     text::count,
 };
 
-/// Most policy files that `status` lists completely. If there are more, only those with something to report are listed.
+/// Largest number of policy files at which `status` lists every file. If there are more, `status` lists only files with
+/// something to report.
 const MAX_FILES_SHOWN: usize = 50;
 /// Interval between two requests of `status --wait`.
 const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -158,7 +159,7 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
                 }
                 return Ok(EXIT_NO);
             }
-            // The daemon may be starting, or recovering from a hang.
+            // The daemon can be starting, or recovering from a hang.
             Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. })
             | Err(ClientError::Refused(_))
                 if !late => {}

@@ -82,8 +82,7 @@ pub(crate) struct Node {
 pub(crate) enum WithoutPolicies {
     /// The readable policies are enforced; without any, everything passes.
     Open,
-    /// All endpoints are under default deny in both directions. Packets pass only if a policy that can be read allows
-    /// them.
+    /// The enforcement mode `default` acts as `always`: packets pass only if a policy that can be read allows them.
     Closed,
 }
 
@@ -96,7 +95,7 @@ pub(crate) struct Policy {
     pub enforcement: Enforcement,
     /// Whether all drops are only reported and everything passes.
     pub audit: bool,
-    /// Whether the node may always connect to its workloads.
+    /// Whether connections of the node to its workloads are always allowed.
     pub allow_localhost: bool,
     /// Time for which the folder must be unchanged before its changes are read.
     pub debounce: Duration,
@@ -151,9 +150,9 @@ pub(crate) struct Dns {
     pub min_ttl: Duration,
     /// Longest lifetime of learned addresses, whatever their TTL.
     pub max_ttl: Duration,
-    /// Most addresses of one name per endpoint.
+    /// Largest number of addresses of one name per endpoint.
     pub addresses_per_name: u32,
-    /// Most addresses per endpoint.
+    /// Largest number of addresses per endpoint.
     pub addresses_per_endpoint: u32,
     /// Whether selectors are also matched against the CNAMEs of an answer.
     pub follow_cname: bool,

@@ -30,9 +30,9 @@ use super::{
     reader::{At, Reader, Section},
 };
 
-/// EtherTypes that pass a NIC by default, besides the link-local control group: PTP (IEEE 1588), which sets a NIC's
-/// clock, and EAPOL (IEEE 802.1X), which opens a switch port and can be sent to unicast addresses. Neither carries
-/// packets of other protocols.
+/// EtherTypes that pass a NIC by default, besides frames to the link-local control group: PTP (IEEE 1588), which sets a
+/// NIC's clock, and EAPOL (IEEE 802.1X), which opens a switch port and can be sent to unicast addresses. Neither
+/// carries packets of other protocols.
 const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
@@ -262,7 +262,8 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 }
 
 fn http(section: Section<'_, '_>) -> Http {
-    // Request heads are buffered completely, and a connection buffers up to twice their largest size per direction.
+    // Request heads are buffered completely, and a connection buffers up to twice the size of the largest head per
+    // direction.
     const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];

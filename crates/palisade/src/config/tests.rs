@@ -504,7 +504,7 @@ fn each_limits_option_sets_the_size_of_its_map() {
             format!("; raise [limits] {option}")
         );
     }
-    // No option sizes the event ring, so no error may name one.
+    // No option sizes the event ring, so errors must not name one.
     assert_eq!(limit_hint(maps::EVENTS), "");
 }
 

@@ -149,7 +149,7 @@ pub(crate) struct Status {
     pub audit: bool,
     /// Number of changes that were put in force.
     pub revision: u64,
-    /// Duration of the last change, from its begin to the write of the last map entry, ms.
+    /// Duration of the last change, from its beginning to the write of the last map entry, ms.
     pub last_change_ms: f64,
     /// Guarded interfaces.
     pub interfaces: Vec<InterfaceStatus>,

@@ -98,9 +98,9 @@ impl Client {
             Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
         );
         if changes {
-            // A ping finds out within `READ_TIMEOUT` whether the daemon hangs, before the longer wait for a change.
+            // A ping shows within `READ_TIMEOUT` whether the daemon hangs, before the longer wait for a change.
             match ask_within::<serde_json::Value>(socket, &Request::Ping, READ_TIMEOUT) {
-                // A daemon of an older version refuses the unknown request, which shows that it answers.
+                // A daemon of an older version refuses the unknown request, which shows that the daemon answers.
                 Ok(_) | Err(ClientError::Refused(_)) => {}
                 Err(error) => return Err(error),
             }

@@ -251,7 +251,7 @@ fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>
 fn refuse(stream: UnixStream, why: &str) {
     let mut line = serde_json::to_vec(&Answer::Error(why.to_owned())).unwrap_or_default();
     line.push(b'\n');
-    // A refused client may have disconnected.
+    // An error is ignored, because a refused client can have disconnected.
     let _ = write_all(&stream, &line, Duration::from_millis(100), None);
 }
 

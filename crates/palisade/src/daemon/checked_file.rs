@@ -42,7 +42,7 @@ pub(super) fn unseal(content: &[u8]) -> Result<&str, Damaged> {
     }
 }
 
-/// Returns whether a file begins like a sealed one. Length and CRC-32 may still be wrong.
+/// Returns whether a file begins like a sealed one. Length and CRC-32 can still be wrong.
 pub(super) fn is_sealed(content: &[u8]) -> bool {
     content.starts_with(MAGIC.as_bytes())
 }

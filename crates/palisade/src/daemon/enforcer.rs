@@ -35,8 +35,8 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Most selector sets of learned addresses per endpoint for which identities are made on request. An address of the
-/// world that matches a single selector always has an identity.
+/// Largest number of selector sets of learned addresses per endpoint for which identities are made on request. An
+/// address of the world that matches a single selector always has an identity.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
 /// The compiler, and which of its results the maps hold.
@@ -334,8 +334,8 @@ impl Enforcer {
             }
         }
         if !full.is_empty() {
-            // The sets in use are counted again before an answer is refused, because unused sets do not count against
-            // the limit.
+            // The sets in use are counted again before an answer is refused, because sets that are no longer used must
+            // not count against the limit.
             self.count_granted(&state.learned_map, &before);
             let missing = state.learned_map.missing(&state.view, false);
             full.clear();

@@ -20,7 +20,7 @@ use tracing::error;
 
 use super::view::{EventNames, Shared};
 
-/// Most events between two checks for a new view.
+/// Largest number of events between two checks for a new view.
 const MAX_BATCH: usize = 512;
 /// Time without a new record after which the records in the ring are converted to flow records.
 const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);

@@ -34,7 +34,7 @@ pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     drop(file);
     if let Err(error) = written {
-        // A partly written file takes space on a disk that may be full.
+        // A partly written file takes space on a disk that can be full.
         let _ = fs::remove_file(&temporary);
         return Err(error);
     }

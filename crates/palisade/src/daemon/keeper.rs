@@ -253,7 +253,7 @@ pub(super) fn keep_policies(
             fs::rename(temporary, path)
         } else {
             // After a failed write or flush no file of the batch is replaced. The temporary files are removed, because
-            // the disk may be full.
+            // the disk can be full.
             fs::remove_file(temporary)
         };
         match put {

@@ -26,9 +26,10 @@ use crate::config::Config;
 
 /// `NFNLGRP_NFTABLES` as a bit of a socket's groups (linux/netfilter/nfnetlink.h).
 const GROUP: u32 = 1 << (7 - 1);
-/// Wait after a notification, because the kernel sends many for one transaction.
+/// Wait after a notification, because the kernel sends many notifications for one transaction.
 const DEBOUNCE: Duration = Duration::from_millis(5);
-/// Interval at which the tables of legacy iptables are read, ms. The kernel sends no notification when they change.
+/// Interval at which the tables of legacy iptables are read, ms. The kernel sends no notification when these tables
+/// change.
 const POLL_INTERVAL_MS: u16 = 2_000;
 /// Size of the socket's receive buffer, bytes.
 const RECEIVE_BUFFER_BYTES: usize = 4 << 20;
@@ -189,7 +190,7 @@ impl Keeper {
     }
 
     /// Starts a thread that watches nftables until `changed` returns false. `changed` gets whether another program has
-    /// touched the table, and whether this node translates addresses. Returns whether this node translates addresses at
+    /// changed the table, and whether this node translates addresses. Returns whether this node translates addresses at
     /// the start.
     pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
         // The socket is bound before the first dump, so that no change is missed. Without nf_tables there are no

@@ -20,7 +20,7 @@ enum Effect {
     Restart(fn(&Config, &mut Config) -> bool),
 }
 
-/// Returns the [`Effect::Restart`] of the option that this field of [`Config`] holds.
+/// Returns the [`Effect::Restart`] for the option in the given field of [`Config`].
 macro_rules! restart {
     ($($field:ident).+) => {
         Effect::Restart(|running, new| {

@@ -51,7 +51,7 @@ where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
     /// Reads the file. A file that cannot be read or parsed is renamed. Identities and endpoints then get new numbers,
-    /// and no endpoint is in audit mode of its own.
+    /// and audit mode is off for every single endpoint.
     ///
     /// # Errors
     /// The thread that writes the directory cannot be started.

@@ -175,7 +175,7 @@ impl Handlers {
             })
             .collect();
         for map in &status.maps {
-            // A full conntrack map evicts flows; all other maps refuse new entries.
+            // The conntrack map is expected to be full on a busy node: it then evicts flows.
             if map.map != maps::CONNTRACK.to_lowercase() && map.entries * 10 > map.capacity * 9 {
                 let percent = (map.entries * 100).checked_div(map.capacity).unwrap_or(0);
                 let hint = limit_hint(&map.map);

@@ -23,7 +23,7 @@ use super::{
     view::{EventNames, Shared},
 };
 
-/// Most end events of one sweep. More of them could push all other flow records out of the ring.
+/// Largest number of end events of one sweep. More of them could push all other flow records out of the ring.
 const MAX_END_EVENTS: usize = 1_000;
 
 /// Interval between two sweeps. It can be changed while the sweeper runs.
@@ -83,7 +83,7 @@ pub(super) fn run(
             }
             match in_use(&datapath, now) {
                 Ok(in_use) => learned.sweep(&in_use),
-                // While the addresses in use are unknown, no learned name must be removed.
+                // While the addresses in use are unknown, all learned names are kept.
                 Err(error) => {
                     error!(%error, "learned names are not swept, because the connections cannot be read")
                 }

@@ -16,7 +16,7 @@ use nix::{
 };
 use tracing::warn;
 
-/// Most debounce periods from the first change of a batch to its report.
+/// Longest time from the first change of a batch to the report of the batch, in debounce periods.
 const MAX_DEBOUNCE_PERIODS: u32 = 10;
 /// Interval at which a missing folder is looked up.
 const DIR_POLL_INTERVAL: Duration = Duration::from_secs(1);

@@ -34,14 +34,14 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest wait for the sockets of all workers at the start. After this time the start continues without the missing
 /// sockets.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most workers if `[worker] threads` is 0.
+/// Largest number of workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
 /// Inspectors of a worker, as a bit mask: bit N is set for the [`Inspector`] with number N.
 pub(super) const INSPECTORS: u32 =
     1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
-/// Most DNS answers of one worker that wait for their commit.
+/// Largest number of DNS answers of one worker that wait for their commit.
 const MAX_QUEUED_COMMITS: usize = 1_024;
-/// Most records that wait to be read.
+/// Largest number of records that wait to be read.
 const MAX_QUEUED_RECORDS: usize = 2_048;
 
 /// The workers, or why there are none.
@@ -60,8 +60,8 @@ struct Running {
     pool: Pool<Rules>,
     /// Last punt link that existed; `None` before the first.
     punt_link: Option<PuntLink>,
-    /// Whether workers may bind sockets to the interface that has the punt link's name. False while the punt link
-    /// cannot be made or repaired: that interface may then be of another kind.
+    /// Whether workers are allowed to bind sockets to the interface that has the name of the punt link. False while the
+    /// punt link cannot be made or repaired: an interface of that name can then be of another kind.
     usable: Arc<AtomicBool>,
     heartbeats: Arc<WorkerHeartbeats>,
     rules: Arc<Rules>,
@@ -112,7 +112,7 @@ impl Workers {
         Ok((workers, output))
     }
 
-    /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down. The link may have
+    /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down. The link can have
     /// been deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether a
     /// new punt link was made; the datapath configuration must then be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {

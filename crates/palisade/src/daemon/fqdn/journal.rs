@@ -29,7 +29,7 @@ const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Most orders that wait for the thread.
+/// Largest number of orders that wait for the thread.
 const MAX_QUEUED_WRITES: usize = 1_024;
 
 /// One line of the file.

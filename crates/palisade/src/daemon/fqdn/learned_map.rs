@@ -113,7 +113,7 @@ impl LearnedMap {
     }
 
     /// Writes the addresses of an answer and commits the answer if all of them are written. `again`: whether this is a
-    /// retry, which does not note the changes of the answer a second time, because newer changes may have been noted
+    /// retry, which does not note the changes of the answer a second time, because newer changes can have been noted
     /// since.
     pub(crate) fn settle(
         &mut self,
@@ -397,7 +397,7 @@ impl LearnedMap {
                 }
             }
         }
-        // A failure leaves the entry unwritten, so that it is tried again.
+        // A failure leaves the entry unwritten, so that the write is tried again.
         let _ = self.write(transition.purge.iter().copied(), resolver, writer);
         self.sets.retain(|set| Arc::strong_count(set) > 1);
     }

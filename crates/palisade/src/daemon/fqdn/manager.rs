@@ -192,7 +192,7 @@ impl Writer for Box<dyn Writer + Send + Sync> {
 /// The part of a policy that concerns names.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Policy {
-    /// Selectors by endpoint. Endpoints without selectors may be missing.
+    /// Selectors by endpoint. Endpoints without selectors can be missing.
     pub selectors: BTreeMap<EndpointId, Arc<Selectors>>,
     /// Selectors in deny rules, by endpoint.
     pub denied: HashSet<(EndpointId, SelectorId)>,
@@ -440,8 +440,8 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // The address matches a deny selector. The control thread first writes it to the maps, and then
-                    // evaluates the connections of the endpoint again.
+                    // The address matches a deny selector. The control thread first writes the address to the maps, and
+                    // then evaluates the connections of the endpoint again.
                     state.reevaluate.insert(endpoint);
                 }
                 state.waiting.push(Waiting {

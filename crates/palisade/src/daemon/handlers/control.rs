@@ -313,7 +313,7 @@ impl Control {
                 "PolicyAuditMode was switched"
             );
         }
-        // The state is saved even if the option has not changed, because an earlier write may have failed.
+        // The state is saved even if the option has not changed, because an earlier write can have failed.
         self.save();
         self.state.keeper.flush().map_err(|problem| {
             format!(

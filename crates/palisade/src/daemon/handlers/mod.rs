@@ -45,11 +45,11 @@ const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Time for which followed flows are held back so that they can be sorted. A record of a worker can reach the ring
 /// later than an event of the programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
 const REORDER_WINDOW: Duration = Duration::from_millis(50);
-/// Most flows that are held back to be put in order.
+/// Largest number of flows that are held back to be put in order.
 const MAX_REORDERED_FLOWS: usize = 4_096;
 
 /// Answers clients, each on a thread of its own. Requests that the published view or the maps can answer do not involve
-/// the control thread, which may be busy with a compilation.
+/// the control thread, which can be busy with a compilation.
 pub(super) struct Handlers {
     pub(super) control: Sender<Message>,
     pub(super) datapath: Arc<Datapath>,

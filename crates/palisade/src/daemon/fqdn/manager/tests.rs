@@ -204,7 +204,7 @@ proptest! {
         names.set_epoch(questions.epoch());
         let mut committer = queue.committer(256, Arc::new(|| {}));
         let mut asked: Vec<(u16, usize, u8)> = Vec::new();
-        // Leases: answers that may be forwarded again without a commit.
+        // Leases of answers that can be forwarded again without a commit.
         let mut leases: Vec<(Lease, u64)> = Vec::new();
         let mut policies = [3, 3];
         let (mut generation, mut known) = (1, 0xff_u8);
