@@ -311,7 +311,7 @@ impl Daemon {
 
     /// Replaces the contents of the policy folder, and waits until the policies are enforced.
     ///
-    /// The new files get new names, so that the file names in the daemon's status show which files it has read.
+    /// The new files get new names, so that the file names in the daemon's status show which files the daemon has read.
     pub fn apply(&self, policies: &[(&str, &str)]) -> Result<()> {
         let n = serial();
         let old: Vec<PathBuf> = fs::read_dir(self.policies())?

@@ -689,8 +689,8 @@ pub struct Dug {
     pub text: String,
 }
 
-/// Runs `dig` with one try. `args`: the name and further arguments. Without arguments about the transport, `dig` sends
-/// the query over UDP first.
+/// Runs `dig` with one try. `args`: the name and further arguments. `dig` uses UDP first unless the arguments make it
+/// use TCP.
 pub fn dig(ns: &Ns, server: IpAddr, args: &[&str]) -> Result<Dug> {
     let mut command = ns.command("dig");
     command

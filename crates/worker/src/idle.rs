@@ -45,7 +45,7 @@ pub(crate) trait Host {
     /// Relaxes the CPU for a moment (`PAUSE`).
     fn pause(&mut self);
 
-    /// Lets another runnable thread have the CPU (`sched_yield`).
+    /// Yields the CPU to another runnable thread (`sched_yield`).
     fn yield_now(&mut self);
 
     /// Polls the driver in this thread and does the work that arrives. Returns whether there was work.
