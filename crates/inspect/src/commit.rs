@@ -108,7 +108,7 @@ impl Epoch {
     }
 }
 
-/// Ends of both queues for one worker.
+/// A worker's ends of the queue of requests and of its queue of results.
 #[derive(Debug)]
 pub struct Committer {
     requests: Sender<CommitTask>,
@@ -160,8 +160,8 @@ pub fn commit_queue(capacity: usize) -> (CommitQueue, CommitReceiver) {
 }
 
 impl CommitQueue {
-    /// Returns the ends of both queues for a worker that may have `limit` requests open. `wake` is called after a
-    /// result was queued.
+    /// Returns a worker's ends of the queue of requests and of its queue of results. The worker may have `limit`
+    /// requests open. `wake` is called after a result was queued, unless the result belongs to a refresh.
     #[must_use]
     pub fn committer(&self, limit: usize, wake: Wake) -> Committer {
         let (sender, results) = bounded(limit);

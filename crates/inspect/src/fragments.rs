@@ -57,7 +57,7 @@ pub struct FragmentStats {
     pub fragments: u64,
     /// Datagrams that were completed.
     pub complete: u64,
-    /// Datagrams that were still incomplete at their timeout, or when their endpoint was removed.
+    /// Datagrams of which fragments were still missing when they were removed.
     pub incomplete: u64,
     /// Datagrams that were dropped because of an overlap or an inconsistent length.
     pub contradicting: u64,
@@ -75,8 +75,9 @@ struct Key {
     endpoint: u16,
     ifindex: u32,
     hook: u8,
-    /// Protocol of the IPv4 header. For IPv6 always that of the fragment header (44): the fragments of one datagram can
-    /// differ in their next header, and only that of the first one is used (RFC 8200, 4.5).
+    /// Protocol of the IPv4 header. For IPv6, always 44, the number of the fragment header: the fragments of one
+    /// datagram can differ in their next header, and only the next header of the first fragment is used (RFC 8200,
+    /// 4.5).
     protocol: u8,
     id: u32,
     source: Addr,

@@ -20,7 +20,7 @@ pub struct PacketView<'a> {
     pub network: usize,
     /// Offset of the transport header in `frame`, bytes.
     pub transport: usize,
-    /// Start and end of the transport payload in `frame`, bytes. A frame may have padding after the end.
+    /// Start and end of the transport payload in `frame`, bytes. A frame can have padding after the end.
     pub payload: (usize, usize),
 }
 

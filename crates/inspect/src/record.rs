@@ -130,7 +130,7 @@ pub enum Verdict {
 pub struct Record {
     /// Number of the endpoint whose policy required the inspection.
     pub endpoint: u16,
-    /// Whether the *packet* goes to that endpoint; the flow may have been opened in the other direction.
+    /// Whether the *packet* goes to that endpoint; the flow can have been opened in the other direction.
     pub ingress: bool,
     /// Whether the packet is of the reply direction.
     pub reply: bool,
@@ -151,7 +151,7 @@ pub struct Record {
     /// Number of the policy rule that decided: the one whose application rule matched, else the one that required the
     /// inspection.
     pub rule: u32,
-    /// Time from the request to its response, ms; `None` if the record is not about a response.
+    /// For a response, the time since its request, ms, if that is known. `None` for any other record.
     pub latency: Option<u32>,
     /// Content of the record.
     pub what: What,

@@ -77,7 +77,8 @@ pub struct DnsStats {
     pub transferred: u64,
     /// Answers that were forwarded after their addresses were committed.
     pub committed: u64,
-    /// Answers whose addresses were committed before, so that they were not held. They are counted in `committed` too.
+    /// Answers that were not held, because their addresses were in the maps already. Such answers are counted in
+    /// `committed` too.
     pub fast_path: u64,
     /// Answers whose commit failed or could not be requested.
     pub uncommitted: u64,

@@ -383,7 +383,7 @@ impl HttpStream<'_> {
     }
 
     /// Responds in the server's place once all requests before the refused one are answered. Aborts the connection
-    /// instead if the server has sent a FIN or a response that only the end of the connection ends.
+    /// instead if the server has sent a FIN or sends a response whose body ends with the connection.
     fn refuse(&mut self, refused: Refused) -> Action {
         self.flow.refused = Some(refused);
         if self.flow.ended || matches!(self.flow.server, Place::Rest) {

@@ -181,7 +181,7 @@ impl HttpRules {
     /// `paths` is [`Paths::Raw`], the request must also be allowed with its resolved path.
     ///
     /// # Errors
-    /// [`HttpDenial`] if no alternative allows the request in one of these forms.
+    /// [`HttpDenial`] if the request is not allowed in every required form.
     pub fn judge(
         &self,
         request: &Request<'_>,
@@ -412,8 +412,8 @@ fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
             (None, Some(_)) => Wanted::Unknown,
             (None, None) => Wanted::Present,
         },
-        // The mismatch actions ADD, DELETE and REPLACE would have to change the request, which is not supported. So
-        // with them, as without an action, a rule does not allow a request with a mismatch.
+        // The mismatch actions ADD, DELETE and REPLACE are treated as FAIL, the default: the engine never changes a
+        // request.
         log: wanted.mismatch == MismatchAction::Log,
     });
     plain.chain(others).collect()

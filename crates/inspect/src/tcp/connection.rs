@@ -42,7 +42,7 @@ pub(crate) struct Connection<F> {
     halves: PerSide<Half<F>>,
     phase: Phase,
     key: CtKey,
-    /// Punt request of the last packet before the connection was offloaded or aborted.
+    /// Punt request of the last packet. It is not updated after the connection was offloaded or aborted.
     slot: PuntRequest,
     /// Serial of the conntrack entry, or the serial that the entry gets when this connection replaces the previous one.
     serial: u32,
@@ -56,8 +56,8 @@ pub(crate) struct Connection<F> {
     /// Notification to the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so none
-    /// must be generated that carries bytes in a sender's place.
+    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so held
+    /// packets are neither split nor acknowledged on behalf of the receiver.
     is_shared: bool,
     /// Whether audit mode is on. A connection that exceeds the deadline is then offloaded instead of aborted.
     is_audit: bool,

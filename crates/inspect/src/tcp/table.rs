@@ -636,7 +636,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
         }
-        // This reset may be the answer to the probe of [`Connection::reset_unknown`], from an end that has no such
+        // This reset can be the answer to the probe of [`Connection::reset_unknown`], from an end that has no such
         // connection. Forwarding it does no harm, because its receiver checks the sequence number (RFC 5961, 3.2).
         if segment.is_rst() && segment.payload.is_empty() {
             cx.sink.release(frame);
@@ -774,7 +774,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Removes the connections of an endpoint, or all, and drops their held packets.
+    /// Removes the connections of one endpoint, or all connections, and drops their held packets.
     pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
         self.offloaded_flows
             .retain(|key, _| endpoint.is_some_and(|endpoint| endpoint != key.endpoint));

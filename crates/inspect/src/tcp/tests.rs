@@ -1102,7 +1102,7 @@ fn new_bytes_behind_acknowledged_ones_are_delivered() {
     assert_eq!(bench.take().discarded, [Reason::TcpOverlap]);
 }
 
-/// An offloaded connection is evaluated again when its rules change, and only then.
+/// An offloaded connection is remembered until a new connection with the same ports replaces it.
 #[test]
 fn offloaded_connections_are_remembered_within_a_limit() {
     let mut bench = Bench::new(TcpLimits {
@@ -1121,7 +1121,7 @@ fn offloaded_connections_are_remembered_within_a_limit() {
     bench.put(&client(2, b"x"));
     let out = bench.take();
     assert_eq!((out.released.len(), out.commands.len()), (1, 1));
-    // Connections with other ports take its place in the table.
+    // A new connection with the same ports replaces the offloaded one.
     bench.handshake();
     assert_eq!(bench.table.stats().offloaded_flows, 0);
 }
