@@ -64,7 +64,7 @@ pub struct CommitResult {
 /// Time for which the addresses of a committed answer stay in the maps, and the epoch in which this holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// Time that the addresses stay if the epoch does not end before, ms.
+    /// Time for which the addresses stay in the maps unless the epoch ends before, ms.
     pub good_for: Millis,
     /// Epoch of the lease: see [`crate::Sink::epoch`].
     pub epoch: u64,
@@ -181,7 +181,7 @@ impl Committer {
     /// Sends a request. Does not allocate or block.
     ///
     /// # Errors
-    /// Returns the request if too many are open, the queue is full, or the receiver has ended.
+    /// Returns the request if too many requests are open, the queue is full, or the receiver has ended.
     pub fn submit(&mut self, request: CommitRequest) -> Result<(), CommitRequest> {
         if self.open >= self.limit {
             return Err(request);

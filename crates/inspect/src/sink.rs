@@ -26,13 +26,13 @@ pub trait Sink<F> {
     /// result.
     ///
     /// # Errors
-    /// Returns the request if the queue is full. The request then has no result.
+    /// Returns the request if it could not be queued. No result follows.
     fn commit(&mut self, learn: CommitRequest) -> Result<(), CommitRequest>;
     /// Requests a new lease for an answer whose addresses are in the maps already. [`crate::Engine::committed`] handles
     /// the result, which returns the allocation of the answer for reuse.
     ///
     /// # Errors
-    /// Returns the request if the queue is full. The request then has no result.
+    /// Returns the request if it could not be queued. No result follows.
     fn refresh(&mut self, learn: CommitRequest) -> Result<(), CommitRequest> {
         Err(learn)
     }

@@ -46,7 +46,8 @@ impl Default for DnsLimits {
             tcp: TcpLimits {
                 connections: 4096,
                 connections_per_endpoint: 1024,
-                // Room for a message of 64 KiB, and for further queries and answers that arrive while it is incomplete.
+                // Room for a message of 64 KiB, and for further queries and answers that arrive while that message is
+                // incomplete.
                 bytes_per_direction: 160 << 10,
                 bytes: 64 << 20,
                 frames_per_direction: 256,

@@ -272,7 +272,7 @@ impl<F> Dns<F> {
     }
 }
 
-/// Returns whether the endpoint is the client of the flow, so that it learns the addresses of answers.
+/// Returns whether the endpoint is the client of the flow. Only a client learns the addresses of answers.
 const fn endpoint_asks(slot: &PuntRequest) -> bool {
     (slot.flags & punt_flags::INGRESS != 0) == (slot.flags & punt_flags::REPLY != 0)
 }

@@ -139,8 +139,9 @@ pub(super) fn is_allowed<F, S>(view: &PacketView<'_>, message: &[u8], cx: &Cx<'_
     })
 }
 
-/// Returns whether a name consists of a name that the rules allow and a domain of a search list (`ndots` in
-/// resolv.conf(5)). Some stub resolvers try the next domain, and at last the name itself, only after NXDOMAIN.
+/// Returns whether a name begins with a name that the rules allow, so that the rest is possibly a domain of a search
+/// list (`search` in resolv.conf(5)). Some stub resolvers try the next domain, and at last the name itself, only after
+/// NXDOMAIN.
 fn is_of_search_list(name: &Name, rules: &DnsRules) -> bool {
     /// Maximum number of labels that are taken for a search domain.
     const MOST: usize = 8;

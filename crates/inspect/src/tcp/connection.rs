@@ -174,8 +174,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends the CLOSE command, unless it was sent before, if the connection is done and its conntrack entry has its
-    /// serial.
+    /// Sends the CLOSE command, unless it was sent before, if the connection is done and the conntrack entry has the
+    /// serial of the connection.
     pub(super) fn forgotten<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         if self.is_done() && self.is_known && self.closed != Announcement::Sent {
             self.closed = Announcement::Sent;
@@ -295,8 +295,8 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Returns whether a dropped packet is recorded: the first one of the connection for this reason, then one per
-    /// [`REPORT_EVERY`], and never more than [`Shared::may_report`] allows.
+    /// Returns whether a dropped packet is recorded. A packet that was dropped for the same reason as the last recorded
+    /// one is recorded only after [`REPORT_EVERY`]. [`Shared::may_report`] limits all records.
     pub(super) fn may_report<S>(&mut self, reason: Reason, cx: &mut TcpCx<'_, F, S>) -> bool {
         if self
             .reported

@@ -184,9 +184,9 @@ pub(super) struct Half<F> {
     /// TS.Recent of the receiver: greatest timestamp of a segment that began at or before the next byte that the
     /// receiver expected (RFC 7323, 4.3).
     pub(super) recent: u32,
-    /// Greatest timestamp of all accepted segments. Generated packets in the sender's place carry it: the receiver may
-    /// have accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent` lags behind by
-    /// the segments in flight.
+    /// Greatest timestamp of all accepted segments. Generated packets in the sender's place carry it: the receiver has
+    /// possibly accepted that segment, and drops segments with an older timestamp (RFC 7323, 5.3). `recent` lags behind
+    /// by the segments in flight.
     pub(super) latest: u32,
     /// Window field of the sender's last segment.
     pub(super) window: u16,
@@ -541,7 +541,7 @@ impl<F> Half<F> {
         self.judged = end;
         self.next = self.next.max(end);
         self.sent = self.sent.max(end);
-        // `highest` does not change: the range may extend beyond the end of the stream, and a FIN below it is valid.
+        // `highest` does not change: the range can extend beyond the end of the stream, and a FIN below it is valid.
         self.edge = self.edge.max(end + self.widest);
         self.advance();
         self.forget();

@@ -19,14 +19,14 @@ pub(crate) enum Action {
     /// The first `n` bytes are allowed and forwarded.
     Forward(usize),
     /// The next `n` bytes are forwarded without inspection, and their retransmissions need not be compared with an
-    /// earlier copy. `n` may exceed the number of bytes that have arrived.
+    /// earlier copy. `n` can exceed the number of bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
     Offload,
     /// No further byte is forwarded. Both ends are reset.
     Abort(Reason),
     /// No further byte of this side is forwarded. This side gets the given bytes and a FIN, as if the other side had
-    /// sent them after its bytes so far. The other side gets a FIN too.
+    /// sent both after the bytes that it has sent so far. The other side gets a FIN too.
     Respond(Reason, Vec<u8>),
 }
 

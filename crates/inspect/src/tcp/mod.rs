@@ -8,7 +8,7 @@
 //! and a retransmission with other bytes is dropped. So the inspection does not depend on which copy the receiver
 //! takes, on the receiver's window or timestamp check, or on a TTL that expires on the path.
 //!
-//! A sender may need an acknowledgement of held bytes before it sends the rest (Nagle's algorithm, RFC 9293, 3.7.4; a
+//! A sender can need an acknowledgement of held bytes before it sends the rest (Nagle's algorithm, RFC 9293, 3.7.4; a
 //! congestion window, RFC 5681). So bytes that are held longer than [`TcpLimits::acknowledge`] are acknowledged on
 //! behalf of the receiver. The worker then delivers them itself, with retransmissions, until the receiver has
 //! acknowledged them.

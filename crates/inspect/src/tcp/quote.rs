@@ -1,9 +1,9 @@
 //! ICMP errors about segments of inspected connections.
 //!
 //! ICMP has no authentication, so an error counts only if it quotes a sequence number that was sent and is not
-//! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The programs
-//! have compared addresses and ports with the flow, and have truncated the error to the quoted network header and eight
-//! bytes.
+//! acknowledged (RFC 5927, 4.1): an attacker that does not see the connection has to guess that number. The BPF
+//! programs have compared addresses and ports with the flow, and have truncated the error to the quoted network header
+//! and eight bytes.
 
 use palisade_abi::{CtKey, protocol, punt_flags};
 use palisade_packet::{Quote, decode_quote, flags, icmp, icmpv6};

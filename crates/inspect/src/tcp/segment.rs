@@ -75,7 +75,7 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// Parses the options. Returns `None` if a length is wrong or a kind is unknown, because a receiver may know that
+    /// Parses the options. Returns `None` if a length is wrong or a kind is unknown, because a receiver can know that
     /// kind. [`options::normalise`] has already overwritten unknown options with NOPs.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();

@@ -706,7 +706,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         self.reject_error(view, &key, is_known, frame, cx);
     }
 
-    /// Records and drops an ICMP error that quotes no sequence number in flight. Audit mode forwards it.
+    /// Records and drops an ICMP error that quotes no known connection, or no sequence number in flight. Audit mode
+    /// forwards the error.
     fn reject_error<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
@@ -724,8 +725,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         let is_audit = is_audit(view);
         if self.may_report(key, reason, cx) {
             let record = Record::of(view, What::Unreadable { detail });
-            // The punt request contains the identity of the connection's peer. If a router has sent the error, that is
-            // not the identity of the error's source.
+            // The punt request contains the identity of the connection's peer. If a router has sent the error, the
+            // record shows no identity, because the router is not that peer.
             let is_of_peer = [view.packet.source, view.packet.destination].contains(&key.remote);
             cx.sink.record(&Record {
                 verdict: verdict(is_audit),

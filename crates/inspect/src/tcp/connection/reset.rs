@@ -15,9 +15,9 @@ use crate::{PacketView, Sink};
 
 impl<F> Connection<F> {
     /// Handles a reset. If its receiver is in SYN-SENT, the reset is forwarded only if it acknowledges the SYN. In any
-    /// other state, it is forwarded if its sequence number lies between the last acknowledged and the last forwarded
-    /// byte, because the receiver accepts only the number that it expects next (RFC 5961, 3.2). A reset that follows
-    /// held bytes is replaced by a generated one.
+    /// other state, the receiver accepts only the sequence number that it expects next (RFC 5961, 3.2). So the reset is
+    /// forwarded if its sequence number can be that one: not below the acknowledged bytes and not beyond the forwarded
+    /// ones. A reset that follows held bytes is replaced by a generated one.
     ///
     /// # Errors
     /// Returns the frame and the reason if the reset is neither forwarded nor replaced, so that the caller drops it.
@@ -121,7 +121,7 @@ impl<F> Connection<F> {
     ///
     /// A reset is accepted only if its sequence number is exactly the one that its receiver expects (RFC 5961, 3.2).
     /// For the sender of the packet that is the acknowledgement number of the packet. The number that the receiver of
-    /// the packet expects is not known, because the packet may be a retransmission. So if the packet occupies sequence
+    /// the packet expects is not known, because the packet can be a retransmission. So if the packet occupies sequence
     /// space, the receiver gets an empty segment with a sequence number below its window, and answers with an
     /// acknowledgement (RFC 9293, 3.10.7.4), or with a reset if it has no such connection. That acknowledgement is
     /// punted too. It occupies no sequence space and has both numbers, so both ends are reset then. If the probe is
@@ -136,7 +136,7 @@ impl<F> Connection<F> {
                 seq: segment.seq.wrapping_sub(1),
                 ack: Some(segment.ack),
                 window: segment.window,
-                // A receiver may drop a segment without timestamps or with older ones (RFC 7323, 3.2 and 5.3).
+                // A receiver can drop a segment without timestamps or with older ones (RFC 7323, 3.2 and 5.3).
                 timestamp: segment.options.timestamp,
                 ..OutSegment::default()
             };
@@ -144,7 +144,7 @@ impl<F> Connection<F> {
             return false;
         }
         Self::refuse(view, cx);
-        // An empty segment may be a keepalive probe, whose sequence number is one below the expected one (RFC 9293,
+        // An empty segment can be a keepalive probe, whose sequence number is one below the expected one (RFC 9293,
         // 3.8.4).
         for more in 0..=u32::from(is_plain_ack) {
             let reset = OutSegment {
