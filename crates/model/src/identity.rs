@@ -9,7 +9,8 @@ use crate::{
 };
 
 /// Returns whether the labels belong to a combined learned identity: they hold several `fqdn` labels, or one `fqdn`
-/// label and the label of a prefix. The identity of one `toFQDNs` selector on the world is not combined.
+/// label and a label that is neither `fqdn` nor `reserved`, such as that of a prefix. One `fqdn` label with the labels
+/// of the world is not combined.
 #[must_use]
 pub fn is_combined(labels: &Labels) -> bool {
     let names = labels.iter().filter(|label| label.source == "fqdn").count();
@@ -30,8 +31,8 @@ pub fn cidr_label(prefix: IpNet) -> Label {
     }
 }
 
-/// Returns the prefix of a `cidr` label; `None` for other labels. In an IPv6 prefix, dashes may replace the colons
-/// (`2001-db8--0/32`).
+/// Returns the prefix of a `cidr` label; `None` if the label is not a valid `cidr` label. In an IPv6 prefix, dashes may
+/// replace the colons (`2001-db8--0/32`).
 #[must_use]
 pub fn cidr_of(label: &Label) -> Option<IpNet> {
     if label.source != "cidr" {

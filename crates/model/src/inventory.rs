@@ -6,10 +6,11 @@ use ipnet::IpNet;
 
 use crate::labels::{Labels, reserved};
 
-/// Conditions under which traffic of an endpoint is denied by default.
+/// Conditions under which a direction of an endpoint is subject to policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Enforcement {
-    /// In each direction for which a policy that selects the endpoint has rules.
+    /// A policy that selects the endpoint has rules for the direction, or the labels of the endpoint are not known yet
+    /// (`reserved:init`).
     #[default]
     Default,
     /// Always.
@@ -81,7 +82,7 @@ impl Endpoint {
     }
 }
 
-/// A labelled host or prefix outside this node, another node, or an entity.
+/// A peer that the configuration declares: a labelled host or prefix outside this node, another node, or an entity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Name, for reports.
@@ -90,7 +91,7 @@ pub struct Peer {
     pub labels: Labels,
     /// Named ports of the peer.
     pub named_ports: NamedPorts,
-    /// Prefixes of the peer; a single address is a full-length prefix. Empty if a peer of a case file has only a name.
+    /// Prefixes of the peer; a single address is a full-length prefix. Peers of case files can have none.
     pub prefixes: Vec<IpNet>,
 }
 
@@ -106,8 +107,8 @@ pub struct Inventory {
 }
 
 impl Options {
-    /// Returns the labels of an address that nothing identifies: `reserved:world`, or `world-ipv4` and `world-ipv6` in
-    /// dual stack.
+    /// Returns the labels of an address that nothing identifies: `reserved:world`; in dual stack `reserved:world-ipv6`
+    /// if `v6` is set, else `reserved:world-ipv4`.
     #[must_use]
     pub fn world_labels(&self, v6: bool) -> Labels {
         Labels::new([reserved(match (self.dual_stack, v6) {

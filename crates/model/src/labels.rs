@@ -100,7 +100,7 @@ pub fn reserved(key: &str) -> Label {
 
 /// Parses `source:key=value`. The default source is `k8s`, the default value is empty. `$key` means `reserved:key`.
 ///
-/// Only a colon before the first `=` ends the source; a value may contain colons.
+/// The first colon before the first `=` ends the source; the value can contain colons.
 #[must_use]
 pub fn parse_label(text: &str) -> Label {
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
@@ -133,7 +133,7 @@ impl Selector {
 impl Requirement {
     /// Returns whether the labels meet the requirement.
     ///
-    /// If the source is `any`, the first label with the key decides (labels are sorted by source).
+    /// If the source of the requirement is `Any`, the first label with the key decides (labels are sorted by source).
     #[must_use]
     pub fn holds(&self, labels: &Labels) -> bool {
         let value = match &self.source {

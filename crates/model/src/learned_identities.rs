@@ -1,9 +1,10 @@
 //! Identities of addresses that endpoints learned by name.
 //!
 //! Every `toFQDNs` selector has a number. The label set of a learned address consists of the labels that the address
-//! has without learned names (those of the world, or of the longest prefix that a policy names) and of one label for
-//! each selector that matches a learned name. Each such label set has an identity, with entries in the policy tables of
-//! the endpoints that use all of these selectors.
+//! has without learned names (for example those of the world, or of the longest prefix that a policy names) and of one
+//! label for each selector that matches a learned name. The label set of one selector and the world always has an
+//! identity; any other label set gets one when the daemon requests it. The entries of the identity are in the policy
+//! tables of the endpoints that use all of its selectors.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -21,7 +22,8 @@ pub type SelectorNumber = u32;
 /// The selectors that the egress rules of an endpoint use, by number.
 pub type SelectorList = Arc<[(SelectorNumber, FqdnPattern)]>;
 
-/// Key of the identity of a learned address: the identity without names, and the matching selectors.
+/// Key of the identity of a learned address: the identity that the address has without learned names, and the selectors
+/// that match the learned names.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LearnedSet {
     /// Identity of the address without learned names.
@@ -31,7 +33,7 @@ pub struct LearnedSet {
 }
 
 /// Returns whether learned names can change the identity of an address. Addresses of endpoints, of the node and of
-/// labelled peers keep their identity, whatever names resolve to them.
+/// labelled peers outside the world keep their identity, whatever names resolve to them.
 #[must_use]
 pub const fn learnable(base: Identity) -> bool {
     matches!(
@@ -47,17 +49,17 @@ pub type Sets = HashMap<Identity, HashMap<Arc<[SelectorNumber]>, Identity>>;
 /// to one [`Snapshot`](crate::snapshot::Snapshot).
 #[derive(Clone, Debug, Default)]
 pub struct LearnedIdentities {
-    /// Full-length addresses, as in the snapshot.
+    /// Single addresses, as in the snapshot.
     pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
-    /// Shorter prefixes, as in the snapshot.
+    /// Prefixes that are shorter than an address, as in the snapshot.
     pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
     /// Lengths of the prefixes, bits, the longest first.
     pub lengths: Arc<[u32]>,
     /// Identities of addresses that no prefix contains: IPv4, IPv6.
     pub worlds: [Identity; 2],
-    /// Selectors that at least one rule uses.
+    /// Selectors that the policies of at least one endpoint use.
     pub selectors: Arc<BTreeSet<SelectorNumber>>,
-    /// Sets that always have an identity: one selector, on the world.
+    /// Sets that always have an identity: one selector, and the world as base.
     pub standing: Arc<Sets>,
     /// Other sets, which have an identity because the daemon requested them.
     pub wanted: Arc<Sets>,
@@ -87,7 +89,7 @@ impl LearnedIdentities {
     /// Returns the identity of an address that was learned through these selectors (ascending). `None` if the
     /// combination has no identity yet; [`Self::set`] returns the set to request from the compiler.
     ///
-    /// Selectors that no rule uses are ignored. Learned names do not change an identity that is not [`learnable`].
+    /// Selectors that no endpoint uses are ignored. Learned names do not change an identity that is not [`learnable`].
     #[must_use]
     pub fn identity(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<Identity> {
         self.identity_on(self.base(address), selectors)

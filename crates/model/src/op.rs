@@ -5,14 +5,14 @@ use palisade_abi::{
 };
 
 /// One operation. The datapath carries out the operations of a plan in their order. Each element of an operation is
-/// written atomically, and the elements may be written in any order.
+/// written atomically, and the elements can be written in any order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// Adds or replaces entries of the policy table.
     PolicyPut(Vec<(PolicyKey, PolicyEntry)>),
     /// Removes entries of the policy table. A missing entry is not an error.
     PolicyDelete(Vec<PolicyKey>),
-    /// Stores the port class of each slot ([`palisade_abi::class_slot`]).
+    /// Stores the port class of each listed slot ([`palisade_abi::class_slot`]).
     ClassPut(Vec<(u32, Class)>),
     /// Adds or replaces a full-length address.
     AddressPut(Addr, IpcacheEntry),

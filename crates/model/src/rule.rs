@@ -31,7 +31,7 @@ impl fmt::Display for Location {
 pub enum PolicyKind {
     /// `CiliumNetworkPolicy`: applies to one namespace.
     Cnp,
-    /// `CiliumClusterwideNetworkPolicy`: applies to all namespaces, and may select the node.
+    /// `CiliumClusterwideNetworkPolicy`: applies to all namespaces, and can select the node.
     Ccnp,
     /// Kubernetes `NetworkPolicy`.
     Knp,
@@ -179,10 +179,10 @@ pub struct Rule {
     pub peers: Peers,
     /// Protocols and ports of the rule.
     pub ports: Ports,
-    /// `fromRequires` or `toRequires`: requirements that are added to every endpoint selector of this section, in all
-    /// specs that select the same endpoint. They allow no peer by themselves.
+    /// `fromRequires` or `toRequires`: requirements that are added to every `fromEndpoints` or `toEndpoints` selector
+    /// of this section, in all specs that select the same endpoint. They allow no peer by themselves.
     pub requires: Vec<Selector>,
-    /// Whether `authentication.mode` is `required`.
+    /// Whether the rule allows only authenticated peers (`authentication.mode`).
     pub auth_required: bool,
     /// Start of the rule.
     pub location: Location,
@@ -193,15 +193,15 @@ pub struct Rule {
 pub enum Peers {
     /// Every peer: the rule has `toPorts` or `icmps`, but names no peer.
     Any,
-    /// No peer: the rule is `{}`, has an empty list of peers, or has only peers that only a cluster could resolve
-    /// (`toServices`, `fromGroups`). The section still causes default deny.
+    /// No peer: for example, the rule is `{}`, or has an empty list of peers, or its peers could be resolved only in a
+    /// cluster (`toServices`, `fromGroups`). The rule still counts for default deny.
     None,
-    /// Peers that one of the list members selects.
+    /// Peers that at least one member of the list selects.
     OneOf(Vec<Peer>),
 }
 
 impl Peers {
-    /// Returns the members of the list; none for `Any` and `None`.
+    /// Returns the members of the list; an empty slice for `Any` and `None`.
     #[must_use]
     pub fn list(&self) -> &[Peer] {
         match self {
@@ -273,8 +273,8 @@ pub enum Entity {
 pub enum FqdnPattern {
     /// `matchName`.
     Name(String),
-    /// `matchPattern`, in lower case. `*` matches characters within a label, `**.` one or more labels, `*` alone every
-    /// name.
+    /// `matchPattern`. `*` matches any number of characters within a label, `**.` at the start one or more labels, and
+    /// the pattern `*` every name.
     Pattern(String),
 }
 
@@ -290,7 +290,7 @@ pub enum Ports {
 /// One entry of `toPorts` or `icmps`: ports, and the application rules on them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PortRule {
-    /// Protocols and ports; an empty list allows nothing.
+    /// Protocols and ports; an empty list matches no packet.
     pub ports: Vec<PortSpec>,
     /// Application rules; `L7::default()` if the entry has none.
     pub l7: L7,
@@ -301,8 +301,8 @@ pub struct PortRule {
 /// A protocol with its ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortSpec {
-    /// A range of port numbers. `0..=65535` is every port; the parser converts port 0 to that range, and a reversed
-    /// range to its first port.
+    /// A range of port numbers. `0..=65535` is every port; the parser converts port 0 without a range end to that
+    /// range, and a reversed range to its first port.
     Range {
         /// Protocol of the ports.
         protocol: L4Protocol,
@@ -321,7 +321,7 @@ pub enum PortSpec {
         /// the named port matches.
         last: u16,
     },
-    /// One ICMP type, of `icmps`.
+    /// One ICMP type, from an element of `icmps`.
     Icmp {
         /// Whether the protocol is ICMPv6 instead of ICMP.
         v6: bool,
@@ -410,12 +410,12 @@ pub struct HttpRule {
 pub struct HeaderMatch {
     /// Header name.
     pub name: String,
-    /// Expected value. If `None`, any value matches; with a secret, no value matches, because Palisade cannot read
-    /// secrets.
+    /// Expected value. If `None`, any value matches, unless `secret` is set: then no value matches, because Palisade
+    /// cannot read secrets.
     pub value: Option<String>,
     /// `namespace/name` of a secret.
     pub secret: Option<String>,
-    /// Action if the header has another value.
+    /// Action if the header is absent or has another value.
     pub mismatch: MismatchAction,
 }
 
@@ -533,7 +533,7 @@ pub struct Label {
     pub source: String,
     /// Key.
     pub key: String,
-    /// Value; may be empty.
+    /// Value; can be empty.
     pub value: String,
 }
 

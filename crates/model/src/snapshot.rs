@@ -19,22 +19,22 @@ use crate::{
     rule::{FqdnPattern, HttpRule, KafkaRule, Listener, Location, PolicyKind, Section, TlsContext},
 };
 
-/// The desired content of the maps, once the plan has been carried out.
+/// The desired content of the maps, and the meaning of the numbers in them.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Every identity in use, by number.
     pub identities: Arc<BTreeMap<Identity, Labels>>,
-    /// Full-length addresses (the ipcache map).
+    /// Single addresses (the ipcache map).
     pub addresses: Arc<HashMap<Addr, IpcacheEntry>>,
-    /// Shorter prefixes (the trie).
+    /// Prefixes that are shorter than an address (the trie).
     pub prefixes: Arc<HashMap<PrefixKey, IpcacheEntry>>,
-    /// Class of every slot; there are [`palisade_abi::CLASS_SLOTS`].
+    /// Class of every slot ([`palisade_abi::CLASS_SLOTS`] elements).
     pub classes: Arc<Vec<Class>>,
     /// Compiled tables by policy id.
     pub tables: BTreeMap<u32, Arc<Table>>,
     /// State of every endpoint, the node included, by endpoint number.
     pub endpoints: BTreeMap<u16, EndpointState>,
-    /// Meaning of rule ids. Ids of removed rules stay for a while, so that late events still have a rule name.
+    /// Meaning of rule ids. Ids of removed rules stay, so that late events still have a rule name.
     pub rules: Arc<BTreeMap<u32, Arc<RuleInfo>>>,
     /// Application rules by the id in [`PolicyEntry::ruleset`].
     pub rulesets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
@@ -48,10 +48,10 @@ pub struct Snapshot {
     pub names: LearnedIdentities,
     /// Learned addresses that a plan must consider. The compiler leaves the field empty; the daemon fills it.
     pub learned: Learned,
-    /// Highest revision that an endpoint has or had. No endpoint has the number before it, which a plan may use
-    /// temporarily.
+    /// Highest revision that an endpoint has or had. Revisions grow in steps of two: a plan can use the numbers in
+    /// between temporarily.
     pub revision: u32,
-    /// Warnings about the policies as a whole, such as port names that no endpoint has.
+    /// Warnings of the compiler, such as port names without effect.
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -68,17 +68,17 @@ pub struct MapContents {
     pub policy: Vec<(PolicyKey, PolicyEntry)>,
     /// Endpoints that have a state.
     pub endpoints: Vec<(u16, EndpointState)>,
-    /// Identity of unknown IPv4 addresses.
+    /// Identity of IPv4 addresses that no prefix contains.
     pub world_ipv4: Identity,
-    /// Identity of unknown IPv6 addresses.
+    /// Identity of IPv6 addresses that no prefix contains.
     pub world_ipv6: Identity,
 }
 
 impl Snapshot {
     /// Creates a snapshot from maps that were read back, as the start of the first plan after a restart.
     ///
-    /// Before the first update the compiler must avoid the numbers in this snapshot (`Compiler::avoid`). New tables
-    /// then get unused policy ids, and the old tables enforce until each endpoint is switched.
+    /// `Compiler::avoid` must be called with this snapshot before the first update, so that new tables get unused
+    /// policy ids. Each endpoint then keeps its old table until the plan switches it to the new table.
     #[must_use]
     pub fn from_maps(contents: MapContents) -> Self {
         let mut tables: BTreeMap<u32, Table> = BTreeMap::new();
@@ -118,7 +118,7 @@ pub struct Learned {
 /// A key of a [`Table`]: a [`PolicyKey`] without the policy id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TableKey {
-    /// Direction, as a number of [`Direction`].
+    /// A [`Direction`] as a number.
     pub direction: u8,
     /// Identity of the peer; [`identity::ANY`] for any.
     pub identity: Identity,
@@ -158,7 +158,8 @@ pub struct Table {
 }
 
 impl Table {
-    /// Returns the [`endpoint_flags`] of the directions in which no entry inspects or denies explicitly.
+    /// Returns the flags `PLAIN_INGRESS` and `PLAIN_EGRESS` ([`endpoint_flags`]). Each is set if no entry of the
+    /// direction inspects or denies explicitly.
     #[must_use]
     pub fn plain(&self) -> u32 {
         let mut plain = endpoint_flags::PLAIN_INGRESS | endpoint_flags::PLAIN_EGRESS;
@@ -255,35 +256,36 @@ pub enum RuleKey {
     Rule(RulePlace),
     /// Denied: a policy has rules for the direction, and no rule allows the packet.
     DefaultDeny {
-        /// The direction, as a number of [`Direction`].
+        /// A [`Direction`] as a number.
         direction: u8,
-        /// `namespace/name` of the policy that causes the default deny; of several, the first by name.
+        /// `namespace/name` of the policy that causes the default deny; of several, the first by name. Policies in
+        /// audit mode count only if all of them are in audit mode.
         policy: Arc<str>,
-        /// Number of other policies that cause the default deny too.
+        /// Number of further policies that count as causes.
         others: u32,
     },
-    /// Allowed: the policies of the direction have `enableDefaultDeny: false`.
+    /// Allowed: all policies with rules for the direction have `enableDefaultDeny: false` for it.
     DefaultAllow {
-        /// The direction, as a number of [`Direction`].
+        /// A [`Direction`] as a number.
         direction: u8,
         /// `namespace/name` of one of these policies: the first by name.
         policy: Arc<str>,
     },
     /// Denied: enforcement is `always`, and no rule allows the packet.
     AlwaysEnforced {
-        /// The direction, as a number of [`Direction`].
+        /// A [`Direction`] as a number.
         direction: u8,
     },
     /// Allowed: no policy enforces the direction, or enforcement is `never`.
     NotEnforced {
-        /// The direction, as a number of [`Direction`].
+        /// A [`Direction`] as a number.
         direction: u8,
     },
     /// Allowed: the node may always reach its workloads (`allow_localhost = "always"`).
     LocalhostAlways,
     /// Denied: the labels of the endpoint are not known yet.
     InitEndpoint {
-        /// The direction, as a number of [`Direction`].
+        /// A [`Direction`] as a number.
         direction: u8,
     },
 }
@@ -295,7 +297,7 @@ pub struct RuleInfo {
     pub id: u32,
     /// Meaning of the id.
     pub key: RuleKey,
-    /// Place of the rule or policy in its file; for a default deny, of the first policy that causes it.
+    /// Place of the rule, or of the policy that `key` names, in its file.
     pub location: Option<Location>,
     /// `description` of the spec; empty if it has none.
     pub description: String,
@@ -352,11 +354,12 @@ impl fmt::Display for RuleInfo {
     }
 }
 
-/// Application rules of an `inspect` entry. A request passes if one of the alternatives matches.
+/// Application rules of an `inspect` entry. A request passes only if one of the alternatives matches; `server_names`
+/// can restrict requests further.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct RuleSet {
-    /// Protocol that the inspector reads, as a number of [`Inspector`]. The protocol differs from the entry's inspector
-    /// if TLS must be terminated first.
+    /// Protocol of the requests: an [`Inspector`] as a number. It differs from the inspector of the policy table entry
+    /// if TLS is terminated or originated.
     pub reads: u8,
     /// Alternatives, each with the rule that it comes from.
     pub alternatives: Vec<Alternative>,
@@ -383,8 +386,8 @@ pub struct Alternative {
 /// Condition that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
-    /// Matches every request. Comes from a rule without application rules for the same packets, or from an empty list
-    /// of rules. The traffic is still inspected.
+    /// Matches every request: for example, another rule allows the same packets without application rules. The traffic
+    /// is still inspected.
     Everything,
     /// An http rule.
     Http(HttpRule),

@@ -181,7 +181,7 @@ struct HttpFacts {
     version: Option<String>,
 }
 
-/// The value of a header field, or the values of a repeated one.
+/// The value of a header field, or the values of a repeated field.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Values {
@@ -257,7 +257,7 @@ impl Number {
     }
 }
 
-/// Runs the cases of a file: one JSON object a line, or YAML documents. `file` is the name of the file in messages;
+/// Runs the cases of a file: one JSON object per line, or YAML documents. `file` is the name of the file in messages;
 /// `judge` decides the requests of checks.
 #[must_use]
 pub fn run(file: &str, text: &str, judge: &dyn Judge) -> Report {
@@ -433,7 +433,8 @@ impl<'a> CaseNames<'a> {
     }
 }
 
-/// Returns `None` if the verdict is as expected, else the actual verdict and its cause.
+/// Returns `None` if the verdict is as expected (`audit` also meets `allow`), else the actual verdict and its cause. An
+/// error means that the check is invalid.
 fn run_check(
     snapshot: &Snapshot,
     names: &CaseNames<'_>,
@@ -568,7 +569,7 @@ fn request(check: &Check) -> Result<Request, String> {
     })
 }
 
-/// Returns the IP protocol number of a protocol name, or of a number.
+/// Parses an IP protocol: a name such as `TCP`, or a number.
 pub fn protocol_number(name: &str) -> Result<u8, String> {
     Ok(match name.to_ascii_uppercase().as_str() {
         "TCP" => protocol::TCP,

@@ -1,4 +1,4 @@
-//! Port classes: sets of (protocol, port) that no rule distinguishes, and their numbers.
+//! Port classes: sets of (protocol, port) pairs that no rule distinguishes, and their numbers.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -10,8 +10,8 @@ use palisade_abi::{
 };
 
 /// Classes that always exist: for each protocol with ports or types, one class for all ports that no rule names. The
-/// slot for an unknown port (later fragments) has this class as well, because only rules for the whole protocol match
-/// either of them.
+/// slot for an unknown port (later fragments) has this class as well: rules for specific ports match neither those
+/// ports nor an unknown port.
 const BASE: [(u8, Class); 5] = [
     (protocol::TCP, FIRST_DYNAMIC_CLASS),
     (protocol::UDP, FIRST_DYNAMIC_CLASS + 1),
@@ -20,7 +20,7 @@ const BASE: [(u8, Class); 5] = [
     (protocol::ICMPV6, FIRST_DYNAMIC_CLASS + 4),
 ];
 
-/// Class of all protocols that no rule names.
+/// Class of the protocols outside `BASE` that no rule names.
 const OTHER: Class = FIRST_DYNAMIC_CLASS + BASE.len() as Class;
 
 /// First class that is assigned on demand.
@@ -60,13 +60,14 @@ impl PortSet {
         }
     }
 
-    /// Returns how narrow the set is; a higher rank is narrower. The narrowest matching rule decides.
+    /// Returns how narrow the set is; a higher rank is narrower. Of the rules that lead to a decision, the policy table
+    /// entry names the one with the narrowest ports.
     #[must_use]
     pub fn rank(&self) -> u8 {
         match *self {
             Self::All => 0,
             Self::Protocol(_) => 1,
-            // From 2 (nearly all ports) to 18 (one port).
+            // From 2 (65,536 ports) to 18 (one port).
             Self::Range { first, last, .. } => {
                 let size = u32::from(last - first) + 1;
                 18u8.saturating_sub((u32::BITS - 1 - size.leading_zeros()) as u8)
@@ -74,7 +75,7 @@ impl PortSet {
         }
     }
 
-    /// Returns whether the set distinguishes packets of one protocol, or names a protocol without ports.
+    /// Returns whether the set needs classes of its own: it is a range, or a protocol outside `BASE`.
     fn cuts(&self) -> bool {
         match *self {
             Self::All => false,
@@ -93,8 +94,8 @@ fn base(protocol: u8) -> Option<Class> {
 #[error("the policies distinguish more than {} sets of ports; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
 pub struct TooManyClasses;
 
-/// Assigns class numbers. While a class has ports, its number stands for the same combination of port sets. A free
-/// number is reused only after all others have been assigned once.
+/// Assigns class numbers. While a class has ports, its number stands for the same combination of port sets. The search
+/// for a free number begins after the last assigned number, so that a number is reused late.
 #[derive(Clone, Debug)]
 pub struct Classes {
     /// Port sets in use, with the number of their users.
@@ -301,7 +302,7 @@ impl Classes {
     }
 
     /// Returns the classes of a port set; `None` for [`PortSet::All`]. The set must have been retained before the last
-    /// refresh: only then the ports of the set have classes of their own.
+    /// refresh: only then do the ports of the set have classes of their own.
     #[must_use]
     pub fn of(&self, set: PortSet) -> Option<Arc<[Class]>> {
         let (protocol, first, last) = match set {

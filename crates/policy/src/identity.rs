@@ -6,10 +6,10 @@ use palisade_abi::{Identity, identity};
 use palisade_model::{identity::is_combined, labels::Labels};
 use serde::{Deserialize, Serialize};
 
-/// Assigns identity numbers to label sets; the same set always gets the same number.
+/// Assigns identity numbers to label sets.
 ///
-/// An unused number stays with its labels until the range is exhausted. Then unused numbers are assigned again,
-/// beginning after the last one assigned, so that a number is reused as late as possible.
+/// A set keeps its number, even while unused, until the number is released or the range is exhausted. The search for a
+/// free number begins after the last assigned number, so that a number is reused late.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allocator {
     numbers: HashMap<Labels, Identity>,
@@ -29,7 +29,7 @@ pub struct AllocatorState {
     pub next_local: Identity,
 }
 
-/// All numbers of a range are in use.
+/// Error: all numbers of a range are in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no identity left: more than {0} label sets or prefixes are in use at once")]
 pub struct Exhausted(u32);
@@ -56,9 +56,9 @@ impl Allocator {
         allocator
     }
 
-    /// Returns the state for [`Self::from_state`], without combinations of learned names: DNS servers determine how
-    /// many of them there are. The state includes the positions of the search, so the number of such a combination is
-    /// not reused soon after a restart.
+    /// Returns the state for [`Self::from_state`], without combined learned identities ([`is_combined`]), because DNS
+    /// servers can cause any number of them. The state includes the positions of the search, so the number of such an
+    /// identity is not reused soon after a restart.
     #[must_use]
     pub fn state(&self) -> AllocatorState {
         AllocatorState {
@@ -73,16 +73,15 @@ impl Allocator {
         }
     }
 
-    /// Frees the number of a label set that no address has any more. The number is reused only after all other free
-    /// numbers of the range.
+    /// Frees the number of a label set that no address has any more, so that the number can be assigned again.
     pub fn release(&mut self, labels: &Labels) {
         if let Some(number) = self.numbers.remove(labels) {
             self.taken.remove(&number);
         }
     }
 
-    /// Reserves numbers that the maps hold after a restart but the state file does not. Otherwise a new label set could
-    /// get such a number, and old map entries would apply to it.
+    /// Reserves the local numbers among `numbers`, which the maps hold after a restart even if the state file lacks
+    /// them. Otherwise a new label set could get such a number, and old map entries would apply to it.
     pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
         self.taken.extend(
             numbers
@@ -148,7 +147,8 @@ impl Allocator {
     }
 }
 
-/// Returns the range of numbers for a label set. Prefixes and names have a local range of their own.
+/// Returns the range of numbers for a label set. Sets with the label of a prefix, of a name or of the world use the
+/// local range.
 fn range(labels: &Labels) -> (Identity, Identity) {
     let local = labels.iter().any(|label| {
         matches!(label.source.as_str(), "cidr" | "cidrgroup" | "fqdn")
@@ -161,7 +161,7 @@ fn range(labels: &Labels) -> (Identity, Identity) {
     }
 }
 
-/// Returns the number of a set that consists of one reserved label.
+/// Returns the fixed number of a set that consists of one reserved label; `None` for other sets.
 fn fixed(labels: &Labels) -> Option<Identity> {
     let mut all = labels.iter();
     let label = all.next()?;

@@ -26,7 +26,8 @@ impl Judge for Plain {
     }
 }
 
-/// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if no inspector reads such traffic.
+/// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if `judge` has no inspector for the
+/// protocol.
 ///
 /// # Errors
 /// The cause of the denial.
@@ -43,15 +44,15 @@ pub(crate) fn decide(
     })
 }
 
-/// Returns the first alternative that allows the request.
+/// Returns the result of [`passing_as`] for both forms of the path.
 #[must_use]
 pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternative> {
     passing_as(set, request, Paths::Both)
 }
 
-/// Returns the first alternative that allows the request. `paths` selects the forms of the path to match. If both forms
-/// are matched, each needs an alternative, not necessarily the same; the result is the alternative for the path as
-/// sent.
+/// Returns an alternative that allows the request; `None` if the request is denied. `paths` selects the forms of the
+/// path to match. If both forms are matched, each needs an alternative, not necessarily the same; the result is the
+/// alternative for the path as sent.
 #[must_use]
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
@@ -101,8 +102,8 @@ fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> 
     })
 }
 
-/// Returns whether a matcher applies to the protocol that the inspector reads. Rules of several protocols may be
-/// merged for a port, and only one protocol is read.
+/// Returns whether a matcher applies to the protocol that the inspector reads. The merged rules of a port can belong to
+/// several protocols, but only one protocol is read.
 fn is_asked(matcher: &Matcher, set: &RuleSet) -> bool {
     let read = |inspector: Inspector| set.reads == inspector as u8;
     match matcher {
@@ -213,7 +214,7 @@ fn server_name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     !name.is_empty() && name.parse::<IpAddr>().is_err() && name_matches(pattern, name)
 }
 
-/// Returns whether a name or pattern matches a DNS name. Letter case and a trailing dot are ignored.
+/// Returns whether a name or pattern matches a DNS name. The letter case and a trailing dot of `name` are ignored.
 #[must_use]
 pub fn name_matches(pattern: &FqdnPattern, name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();

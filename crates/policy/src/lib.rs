@@ -9,9 +9,9 @@
 //! The crate does no I/O, and uses neither BPF maps nor a clock. `palisade policy test` and the daemon use the same
 //! compiler.
 //!
-//! It depends on `palisade-model`, which holds the input and output types of the compiler, and on `palisade-protocols`
-//! for the paths and regular expressions of HTTP rules. Start at [`compile::Compiler`]: its input is the
-//! [`rule`](palisade_model::rule) types that [`parse`] returns, its output is a
+//! The crate depends on `palisade-model`, which holds the input and output types of the compiler, and on
+//! `palisade-protocols` for the paths and regular expressions of HTTP rules. Start at [`compile::Compiler`]: its input
+//! is the [`rule`](palisade_model::rule) types that [`parse`] returns, its output is a
 //! [`Snapshot`](palisade_model::snapshot::Snapshot). [`plan::plan`] returns the map operations from one snapshot to the
 //! next.
 //!

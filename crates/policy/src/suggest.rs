@@ -1,10 +1,10 @@
 //! "Did you mean": the name that an unknown word resembles, for policies and for the configuration.
 
-/// Longest word to look a suggestion up for, in characters: the distance takes time proportional to the product of the
-/// lengths.
+/// Longest word for which a suggestion is computed, in characters. The time for the edit distance grows with the
+/// product of both lengths.
 const MAX_WORD: usize = 64;
 
-/// Returns the name that `written` resembles most: one that differs in letter case only, or by few letters (inserted,
+/// Returns the name that `written` resembles most, if it differs in letter case only or by few letters (inserted,
 /// removed, replaced, or swapped with their neighbour).
 ///
 /// ```

@@ -23,8 +23,8 @@ pub struct Question {
     /// Source: an endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a
     /// reserved identity by name.
     pub source: String,
-    /// Destination, in the forms of `source`. With `to_fqdn`: an address to which the name resolves, or empty for any
-    /// IPv4 address.
+    /// Destination, in the forms of `source`. With `to_fqdn`: an address to which the name resolves, or empty for an
+    /// IPv4 address that only the name identifies.
     pub destination: String,
     /// DNS name by which the source has learned the address of the destination.
     pub to_fqdn: Option<String>,
@@ -120,7 +120,7 @@ pub struct Side {
     pub rule: u32,
     /// All rules that match the packet, each with its effect.
     pub matching: Vec<Matching>,
-    /// Parts of the endpoint's policies without effect in this direction, such as port names that no peer has.
+    /// Warnings about the endpoint's policies for this direction, such as port names without effect.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remarks: Vec<String>,
 }
@@ -139,7 +139,7 @@ pub struct Matching {
 /// Explains a packet. `judge` evaluates its request.
 ///
 /// # Errors
-/// A message if an end of the packet is unknown.
+/// A message if the packet cannot be evaluated, for example because an end of the packet is unknown.
 pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Result<Trace, String> {
     let source = end(compiler, &question.source)?;
     let Some(name) = &question.to_fqdn else {
@@ -171,7 +171,7 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
         .collect();
     let names = snapshot.names.clone();
     let learn = |names: &LearnedIdentities| match question.destination.as_str() {
-        // Without an address, assume one that neither a prefix of a policy nor a peer contains.
+        // Without an address, assume an IPv4 address that neither a prefix of a policy nor a peer contains.
         "" => names.identity_in_world(&selectors),
         _ => names.identity(address, &selectors),
     };
@@ -261,8 +261,8 @@ fn trace_between(
     })
 }
 
-/// Returns notes on address translation. The node may masquerade packets of a workload, or publish a port for it. Such
-/// a packet has the node's address at the NIC of the node, and the node's policy decides it as well.
+/// Returns notes on address translation. The node can masquerade the packets of a workload, or publish a port of the
+/// workload. Such packets have the node's address at the NIC, so the node's policy applies to them as well.
 fn judged_as_the_node(
     compiler: &Compiler,
     question: &Question,

@@ -15,14 +15,14 @@ use super::choice::Choices;
 pub(super) enum AddressKey {
     Address(Addr),
     Prefix(PrefixKey),
-    /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares its old and
-    /// new identity in all changed tables, not only in the table of that endpoint. So the plan may copy more entries
-    /// than necessary, never fewer.
+    /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares the old and
+    /// the new identity of the address in all changed tables, not only in the table of that endpoint. So the plan can
+    /// copy more entries than necessary, never fewer.
     Learned(LearnedKey),
 }
 
 impl AddressKey {
-    /// Returns the length of the key, bits; a longer key is more specific.
+    /// Returns the rank of the key: a higher rank is more specific. The rank of a prefix is its length in bits.
     fn length(&self) -> u32 {
         match self {
             Self::Learned(_) => 130,
@@ -109,10 +109,10 @@ pub(super) fn learns(state: &Snapshot, key: LearnedKey) -> bool {
         .is_some_and(|state| state.flags & endpoint_flags::LEARNS != 0)
 }
 
-/// Returns the pairs (old, new) of identities of learned addresses whose ipcache entry hides the learned identity
-/// before or after the change. While the tables are switched, the ipcache entry of such an address gets a spare
-/// identity. A spare identity hides no learned identity ([`hides_learned`]): an endpoint that learned the address then
-/// uses its learned entry, whose identity the plan chooses separately.
+/// Returns the pairs (old identity, new identity) of ipcache addresses that an endpoint has also learned, if one of the
+/// two identities hides the learned one ([`hides_learned`]). While the tables are switched, such an ipcache entry gets
+/// a spare identity if one is left. A spare identity hides no learned identity: an endpoint that learned the address
+/// then uses the learned entry, whose identity the plan chooses separately.
 pub(super) fn contested(
     addresses: &[AddressChange],
     old: &Snapshot,
@@ -128,7 +128,7 @@ pub(super) fn contested(
         .collect()
 }
 
-/// A key whose entry, or whose effective entry, changes.
+/// A key whose own entry changes, or a learned address for which a lookup finds another identity than before.
 #[derive(Debug)]
 pub(super) struct AddressChange {
     pub(super) key: AddressKey,
@@ -157,7 +157,7 @@ impl AddressChange {
     }
 }
 
-/// Returns the keys that change, the most specific first.
+/// Returns the changes, the most specific key first.
 pub(super) fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressChange> {
     let mut keys: Vec<AddressKey> = Vec::new();
     if !Arc::ptr_eq(&old.addresses, &new.addresses) {
@@ -191,8 +191,8 @@ pub(super) fn changed_addresses(old: &Snapshot, new: &Snapshot) -> Vec<AddressCh
             from: key.effective(old),
             to: key.effective(new),
         })
-        // A change of the ipcache or of LEARNS can change the effective entry of a learned address whose own entry does
-        // not change.
+        // A change of the ipcache, or of the endpoint flag LEARNS (the programs look up learned addresses), can change
+        // what a lookup of a learned address finds, although the entry of the learned address does not change.
         .filter(|change| {
             change.found != change.wanted
                 || (matches!(change.key, AddressKey::Learned(_)) && change.pair().is_some())

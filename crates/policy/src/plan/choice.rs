@@ -1,4 +1,4 @@
-//! The numbers that addresses and ports have while the tables are switched.
+//! The numbers (identities and port classes) that addresses and ports have while the policy tables are switched.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -10,19 +10,22 @@ use palisade_model::snapshot::{Snapshot, Table, TableKey};
 
 use super::tables::TableChanges;
 
-/// Time at which an address or a port gets its new number (identity or class), and the entries that are copied for it.
+/// Way in which an address or a port changes from its old to its new number (identity or class), relative to the switch
+/// from the old to the new policy tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice<N> {
-    /// The new number is written before the tables are switched.
+    /// The new number is written before the switch. No entries are copied.
     Early,
-    /// The new number is written after the tables are switched.
+    /// The new number is written after the switch. No entries are copied.
     Late,
-    /// As `Early`; the old tables get copies of the old number's entries under the new number.
+    /// The new number is written before the switch. The old tables first get copies of the old number's entries under
+    /// the new number.
     Fresh,
-    /// As `Late`; the new tables get copies of the new number's entries under the old number.
+    /// The new number is written after the switch. The new tables have copies of the new number's entries under the old
+    /// number until then.
     Gone,
-    /// A spare number is written before the tables are switched, with copied entries in both tables. The new number is
-    /// written after the switch.
+    /// This spare number is written before the switch, and the new number after the switch. Both the old and the new
+    /// tables have copied entries under the spare number.
     By(N),
 }
 
@@ -30,7 +33,7 @@ pub(super) enum Choice<N> {
 pub(super) struct Choices<N>(BTreeMap<(N, N), Choice<N>>);
 
 impl<N: Copy + Ord> Choices<N> {
-    /// Returns the number while the tables are switched.
+    /// Returns the number that an address or a port has while the tables are switched.
     pub(super) fn number(&self, from: N, to: N) -> N {
         match self.0.get(&(from, to)) {
             Some(Choice::Late | Choice::Gone) => from,
@@ -40,7 +43,7 @@ impl<N: Copy + Ord> Choices<N> {
     }
 
     /// Returns the pairs (from, to) for which an old table gets copies of the entries of `from` under `to`. `changes`:
-    /// whether the table itself changes.
+    /// whether `TableChanges` lists the table.
     pub(super) fn copies_in_old(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -53,7 +56,7 @@ impl<N: Copy + Ord> Choices<N> {
     }
 
     /// Returns the pairs (from, to) for which a new table gets copies of the entries of `from` under `to`. `changes`:
-    /// whether the table itself changes.
+    /// whether `TableChanges` lists the table.
     pub(super) fn copies_in_new(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -66,7 +69,7 @@ impl<N: Copy + Ord> Choices<N> {
     }
 }
 
-/// The entries of a table by their number on an axis: direction, rest of the key, and entry.
+/// Entries of a table by their number on an axis; each has its direction, the rest of its key, and its content.
 pub(super) type Lines<N> = HashMap<N, Vec<(u8, u32, PolicyEntry)>>;
 
 /// An axis of the table: identities or classes.
@@ -76,7 +79,7 @@ pub(super) trait Axis {
     fn split(key: &TableKey) -> (Self::Number, u32);
     /// Returns the numbers in use in the old and in the new snapshot.
     fn in_use(&self) -> (BTreeSet<Self::Number>, BTreeSet<Self::Number>);
-    /// Returns the highest number below `below` that neither snapshot uses.
+    /// Returns the highest free number below `below`; `None` if there is none. `used`: numbers in use.
     fn spare(&self, used: &BTreeSet<Self::Number>, below: Option<Self::Number>) -> Option<Self::Number>;
 
     fn lines(tables: &[&Table]) -> Vec<Lines<Self::Number>> {
@@ -97,7 +100,7 @@ pub(super) trait Axis {
     }
 }
 
-/// Returns whether, in each table, two numbers have equal entries.
+/// Returns whether `a` and `b` have equal entries in each table.
 pub(super) fn same<N: Copy + Ord + Hash>(lines: &[Lines<N>], a: N, b: N) -> bool {
     lines.iter().all(|lines| lines.get(&a) == lines.get(&b))
 }
@@ -152,8 +155,8 @@ pub(super) fn choose<A: Axis>(
                     below = Some(number);
                     Choice::By(number)
                 }
-                // All numbers are in use. The number changes late: until this plan ends, packets may be looked up in
-                // the new tables under the old number.
+                // No spare number is left. The number changes late: until then, packets are looked up in the new tables
+                // under the old number.
                 None => Choice::Late,
             }
         };

@@ -2,8 +2,8 @@
 //! verdict.
 //!
 //! A verdict comes from four lookups: the identity of the peer, the class of the port, the policy table of the
-//! endpoint, and the entry of the table. A change may touch all four, but one write changes one of them. [`plan`]
-//! therefore has four steps: make, switch, settle, break. In between, every packet gets its old or its new verdict.
+//! endpoint, and the entry of the table. A change can affect all four, but one write changes only one of them. [`plan`]
+//! therefore has four steps: make, switch, settle, break.
 //!
 //! Entries and prefixes are written from the most specific to the least specific, and deleted in the reverse order.
 
@@ -29,7 +29,7 @@ use tables::{TableChanges, difference, extend, table_changes};
 
 /// Returns the operations that lead from one snapshot to another, in the order of execution.
 ///
-/// The compiler guarantees that an endpoint whose table changes shares no policy id with one whose table stays.
+/// The compiler guarantees that an endpoint whose table changes shares no policy id with an endpoint whose table stays.
 #[must_use]
 pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
     let plan = Plan::new(old, new);
@@ -42,23 +42,23 @@ pub fn plan(old: &Snapshot, new: &Snapshot) -> Vec<Op> {
     ops
 }
 
-/// Contents of tables by policy id. Extended tables have entries for numbers that are used only during the plan.
+/// Contents of tables by policy id. A table with copied entries is `Cow::Owned`.
 type Contents<'a> = BTreeMap<u32, Cow<'a, BTreeMap<TableKey, PolicyEntry>>>;
 
 /// The difference between two snapshots, and the numbers that addresses and ports have during the plan.
 struct Plan<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
-    /// Changed addresses and prefixes, the most specific first.
+    /// Changed addresses, prefixes and learned addresses, the most specific first.
     addresses: Vec<AddressChange>,
     /// Slots whose class changes: slot, old class, new class.
     slots: Vec<(u32, Class, Class)>,
     tables: TableChanges<'a>,
     identities: Choices<Identity>,
     classes: Choices<Class>,
-    /// The old tables, with copied entries for numbers that are used only during the plan.
+    /// The old tables, with the copied entries that step 1 adds.
     old_tables: Contents<'a>,
-    /// The new tables, with copied entries for numbers that are used only during the plan.
+    /// The new tables, with the copied entries that step 4 removes.
     new_tables: Contents<'a>,
 }
 
@@ -99,14 +99,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Appends step 1, "make". An address that changes from identity `a` to `b` (or a port that changes from class `a`
-    /// to `b`) gets a number for which the old tables decide as for `a`:
-    ///
-    /// - `b`, if the old tables decide alike for both, or if nothing has `b` yet: then the entries of `a` are copied
-    ///   to `b` in the old tables;
-    /// - `a` until step 3, if the new tables decide alike for both, or if nothing has `a` afterwards: then the entries
-    ///   of `b` are copied to `a` in the new tables;
-    /// - else a spare number, with copied entries in both.
+    /// Appends step 1, "make". Addresses and ports whose number (identity or class) changes get the number that
+    /// [`choose`] has chosen for the time of the switch. Copied entries are written first, so that the old tables decide
+    /// as before.
     fn make(&self, ops: &mut Vec<Op>) {
         for (id, extended) in &self.old_tables {
             if let (Cow::Owned(extended), Some(table)) = (extended, self.old.tables.get(id)) {
@@ -130,11 +125,12 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Appends step 2, "switch". The new tables are written under new policy ids, and one store switches each endpoint.
-    /// A table that changes little keeps its policy id and is changed in place: a packet's verdict changes once, when
-    /// the entry that decides the new verdict is written, or when the entry that precedes it in the lookup is deleted.
+    /// Appends step 2, "switch". New tables are written under new policy ids, and one store of an endpoint state
+    /// switches the endpoint to its new table. A table that changes little keeps its policy id and is changed in place:
+    /// a packet's verdict changes once, when the entry that decides the new verdict is written, or when the entry that
+    /// precedes it in the lookup is deleted.
     ///
-    /// Returns the endpoint states as written. `settles`: step 3 changes something.
+    /// Returns the endpoint states that the maps hold after this step. `settles`: whether step 3 has operations.
     fn switch(&self, settles: bool, ops: &mut Vec<Op>) -> BTreeMap<u16, EndpointState> {
         let empty = BTreeMap::new();
         for (id, extended) in &self.new_tables {
@@ -167,7 +163,7 @@ impl<'a> Plan<'a> {
         states
     }
 
-    /// Returns step 3, "settle". Addresses and ports get their final numbers, for which the new tables decide alike.
+    /// Returns step 3, "settle": addresses and ports get their final numbers.
     fn settle(&self) -> Vec<Op> {
         let mut ops = Vec::new();
         settle_addresses(&self.addresses, &self.identities, &mut ops);
@@ -182,8 +178,8 @@ impl<'a> Plan<'a> {
         ops
     }
 
-    /// Appends step 4, "break". Deletes entries and tables that are no longer used, and raises revisions so that flows
-    /// are evaluated again.
+    /// Appends step 4, "break": entries and tables that are no longer used are deleted, and revisions are raised so
+    /// that flows are evaluated again.
     fn break_old(&self, states: &BTreeMap<u16, EndpointState>, ops: &mut Vec<Op>) {
         for (id, state) in &self.new.endpoints {
             if states.get(id) != Some(state) {
@@ -208,19 +204,20 @@ impl<'a> Plan<'a> {
 }
 
 /// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: flags of the endpoint
-/// before the plan.
+/// before the plan; `settles`: whether step 3 has operations.
 fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [EndpointState; 2] {
-    // If numbers settle later, step 4 raises the revision once more, so that flows are evaluated again. Step 4 also
-    // raises the revision if LEARNS changes, because a program may have read LEARNS of one state and the policy id of
-    // the other.
+    // If step 3 changes numbers, step 4 raises the revision once more, so that flows are evaluated again. Step 4 also
+    // raises the revision if the flag LEARNS (the programs look up learned addresses) changes, because a program can
+    // have read the flag from one state and the policy id from the other.
     let learns_as_before = (old_flags ^ state.flags) & endpoint_flags::LEARNS == 0;
     let revision = if !settles && learns_as_before {
         state.revision
     } else {
         state.revision.wrapping_sub(1)
     };
-    // A program may still read the old table. So LEARNS is set if either state has it, and the PLAIN flags only if both
-    // states have them. Until step 3, learned addresses have identities for which both tables have the right entries.
+    // A program can still use the old table. So LEARNS is set if the old or the new state has it. A PLAIN flag (no
+    // entry of the direction inspects or denies explicitly) is set only if both states have it. Until step 3, learned
+    // addresses have identities for which both the old and the new table have the right entries.
     let both = EndpointState {
         revision,
         flags: (state.flags | old_flags) & endpoint_flags::LEARNS

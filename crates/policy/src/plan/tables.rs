@@ -12,7 +12,8 @@ use palisade_model::{
     snapshot::{Snapshot, Table, TableKey, differing},
 };
 
-/// Tables that endpoints leave or enter, and tables that change in place.
+/// Policy ids and contents of the old and new tables that differ between the snapshots, or that an endpoint leaves or
+/// enters.
 pub(super) struct TableChanges<'a> {
     pub(super) old: BTreeSet<u32>,
     pub(super) new: BTreeSet<u32>,
@@ -67,7 +68,7 @@ pub(super) fn extend<'a>(
             for key in stale {
                 extended.entries.remove(&key);
             }
-            // Copies come from the unmodified table, because the entries of `from` may themselves be replaced by
+            // Copies come from the unmodified table, because the entries of `from` can themselves be replaced by
             // copies.
             for (key, entry) in table.row(direction as u8, *from) {
                 extended.entries.insert(
