@@ -59,7 +59,7 @@ pub struct FragmentStats {
     pub complete: u64,
     /// Datagrams of which fragments were still missing when they were removed.
     pub incomplete: u64,
-    /// Datagrams that were dropped because of an overlap or an inconsistent length.
+    /// Datagrams with an overlap or an inconsistent length.
     pub contradicting: u64,
     /// Fragments that were dropped as exact duplicates.
     pub duplicates: u64,
@@ -136,7 +136,7 @@ struct Datagram<F> {
 struct First {
     packet: Packet,
     slot: PuntRequest,
-    /// Offset of the transport header in the datagram, bytes: IPv6 extension headers may precede it.
+    /// Offset of the transport header in the datagram, bytes: IPv6 extension headers can precede it.
     transport: usize,
 }
 
@@ -168,7 +168,7 @@ impl<F> Whole<F> {
     /// Returns the payload of a UDP datagram.
     ///
     /// # Errors
-    /// Returns the reason if the length or the checksum is wrong.
+    /// Returns the reason if the datagram is malformed or its checksum is wrong.
     pub(crate) fn message(&self) -> Result<&[u8], Reason> {
         let bytes = self.transport();
         let Some(&[_, _, _, _, length0, length1, sum0, sum1]) = bytes.first_chunk::<8>() else {
@@ -370,7 +370,8 @@ impl<F> Reassembler<F> {
         }
     }
 
-    /// Drops the held fragments of a datagram, and marks the datagram so that later fragments are dropped too.
+    /// Drops the held fragments of a datagram, or forwards them in audit mode, and marks the datagram so that later
+    /// fragments get the same verdict.
     fn invalidate<S: Sink<F>>(&mut self, number: u64, reason: Reason, cx: &mut Cx<'_, F, S>) {
         let Some(datagram) = self.datagrams.get_mut(number) else {
             return;

@@ -108,7 +108,7 @@ fn refused(why: &'static str, becomes: String) -> Denial {
 /// Returns the head of a described request.
 ///
 /// # Errors
-/// [`ParseError::ControlCharacter`] if a part contains a line end, which would split it into several fields.
+/// [`ParseError::ControlCharacter`] if a part contains a line end, which would add further header fields.
 fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
     use std::fmt::Write as _;
 

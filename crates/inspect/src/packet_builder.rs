@@ -15,8 +15,8 @@ const UDP_HEADER: usize = 8;
 /// Offset of the checksum in an IPv4 header, bytes.
 const IPV4_CHECKSUM: usize = 10;
 
-/// Builds the datagram that answers the one in `view`, with addresses and ports swapped. Returns whether it was built:
-/// a datagram from or to a multicast, broadcast or unspecified address is never answered.
+/// Builds the datagram that answers the one in `view`, with addresses and ports swapped. Returns whether the answer was
+/// built: a datagram from or to a multicast, broadcast or unspecified address is never answered.
 pub(crate) fn datagram_back(view: &PacketView<'_>, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let packet = view.packet;
     let Some(([to, from], rest)) = view

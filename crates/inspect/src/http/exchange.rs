@@ -299,9 +299,9 @@ impl HttpStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         let may_switch = request.may_upgrade() || request.method == "CONNECT";
-        // A 101 or 200 to this request offloads the connection. So no earlier request may be open: a faulty server can
-        // send more than one response to an earlier request (for example a body to HEAD), and the surplus must not be
-        // taken for the response to this request.
+        // A 101 or 200 to this request offloads the connection. So all earlier requests must be answered first: a
+        // faulty server can send more than one response to an earlier request (for example a body to HEAD), and the
+        // surplus must not be taken for the response to this request.
         if may_switch && self.flow.pending() > 0 {
             return Action::AwaitPeer;
         }
@@ -383,7 +383,7 @@ impl HttpStream<'_> {
     }
 
     /// Responds in the server's place once all requests before the refused one are answered. Aborts the connection
-    /// instead if the server has sent a FIN or sends a response whose body ends with the connection.
+    /// instead if the server has sent a FIN, or the body of its last response ends with the connection.
     fn refuse(&mut self, refused: Refused) -> Action {
         self.flow.refused = Some(refused);
         if self.flow.ended || matches!(self.flow.server, Place::Rest) {

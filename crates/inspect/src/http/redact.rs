@@ -1,4 +1,4 @@
-//! URLs and header fields in records: one line of visible ASCII, without secrets.
+//! URLs and header fields in records: each is one line of visible ASCII, without secrets.
 //!
 //! Records go to logs and terminals. So bytes of a peer that are not visible ASCII are escaped, and the value of a
 //! parameter or field whose name suggests a secret is redacted. In doubt, a name counts as the name of a secret.
@@ -230,7 +230,7 @@ struct Name {
 }
 
 impl Name {
-    /// Number of letters that are kept: at least the length of the longest entry of both lists.
+    /// Number of letters that are kept: at least the length of the longest entry of `SECRET_PARTS` and `SECRET_WORDS`.
     const TAIL: usize = 12;
 
     fn push(&mut self, byte: u8) {
@@ -263,7 +263,7 @@ impl Name {
         self.secret = SECRET_PARTS.iter().any(|part| tail.ends_with(part));
     }
 
-    /// Checks whether the last word is a secret word. The word ends `before` letters before the end of `tail`.
+    /// Checks whether the last word is a secret word. The last `before` letters of `tail` do not belong to the word.
     fn end_word(&mut self, before: usize) {
         let end = Self::TAIL - before;
         let word = Self::TAIL

@@ -33,7 +33,7 @@ impl<F> Connection<F> {
             cx.sink.absorb(held.frame);
         }
         self.acknowledge(side, cx);
-        // The inspector may have allowed the first bytes already.
+        // The inspector has possibly allowed the first bytes already.
         self.deliver(side, cx);
     }
 

@@ -25,9 +25,9 @@ impl<F> Connection<F> {
     /// Handles an ICMP error. No error ends the connection here: in a synchronized state all errors are soft (RFC
     /// 5927, 5.2), and in any other state the end to which the error is addressed decides.
     ///
-    /// A segment without data has SND.NXT as its sequence number. An error about such a segment is forwarded, as Linux
-    /// accepts it (`tcp_v4_err`), but does not lower the size of generated packets, because no link is too small for a
-    /// segment without data.
+    /// The sequence number of a segment without data is normally SND.NXT. An error about such a segment is forwarded,
+    /// as Linux accepts it (`tcp_v4_err`), but does not lower the size of generated packets, because no link is too
+    /// small for a segment without data.
     pub(in crate::tcp) fn quoted<S: Sink<F>>(
         &mut self,
         quoted: &QuotedSegment,
@@ -55,7 +55,7 @@ impl<F> Connection<F> {
             self.send_narrower(quoted, cx);
         }
         match self.phase {
-            // Every byte of both ends is acknowledged, or both ends were reset: no end has to retransmit anything.
+            // Every byte of both ends is acknowledged, or the connection was reset: no end has to retransmit anything.
             Phase::Responded(_) | Phase::Aborted(_) => Quoted::Ours,
             _ if is_theirs => Quoted::Theirs,
             _ => Quoted::Ours,

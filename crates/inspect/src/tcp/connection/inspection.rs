@@ -68,7 +68,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Calls the inspector once for one side. Returns whether a further call may decide about more bytes.
+    /// Calls the inspector once for one side. Returns whether a further call can decide about more bytes.
     fn inspect_once<S: Sink<F>>(
         &mut self,
         side: Side,
@@ -90,7 +90,7 @@ impl<F> Connection<F> {
             rest => Action::Bypass(rest),
         };
         // If two policies inspect the connection, the allowed part of a held packet is not forwarded in a packet of its
-        // own. The other side may be waiting for that part, so the deadline must run.
+        // own. The other side can be waiting for that part, so the deadline must run.
         half.awaits_peer = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
         match action {
             Action::NeedMore | Action::AwaitPeer => false,
@@ -152,8 +152,8 @@ impl<F> Connection<F> {
         let from = half.seq(half.judged);
         let is_skipped = half.skip(taken);
         self.rest[side] = n - taken;
-        // Acknowledgements of bytes in an offload window are not punted, so no byte acknowledged on behalf of the
-        // receiver may wait for one.
+        // Acknowledgements of bytes in an offload window are not punted, so no window is set while bytes acknowledged
+        // on behalf of the receiver wait for one.
         if is_skipped && n - available >= shared.limits.window && self.is_drained() {
             let half = &self.halves[side];
             self.windows[side] = [from, half.seq(half.judged)];

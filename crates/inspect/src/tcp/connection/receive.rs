@@ -72,7 +72,7 @@ impl<F> Connection<F> {
             Err(reason) => return Err((reason, frame)),
         };
         self.take_ack(arrived, acked);
-        // A response may be due now that more is acknowledged.
+        // A response can become due because more is acknowledged.
         let progress = matches!(self.phase, Phase::Responding(_));
         if at.is_empty() {
             self.release(frame, cx);
