@@ -167,8 +167,9 @@ impl Compiler {
         Ok(())
     }
 
-    /// Adds or removes the identities of prefixes that only policies name. Falls back to [`Self::refresh_identities`]
-    /// if a prefix is also in the inventory, or contains the IPv4-mapped range.
+    /// Adds the identities of prefixes that policies name only now, and removes those of prefixes that policies no
+    /// longer name. Falls back to [`Self::refresh_identities`] if a prefix is also in the inventory, or contains the
+    /// IPv4-mapped range.
     pub(super) fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         let mapped = IpNet::V6(V4_MAPPED);
         let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);
@@ -224,7 +225,7 @@ impl Compiler {
     }
 
     /// Updates the members of selectors for identities that are gone and identities that are new, and marks the
-    /// subjects that use the selectors as dirty.
+    /// affected subjects as dirty.
     pub(super) fn change_identities(
         &mut self,
         gone: &[Identity],

@@ -37,7 +37,7 @@ use crate::{
 pub struct CompilerState {
     /// Identity numbers.
     pub identities: AllocatorState,
-    /// Rule ids by their meaning.
+    /// Rule ids by a text of the file name and the meaning of the rule.
     pub rules: BTreeMap<String, u32>,
     /// First policy id that has never been used.
     pub next_policy: u32,
@@ -57,7 +57,7 @@ pub struct Compiler {
     pub(super) rulesets: RuleSetIds,
     pub(super) classes: Classes,
     pub(super) identity_index: IdentityIndex,
-    /// Prefixes that policies name, with the number of selectors that name them.
+    /// Prefixes that policies name, with the number of distinct peers that name each.
     pub(super) prefixes: BTreeMap<IpNet, u32>,
     pub(super) peers: PeerCache,
     /// Prefixes and addresses of the inventory.
@@ -134,7 +134,7 @@ impl Compiler {
     /// Raises the revisions of endpoints in the snapshot. Once a plan has written them, the flows of the endpoints are
     /// evaluated again.
     pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
-        // A revision grows in steps of two, because a plan may need the number in between.
+        // A revision grows in steps of two, because a plan can need the number in between.
         let revision = self.snapshot.revision.wrapping_add(2);
         for endpoint in endpoints {
             if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {
@@ -163,8 +163,8 @@ impl Compiler {
             .map(|(name, content)| (name.as_str(), &**content))
     }
 
-    /// Returns each distinct peer of the policies, with the number of rules that use it and the identities that it
-    /// selects. A `toFQDNs` selector selects the identities of addresses that were learned through it.
+    /// Returns each distinct peer of the policies, with the number of its uses in rules and the identities that the
+    /// peer selects. A `toFQDNs` selector selects the identities of addresses that were learned through it.
     pub fn selectors(&self) -> impl Iterator<Item = (&Peer, u32, BTreeSet<Identity>)> {
         self.peers.slots.iter().flatten().map(|slot| {
             let mut members = (*slot.members).clone();
@@ -202,8 +202,8 @@ impl Compiler {
         policies
     }
 
-    /// Returns the warnings about policies that select an endpoint, for one direction: port names without effect,
-    /// groups of prefixes that do not exist.
+    /// Returns the warnings about policies that select an endpoint, for one direction, such as port names without
+    /// effect and groups of prefixes that do not exist.
     pub fn remarks_of(&self, endpoint: u16, direction: Direction) -> impl Iterator<Item = &Diagnostic> {
         self.subjects
             .iter()
@@ -212,7 +212,8 @@ impl Compiler {
             .flat_map(move |(_, applied)| &applied.remarks[direction as usize])
     }
 
-    /// Returns the ids of the rules that match a packet of an endpoint, each with its effect if it were the only rule.
+    /// Returns the ids of the rules that match a packet of an endpoint, each with the effect that the rule would have
+    /// alone.
     #[must_use]
     pub fn matching_rules(
         &self,

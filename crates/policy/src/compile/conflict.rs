@@ -16,8 +16,8 @@ use palisade_model::{
 
 use super::{l7_policy::L7Policy, select::ResolvedSelector};
 
-/// A port as written, one of its protocols, and a peer (`None`: any). Application rules of several entries are merged
-/// if these three are equal.
+/// A port as written, one of its protocols, and a peer (`None`: any peer). Application rules for equal spots must not
+/// exclude each other.
 type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
 /// A port as written, without its protocol.
@@ -81,7 +81,7 @@ impl<'a> ConflictFinder<'a> {
     }
 
     fn check(&mut self, key: Spot<'a>, l7: &L7Policy, policy: &str, location: &'a Location) {
-        // A deny takes precedence over application rules, so these cannot conflict.
+        // A deny takes precedence over all application rules of the spot, so these rules cannot conflict.
         if self.denied.contains(&key) {
             return;
         }
@@ -184,8 +184,8 @@ fn split(port: &PortSpec) -> Vec<(Port<'_>, L4Protocol)> {
     }
 }
 
-/// Returns the conflicts between policies with equal endpoint selectors, even if the selectors match no endpoint of
-/// this node. The compiler itself finds the conflicts between all policies of each endpoint.
+/// Returns the conflicts between specs with equal selectors of endpoints or nodes, even if the selectors match no
+/// endpoint of this node. The compiler itself finds the conflicts between all policies that select an endpoint.
 pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     let mut errors = Vec::new();
     let mut subjects: Vec<&SpecSubject> = Vec::new();
@@ -211,8 +211,8 @@ pub fn conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     errors
 }
 
-/// Returns the conflicts between any two specs that could select the same endpoint, for an inventory without
-/// endpoints.
+/// Returns the conflicts within each spec, and between any two specs that could select the same endpoint. Used for an
+/// inventory without endpoints.
 pub(crate) fn possible_conflicts(policies: &[Policy]) -> Vec<Diagnostic> {
     let specs: Vec<(String, &Spec)> = policies
         .iter()

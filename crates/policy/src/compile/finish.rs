@@ -23,11 +23,11 @@ impl Compiler {
             .iter()
             .map(|subject| (subject.policy, Arc::clone(&subject.table)))
             .collect();
-        // If identities of addresses changed, the peer of any flow may have another identity: all flows are evaluated
-        // again.
+        // If identities of addresses changed, the peer of any flow can have another identity than before, so all flows
+        // are evaluated again.
         let moved = !Arc::ptr_eq(&before.addresses, &self.snapshot.addresses)
             || !Arc::ptr_eq(&before.prefixes, &self.snapshot.prefixes);
-        // A revision grows in steps of two, because a plan may need the number in between.
+        // A revision grows in steps of two, because a plan can need the number in between.
         let revision = before.revision.wrapping_add(2);
         let mut used = false;
         self.snapshot.endpoints = self
@@ -39,7 +39,8 @@ impl Compiler {
                     subject.plain
                 } else {
                     // Rows of learned identities join the live egress table without a change of flags, and such a row
-                    // may inspect or deny explicitly. So an endpoint that learns names never has PLAIN_EGRESS.
+                    // can inspect or deny explicitly. So an endpoint that learns names never has the flag PLAIN_EGRESS
+                    // (no egress entry inspects or denies explicitly).
                     endpoint_flags::LEARNS | (subject.plain & !endpoint_flags::PLAIN_EGRESS)
                 };
                 subject

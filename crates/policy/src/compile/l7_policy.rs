@@ -13,7 +13,7 @@ pub(super) struct L7Policy {
     pub(super) kind: Inspector,
     /// Priority of the protocol: if several protocols match a packet, the one with the lowest number is inspected.
     pub(super) priority: u8,
-    /// Requests that pass.
+    /// Alternatives: a request that one of them matches passes.
     pub(super) matchers: Vec<Matcher>,
     /// `serverNames` in addition to rules of another protocol.
     pub(super) server_names: Vec<FqdnPattern>,

@@ -1,8 +1,8 @@
 //! Rows of learned identities in the policy tables.
 //!
-//! An endpoint can send to an address with a learned identity only if it uses all selectors of the identity. On
-//! ingress, peers never have learned identities. So the rows of a learned identity are only in the egress part of the
-//! tables of those endpoints, which bounds the size of all other tables.
+//! A peer of an endpoint can have a learned identity only on egress, and only if the policies of the endpoint use all
+//! selectors of the identity. So the rows of a learned identity are only in the egress part of the tables of such
+//! endpoints, which bounds the size of all other tables.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -32,21 +32,21 @@ use crate::plan::plan;
 /// Result of [`Compiler::learned`].
 #[derive(Clone, Debug, Default)]
 pub struct LearnedUpdate {
-    /// Identity of each requested set. A set is missing if no endpoint uses one of its selectors any more, or if its
-    /// base is gone.
+    /// Identity of each requested set. A set that cannot have an identity is missing, for example because no endpoint
+    /// uses all of its selectors.
     pub numbers: BTreeMap<LearnedSet, Identity>,
-    /// Operations to carry out before an address may be mapped to one of these identities.
+    /// Operations that must be carried out before an address is mapped to one of these identities.
     pub ops: Vec<Op>,
     /// Whether there are new rule sets, which the inspectors must have before `ops` are carried out.
     pub rulesets: bool,
 }
 
 impl Compiler {
-    /// Creates the requested learned identities, beyond those that always exist (one selector, on the world): assigns
-    /// numbers and adds rows to the current tables. No address maps to a new identity yet, so the added entries of
-    /// [`LearnedUpdate::ops`] affect no packet.
+    /// Creates the requested learned identities, beyond those that always exist (one selector, and the world as base):
+    /// assigns numbers and adds rows to the current tables. No address maps to a new identity yet, so the added entries
+    /// of [`LearnedUpdate::ops`] affect no packet.
     ///
-    /// `wanted` replaces the sets requested before: the next [`Self::update`] drops sets that are not among them. The
+    /// `wanted` replaces the sets requested before: the next [`Self::update`] drops sets that are not in `wanted`. The
     /// cost grows with the number of new sets, and with the rules of the endpoints that use their selectors.
     ///
     /// # Errors
@@ -57,7 +57,7 @@ impl Compiler {
             self.names.wanted_changed = true;
         }
         let mut update = LearnedUpdate::default();
-        // After a rejected change, subjects may have policy ids that differ from those in the snapshot.
+        // After a rejected change, subjects can have policy ids that differ from those in the snapshot.
         let before = (!self.in_step()).then(|| self.snapshot.clone());
         let mut touched: BTreeMap<usize, BTreeSet<Identity>> = BTreeMap::new();
         let mut more = Vec::new();
@@ -322,7 +322,7 @@ impl Compiler {
         Ok(changes)
     }
 
-    /// Returns the learned identities of which the subject uses every selector.
+    /// Returns the learned identities all of whose selectors the subject uses.
     fn learned_rows(&self, subject: &Subject) -> LearnedRows {
         let mut rows = LearnedRows::default();
         for selector in &subject.names.selectors {

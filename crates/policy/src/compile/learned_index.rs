@@ -29,7 +29,7 @@ pub(super) struct LearnedNames {
     pub(super) patterns: BTreeMap<SelectorNumber, FqdnPattern>,
     /// Subjects that use each selector.
     pub(super) users: BTreeMap<SelectorNumber, BTreeSet<usize>>,
-    /// Sets that the daemon requested in addition to the standing ones (one selector, on the world).
+    /// Sets that the daemon requested in addition to the standing sets (one selector, and the world as base).
     pub(super) wanted: BTreeSet<LearnedSet>,
     /// Identities of all sets.
     pub(super) sets: BTreeMap<LearnedSet, Identity>,
@@ -69,7 +69,7 @@ impl LearnedNames {
         &self.identities
     }
 
-    /// Returns whether one of these identities is the base or the number of a set.
+    /// Returns whether one of the identities `moved` is the base or the number of a set.
     pub(super) fn concerned(&self, moved: &BTreeSet<Identity>) -> bool {
         let bases = |set: &LearnedSet| moved.contains(&set.base);
         !moved.is_empty()
@@ -123,7 +123,8 @@ pub(super) struct SubjectNames {
     /// The selectors as in the snapshot.
     pub(super) list: Option<SelectorList>,
     pub(super) rows: LearnedRows,
-    /// Whether the endpoint states with the subject's current policy id have the flag LEARNS.
+    /// Whether the endpoint states with the subject's current policy id have the flag LEARNS (the programs look up
+    /// learned addresses).
     pub(super) learns: bool,
 }
 

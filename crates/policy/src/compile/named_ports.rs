@@ -24,8 +24,8 @@ pub(super) enum Numbers {
     Own {
         /// Identities that give the name one number, by number.
         by_number: Vec<(u16, Arc<BTreeSet<Identity>>)>,
-        /// Identities that give the name several numbers, by number. The endpoints of such an identity have the same
-        /// labels, so policies cannot distinguish them.
+        /// Identities that give the name several numbers, by number. The endpoints or peers of such an identity have
+        /// the same labels, so selectors cannot distinguish them.
         several: Vec<(u16, Arc<BTreeSet<Identity>>)>,
         /// All identities of `by_number` and `several`.
         owners: Arc<BTreeSet<Identity>>,

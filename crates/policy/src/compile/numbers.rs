@@ -30,8 +30,8 @@ impl RuleIds {
     }
 }
 
-/// Numbers of rule sets. The number is a hash of the content: after a restart the same rules have the same number, so
-/// connections that were offloaded under a rule set stay offloaded.
+/// Numbers of rule sets. The number is normally a hash of the content: after a restart the same rules have the same
+/// number, and connections that were offloaded under a rule set stay offloaded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleSetIds {
     pub(super) numbers: HashMap<RuleSet, u32>,
@@ -49,7 +49,7 @@ impl RuleSetIds {
         id
     }
 
-    /// Returns the hash of a set, or the next number that is free; never 0.
+    /// Returns the hash of a set or, if that number is 0 or taken, the next free number.
     fn free_id(&self, set: &RuleSet) -> u32 {
         let mut hasher = Fnv::default();
         set.hash(&mut hasher);

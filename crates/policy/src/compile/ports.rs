@@ -135,9 +135,9 @@ impl Compiler {
                                 .into_iter()
                                 .map(|(port, owners)| (set(port), owners))
                                 .collect();
-                            // The endpoints of one identity may give the name several numbers. An allow must not open a
-                            // port of an endpoint that gives the name another number, so it uses none of the numbers; a
-                            // deny uses all.
+                            // The endpoints of one identity can give the name several numbers. An allow must not open a
+                            // port of an endpoint that gives the name another number, so an allow uses none of these
+                            // numbers. A deny uses all of them.
                             let mut others = Vec::new();
                             if section.denies() {
                                 own.extend(several.into_iter().map(|(port, owners)| (set(port), owners)));

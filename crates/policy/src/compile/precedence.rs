@@ -14,8 +14,8 @@
 //! names its peers, then the first rule.
 //!
 //! Audit mode of single policies does not exist in Cilium. A policy in audit mode must not drop what the enforced
-//! policies allow, so steps 1 to 3 set the `AUDIT` flag if only policies in audit mode decide that way and the packet
-//! passes without them.
+//! policies allow, so an entry of steps 1 to 3 that only such policies cause can have the `AUDIT` flag: the packet
+//! passes and is reported.
 //!
 //! The programs look up four keys and take the first that exists: (identity, class), (identity, any class), (any
 //! identity, class), (any identity, any class). An entry therefore hides all entries that follow it in this order. So
@@ -87,14 +87,14 @@ struct Wildcard<'a> {
     row: Row<'a>,
     /// Entry for any class.
     every_class: PolicyEntry,
-    /// Entries by class. Those that equal `every_class` are not in the table.
+    /// Entries by class. Entries that equal `every_class` are not written to the table.
     by_class: BTreeMap<Class, PolicyEntry>,
     /// Whether a rule for any peer has exceptions.
     has_exceptions: bool,
 }
 
 impl Wildcard<'_> {
-    /// Returns the classes for which an identity may need an entry of its own. `row`: the rules that name the identity;
+    /// Returns the classes for which an identity can need an entry of its own. `row`: the rules that name the identity;
     /// `every_class`: the entry of the identity for any class, if there is one.
     fn classes_to_decide(
         &self,
@@ -109,8 +109,8 @@ impl Wildcard<'_> {
             None => {}
             // No rule can take precedence over an enforced denial.
             Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
-            // The identity is allowed for any class. Only classes that the entries for any identity do not plainly
-            // allow can need an entry.
+            // The identity is allowed for any class. Classes that only the entries for any identity name need no entry
+            // if those entries allow them.
             Some((Decision::Allow, _)) => {
                 let decided = self.by_class.iter();
                 let restricted = decided.filter(|(_, entry)| entry.decision != Decision::Allow as u8);
@@ -149,7 +149,7 @@ impl<'a> Builder<'a> {
             }
         }
         for (rules, identities) in self.groups() {
-            // The same rules name, and except, all identities of a group, so all have the same entries.
+            // The same rules name, and except, all identities of a group, so these identities have the same entries.
             let Some(first) = identities.first().copied() else {
                 continue;
             };
@@ -313,8 +313,8 @@ impl<'a> Builder<'a> {
             let l7 = ports.l7.as_deref();
             l7.is_some_and(|l7| l7.priority == best.priority)
         }))?;
-        // A request that no application rule allows gets the default verdict. If only policies in audit mode have
-        // application rules, such a request passes and is reported.
+        // A request that no application rule allows gets the default verdict. If the packet would pass uninspected
+        // without the policies in audit mode, such a request passes and is reported.
         let only_audited = self.would_pass_uninspected(hits);
         let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
         let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);
@@ -396,7 +396,7 @@ fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h 
 }
 
 /// Merges the application rules of all matching allows. A plain allow adds an alternative that matches every request.
-/// `audited`: requests that no alternative matches pass and are reported.
+/// `audited`: whether requests that no alternative matches pass and are reported.
 fn merge(
     hits: &[Hit<'_>],
     best: &L7Policy,
@@ -463,7 +463,7 @@ fn merge(
 }
 
 /// Returns whether another hit requires server names for the same ports and at least one common peer. `by_audited`:
-/// rules of policies in audit mode count as well.
+/// whether rules of policies in audit mode count as well.
 fn named_elsewhere(hits: &[Hit<'_>], rule: &TableRule, ports: &TablePorts, by_audited: bool) -> bool {
     hits.iter().any(|(other, other_ports)| {
         let names = other_ports

@@ -50,7 +50,7 @@ pub(super) struct RuleContext<'a> {
 }
 
 impl Compiler {
-    /// Returns the rules of one spec and direction, in their order, with peers and ports resolved.
+    /// Returns the rules of one spec and direction, in the order of the spec, with peers and ports resolved.
     pub(super) fn table_rules(&self, unit: &CompiledSpec, cx: &mut RuleContext<'_>) -> Vec<TableRule> {
         let mut rules = Vec::new();
         for section in Section::of(cx.direction) {
@@ -89,7 +89,7 @@ impl Compiler {
         rules
     }
 
-    /// Returns the members of a rule; `None` if the rule selects no peer at all.
+    /// Returns the members of a rule; `None` for [`CompiledPeers::None`].
     fn rule_members(
         &self,
         rule: &Rule,
@@ -251,7 +251,7 @@ impl Compiler {
     }
 }
 
-/// Returns the warning about a reference to a group of prefixes that does not exist or is empty.
+/// Returns a warning if the peer refers by name to a group of prefixes that does not exist or is empty.
 fn missing_group(slot: &PeerSlot, location: &Location) -> Option<Diagnostic> {
     match (&slot.peer, &*slot.resolved) {
         (Peer::CidrGroup { name, .. }, ResolvedSelector::Cidrs(rules)) if rules.is_empty() => {

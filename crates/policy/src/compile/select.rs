@@ -70,7 +70,7 @@ impl ResolvedSelector {
             .flat_map(|rule| std::iter::once(rule.cidr).chain(rule.except.iter().copied()))
     }
 
-    /// Returns whether a requirement has a key for which `is_known` returns true.
+    /// Returns whether the selector has a requirement with a key for which `is_known` returns true.
     pub(super) fn asks_for(&self, is_known: impl Fn(&str) -> bool) -> bool {
         match self {
             Self::Labels(selector) | Self::Nodes(selector) => selector
@@ -167,7 +167,7 @@ fn entity_matches(entity: Entity, labels: &Labels) -> bool {
     }
 }
 
-/// Returns whether the labels are those of an endpoint or of a labelled peer.
+/// Returns whether the labels are those of an endpoint or of a labelled peer outside the world.
 fn is_labelled(labels: &Labels) -> bool {
     !entity_matches(Entity::World, labels)
         && labels
@@ -264,8 +264,8 @@ impl IdentityIndex {
             .copied()
     }
 
-    /// Returns a superset of the identities that the selector matches: those that meet the positive requirement with
-    /// the fewest matches. `None` if the selector has no positive requirement.
+    /// Returns a superset of the identities that the selector matches: the identities that meet the positive
+    /// requirement (`In` or `Exists`) with the fewest matches. `None` if the selector has no positive requirement.
     fn candidates(&self, selector: &Selector) -> Option<BTreeSet<Identity>> {
         let count = |key: &str, values: &[String]| -> usize {
             let Some(known) = self.by_label.get(key) else {

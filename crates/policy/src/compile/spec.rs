@@ -74,7 +74,7 @@ pub(super) enum CompiledPeers {
 }
 
 impl CompiledPeers {
-    /// Returns the numbers of the peers in the list; none for `Any` and `None`.
+    /// Returns the numbers of the peers in the list; an empty slice for `Any` and `None`.
     pub(super) fn numbers(&self) -> &[u32] {
         match self {
             Self::Any | Self::None => &[],
@@ -83,7 +83,7 @@ impl CompiledPeers {
     }
 }
 
-/// Returns whether a spec selects an endpoint with these labels.
+/// Returns whether a spec selects an endpoint with these labels. `node`: whether the endpoint is the node.
 pub(super) fn selects(subject: &SpecSubject, labels: &Labels, node: bool) -> bool {
     let matches = |selector: &Selector| selector.matches(labels);
     match subject {

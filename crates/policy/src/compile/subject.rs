@@ -40,7 +40,7 @@ pub(super) struct Subject {
     pub(super) names: SubjectNames,
     pub(super) policy: u32,
     pub(super) table: Arc<Table>,
-    /// Flags of [`Table::plain`] for the table.
+    /// Result of [`Table::plain`] for the table.
     pub(super) plain: u32,
 }
 
@@ -79,7 +79,7 @@ pub(super) struct AppliedSpec {
     pub(super) unit: Arc<CompiledSpec>,
     /// Whether `rules` must be resolved again.
     pub(super) stale: bool,
-    /// Whether only the members of the peers have changed since `rules` were resolved.
+    /// Whether the members of the peers have changed since `rules` were resolved.
     pub(super) regrouped: bool,
     /// Resolved rules by direction.
     pub(super) rules: [Vec<TableRule>; 2],
@@ -89,7 +89,7 @@ pub(super) struct AppliedSpec {
     pub(super) remarks: [Vec<Diagnostic>; 2],
 }
 
-/// Rows of a table that a change may affect.
+/// Rows of a table that a change can affect.
 pub(super) enum DirtyRows {
     Everything,
     Only(BTreeSet<Identity>),

@@ -132,8 +132,8 @@ pub(super) struct TableRule {
     pub(super) audit: bool,
     pub(super) auth_required: bool,
     pub(super) members: Members,
-    /// Identities to which this rule for any peer does not apply. They give the port name of the rule another number,
-    /// so a separate rule applies to them.
+    /// Identities to which this rule for any peer does not apply. They have a port of the name that the rule uses, so
+    /// separate rules apply to them.
     pub(super) except: Option<Arc<BTreeSet<Identity>>>,
     pub(super) ports: Vec<TablePorts>,
 }

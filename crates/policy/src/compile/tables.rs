@@ -74,8 +74,8 @@ impl Compiler {
     /// Stores the table of a subject, under a new policy id unless the live table is changed in place.
     fn install_table(&mut self, at: usize, table: Table) {
         let subject = &mut self.subjects[at];
-        // If an endpoint starts or stops learning names, one store must change the flag and the policy id together, so
-        // the table gets a new policy id.
+        // If an endpoint starts or stops learning names, one store must change the flag LEARNS and the policy id
+        // together, so the table gets a new policy id.
         let learns = !subject.names.selectors.is_empty();
         let anew = subject.policy == 0 || subject.names.learns != learns;
         subject.names.learns = learns;
@@ -112,7 +112,8 @@ impl Compiler {
         }
     }
 
-    /// Updates the classes of rules whose slots have changed, and marks their subjects dirty.
+    /// Updates the classes in resolved rules after slots of `protocols` have changed class, and marks the affected
+    /// subjects dirty.
     pub(super) fn follow_classes(
         &mut self,
         protocols: &[u8],
@@ -157,15 +158,15 @@ impl Compiler {
         }
     }
 
-    /// Builds the table of a subject. If a table exists, only the affected rows are rebuilt.
+    /// Builds the table of a subject. If possible, only the affected rows are rebuilt.
     pub(super) fn compile_subject(
         &mut self,
         at: usize,
         mut dirty_rows: DirtyRows,
         moved: &BTreeSet<Identity>,
     ) -> Result<Table, Vec<Diagnostic>> {
-        // A requirement in one spec applies to the rules of all specs. Few policies have requirements, so the whole
-        // table is rebuilt.
+        // A requirement (`fromRequires`, `toRequires`) of one spec applies to the rules of all specs. Few policies have
+        // requirements, so the whole table is rebuilt.
         let subject = &mut self.subjects[at];
         if subject.renew_required() {
             for applied in subject.specs.values_mut() {
@@ -273,8 +274,8 @@ impl Compiler {
         if errors.is_empty() { Ok(()) } else { Err(errors) }
     }
 
-    /// Returns the error about regular expressions that cost too much together, preferably at a spec that is new to
-    /// the subject.
+    /// Returns the error about regular expressions that cost too much together, preferably at a spec that is new to the
+    /// subject; `None` within the bound.
     fn too_many_expressions(&self, at: usize) -> Option<Diagnostic> {
         let subject = &self.subjects[at];
         let units = || {
@@ -370,8 +371,8 @@ impl Compiler {
 }
 
 /// Returns whether to change the live table entry by entry instead of writing a new table: if only a few rows of new
-/// identities are added, or if the table is large and the difference small. In both cases each packet gets the old or
-/// the new verdict (see [`plan`](crate::plan)), but only a new table changes all verdicts at once.
+/// identities are added, or if the table is large and the difference small. Both ways give each packet the old or the
+/// new verdict (see [`plan`](crate::plan)), but only a new table changes all verdicts at once.
 pub(super) fn small_step(old: &Table, new: &Table) -> bool {
     const LARGE: usize = 2048;
     let size = old.entries.len().max(new.entries.len());

@@ -59,7 +59,7 @@ impl Compiler {
         match self.apply(intake) {
             Ok(()) => self.own_resources(&replaced),
             Err(errors) => {
-                // The previous content compiled before, so it compiles again. Numbers of port classes and policies may
+                // The previous content compiled before, so it compiles again. Numbers of port classes and policies can
                 // differ from those in the maps; the plan after the next update includes the difference.
                 let _ = self.apply(undo);
                 self.snapshot = before;
@@ -104,7 +104,8 @@ impl Compiler {
         self.compile(progress, before)
     }
 
-    /// Recreates all subjects. Numbers stay the same, and so do tables whose content does not change.
+    /// Recreates all subjects. A subject that existed before keeps its table and, unless an endpoint moves from or to
+    /// another subject, its policy id.
     fn start_over(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         self.specs.clear();
         self.peers = PeerCache::default();

@@ -8,8 +8,8 @@ use super::{
     reader::At,
 };
 
-/// Parses an element of `toFQDNs` or of dns rules. `both`: `matchName` and `matchPattern` may be given together (dns
-/// rules).
+/// Parses an element of `toFQDNs` or of dns rules. `both`: whether `matchName` and `matchPattern` can be given together
+/// (dns rules).
 pub(super) fn fqdn_selector(at: At<'_>, both: bool) -> Option<Vec<FqdnPattern>> {
     let object = at.object()?;
     let read = |name, wildcards| {

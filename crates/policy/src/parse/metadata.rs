@@ -20,7 +20,7 @@ const ANNOTATIONS: &str = "palisade.io/";
 /// Annotation for audit mode of a policy: packets that the policy denies pass and are reported.
 const AUDIT: &str = "palisade.io/audit";
 
-/// Fields that the API server adds to a resource and that tools leave in files.
+/// Fields of `metadata` that Palisade ignores. Resources exported from a cluster contain most of them.
 const OTHERS: [&str; 13] = [
     "generateName",
     "selfLink",

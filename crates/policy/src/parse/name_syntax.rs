@@ -78,8 +78,8 @@ pub(super) fn is_service_name(name: &str) -> bool {
         && !name.contains("--")
 }
 
-/// Parses a port number. Returns also whether the text has a base prefix or a `_`. As in Cilium, `0x`, `0b`, `0o` and a
-/// leading `0` are base prefixes, and `_` may separate digits. A text like `0x50` may also be a port *name*
+/// Parses a port number. Also returns whether the text has a base prefix or a `_`. As in Cilium, `0x`, `0b`, `0o` and a
+/// leading `0` are base prefixes, and `_` may separate digits. A text like `0x50` can also be a port *name*
 /// ([`is_service_name`]).
 pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     let lower = text.to_ascii_lowercase();
@@ -122,7 +122,8 @@ pub(super) fn host_name(text: &str, wildcards: bool) -> Result<String, &'static 
     Ok(text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase())
 }
 
-/// Returns the reason why no host name can match a name or pattern of valid characters; `None` if one can.
+/// Returns the reason why no host name can match a name or pattern of valid characters; `None` if a host name can
+/// match.
 pub(super) fn names_no_host(text: &str) -> Option<&'static str> {
     if text.len() > MAX_DNS_NAME {
         Some("it is longer than 255 characters")

@@ -69,7 +69,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
     members.read(names.cidr_set, cidr_set_entry);
     members.read(names.entities, |at| entity(at).map(Peer::Entity));
     if egress {
-        // Palisade accepts toFQDNs in deny rules. Bare rules follow Cilium, which refuses it.
+        // Palisade accepts toFQDNs in deny rules. Bare rules follow Cilium, which refuses toFQDNs there.
         if section.deny && object.at.is_bare() {
             object.refuse(
                 "toFQDNs",
@@ -90,7 +90,7 @@ pub(super) fn read(object: &Object<'_>, section: Section<'_>) -> Option<Peers> {
 
 /// Parses `fromRequires` or `toRequires`: requirements that are added to the endpoint selectors of rules.
 ///
-/// Resources may have them, as before Cilium 1.19. Bare rules follow Cilium 1.19, which refuses them.
+/// Resources can have requirements, as before Cilium 1.19. Bare rules follow Cilium 1.19, which refuses requirements.
 pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Selector> {
     let name = if section.direction == Direction::Egress {
         EGRESS.requires
@@ -113,7 +113,7 @@ pub(super) fn requirements(object: &Object<'_>, section: Section<'_>) -> Vec<Sel
 /// The members of a rule that have been parsed so far.
 struct Members<'o> {
     object: &'o Object<'o>,
-    /// First member with at least one element; a rule may have only one.
+    /// First member with at least one element; a rule must not have a second such member.
     first: Option<&'static str>,
     any: bool,
     empty: bool,
@@ -121,7 +121,7 @@ struct Members<'o> {
 }
 
 impl<'o> Members<'o> {
-    /// Returns the list of a member; `None` if the member is absent or its list is empty. Reports an error if another
+    /// Returns the list of a member; `None` if the member is absent or without elements. Reports an error if another
     /// member has elements as well.
     fn list(&mut self, name: &'static str) -> Option<List<'o>> {
         self.object.warn_null(&[name]);

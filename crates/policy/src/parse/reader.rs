@@ -23,7 +23,7 @@ pub(super) const MAX_POLICY_COST: usize = 250_000;
 /// Bound on the cost of all regular expressions of one file, in automaton states.
 const MAX_FILE_COST: usize = 2_000_000;
 
-/// State of the parsing of one file: its name and the diagnostics so far.
+/// State of the parsing of one file, such as its name and the diagnostics so far.
 pub(super) struct Context {
     file: Arc<str>,
     diagnostics: RefCell<Vec<Diagnostic>>,
@@ -70,8 +70,8 @@ impl Context {
         self.expressions.borrow_mut().of_policy = 0;
     }
 
-    /// Checks a regular expression. Its cost is bounded before it is compiled: by itself, and together with the others
-    /// of its policy and file. Without bounds a small file could occupy the daemon for minutes.
+    /// Checks a regular expression. Before it is compiled, the cost of this expression, of its policy and of its file
+    /// is compared with the bounds. Without bounds a small file could occupy the daemon for minutes.
     pub(super) fn check_expression(&self, pattern: &str) -> Result<(), String> {
         let mut expressions = self.expressions.borrow_mut();
         if let Some(known) = expressions.known.get(pattern) {
@@ -192,7 +192,7 @@ impl fmt::Display for At<'_> {
 }
 
 impl<'a> At<'a> {
-    /// Returns the root of a tree. `name` precedes the path in messages without a line; it may be empty.
+    /// Returns the root of a tree. `name` precedes the path in messages without a line; `name` can be empty.
     pub(super) fn root(context: &'a Context, node: &'a Node, name: &'a str) -> Self {
         At {
             context,
@@ -378,7 +378,7 @@ impl<'a> List<'a> {
     }
 
     /// Calls `element` for each element of the list. Elements for which `element` returns `None` are left out;
-    /// `element` has reported the error.
+    /// `element` must have reported the cause.
     pub(super) fn read<T>(&self, mut element: impl FnMut(At<'_>) -> Option<T>) -> Vec<T> {
         let at = self.at;
         self.items
@@ -461,7 +461,8 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Warns of members that are null: such a member restricts nothing, and often the author only forgot the value.
+    /// Warns of null members among `names`, except in bare rules: such a member restricts nothing, and often the author
+    /// only forgot the value.
     pub(super) fn warn_null(&self, names: &[&'static str]) {
         if self.at.is_bare() {
             return;
@@ -512,8 +513,8 @@ impl<'a> Object<'a> {
         self.at.say(Severity::Error, position, message.as_ref());
     }
 
-    /// Reports all members that were not requested as unknown fields. Returns whether there are none. Must be called
-    /// after all members have been requested.
+    /// Reports as unknown fields all members that were not requested, and returns whether there are none. Must be
+    /// called after all members have been requested.
     pub(super) fn finish(&self) -> bool {
         let known = self.known.borrow();
         let mut all_known = true;

@@ -231,13 +231,13 @@ fn cilium_specs(object: &Object<'_>, kind: PolicyKind, namespace: Option<&str>) 
     specs
 }
 
-/// Returns whether an apiVersion has the group. A missing apiVersion may have any group.
+/// Returns whether an apiVersion has the group. A missing apiVersion counts as any group.
 fn belongs(api_version: &str, group: &str) -> bool {
     api_version.is_empty() || api_version.split_once('/').is_some_and(|(of, _)| of == group)
 }
 
-/// Reports a resource that is not parsed. The report is an error if the resource was probably meant as a policy, a
-/// warning for network policies of other products, else a note.
+/// Reports a resource that is not parsed. The report is an error if the resource was probably meant as a supported
+/// kind, a warning for network policies of other products, else a note.
 fn skipped(object: &Object<'_>, kind: &str, api_version: &str) {
     let group = api_version
         .split_once('/')
@@ -293,7 +293,7 @@ fn escaped(text: &str) -> String {
     format!("\"{ascii}\"")
 }
 
-/// Returns a kind for a message. The kind comes from the file, so it may contain any character.
+/// Returns a kind for a message. The kind comes from the file, so it can contain any character.
 fn shown(kind: &str) -> String {
     let quoted = quoted(kind);
     quoted.trim_matches('"').to_owned()

@@ -10,7 +10,7 @@ use super::{
 
 /// Label with the namespace of an endpoint.
 pub(super) const NAMESPACE: &str = "io.kubernetes.pod.namespace";
-/// Prefix of the labels of an endpoint's namespace, among the labels of the endpoint.
+/// Prefix of the endpoint labels that hold the labels of the endpoint's namespace.
 pub(super) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 
 /// Interpretation of the keys of a selector.
@@ -192,8 +192,8 @@ impl Scope<'_> {
         Some(Selector { requirements })
     }
 
-    /// Parses a selector of peers. Peers of a namespaced policy are in its namespace, unless the selector names
-    /// namespaces itself.
+    /// Parses a selector of peers. In a namespaced policy, a selector that names no namespace, no label of a namespace
+    /// and no reserved label selects only peers in the namespace of the policy.
     pub(super) fn peer(&self, at: At<'_>) -> Option<Selector> {
         let selector = read(at, Keys::Sourced)?;
         let is_about_endpoints = |selector: &Selector| selector.requirements.contains(&has_namespace());

@@ -2,7 +2,7 @@
 //!
 //! Accepts YAML 1.2 and the extensions that the YAML parser of Kubernetes accepts: merge keys (`<<`) and concatenated
 //! JSON objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
-//! laughs"). Some characters are refused before parsing: those at which a parser may stop, and those that only some
+//! laughs"). Some characters are refused before parsing: those at which a parser can stop, and those that only some
 //! parsers treat as a line break. Otherwise rules after such a character could be lost without an error.
 
 use std::{
@@ -27,7 +27,7 @@ pub(crate) struct YamlError {
     pub message: String,
 }
 
-/// Returns the documents of a text, and its errors. A syntax error ends the parsing; the documents before it are
+/// Returns the documents of a text, and its errors. A syntax error ends the parsing; the documents before the error are
 /// returned.
 pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
@@ -48,7 +48,7 @@ pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     (loader.documents, loader.errors)
 }
 
-/// Returns the error about the first character that no policy file may contain.
+/// Returns an error about the first forbidden character; `None` if the text contains none.
 ///
 /// YAML 1.2.2, section 5.1, excludes control characters except tab, LF, CR (and NEL). The YAML parser ends at NUL, so
 /// the rest of the file would be lost without an error; files full of NULs occur after power failures. U+0085, U+2028
@@ -81,7 +81,7 @@ fn forbidden_character(text: &str) -> Option<YamlError> {
 /// Removes byte order marks where a document begins (YAML 1.2.2, section 5.2), as in two concatenated files.
 ///
 /// # Errors
-/// An error if a mark is elsewhere: it would become part of a key or value, which would look like another key or value.
+/// An error if a mark is elsewhere: the mark would become an invisible part of a key or value.
 fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
     if !text.contains('\u{feff}') {
         return Ok(Cow::Borrowed(text));
@@ -229,7 +229,7 @@ impl Loader {
                         .unwrap_or_default();
                     let here = line.char_indices().nth(marker.col());
                     let here = here.map_or("", |(byte, _)| &line[byte..]);
-                    // In the first column, such characters have another meaning: `%` begins a directive.
+                    // In the first column the cause is another one: `%`, for example, begins a directive there.
                     let here = if marker.col() == 0 { "" } else { here };
                     self.error(self.position(marker), in_plain_words(error.info(), here));
                     return Err(Stop);
@@ -401,8 +401,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Reports a tag on a list or object, unless it is the standard tag of lists or objects or `!`: another parser may
-    /// interpret the value differently.
+    /// Reports a tag on a list or object, unless the tag is `!` or the standard tag of the collection. Another parser
+    /// could interpret the value differently.
     fn collection_tag(&mut self, tag: Option<&Tag>, expected: &str, position: Position) {
         let known = tag.is_none_or(|tag| {
             (tag.handle.is_empty() && tag.suffix == "!")
@@ -466,8 +466,8 @@ impl OpenValue {
     }
 }
 
-/// Returns the parser's message, with the likely cause if the value at `here` begins with a character that needs
-/// quotes.
+/// Returns the parser's message, with the likely cause if `here`, the text at the error, begins with a character that
+/// needs quotes.
 fn in_plain_words(said: &str, here: &str) -> String {
     match here.chars().next() {
         Some('*') => {

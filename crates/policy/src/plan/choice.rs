@@ -10,8 +10,8 @@ use palisade_model::snapshot::{Snapshot, Table, TableKey};
 
 use super::tables::TableChanges;
 
-/// Way in which an address or a port changes from its old to its new number (identity or class), relative to the switch
-/// from the old to the new policy tables.
+/// Order of the writes for an address or a port: its new number (identity or class), the switch to the new policy
+/// tables, and the entries copied for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice<N> {
     /// The new number is written before the switch. No entries are copied.
