@@ -31,7 +31,7 @@ pub fn cidr_label(prefix: IpNet) -> Label {
     }
 }
 
-/// Returns the prefix of a `cidr` label; `None` if the label is not a valid `cidr` label. In an IPv6 prefix, dashes may
+/// Returns the prefix of a `cidr` label; `None` if the label is not a valid `cidr` label. In an IPv6 prefix, dashes can
 /// replace the colons (`2001-db8--0/32`).
 #[must_use]
 pub fn cidr_of(label: &Label) -> Option<IpNet> {

@@ -24,7 +24,7 @@ pub enum Enforcement {
 pub struct Options {
     /// Enforcement mode.
     pub enforcement: Enforcement,
-    /// Whether the node may always reach its workloads. An explicit deny still applies.
+    /// Whether the node is allowed to reach its workloads even without a rule. An explicit deny still applies.
     pub allow_localhost: bool,
     /// Whether IPv4 and IPv6 addresses of the world have different identities.
     pub dual_stack: bool,

@@ -86,8 +86,8 @@ impl LearnedIdentities {
         }
     }
 
-    /// Returns the identity of an address that was learned through these selectors (ascending). `None` if the
-    /// combination has no identity yet; [`Self::set`] returns the set to request from the compiler.
+    /// Returns the identity of an address that was learned through `selectors` (ascending). `None` if the combination
+    /// has no identity yet; [`Self::set`] returns the set to request from the compiler.
     ///
     /// Selectors that no endpoint uses are ignored. Learned names do not change an identity that is not [`learnable`].
     #[must_use]

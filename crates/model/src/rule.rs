@@ -165,9 +165,9 @@ impl Section {
 /// The endpoints that a spec selects.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Subject {
-    /// Workloads with these labels; never the node.
+    /// Workloads whose labels the selector matches; never the node.
     Endpoints(Selector),
-    /// The node, if it has these labels.
+    /// The node, if the selector matches its labels.
     Node(Selector),
 }
 
@@ -216,7 +216,8 @@ impl Peers {
 pub enum Peer {
     /// `fromEndpoints` or `toEndpoints`; the namespace is a requirement of the selector.
     Labels(Selector),
-    /// `fromNodes` or `toNodes`: identities of nodes (`reserved:remote-node`, or the node itself) with these labels.
+    /// `fromNodes` or `toNodes`: identities of nodes (`reserved:remote-node`, or the node itself) whose labels the
+    /// selector matches.
     Nodes(Selector),
     /// `fromEntities` or `toEntities`.
     Entity(Entity),
@@ -245,7 +246,7 @@ pub enum Peer {
 pub struct CidrRule {
     /// The prefix, with host bits masked.
     pub cidr: IpNet,
-    /// Parts of the prefix that do not match. The rule does not deny them.
+    /// Parts of the prefix that the rule does not match. Other rules can allow or deny these parts.
     pub except: Vec<IpNet>,
 }
 

@@ -391,9 +391,9 @@ pub enum Matcher {
     Everything,
     /// An http rule.
     Http(HttpRule),
-    /// A name that DNS queries may ask for.
+    /// A name or pattern that DNS queries are allowed to ask for.
     Dns(FqdnPattern),
-    /// A server name of TLS.
+    /// A server name or pattern of TLS.
     ServerName(FqdnPattern),
     /// A kafka rule.
     Kafka(KafkaRule),

@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(state.identities.keys().copied().collect::<Vec<_>>(), [numbers[0]]);
         let mut restarted = Allocator::from_state(&state);
         assert_eq!(restarted.number(&one, &|_| true), Ok(numbers[0]));
-        // The programs may still hold the number of `two` after a restart.
+        // The maps can still hold the number of `two` after a restart.
         assert_eq!(restarted.number(&prefix, &|_| true), Ok(numbers[2] + 1));
         allocator.release(&two);
         assert_eq!(allocator.number(&two, &|_| true), Ok(numbers[2] + 1));

@@ -333,7 +333,7 @@ mod tests {
         }
         assert!(passing_as(&rules, &get("/public/../secret", &[]), Paths::Raw).is_some());
         assert!(passing(&rules, &get("/public/x/../a", &[])).is_some());
-        // Different rules may allow the two forms of a path.
+        // Different rules can allow the two forms of a path.
         let rules = allowing(vec![path("/x/.*"), path("/public/.*")]);
         assert!(passing(&rules, &get("/x/../public/a", &[])).is_some());
         // A rule without a path ignores malformed paths.

@@ -131,8 +131,8 @@ impl Compiler {
         self.snapshot.revision = revisions.max().unwrap_or(0).max(self.snapshot.revision);
     }
 
-    /// Raises the revisions of endpoints in the snapshot. Once a plan has written them, the flows of the endpoints are
-    /// evaluated again.
+    /// Raises the revisions of endpoints in the snapshot. Once a plan has written the new revisions, the flows of the
+    /// endpoints are evaluated again.
     pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
         // A revision grows in steps of two, because a plan can need the number in between.
         let revision = self.snapshot.revision.wrapping_add(2);

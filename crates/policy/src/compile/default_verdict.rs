@@ -1,4 +1,4 @@
-//! The verdict of a direction where no rule matches.
+//! The verdict of a direction on packets that no rule matches.
 
 use std::sync::Arc;
 

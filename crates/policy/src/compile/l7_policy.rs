@@ -13,7 +13,7 @@ pub(super) struct L7Policy {
     pub(super) kind: Inspector,
     /// Priority of the protocol: if several protocols match a packet, the one with the lowest number is inspected.
     pub(super) priority: u8,
-    /// Alternatives: a request that one of them matches passes.
+    /// Alternatives: a request passes if one of the matchers matches.
     pub(super) matchers: Vec<Matcher>,
     /// `serverNames` in addition to rules of another protocol.
     pub(super) server_names: Vec<FqdnPattern>,
@@ -90,7 +90,7 @@ impl L7Policy {
     }
 
     /// Returns the reason why the application rules of two entries for the same peer and port exclude each other;
-    /// `None` if they can be merged.
+    /// `None` if the rules can be merged.
     pub(super) fn conflict(&self, other: &Self) -> Option<String> {
         let name = |l7: &Self| inspector_name(l7.kind as u8);
         // Server names combine with http or kafka rules only if TLS is terminated.

@@ -264,7 +264,7 @@ impl<'a> Builder<'a> {
         entries
     }
 
-    /// Returns the entry for packets that exactly these rules match.
+    /// Returns the entry for packets that the rules in `hits`, and no others, match.
     fn decide(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let denials = || hits.iter().filter(|(rule, _)| rule.denies);
         if let Some(hit) = narrowest(denials().filter(|(rule, _)| !rule.audit)) {
@@ -284,7 +284,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the entry for packets that exactly these rules match, as if none of the rules denied.
+    /// Returns the entry for packets that the rules in `hits`, and no others, match, without regard to rules that deny.
     fn decide_allows(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
         let authenticating = || allows().filter(|(rule, _)| rule.auth_required);

@@ -1,4 +1,4 @@
-//! Names of resources, each of which only one file may define.
+//! Names of resources. Only one file is allowed to define a resource.
 
 use std::fmt;
 

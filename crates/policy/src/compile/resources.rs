@@ -15,8 +15,8 @@ use super::{
 };
 
 impl Compiler {
-    /// Returns errors about resources in changed files that another file defines as well. The file that had the
-    /// resource before keeps it; of new files, the one whose name sorts first.
+    /// Returns errors about resources in changed files that another file defines as well. If one of the files had the
+    /// resource before, it keeps the resource; else the file whose name sorts first gets it.
     pub(super) fn resources_in_two_files(
         &self,
         changes: &BTreeMap<String, Option<Arc<FileContent>>>,

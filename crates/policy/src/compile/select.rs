@@ -101,7 +101,7 @@ impl ResolvedSelector {
     }
 }
 
-/// Returns the labels of a group of prefixes, as selectors match them.
+/// Returns the labels of a group of prefixes in the form that selectors match.
 fn group_labels(group: &CidrGroup) -> Labels {
     Labels::new(
         group

@@ -75,9 +75,9 @@ pub(super) struct Member {
 pub(super) enum Learned {
     /// Learned identities whose base identity the peer selects.
     Base,
-    /// Learned identities of a `toFQDNs` selector, and those whose base identity the peer selects.
+    /// Learned identities of a `toFQDNs` selector, and learned identities whose base identity the peer selects.
     Selector(SelectorNumber),
-    /// Learned identities that match a label selector, which may require `fqdn` labels.
+    /// Learned identities that match a label selector, which can require `fqdn` labels.
     Labels(Arc<ResolvedSelector>),
 }
 

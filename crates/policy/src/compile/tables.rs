@@ -28,11 +28,11 @@ use super::{
 use crate::classes::PortSet;
 
 /// Bound on the cost of the regular expressions of all policies that select an endpoint, in automaton states. The
-/// inspector combines these expressions into one automaton. Without the bound, the policies of one endpoint could take
-/// the memory and time that the inspection of all endpoints needs.
+/// inspector combines these expressions into one automaton. Without the bound, the policies of one endpoint could use
+/// up the memory and time that the inspection of other endpoints needs.
 const MAX_ENDPOINT_EXPRESSIONS: usize = 1_000_000;
 impl Compiler {
-    /// Compiles the dirty subjects and the subjects whose port classes change with them, and assembles the snapshot.
+    /// Compiles the dirty subjects and the subjects whose port classes change as a result, and assembles the snapshot.
     pub(super) fn compile(
         &mut self,
         mut progress: Progress,

@@ -12,7 +12,7 @@ use super::{
     selector::{self, Keys},
 };
 
-/// `ADDRESS/LENGTH` as written. The address may have host bits set.
+/// `ADDRESS/LENGTH` as written. The address can have host bits set.
 #[derive(Clone, Copy)]
 struct Prefix {
     address: IpAddr,

@@ -150,7 +150,7 @@ fn l7_rules(at: At<'_>, section: Section<'_>) -> L7Rules {
     kinds.into_iter().next().map_or(L7Rules::None, |(_, rules)| rules)
 }
 
-/// Returns whether there is at least one rule. A parser may be named without rules.
+/// Returns whether there is at least one rule. A parser can be named without rules.
 fn rules_of_its_own(rules: &L7Rules) -> bool {
     match rules {
         L7Rules::None => false,

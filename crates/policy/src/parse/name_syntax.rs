@@ -46,7 +46,7 @@ pub(super) fn check_label_key(key: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Checks the value of a label, which may be empty.
+/// Checks the value of a label. An empty value is valid.
 pub(super) fn check_label_value(value: &str) -> Result<(), &'static str> {
     if value.len() > 63 {
         Err("it is longer than 63 characters")
@@ -79,7 +79,7 @@ pub(super) fn is_service_name(name: &str) -> bool {
 }
 
 /// Parses a port number. Also returns whether the text has a base prefix or a `_`. As in Cilium, `0x`, `0b`, `0o` and a
-/// leading `0` are base prefixes, and `_` may separate digits. A text like `0x50` can also be a port *name*
+/// leading `0` are base prefixes, and `_` can separate digits. A text like `0x50` can also be a port *name*
 /// ([`is_service_name`]).
 pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
     let lower = text.to_ascii_lowercase();
@@ -91,7 +91,7 @@ pub(super) fn port_number(text: &str) -> Option<(u16, bool)> {
         _ => (10, lower.as_str()),
     };
     let based = base != 10;
-    // A `_` may also follow the base prefix.
+    // A `_` can also follow the base prefix.
     let plain = if based {
         digits.strip_prefix('_').unwrap_or(digits)
     } else {

@@ -18,7 +18,7 @@ const ICMPV6: u8 = 58;
 /// Largest number of ports in an entry of `toPorts`, and of types in an entry of `icmps`.
 const MAX_PORTS: usize = 40;
 
-/// Protocols by name; those without ports are given by IP protocol number.
+/// Protocols by name; protocols without ports are given by IP protocol number.
 const PROTOCOLS: [(&str, L4Protocol); 11] = [
     ("ANY", L4Protocol::Any),
     ("TCP", L4Protocol::Tcp),
@@ -139,7 +139,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
     let last = written_last.map(|last| last as u16);
     let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();
-    // For a protocol without ports, `port` may be absent.
+    // For a protocol without ports, `port` can be absent.
     if let Some(protocol @ L4Protocol::Other(_)) = protocol {
         if let Some(port) = port.filter(|port| port.node.as_str() != Some("0")) {
             port.error(format!(
@@ -420,8 +420,8 @@ fn icmp_field(at: At<'_>) -> Option<PortSpec> {
     Some(PortSpec::Icmp { v6, kind })
 }
 
-/// Returns the ports of a bare rule whose ICMP type is out of range. As in Cilium, a negative type means every type; a
-/// type above 255 matches no packet (`None`).
+/// Returns the port specification for an ICMP type of a bare rule that is out of range. As in Cilium, a negative type
+/// means every type; a type above 255 matches no packet (`None`).
 fn odd_icmp_type(at: At<'_>, v6: bool) -> Option<PortSpec> {
     let number = at.integer(i64::from(i32::MIN)..=i64::from(i32::MAX))?;
     if number < 0 {

@@ -214,7 +214,7 @@ impl Resources {
     }
 }
 
-/// Parses `spec` and `specs`; either or both may be present.
+/// Parses `spec` and `specs`, at least one of which must be present.
 fn cilium_specs(object: &Object<'_>, kind: PolicyKind, namespace: Option<&str>) -> Vec<Spec> {
     let one = object.field("spec");
     let several = object.field("specs");

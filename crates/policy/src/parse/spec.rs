@@ -56,7 +56,7 @@ pub(super) fn read(at: At<'_>, kind: PolicyKind, namespace: Option<&str>) -> Opt
 
     let sections = ["ingress", "ingressDeny", "egress", "egressDeny"];
     let says_nothing = |name| object.field(name).is_none_or(|at| at.is_empty_list());
-    // If there is an unknown field, this error is not reported, as the field may be a misspelled section.
+    // If there is an unknown field, this error is not reported, because the field could be a misspelled section.
     if all_known && sections.into_iter().all(says_nothing) {
         at.error(
             "one of ingress, ingressDeny, egress and egressDeny must hold a rule; \

@@ -17,7 +17,7 @@ use super::node::{Entry, Node, Position, Value, quoted};
 /// Deepest nesting of lists and objects. Policies need about 15.
 const MAX_DEPTH: usize = 64;
 
-/// Largest number of nodes that aliases may add to a file, over all documents.
+/// Largest number of nodes that the aliases of a file can add, over all its documents.
 pub(super) const MAX_ALIASED_NODES: usize = 100_000;
 
 /// An error of the text, with its place.
@@ -31,7 +31,7 @@ pub(crate) struct YamlError {
 /// returned.
 pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
-    // A file from Windows may begin with a byte order mark, which is not part of the document.
+    // A file from Windows can begin with a byte order mark, which is not part of the document.
     let text = match without_marks(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         Ok(text) => text,
         Err(error) => return (Vec::new(), vec![error]),

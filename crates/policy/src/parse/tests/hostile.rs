@@ -576,7 +576,7 @@ fn resources_that_look_like_policies_are_not_skipped() {
     ] {
         refused(&text, says);
     }
-    // Calico's policies have the same kind as those of Kubernetes.
+    // Calico's policies have the same kind as the policies of Kubernetes.
     let foreign = said("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\n");
     assert!(
         foreign.len() == 1 && foreign[0].contains("it is skipped"),

@@ -149,7 +149,8 @@ fn a_clusterwide_policy_is_unscoped_and_its_peers_have_a_namespace() {
         .len(),
         2
     );
-    // Endpoints without labels (`reserved:init`) have no namespace yet, so neither they nor their peers get one.
+    // Endpoints without labels (`reserved:init`) have no namespace yet, so neither these endpoints nor their peers get
+    // a requirement for a namespace.
     assert_eq!(of(&policy("{matchLabels: {'reserved:init': ''}}", "{}")), []);
 }
 
