@@ -9,8 +9,8 @@ use crate::{
 };
 
 /// Returns whether the labels belong to a combined learned identity: they hold several `fqdn` labels, or one `fqdn`
-/// label and a label that is neither `fqdn` nor `reserved`, such as that of a prefix. One `fqdn` label with the labels
-/// of the world is not combined.
+/// label and a label that is neither `fqdn` nor `reserved`, such as that of a prefix. An identity with one `fqdn` label
+/// and the label of the world is not combined.
 #[must_use]
 pub fn is_combined(labels: &Labels) -> bool {
     let names = labels.iter().filter(|label| label.source == "fqdn").count();

@@ -3,8 +3,8 @@
 //! Every `toFQDNs` selector has a number. The label set of a learned address consists of the labels that the address
 //! has without learned names (for example those of the world, or of the longest prefix that a policy names) and of one
 //! label for each selector that matches a learned name. The label set of one selector and the world always has an
-//! identity; any other label set gets one when the daemon requests it. The entries of the identity are in the policy
-//! tables of the endpoints that use all of its selectors.
+//! identity; any other label set gets an identity when the daemon requests it. The entries of the identity are in the
+//! policy tables of the endpoints that use all of its selectors.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -66,8 +66,8 @@ pub struct LearnedIdentities {
 }
 
 impl LearnedIdentities {
-    /// Returns the identity of an address without learned names: by the exact address, else by the longest prefix,
-    /// else the world.
+    /// Returns the identity that an address has without learned names: that of the exact address, else of the longest
+    /// prefix, else of the world.
     #[must_use]
     pub fn base(&self, address: IpAddr) -> Identity {
         let addr = Addr::from(address);

@@ -258,8 +258,8 @@ pub enum RuleKey {
     DefaultDeny {
         /// A [`Direction`] as a number.
         direction: u8,
-        /// `namespace/name` of the policy that causes the default deny; of several, the first by name. Policies in
-        /// audit mode count only if all of them are in audit mode.
+        /// `namespace/name` of the policy that causes the default deny; of several, the first by name. A policy in
+        /// audit mode counts only if every policy that causes the default deny is in audit mode.
         policy: Arc<str>,
         /// Number of further policies that count as causes.
         others: u32,

@@ -80,8 +80,8 @@ impl Allocator {
         }
     }
 
-    /// Reserves the local numbers among `numbers`, which the maps hold after a restart even if the state file lacks
-    /// them. Otherwise a new label set could get such a number, and old map entries would apply to it.
+    /// Reserves the local numbers among `numbers`. After a restart the maps can hold numbers that the state file lacks.
+    /// Otherwise a new label set could get such a number, and old map entries would apply to it.
     pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
         self.taken.extend(
             numbers

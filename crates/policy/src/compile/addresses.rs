@@ -167,9 +167,9 @@ impl Compiler {
         Ok(())
     }
 
-    /// Adds the identities of prefixes that policies name only now, and removes those of prefixes that policies no
-    /// longer name. Falls back to [`Self::refresh_identities`] if a prefix is also in the inventory, or contains the
-    /// IPv4-mapped range.
+    /// Adds the identities of prefixes that policies have started to name, and removes the identities of prefixes that
+    /// policies no longer name. Falls back to [`Self::refresh_identities`] if a prefix is also in the inventory, or
+    /// contains the IPv4-mapped range.
     pub(super) fn refresh_prefixes(&mut self, progress: &mut Progress) -> Result<(), Vec<Diagnostic>> {
         let mapped = IpNet::V6(V4_MAPPED);
         let involved = |prefix: &IpNet| prefix.contains(&mapped) || self.named.all.contains(prefix);

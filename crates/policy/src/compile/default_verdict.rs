@@ -13,7 +13,7 @@ use super::{
 };
 
 impl Compiler {
-    /// Returns the verdict of a direction of a subject where no rule matches.
+    /// Returns the verdict of a subject and direction on packets that no rule matches.
     pub(super) fn default_verdict(&mut self, at: usize, direction: Direction) -> DefaultVerdict {
         let number = direction as u8;
         let subject = &self.subjects[at];

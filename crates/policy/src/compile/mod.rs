@@ -2,9 +2,9 @@
 //! that it affects.
 //!
 //! Between updates the compiler keeps the identities that each distinct peer selects and, for each subject (endpoints
-//! with the same labels, named ports and audit mode), the specs that select the subject and its table. The cost of a
-//! changed file grows with the number of its specs, with the subjects that these specs select, and, if a prefix is new
-//! or gone, with the number of distinct peers.
+//! with the same labels, named ports and audit mode), its policy table and the specs that select its endpoints. The
+//! cost of a changed file grows with the number of its specs, with the subjects that these specs select, and, if a
+//! prefix is new or gone, with the number of distinct peers.
 //!
 //! [`Compiler::update`] applies changes (`update.rs`). It compiles the dirty subjects (`tables.rs`) from rules whose
 //! peers and ports are resolved (`rules.rs`, `ports.rs`), by the order of precedence (`precedence.rs`), and assembles

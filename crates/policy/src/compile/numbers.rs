@@ -30,8 +30,8 @@ impl RuleIds {
     }
 }
 
-/// Numbers of rule sets. The number is normally a hash of the content: after a restart the same rules have the same
-/// number, and connections that were offloaded under a rule set stay offloaded.
+/// Numbers of rule sets. If possible, the number is a hash of the content, so that a rule set has the same number after
+/// a restart. Connections that were offloaded under the rule set then stay offloaded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleSetIds {
     pub(super) numbers: HashMap<RuleSet, u32>,

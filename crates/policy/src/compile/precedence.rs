@@ -284,7 +284,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the entry for packets that the rules in `hits`, and no others, match, without regard to rules that deny.
+    /// Returns the entry that [`Self::decide`] would return if `hits` had no rules that deny.
     fn decide_allows(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
         let authenticating = || allows().filter(|(rule, _)| rule.auth_required);

@@ -1,4 +1,5 @@
-//! Subjects: endpoints that policies cannot distinguish, with the specs that select them and their table.
+//! Subjects: endpoints that policies cannot distinguish. A subject has a policy table, and the specs that select its
+//! endpoints.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
