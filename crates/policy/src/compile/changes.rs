@@ -33,7 +33,7 @@ pub(super) struct Progress {
     pub(super) dirty: BTreeSet<usize>,
     /// Identities that are new or gone.
     pub(super) moved: BTreeSet<Identity>,
-    /// Prefixes that policies name only since this update (positive) or no longer name (negative).
+    /// Prefixes that policies start to name (positive) or no longer name (negative) with this update.
     pub(super) prefixes: BTreeMap<IpNet, i8>,
 }
 

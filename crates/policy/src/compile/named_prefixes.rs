@@ -41,8 +41,8 @@ impl NamedPrefixes {
         }
     }
 
-    /// Returns whether a prefix of a labelled peer contains `prefix`. Addresses of the peer keep the identity of the
-    /// peer, even if a policy names a narrower prefix.
+    /// Returns whether a prefix of a labelled peer outside the world contains `prefix`. Addresses of the peer keep the
+    /// identity of the peer, even if a policy names a narrower prefix.
     pub(super) fn shadows(&self, prefix: IpNet) -> bool {
         let v6 = matches!(prefix, IpNet::V6(_));
         self.lengths

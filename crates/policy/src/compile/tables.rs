@@ -90,7 +90,8 @@ impl Compiler {
         subject.table = Arc::new(table);
     }
 
-    /// Retains the port sets of specs that are new to a subject, and releases those of specs that are gone.
+    /// Retains the port sets of specs that are new to a subject, and releases the port sets of specs that no longer
+    /// select the subject.
     pub(super) fn hold_port_sets(&mut self, dirty: &BTreeSet<usize>) {
         for at in dirty {
             let subject = &self.subjects[*at];

@@ -139,7 +139,7 @@ fn group_name(at: At<'_>) -> Option<String> {
     None
 }
 
-/// Parses `ipBlock` of a NetworkPolicy. Its exceptions must be within the block and smaller than the block.
+/// Parses `ipBlock` of a NetworkPolicy. The exceptions (`except`) must be within the block and smaller than the block.
 pub(super) fn ip_block(at: At<'_>) -> Option<Peer> {
     let object = at.object()?;
     let rule = object

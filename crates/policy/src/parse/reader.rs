@@ -513,8 +513,8 @@ impl<'a> Object<'a> {
         self.at.say(Severity::Error, position, message.as_ref());
     }
 
-    /// Reports as unknown fields all members that were not requested, and returns whether there are none. Must be
-    /// called after all members have been requested.
+    /// Reports as unknown fields all members that were not requested. Returns false if there are any. Must be called
+    /// after all known members have been requested.
     pub(super) fn finish(&self) -> bool {
         let known = self.known.borrow();
         let mut all_known = true;
