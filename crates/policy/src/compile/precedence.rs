@@ -184,8 +184,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the identities that rules name, grouped by the rules that name them (indices in `rules`): identities of a
-    /// group have the same entries.
+    /// Returns the identities that rules name, grouped by the rules that name them (indices in `rules`). The identities
+    /// of a group have the same entries.
     fn groups(&self) -> Vec<(Vec<u32>, Vec<Identity>)> {
         let mut named: HashMap<Identity, Vec<u32>> = HashMap::new();
         for (number, rule) in self.rules.iter().enumerate() {
