@@ -71,13 +71,13 @@ fn judging(criterion: &mut Criterion) {
                 .collect();
             let mut scratch = HttpScratch::default();
             for request in &requests {
-                assert!(rules.judge(request, Paths::Both, &mut scratch).is_ok());
+                assert!(rules.evaluate(request, Paths::Both, &mut scratch).is_ok());
             }
             let mut turn = requests.iter().cycle();
             group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
                 bencher.iter(|| {
                     let request = turn.next().expect("it has no end");
-                    rules.judge(black_box(request), Paths::Both, &mut scratch)
+                    rules.evaluate(black_box(request), Paths::Both, &mut scratch)
                 });
             });
         }

@@ -209,22 +209,22 @@ fn is_audit(slot: &PuntRequest) -> bool {
 
 /// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the
 /// destination address by the server name.
-fn judge(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
+fn evaluate(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
         return Err(Reason::AppDenied);
     }
-    judge_name(&hello.server_name, rules, known)
+    evaluate_name(&hello.server_name, rules, known)
 }
 
 /// Returns the rule that allows a hello with this name, or the reason of its denial.
-pub(crate) fn judge_name(name: &ServerName, rules: &TlsRules, known: bool) -> Result<u32, Reason> {
+pub(crate) fn evaluate_name(name: &ServerName, rules: &TlsRules, known: bool) -> Result<u32, Reason> {
     match name {
         // A rule that allows every server name does not depend on the name, so a false name gains nothing.
-        ServerName::Name(name) if !known && rules.judge(name).is_some() => {
+        ServerName::Name(name) if !known && rules.evaluate(name).is_some() => {
             rules.allow_all().ok_or(Reason::SniAddress)
         }
-        ServerName::Name(name) => rules.judge(name).ok_or(Reason::AppDenied),
+        ServerName::Name(name) => rules.evaluate(name).ok_or(Reason::AppDenied),
         ServerName::Missing | ServerName::Address(_) => rules.allow_all().ok_or(Reason::AppDenied),
     }
 }
@@ -241,7 +241,7 @@ fn recall<F, S: Sink<F>>(
         return Ok(());
     }
     (judged.ruleset, judged.audit) = (view.slot.ruleset, audit);
-    let Err(reason) = judge(&judged.hello, cx.rules, view.slot.ruleset, ech, judged.known) else {
+    let Err(reason) = evaluate(&judged.hello, cx.rules, view.slot.ruleset, ech, judged.known) else {
         return Ok(());
     };
     let about = About::of(view);
@@ -317,7 +317,7 @@ impl<'a> TlsStream<'a> {
                 Action::NeedMore
             }
             Ok(ClientStep::Other) => self.pass(bytes, input),
-            Ok(ClientStep::Hello(hello)) => match self.judge(hello, cx) {
+            Ok(ClientStep::Hello(hello)) => match self.evaluate_hello(hello, cx) {
                 Ok(()) => {
                     self.flow.begun = true;
                     self.pass(bytes, input)
@@ -337,11 +337,15 @@ impl<'a> TlsStream<'a> {
         Action::Forward(bytes.len() - rest.len())
     }
 
-    fn judge<F, S: Sink<F>>(&mut self, hello: Box<ClientHello>, cx: &mut Cx<'_, F, S>) -> Result<(), Action> {
+    fn evaluate_hello<F, S: Sink<F>>(
+        &mut self,
+        hello: Box<ClientHello>,
+        cx: &mut Cx<'_, F, S>,
+    ) -> Result<(), Action> {
         self.stats.hellos += 1;
         let what = what(&hello);
         let known = self.is_known(&hello);
-        let verdict = judge(&hello, cx.rules, self.slot.ruleset, self.ech, known);
+        let verdict = evaluate(&hello, cx.rules, self.slot.ruleset, self.ech, known);
         if verdict == Err(Reason::SniAddress) {
             self.stats.sni_mismatches += 1;
         }

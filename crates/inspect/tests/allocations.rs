@@ -268,7 +268,7 @@ fn judging_requests_allocates_nothing() {
             .filter(|head| {
                 let mut room = HeaderBuffer::new();
                 let request = Request::parse(head.as_bytes(), &mut room).unwrap();
-                rules.judge(&request, Paths::Both, &mut scratch).is_ok()
+                rules.evaluate(&request, Paths::Both, &mut scratch).is_ok()
             })
             .count();
         assert_eq!(allowed, 300);

@@ -108,15 +108,15 @@ pub enum Denial {
         /// Reason of the refusal.
         why: &'static str,
         /// Effect that the client sees, in words.
-        becomes: String,
+        effect: String,
     },
 }
 
 /// Decides described requests by the application rules of a policy table entry, as the inspector of real traffic does.
-pub trait Judge {
+pub trait RequestEvaluator {
     /// Returns the id of the rule of `set` that allows the request, or the cause of the denial; `None` if no inspector
     /// reads the protocol. The request must have the protocol that `set` reads.
-    fn judge(
+    fn evaluate(
         &self,
         set: &Arc<RuleSet>,
         request: &Request,

@@ -206,7 +206,7 @@ fn trace_decides_requests_and_server_names() {
         (
             get("GET /public/a", "X-Team: red"),
             1,
-            "DENIED (no rule allows GET /public/a; it is answered 403)\n  decided by policy default/web ingress rule 1",
+            "DENIED (no rule allows GET /public/a; the client gets 403)\n  decided by policy default/web ingress rule 1",
         ),
         (
             get("PUT /x", "Host: health.test"),
@@ -233,7 +233,7 @@ fn trace_decides_requests_and_server_names() {
             0,
             "TCP port 443, the server name api.example.com\n",
         ),
-        (trace(&["--sni", "example.com"]), 1, "its connection is reset"),
+        (trace(&["--sni", "example.com"]), 1, "the connection is reset"),
         (
             trace(&["--sni", ""]),
             1,

@@ -12,7 +12,7 @@ use palisade_model::{
     diagnostic::{Diagnostic, Severity},
     inventory::{Endpoint, Enforcement, Inventory, NamedPort, NamedPorts, Options, Peer},
     labels::{Labels, parse_label},
-    request::{Denial, GetBodies, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
+    request::{Denial, GetBodies, HttpOptions, HttpRequest, KafkaRequest, Paths, Request, RequestEvaluator},
     snapshot::{Snapshot, inspector_name},
 };
 use serde::Deserialize;
@@ -258,17 +258,17 @@ impl Number {
 }
 
 /// Runs the cases of a file: one JSON object per line, or YAML documents. `file` is the name of the file in messages;
-/// `judge` decides the requests of checks.
+/// `evaluator` decides the requests of checks.
 #[must_use]
-pub fn run(file: &str, text: &str, judge: &dyn Judge) -> Report {
-    let mut report = run_cases(file, text, judge);
+pub fn run(file: &str, text: &str, evaluator: &dyn RequestEvaluator) -> Report {
+    let mut report = run_cases(file, text, evaluator);
     if report == Report::default() {
         report.fail(format!("{file}: there is no case in this file"));
     }
     report
 }
 
-fn run_cases(file: &str, text: &str, judge: &dyn Judge) -> Report {
+fn run_cases(file: &str, text: &str, evaluator: &dyn RequestEvaluator) -> Report {
     let mut report = Report::default();
     if is_json_lines(text) {
         for (number, line) in text.lines().enumerate() {
@@ -277,7 +277,7 @@ fn run_cases(file: &str, text: &str, judge: &dyn Judge) -> Report {
             }
             let place = format!("{file}:{}", number + 1);
             match serde_json::from_str::<Case>(line) {
-                Ok(case) => report.add(run_case(&place, &case, judge)),
+                Ok(case) => report.add(run_case(&place, &case, evaluator)),
                 Err(error) => report.fail(format!("{place}:{}: {error}", error.column())),
             }
         }
@@ -291,7 +291,7 @@ fn run_cases(file: &str, text: &str, judge: &dyn Judge) -> Report {
                 }
                 let place = format!("{file}: document {}", number + 1);
                 match serde_json::from_value::<Case>(document) {
-                    Ok(case) => report.add(run_case(&place, &case, judge)),
+                    Ok(case) => report.add(run_case(&place, &case, evaluator)),
                     Err(error) => report.fail(format!("{place}: {error}")),
                 }
             }
@@ -312,7 +312,7 @@ fn is_json_lines(text: &str) -> bool {
         .is_some_and(|line| serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(line).is_ok())
 }
 
-fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
+fn run_case(place: &str, case: &Case, evaluator: &dyn RequestEvaluator) -> Report {
     let mut report = Report::default();
     let place = if case.id.is_empty() {
         place.to_owned()
@@ -384,7 +384,7 @@ fn run_case(place: &str, case: &Case, judge: &dyn Judge) -> Report {
     let snapshot = compiler.snapshot();
     let names = CaseNames::new(compiler.inventory(), snapshot);
     for (number, check) in case.checks.iter().enumerate() {
-        match run_check(snapshot, &names, check, options, judge) {
+        match run_check(snapshot, &names, check, options, evaluator) {
             Ok(None) => report.passed += 1,
             Ok(Some(difference)) => report.fail(format!(
                 "{place}: check {}: {} {} {} {}/{}: {difference}",
@@ -440,7 +440,7 @@ fn run_check(
     names: &CaseNames<'_>,
     check: &Check,
     options: HttpOptions,
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
 ) -> Result<Option<String>, String> {
     let subject = *names
         .endpoints
@@ -468,7 +468,7 @@ fn run_check(
         .policy_entry(subject, direction, peer, protocol, Some(check.port))
         .ok_or("the compiled policy has no verdict")?;
     let request = request(check)?;
-    let (got, rule, refused) = outcome(snapshot, &entry, &request, options, judge);
+    let (got, rule, refused) = outcome(snapshot, &entry, &request, options, evaluator);
     let expected = check.expect.as_str();
     if !matches!(expected, "allow" | "deny" | "audit") && !expected.starts_with("l7:") {
         return Err(format!(
@@ -494,7 +494,7 @@ fn outcome(
     entry: &PolicyEntry,
     request: &Request,
     options: HttpOptions,
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
 ) -> (String, u32, Option<&'static str>) {
     let denied = || {
         let audited = entry.flags & entry_flags::AUDIT != 0;
@@ -521,7 +521,7 @@ fn outcome(
                     Some("the traffic is inspected as another protocol"),
                 );
             }
-            match decide(judge, set, request, options) {
+            match decide(evaluator, set, request, options) {
                 Ok(rule) => ("allow".into(), rule, None),
                 Err(Denial::NoRule) => (denied(), entry.rule, None),
                 Err(Denial::Refused { why, .. }) => (denied(), entry.rule, Some(why)),

@@ -1,43 +1,43 @@
 //! Evaluation of described requests by the application rules of a policy table entry.
 //!
-//! Case files and `policy trace` use the inspector of the protocol through [`Judge`]. [`passing_as`] is a plain
-//! evaluation of the rules. It serves protocols without an inspector, and is the reference model in tests of the
+//! Case files and `policy trace` use the inspector of the protocol through [`RequestEvaluator`]. [`passing_as`] is a
+//! plain evaluation of the rules. It serves protocols without an inspector, and is the reference model in tests of the
 //! inspectors.
 
 use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
 use palisade_abi::Inspector;
 use palisade_model::{
-    request::{Denial, HttpOptions, HttpRequest, Judge, KafkaRequest, Paths, Request},
+    request::{Denial, HttpOptions, HttpRequest, KafkaRequest, Paths, Request, RequestEvaluator},
     rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
 use palisade_protocols::http1::{re2, resolved};
 use regex::bytes::Regex;
 
-/// A [`Judge`] without inspectors: every request is evaluated by [`passing_as`], and malformed requests are not
-/// recognised.
+/// A [`RequestEvaluator`] without inspectors: every request is evaluated by [`passing_as`], and malformed requests are
+/// not recognised.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
 
-impl Judge for Plain {
-    fn judge(&self, _: &Arc<RuleSet>, _: &Request, _: HttpOptions) -> Option<Result<u32, Denial>> {
+impl RequestEvaluator for Plain {
+    fn evaluate(&self, _: &Arc<RuleSet>, _: &Request, _: HttpOptions) -> Option<Result<u32, Denial>> {
         None
     }
 }
 
-/// Returns the rule that allows a request: by `judge`, or by [`passing_as`] if `judge` has no inspector for the
+/// Returns the rule that allows a request: by `evaluator`, or by [`passing_as`] if `evaluator` has no inspector for the
 /// protocol.
 ///
 /// # Errors
 /// The cause of the denial.
 pub(crate) fn decide(
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
     set: &Arc<RuleSet>,
     request: &Request,
     options: HttpOptions,
 ) -> Result<u32, Denial> {
-    judge.judge(set, request, options).unwrap_or_else(|| {
+    evaluator.evaluate(set, request, options).unwrap_or_else(|| {
         passing_as(set, request, options.paths)
             .map(|alternative| alternative.rule)
             .ok_or(Denial::NoRule)
@@ -98,13 +98,13 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
 /// cannot be resolved.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
     set.alternatives.iter().find(|alternative| {
-        is_asked(&alternative.matcher, set) && matches(&alternative.matcher, request, path)
+        applies(&alternative.matcher, set) && matches(&alternative.matcher, request, path)
     })
 }
 
 /// Returns whether a matcher applies to the protocol that the inspector reads. The merged rules of a port can belong to
 /// several protocols, but only one protocol is read.
-fn is_asked(matcher: &Matcher, set: &RuleSet) -> bool {
+fn applies(matcher: &Matcher, set: &RuleSet) -> bool {
     let read = |inspector: Inspector| set.reads == inspector as u8;
     match matcher {
         Matcher::Everything => true,

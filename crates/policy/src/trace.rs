@@ -7,7 +7,7 @@ use palisade_model::{
     inventory::Enforcement,
     labels::Labels,
     learned_identities::{LearnedIdentities, SelectorNumber},
-    request::{Denial, HttpOptions, Judge, Request},
+    request::{Denial, HttpOptions, Request, RequestEvaluator},
     snapshot::{RuleKey, inspector_name},
 };
 use serde::Serialize;
@@ -136,15 +136,19 @@ pub struct Matching {
     pub id: u32,
 }
 
-/// Explains a packet. `judge` evaluates its request.
+/// Explains a packet. `evaluator` evaluates its request.
 ///
 /// # Errors
 /// A message if the packet cannot be evaluated, for example because an end of the packet is unknown.
-pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Result<Trace, String> {
+pub fn trace(
+    compiler: &Compiler,
+    question: &Question,
+    evaluator: &dyn RequestEvaluator,
+) -> Result<Trace, String> {
     let source = end(compiler, &question.source)?;
     let Some(name) = &question.to_fqdn else {
         let destination = end(compiler, &question.destination)?;
-        return trace_between(compiler, question, judge, source, destination);
+        return trace_between(compiler, question, evaluator, source, destination);
     };
     let address: IpAddr = match question.destination.as_str() {
         "" => IpAddr::from([0, 0, 0, 0]),
@@ -204,13 +208,13 @@ pub fn trace(compiler: &Compiler, question: &Question, judge: &dyn Judge) -> Res
             _ => Some(snapshot.identity_of(address).endpoint).filter(|id| *id != 0),
         },
     };
-    trace_between(&compiler, question, judge, source, destination)
+    trace_between(&compiler, question, evaluator, source, destination)
 }
 
 fn trace_between(
     compiler: &Compiler,
     question: &Question,
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
     source: End,
     destination: End,
 ) -> Result<Trace, String> {
@@ -222,7 +226,7 @@ fn trace_between(
             Direction::Egress,
             destination.identity,
             question,
-            judge,
+            evaluator,
         )?);
     }
     if let Some(endpoint) = destination.endpoint
@@ -234,7 +238,7 @@ fn trace_between(
             Direction::Ingress,
             source.identity,
             question,
-            judge,
+            evaluator,
         )?);
     }
     let worst = |outcome: Outcome| match outcome {
@@ -248,14 +252,14 @@ fn trace_between(
         .map(|side| side.verdict)
         .max_by_key(|outcome| worst(*outcome))
         .unwrap_or(Outcome::Allowed);
-    let notes = judged_as_the_node(compiler, question, judge, &source, &destination);
+    let notes = address_translation_notes(compiler, question, evaluator, &source, &destination);
     Ok(Trace {
         notes,
         source,
         destination,
         protocol: question.protocol,
         port: question.port,
-        request: asked(&question.request),
+        request: request_text(&question.request),
         verdict,
         sides,
     })
@@ -263,10 +267,10 @@ fn trace_between(
 
 /// Returns notes on address translation. The node can masquerade the packets of a workload, or publish a port of the
 /// workload. Such packets have the node's address at the NIC, so the node's policy applies to them as well.
-fn judged_as_the_node(
+fn address_translation_notes(
     compiler: &Compiler,
     question: &Question,
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
     source: &End,
     destination: &End,
 ) -> Vec<String> {
@@ -292,7 +296,7 @@ fn judged_as_the_node(
     }
     let note = match (
         direction,
-        side(compiler, node.id, direction, other.identity, question, judge),
+        side(compiler, node.id, direction, other.identity, question, evaluator),
     ) {
         (Direction::Egress, Ok(side)) => format!(
             "if the node masquerades it, egress of {} applies too: {} ({}), decided by {}",
@@ -371,7 +375,7 @@ fn side(
     direction: Direction,
     other: Identity,
     question: &Question,
-    judge: &dyn Judge,
+    evaluator: &dyn RequestEvaluator,
 ) -> Result<Side, String> {
     let snapshot = compiler.snapshot();
     let entry = snapshot
@@ -421,22 +425,22 @@ fn side(
             format!("it would have to be inspected as {inspector}, which is not implemented"),
         );
     } else if inspected
-        && let Some(what) = asked(&question.request)
+        && let Some(what) = request_text(&question.request)
         && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
     {
-        let judged = match set.reads {
+        let evaluated = match set.reads {
             reads if reads != question.request.inspector() => {
                 let reads = inspector_name(reads);
                 Err(format!(
                     "it is inspected as {reads}, and {what} is another protocol"
                 ))
             }
-            _ => decide(judge, set, &question.request, question.http).map_err(|denial| match denial {
-                Denial::NoRule => format!("no rule allows {what}; {}", becomes(&question.request)),
-                Denial::Refused { why, becomes } => format!("{what} is refused: {why}; {becomes}"),
+            _ => decide(evaluator, set, &question.request, question.http).map_err(|denial| match denial {
+                Denial::NoRule => format!("no rule allows {what}; {}", effect(&question.request)),
+                Denial::Refused { why, effect } => format!("{what} is refused: {why}; {effect}"),
             }),
         };
-        (verdict, reason) = match judged {
+        (verdict, reason) = match evaluated {
             Ok(allowing) => {
                 rule = allowing;
                 (Outcome::Allowed, format!("a rule allows {what}"))
@@ -464,7 +468,7 @@ fn side(
 }
 
 /// Returns a description of the request; `None` if no request is described.
-fn asked(request: &Request) -> Option<String> {
+fn request_text(request: &Request) -> Option<String> {
     if let Some(http) = &request.http {
         let on = if http.host.is_empty() { "" } else { "http://" };
         return Some(format!("{} {on}{}{}", http.method, http.host, http.path));
@@ -480,11 +484,11 @@ fn asked(request: &Request) -> Option<String> {
 }
 
 /// Returns the effect, in words, on a request that no rule allows.
-const fn becomes(request: &Request) -> &'static str {
+const fn effect(request: &Request) -> &'static str {
     match request {
-        Request { http: Some(_), .. } => "it is answered 403",
-        Request { dns: Some(_), .. } => "it is answered REFUSED",
-        _ => "its connection is reset",
+        Request { http: Some(_), .. } => "the client gets 403",
+        Request { dns: Some(_), .. } => "the client gets REFUSED",
+        _ => "the connection is reset",
     }
 }
 
@@ -636,7 +640,7 @@ spec:
         compiler
     }
 
-    fn ask(source: &str, destination: &str, port: u16) -> Trace {
+    fn trace_tcp(source: &str, destination: &str, port: u16) -> Trace {
         let question = Question {
             source: source.into(),
             destination: destination.into(),
@@ -649,7 +653,7 @@ spec:
 
     #[test]
     fn both_ends_have_a_verdict_with_rule_and_line() {
-        let answer = ask("front", "default/web", 80);
+        let answer = trace_tcp("front", "default/web", 80);
         assert_eq!(answer.verdict, Outcome::Allowed);
         assert_eq!(answer.sides.len(), 2);
         assert_eq!(
@@ -669,7 +673,7 @@ spec:
 
     #[test]
     fn ends_are_also_numbers_and_reserved_names() {
-        let answer = ask("world-ipv4", "2", 81);
+        let answer = trace_tcp("world-ipv4", "2", 81);
         assert_eq!(answer.source.identity, palisade_abi::identity::WORLD_IPV4);
         assert_eq!(answer.sides[0].name, "default/web");
         assert_eq!(answer.verdict, Outcome::Denied);
@@ -677,13 +681,13 @@ spec:
 
     #[test]
     fn a_denial_names_its_cause() {
-        let answer = ask("front", "10.0.0.2", 81);
+        let answer = trace_tcp("front", "10.0.0.2", 81);
         assert_eq!(answer.verdict, Outcome::Denied);
         assert_eq!(
             answer.sides[1].decided_by,
             "default deny of ingress by policy default/web (web.yaml:1)"
         );
-        let answer = ask("192.0.2.7", "web", 80);
+        let answer = trace_tcp("192.0.2.7", "web", 80);
         assert_eq!(
             answer.sides[0].decided_by,
             "policy default/web ingressDeny rule 1 (web.yaml:11)"
@@ -742,7 +746,7 @@ spec:
         compiler
     }
 
-    fn ask_by_name(question: Question) -> Result<Trace, String> {
+    fn trace_by_name(question: Question) -> Result<Trace, String> {
         trace(&compiler_with("names.yaml", NAMES), &question, &Plain)
     }
 
@@ -759,7 +763,7 @@ spec:
 
     #[test]
     fn destinations_by_name() {
-        let answer = ask_by_name(to_name("API.example.com.", "", 443)).unwrap();
+        let answer = trace_by_name(to_name("API.example.com.", "", 443)).unwrap();
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert_eq!(
             answer.sides[0].decided_by,
@@ -767,31 +771,31 @@ spec:
         );
         assert!(answer.destination.labels.has("fqdn", "*.example.com"));
         // The address is in a prefix that a policy names: the combination has no identity yet.
-        let answer = ask_by_name(to_name("api.example.com", "203.0.113.9", 22)).unwrap();
+        let answer = trace_by_name(to_name("api.example.com", "203.0.113.9", 22)).unwrap();
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert!(answer.destination.labels.has("cidr", "203.0.113.0/24"));
         assert!(answer.destination.labels.has("fqdn", "*.example.com"));
         for (name, address) in [("a.other", ""), ("a.b.example.com", "192.0.2.1")] {
-            let answer = ask_by_name(to_name(name, address, 443)).unwrap();
+            let answer = trace_by_name(to_name(name, address, 443)).unwrap();
             assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         }
         // Two selectors match, and one of them denies: the combination has an identity of its own.
-        let answer = ask_by_name(to_name("bad.example.com", "192.0.2.1", 443)).unwrap();
+        let answer = trace_by_name(to_name("bad.example.com", "192.0.2.1", 443)).unwrap();
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert!(
             answer.sides[0].decided_by.contains("egressDeny rule 1"),
             "{answer}"
         );
-        let nobody = Question {
+        let unlabelled = Question {
             source: "192.0.2.1".into(),
             ..to_name("api.example.com", "", 443)
         };
-        assert!(ask_by_name(nobody).unwrap_err().contains("learns no names"));
+        assert!(trace_by_name(unlabelled).unwrap_err().contains("learns no names"));
     }
 
     #[test]
     fn dns_queries() {
-        let ask = |name: &str| {
+        let query = |name: &str| {
             let question = Question {
                 source: "front".into(),
                 destination: "198.51.100.53".into(),
@@ -803,14 +807,14 @@ spec:
                 port: 53,
                 ..Question::default()
             };
-            ask_by_name(question).unwrap()
+            trace_by_name(question).unwrap()
         };
-        let answer = ask("api.example.com");
+        let answer = query("api.example.com");
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert!(answer.sides[0].decided_by.contains("egress rule 1"), "{answer}");
-        let answer = ask("example.org");
+        let answer = query("example.org");
         assert_eq!(answer.verdict, Outcome::Denied);
-        assert!(answer.to_string().contains("answered REFUSED"), "{answer}");
+        assert!(answer.to_string().contains("gets REFUSED"), "{answer}");
     }
     const REQUESTS: &str = "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -844,11 +848,11 @@ spec:
       rules: {http: [{method: GET}]}
 ";
 
-    fn ask_for(port: u16, request: Request) -> Trace {
-        ask_by(REQUESTS, port, request)
+    fn trace_request(port: u16, request: Request) -> Trace {
+        trace_request_with(REQUESTS, port, request)
     }
 
-    fn ask_by(policies: &str, port: u16, request: Request) -> Trace {
+    fn trace_request_with(policies: &str, port: u16, request: Request) -> Trace {
         let question = Question {
             source: "front".into(),
             destination: "198.51.100.80".into(),
@@ -882,11 +886,11 @@ spec:
 
     #[test]
     fn requests() {
-        let answer = ask_for(80, Request::default());
+        let answer = trace_request(80, Request::default());
         assert_eq!(answer.verdict, Outcome::Inspected, "{answer}");
         assert_eq!(answer.request, None);
 
-        let answer = ask_for(80, http("GET", "/public/x", "blue"));
+        let answer = trace_request(80, http("GET", "/public/x", "blue"));
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert_eq!(
             answer.sides[0].decided_by,
@@ -898,7 +902,7 @@ spec:
                 && text.contains("ALLOWED (a rule allows GET http://a.test/public/x)"),
             "{text}"
         );
-        let answer = ask_for(80, http("HEAD", "/secret", "red"));
+        let answer = trace_request(80, http("HEAD", "/secret", "red"));
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert_eq!(
             answer.sides[0].decided_by,
@@ -910,10 +914,10 @@ spec:
             http("GET", "/public/x", "red"),
             http("GET", "/public/../secret", "blue"),
         ] {
-            let answer = ask_for(80, request);
+            let answer = trace_request(80, request);
             assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
             assert!(
-                answer.sides[0].reason.ends_with("; it is answered 403"),
+                answer.sides[0].reason.ends_with("; the client gets 403"),
                 "{answer}"
             );
         }
@@ -936,36 +940,36 @@ spec:
             };
             let answer = trace(&compiler_with("requests.yaml", REQUESTS), &question, &Plain).unwrap();
             assert_eq!(answer.verdict, verdict, "{answer}");
-            let said =
+            let names_missing_inspector =
                 answer.sides[0].reason == "it would have to be inspected as http, which is not implemented";
-            assert_eq!(said, verdict == Outcome::Denied, "{answer}");
+            assert_eq!(names_missing_inspector, verdict == Outcome::Denied, "{answer}");
         }
     }
 
     #[test]
     fn requests_in_audit_mode() {
-        let answer = ask_by(TRIED, 80, http("GET", "/", ""));
+        let answer = trace_request_with(TRIED, 80, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
-        let answer = ask_by(TRIED, 80, http("PUT", "/", ""));
+        let answer = trace_request_with(TRIED, 80, http("PUT", "/", ""));
         assert_eq!(answer.verdict, Outcome::Audited, "{answer}");
     }
 
     #[test]
     fn server_names() {
-        let answer = ask_for(443, hello("API.example.com."));
+        let answer = trace_request(443, hello("API.example.com."));
         assert_eq!(answer.verdict, Outcome::Allowed, "{answer}");
         assert!(answer.sides[0].decided_by.contains("egress rule 1"), "{answer}");
         for (name, text) in [
             (
                 "example.com",
-                "no rule allows the server name example.com; its connection is reset",
+                "no rule allows the server name example.com; the connection is reset",
             ),
             (
                 "",
-                "no rule allows a hello without a server name; its connection is reset",
+                "no rule allows a hello without a server name; the connection is reset",
             ),
         ] {
-            let answer = ask_for(443, hello(name));
+            let answer = trace_request(443, hello(name));
             assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
             assert_eq!(answer.sides[0].reason, text);
         }
@@ -973,16 +977,16 @@ spec:
 
     #[test]
     fn requests_of_another_protocol_are_denied() {
-        let answer = ask_for(443, http("GET", "/", ""));
+        let answer = trace_request(443, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert_eq!(
             answer.sides[0].reason,
             "it is inspected as tls, and GET http://a.test/ is another protocol"
         );
-        let answer = ask_for(80, hello("api.example.com"));
+        let answer = trace_request(80, hello("api.example.com"));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         // Where traffic is not inspected, the request does not matter.
-        let answer = ask_for(22, http("GET", "/", ""));
+        let answer = trace_request(22, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert!(answer.sides[0].reason.contains("nothing allows it"), "{answer}");
     }

@@ -108,7 +108,7 @@ impl Compiled {
     }
 
     /// Returns the policy that allows a request of `app`.
-    fn asks(&self, app: &str, path: &str) -> Option<&str> {
+    fn allowing_policy(&self, app: &str, path: &str) -> Option<&str> {
         let request = Request {
             http: Some(HttpRequest {
                 method: "GET".into(),
@@ -165,12 +165,12 @@ fn application_rules_of_several_policies_are_merged() {
         ("c", &http(ALL, "/c.*")),
     ]);
     assert!(all.is_read_as("front", Inspector::Http) && all.is_read_as("back", Inspector::Http));
-    assert_eq!(all.asks("front", "/a1"), Some("a"));
-    assert_eq!(all.asks("front", "/b1"), Some("b"));
-    assert_eq!(all.asks("front", "/c1"), Some("c"));
-    assert_eq!(all.asks("front", "/d"), None);
-    assert_eq!(all.asks("back", "/a1"), None);
-    assert_eq!(all.asks("back", "/c1"), Some("c"));
+    assert_eq!(all.allowing_policy("front", "/a1"), Some("a"));
+    assert_eq!(all.allowing_policy("front", "/b1"), Some("b"));
+    assert_eq!(all.allowing_policy("front", "/c1"), Some("c"));
+    assert_eq!(all.allowing_policy("front", "/d"), None);
+    assert_eq!(all.allowing_policy("back", "/a1"), None);
+    assert_eq!(all.allowing_policy("back", "/c1"), Some("c"));
 }
 
 #[test]
@@ -178,8 +178,8 @@ fn a_plain_allow_for_the_same_peer_and_port_allows_every_inspected_request() {
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[("a", &http(FRONT, "/a.*")), ("plain", &plain)]);
     assert!(all.is_read_as("front", Inspector::Http));
-    assert_eq!(all.asks("front", "/a"), Some("a"));
-    assert_eq!(all.asks("front", "/x"), Some("plain"));
+    assert_eq!(all.allowing_policy("front", "/a"), Some("a"));
+    assert_eq!(all.allowing_policy("front", "/x"), Some("plain"));
     assert!(!all.is_audited("front"));
     assert_eq!(all.entry("back").decision, Decision::Deny as u8);
 }
@@ -203,15 +203,15 @@ fn a_broader_allow_allows_requests_that_no_rule_of_the_port_allows() {
     ] {
         let all = compiled(&[("a", &http(FRONT, "/a.*")), ("broad", &broad)]);
         assert!(all.is_read_as("front", Inspector::Http), "{name}");
-        assert_eq!(all.asks("front", "/a"), Some("a"), "{name}");
-        assert_eq!(all.asks("front", "/x"), Some("broad"), "{name}");
+        assert_eq!(all.allowing_policy("front", "/a"), Some("a"), "{name}");
+        assert_eq!(all.allowing_policy("front", "/x"), Some("broad"), "{name}");
     }
     // The same with the roles exchanged: application rules for any peer apply to a peer that a plain rule allows.
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[("a", &http(ALL, "/a.*")), ("plain", &plain)]);
     assert!(all.is_read_as("front", Inspector::Http));
-    assert_eq!(all.asks("front", "/x"), Some("plain"));
-    assert_eq!(all.asks("back", "/x"), None);
+    assert_eq!(all.allowing_policy("front", "/x"), Some("plain"));
+    assert_eq!(all.allowing_policy("back", "/x"), None);
 }
 
 #[test]
@@ -225,15 +225,15 @@ fn a_deny_wins_over_application_rules() {
     let entry = all.entry("front");
     assert_eq!(entry.decision, Decision::DenyExplicit as u8);
     assert_eq!(all.policy_of(entry.rule), "deny");
-    assert_eq!(all.asks("back", "/b"), Some("b"));
+    assert_eq!(all.allowing_policy("back", "/b"), Some("b"));
 }
 
 #[test]
 fn of_several_protocols_only_the_first_is_inspected() {
     let all = compiled(&[("a", &names(ALL, "a.test")), ("b", &http(FRONT, "/b.*"))]);
     assert!(all.is_read_as("front", Inspector::Http) && all.is_read_as("back", Inspector::Tls));
-    assert_eq!(all.asks("front", "/b"), Some("b"));
-    assert_eq!(all.asks("front", "/x"), None);
+    assert_eq!(all.allowing_policy("front", "/b"), Some("b"));
+    assert_eq!(all.allowing_policy("front", "/x"), None);
     assert_eq!(all.connects("back", "a.test"), Some("a"));
     assert_eq!(all.connects("front", "a.test"), None, "it is read as HTTP");
 }
@@ -301,7 +301,7 @@ fn server_names_are_merged_and_apply_to_all_traffic_of_the_peer_and_port() {
 fn a_plain_allow_of_the_same_policy_counts_as_any_other() {
     let both = format!("{}\n  - {FRONT}\n    {PLAIN_80}", http(FRONT, "/a.*"));
     let all = compiled(&[("both", &both)]);
-    assert_eq!(all.asks("front", "/x"), Some("both"));
+    assert_eq!(all.allowing_policy("front", "/x"), Some("both"));
     assert_eq!(
         all.rules("front").alternatives.last().unwrap().matcher,
         Matcher::Everything
@@ -313,8 +313,8 @@ fn without_default_deny_every_request_passes() {
     let lenient = format!("  enableDefaultDeny: {{ingress: false}}\n{}", http(FRONT, "/a.*"));
     let all = compiled(&[("a", &lenient)]);
     assert!(all.is_read_as("front", Inspector::Http));
-    assert_eq!(all.asks("front", "/a"), Some("a"));
-    assert!(all.asks("front", "/x").is_some());
+    assert_eq!(all.allowing_policy("front", "/a"), Some("a"));
+    assert!(all.allowing_policy("front", "/x").is_some());
 }
 
 #[test]
@@ -335,7 +335,7 @@ fn audit_mode_of_node_or_endpoint_applies_to_requests() {
         let all = compile(inventory, &policies).ok().unwrap();
         assert!(all.is_audited("front"));
         assert_eq!(
-            all.asks("front", "/x"),
+            all.allowing_policy("front", "/x"),
             None,
             "it would be denied, and that is told"
         );
@@ -350,7 +350,7 @@ fn audit_mode_of_a_policy_applies_to_requests_that_only_it_denies() {
 
     let all = compiled(&[("a!", &http(FRONT, "/a.*"))]);
     assert!(all.is_audited("front"), "the only policy");
-    assert_eq!(all.asks("front", "/x"), None);
+    assert_eq!(all.allowing_policy("front", "/x"), None);
 
     let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("b!", elsewhere)]);
     assert!(all.is_audited("front"), "all are in audit mode");
@@ -366,7 +366,11 @@ fn audit_mode_of_a_policy_applies_to_requests_that_only_it_denies() {
 
     let all = compiled(&[("a", &http(FRONT, "/a.*")), ("b!", &http(FRONT, "/b.*"))]);
     assert!(!all.is_audited("front"));
-    assert_eq!(all.asks("front", "/b"), Some("b"), "what it allows is allowed");
+    assert_eq!(
+        all.allowing_policy("front", "/b"),
+        Some("b"),
+        "what it allows is allowed"
+    );
 
     // Without the policy in audit mode nothing would be inspected.
     let all = compiled(&[("a!", &http(FRONT, "/a.*")), ("plain", &plain)]);

@@ -43,7 +43,7 @@ impl<F> Dns<F> {
         };
         self.stats.queries += 1;
         let mut record = Record::of(view, records::query(&query.question));
-        let allowed = rules.judge(&query.question.name);
+        let allowed = rules.evaluate(&query.question.name);
         if allowed.is_none() {
             self.stats.denied += 1;
             if !is_audit(view.slot) {
@@ -135,7 +135,7 @@ impl<F> Dns<F> {
 pub(super) fn is_allowed<F, S>(view: &PacketView<'_>, message: &[u8], cx: &Cx<'_, F, S>) -> bool {
     Query::parse(message, &Limits::QUERY).is_ok_and(|query| {
         let rules = cx.rules.dns(view.slot.ruleset);
-        rules.is_some_and(|rules| rules.judge(&query.question.name).is_some())
+        rules.is_some_and(|rules| rules.evaluate(&query.question.name).is_some())
     })
 }
 
@@ -155,6 +155,6 @@ fn is_of_search_list(name: &Name, rules: &DnsRules) -> bool {
         };
         room.copy_from_slice(kept);
         let prefix = wire.get(..=length).map(Name::from_wire);
-        prefix.is_some_and(|name| name.is_ok_and(|name| rules.judge(&name).is_some()))
+        prefix.is_some_and(|name| name.is_ok_and(|name| rules.evaluate(&name).is_some()))
     })
 }

@@ -312,7 +312,7 @@ impl HttpStream<'_> {
         let Some(rules) = cx.rules.http(self.slot.ruleset) else {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
-        let verdict = rules.judge(request, self.limits.paths, self.scratch);
+        let verdict = rules.evaluate(request, self.limits.paths, self.scratch);
         let audit = self.is_audit();
         self.report_request(request, verdict, url, cx);
         if let Err(HttpDenial::NoRule | HttpDenial::Path(_)) = verdict {

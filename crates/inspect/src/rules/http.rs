@@ -182,7 +182,7 @@ impl HttpRules {
     ///
     /// # Errors
     /// [`HttpDenial`] if the request is not allowed in every required form.
-    pub fn judge(
+    pub fn evaluate(
         &self,
         request: &Request<'_>,
         paths: Paths,

@@ -124,8 +124,8 @@ impl DnsRules {
 
     /// Returns the rule of the first alternative that allows a query for `name`.
     #[must_use]
-    pub fn judge(&self, name: &Name) -> Option<u32> {
-        self.0.judge(name)
+    pub fn evaluate(&self, name: &Name) -> Option<u32> {
+        self.0.evaluate(name)
     }
 }
 
@@ -143,8 +143,8 @@ impl TlsRules {
 
     /// Returns the rule of the first alternative that allows a connection with the server name `name`.
     #[must_use]
-    pub fn judge(&self, name: &Name) -> Option<u32> {
-        self.0.judge(name)
+    pub fn evaluate(&self, name: &Name) -> Option<u32> {
+        self.0.evaluate(name)
     }
 
     /// Returns the rule that allows every connection, including connections without a server name.
@@ -195,7 +195,7 @@ impl NameRules {
         }
     }
 
-    fn judge(&self, name: &Name) -> Option<u32> {
+    fn evaluate(&self, name: &Name) -> Option<u32> {
         let named = self
             .names
             .first(name)

@@ -17,13 +17,13 @@ fn the_first_alternative_that_matches_decides() {
         (3, rule_set(&[])),
     ]);
     let rules = Rules::prepare(&sets, None);
-    let judge = |set: u32, name: &str| rules.dns(set).unwrap().judge(&name.parse().unwrap());
-    assert_eq!(judge(1, "a.test"), Some(10));
-    assert_eq!(judge(1, "b.test"), Some(11));
-    assert_eq!(judge(1, "x.y"), Some(12));
-    assert_eq!(judge(2, "a.test"), Some(20));
-    assert_eq!(judge(2, "x.y"), None);
-    assert_eq!(judge(3, "a.test"), None);
+    let evaluate = |set: u32, name: &str| rules.dns(set).unwrap().evaluate(&name.parse().unwrap());
+    assert_eq!(evaluate(1, "a.test"), Some(10));
+    assert_eq!(evaluate(1, "b.test"), Some(11));
+    assert_eq!(evaluate(1, "x.y"), Some(12));
+    assert_eq!(evaluate(2, "a.test"), Some(20));
+    assert_eq!(evaluate(2, "x.y"), None);
+    assert_eq!(evaluate(3, "a.test"), None);
     assert!(rules.dns(4).is_none() && !rules.knows(4) && rules.knows(3));
 }
 
@@ -36,7 +36,10 @@ fn an_unchanged_rule_set_is_not_prepared_again() {
     let after = Rules::prepare(&sets, Some(&before));
     let same = |set| std::ptr::eq(before.dns(set).unwrap(), after.dns(set).unwrap());
     assert!(same(1) && !same(2));
-    assert_eq!(after.dns(2).unwrap().judge(&"c.test".parse().unwrap()), Some(20));
+    assert_eq!(
+        after.dns(2).unwrap().evaluate(&"c.test".parse().unwrap()),
+        Some(20)
+    );
     sets.remove(&1);
     assert!(!Rules::prepare(&sets, Some(&after)).knows(1));
 }
@@ -48,8 +51,8 @@ fn an_invalid_pattern_matches_nothing_and_is_reported() {
     assert_eq!(rules.problems().len(), 2);
     assert!(rules.problems().iter().all(|problem| problem.ruleset == 1));
     let dns = rules.dns(1).unwrap();
-    assert_eq!(dns.judge(&"b.test".parse().unwrap()), Some(11));
-    assert_eq!(dns.judge(&"a.test".parse().unwrap()), None);
+    assert_eq!(dns.evaluate(&"b.test".parse().unwrap()), Some(11));
+    assert_eq!(dns.evaluate(&"a.test".parse().unwrap()), None);
     assert!(Arc::ptr_eq(rules.source(1).unwrap(), &sets[&1]));
     assert!(matches!(pattern("a"), palisade_model::rule::FqdnPattern::Name(_)));
 }

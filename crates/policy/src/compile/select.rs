@@ -71,7 +71,7 @@ impl ResolvedSelector {
     }
 
     /// Returns whether the selector has a requirement with a key for which `is_known` returns true.
-    pub(super) fn asks_for(&self, is_known: impl Fn(&str) -> bool) -> bool {
+    pub(super) fn requires_key(&self, is_known: impl Fn(&str) -> bool) -> bool {
         match self {
             Self::Labels(selector) | Self::Nodes(selector) => selector
                 .requirements

@@ -111,7 +111,7 @@ impl Member {
                 let identities = rows.by_selector.get(selector).into_iter().flatten();
                 identities.for_each(|identity| name(*identity));
             }
-            Learned::Labels(resolved) if !resolved.asks_for(|key| rows.texts.contains(key)) => by_base(),
+            Learned::Labels(resolved) if !resolved.requires_key(|key| rows.texts.contains(key)) => by_base(),
             Learned::Labels(resolved) => {
                 for (number, identity) in &rows.identities {
                     if resolved.matches(&identity.labels) {

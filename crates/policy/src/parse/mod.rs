@@ -139,7 +139,7 @@ fn each(
         Some(other) => {
             let found = Node::from_json(other).describe();
             let message = format!("{name} must be a list, found {found}");
-            context.say(Severity::Error, node::Position::default(), message);
+            context.diagnose(Severity::Error, node::Position::default(), message);
         }
     }
 }
@@ -158,7 +158,7 @@ pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Ve
 fn documents(context: &Context, text: &str) -> Vec<Node> {
     let (documents, errors) = yaml::documents(text);
     for error in errors {
-        context.say(Severity::Error, error.position, error.message);
+        context.diagnose(Severity::Error, error.position, error.message);
     }
     documents
 }

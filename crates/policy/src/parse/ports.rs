@@ -89,12 +89,12 @@ fn check_l7_ports(object: &Object<'_>, l7: &L7, ports: &[Port], given: bool) {
         object.error_at_key("rules", "dns rules need a port; write port: \"53\"");
     }
     for port in ports {
-        let say = |message: &str| object.error_at_key("rules", message);
+        let reject = |message: &str| object.error_at_key("rules", message);
         match &port.spec {
             PortSpec::Range { protocol, .. } | PortSpec::Named { protocol, .. }
                 if !dns && *protocol != L4Protocol::Tcp =>
             {
-                say(&format!(
+                reject(&format!(
                     "application rules other than dns need protocol: TCP, and a port of this entry has {}",
                     protocol_name(*protocol)
                 ));
@@ -102,10 +102,10 @@ fn check_l7_ports(object: &Object<'_>, l7: &L7, ports: &[Port], given: bool) {
             _ => {}
         }
         if port.is_zero {
-            say("application rules cannot be used with port 0");
+            reject("application rules cannot be used with port 0");
         }
         if dns && port.is_range {
-            say("dns rules cannot be used with a range of ports");
+            reject("dns rules cannot be used with a range of ports");
         }
     }
 }

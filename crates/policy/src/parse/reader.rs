@@ -114,7 +114,7 @@ impl Context {
         }
     }
 
-    pub(super) fn say(&self, severity: Severity, position: Position, message: String) {
+    pub(super) fn diagnose(&self, severity: Severity, position: Position, message: String) {
         if severity == Severity::Error {
             self.errors.set(self.errors.get() + 1);
         }
@@ -206,7 +206,7 @@ impl<'a> At<'a> {
         self.context.location(self.node.position)
     }
 
-    fn say(&self, severity: Severity, position: Position, message: &str) {
+    fn diagnose(&self, severity: Severity, position: Position, message: &str) {
         // Without a line the message gives the path.
         let way = if position.line == 0 {
             self.to_string()
@@ -218,15 +218,15 @@ impl<'a> At<'a> {
         } else {
             format!("{way}: {message}")
         };
-        self.context.say(severity, position, message);
+        self.context.diagnose(severity, position, message);
     }
 
     pub(super) fn error(&self, message: impl AsRef<str>) {
-        self.say(Severity::Error, self.node.position, message.as_ref());
+        self.diagnose(Severity::Error, self.node.position, message.as_ref());
     }
 
     pub(super) fn warning(&self, message: impl AsRef<str>) {
-        self.say(Severity::Warning, self.node.position, message.as_ref());
+        self.diagnose(Severity::Warning, self.node.position, message.as_ref());
     }
 
     /// Returns whether the node is part of a bare rule of a case file.
@@ -244,7 +244,7 @@ impl<'a> At<'a> {
     }
 
     pub(super) fn note(&self, message: impl AsRef<str>) {
-        self.say(Severity::Note, self.node.position, message.as_ref());
+        self.diagnose(Severity::Note, self.node.position, message.as_ref());
     }
 
     fn expected<T>(&self, what: &str) -> Option<T> {
@@ -456,7 +456,7 @@ impl<'a> Object<'a> {
             };
             if !says_nothing {
                 self.at
-                    .say(Severity::Error, entry.position, &format!("{name} {why}"));
+                    .diagnose(Severity::Error, entry.position, &format!("{name} {why}"));
             }
         }
     }
@@ -470,7 +470,7 @@ impl<'a> Object<'a> {
         for entry in self.entries.iter().filter(|entry| entry.value.is_null()) {
             if names.contains(&entry.key.as_str()) {
                 let message = format!("{} is null, which is the same as absent", entry.key);
-                self.at.say(Severity::Warning, entry.position, &message);
+                self.at.diagnose(Severity::Warning, entry.position, &message);
             }
         }
     }
@@ -502,7 +502,7 @@ impl<'a> Object<'a> {
         let position = self
             .entry(key)
             .map_or(self.at.node.position, |entry| entry.position);
-        self.at.say(Severity::Error, position, message.as_ref());
+        self.at.diagnose(Severity::Error, position, message.as_ref());
     }
 
     /// Reports an error at the value of a member.
@@ -510,7 +510,7 @@ impl<'a> Object<'a> {
         let position = self
             .entry(key)
             .map_or(self.at.node.position, |entry| entry.value.position);
-        self.at.say(Severity::Error, position, message.as_ref());
+        self.at.diagnose(Severity::Error, position, message.as_ref());
     }
 
     /// Reports as unknown fields all members that were not requested. Returns false if there are any. Must be called
@@ -535,7 +535,7 @@ impl<'a> Object<'a> {
                 }
                 None => {}
             }
-            self.at.say(Severity::Error, entry.position, &message);
+            self.at.diagnose(Severity::Error, entry.position, &message);
         }
         all_known
     }

@@ -468,20 +468,20 @@ impl OpenValue {
 
 /// Returns the parser's message, with the likely cause if `here`, the text at the error, begins with a character that
 /// needs quotes.
-fn in_plain_words(said: &str, here: &str) -> String {
+fn in_plain_words(message: &str, here: &str) -> String {
     match here.chars().next() {
         Some('*') => {
             let ends = |c: char| c.is_whitespace() || matches!(c, ',' | ']' | '}');
             let word = here.split(ends).next().unwrap_or_default();
             format!(
-                "a value that begins with * must be quoted, like {}; without quotes it is an alias ({said})",
+                "a value that begins with * must be quoted, like {}; without quotes it is an alias ({message})",
                 quoted(word)
             )
         }
         Some(character @ ('%' | '@' | '`')) => {
-            format!("a value that begins with {character} must be quoted ({said})")
+            format!("a value that begins with {character} must be quoted ({message})")
         }
-        _ => said.to_owned(),
+        _ => message.to_owned(),
     }
 }
 

@@ -112,8 +112,8 @@ impl Maps {
     }
 
     /// Returns the entry that the programs find; `None` if the endpoint has no policy (the packet is dropped).
-    pub fn judge(&self, packet: &Packet) -> Option<PolicyEntry> {
-        self.judge_from(self.identity(packet.remote.into()), packet)
+    pub fn entry(&self, packet: &Packet) -> Option<PolicyEntry> {
+        self.entry_from(self.identity(packet.remote.into()), packet)
     }
 
     /// Returns the identity of the peer for the endpoint of a packet, given its identity in the ipcache.
@@ -123,11 +123,11 @@ impl Maps {
             .endpoints
             .get(&packet.endpoint)
             .is_some_and(|state| state.flags & endpoint_flags::LEARNS != 0);
-        let somebody = self
+        let is_identified = self
             .addresses
             .get(&addr)
             .is_some_and(|entry| entry.identity < identity::FIRST_LOCAL);
-        if packet.direction == Direction::Ingress || !learns || somebody {
+        if packet.direction == Direction::Ingress || !learns || is_identified {
             return other;
         }
         let key = LearnedKey {
@@ -137,8 +137,8 @@ impl Maps {
         self.learned.get(&key).copied().unwrap_or(other)
     }
 
-    /// Returns the same as [`Self::judge`], given the identity of the peer in the ipcache.
-    pub fn judge_from(&self, other: u32, packet: &Packet) -> Option<PolicyEntry> {
+    /// Returns the same as [`Self::entry`], given the identity of the peer in the ipcache.
+    pub fn entry_from(&self, other: u32, packet: &Packet) -> Option<PolicyEntry> {
         let other = self.as_learned(other, packet);
         let state = self.endpoints.get(&packet.endpoint)?;
         let slot = match packet.port {
@@ -206,9 +206,9 @@ impl Maps {
                 } else {
                     endpoint_flags::PLAIN_EGRESS
                 };
-                let asked = [Decision::Inspect, Decision::DenyExplicit].map(|decision| decision as u8);
+                let excluded = [Decision::Inspect, Decision::DenyExplicit].map(|decision| decision as u8);
                 assert!(
-                    state.flags & plain == 0 || !asked.contains(&entry.decision),
+                    state.flags & plain == 0 || !excluded.contains(&entry.decision),
                     "{state:?} {key:?} {entry:?}"
                 );
             }

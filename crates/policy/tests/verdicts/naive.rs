@@ -29,7 +29,7 @@ pub enum Verdict {
 }
 
 /// A verdict, and whether the packet passes because of audit mode.
-pub type Judged = (Verdict, bool);
+pub type AuditedVerdict = (Verdict, bool);
 
 /// The peer: its labels and, for an address of the world, the longest prefix that a policy names.
 struct Other {
@@ -151,7 +151,7 @@ impl<'a> Naive<'a> {
         }
     }
 
-    pub fn judge(&self, packet: &Packet) -> Option<Judged> {
+    pub fn evaluate(&self, packet: &Packet) -> Option<AuditedVerdict> {
         let subject = self
             .inventory
             .endpoints
@@ -170,10 +170,10 @@ impl<'a> Naive<'a> {
                 .filter(|fact| fact.endpoint == packet.endpoint && fact.address == packet.remote);
             other.names = learned.map(|fact| fact.name).collect();
         }
-        Some(self.judge_other(subject, packet, &other))
+        Some(self.evaluate_peer(subject, packet, &other))
     }
 
-    fn judge_other(&self, subject: &Endpoint, packet: &Packet, other: &Other) -> Judged {
+    fn evaluate_peer(&self, subject: &Endpoint, packet: &Packet, other: &Other) -> AuditedVerdict {
         let options = self.inventory.options;
         if options.enforcement == Enforcement::Never {
             return (Verdict::Allow, false);

@@ -136,14 +136,14 @@ impl Node {
                     packet.protocol,
                     packet.port,
                 );
-                (packet, [noticed(self.maps.judge(&packet)), noticed(after)])
+                (packet, [noticed(self.maps.entry(&packet)), noticed(after)])
             })
             .collect();
         let ops = plan(&old, &new);
         for (step, op) in ops.iter().enumerate() {
             self.maps.apply(op, |maps| {
                 for (packet, allowed) in &watched {
-                    let now = noticed(maps.judge(packet));
+                    let now = noticed(maps.entry(packet));
                     assert!(
                         allowed.contains(&now),
                         "step {step} ({op:?}): {packet:?} gets {now:?}, not one of {allowed:?}"
@@ -178,7 +178,7 @@ impl Node {
             port: Some(port),
         };
         self.maps
-            .judge(&packet)
+            .entry(&packet)
             .is_some_and(|entry| entry.decision == Decision::Allow as u8)
     }
 }
@@ -320,14 +320,14 @@ fn a_restarted_daemon_takes_over_without_a_gap() {
                 packet.protocol,
                 packet.port,
             );
-            (packet, [noticed(node.maps.judge(&packet)), noticed(after)])
+            (packet, [noticed(node.maps.entry(&packet)), noticed(after)])
         })
         .collect();
     for op in plan(&found, &new) {
         node.maps.apply(&op, |maps| {
             for (packet, allowed) in &watched {
                 assert!(
-                    allowed.contains(&noticed(maps.judge(packet))),
+                    allowed.contains(&noticed(maps.entry(packet))),
                     "{op:?}: {packet:?}"
                 );
             }

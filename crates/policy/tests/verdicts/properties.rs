@@ -24,7 +24,7 @@ use proptest::prelude::*;
 
 use crate::{
     maps::Maps,
-    naive::{Judged, Naive, Verdict, name_fits},
+    naive::{AuditedVerdict, Naive, Verdict, name_fits},
     random::{ADDRESSES, Fact, Packet, Tape, fact, file, files, inventory, packets},
 };
 
@@ -78,7 +78,7 @@ fn with_learned(compiler: &mut Compiler, facts: &[Fact]) -> (Snapshot, LearnedUp
     (snapshot, update)
 }
 
-fn judged(snapshot: &Snapshot, packet: &Packet) -> Option<(Judged, PolicyEntry)> {
+fn table_verdict(snapshot: &Snapshot, packet: &Packet) -> Option<(AuditedVerdict, PolicyEntry)> {
     let key = LearnedKey {
         addr: packet.remote.into(),
         endpoint: packet.endpoint.into(),
@@ -128,8 +128,8 @@ impl Watch {
                             .contains(&(packet.protocol, packet.port))
                 })
                 .map(|packet| {
-                    let new = judged(new, &packet).map(|(_, entry)| entry);
-                    (packet, [noticed(old.judge(&packet)), noticed(new)])
+                    let new = table_verdict(new, &packet).map(|(_, entry)| entry);
+                    (packet, [noticed(old.entry(&packet)), noticed(new)])
                 })
                 .collect(),
         }
@@ -142,7 +142,7 @@ impl Watch {
             .map(|address| (address, maps.identity(address.into())))
             .collect();
         for (packet, allowed) in &self.packets {
-            let now = noticed(maps.judge_from(others[&packet.remote], packet));
+            let now = noticed(maps.entry_from(others[&packet.remote], packet));
             assert!(
                 allowed.contains(&now),
                 "step {step}: {packet:?} gets {now:?}, neither {:?} (old) nor {:?} (new)",
@@ -242,12 +242,12 @@ fn excepting_every_prefix_excludes_only_addresses_with_a_prefix() {
             protocol: 6,
             port: Some(80),
         };
-        let table = judged(compiler.snapshot(), &packet).map(|(verdict, _)| verdict);
+        let table = table_verdict(compiler.snapshot(), &packet).map(|(verdict, _)| verdict);
         let expected = if allowed { Verdict::Allow } else { Verdict::Deny };
         let case = format!("{cidr} except {except} for {address}, dual stack: {dual_stack}");
         assert_eq!(table, Some((expected, false)), "{case}");
         assert_eq!(
-            Naive::new(&inventory, &files, &[]).judge(&packet),
+            Naive::new(&inventory, &files, &[]).evaluate(&packet),
             table,
             "{case}"
         );
@@ -272,8 +272,8 @@ proptest! {
         let snapshot = &snapshot;
         let naive = Naive::new(&inventory, &files, &facts);
         for packet in packets() {
-            let table = judged(snapshot, &packet);
-            prop_assert_eq!(table.map(|(verdict, _)| verdict), naive.judge(&packet), "{:?}", packet);
+            let table = table_verdict(snapshot, &packet);
+            prop_assert_eq!(table.map(|(verdict, _)| verdict), naive.evaluate(&packet), "{:?}", packet);
             if let Some(((verdict, _), entry)) = table {
                 let info = snapshot.rules.get(&entry.rule);
                 prop_assert!(info.is_some(), "rule {} is not known", entry.rule);
@@ -305,12 +305,12 @@ proptest! {
             // DNS answers: the new identities get rows in the current tables, then each address is mapped.
             for _ in 0..tape.pick(3) {
                 facts.push(fact(&mut tape));
-                let before: Vec<_> = packets().iter().map(|packet| noticed(maps.judge(packet))).collect();
+                let before: Vec<_> = packets().iter().map(|packet| noticed(maps.entry(packet))).collect();
                 let (new, update) = with_learned(&mut compiler, &facts);
                 for op in &update.ops {
                     maps.apply(op, |_| {});
                 }
-                let same: Vec<_> = packets().iter().map(|packet| noticed(maps.judge(packet))).collect();
+                let same: Vec<_> = packets().iter().map(|packet| noticed(maps.entry(packet))).collect();
                 prop_assert!(before == same, "new identities of learned addresses were noticed");
                 maps.learned.clone_from(&new.learned.entries);
                 maps.assert_equal(&new);
@@ -355,13 +355,13 @@ proptest! {
                 continue;
             }
             let (new, _) = with_learned(&mut compiler, &facts);
-            let before: Vec<_> = packets().iter().map(|packet| (*packet, noticed(maps.judge(packet)))).collect();
+            let before: Vec<_> = packets().iter().map(|packet| (*packet, noticed(maps.entry(packet)))).collect();
             let revisions: Vec<_> = (0..10).map(|id| maps.endpoint(id).map(|state| state.revision)).collect();
             carry_out(&mut maps, &old, &new);
             // Flows of endpoints whose verdicts have changed are evaluated again.
             for (packet, verdict) in before {
                 let state = maps.endpoint(packet.endpoint);
-                if verdict.is_some() && verdict != noticed(maps.judge(&packet)) && let Some(state) = state {
+                if verdict.is_some() && verdict != noticed(maps.entry(&packet)) && let Some(state) = state {
                     prop_assert_ne!(Some(state.revision), revisions[usize::from(packet.endpoint)]);
                 }
             }
@@ -371,8 +371,8 @@ proptest! {
             let (at_once, _) = with_learned(&mut at_once, &facts);
             for packet in packets() {
                 prop_assert_eq!(
-                    judged(&new, &packet).map(|(verdict, _)| verdict),
-                    judged(&at_once, &packet).map(|(verdict, _)| verdict),
+                    table_verdict(&new, &packet).map(|(verdict, _)| verdict),
+                    table_verdict(&at_once, &packet).map(|(verdict, _)| verdict),
                     "{:?}", packet
                 );
             }

@@ -1,28 +1,28 @@
 //! Errors with their places. A snippet is part of a policy; its first line is line 6.
 
-use super::{cnp, said};
+use super::{cnp, diagnostics_of};
 use crate::parse::parse;
 
 /// Asserts the diagnostics of a snippet of a spec.
 #[track_caller]
-fn assert_said(snippet: &str, expected: &[&str]) {
-    assert_eq!(said(&cnp(snippet)), expected, "{snippet}");
+fn assert_diagnostics(snippet: &str, expected: &[&str]) {
+    assert_eq!(diagnostics_of(&cnp(snippet)), expected, "{snippet}");
 }
 
 /// Asserts the one error of the one rule of `egress`, which begins in line 7, column 5.
 #[track_caller]
 fn assert_egress(rule: &str, expected: &str) {
-    assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
+    assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
 #[track_caller]
 fn assert_ingress(rule: &str, expected: &str) {
-    assert_said(&format!("  ingress:\n  - {rule}\n"), &[expected]);
+    assert_diagnostics(&format!("  ingress:\n  - {rule}\n"), &[expected]);
 }
 
 #[track_caller]
 fn assert_deny(rule: &str, expected: &str) {
-    assert_said(&format!("  egressDeny:\n  - {rule}\n"), &[expected]);
+    assert_diagnostics(&format!("  egressDeny:\n  - {rule}\n"), &[expected]);
 }
 
 /// Asserts the one error of an entry of `toPorts`, which begins in column 15. The default port is TCP 80.
@@ -35,7 +35,7 @@ fn assert_entry(entry: &str, expected: &str) {
 #[track_caller]
 fn assert_http(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{http: [{rule}]}}}}]");
-    assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
+    assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
 /// Asserts the one error of a Kafka rule, in addition to the warning about Kafka (at `rules`, column 48).
@@ -44,7 +44,7 @@ fn assert_kafka(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{kafka: [{rule}]}}}}]");
     let warning = "7:61: warning: Kafka is not inspected yet; until then the traffic of these ports is dropped, with a \
                    reason of its own";
-    assert_said(&format!("  egress:\n  - {rule}\n"), &[warning, expected]);
+    assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[warning, expected]);
 }
 
 #[test]
@@ -70,7 +70,7 @@ spec:
   policyTypes: [ingress]
 ";
     assert_eq!(
-        said(text),
+        diagnostics_of(text),
         [
             "5:22: unknown field \"matchLabel\", did you mean \"matchLabels\"?",
             "7:20: unknown entity \"wrold\", did you mean \"world\"?",
@@ -103,7 +103,7 @@ fn a_policy_with_an_error_leaves_the_others() {
 #[test]
 fn subjects_and_sections() {
     let head = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n";
-    let spec = |spec: &str| said(&format!("{head}{spec}"));
+    let spec = |spec: &str| diagnostics_of(&format!("{head}{spec}"));
     assert_eq!(
         spec("  ingress: [{}]\n"),
         ["5:3: one of endpointSelector and nodeSelector is needed; {} selects every endpoint"]
@@ -124,20 +124,20 @@ fn subjects_and_sections() {
     );
     let nothing = "5:3: one of ingress, ingressDeny, egress and egressDeny must hold a rule; \
                    to deny everything of a direction write the empty rule, as in ingress: [{}]";
-    assert_said("", &[nothing]);
-    assert_said("  egress: []\n", &[nothing]);
+    assert_diagnostics("", &[nothing]);
+    assert_diagnostics("  egress: []\n", &[nothing]);
     let null = "6:3: warning: egress is null, which is the same as absent";
-    assert_said("  egress: null\n  ingressDeny: []\n", &[nothing, null]);
-    assert_said("  enableDefaultDeny: {ingress: true}\n", &[nothing]);
-    assert_said(
+    assert_diagnostics("  egress: null\n  ingressDeny: []\n", &[nothing, null]);
+    assert_diagnostics("  enableDefaultDeny: {ingress: true}\n", &[nothing]);
+    assert_diagnostics(
         "  egress: {}\n",
         &["6:11: egress must be a list, found an object"],
     );
-    assert_said(
+    assert_diagnostics(
         "  ingress: [null]\n",
         &["6:13: this element must be an object, found nothing (null)"],
     );
-    assert_said(
+    assert_diagnostics(
         "  ingress: [{}]\n  enableDefaultDeny: {ingress: maybe, egres: true}\n",
         &[
             "7:32: ingress must be true or false, found the string \"maybe\"",
@@ -148,7 +148,7 @@ fn subjects_and_sections() {
 
 #[test]
 fn unknown_fields_everywhere() {
-    assert_said(
+    assert_diagnostics(
         "  ingres: []\n",
         &["6:3: unknown field \"ingres\", did you mean \"ingress\"?"],
     );
@@ -517,7 +517,7 @@ fn icmp() {
 fn application_rules_and_their_ports() {
     let http = |ports: &str, expected: &str| {
         let rule = format!("toPorts: [{{rules: {{http: [{{method: GET}}]}}, ports: [{ports}]}}]");
-        assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
+        assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
     };
     http(
         "{port: '80', protocol: UDP}",
@@ -534,7 +534,7 @@ fn application_rules_and_their_ports() {
 
     let dns = |rest: &str, expected: &str| {
         let rule = format!("toPorts: [{{rules: {{dns: [{{matchPattern: '*'}}]}}{rest}}}]");
-        assert_said(&format!("  egress:\n  - {rule}\n"), &[expected]);
+        assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
     };
     dns(
         ", ports: [{port: '53', endPort: 54}]",
@@ -544,18 +544,18 @@ fn application_rules_and_their_ports() {
         ", ports: [{port: '0'}]",
         "7:16: application rules cannot be used with port 0",
     );
-    assert_said(
+    assert_diagnostics(
         "  egress:\n  - toPorts: [{rules: {dns: [{matchPattern: '*'}]}}]\n",
         &[
             "7:15: warning: an entry without ports matches nothing; for every port write port: \"0\"",
             "7:16: dns rules need a port; write port: \"53\"",
         ],
     );
-    assert_said(
+    assert_diagnostics(
         "  ingress:\n  - toPorts: [{rules: {dns: [{matchPattern: '*'}]}, ports: [{port: '53'}]}]\n",
         &["7:24: dns rules are for egress only"],
     );
-    assert_said(
+    assert_diagnostics(
         "  egress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{}], kafka: [{}]}}]\n",
         &["7:74: kafka and http cannot be combined in one entry; write an entry for each"],
     );
@@ -563,7 +563,7 @@ fn application_rules_and_their_ports() {
         "{ports: [{port: '80', protocol: TCP}], rules: {l7: [{a: b}]}}",
         "7:62: l7 needs l7proto, the name of the parser",
     );
-    assert_said(
+    assert_diagnostics(
         "  egress:\n  - toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {l7proto: x, l7: [{'': b}]}}]\n",
         &[
             "7:61: warning: there is no such parser yet; until then the traffic of these ports is dropped, \
@@ -697,7 +697,7 @@ fn names_of_hosts() {
 #[test]
 fn tls_and_listeners() {
     let entry = |rest: &str| {
-        said(&cnp(&format!(
+        diagnostics_of(&cnp(&format!(
             "  egress:\n  - toPorts: [{{ports: [{{port: '1', protocol: TCP}}], {rest}}}]\n"
         )))
     };
@@ -738,7 +738,7 @@ fn tls_and_listeners() {
         "7:87: unknown kind \"EnvoyConfig\"; known: CiliumEnvoyConfig, CiliumClusterwideEnvoyConfig"
     );
     assert_eq!(
-        said(&cnp(
+        diagnostics_of(&cnp(
             "  ingress:\n  - toPorts: [{listener: {envoyConfig: {name: c}, name: l}, ports: [{port: '1'}]}]\n"
         ))[0],
         "7:26: listener is for egress only"
@@ -751,7 +751,7 @@ fn authentication() {
         "{toEntities: [all], authentication: {mode: required}}",
         "7:41: warning: authentication is not implemented; this traffic is dropped (reason 189)",
     );
-    assert_said(
+    assert_diagnostics(
         "  egress:\n  - {toEntities: [all], authentication: {mode: disabled}}\n",
         &[],
     );

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::{cnp, said};
+use super::{cnp, diagnostics_of};
 use crate::parse::{
     parse, parse_rules_json,
     reader::{MAX_POLICY_COST, compiled},
@@ -33,7 +33,7 @@ fn counted(text: &str) -> (Vec<String>, usize) {
     work::take();
     compiled::take();
     let start = on_cpu();
-    let said = said(text);
+    let diagnostics = diagnostics_of(text);
     let (took, nodes, states) = (on_cpu() - start, work::take(), compiled::take());
     // A node has at least one byte of text, and nodes above the limit are counted before they are refused.
     let most = text.len() + 3 * MAX_ALIASED_NODES;
@@ -41,7 +41,7 @@ fn counted(text: &str) -> (Vec<String>, usize) {
     let most = MAX_POLICY_COST + palisade_protocols::http1::re2::MAX_COST;
     assert!(states <= most, "{states} states");
     assert!(took < LONGEST, "{took:?} on a CPU");
-    (said, states)
+    (diagnostics, states)
 }
 
 /// Parses a text and asserts the bounds of the work. Returns the diagnostics.
@@ -58,13 +58,13 @@ fn nesting_is_bounded() {
         "- ".repeat(100_000),
         "? ".repeat(100_000),
     ] {
-        let said = soon(&text);
-        assert_eq!(said.len(), 1, "{said:?}");
+        let diagnostics = soon(&text);
+        assert_eq!(diagnostics.len(), 1, "{diagnostics:?}");
         // The YAML parser has a limit of its own for brackets.
         let refused = ["nested deeper than 64 levels", "recursion limit exceeded"];
         assert!(
-            refused.iter().any(|message| said[0].contains(message)),
-            "{said:?}"
+            refused.iter().any(|message| diagnostics[0].contains(message)),
+            "{diagnostics:?}"
         );
     }
     let mut deep = String::new();
@@ -81,17 +81,17 @@ fn aliases_cannot_multiply_without_end() {
         let items = vec![format!("*a{}", n - 1); 9].join(", ");
         laughs.push_str(&format!("a{n}: &a{n} [{items}]\n"));
     }
-    let said = soon(&laughs);
+    let diagnostics = soon(&laughs);
     assert!(
-        said[0].contains("expand to more than") || said[0].contains("hold more than"),
-        "{said:?}"
+        diagnostics[0].contains("expand to more than") || diagnostics[0].contains("hold more than"),
+        "{diagnostics:?}"
     );
 
     let chain: String = (1..100)
         .map(|n| format!("a{n}: &a{n} {{x: *a{}}}\n", n - 1))
         .collect();
-    let said = soon(&format!("a0: &a0 1\n{chain}"));
-    assert!(said[0].contains("64 levels"), "{said:?}");
+    let diagnostics = soon(&format!("a0: &a0 1\n{chain}"));
+    assert!(diagnostics[0].contains("64 levels"), "{diagnostics:?}");
 }
 
 #[test]
@@ -103,18 +103,21 @@ fn large_objects_and_long_names_are_parsed_in_linear_time() {
     assert_eq!(soon(&cnp(&format!("  ingress: [{{}}]\n{unknown}"))).len(), 2_000);
 
     let long = "x".repeat(1_000_000);
-    let said = soon(&cnp(&format!("  ingress: [{{}}]\n  {long}: v\n")));
+    let diagnostics = soon(&cnp(&format!("  ingress: [{{}}]\n  {long}: v\n")));
     assert!(
-        said.iter().all(|message| message.len() < 500),
+        diagnostics.iter().all(|message| message.len() < 500),
         "a message shows a long name in part only"
     );
 }
 
 #[test]
 fn control_characters_do_not_reach_a_message() {
-    let said = said(&cnp("  ingress: [{fromEntities: [\"a\\e[31m\\nb\"]}]\n"));
-    assert_eq!(said.len(), 1);
-    assert!(!said[0].contains(|c: char| c.is_control()), "{said:?}");
+    let diagnostics = diagnostics_of(&cnp("  ingress: [{fromEntities: [\"a\\e[31m\\nb\"]}]\n"));
+    assert_eq!(diagnostics.len(), 1);
+    assert!(
+        !diagnostics[0].contains(|c: char| c.is_control()),
+        "{diagnostics:?}"
+    );
 }
 
 #[test]
@@ -159,13 +162,16 @@ fn many_expensive_expressions_are_refused_before_they_are_compiled() {
         "(a{30}|b{30}){8}/",
         "(?i)\\pL\\pL/",
     ] {
-        let said = soon(&many(pattern));
+        let diagnostics = soon(&many(pattern));
         assert!(
-            said[0].contains("the expressions of this policy up to here are too large together"),
+            diagnostics[0].contains("the expressions of this policy up to here are too large together"),
             "{}",
-            said[0]
+            diagnostics[0]
         );
-        assert!(said[0].contains(" is no valid regular expression: "), "{said:?}");
+        assert!(
+            diagnostics[0].contains(" is no valid regular expression: "),
+            "{diagnostics:?}"
+        );
     }
     // Single expressions: too many classes, too long, too many repetitions.
     for path in [
@@ -175,10 +181,10 @@ fn many_expensive_expressions_are_refused_before_they_are_compiled() {
         "\\pL{1000}".to_owned(),
         "((a{100}){100}){100}".to_owned(),
     ] {
-        let (said, compiled) = counted(&with_paths([path.clone()]));
+        let (diagnostics, compiled) = counted(&with_paths([path.clone()]));
         assert!(
-            said.len() == 1 && said[0].contains("it is"),
-            "{path:.20}: {said:?}"
+            diagnostics.len() == 1 && diagnostics[0].contains("it is"),
+            "{path:.20}: {diagnostics:?}"
         );
         assert_eq!(compiled, 0, "{path:.20}: it was compiled");
     }
@@ -365,10 +371,13 @@ spec: {endpointSelector: {}, ingress: [{}]}
 /// Asserts that the text has exactly one error, which begins with `expected`, and no policies.
 #[track_caller]
 fn refused(text: &str, expected: &str) {
-    let said = said(text);
-    let errors: Vec<&String> = said.iter().filter(|line| !line.contains(": note: ")).collect();
-    assert_eq!(errors.len(), 1, "{text:?}: {said:?}");
-    assert!(errors[0].starts_with(expected), "{text:?}: {said:?}");
+    let diagnostics = diagnostics_of(text);
+    let errors: Vec<&String> = diagnostics
+        .iter()
+        .filter(|line| !line.contains(": note: "))
+        .collect();
+    assert_eq!(errors.len(), 1, "{text:?}: {diagnostics:?}");
+    assert!(errors[0].starts_with(expected), "{text:?}: {diagnostics:?}");
     assert!(parse("f", text).has_errors(), "{text:?}");
 }
 
@@ -405,7 +414,7 @@ fn rules_after_a_control_character_do_not_vanish() {
     refused(&format!("{A_POLICY}{}", "\0".repeat(4096)), "5:1: a NUL byte");
     // An escape in double quotes is not a control character of the file.
     assert_eq!(
-        said(&A_POLICY.replace("metadata: {", "metadata: {labels: {x: \"\\0\"}, ")).len(),
+        diagnostics_of(&A_POLICY.replace("metadata: {", "metadata: {labels: {x: \"\\0\"}, ")).len(),
         0
     );
 }
@@ -427,7 +436,7 @@ fn line_and_document_ends_that_parsers_disagree_about() {
         format!("{A_POLICY}...\n%YAML 1.2\n---\n{other}"),
     ] {
         let parsed = parse("f", &text);
-        assert_eq!(said(&text), [""; 0], "{text:?}");
+        assert_eq!(diagnostics_of(&text), [""; 0], "{text:?}");
         assert_eq!(parsed.policies.len(), 2, "{text:?}");
     }
     for (text, says) in [
@@ -483,7 +492,7 @@ fn concatenated_json_objects() {
             object("c")
         );
         let parsed = parse("f", &text);
-        assert_eq!(said(&text), [""; 0], "{separator:?}");
+        assert_eq!(diagnostics_of(&text), [""; 0], "{separator:?}");
         assert_eq!(parsed.policies.len(), 3, "{separator:?}");
     }
     // The place counts from the start of the file.
@@ -511,13 +520,16 @@ fn concatenated_json_objects() {
 fn tags_and_numbers_that_parsers_disagree_about() {
     refused(&A_POLICY.replace("spec: {", "spec: !!null {"), "4:14: the tag");
     refused(&A_POLICY.replace("[{}]", "!!set [{}]"), "4:45: the tag");
-    assert_eq!(said(&A_POLICY.replace("[{}]", "!!seq [!!map {}]")), [""; 0]);
+    assert_eq!(
+        diagnostics_of(&A_POLICY.replace("[{}]", "!!seq [!!map {}]")),
+        [""; 0]
+    );
     let range = |last: &str| {
         cnp(&format!(
             "  egress: [{{toPorts: [{{ports: [{{port: '1', endPort: {last}}}]}}]}}]\n"
         ))
     };
-    assert_eq!(said(&range("100")), [""; 0]);
+    assert_eq!(diagnostics_of(&range("100")), [""; 0]);
     refused(
         &range("0100"),
         "6:53: endPort must be a number without leading zeros",
@@ -577,7 +589,7 @@ fn resources_that_look_like_policies_are_not_skipped() {
         refused(&text, says);
     }
     // Calico's policies have the same kind as the policies of Kubernetes.
-    let foreign = said("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\n");
+    let foreign = diagnostics_of("apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\n");
     assert!(
         foreign.len() == 1 && foreign[0].contains("it is skipped"),
         "{foreign:?}"
@@ -608,19 +620,25 @@ fn a_null_member_is_warned_of() {
             "6:46: warning: rules is null",
         ),
     ] {
-        let said = said(&text);
-        assert!(said.len() == 1 && said[0].starts_with(says), "{said:?}");
+        let diagnostics = diagnostics_of(&text);
+        assert!(
+            diagnostics.len() == 1 && diagnostics[0].starts_with(says),
+            "{diagnostics:?}"
+        );
     }
 }
 
 #[test]
 fn an_unquoted_asterisk_is_explained() {
     for pattern in ["*.a.test", "*", " *.s3.a.test"] {
-        let said = said(&cnp(&format!(
+        let diagnostics = diagnostics_of(&cnp(&format!(
             "  egress:\n  - toFQDNs:\n    - matchPattern: {pattern}\n"
         )));
         let quoted = format!("must be quoted, like \"{}\"", pattern.trim());
-        assert!(said.len() == 1 && said[0].contains(&quoted), "{said:?}");
+        assert!(
+            diagnostics.len() == 1 && diagnostics[0].contains(&quoted),
+            "{diagnostics:?}"
+        );
     }
 }
 

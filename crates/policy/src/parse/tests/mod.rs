@@ -20,7 +20,7 @@ fn cnp(spec: &str) -> String {
 }
 
 /// Returns the diagnostics of a text, one per line, without the file name.
-fn said(text: &str) -> Vec<String> {
+fn diagnostics_of(text: &str) -> Vec<String> {
     parse("f", text)
         .diagnostics
         .iter()

@@ -4,7 +4,7 @@ use palisade_model::rule::{
     CidrRule, Entity, L4Protocol, L7, Peer, Peers, PortSpec, Ports, Rule, Spec, Subject, Test,
 };
 
-use super::{all, in_namespace, is, requirement, said, spec};
+use super::{all, diagnostics_of, in_namespace, is, requirement, spec};
 
 fn text(spec: &str) -> String {
     format!(
@@ -75,7 +75,7 @@ fn policy_types_select_the_directions() {
     assert_denies_all(both.egress.as_ref());
 
     assert_eq!(
-        said(&text(
+        diagnostics_of(&text(
             "  podSelector: {}\n  policyTypes: [Egress]\n  ingress: [{}]\n"
         )),
         ["7:12: warning: these rules do nothing: policyTypes does not name ingress"]
@@ -163,7 +163,7 @@ fn ports() {
 
 #[test]
 fn errors() {
-    let ingress = |rule: &str| said(&text(&format!("  podSelector: {{}}\n  ingress: [{rule}]\n")));
+    let ingress = |rule: &str| diagnostics_of(&text(&format!("  podSelector: {{}}\n  ingress: [{rule}]\n")));
     assert_eq!(
         ingress("{from: [{}]}"),
         ["6:21: one of podSelector, namespaceSelector and ipBlock is needed"]
@@ -215,7 +215,7 @@ fn errors() {
     );
     assert_eq!(port("endPort: 90"), ["6:32: endPort needs port"]);
     assert_eq!(
-        said("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\n"),
+        diagnostics_of("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\n"),
         ["1:1: spec is missing"]
     );
 }

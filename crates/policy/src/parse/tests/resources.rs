@@ -2,7 +2,7 @@
 
 use palisade_model::rule::{PolicyKind, Subject};
 
-use super::{cnp, errors_of, is, said};
+use super::{cnp, diagnostics_of, errors_of, is};
 use crate::parse::parse;
 
 const SPEC: &str = "spec: {endpointSelector: {}, ingress: [{}]}\n";
@@ -66,7 +66,8 @@ fn metadata_fields_of_the_api_server_are_accepted() {
 
 #[test]
 fn metadata_errors() {
-    let metadata = |metadata: &str| said(&resource("cilium.io/v2", "CiliumNetworkPolicy", metadata));
+    let metadata =
+        |metadata: &str| diagnostics_of(&resource("cilium.io/v2", "CiliumNetworkPolicy", metadata));
     assert_eq!(metadata("null"), ["1:1: metadata is missing"]);
     assert_eq!(metadata("{}"), ["3:11: name is missing"]);
     assert_eq!(metadata("{name: ''}"), ["3:18: name must not be empty"]);
@@ -103,19 +104,21 @@ fn metadata_errors() {
 #[test]
 fn other_kinds_are_skipped() {
     assert_eq!(
-        said("apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec: {whatever: [1]}\n"),
+        diagnostics_of(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\nspec: {whatever: [1]}\n"
+        ),
         ["1:1: note: Deployment \"web\" is no policy: skipped"]
     );
     assert_eq!(
-        said("kind: Service\n"),
+        diagnostics_of("kind: Service\n"),
         ["1:1: note: Service is no policy: skipped"]
     );
     assert_eq!(
-        said(&resource("cilium.io/v2", "CiliumEnvoyConfig", "{name: a}")),
+        diagnostics_of(&resource("cilium.io/v2", "CiliumEnvoyConfig", "{name: a}")),
         ["1:1: note: CiliumEnvoyConfig \"a\" is no policy: skipped"]
     );
     assert_eq!(
-        said(&resource("projectcalico.org/v3", "NetworkPolicy", "{name: a}")),
+        diagnostics_of(&resource("projectcalico.org/v3", "NetworkPolicy", "{name: a}")),
         ["1:1: warning: NetworkPolicy of \"projectcalico.org/v3\" is not supported: it is skipped"]
     );
 }
@@ -123,23 +126,23 @@ fn other_kinds_are_skipped() {
 #[test]
 fn misspelled_policies_are_errors() {
     assert_eq!(
-        said(&resource("cilium.io/v2", "CiliumNetworkpolicy", "{name: a}")),
+        diagnostics_of(&resource("cilium.io/v2", "CiliumNetworkpolicy", "{name: a}")),
         [
             "2:7: unknown kind \"CiliumNetworkpolicy\", did you mean \"CiliumNetworkPolicy\" (apiVersion cilium.io/v2)?"
         ]
     );
     assert_eq!(
-        said(&resource("cilium.io/v1", "CiliumNetworkPolicy", "{name: a}")),
+        diagnostics_of(&resource("cilium.io/v1", "CiliumNetworkPolicy", "{name: a}")),
         ["1:13: apiVersion of a CiliumNetworkPolicy must be cilium.io/v2"]
     );
     assert_eq!(
-        said(&format!(
+        diagnostics_of(&format!(
             "kind: CiliumNetworkPolicy\nmetadata: {{name: a}}\n{SPEC}"
         )),
         ["1:1: apiVersion of a CiliumNetworkPolicy must be cilium.io/v2"]
     );
     assert_eq!(
-        said(&resource(
+        diagnostics_of(&resource(
             "networking.k8s.io/v1",
             "CiliumNetworkPolicy",
             "{name: a}"
@@ -147,13 +150,19 @@ fn misspelled_policies_are_errors() {
         ["2:7: a CiliumNetworkPolicy is of apiVersion cilium.io/v2"]
     );
     assert_eq!(
-        said(&resource("extensions/v1beta1", "NetworkPolicy", "{name: a}")),
+        diagnostics_of(&resource("extensions/v1beta1", "NetworkPolicy", "{name: a}")),
         ["1:13: this version of NetworkPolicy is gone; write apiVersion: networking.k8s.io/v1"]
     );
-    assert_eq!(said("spec: {}\n"), ["1:1: kind is missing: this is no resource"]);
-    assert_eq!(said("- a\n"), ["1:1: this must be an object, found a list"]);
     assert_eq!(
-        said("text\n"),
+        diagnostics_of("spec: {}\n"),
+        ["1:1: kind is missing: this is no resource"]
+    );
+    assert_eq!(
+        diagnostics_of("- a\n"),
+        ["1:1: this must be an object, found a list"]
+    );
+    assert_eq!(
+        diagnostics_of("text\n"),
         ["1:1: this must be an object, found the string \"text\""]
     );
 }
@@ -165,13 +174,16 @@ fn spec_and_specs() {
     let parsed = parse("f", &format!("{head}spec: {spec}\nspecs: [{spec}, {spec}]\n"));
     assert_eq!(errors_of(&parsed), [""; 0]);
     assert_eq!(parsed.policies[0].specs.len(), 3);
-    assert_eq!(said(head), ["1:1: spec is missing (or specs, a list of them)"]);
     assert_eq!(
-        said(&format!("{head}specs: []\n")),
+        diagnostics_of(head),
         ["1:1: spec is missing (or specs, a list of them)"]
     );
     assert_eq!(
-        said(&format!("{head}spec: []\n")),
+        diagnostics_of(&format!("{head}specs: []\n")),
+        ["1:1: spec is missing (or specs, a list of them)"]
+    );
+    assert_eq!(
+        diagnostics_of(&format!("{head}spec: []\n")),
         ["4:7: spec must be an object, found a list"]
     );
 }
@@ -184,7 +196,7 @@ fn clusterwide_policies() {
         "{name: a, namespace: b}",
     );
     assert_eq!(
-        said(&text),
+        diagnostics_of(&text),
         ["1:1: warning: a CiliumClusterwideNetworkPolicy is of no namespace; metadata.namespace is ignored"]
     );
     let text = text
@@ -221,9 +233,9 @@ fn cidr_groups() {
         ["10.0.0.0/8", "2001:db8::/32"]
     );
 
-    assert_eq!(said(&group("{}")), ["4:7: externalCIDRs is missing"]);
+    assert_eq!(diagnostics_of(&group("{}")), ["4:7: externalCIDRs is missing"]);
     assert_eq!(
-        said(&group("{externalCIDRs: [10.0.0.1]}")),
+        diagnostics_of(&group("{externalCIDRs: [10.0.0.1]}")),
         ["4:24: \"10.0.0.1\" is not a prefix; write ADDRESS/LENGTH"]
     );
     assert!(parse("f", &group("{externalCIDRs: [x]}")).cidr_groups.is_empty());
@@ -257,7 +269,7 @@ items:
   spec: {endpointSelector: {}, ingres: [{}]}
 ";
     assert_eq!(
-        said(text),
+        diagnostics_of(text),
         [
             "6:3: CiliumClusterwideNetworkPolicy \"a\" is there twice, first in line 4",
             "7:32: unknown field \"ingres\", did you mean \"ingress\"?",
@@ -269,9 +281,9 @@ items:
 fn two_resources_of_one_name_are_an_error() {
     let text = cnp("  ingress: [{}]\n");
     let other = text.replace("shop", "other");
-    assert_eq!(said(&format!("{text}---\n{other}")), [""; 0]);
+    assert_eq!(diagnostics_of(&format!("{text}---\n{other}")), [""; 0]);
     assert_eq!(
-        said(&format!("{text}---\n{other}---\n{text}")),
+        diagnostics_of(&format!("{text}---\n{other}---\n{text}")),
         ["15:1: CiliumNetworkPolicy \"p\" is there twice, first in line 1"]
     );
 }

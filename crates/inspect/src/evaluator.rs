@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{Inspector, Reason};
 use palisade_model::{
-    request::{Denial, HttpOptions, HttpRequest, Judge, Request},
+    request::{Denial, HttpOptions, HttpRequest, Request, RequestEvaluator},
     snapshot::RuleSet,
 };
 use palisade_protocols::{
@@ -17,7 +17,7 @@ use crate::{
     Rules,
     http::{has_refused_body, status_of},
     rules::HttpScratch,
-    tls::judge_name,
+    tls::evaluate_name,
 };
 
 /// Number of the only rule set that is prepared.
@@ -30,8 +30,8 @@ pub struct Inspectors {
     pub head: http1::Limits,
 }
 
-impl Judge for Inspectors {
-    fn judge(
+impl RequestEvaluator for Inspectors {
+    fn evaluate(
         &self,
         set: &Arc<RuleSet>,
         request: &Request,
@@ -57,12 +57,12 @@ fn server_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
     let name = match name {
         "" => ServerName::Missing,
         host => ServerName::of_host(host.as_bytes())
-            .map_err(|refusal| refused(refusal.text(), "its connection is reset".into()))?,
+            .map_err(|refusal| refused(refusal.text(), "the connection is reset".into()))?,
     };
     // The endpoint is assumed to have learned the destination address by this server name.
-    judge_name(&name, rules, true).map_err(|reason| match reason {
+    evaluate_name(&name, rules, true).map_err(|reason| match reason {
         Reason::AppDenied => Denial::NoRule,
-        other => refused(other.text(), "its connection is reset".into()),
+        other => refused(other.text(), "the connection is reset".into()),
     })
 }
 
@@ -71,18 +71,18 @@ fn dns_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
     let name: Name = name
         .parse()
         .map_err(|_| refused("not a valid DNS name", "no client can send it".into()))?;
-    rules.judge(&name).ok_or(Denial::NoRule)
+    rules.evaluate(&name).ok_or(Denial::NoRule)
 }
 
 impl Inspectors {
     fn http(&self, rules: &Rules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
         let rules = rules.http(SET).ok_or(Denial::NoRule)?;
         let malformed = |refusal: ParseError| {
-            let becomes = match status_of(refusal, false) {
-                Some(status) => format!("it is answered {status}"),
-                None => "its connection is reset".to_owned(),
+            let effect = match status_of(refusal, false) {
+                Some(status) => format!("the client gets {status}"),
+                None => "the connection is reset".to_owned(),
             };
-            refused(refusal.text(), becomes)
+            refused(refusal.text(), effect)
         };
         let head = head_of(http).map_err(malformed)?;
         match Head::default().find(head.as_bytes(), &self.head) {
@@ -92,7 +92,7 @@ impl Inspectors {
         }
         let mut room = HeaderBuffer::new();
         let request = http1::Request::parse(head.as_bytes(), &mut room).map_err(malformed)?;
-        let verdict = rules.judge(&request, options.paths, &mut HttpScratch::default());
+        let verdict = rules.evaluate(&request, options.paths, &mut HttpScratch::default());
         let rule = verdict.map_err(|_| Denial::NoRule)?.rule;
         if has_refused_body(&request, verdict, options.get_bodies) {
             return Err(malformed(ParseError::UnexpectedBody));
@@ -101,8 +101,8 @@ impl Inspectors {
     }
 }
 
-fn refused(why: &'static str, becomes: String) -> Denial {
-    Denial::Refused { why, becomes }
+fn refused(why: &'static str, effect: String) -> Denial {
+    Denial::Refused { why, effect }
 }
 
 /// Returns the head of a described request.
@@ -157,7 +157,7 @@ mod tests {
         })
     }
 
-    fn judge(
+    fn evaluate(
         rule: HttpRule,
         method: &str,
         path: &str,
@@ -183,12 +183,12 @@ mod tests {
             get_bodies: bodies,
         };
         Inspectors::default()
-            .judge(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
+            .evaluate(&set(Inspector::Http, Matcher::Http(rule)), &request, options)
             .expect("the HTTP inspector reads it")
     }
 
     fn refusal(refusal: ParseError, status: u16) -> Result<u32, Denial> {
-        Err(refused(refusal.text(), format!("it is answered {status}")))
+        Err(refused(refusal.text(), format!("the client gets {status}")))
     }
 
     #[test]
@@ -197,37 +197,44 @@ mod tests {
             path: Some("/.*".into()),
             ..HttpRule::default()
         };
-        let asks = |headers: &[(&str, &str)]| judge(plain(), "GET", "/x", headers, GetBodies::Refuse);
-        assert_eq!(asks(&[("X-A", "1")]), Ok(7));
+        let with_headers =
+            |headers: &[(&str, &str)]| evaluate(plain(), "GET", "/x", headers, GetBodies::Refuse);
+        assert_eq!(with_headers(&[("X-A", "1")]), Ok(7));
         assert_eq!(
-            asks(&[("Transfer_Encoding", "chunked")]),
+            with_headers(&[("Transfer_Encoding", "chunked")]),
             refusal(ParseError::DisguisedName, 400)
         );
         assert_eq!(
-            asks(&[("Connection", "Content-Length")]),
+            with_headers(&[("Connection", "Content-Length")]),
             refusal(ParseError::BadConnection, 400)
         );
-        assert_eq!(asks(&[("Expect", "tea")]), refusal(ParseError::BadExpect, 417));
         assert_eq!(
-            asks(&[("Host", "b.test")]),
+            with_headers(&[("Expect", "tea")]),
+            refusal(ParseError::BadExpect, 417)
+        );
+        assert_eq!(
+            with_headers(&[("Host", "b.test")]),
             refusal(ParseError::SeveralHosts, 400)
         );
-        assert_eq!(asks(&[("X A", "1")]), refusal(ParseError::BadName, 400));
+        assert_eq!(with_headers(&[("X A", "1")]), refusal(ParseError::BadName, 400));
         assert_eq!(
-            asks(&[("X-A", "1\r\n\r\nGET /y HTTP/1.1")]),
+            with_headers(&[("X-A", "1\r\n\r\nGET /y HTTP/1.1")]),
             refusal(ParseError::ControlCharacter, 400)
         );
         let long = "x".repeat(20_000);
-        assert_eq!(asks(&[("X-A", &long)]), refusal(ParseError::LineTooLong, 431));
         assert_eq!(
-            judge(plain(), "GET", "/x y", &[], GetBodies::Refuse),
+            with_headers(&[("X-A", &long)]),
+            refusal(ParseError::LineTooLong, 431)
+        );
+        assert_eq!(
+            evaluate(plain(), "GET", "/x y", &[], GetBodies::Refuse),
             refusal(ParseError::BadStartLine, 400)
         );
         assert_eq!(
-            judge(plain(), "", "/x", &[], GetBodies::Refuse),
+            evaluate(plain(), "", "/x", &[], GetBodies::Refuse),
             Err(refused(
                 ParseError::NotHttp.text(),
-                "its connection is reset".into()
+                "the connection is reset".into()
             ))
         );
     }
@@ -243,14 +250,14 @@ mod tests {
             ..search()
         };
         let length = [("Content-Length", "3")];
-        let asks = |rule: HttpRule, method: &str, bodies| judge(rule, method, "/x", &length, bodies);
+        let with_body = |rule: HttpRule, method: &str, bodies| evaluate(rule, method, "/x", &length, bodies);
         assert_eq!(
-            asks(search(), "GET", GetBodies::Refuse),
+            with_body(search(), "GET", GetBodies::Refuse),
             refusal(ParseError::UnexpectedBody, 400)
         );
-        assert_eq!(asks(search(), "POST", GetBodies::Refuse), Ok(7));
-        assert_eq!(asks(search(), "GET", GetBodies::Allow), Ok(7));
-        assert_eq!(asks(framed, "GET", GetBodies::Refuse), Ok(7));
+        assert_eq!(with_body(search(), "POST", GetBodies::Refuse), Ok(7));
+        assert_eq!(with_body(search(), "GET", GetBodies::Allow), Ok(7));
+        assert_eq!(with_body(framed, "GET", GetBodies::Refuse), Ok(7));
     }
 
     #[test]
@@ -259,14 +266,15 @@ mod tests {
             headers: vec![("X-Role".into(), Some("admin".into()))],
             ..HttpRule::default()
         };
-        let asks = |headers: &[(&str, &str)]| judge(rule(), "GET", "/", headers, GetBodies::Refuse);
-        assert_eq!(asks(&[("x-role", "admin")]), Ok(7));
+        let with_headers =
+            |headers: &[(&str, &str)]| evaluate(rule(), "GET", "/", headers, GetBodies::Refuse);
+        assert_eq!(with_headers(&[("x-role", "admin")]), Ok(7));
         assert_eq!(
-            asks(&[("x-role", "admin"), ("X_Role", "guest")]),
+            with_headers(&[("x-role", "admin"), ("X_Role", "guest")]),
             Err(Denial::NoRule)
         );
         assert_eq!(
-            asks(&[("x-role", "admin"), ("Connection", "X-Role")]),
+            with_headers(&[("x-role", "admin"), ("Connection", "X-Role")]),
             Err(Denial::NoRule)
         );
     }
@@ -274,9 +282,9 @@ mod tests {
     #[test]
     fn names_are_judged_as_in_queries_and_hellos() {
         let pattern = FqdnPattern::Pattern("*.example.com".into());
-        let asks = |reads: Inspector, matcher: Matcher, request: Request| {
+        let with_rule = |reads: Inspector, matcher: Matcher, request: Request| {
             Inspectors::default()
-                .judge(&set(reads, matcher), &request, HttpOptions::default())
+                .evaluate(&set(reads, matcher), &request, HttpOptions::default())
                 .expect("an inspector reads it")
         };
         let query = |name: &str| {
@@ -284,7 +292,7 @@ mod tests {
                 dns: Some(name.into()),
                 ..Request::default()
             };
-            asks(Inspector::Dns, Matcher::Dns(pattern.clone()), request)
+            with_rule(Inspector::Dns, Matcher::Dns(pattern.clone()), request)
         };
         assert_eq!(query("API.example.com."), Ok(7));
         assert_eq!(query("a.b.example.com"), Err(Denial::NoRule));
@@ -294,7 +302,7 @@ mod tests {
                 tls: Some(name.into()),
                 ..Request::default()
             };
-            asks(Inspector::Tls, Matcher::ServerName(pattern.clone()), request)
+            with_rule(Inspector::Tls, Matcher::ServerName(pattern.clone()), request)
         };
         assert_eq!(hello("API.example.com."), Ok(7));
         for name in ["", "192.0.2.1", "a.b.example.com"] {
