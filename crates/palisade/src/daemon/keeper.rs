@@ -43,23 +43,23 @@ pub(super) const POLICIES: &str = "policies";
 /// Handle of the thread that writes the state directory.
 #[derive(Debug)]
 pub(super) struct Keeper {
-    orders: Sender<Order>,
+    requests: Sender<WriteRequest>,
     problem: Arc<Mutex<Option<String>>>,
 }
 
 #[derive(Debug)]
-enum Order {
+enum WriteRequest {
     State(String),
     Config(String),
     Policies(PolicyTexts),
-    /// Send a result once the files of all earlier orders are on the disk or have failed.
+    /// Send a result once the files of all earlier requests are on the disk or have failed.
     Flush(Sender<Result<(), String>>),
 }
 
 impl Keeper {
     /// Starts the thread.
     pub(super) fn start(dir: &Path) -> io::Result<Self> {
-        let (orders, receiver) = mpsc::channel();
+        let (requests, receiver) = mpsc::channel();
         let problem = Arc::<Mutex<Option<String>>>::default();
         let mut writing = Writing {
             dir: dir.to_owned(),
@@ -72,33 +72,33 @@ impl Keeper {
         thread::Builder::new()
             .name("state".into())
             .spawn(move || writing.serve(&receiver))?;
-        Ok(Self { orders, problem })
+        Ok(Self { requests, problem })
     }
 
     // Sending cannot fail: the thread lives as long as this handle.
 
     /// Writes the state file.
     pub(super) fn state(&self, text: String) {
-        let _ = self.orders.send(Order::State(text));
+        let _ = self.requests.send(WriteRequest::State(text));
     }
 
     /// Writes the copy of the configuration.
     pub(super) fn config(&self, text: String) {
-        let _ = self.orders.send(Order::Config(text));
+        let _ = self.requests.send(WriteRequest::Config(text));
     }
 
     /// Writes the last good policy files, and removes the copies of files that are not in `texts`.
     pub(super) fn policies(&self, texts: PolicyTexts) {
-        let _ = self.orders.send(Order::Policies(texts));
+        let _ = self.requests.send(WriteRequest::Policies(texts));
     }
 
-    /// Waits until the files of all earlier orders are on the disk.
+    /// Waits until the files of all earlier requests are on the disk.
     ///
     /// # Errors
     /// Text of the first failed write, or why the thread has not answered. Failed writes are retried.
     pub(super) fn flush(&self) -> Result<(), String> {
         let (done, wait) = mpsc::channel();
-        let _ = self.orders.send(Order::Flush(done));
+        let _ = self.requests.send(WriteRequest::Flush(done));
         match wait.recv_timeout(FLUSH_DEADLINE) {
             Ok(outcome) => outcome,
             Err(RecvTimeoutError::Timeout) => {
@@ -119,7 +119,7 @@ impl Keeper {
 
 struct Writing {
     dir: PathBuf,
-    // Orders that are not on the disk yet.
+    // Requests that are not on the disk yet.
     state: Option<String>,
     config: Option<String>,
     policies: Option<PolicyTexts>,
@@ -129,31 +129,31 @@ struct Writing {
 }
 
 impl Writing {
-    fn serve(&mut self, orders: &Receiver<Order>) {
+    fn serve(&mut self, requests: &Receiver<WriteRequest>) {
         loop {
             let failing = self.state.is_some() || self.config.is_some() || self.policies.is_some();
             let first = if failing {
-                match orders.recv_timeout(RETRY_INTERVAL) {
-                    Ok(order) => Some(order),
+                match requests.recv_timeout(RETRY_INTERVAL) {
+                    Ok(request) => Some(request),
                     Err(RecvTimeoutError::Timeout) => None,
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             } else {
-                let Ok(order) = orders.recv() else { return };
-                Some(order)
+                let Ok(request) = requests.recv() else { return };
+                Some(request)
             };
             let mut waiting = Vec::new();
-            // Only the last order of each kind counts.
-            for order in first.into_iter().chain(orders.try_iter()) {
-                match order {
-                    Order::State(text) => self.state = Some(text),
-                    Order::Config(text) => self.config = Some(text),
-                    Order::Policies(texts) => self.policies = Some(texts),
-                    Order::Flush(done) => waiting.push(done),
+            // Only the last request of each kind counts.
+            for request in first.into_iter().chain(requests.try_iter()) {
+                match request {
+                    WriteRequest::State(text) => self.state = Some(text),
+                    WriteRequest::Config(text) => self.config = Some(text),
+                    WriteRequest::Policies(texts) => self.policies = Some(texts),
+                    WriteRequest::Flush(done) => waiting.push(done),
                 }
             }
             let outcome = self.write();
-            self.tell(outcome.as_ref().err());
+            self.note_problem(outcome.as_ref().err());
             for done in waiting {
                 // The receiver is gone if its wait has timed out.
                 let _ = done.send(outcome.clone());
@@ -161,7 +161,7 @@ impl Writing {
         }
     }
 
-    fn tell(&self, problem: Option<&String>) {
+    fn note_problem(&self, problem: Option<&String>) {
         let mut told = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         match problem {
             Some(problem) if told.as_ref() != Some(problem) => error!(

@@ -29,7 +29,7 @@ const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Largest number of orders that wait for the thread.
+/// Largest number of requests that wait for the thread.
 const MAX_QUEUED_WRITES: usize = 1_024;
 
 /// One line of the file.
@@ -56,14 +56,14 @@ pub(super) struct Found {
 /// Handle of the thread that writes the journal.
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
-    orders: SyncSender<Order>,
+    requests: SyncSender<WriteRequest>,
     appended: Arc<AtomicU64>,
     begun: Arc<AtomicU64>,
     problem: Arc<Mutex<Option<String>>>,
 }
 
 #[derive(Debug)]
-enum Order {
+enum WriteRequest {
     Append(u64, Vec<SavedName>),
     Begin(u64, BTreeMap<u16, String>, Vec<SavedName>),
     /// Flush the file, then send a message, even if the flush has failed.
@@ -138,9 +138,9 @@ impl Journal {
         endpoints: BTreeMap<u16, String>,
         all: Vec<SavedName>,
     ) -> io::Result<Self> {
-        let (orders, receiver) = mpsc::sync_channel(MAX_QUEUED_WRITES);
+        let (requests, receiver) = mpsc::sync_channel(MAX_QUEUED_WRITES);
         let journal = Self {
-            orders,
+            requests,
             appended: Arc::default(),
             begun: Arc::default(),
             problem: Arc::default(),
@@ -166,7 +166,7 @@ impl Journal {
     /// Appends names.
     pub(super) fn append(&self, names: Vec<SavedName>) {
         if !names.is_empty() {
-            self.order(Order::Append(now(), names));
+            self.enqueue(WriteRequest::Append(now(), names));
         }
     }
 
@@ -179,14 +179,14 @@ impl Journal {
     /// Compacts the journal: replaces it by a new file with these names.
     pub(super) fn compact(&self, endpoints: BTreeMap<u16, String>, all: Vec<SavedName>) {
         self.appended.store(0, Ordering::Relaxed);
-        self.order(Order::Begin(now(), endpoints, all));
+        self.enqueue(WriteRequest::Begin(now(), endpoints, all));
     }
 
-    /// Sends an order without waiting for the disk. If the queue is full, the order is dropped and the journal is
+    /// Enqueues a request without waiting for the disk. If the queue is full, the request is dropped and the journal is
     /// marked for compaction, which also writes the dropped names.
-    fn order(&self, order: Order) {
+    fn enqueue(&self, request: WriteRequest) {
         // The thread lives as long as this handle, so an error means a full queue.
-        if self.orders.try_send(order).is_err() {
+        if self.requests.try_send(request).is_err() {
             self.appended.store(u64::MAX / 2, Ordering::Relaxed);
         }
     }
@@ -194,7 +194,7 @@ impl Journal {
     /// Waits up to [`FLUSH_DEADLINE`] until all earlier names are on the disk. Does not wait if the queue is full.
     pub(super) fn flush(&self) {
         let (done, wait) = mpsc::channel();
-        if self.orders.try_send(Order::Flush(done)).is_ok() {
+        if self.requests.try_send(WriteRequest::Flush(done)).is_ok() {
             // A disconnected channel means that the thread has ended, so there is nothing to wait for.
             let _ = wait.recv_timeout(FLUSH_DEADLINE);
         }
@@ -222,7 +222,7 @@ struct Writing {
 }
 
 impl Writing {
-    fn serve(mut self, orders: &Receiver<Order>) {
+    fn serve(mut self, requests: &Receiver<WriteRequest>) {
         loop {
             if self.failed.is_some_and(|when| when.elapsed() >= RETRY_INTERVAL) {
                 // The compaction also writes the names whose earlier write failed.
@@ -237,10 +237,10 @@ impl Writing {
                 .map(|when| RETRY_INTERVAL.saturating_sub(when.elapsed()));
             let timeout = [sync, again].into_iter().flatten().min();
             let timeout = timeout.unwrap_or(Duration::from_secs(3_600));
-            let outcome = match orders.recv_timeout(timeout) {
-                Ok(Order::Append(at, names)) => self.append(at, &names),
-                Ok(Order::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
-                Ok(Order::Flush(done)) => {
+            let outcome = match requests.recv_timeout(timeout) {
+                Ok(WriteRequest::Append(at, names)) => self.append(at, &names),
+                Ok(WriteRequest::Begin(at, endpoints, all)) => self.begin(at, &endpoints, &all),
+                Ok(WriteRequest::Flush(done)) => {
                     let outcome = self.sync();
                     // The receiver is gone if its wait has timed out.
                     let _ = done.send(());
