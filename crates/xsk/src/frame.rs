@@ -1,7 +1,7 @@
 //! Frames: the chunks of a UMEM, each with room for one packet.
 //!
 //! A [`Frame`] owns its chunk: it cannot be cloned, sending it gives the chunk to the kernel, and dropping it frees the
-//! chunk. This module depends on the frame states; start at [`Frame`].
+//! chunk. This module depends on `frame_states` and xsk-rs; start at [`Frame`].
 
 use std::{fmt, rc::Rc, slice};
 
@@ -58,7 +58,7 @@ impl Pool {
             .transition(desc.addr() / CHUNK, FrameState::Sending, FrameState::Free)
     }
 
-    /// Returns a free frame, for a packet that user space makes; `None` if no frame is free.
+    /// Takes a free frame for a packet that user space makes. Returns `None` if no frame is free.
     pub(crate) fn alloc(self: &Rc<Self>) -> Option<Frame> {
         let index = self.states.take(FrameState::Held)?;
         let desc = self.blank.get(index as usize)?;
@@ -202,7 +202,7 @@ impl Frame {
     /// the packet.
     ///
     /// # Errors
-    /// The packet would not fit into the chunk.
+    /// The packet would not fit into the usable part of the chunk.
     pub fn prepend(&mut self, bytes: &[u8]) -> Result<(), NoRoom> {
         if bytes.len() > self.start {
             if bytes.len() + self.length > self.desc.lengths().data() {
@@ -220,10 +220,11 @@ impl Frame {
         Ok(())
     }
 
-    /// Appends bytes to the packet. Moves the packet to the front of the chunk if the tailroom is too small.
+    /// Appends bytes to the packet. Moves the packet to the front of the usable part of the chunk if the tailroom is
+    /// too small.
     ///
     /// # Errors
-    /// The packet would not fit into the chunk.
+    /// The packet would not fit into the usable part of the chunk.
     pub fn append(&mut self, bytes: &[u8]) -> Result<(), NoRoom> {
         if bytes.len() > self.tailroom() {
             if bytes.len() + self.length > self.desc.lengths().data() {
@@ -241,7 +242,7 @@ impl Frame {
     /// Replaces the packet.
     ///
     /// # Errors
-    /// The new packet does not fit into the chunk; the frame is unchanged.
+    /// The new packet does not fit into the usable part of the chunk; the frame is unchanged.
     pub fn set(&mut self, packet: &[u8]) -> Result<(), NoRoom> {
         let room = self.room_mut().get_mut(..packet.len()).ok_or(NoRoom)?;
         room.copy_from_slice(packet);

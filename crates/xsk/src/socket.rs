@@ -27,7 +27,7 @@ use crate::{
     frame_states::Counts,
 };
 
-/// Most descriptors per ring operation.
+/// Maximum number of descriptors per ring operation.
 const BATCH: usize = 64;
 /// Consecutive wake-ups without progress after which [`Socket::flush`] leaves the remaining packets in the transmit
 /// ring.
@@ -79,9 +79,9 @@ pub struct Config {
     pub mode: Mode,
     /// Time for which the kernel polls the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL`), µs.
     pub busy_poll: u32,
-    /// Most packets per poll of the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL_BUDGET`).
+    /// Maximum number of packets per poll of the driver in [`Mode::BusyPoll`] (`SO_BUSY_POLL_BUDGET`).
     pub busy_budget: u32,
-    /// Longest time that [`Socket::new`] retries while another socket is bound to the queue.
+    /// Maximum time for which [`Socket::new`] retries while another socket is bound to the queue.
     pub bind_timeout: Duration,
 }
 
@@ -184,8 +184,8 @@ pub struct Statistics {
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
-    /// Number of times that the kernel found the fill ring empty when it needed a frame. In copy mode, each time is a
-    /// lost packet.
+    /// Number of times that the kernel needed a frame and found the fill ring empty. In copy mode, it drops a packet
+    /// each time.
     pub rx_fill_ring_empty: u64,
     /// Invalid descriptors in the fill ring.
     pub rx_invalid: u64,
@@ -213,13 +213,14 @@ pub struct Socket {
     pool: Rc<Pool>,
     mode: Mode,
     zero_copy: bool,
-    /// Free frames that are never put into the fill ring, so that [`Socket::alloc`] succeeds under a flood.
+    /// Number of free frames that are kept out of the fill ring, so that [`Socket::alloc`] succeeds under a flood.
     reserve: usize,
     rx_size: usize,
     tx_size: usize,
     fill_size: usize,
     unexpected: u64,
-    /// Errno that ended the socket, or 0. It is stored here because reading `SO_ERROR` clears the error in the kernel.
+    /// The error number (errno) with which the socket failed; 0 if it has not failed. Reading `SO_ERROR` clears the
+    /// error in the kernel, so the number is stored here.
     fatal_errno: Cell<i32>,
     scratch: Box<[FrameDesc; BATCH]>,
 }
@@ -485,7 +486,7 @@ impl Socket {
         Ok(())
     }
 
-    /// Returns the losses of this socket.
+    /// Returns the statistics of this socket.
     ///
     /// # Errors
     /// The interface is gone, or the kernel does not return the statistics.
@@ -524,8 +525,8 @@ impl Socket {
     /// Moves free frames to the fill ring, except the reserve.
     fn refill(&mut self) {
         let mut room = self.fill.nb_free(self.fill_size as u32) as usize;
-        // Refill only when a batch fits, because each update of the ring's producer index invalidates the cache line of
-        // the CPU on which the kernel reads the index.
+        // Refill only when there is room for a batch: each update of the ring's producer index invalidates the cached
+        // index on the CPU on which the kernel reads it.
         if room < BATCH.min(self.fill_size / 2) {
             return;
         }
