@@ -28,7 +28,7 @@ const PORT: u16 = 5_000;
 /// Time between two probes, which limits the precision.
 const PACE: Duration = Duration::from_micros(100);
 /// After this time a change that shows no effect is an error.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time without a probe after which probes count as dropped.
 const SILENCE: Duration = Duration::from_millis(30);
@@ -105,9 +105,9 @@ impl Probes {
                 return Ok(time);
             }
             ensure!(
-                begin.elapsed() < PATIENCE,
+                begin.elapsed() < TIMEOUT,
                 "{problem} {} s after the change",
-                PATIENCE.as_secs()
+                TIMEOUT.as_secs()
             );
             thread::sleep(Duration::from_millis(1));
         }

@@ -65,7 +65,7 @@ const UNDER_WAY: u64 = 512;
 /// The ends of the veth pair.
 const NODE_END: &str = "a";
 const WORKER_END: &str = "b";
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The program that receives the frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -384,7 +384,7 @@ impl BareForwarder {
                 start(mode, enter, engine, rules(), &mut forwarder)?;
             }
         }
-        let fd = told.recv_timeout(PATIENCE).context("no socket")?;
+        let fd = told.recv_timeout(TIMEOUT).context("no socket")?;
         forwarder.veth.insert(fd)?;
         Ok(forwarder)
     }

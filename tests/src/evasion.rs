@@ -17,7 +17,7 @@ use palisade_testbed::{
 use std::net::{IpAddr, SocketAddr};
 
 /// Longest time until allowed bytes arrive.
-const PATIENCE: Duration = Duration::from_secs(8);
+const TIMEOUT: Duration = Duration::from_secs(8);
 /// Time to wait before a test concludes that bytes do not arrive.
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -476,7 +476,7 @@ impl AttackPath<'_> {
     /// does.
     fn cut(&self, mut client: RawTcp, good: bool, segments: &[Segment]) -> Result<()> {
         let bytes = self.streams.of(good);
-        let outcome = client.deliver(segments, bytes.len() as i64, PATIENCE)?;
+        let outcome = client.deliver(segments, bytes.len() as i64, TIMEOUT)?;
         if good {
             ensure!(
                 outcome == Delivered::Whole,
@@ -484,12 +484,12 @@ impl AttackPath<'_> {
                 client.acked()
             );
             self.recorder
-                .wait(client.local(), "the server has it", PATIENCE, |h| {
+                .wait(client.local(), "the server has it", TIMEOUT, |h| {
                     h.bytes.len() >= bytes.len()
                 })?;
             ensure!(self.heard(&client) == bytes, "changed on the way");
         } else {
-            client.listen(PATIENCE, |c| c.is_reset() || c.is_finished())?;
+            client.listen(TIMEOUT, |c| c.is_reset() || c.is_finished())?;
             ensure!(
                 client.is_reset() || client.is_finished(),
                 "the connection stands: {outcome:?}"
@@ -502,7 +502,7 @@ impl AttackPath<'_> {
                 String::from_utf8_lossy(&heard)
             );
             // A connection that was refused before the server accepted it does not exist for the recorder.
-            wait_until("the server's end is closed", PATIENCE, || {
+            wait_until("the server's end is closed", TIMEOUT, || {
                 self.recorder
                     .from(client.local())
                     .is_none_or(|heard| heard.end != End::Open)

@@ -286,7 +286,7 @@ impl World {
             // A capture on the node's own interface would see the packet before the tc program.
             let receiver = RawReceiver::start(self.ns(&check.to), to, protocol)?;
             send_raw(self.ns(&check.from), Some(source), to, protocol, &payload)?;
-            return receiver.hears(source, payload[0], wait);
+            return receiver.receives(source, payload[0], wait);
         }
         let wanted = payload.clone();
         let capture = Capture::start_where(self.ns(&check.to), INNER, move |p| {

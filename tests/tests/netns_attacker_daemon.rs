@@ -35,7 +35,7 @@ const NOBODY: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 drop";
 const EVERYBODY: &str = "front -> back tcp/80 open\ndb -> back tcp/80 open";
 /// An unprivileged user.
 const USER: u32 = 65_534;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn prepared(world: &World, tables: &str, policies: &[(&str, &str)]) -> Daemon {
     let settings = Settings {
@@ -101,7 +101,7 @@ impl Mounts {
             .arg(format!("{script}\ntouch {}\nexec sleep 600", ready.display()));
         let process = Process::spawn("mounts", command, &beside(daemon, "")).expect("unshare");
         let mounts = Self(process);
-        wait_until("the mounts are there", PATIENCE, || ready.exists())
+        wait_until("the mounts are there", TIMEOUT, || ready.exists())
             .unwrap_or_else(|error| panic!("{error:#}\n{}", mounts.0.log()));
         mounts
     }
@@ -116,7 +116,7 @@ impl Mounts {
         let [nsenter, mount, rest] = self.enter().try_into().expect("three");
         let mut command = Command::new(nsenter);
         command.args([mount.as_str(), &rest, "sh", "-c", script]);
-        output(&mut command, PATIENCE).expect("nsenter")
+        output(&mut command, TIMEOUT).expect("nsenter")
     }
 }
 
@@ -510,7 +510,7 @@ fn no_command_waits_for_a_hung_daemon() {
             let mut command = daemon.command(args);
             scope.spawn(move || {
                 let begun = Instant::now();
-                let done = output(&mut command, PATIENCE).expect("a command");
+                let done = output(&mut command, TIMEOUT).expect("a command");
                 let (took, said) = (begun.elapsed(), text(&done));
                 let most = if args.contains(&"3s") { 20 } else { 40 };
                 assert!(took < Duration::from_secs(most), "{args:?} took {took:?}: {said}");
@@ -522,7 +522,7 @@ fn no_command_waits_for_a_hung_daemon() {
             });
         }
     });
-    let ended = follower.wait(PATIENCE).expect("it notices");
+    let ended = follower.wait(TIMEOUT).expect("it notices");
     assert_eq!(ended.code(), Some(3), "{}", follower.log());
     // The attached programs do not depend on the daemon.
     assert_eq!(world.check(ONLY_FRONT).expect("check"), [""; 0]);
@@ -561,7 +561,7 @@ fn the_watchdog_is_notified_unless_the_daemon_hangs() {
         .to_vec(),
     );
     boot(&mut daemon);
-    wait_until("it is ready", PATIENCE, || heard().contains("READY=1")).expect("READY=1");
+    wait_until("it is ready", TIMEOUT, || heard().contains("READY=1")).expect("READY=1");
     let mut fed = 0;
     for _ in 0..20 {
         fed += u32::from(heard().contains("WATCHDOG=1"));
@@ -573,7 +573,7 @@ fn the_watchdog_is_notified_unless_the_daemon_hangs() {
     while !heard().is_empty() {}
     assert_eq!(heard(), "");
     signal("-CONT");
-    wait_until("it is fed again", PATIENCE, || heard().contains("WATCHDOG=1")).expect("WATCHDOG=1");
+    wait_until("it is fed again", TIMEOUT, || heard().contains("WATCHDOG=1")).expect("WATCHDOG=1");
 }
 
 #[test]
@@ -623,7 +623,7 @@ fn commands_of_root_refuse_a_socket_of_another_user() {
         .arg("my $s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die $!; sleep 600")
         .arg(&path);
     let listener = Process::spawn("listener", listener, &parent).expect("perl");
-    wait_until("it listens", PATIENCE, || path.exists())
+    wait_until("it listens", TIMEOUT, || path.exists())
         .unwrap_or_else(|error| panic!("{error:#}\n{}", listener.log()));
     for args in [&["status"][..], &["stop"], &["endpoint", "list"]] {
         let mut own = Command::new(daemon.command(&[]).get_program());
@@ -632,7 +632,7 @@ fn commands_of_root_refuse_a_socket_of_another_user() {
             .arg(daemon.config())
             .arg("--socket")
             .arg(&path);
-        let done = output(&mut own, PATIENCE).expect("a command");
+        let done = output(&mut own, TIMEOUT).expect("a command");
         let said = text(&done);
         assert!(
             done.status.code() == Some(3) && said.contains(&format!("a process of user {USER}")),

@@ -85,9 +85,9 @@ impl Careless {
 /// Sends bytes at once on a new connection. Returns what the server sent until it is silent or the connection ends.
 fn said(apps: &Apps, to: SocketAddr, bytes: &[u8]) -> String {
     let mut talk = Talk::open(apps.ns("client"), to, OPEN).expect("connection");
-    if talk.say(bytes).is_ok() {
+    if talk.send(bytes).is_ok() {
         // A reset ends the connection like a FIN.
-        let _ = talk.hear(Duration::from_millis(400), |_| false);
+        let _ = talk.receive(Duration::from_millis(400), |_| false);
     }
     talk.text()
 }
@@ -362,9 +362,10 @@ fn a_server_that_accepts_an_upgrade_other_than_the_first_is_reset() {
         ] {
             let head = format!("GET /allowed/up HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
-            talk.say(format!("{head}{behind}").as_bytes()).expect("a request");
+            talk.send(format!("{head}{behind}").as_bytes())
+                .expect("a request");
             // Until the connection ends, or for as long as a server needs that has accepted the other protocol.
-            let _ = talk.hear(Duration::from_secs(6), |_| false);
+            let _ = talk.receive(Duration::from_secs(6), |_| false);
             assert!(
                 !talk.text().contains("101"),
                 "{fields}: {}\n{}",
@@ -374,9 +375,9 @@ fn a_server_that_accepts_an_upgrade_other_than_the_first_is_reset() {
         }
         let head = "GET /allowed/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
         let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
-        talk.say(format!("{head}frames {family:?}").as_bytes())
+        talk.send(format!("{head}frames {family:?}").as_bytes())
             .expect("a request");
-        talk.hear(OPEN, |heard| heard.ends_with(b"\r\n\r\n"))
+        talk.receive(OPEN, |heard| heard.ends_with(b"\r\n\r\n"))
             .expect("101");
         assert!(
             talk.text().starts_with("HTTP/1.1 101"),
@@ -411,14 +412,14 @@ fn the_end_of_an_upload_arrives_before_a_denied_request_in_its_packet_is_refused
             let body = vec![b'x'; size];
             let (first, last) = body.split_at(size - 50);
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
-            talk.say(&[head.as_bytes(), first].concat()).expect("an upload");
+            talk.send(&[head.as_bytes(), first].concat()).expect("an upload");
             if how == "early" {
-                talk.hear(OPEN, |heard| heard.ends_with(b"ok\n"))
+                talk.receive(OPEN, |heard| heard.ends_with(b"ok\n"))
                     .expect("an early answer");
             }
             thread::sleep(Duration::from_millis(150));
-            talk.say(&[last, HIDDEN.as_bytes()].concat()).expect("the end");
-            let ended = talk.hear_all(OPEN).expect("answers");
+            talk.send(&[last, HIDDEN.as_bytes()].concat()).expect("the end");
+            let ended = talk.receive_all(OPEN).expect("answers");
             let text = talk.text();
             assert!(
                 ended && text.starts_with("HTTP/1.1 200") && text.ends_with(DENIED),

@@ -30,7 +30,7 @@ spec:
   - {}
 ";
 
-const PATIENCE: Duration = Duration::from_secs(8);
+const TIMEOUT: Duration = Duration::from_secs(8);
 /// Time to wait before a test concludes that a packet does not arrive.
 const SHORT: Duration = Duration::from_millis(400);
 
@@ -206,7 +206,7 @@ fn a_recreated_interface_passes_nothing_before_it_is_guarded() {
     for family in FAMILIES {
         let server = SocketAddr::new(topology.addr("internet", family), 53);
         assert_eq!(
-            udp(topology.ns("client"), None, server, 20, PATIENCE),
+            udp(topology.ns("client"), None, server, 20, TIMEOUT),
             Outcome::Open
         );
     }
@@ -352,11 +352,8 @@ spec:
             }
         }
         let allowed = SocketAddr::new(*own, 81);
-        assert_eq!(connect(&topology.internet, allowed, PATIENCE), Outcome::Open);
-        assert_eq!(
-            udp(&topology.internet, None, allowed, 20, PATIENCE),
-            Outcome::Open
-        );
+        assert_eq!(connect(&topology.internet, allowed, TIMEOUT), Outcome::Open);
+        assert_eq!(udp(&topology.internet, None, allowed, 20, TIMEOUT), Outcome::Open);
     }
     let said = daemon.cli(&["status"]).expect("status");
     assert!(said.contains("nat chains with rules (1)"), "{said}");

@@ -6,7 +6,7 @@ use std::{fs, net::Ipv4Addr, time::Duration};
 use palisade_testbed::{
     Daemon,
     daemon::Settings,
-    dns::{Asked, Said, Scripted},
+    dns::{ReceivedQuery, Scripted, ScriptedResponse},
     topology::{FAMILIES, Family},
 };
 use palisade_tests::fixtures::dns::{Names, names, resolver, site};
@@ -92,7 +92,7 @@ fn special_purpose_addresses_are_reachable_by_name_only_if_they_are_listed() {
 /// Names of the policy. The address with number `m` belongs to the names whose bits `m` has.
 const NAMES: u32 = 10;
 
-fn combinations(asked: &Asked) -> Vec<Said> {
+fn combinations(asked: &ReceivedQuery) -> Vec<ScriptedResponse> {
     let number: Option<u32> = asked
         .name
         .strip_prefix('n')
@@ -104,7 +104,7 @@ fn combinations(asked: &Asked) -> Vec<Said> {
             .collect(),
         _ => vec![format!("{}. 60 IN A {}", asked.name, site(10, Family::V4))],
     };
-    vec![Said::records(&records)]
+    vec![ScriptedResponse::records(&records)]
 }
 
 #[test]

@@ -41,7 +41,7 @@ spec:
   - {}
 ";
 
-const PATIENCE: Duration = Duration::from_secs(8);
+const TIMEOUT: Duration = Duration::from_secs(8);
 /// Time to wait before a test concludes that a packet does not arrive.
 const SHORT: Duration = Duration::from_millis(400);
 
@@ -93,7 +93,7 @@ impl Sink {
 
     /// Returns the datagrams that arrive before the datagram `last`.
     fn until(&self, last: &str) -> Vec<String> {
-        self.0.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        self.0.set_read_timeout(Some(TIMEOUT)).expect("timeout");
         let mut got = Vec::new();
         let mut buffer = [0; 64];
         loop {
@@ -138,7 +138,7 @@ fn table(ns: &Ns) -> String {
 }
 
 fn wait_table(daemon: &Daemon, ns: &Ns, what: &str, wanted: impl Fn(&str) -> bool) {
-    wait_until(what, PATIENCE, || wanted(&table(ns)))
+    wait_until(what, TIMEOUT, || wanted(&table(ns)))
         .unwrap_or_else(|error| panic!("{error:#}\n{}\n{}", table(ns), daemon.report()));
 }
 
@@ -286,7 +286,7 @@ fn datagrams_redirected_to_the_node_by_dnat_are_dropped_while_its_ingress_is_enf
             }
         }
         let to = SocketAddr::new(service, 53);
-        assert_eq!(udp(&topology.node, None, to, 20, PATIENCE), Outcome::Open, "{to}");
+        assert_eq!(udp(&topology.node, None, to, 20, TIMEOUT), Outcome::Open, "{to}");
     }
     topology.node.nft("delete table inet services").expect("no nat");
     wait_table(&daemon, &topology.node, "nothing is translated", |table| {
@@ -387,12 +387,12 @@ fn a_service_address_routed_to_the_node_by_port_is_subject_to_its_policy() {
         let denied = Sink::open(&topology.node, service, 80);
         let to = SocketAddr::new(service, 81);
         let server = Sink::at(&topology.node, to);
-        server.0.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        server.0.set_read_timeout(Some(TIMEOUT)).expect("timeout");
         for from in ["internet", "client"] {
             let ns = topology.ns(from);
             send(ns, SocketAddr::new(service, 80), from);
             let client = ns.enter(|| UdpSocket::bind((any(service), 0)).expect("socket"));
-            client.set_read_timeout(Some(PATIENCE)).expect("timeout");
+            client.set_read_timeout(Some(TIMEOUT)).expect("timeout");
             client.send_to(b"question", to).expect("send");
             let mut buffer = [0; 64];
             let came = server.0.recv_from(&mut buffer);
@@ -573,7 +573,7 @@ fn the_forward_hook_exists_only_while_an_interface_is_unguarded() {
     let sinks = targets.map(|to| Sink::open(&topology.internet, to, 9));
     let arrives = |what: &str| {
         for (sink, to) in sinks.iter().zip(targets) {
-            wait_until(what, PATIENCE, || {
+            wait_until(what, TIMEOUT, || {
                 send(&inside, SocketAddr::new(to, 9), "datagram");
                 !sink.rest().is_empty()
             })
@@ -767,7 +767,7 @@ fn a_recreated_bridge_port_reaches_neither_the_node_nor_other_ports() {
     for (n, family) in FAMILIES.into_iter().enumerate() {
         let to = SocketAddr::new(server.addr(family), 9);
         // The first datagram waits for neighbour resolution.
-        wait_until("the other workload is reached", PATIENCE, || {
+        wait_until("the other workload is reached", TIMEOUT, || {
             send(&client.ns, to, "hello");
             !sinks[2][n].rest().is_empty()
         })
@@ -822,7 +822,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
 
     // A NIC that never was guarded stays open, so that the operator can reach the node; a workload's interface does not.
     daemon.spawn().expect("spawn");
-    wait_until("it runs", PATIENCE * 4, || {
+    wait_until("it runs", TIMEOUT * 4, || {
         daemon.status().is_ok_and(|status| fails(&status))
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
@@ -834,7 +834,7 @@ fn a_failed_attachment_keeps_the_old_programs_and_an_unguarded_nic_open() {
             }
         });
         // The daemon writes the table after its attempt to attach; until then the NIC's name may be closed.
-        wait_until("a NIC that never was guarded is open", PATIENCE, || {
+        wait_until("a NIC that never was guarded is open", TIMEOUT, || {
             send(&topology.internet, SocketAddr::new(own, 9), "open");
             sinks[0].rest().iter().any(|text| text == "open")
         })

@@ -118,7 +118,7 @@ fn receiver(ns: &Ns, address: &str, port: u16) -> UdpSocket {
     socket
 }
 
-fn hears(socket: &UdpSocket) -> bool {
+fn receives(socket: &UdpSocket) -> bool {
     socket.recv(&mut [0; 64]).is_ok()
 }
 
@@ -137,11 +137,11 @@ fn two_udp_sockets_of_an_ordinary_user_do_not_open_the_nodes_egress() {
             // The first datagrams may be lost during neighbour resolution.
             let arrives = (0..10).any(|_| {
                 sockets.send();
-                hears(&receiver)
+                receives(&receiver)
             });
             assert!(arrives, "{family:?}: without a firewall the datagram arrives");
             // Datagrams that waited for the resolution must not count below.
-            while hears(&receiver) {}
+            while receives(&receiver) {}
             (family, receiver, sockets)
         })
         .collect();
@@ -150,7 +150,7 @@ fn two_udp_sockets_of_an_ordinary_user_do_not_open_the_nodes_egress() {
         .expect("daemon");
     for (family, receiver, sockets) in &mut attempts {
         sockets.send();
-        assert!(!hears(receiver), "{family:?}\n{}", daemon.report());
+        assert!(!receives(receiver), "{family:?}\n{}", daemon.report());
     }
 }
 
@@ -188,7 +188,7 @@ fn sockets_with_another_workloads_address_do_not_open_that_workloads_ingress() {
         sender
             .send_to(b"palisade", (back.as_str(), LOCAL_PORT))
             .expect("a datagram");
-        assert!(!hears(&receiver), "{family:?}\n{}", daemon.report());
+        assert!(!receives(&receiver), "{family:?}\n{}", daemon.report());
     }
 }
 

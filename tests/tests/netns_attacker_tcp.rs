@@ -10,7 +10,7 @@ use std::{
 use palisade_testbed::{
     Daemon,
     daemon::Settings,
-    forge::{Forged, Heard, Tcp, Wire, option},
+    forge::{Forged, ReceivedSegment, Tcp, Wire, option},
     ns::serial,
     process::output_with_input,
     rawtcp::flags,
@@ -412,7 +412,8 @@ fn data_in_a_syn_is_not_accepted_with_any_fast_open_cookie() {
                     .option(&cookie)
                     .payload(&request("DELETE", "/admin"));
                 wire.tcp(local.ip(), remote.ip(), &syn).expect("SYN");
-                let acked = |heard: &Heard| heard.ack.wrapping_sub(7) > 1 && heard.flags & flags::RST == 0;
+                let acked =
+                    |heard: &ReceivedSegment| heard.ack.wrapping_sub(7) > 1 && heard.flags & flags::RST == 0;
                 let answer = wire.wait_tcp(Duration::from_millis(150), remote, local, acked);
                 assert!(answer.is_none(), "{from} -> {to} {family:?}: {answer:?}");
                 let heard = world.recorder(to).bytes(local);

@@ -429,7 +429,7 @@ fn malformed_and_unusual_queries_never_reach_a_server() {
         let from = SocketAddr::new(names.topology.addr("client", family), 0);
         let server = SocketAddr::new(resolver(family), dns::PORT);
         for (what, message, code) in odd {
-            let before = names.resolver.asked().len();
+            let before = names.resolver.queries().len();
             let answers = ask(names.ns("client"), from, server, message, SOON / 2).expect("ask");
             assert!(answers.len() <= 1, "{what}");
             if code.is_some() {
@@ -437,7 +437,7 @@ fn malformed_and_unusual_queries_never_reach_a_server() {
                 assert_eq!(said, *code, "{what} {family:?}\n{}", daemon.report());
             }
             assert_eq!(
-                names.resolver.asked().len(),
+                names.resolver.queries().len(),
                 before,
                 "{what} {family:?} has reached the server\n{}",
                 daemon.report()
@@ -570,10 +570,10 @@ fn audit_mode_passes_and_reports_everything() {
         names.reaches(&daemon, "client", EVIL, family);
         let from = SocketAddr::new(names.topology.addr("client", family), 0);
         let server = SocketAddr::new(resolver(family), dns::PORT);
-        let before = names.resolver.asked().len();
+        let before = names.resolver.queries().len();
         let two = query(9, &[("www.example", rtype::A), ("evil.example", rtype::A)]);
         ask(names.ns("client"), from, server, &two, SOON).expect("ask");
-        assert!(names.resolver.asked().len() > before, "{}", daemon.report());
+        assert!(names.resolver.queries().len() > before, "{}", daemon.report());
     }
     daemon
         .wait_flows(

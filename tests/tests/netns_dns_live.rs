@@ -225,15 +225,15 @@ fn crash_under_load(restart_by: fn(&mut Daemon)) {
         let begin = Instant::now();
         // A flow without inspection continues. Packets that need inspection are dropped, after those in flight.
         assert!(live.moves(200, OPEN), "the connection stands still");
-        let mut asked = names.resolver.asked().len();
+        let mut asked = names.resolver.queries().len();
         let quiet = wait_until("no more questions come", OPEN, || {
             thread::sleep(Duration::from_millis(300));
-            std::mem::replace(&mut asked, names.resolver.asked().len()) == asked
+            std::mem::replace(&mut asked, names.resolver.queries().len()) == asked
         });
         quiet.expect("queries pass without inspection");
         thread::sleep(Duration::from_millis(300));
         assert_eq!(
-            names.resolver.asked().len(),
+            names.resolver.queries().len(),
             asked,
             "queries pass without inspection"
         );
@@ -306,12 +306,12 @@ fn queries_are_dropped_while_workers_are_stopped() {
     let pid = Pid::from_raw(daemon.pid().expect("pid").cast_signed());
     kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
     thread::sleep(Duration::from_millis(1500));
-    let asked = names.resolver.asked().len();
+    let asked = names.resolver.queries().len();
     let queries = allowed(5);
     let perf = plan(&queries, family, 1, 100)
         .run(names.ns("client"))
         .expect("dnsperf");
-    let passed = names.resolver.asked().len() - asked;
+    let passed = names.resolver.queries().len() - asked;
     kill(pid, Signal::SIGCONT).expect("SIGCONT");
     assert_eq!((perf.completed, passed), (0, 0), "{perf:?}");
     names.resolves(
@@ -327,7 +327,7 @@ fn queries_are_dropped_while_workers_are_stopped() {
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
     assert_eq!(
-        names.resolver.asked_for("h0.wild.example"),
+        names.resolver.requests_for("h0.wild.example"),
         0,
         "late queries were forwarded"
     );

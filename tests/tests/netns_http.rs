@@ -14,7 +14,7 @@ use palisade_testbed::{
     Daemon,
     daemon::Hooks,
     output, probe,
-    recorder::{End, Heard, Recorder},
+    recorder::{End, RecordedConnection, Recorder},
     topology::{FAMILIES, Family},
     web::{Caddy, Curl, Peer, Talk, curl, h2load, random_file, sha256},
 };
@@ -314,12 +314,12 @@ fn upgrades_to_other_protocols() {
         );
         // A request after an Upgrade request waits for the response.
         let mut talk = Talk::open(client, at, OPEN).expect("connection");
-        talk.say(
+        talk.send(
             b"GET /allowed/slow HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n\
               GET /denied/behind HTTP/1.1\r\nHost: x\r\n\r\n",
         )
         .expect("requests");
-        let ended = talk.hear_all(OPEN).expect("answers");
+        let ended = talk.receive_all(OPEN).expect("answers");
         let text = talk.text();
         assert!(
             ended && text.starts_with("HTTP/1.1 200") && text.ends_with(DENIED),
@@ -330,9 +330,9 @@ fn upgrades_to_other_protocols() {
         // A tunnel, by CONNECT.
         for (host, allowed) in [("good.example:443", true), ("evil.example:443", false)] {
             let mut talk = Talk::open(client, at, OPEN).expect("connection");
-            talk.say(format!("CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes())
+            talk.send(format!("CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes())
                 .expect("a request");
-            talk.hear(OPEN, |heard| heard.windows(4).any(|w| w == b"\r\n\r\n"))
+            talk.receive(OPEN, |heard| heard.windows(4).any(|w| w == b"\r\n\r\n"))
                 .expect("an answer");
             if !allowed {
                 assert!(talk.text().starts_with("HTTP/1.1 403"), "{}", talk.text());
@@ -348,8 +348,8 @@ fn upgrades_to_other_protocols() {
             for n in 0..50 {
                 // Arbitrary bytes, also such that look like a request.
                 let said = format!("GET /denied/{n} HTTP/1.1\r\n\r\n");
-                talk.say(said.as_bytes()).expect("bytes");
-                talk.hear(OPEN, |heard| heard.ends_with(said.as_bytes()))
+                talk.send(said.as_bytes()).expect("bytes");
+                talk.receive(OPEN, |heard| heard.ends_with(said.as_bytes()))
                     .expect("an echo");
                 assert!(
                     talk.text().ends_with(&said),
@@ -362,8 +362,11 @@ fn upgrades_to_other_protocols() {
             assert!(read < 20, "{read} packets\n{}", daemon.report());
         }
     }
-    assert_eq!(peer.asked_for("/denied/ws") + peer.asked_for("/denied/behind"), 0);
-    assert_eq!(peer.asked_for("evil.example:443"), 0);
+    assert_eq!(
+        peer.requests_for("/denied/ws") + peer.requests_for("/denied/behind"),
+        0
+    );
+    assert_eq!(peer.requests_for("evil.example:443"), 0);
 }
 
 #[test]
@@ -394,11 +397,11 @@ fn pipelined_requests() {
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             for piece in all.chunks(size) {
                 // The connection may end before all bytes are sent.
-                if talk.say(piece).is_err() {
+                if talk.send(piece).is_err() {
                     break;
                 }
             }
-            let ended = talk.hear_all(OPEN).expect("answers");
+            let ended = talk.receive_all(OPEN).expect("answers");
             let text = talk.text();
             let statuses: Vec<&str> = text
                 .split("HTTP/1.1 ")
@@ -550,8 +553,8 @@ fn rules_on_hosts_and_header_fields() {
                 head += &format!("{field}\r\n");
             }
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
-            talk.say((head + "\r\n").as_bytes()).expect("a request");
-            let ended = talk.hear_all(OPEN).expect("an answer");
+            talk.send((head + "\r\n").as_bytes()).expect("a request");
+            let ended = talk.receive_all(OPEN).expect("an answer");
             let text = talk.text();
             assert!(
                 ended && text.starts_with(&format!("HTTP/1.1 {status} ")),
@@ -720,8 +723,8 @@ fn ambiguous_requests_are_refused() {
                     for before in [&b""[..], first] {
                         let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
                         let local = talk.stream().local_addr().expect("address");
-                        talk.say(&[before, bytes].concat()).expect("bytes");
-                        let ended = talk.hear_all(OPEN);
+                        talk.send(&[before, bytes].concat()).expect("bytes");
+                        let ended = talk.receive_all(OPEN);
                         let text = talk.text();
                         let answers = if before.is_empty() {
                             ""
@@ -810,10 +813,10 @@ fn a_body_ends_at_its_first_invalid_chunk() {
         for (what, bad) in cases {
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             let local = talk.stream().local_addr().expect("address");
-            talk.say([head, good, bad, smuggled].concat().as_bytes())
+            talk.send([head, good, bad, smuggled].concat().as_bytes())
                 .expect("bytes");
             // By FIN or by a reset: the server may have begun to answer.
-            let _ = talk.hear_all(OPEN);
+            let _ = talk.receive_all(OPEN);
             let heard = hears
                 .wait(local, "its end", OPEN, |heard| heard.end != End::Open)
                 .unwrap_or_else(|error| panic!("{what}: {error:#}\n{}", daemon.report()));
@@ -835,7 +838,7 @@ fn a_body_ends_at_its_first_invalid_chunk() {
         .concat();
         let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
         let local = talk.stream().local_addr().expect("address");
-        talk.say(all.as_bytes()).expect("bytes");
+        talk.send(all.as_bytes()).expect("bytes");
         hears
             .wait(local, "all of it", OPEN, |heard| heard.bytes == all.as_bytes())
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
@@ -862,8 +865,8 @@ fn other_protocols_are_reset_and_http2_has_its_own_reason() {
         ] {
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             let local = talk.stream().local_addr().expect("address");
-            talk.say(&bytes).expect("bytes");
-            let end = talk.hear_all(OPEN);
+            talk.send(&bytes).expect("bytes");
+            let end = talk.receive_all(OPEN);
             assert!(
                 end.as_ref()
                     .is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
@@ -871,7 +874,7 @@ fn other_protocols_are_reset_and_http2_has_its_own_reason() {
                 talk.text(),
                 daemon.report()
             );
-            let heard: Heard = hears
+            let heard: RecordedConnection = hears
                 .wait(local, "its end", OPEN, |heard| heard.end == End::Reset)
                 .expect("reset on the server's side");
             assert!(heard.bytes.is_empty(), "{what}: {heard:?}");
@@ -914,14 +917,14 @@ fn an_endless_head_is_aborted() {
                     let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
                     let local = talk.stream().local_addr().expect("address");
                     // A complete head first, and then a longer one that does not end.
-                    talk.say(b"GET /allowed/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+                    talk.send(b"GET /allowed/1 HTTP/1.1\r\nHost: x\r\n\r\n")
                         .expect("bytes");
-                    talk.hear(OPEN, |heard| heard.ends_with(b"ok"))
+                    talk.receive(OPEN, |heard| heard.ends_with(b"ok"))
                         .expect("an answer");
                     thread::sleep(Duration::from_millis(2_600));
-                    talk.say(b"GET /allowed/2 HTTP/1.1\r\nHost: x\r\n\r\n")
+                    talk.send(b"GET /allowed/2 HTTP/1.1\r\nHost: x\r\n\r\n")
                         .expect("bytes");
-                    talk.hear(OPEN, |heard| {
+                    talk.receive(OPEN, |heard| {
                         heard.ends_with(b"okHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
                     })
                     .expect("an answer");
@@ -929,16 +932,16 @@ fn an_endless_head_is_aborted() {
                     if slowly {
                         // Each byte in time, but never a complete head.
                         for byte in head.iter().cycle() {
-                            let said = talk.say(&[*byte]);
+                            let said = talk.send(&[*byte]);
                             if said.is_err() || begin.elapsed() > OPEN {
                                 break;
                             }
                             thread::sleep(Duration::from_millis(100));
                         }
                     } else {
-                        talk.say(head).expect("bytes");
+                        talk.send(head).expect("bytes");
                     }
-                    let end = talk.hear_all(OPEN);
+                    let end = talk.receive_all(OPEN);
                     let took = begin.elapsed();
                     assert!(
                         !matches!(end, Ok(false)) && (1_500..18_000).contains(&took.as_millis()),

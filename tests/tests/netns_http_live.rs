@@ -68,9 +68,9 @@ fn talk(apps: &Apps, family: Family) -> Talk {
 fn ask(daemon: &Daemon, talk: &mut Talk, path: &str) -> Option<u16> {
     let before = talk.text().len();
     let begin = Instant::now();
-    talk.say(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())
+    talk.send(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes())
         .ok()?;
-    talk.hear(OPEN, |heard| {
+    talk.receive(OPEN, |heard| {
         let text = String::from_utf8_lossy(&heard[before..]).into_owned();
         text.ends_with("hello from internet\n") || text.ends_with("Access denied\r\n")
     })
@@ -108,7 +108,7 @@ fn each_request_is_matched_against_the_rules_in_force() {
         daemon
             .apply(&[("p.yaml", &policy("client", "egress", &[443], ""))])
             .expect("apply");
-        let _ = four.say(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n");
+        let _ = four.send(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n");
         thread::sleep(Duration::from_millis(300));
         assert_eq!(web.seen().len(), seen, "{}", daemon.report());
         // SO_LINGER 0: otherwise the kernel retransmits the request until the rules of the other family allow it again.
@@ -245,19 +245,19 @@ fn kill9_and_restart_under_load_pass_no_denied_request() {
             daemon.kill9().expect("kill -9");
         }
         thread::sleep(Duration::from_millis(1_200));
-        let asked = || {
+        let requests = || {
             web.seen()
                 .iter()
                 .filter(|seen| seen.request.starts_with("GET /ok "))
                 .count()
         };
-        let seen = asked();
+        let seen = requests();
         assert_eq!(
             status(&apps, Family::V4, "/ok"),
             0,
             "a request has passed without inspection"
         );
-        assert_eq!(asked(), seen, "requests pass without inspection");
+        assert_eq!(requests(), seen, "requests pass without inspection");
         daemon.restart().expect("restart");
         for family in FAMILIES {
             assert_eq!(status(&apps, family, "/ok"), 200, "{}", daemon.report());
@@ -355,9 +355,9 @@ fn is_audited(apps: &Apps, daemon: &Daemon) {
         }
         // Bytes that are not HTTP pass too: the server responds to them.
         let mut talk = talk(apps, family);
-        talk.say(b"GET /ok HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
+        talk.send(b"GET /ok HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n")
             .expect("a request");
-        talk.hear(OPEN, |heard| heard.windows(4).any(|w| w == b"\r\n\r\n"))
+        talk.receive(OPEN, |heard| heard.windows(4).any(|w| w == b"\r\n\r\n"))
             .expect("an answer");
         assert!(
             talk.text().contains("nginx"),

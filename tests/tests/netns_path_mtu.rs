@@ -21,7 +21,7 @@ use palisade_tests::fixtures::apps::{Apps, OK, answers_requests, apps, borrowed,
 
 const PORT: u16 = 80;
 const RULES: &str = "      rules:\n        http: [{method: GET, path: \"/.*\"}]\n";
-const PATIENCE: Duration = Duration::from_secs(6);
+const TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The internet is a router here, with a host behind it.
 struct Far {
@@ -130,7 +130,7 @@ fn bytes_acknowledged_on_behalf_arrive_over_paths_with_a_small_mtu() {
                 stream.write_all(end).expect("head");
                 let since = Instant::now();
                 let own = stream.local_addr().expect("address");
-                let heard = recorder.wait(own, "the head", PATIENCE, |heard| heard.bytes.len() >= head.len());
+                let heard = recorder.wait(own, "the head", TIMEOUT, |heard| heard.bytes.len() >= head.len());
                 let heard = heard.unwrap_or_else(|error| {
                     panic!(
                         "{family:?}, MTU {mtu}, silent {silent}: {error:#}\n{}",
@@ -155,7 +155,7 @@ fn send_held(from: &Ns, stream: &mut TcpStream, head: &str) {
     let (begin, end) = head.as_bytes().split_at(head.len() - 4);
     stream.write_all(begin).expect("head");
     let port = stream.local_addr().expect("address").port();
-    wait_until("the acknowledgement", PATIENCE, || {
+    wait_until("the acknowledgement", TIMEOUT, || {
         let shown = from
             .run("ss", &["-Htn", "sport", "=", &format!(":{port}")])
             .expect("ss");
@@ -177,7 +177,7 @@ fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, 
         send_held(from, &mut stream, &head);
         let own = stream.local_addr().expect("address");
         let heard = recorder
-            .wait(own, "the head", PATIENCE, |heard| heard.bytes.len() >= head.len())
+            .wait(own, "the head", TIMEOUT, |heard| heard.bytes.len() >= head.len())
             .expect("head");
         assert!(heard.bytes == head.as_bytes());
         return;
@@ -192,7 +192,7 @@ fn deliver(world: &Far, recorder: &Recorder, listener: &TcpListener, way: &str, 
     let head = head("HTTP/1.1 204 No Content");
     send_held(world.apps.ns("server"), &mut stream, &head);
     let mut heard = vec![0; head.len()];
-    client.set_read_timeout(Some(PATIENCE)).expect("option");
+    client.set_read_timeout(Some(TIMEOUT)).expect("option");
     client.read_exact(&mut heard).expect("answer");
     assert!(heard == head.as_bytes());
 }
@@ -309,8 +309,8 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
         let server = apps.at("internet", family, PORT);
         let client = Forged::open(wire(), own, server, &[], |_| Vec::new()).expect("connection");
         client.send(&client.segment(1).payload(REQUEST)).expect("request");
-        let answer = |heard: &forge::Heard| heard.payload == OK;
-        client.wait(PATIENCE, answer).expect("answer");
+        let answer = |heard: &forge::ReceivedSegment| heard.payload == OK;
+        client.wait(TIMEOUT, answer).expect("answer");
         // The server has received all bytes of the client, so only a bare acknowledgement can be in flight.
         let next = client.isn.wrapping_add(1 + REQUEST.len() as u32);
         let spread = |near: u32, except: std::ops::RangeInclusive<u32>| -> Vec<u32> {
@@ -343,7 +343,7 @@ fn forged_icmp_errors_reach_no_end_and_change_nothing() {
         let request = request.ack(first.wrapping_add(OK.len() as u32));
         client.send(&request.payload(REQUEST)).expect("request");
         client
-            .wait(PATIENCE, |heard| answer(heard) && heard.seq != first)
+            .wait(TIMEOUT, |heard| answer(heard) && heard.seq != first)
             .expect("answer");
         assert_eq!(recorder.bytes(own), REQUEST.repeat(2));
     }
@@ -393,7 +393,7 @@ fn icmp_errors_about_an_offloaded_body_reach_its_sender() {
         client
             .write_all(b"GET /a HTTP/1.1\r\nHost: x.example\r\n\r\n")
             .expect("request");
-        client.set_read_timeout(Some(PATIENCE)).expect("option");
+        client.set_read_timeout(Some(TIMEOUT)).expect("option");
         let mut heard = Vec::new();
         let mut block = [0; 1 << 16];
         while heard.len() < LENGTH {

@@ -59,8 +59,8 @@ fn start(names: &Names, tables: &str) -> Daemon {
 fn answers(names: &Names, from: &str, n: u8, family: Family, name: &str) -> bool {
     let at = SocketAddr::new(site(n, family), TLS);
     let mut talk = Talk::open(names.ns(from), at, OPEN).expect("connection");
-    talk.say(&Hello::to(name).bytes()).expect("a hello");
-    talk.hear(OPEN, |heard| heard.len() == server_hello().len())
+    talk.send(&Hello::to(name).bytes()).expect("a hello");
+    talk.receive(OPEN, |heard| heard.len() == server_hello().len())
         .is_ok()
 }
 

@@ -331,8 +331,8 @@ fn other_protocols_than_tls_are_reset() {
                     let mut talk = Talk::open(apps.ns("client"), apps.at("internet", family, HTTPS), OPEN)
                         .expect("connection");
                     let local = talk.stream().local_addr().expect("address");
-                    talk.say(bytes).expect("bytes");
-                    let end = talk.hear_all(OPEN);
+                    talk.send(bytes).expect("bytes");
+                    let end = talk.receive_all(OPEN);
                     assert!(
                         end.as_ref()
                             .is_err_and(|e| e.kind() == ErrorKind::ConnectionReset),
@@ -383,8 +383,8 @@ fn an_endless_hello_is_aborted() {
                         .expect("connection");
                     let local = talk.stream().local_addr().expect("address");
                     let begin = Instant::now();
-                    talk.say(begun).expect("bytes");
-                    let end = talk.hear_all(Duration::from_secs(60));
+                    talk.send(begun).expect("bytes");
+                    let end = talk.receive_all(Duration::from_secs(60));
                     let took = begin.elapsed();
                     assert!(
                         end.is_err() && (1_500..50_000).contains(&took.as_millis()),
@@ -459,13 +459,13 @@ fn a_second_hello_is_inspected_too() {
             let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
             let local = talk.stream().local_addr().expect("address");
             let first = Hello::to("www.allowed.example").bytes();
-            talk.say(&first).expect("a hello");
-            talk.hear(OPEN, |heard| heard == retry_request())
+            talk.send(&first).expect("a hello");
+            talk.receive(OPEN, |heard| heard == retry_request())
                 .expect("an answer");
             let second = Hello::to(name).bytes();
             // With a ChangeCipherSpec before it, as clients send it (RFC 8446, appendix D.4).
             let change = b"\x14\x03\x03\x00\x01\x01";
-            talk.say(&[change, &second[..]].concat()).expect("another hello");
+            talk.send(&[change, &second[..]].concat()).expect("another hello");
             if goes_on {
                 let all = [&first[..], change, &second].concat();
                 asks_again
@@ -473,7 +473,7 @@ fn a_second_hello_is_inspected_too() {
                     .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
                 continue;
             }
-            let end = talk.hear_all(OPEN);
+            let end = talk.receive_all(OPEN);
             assert!(end.is_err(), "{end:?}\n{}", daemon.report());
             let heard = asks_again
                 .wait(local, "its end", OPEN, |heard| heard.end == End::Reset)
@@ -505,8 +505,8 @@ fn encrypted_hellos_are_matched_by_their_outer_name_or_refused() {
         let at = apps.at("internet", family, HTTPS);
         let mut talk = Talk::open(apps.ns("client"), at, OPEN).expect("connection");
         let local = talk.stream().local_addr().expect("address");
-        talk.say(&hello(name)).expect("a hello");
-        let answer = talk.hear(OPEN, |heard| heard.len() == server_hello().len());
+        talk.send(&hello(name)).expect("a hello");
+        let answer = talk.receive(OPEN, |heard| heard.len() == server_hello().len());
         assert_eq!(answer.is_ok(), allowed, "{name} {family:?}\n{}", daemon.report());
         let heard = server.bytes(local);
         let expected = if allowed { hello(name) } else { vec![] };

@@ -229,7 +229,7 @@ impl Busy {
             );
         }
         enough.expect("all traffic is answered");
-        assert_eq!(self.resolver.asked_for("evil.example"), 0);
+        assert_eq!(self.resolver.requests_for("evil.example"), 0);
         let seen = self.web.seen();
         assert!(
             !seen.iter().any(|seen| seen.request.contains("denied")),
@@ -284,7 +284,7 @@ fn without_a_punt_link_packets_that_need_inspection_drop_and_status_says_why() {
         })
         .unwrap_or_else(|error| panic!("{error:#}\n{}", busy.daemon.report()));
     assert_eq!(status["ready"], false);
-    let asked = busy.resolver.asked().len();
+    let asked = busy.resolver.queries().len();
     let dropped = counted(&status, NO_WORKER);
     let counted = busy.daemon.wait_status("questions are dropped", |status| {
         counted(status, NO_WORKER) > dropped + 20
@@ -296,7 +296,7 @@ fn without_a_punt_link_packets_that_need_inspection_drop_and_status_says_why() {
         }
     }
     assert_eq!(
-        busy.resolver.asked().len(),
+        busy.resolver.queries().len(),
         asked,
         "queries pass without inspection"
     );
@@ -338,7 +338,11 @@ fn a_missing_punt_link_is_made_once_its_name_is_free() {
                 assert_eq!(question(&busy.apps, family, name), None, "{taken}");
             }
         }
-        assert_eq!(busy.resolver.asked().len(), 0, "queries pass without inspection");
+        assert_eq!(
+            busy.resolver.queries().len(),
+            0,
+            "queries pass without inspection"
+        );
         assert!(counted(&busy.status(), NO_WORKER) > 0, "{:#}", busy.status());
         let log = busy.daemon.log();
         let said = log

@@ -25,7 +25,7 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
     let mut problems = Vec::new();
     let mut is_evidence = false;
     for (number, line) in (1..).zip(document.lines()) {
-        let mut say = |problem: String| problems.push(format!("line {number}: {problem}"));
+        let mut report = |problem: String| problems.push(format!("line {number}: {problem}"));
         if line.starts_with('|') && line.ends_with("| shown by |") {
             is_evidence = true;
         } else if !line.starts_with('|') {
@@ -39,13 +39,13 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
             let spans = code_spans(cell).count();
             let prose: String = cell.split('`').step_by(2).collect();
             if prose.contains("::") || prose.contains('_') || prose.contains(".rs") {
-                say(format!("the evidence {prose:?} is not in backticks"));
+                report(format!("the evidence {prose:?} is not in backticks"));
             }
             if spans == 0 && prose != "-" {
-                say("no evidence and no \"-\"".to_owned());
+                report("no evidence and no \"-\"".to_owned());
             }
             for span in code_spans(cell).filter(|span| !span.contains(".rs::")) {
-                say(format!("`{span}` does not name a file and a test function"));
+                report(format!("`{span}` does not name a file and a test function"));
             }
         }
         for span in code_spans(line) {
@@ -54,9 +54,9 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
             };
             let file = format!("{file}.rs");
             match read(&file) {
-                None => say(format!("there is no file {file}")),
+                None => report(format!("there is no file {file}")),
                 Some(source) if has_test(&source, name) => {}
-                Some(_) => say(format!("{file} has no test {name}")),
+                Some(_) => report(format!("{file} has no test {name}")),
             }
         }
     }

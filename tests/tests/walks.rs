@@ -31,10 +31,10 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
         let Some((number, step)) = line.split_once(". ").filter(|(n, _)| n.parse::<usize>().is_ok()) else {
             continue;
         };
-        let mut say = |problem: &str| problems.push(format!("{walk}, step {number}: {problem}"));
+        let mut report = |problem: &str| problems.push(format!("{walk}, step {number}: {problem}"));
         steps += 1;
         if steps > MAX_STEPS {
-            say("too many steps");
+            report("too many steps");
         }
         // [`FILE::FUNCTION`](../FILE), `FUNCTION` and `FUNCTION`: what happens there.
         let spans: Vec<&str> = step
@@ -45,23 +45,23 @@ fn problems(document: &str, read: impl Fn(&str) -> Option<String>) -> Vec<String
             .step_by(2)
             .collect();
         let Some((file, first)) = spans.first().and_then(|span| span.split_once(".rs::")) else {
-            say("does not begin with a file and a function");
+            report("does not begin with a file and a function");
             continue;
         };
         let file = format!("{file}.rs");
         if !step.contains(&format!("](../{file})")) {
-            say("the link does not lead to the file");
+            report("the link does not lead to the file");
         }
         if !visited.insert(file.clone()) {
-            say("the file was visited before");
+            report("the file was visited before");
         }
         let Some(source) = read(&file) else {
-            say("there is no such file");
+            report("there is no such file");
             continue;
         };
         for name in [first].iter().chain(&spans[1..]) {
             if !has_function(&source, name) {
-                say(&format!("{file} has no function {name}"));
+                report(&format!("{file} has no function {name}"));
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Timeout of a request to the daemon.
-const PATIENCE: Duration = Duration::from_secs(60);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout of a start of the daemon. The kernel's verifier takes most of the time of a start.
 const START: Duration = Duration::from_secs(90);
 
@@ -276,7 +276,7 @@ impl Daemon {
 
     /// Runs a `palisade` command to its end and returns its output and exit status.
     pub fn try_cli(&self, args: &[&str]) -> Result<Output> {
-        output(&mut self.command(args), PATIENCE)
+        output(&mut self.command(args), REQUEST_TIMEOUT)
     }
 
     /// Runs a `palisade` command that must succeed, and returns its standard output.
@@ -353,7 +353,7 @@ impl Daemon {
     /// Waits until `wanted` returns true for the status, and returns that status.
     pub fn wait_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
         let mut status = Value::Null;
-        wait_until(what, PATIENCE, || {
+        wait_until(what, REQUEST_TIMEOUT, || {
             status = self.status().unwrap_or_default();
             wanted(&status)
         })
@@ -370,7 +370,7 @@ impl Daemon {
     /// Sends SIGTERM and waits for the end of the process. The programs remain attached.
     pub fn terminate(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the daemon does not run")?;
-        let status = process.terminate(PATIENCE)?;
+        let status = process.terminate(REQUEST_TIMEOUT)?;
         ensure!(
             status.success(),
             "the daemon ended with {status}:\n{}",
@@ -384,7 +384,7 @@ impl Daemon {
     /// The old daemon must have ended before the new one starts, because a running daemon locks its directories.
     pub fn restart(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
-            process.terminate(PATIENCE)?;
+            process.terminate(REQUEST_TIMEOUT)?;
         }
         self.spawn()?;
         self.wait()
@@ -394,7 +394,7 @@ impl Daemon {
     pub fn detach(&mut self) -> Result<()> {
         self.cli(&["stop", "--detach"])?;
         if let Some(mut process) = self.process.take() {
-            let status = process.wait(PATIENCE)?;
+            let status = process.wait(REQUEST_TIMEOUT)?;
             ensure!(
                 status.success(),
                 "the daemon ended with {status}:\n{}",
@@ -441,7 +441,7 @@ impl Daemon {
         wanted: impl Fn(&[Value]) -> bool,
     ) -> Result<Vec<Value>> {
         let mut flows = Vec::new();
-        let found = wait_until(what, PATIENCE, || {
+        let found = wait_until(what, REQUEST_TIMEOUT, || {
             flows = self.flows(args).unwrap_or_default();
             wanted(&flows)
         });

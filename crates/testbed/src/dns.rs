@@ -57,7 +57,7 @@ pub mod rtype {
 
 /// A question that a server has received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct ReceivedQuery {
     /// Address and port of the client.
     pub from: SocketAddr,
     /// Address and port of the server.
@@ -72,7 +72,7 @@ pub struct Asked {
 
 /// A response of the scripted server.
 #[derive(Clone, Debug, Default)]
-pub struct Said {
+pub struct ScriptedResponse {
     /// Delay before the response.
     pub delay: Duration,
     /// Response code.
@@ -97,7 +97,7 @@ pub struct Said {
     pub raw: Option<([u16; 3], Vec<u8>)>,
 }
 
-impl Said {
+impl ScriptedResponse {
     /// Creates a response with these records in the answer section.
     #[must_use]
     pub fn records<S: AsRef<str>>(records: &[S]) -> Self {
@@ -118,12 +118,12 @@ impl Said {
 }
 
 /// A function that returns the responses to a question.
-type Script = dyn Fn(&Asked) -> Vec<Said> + Send + Sync;
+type Script = dyn Fn(&ReceivedQuery) -> Vec<ScriptedResponse> + Send + Sync;
 
 /// A DNS server whose responses a script determines.
 #[derive(Debug)]
 pub struct Scripted {
-    asked: Arc<Mutex<Vec<Asked>>>,
+    asked: Arc<Mutex<Vec<ReceivedQuery>>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     ns: Ns,
@@ -134,7 +134,7 @@ impl Scripted {
     pub fn start(
         ns: &Ns,
         addresses: &[IpAddr],
-        script: impl Fn(&Asked) -> Vec<Said> + Send + Sync + 'static,
+        script: impl Fn(&ReceivedQuery) -> Vec<ScriptedResponse> + Send + Sync + 'static,
     ) -> Result<Self> {
         let mut server = Self {
             asked: Arc::default(),
@@ -170,14 +170,14 @@ impl Scripted {
 
     /// Returns all questions received so far.
     #[must_use]
-    pub fn asked(&self) -> Vec<Asked> {
+    pub fn queries(&self) -> Vec<ReceivedQuery> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the number of questions for a name.
     #[must_use]
-    pub fn asked_for(&self, name: &str) -> usize {
-        self.asked().iter().filter(|asked| asked.name == name).count()
+    pub fn requests_for(&self, name: &str) -> usize {
+        self.queries().iter().filter(|asked| asked.name == name).count()
     }
 
     /// Sends an unsolicited datagram from an address and port on which the server does not listen.
@@ -202,15 +202,15 @@ fn send_from(ns: &Ns, from: SocketAddr, to: SocketAddr, message: &[u8]) -> io::R
 #[derive(Clone)]
 struct Serving {
     at: SocketAddr,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    asked: Arc<Mutex<Vec<ReceivedQuery>>>,
     stop: Arc<AtomicBool>,
     script: Arc<Script>,
     ns: Ns,
 }
 
 impl Serving {
-    fn note(&self, query: &Query, from: SocketAddr, tcp: bool) -> Asked {
-        let asked = Asked {
+    fn note(&self, query: &Query, from: SocketAddr, tcp: bool) -> ReceivedQuery {
+        let asked = ReceivedQuery {
             from,
             to: self.at,
             tcp,
@@ -234,21 +234,21 @@ impl Serving {
                 continue;
             };
             let asked = self.note(&query, from, false);
-            let said = (self.script)(&asked);
-            let is_slow = said
+            let responses = (self.script)(&asked);
+            let is_slow = responses
                 .iter()
                 .any(|one| !one.delay.is_zero() || one.port.is_some() || one.address.is_some());
             let send = {
                 let (this, socket) = (self.clone(), socket.try_clone());
                 move || {
-                    for one in said {
-                        thread::sleep(one.delay);
-                        let Ok(message) = query.message(&one) else {
+                    for response in responses {
+                        thread::sleep(response.delay);
+                        let Ok(message) = query.message(&response) else {
                             continue;
                         };
                         let other = SocketAddr::new(
-                            one.address.unwrap_or(this.at.ip()),
-                            one.port.unwrap_or(this.at.port()),
+                            response.address.unwrap_or(this.at.ip()),
+                            response.port.unwrap_or(this.at.port()),
                         );
                         // Ignore errors: sending fails if the policy blocks the response.
                         let _ = match &socket {
@@ -348,24 +348,25 @@ impl Query {
         })
     }
 
-    fn message(&self, said: &Said) -> Result<Vec<u8>> {
-        let question = match &said.question {
+    fn message(&self, response: &ScriptedResponse) -> Result<Vec<u8>> {
+        let question = match &response.question {
             Some(name) => question(name, self.kind),
             None => self.question.clone(),
         };
         // QR, AA and RA are set; opcode and RD are copied from the query.
-        let flags = 0x8480 | self.flags & 0x7900 | u16::from(said.truncated) << 9 | u16::from(said.rcode);
-        let sections = [&said.answer, &said.authority, &said.additional];
+        let flags =
+            0x8480 | self.flags & 0x7900 | u16::from(response.truncated) << 9 | u16::from(response.rcode);
+        let sections = [&response.answer, &response.authority, &response.additional];
         let mut counts = sections.map(|records| records.len() as u16);
         let mut body = Vec::new();
         for line in sections.into_iter().flatten() {
             write_record(line, &mut body).with_context(|| line.clone())?;
         }
-        if let Some((raw_counts, raw)) = &said.raw {
+        if let Some((raw_counts, raw)) = &response.raw {
             (counts, body) = (*raw_counts, raw.clone());
         }
         let mut message = Vec::new();
-        for word in [self.id ^ said.id_xor, flags, 1].into_iter().chain(counts) {
+        for word in [self.id ^ response.id_xor, flags, 1].into_iter().chain(counts) {
             message.extend(word.to_be_bytes());
         }
         message.extend(question);
@@ -417,7 +418,7 @@ pub fn answer(id: u16, name: &str, kind: u16, records: &[&str]) -> Result<Vec<u8
         name: name.into(),
         kind,
     };
-    asked.message(&Said::records(records))
+    asked.message(&ScriptedResponse::records(records))
 }
 
 /// Appends a record in wire form. `line`: the record in zone file format, such as `www.example. 60 IN A 192.0.2.1`.
@@ -951,7 +952,10 @@ fn perf(text: &str) -> Result<Perf> {
             _ => {}
         }
     }
-    ensure!(perf.sent > 0, "dnsperf said nothing of its queries: {text}");
+    ensure!(
+        perf.sent > 0,
+        "the output of dnsperf has no number of queries: {text}"
+    );
     latencies.sort_by(f64::total_cmp);
     let at = |part: f64| {
         let last = latencies.len().saturating_sub(1);

@@ -349,7 +349,7 @@ pub fn frame(from: Mac, to: Mac, packet: &[u8]) -> Vec<u8> {
 
 /// A received TCP segment.
 #[derive(Clone, Debug)]
-pub struct Heard {
+pub struct ReceivedSegment {
     /// The sender.
     pub from: SocketAddr,
     /// The receiver.
@@ -368,7 +368,7 @@ pub struct Heard {
     pub payload: Vec<u8>,
 }
 
-impl Heard {
+impl ReceivedSegment {
     /// Parses the segment in a packet; `None` if the packet is a fragment or has no valid TCP header.
     #[must_use]
     pub fn read(packet: &Packet) -> Option<Self> {
@@ -528,10 +528,11 @@ impl Wire {
         timeout: Duration,
         from: SocketAddr,
         to: SocketAddr,
-        mut wanted: impl FnMut(&Heard) -> bool,
-    ) -> Option<Heard> {
+        mut wanted: impl FnMut(&ReceivedSegment) -> bool,
+    ) -> Option<ReceivedSegment> {
         self.wait(timeout, |packet| {
-            Heard::read(packet).filter(|heard| heard.from == from && heard.to == to && wanted(heard))
+            ReceivedSegment::read(packet)
+                .filter(|heard| heard.from == from && heard.to == to && wanted(heard))
         })
     }
 
@@ -584,7 +585,7 @@ pub struct Forged {
     /// Sequence number of the SYN.
     pub isn: u32,
     /// The received SYN+ACK.
-    pub syn_ack: Heard,
+    pub syn_ack: ReceivedSegment,
 }
 
 impl Forged {
@@ -598,7 +599,7 @@ impl Forged {
         local: SocketAddr,
         remote: SocketAddr,
         in_syn: &[u8],
-        in_ack: impl FnOnce(&Heard) -> Vec<u8>,
+        in_ack: impl FnOnce(&ReceivedSegment) -> Vec<u8>,
     ) -> Result<Self> {
         let isn = crate::ns::serial().wrapping_add(1).wrapping_mul(0x9e37_79b9);
         let syn = Tcp::new(local.port(), remote.port())
@@ -647,7 +648,11 @@ impl Forged {
     }
 
     /// Waits for a segment of the other end for which `wanted` returns true; `None` after `timeout`.
-    pub fn wait(&self, timeout: Duration, wanted: impl FnMut(&Heard) -> bool) -> Option<Heard> {
+    pub fn wait(
+        &self,
+        timeout: Duration,
+        wanted: impl FnMut(&ReceivedSegment) -> bool,
+    ) -> Option<ReceivedSegment> {
         self.wire.wait_tcp(timeout, self.remote, self.local, wanted)
     }
 }

@@ -248,7 +248,7 @@ impl RawReceiver {
 
     /// Waits for a packet from `source` whose first byte after the network header is `first`. Returns whether such a
     /// packet came within `timeout`. The source of IPv6 packets is not checked.
-    pub fn hears(&self, source: IpAddr, first: u8, timeout: Duration) -> Result<bool> {
+    pub fn receives(&self, source: IpAddr, first: u8, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         let mut buffer = vec![0; 1 << 16];
         loop {

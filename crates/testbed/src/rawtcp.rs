@@ -484,18 +484,18 @@ impl RawTcp {
             }
             self.inward
                 .set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-            self.hear(false)?;
+            self.process_packet(false)?;
         }
     }
 
     /// Processes the packets that have arrived, without waiting.
     fn drain(&mut self) -> Result<()> {
-        while self.hear(true)? {}
+        while self.process_packet(true)? {}
         Ok(())
     }
 
     /// Processes one packet. Returns whether there was a packet.
-    fn hear(&mut self, at_once: bool) -> Result<bool> {
+    fn process_packet(&mut self, at_once: bool) -> Result<bool> {
         let mut buffer = [MaybeUninit::uninit(); 1 << 16];
         let flags = if at_once { libc::MSG_DONTWAIT } else { 0 };
         let n = match self.inward.recv_with_flags(&mut buffer, flags) {

@@ -30,7 +30,7 @@ pub enum End {
 
 /// A connection to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Heard {
+pub struct RecordedConnection {
     /// Address and port of the client.
     pub from: SocketAddr,
     /// Address and port of the server.
@@ -48,7 +48,7 @@ pub type Answer = dyn Fn(&mut usize, &[u8]) -> Vec<u8> + Send + Sync;
 /// A server that records its connections, with one thread per connection.
 #[derive(Debug)]
 pub struct Recorder {
-    heard: Arc<Mutex<Vec<Heard>>>,
+    heard: Arc<Mutex<Vec<RecordedConnection>>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -96,13 +96,13 @@ impl Recorder {
 
     /// Returns all connections so far.
     #[must_use]
-    pub fn heard(&self) -> Vec<Heard> {
+    pub fn heard(&self) -> Vec<RecordedConnection> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the last connection from `from`; `None` if there is none.
     #[must_use]
-    pub fn from(&self, from: SocketAddr) -> Option<Heard> {
+    pub fn from(&self, from: SocketAddr) -> Option<RecordedConnection> {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         heard.iter().rev().find(|heard| heard.from == from).cloned()
     }
@@ -119,8 +119,8 @@ impl Recorder {
         from: SocketAddr,
         what: &str,
         timeout: Duration,
-        wanted: impl Fn(&Heard) -> bool,
-    ) -> Result<Heard> {
+        wanted: impl Fn(&RecordedConnection) -> bool,
+    ) -> Result<RecordedConnection> {
         let mut found = None;
         wait_until(what, timeout, || {
             found = self.from(from);
@@ -143,7 +143,7 @@ impl Drop for Recorder {
 fn accept(
     listener: &TcpListener,
     to: SocketAddr,
-    heard: &Arc<Mutex<Vec<Heard>>>,
+    heard: &Arc<Mutex<Vec<RecordedConnection>>>,
     stop: &Arc<AtomicBool>,
     answer: &Arc<Answer>,
 ) {
@@ -155,7 +155,7 @@ fn accept(
         };
         let at = {
             let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
-            heard.push(Heard {
+            heard.push(RecordedConnection {
                 from,
                 to,
                 bytes: Vec::new(),
@@ -173,8 +173,14 @@ fn accept(
     }
 }
 
-fn serve(mut stream: TcpStream, at: usize, heard: &Mutex<Vec<Heard>>, stop: &AtomicBool, answer: &Answer) {
-    let note = |change: &mut dyn FnMut(&mut Heard)| {
+fn serve(
+    mut stream: TcpStream,
+    at: usize,
+    heard: &Mutex<Vec<RecordedConnection>>,
+    stop: &AtomicBool,
+    answer: &Answer,
+) {
+    let note = |change: &mut dyn FnMut(&mut RecordedConnection)| {
         if let Some(own) = heard.lock().unwrap_or_else(PoisonError::into_inner).get_mut(at) {
             change(own);
         }

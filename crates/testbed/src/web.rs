@@ -212,7 +212,7 @@ impl Peer {
 
     /// Returns the number of requests with this path.
     #[must_use]
-    pub fn asked_for(&self, path: &str) -> usize {
+    pub fn requests_for(&self, path: &str) -> usize {
         self.requests()
             .iter()
             .filter(|request| request["path"] == path)
@@ -418,13 +418,13 @@ impl Talk {
     }
 
     /// Sends bytes.
-    pub fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
 
     /// Receives until `done` returns true for all received bytes, the other end closes, or `timeout` has passed.
     /// Returns all received bytes.
-    pub fn hear(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
+    pub fn receive(&mut self, timeout: Duration, done: impl Fn(&[u8]) -> bool) -> io::Result<&[u8]> {
         let deadline = Instant::now() + timeout;
         let mut buffer = [0; 1 << 14];
         while !done(&self.heard) {
@@ -462,8 +462,8 @@ impl Talk {
     ///
     /// # Errors
     /// Returns an error if receiving failed, for example because the connection was reset.
-    pub fn hear_all(&mut self, timeout: Duration) -> io::Result<bool> {
-        self.hear(timeout, |_| false)?;
+    pub fn receive_all(&mut self, timeout: Duration) -> io::Result<bool> {
+        self.receive(timeout, |_| false)?;
         Ok(self.ended)
     }
 }

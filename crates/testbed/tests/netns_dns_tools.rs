@@ -6,7 +6,8 @@ use palisade_testbed::{
     Topology,
     capture::Capture,
     dns::{
-        self, PORT, PerfPlan, Said, Scripted, Server, ask, dig, getaddrinfo, query, rcode, resolving, rtype,
+        self, PORT, PerfPlan, Scripted, ScriptedResponse, Server, ask, dig, getaddrinfo, query, rcode,
+        resolving, rtype,
     },
     output,
     packet::protocol,
@@ -70,37 +71,37 @@ fn a_scripted_server_sends_its_script() {
     let (client, ns) = (t.ns("client"), t.ns("server"));
     let addresses = FAMILIES.map(|family| t.addr("server", family));
     let server = Scripted::start(ns, &addresses, |asked| {
-        let www = Said::records(&[format!("{}. 60 IN A 192.0.2.1", asked.name)]);
+        let www = ScriptedResponse::records(&[format!("{}. 60 IN A 192.0.2.1", asked.name)]);
         match asked.name.as_str() {
             "www.example" => vec![www],
-            "slow.example" => vec![Said {
+            "slow.example" => vec![ScriptedResponse {
                 delay: Duration::from_millis(200),
                 ..www
             }],
-            "cut.example" if !asked.tcp => vec![Said {
+            "cut.example" if !asked.tcp => vec![ScriptedResponse {
                 truncated: true,
-                ..Said::default()
+                ..ScriptedResponse::default()
             }],
             "cut.example" => vec![www],
-            "long.example" => vec![Said {
+            "long.example" => vec![ScriptedResponse {
                 additional: vec![format!("long.example. 60 IN TXT {}", "x".repeat(4000))],
                 ..www
             }],
-            "other-id.example" => vec![Said { id_xor: 1, ..www }],
-            "other-question.example" => vec![Said {
+            "other-id.example" => vec![ScriptedResponse { id_xor: 1, ..www }],
+            "other-question.example" => vec![ScriptedResponse {
                 question: Some("evil.example".into()),
                 ..www
             }],
-            "other-port.example" => vec![Said {
+            "other-port.example" => vec![ScriptedResponse {
                 port: Some(5353),
                 ..www
             }],
             "twice.example" => vec![www.clone(), www],
-            "service.example" => vec![Said::records(&[
+            "service.example" => vec![ScriptedResponse::records(&[
                 "service.example. 60 IN HTTPS 1 . alpn=h2,h3 port=8443 ipv4hint=192.0.2.7 ipv6hint=2001:db8::7",
             ])],
             "silent.example" => vec![],
-            _ => vec![Said::rcode(3)],
+            _ => vec![ScriptedResponse::rcode(3)],
         }
     })
     .expect("server");
@@ -149,7 +150,7 @@ fn a_scripted_server_sends_its_script() {
         let start = std::time::Instant::now();
         assert_eq!(raw("slow.example").len(), 1);
         assert!(start.elapsed() >= Duration::from_millis(200));
-        assert_eq!(server.asked_for("slow.example"), 1 + family as usize);
+        assert_eq!(server.requests_for("slow.example"), 1 + family as usize);
     }
     // This datagram is unsolicited.
     for family in FAMILIES {
@@ -213,8 +214,11 @@ fn dnsperf_counts_answered_and_lost_queries() {
     let server = t.addr("server", FAMILIES[0]);
     let _server = Scripted::start(ns, &[server], |asked| match asked.name.as_str() {
         "lost.example" => vec![],
-        "refused.example" => vec![Said::rcode(5)],
-        _ => vec![Said::records(&[format!("{}. 60 IN A 192.0.2.1", asked.name)])],
+        "refused.example" => vec![ScriptedResponse::rcode(5)],
+        _ => vec![ScriptedResponse::records(&[format!(
+            "{}. 60 IN A 192.0.2.1",
+            asked.name
+        )])],
     })
     .expect("server");
     let queries = [

@@ -9,7 +9,7 @@ use std::{
 use palisade_testbed::{
     Topology,
     capture::Capture,
-    forge::{self, Checksum, Forged, Heard, Tcp, Wire, option},
+    forge::{self, Checksum, Forged, ReceivedSegment, Tcp, Wire, option},
     packet::{Packet, protocol},
     rawtcp::{self, flags},
     topology::{FAMILIES, Family, INNER},
@@ -62,7 +62,7 @@ fn a_forged_connection_delivers_its_options_and_bytes() {
         own.wait(LONG, |heard| heard.ack == isn.wrapping_add(12))
             .expect("acknowledgement");
         let wanted = |packet: &Packet| {
-            Heard::read(packet)
+            ReceivedSegment::read(packet)
                 .filter(|heard| heard.from == local)
                 .and_then(|heard| heard.option(30).map(<[u8]>::to_vec))
         };

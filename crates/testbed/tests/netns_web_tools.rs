@@ -129,8 +129,8 @@ fn openssl_accepts_the_hellos() {
             let mut talk = Talk::open(t.ns("client"), at, SOON).expect("connection");
             // The hello lacks extensions that the server needs. The server reports that, and not a malformed hello.
             let hello = hello.with(10, &[0, 2, 0, 0x1d]).with(13, &[0, 2, 4, 3]).bytes();
-            talk.say(&hello).expect("hello");
-            let _ = talk.hear(SOON, |heard| heard.len() >= 7);
+            talk.send(&hello).expect("hello");
+            let _ = talk.receive(SOON, |heard| heard.len() >= 7);
             let heard = talk.text().into_bytes();
             let is_decode_error = heard.get(6) == Some(&50);
             assert!(!heard.is_empty() && !is_decode_error, "{heard:?}");
@@ -180,9 +180,9 @@ fn web_servers_and_clients_work() {
         let said = peer.websocket(client, at(8081), "/ws").expect("websocket");
         assert!(said.contains("echoed"), "{said}");
         let mut talk = Talk::open(client, at(8081), SOON).expect("connection");
-        talk.say(b"GET /until-close HTTP/1.1\r\nHost: x\r\n\r\n")
+        talk.send(b"GET /until-close HTTP/1.1\r\nHost: x\r\n\r\n")
             .expect("request");
-        assert!(talk.hear_all(SOON).expect("answer"), "{}", talk.text());
+        assert!(talk.receive_all(SOON).expect("answer"), "{}", talk.text());
         assert!(talk.text().ends_with("until the end\n"));
 
         let url = format!("http://{}/load", at(80));
@@ -204,7 +204,7 @@ fn web_servers_and_clients_work() {
         let counted = h2load(client, &["-n", "4", &url]).expect("h2load");
         assert_eq!(counted.answered, 0, "{counted:?}");
     }
-    assert_eq!(peer.asked_for("/ws"), 2);
+    assert_eq!(peer.requests_for("/ws"), 2);
     let seen = web.seen();
     let by_tls = seen.iter().filter(|s| s.server_name == "www.example").count();
     let put = seen

@@ -13,7 +13,7 @@ const HELD: usize = 4;
 const HELD_PER_ENDPOINT: usize = 3;
 const OPEN: usize = 7;
 const OPEN_PER_ENDPOINT: usize = 5;
-const PATIENCE: Millis = 10_000;
+const QUERY_TIMEOUT: Millis = 10_000;
 const DEADLINE: Millis = 2000;
 
 #[derive(Clone, Debug)]
@@ -83,7 +83,7 @@ struct Model {
 
 impl Model {
     fn expire(&mut self, now: Millis) {
-        self.open.retain(|_, at| now - *at <= PATIENCE);
+        self.open.retain(|_, at| now - *at <= QUERY_TIMEOUT);
     }
 
     fn ask(&mut self, who: Who, audit: bool, now: Millis) -> Fate {
@@ -141,7 +141,7 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
             track: TrackLimits {
                 total: OPEN,
                 per_endpoint: OPEN_PER_ENDPOINT,
-                timeout: PATIENCE,
+                timeout: QUERY_TIMEOUT,
             },
             ..DnsLimits::default()
         },

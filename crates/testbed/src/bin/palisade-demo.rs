@@ -30,7 +30,7 @@ use serde_json::Value;
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Timeout of an attempt. An attempt whose packets are dropped takes this long.
-const PATIENCE: Duration = Duration::from_millis(1500);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// The hosts behind the NIC: name, IPv4 and IPv6 address.
 const OUTSIDE: &[(&str, &str, &str)] = &[
@@ -432,8 +432,8 @@ fn attempt_all(world: &World, daemon: &Daemon) -> Result<Vec<Row>> {
     for (got, a) in got.into_iter().zip(ATTEMPTS) {
         let [v4, v6] = got.context("an attempt broke off")??;
         rows.push([
-            judge(world, daemon, a, Family::V4, v4, 0)?,
-            judge(world, daemon, a, Family::V6, v6, 0)?,
+            cell_of(world, daemon, a, Family::V4, v4, 0)?,
+            cell_of(world, daemon, a, Family::V6, v6, 0)?,
         ]);
     }
     Ok(rows)
@@ -443,7 +443,7 @@ fn attempt_in_turn(world: &World, daemon: &Daemon, attempts: &[Attempt]) -> Resu
     let one = |a: &Attempt, family| -> Result<Cell> {
         let known = flows_of(world, daemon, a, family)?.len();
         let got = attempt(world, a, family)?;
-        judge(world, daemon, a, family, got, known)
+        cell_of(world, daemon, a, family, got, known)
     };
     let both = |a: &Attempt| -> Result<Row> {
         thread::scope(|scope| {
@@ -456,7 +456,7 @@ fn attempt_in_turn(world: &World, daemon: &Daemon, attempts: &[Attempt]) -> Resu
 }
 
 /// Returns the result of an attempt. `known`: number of matching flow records before the attempt.
-fn judge(
+fn cell_of(
     world: &World,
     daemon: &Daemon,
     attempt: &Attempt,
@@ -482,7 +482,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
     let ns = world.ns(from);
     let source = world.source(from, to, family)?.to_string();
     let address = world.addr(to, family)?;
-    let seconds = PATIENCE.as_secs_f64().to_string();
+    let seconds = ATTEMPT_TIMEOUT.as_secs_f64().to_string();
     let mut command: Command;
     match program {
         Curl(port) => {
@@ -557,7 +557,7 @@ fn attempt(world: &World, (from, to, program, _): &Attempt, family: Family) -> R
             ]);
         }
     }
-    let out = output(&mut command, PATIENCE + Duration::from_secs(10))?;
+    let out = output(&mut command, ATTEMPT_TIMEOUT + Duration::from_secs(10))?;
     if !out.status.success() {
         // curl exits with 22 after a status of 400 or above, and with 35 after a failed TLS handshake (curl(1)).
         let refused = matches!(program, Http(..) | Https(..)) && matches!(out.status.code(), Some(22 | 35));
