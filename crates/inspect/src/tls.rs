@@ -92,7 +92,7 @@ impl Default for TlsStats {
 struct Flow {
     client: ClientReader,
     server: ServerReader,
-    /// Number of the client's bytes without a verdict that the parser has read.
+    /// Of the client's bytes that have no verdict yet, the number that the parser has read.
     fed: usize,
     /// Whether a hello has been forwarded.
     begun: bool,
@@ -107,7 +107,7 @@ struct Judged {
     ruleset: u32,
     audit: bool,
     hello: Box<ClientHello>,
-    /// Whether the endpoint had learned the destination address by the server name, or did not have to.
+    /// Result of [`TlsStream::is_known`] for the hello.
     known: bool,
 }
 

@@ -32,8 +32,9 @@ pub struct LearnedSet {
     pub selectors: Arc<[SelectorNumber]>,
 }
 
-/// Returns whether learned names can change the identity of an address. Addresses of endpoints, of the node and of
-/// labelled peers outside the world keep their identity, whatever names resolve to them.
+/// Returns whether learned names can change the identity of an address that has the identity `base` without them.
+/// Addresses of endpoints, of the node and of labelled peers outside the world keep their identity, whatever names
+/// resolve to them.
 #[must_use]
 pub const fn learnable(base: Identity) -> bool {
     matches!(

@@ -1,4 +1,4 @@
-//! Requests that case files and command lines describe, and the trait by which an inspector decides them.
+//! Requests that case files and command lines describe, and the trait with which an inspector evaluates them.
 
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ pub enum Paths {
 }
 
 /// Handling of requests that have a body although their method usually has none (GET, HEAD, DELETE, TRACE, OPTIONS,
-/// CONNECT). Many servers ignore such a body, and its bytes could be taken for another request.
+/// CONNECT). Many servers ignore such a body, and would then read its bytes as the next request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum GetBodies {
     /// Denied, unless the rule that allows the request names `Content-Length` or `Transfer-Encoding`.
@@ -112,7 +112,8 @@ pub enum Denial {
     },
 }
 
-/// Decides described requests by the application rules of a policy table entry, as the inspector of real traffic does.
+/// Evaluates described requests with the application rules of a policy table entry, as the inspector of real traffic
+/// does.
 pub trait RequestEvaluator {
     /// Returns the id of the rule of `set` that allows the request, or the cause of the denial; `None` if no inspector
     /// reads the protocol. The request must have the protocol that `set` reads.

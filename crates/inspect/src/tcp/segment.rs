@@ -75,8 +75,8 @@ impl<'a> Segment<'a> {
 }
 
 impl Options {
-    /// Parses the options. Returns `None` if a length is wrong or a kind is unknown, because a receiver can know that
-    /// kind. [`options::normalise`] has already overwritten unknown options with NOPs.
+    /// Parses the options. Returns `None` if a length is wrong or a kind is unknown, because the receiver might support
+    /// that kind. An unknown kind is not expected: [`options::normalise`] has overwritten such options with NOPs.
     fn read(mut bytes: &[u8]) -> Option<Self> {
         let mut options = Self::default();
         while let Some((&kind, rest)) = bytes.split_first() {

@@ -15,7 +15,7 @@ pub(crate) struct Shared {
     pub(super) stats: TcpStats,
     /// Buffer for a generated packet.
     out: Vec<u8>,
-    /// Start of the current second, ms, and number of reports left in that second.
+    /// Start of a period of one second, ms, and number of records that are still allowed in that period.
     reports: (Millis, u32),
     /// Buffer for the allowed part of a packet.
     pub(super) part: Vec<u8>,
@@ -43,7 +43,8 @@ impl Shared {
         }
     }
 
-    /// Returns whether one more dropped packet may be recorded. The limit prevents a sender from flooding the records.
+    /// Returns whether one more dropped packet may be recorded, and counts it. The limit [`REPORTS`] prevents a sender
+    /// from flooding the records.
     pub(super) const fn may_report(&mut self, now: Millis) -> bool {
         if now.saturating_sub(self.reports.0) >= 1_000 {
             self.reports = (now, REPORTS);

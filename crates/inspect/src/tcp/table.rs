@@ -32,7 +32,7 @@ struct Entry<F, T> {
     inspector: T,
     /// Time at which the connection is due in [`Connections::due`], ms.
     due: Millis,
-    /// Number of the connection among the half-open ones; `None` if the connection is open.
+    /// Number of the connection in [`Share::half_open`]; `None` if the connection is open.
     half_open: Option<u64>,
 }
 
@@ -246,7 +246,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         self.insert(key, Connection::new(key.0, view), inspector, cx);
     }
 
-    /// Refuses a packet of a connection that must not open, because too many connections are open.
+    /// Refuses a packet that would open a connection, because too many connections are open.
     fn refuse_beyond_limit<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         self.shared.stats.limited += 1;
         self.refuse(view, frame, Reason::InspectLimit, cx);
@@ -291,7 +291,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Records and drops a SYN or SYN+ACK that must not open a connection.
+    /// Records and drops a segment with SYN that belongs to no connection ([`Place::Stray`], [`Place::Invalid`]).
     fn reject_syn<S: Sink<F>>(&mut self, key: CtKey, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         let reason = Reason::TcpInvalid;
         self.shared.stats.invalid += 1;
@@ -367,9 +367,10 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Removes the connections of a key that the serial of a packet proves outdated, because the BPF programs have made
-    /// a new conntrack entry since. Moves a connection that is offloaded and has delivered all bytes to
-    /// `offloaded_flows`.
+    /// Removes the connections with this key that belong to another conntrack entry than the packet. `serial`: number
+    /// of the packet's entry. `of_current`: whether the packet belongs to the current connection.
+    ///
+    /// First moves the current connection to `offloaded_flows` if it is offloaded and has delivered all bytes.
     fn remove_outdated<S: Sink<F>>(
         &mut self,
         key: CtKey,
@@ -455,8 +456,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }) && self.is_full(key)
     }
 
-    /// Adds a new connection. If there are too many half-open connections, evicts the oldest one of the endpoint that
-    /// has the most.
+    /// Adds a new connection. If there are too many half-open connections, evicts one: of the endpoint with the most
+    /// half-open connections, the oldest.
     fn insert<S: Sink<F>>(
         &mut self,
         key: Key,
@@ -540,7 +541,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         }
     }
 
-    /// Moves the current connection to `offloaded_flows`, with only the state that a change of the rules needs.
+    /// Moves the current connection to `offloaded_flows`, with only the state for its evaluation after a change of the
+    /// rules.
     fn remember_offloaded(&mut self, key: CtKey) {
         let Some(mut entry) = self.remove(Key(key, Slot::Current)) else {
             return;
@@ -631,7 +633,7 @@ impl<F, T: Offloadable> Connections<F, T> {
         };
         self.shared.stats.midstream += 1;
         if segment.is_syn() && !is_audit(view) {
-            // The half-open connection of this SYN+ACK was evicted, or lost with its worker. The server gets no
+            // A SYN+ACK of an unknown connection: for example, the half-open connection was evicted. The server gets no
             // reset, so that the client's retransmitted SYN can open the connection.
             cx.sink.discard(frame, Reason::TcpMidstream);
             return;
@@ -706,8 +708,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         self.reject_error(view, &key, is_known, frame, cx);
     }
 
-    /// Records and drops an ICMP error that quotes no known connection, or no sequence number in flight. Audit mode
-    /// forwards the error.
+    /// Records and drops an ICMP error that quotes a segment of an unknown connection (`is_known` is false), or one that
+    /// is not in flight. Audit mode forwards the error.
     fn reject_error<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
