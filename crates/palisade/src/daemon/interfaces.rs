@@ -48,14 +48,16 @@ pub(super) struct Interfaces {
     /// Indices of the interfaces that are not configured, as last written to the programs' interface table. The value
     /// is whether the interface is stacked on an interface of a workload. `None` before the first write.
     others: Option<BTreeMap<u32, bool>>,
-    /// Index of each interface at which attaching failed while the programs of an earlier attachment still run.
+    /// Index of each interface at which the last attempt to attach failed, but the programs of an earlier attachment
+    /// are still attached.
     kept: BTreeMap<String, u32>,
     /// Whether one of the guarded interfaces is or was a port of a bridge.
     had_bridge: bool,
 }
 
 impl Interfaces {
-    /// Takes over the interfaces of the configuration. Must be called after the endpoints have received their numbers.
+    /// Replaces the list of configured interfaces by that of `config`. Must be called after the endpoints have received
+    /// their numbers.
     pub(super) fn configure<C>(&mut self, config: &Config, state: &State<C>) {
         self.wanted.clear();
         for interface in &config.interfaces {
@@ -101,10 +103,9 @@ impl Interfaces {
         }
         if !self.seeded {
             self.seeded = true;
-            // Existing connections are seeded once, before the first program of this boot sees a packet, because the
-            // packets of such a connection do not show which end opened it. They are never seeded again while the maps
-            // exist: every later connection begins under the policy, and workloads can forge the socket lists from
-            // which seeds are made.
+            // The packets of an existing connection do not show which end opened it, so existing connections are seeded
+            // before the programs see the first packet. There is no second seeding while the maps exist: every later
+            // connection begins under the policy, and workloads can forge the socket lists from which seeds are made.
             if datapath.is_fresh() {
                 seed(datapath, config, inventory);
             }
@@ -274,8 +275,8 @@ impl Interfaces {
                         error!(interface = attached.name, %error, "the programs cannot be detached")
                     }
                 }
-                // Without its entry the interface counts as new, so that the next write adds it to the table as an
-                // unguarded one.
+                // Detaching has cleared the interface's entry of the interface table. Without an entry in `others` too,
+                // the next write adds the interface to the table as an unguarded one.
                 if let Some(others) = &mut self.others {
                     others.remove(&attached.ifindex);
                 }
@@ -352,7 +353,7 @@ impl Interfaces {
             .any(|outcome| matches!(outcome, Outcome::Failed(_)))
     }
 
-    /// Returns for `status` the attachment of each interface, and whether the kernel still has it.
+    /// Returns for `status` the attachment of each configured interface, or the problem if it is not guarded.
     pub(super) fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
         let kernel = datapath.attachments();
         let report = self.wanted.iter().map(|(name, wanted)| {

@@ -52,7 +52,7 @@ enum WriteRequest {
     State(String),
     Config(String),
     Policies(PolicyTexts),
-    /// Send a result once the files of all earlier requests are on the disk or have failed.
+    /// Send the result of the write after an attempt to write the files of all earlier requests.
     Flush(Sender<Result<(), String>>),
 }
 
@@ -95,7 +95,7 @@ impl Keeper {
     /// Waits until the files of all earlier requests are on the disk.
     ///
     /// # Errors
-    /// Text of the first failed write, or why the thread has not answered. Failed writes are retried.
+    /// Text of the first failed write, or the reason why there is no result in time. Failed writes are retried.
     pub(super) fn flush(&self) -> Result<(), String> {
         let (done, wait) = mpsc::channel();
         let _ = self.requests.send(WriteRequest::Flush(done));

@@ -1,5 +1,5 @@
-//! The last good configuration, for a start that finds the file broken. Without the copy no interface would be guarded,
-//! because only the configuration names interfaces and endpoints.
+//! The copy of the last good configuration. The daemon starts with it if the configuration file is broken or missing.
+//! Without the copy no interface would be guarded, because only the configuration names interfaces and endpoints.
 
 use std::{
     env, fs, io,
@@ -12,7 +12,7 @@ use crate::{
     trusted_path::private_dir,
 };
 
-/// Start of the first line; the path of the copied file follows.
+/// Start of the copy's first line; the path of the original file follows.
 const COPY_PREFIX: &str = "# last good content of ";
 
 /// Returns the content of the copy of a configuration.
@@ -64,7 +64,7 @@ fn read(dir: &Path, path: &Path) -> Result<Config, String> {
     if !dir.is_dir() {
         return Err(format!("{shown}: no last good configuration is kept there"));
     }
-    // A copy that another user could have written must not configure the daemon.
+    // A copy that a user other than root and the user of this process can have written must not configure the daemon.
     private_dir(dir, "[node] state_dir").map_err(|refusal| refusal.to_string())?;
     let content = checked_file::read(&copy).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => format!("{shown}: no last good configuration is kept there"),

@@ -48,8 +48,7 @@ impl Message {
     }
 }
 
-/// Requests that need data of the control thread. All other requests are answered by the threads of the clients
-/// ([`super::handlers`]).
+/// Requests that only the control thread can answer. The client's own thread answers all others ([`super::handlers`]).
 pub(super) enum ClientRequest {
     /// The part of the status that the control thread has.
     Status(Reply<Status>),

@@ -1,5 +1,5 @@
-//! The daemon. One thread, the control thread, owns the compiler and changes the maps. All other threads send it
-//! messages or read the view that it publishes.
+//! The daemon. One thread, the control thread, owns the compiler and writes the compiled policy to the maps. Other
+//! threads send it messages or read the view that it publishes.
 //!
 //! ```text
 //! policies (inotify) ─┐
@@ -56,7 +56,7 @@ use crate::{
 
 /// Runs the daemon until a signal or a client ends it.
 ///
-/// `replaced`: why `config` is the last good copy of the file; `None` if it is the file itself.
+/// `replaced`: why `config` was read from the last good copy; `None` if it was read from the file itself.
 pub(crate) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     startup::run(config, replaced)
 }

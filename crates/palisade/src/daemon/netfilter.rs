@@ -189,12 +189,11 @@ impl Keeper {
         self.problem.clone().into_iter().chain(lacking)
     }
 
-    /// Starts a thread that watches nftables until `changed` returns false. `changed` gets whether another program has
-    /// changed the table, and whether this node translates addresses. Returns whether this node translates addresses at
-    /// the start.
+    /// Starts a thread that watches nftables and legacy iptables, and passes each [`Change`] to `changed` until
+    /// `changed` returns false. Returns whether this node translates addresses at the start.
     pub(super) fn watch(&self, mut changed: impl FnMut(Change) -> bool + Send + 'static) -> io::Result<bool> {
         // The socket is bound before the first dump, so that no change is missed. Without nf_tables there are no
-        // notifications, and the thread polls.
+        // notifications, and the thread only polls the legacy tables.
         let socket = Socket::new(NETLINK_NETFILTER).and_then(|mut socket| {
             socket.bind(&SocketAddr::new(0, GROUP))?;
             socket.set_non_blocking(true)?;
@@ -238,7 +237,7 @@ impl Keeper {
     }
 }
 
-/// Change of the packet filter rules of this network namespace by another program.
+/// A change of nftables or legacy iptables in this network namespace by another program.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Change {
     /// Whether the table of this daemon was changed or removed.

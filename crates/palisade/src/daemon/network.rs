@@ -239,7 +239,7 @@ fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage))
     }
 }
 
-/// Repeats the dumps until no change interrupts them (`NLM_F_DUMP_INTR`).
+/// Reads interfaces and addresses, again and again while a change interrupts the dump (`NLM_F_DUMP_INTR`).
 fn read_whole() -> io::Result<Network> {
     loop {
         match read() {

@@ -1,5 +1,5 @@
-//! Resolves the names in `matchName` selectors before clients ask. A client that has the answer in its own cache sends
-//! no query, so without this module the addresses would not be learned. The node sends the queries.
+//! Resolves the names in `matchName` selectors before clients query them. A client that has the answer in its own cache
+//! sends no query, so without this module the addresses would not be learned. The node sends the queries.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,8 @@ use super::manager::FqdnManager;
 const MAX_CONCURRENT_QUERIES: usize = 16;
 /// Shortest time between two queries for a name, whatever its TTL.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
-/// Longest time between two queries for a name. An address can change before a TTL of a day ends.
+/// Longest time between two queries for a name. It limits how long the refresh waits for a long TTL, because an address
+/// can change before the TTL ends.
 const MAX_REFRESH_INTERVAL: Duration = Duration::from_secs(3_600);
 /// Delay after the first failed query for a name; it doubles with each further failure.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);

@@ -227,7 +227,7 @@ impl Control {
                 if name.is_some_and(|name| name != qualified && name != policy.name) {
                     continue;
                 }
-                // If the file is broken now, the text in force differs from the content of the file.
+                // The text in force, not the present content of the file: the two differ while the file is broken.
                 let text = name.and_then(|_| self.files.text_in_force(file));
                 let resource = text.as_ref().and_then(|text| resource_of(text, policy));
                 let own = rules.get(&(&*policy.location.file, kind_name(policy.kind), qualified.as_str()));
@@ -313,7 +313,8 @@ impl Control {
                 "PolicyAuditMode was switched"
             );
         }
-        // The state is saved even if the option has not changed, because an earlier write can have failed.
+        // The state is saved even if the option has not changed, because it is not certain that an earlier write
+        // succeeded.
         self.save();
         self.state.keeper.flush().map_err(|problem| {
             format!(

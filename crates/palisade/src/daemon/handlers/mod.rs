@@ -1,5 +1,5 @@
 //! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
-//! thread. This module dispatches each request to one of the two.
+//! thread. This module dispatches the requests, and sends flows to `palisade observe`.
 
 mod control;
 mod maps;
@@ -37,15 +37,15 @@ use crate::{
 
 /// Longest wait for a change by the control thread. A compilation of thousands of policies takes seconds.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
-/// Longest wait for a lookup by the control thread. After this time the error names the task that keeps the thread
-/// busy.
+/// Longest wait for a lookup by the control thread.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
 const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// Time for which followed flows are held back so that they can be sorted. A record of a worker can reach the ring
-/// later than an event of the programs, by at most a tick of the coarse clock plus the scheduling delay of the threads.
+/// Time for which followed flows are held back so that they can be sorted. Records of workers and events of the
+/// programs can reach the ring in the wrong order; their times then differ by at most a tick of the coarse clock plus
+/// the scheduling delay of the threads.
 const REORDER_WINDOW: Duration = Duration::from_millis(50);
-/// Largest number of flows that are held back to be put in order.
+/// Largest number of flows that are held back for sorting.
 const MAX_REORDERED_FLOWS: usize = 4_096;
 
 /// Answers clients, each on a thread of its own. Requests that the published view or the maps can answer do not involve
