@@ -1,7 +1,7 @@
 //! "Did you mean": the name that an unknown word resembles, for policies and for the configuration.
 
-/// Longest word for which a suggestion is computed, in characters. The time for the edit distance grows with the
-/// product of both lengths.
+/// Maximum length of a word for which a suggestion is computed, in characters. The time for the edit distance grows
+/// with the product of the lengths of the word and the name.
 const MAX_WORD: usize = 64;
 
 /// Returns the name that `written` resembles most, if it differs in letter case only or by few letters (inserted,

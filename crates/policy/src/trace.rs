@@ -175,7 +175,7 @@ pub fn trace(
         .collect();
     let names = snapshot.names.clone();
     let learn = |names: &LearnedIdentities| match question.destination.as_str() {
-        // Without an address, assume an IPv4 address that neither a prefix of a policy nor a peer contains.
+        // Without an address, assume an IPv4 address outside all prefixes of policies and peers.
         "" => names.identity_in_world(&selectors),
         _ => names.identity(address, &selectors),
     };
@@ -467,7 +467,7 @@ fn side(
     })
 }
 
-/// Returns a description of the request; `None` if no request is described.
+/// Returns the request in words; `None` for an empty request.
 fn request_text(request: &Request) -> Option<String> {
     if let Some(http) = &request.http {
         let on = if http.host.is_empty() { "" } else { "http://" };
@@ -483,7 +483,7 @@ fn request_text(request: &Request) -> Option<String> {
     dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
 }
 
-/// Returns the effect, in words, on a request that no rule allows.
+/// Returns what happens to the client or the connection if no rule allows the request.
 const fn effect(request: &Request) -> &'static str {
     match request {
         Request { http: Some(_), .. } => "the client gets 403",

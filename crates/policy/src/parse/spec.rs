@@ -1,4 +1,5 @@
-//! `spec` of a CiliumNetworkPolicy or CiliumClusterwideNetworkPolicy, and the bare rules of case files.
+//! Parser of the `spec` of a CiliumNetworkPolicy or CiliumClusterwideNetworkPolicy, and of a bare rule in a case file
+//! of `policy test`.
 
 use palisade_model::rule::{PolicyKind, Rule, Spec, Subject};
 

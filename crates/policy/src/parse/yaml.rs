@@ -2,8 +2,8 @@
 //!
 //! Accepts YAML 1.2 and the extensions that the YAML parser of Kubernetes accepts: merge keys (`<<`) and concatenated
 //! JSON objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
-//! laughs"). Some characters are refused before parsing: those at which a parser can stop, and those that only some
-//! parsers treat as a line break. Otherwise rules after such a character could be lost without an error.
+//! laughs"). Control characters, and characters that only some parsers treat as a line break, are refused before
+//! parsing. Otherwise rules after such a character could be lost without an error.
 
 use std::{
     borrow::Cow,
@@ -17,7 +17,7 @@ use super::node::{Entry, Node, Position, Value, quoted};
 /// Deepest nesting of lists and objects. Policies need about 15.
 const MAX_DEPTH: usize = 64;
 
-/// Largest number of nodes that the aliases of a file can add, over all its documents.
+/// Maximum number of nodes that are copied for the anchors and aliases of a file, over all its documents.
 pub(super) const MAX_ALIASED_NODES: usize = 100_000;
 
 /// An error of the text, with its place.
@@ -28,7 +28,7 @@ pub(crate) struct YamlError {
 }
 
 /// Returns the documents of a text, and its errors. A syntax error ends the parsing; the documents before the error are
-/// returned.
+/// returned. A text with a forbidden character has no documents.
 pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
     // A file from Windows can begin with a byte order mark, which is not part of the document.
@@ -87,7 +87,7 @@ fn without_marks(text: &str) -> Result<Cow<'_, str>, YamlError> {
         return Ok(Cow::Borrowed(text));
     }
     let mut out = String::with_capacity(text.len());
-    // Whether only comments and blank lines have followed the end of the last document.
+    // Whether the current document has no content yet: only blank lines, comments, directives and a lone `---`.
     let mut between = true;
     let mut at = 0;
     for line in text.split_inclusive('\n') {
@@ -229,7 +229,8 @@ impl Loader {
                         .unwrap_or_default();
                     let here = line.char_indices().nth(marker.col());
                     let here = here.map_or("", |(byte, _)| &line[byte..]);
-                    // In the first column the cause is another one: `%`, for example, begins a directive there.
+                    // In the first column, missing quotes are not the cause: `%`, for example, begins a directive
+                    // there.
                     let here = if marker.col() == 0 { "" } else { here };
                     self.error(self.position(marker), in_plain_words(error.info(), here));
                     return Err(Stop);
@@ -334,7 +335,8 @@ impl Loader {
         self.complete(node, 0)
     }
 
-    /// Adds a complete node to the list, object or document that contains it.
+    /// Adds a complete node to the list or object that contains it, or to the documents. Keeps a copy for aliases
+    /// unless `anchor` is 0.
     fn complete(&mut self, node: Node, anchor: usize) -> Result<(), Stop> {
         #[cfg(test)]
         work::count(1);
@@ -512,7 +514,8 @@ fn merge(node: Node, merged: &mut Vec<Entry>) -> Result<(), (Position, String)> 
     Ok(())
 }
 
-/// Returns a key as text. `1: x` and `true: x` have the keys "1" and "true", as in Kubernetes.
+/// Returns a key as text; `None` for null, a list or an object. `1: x` and `true: x` have the keys "1" and "true", as
+/// in Kubernetes.
 fn key_text(node: &Node) -> Option<String> {
     match &node.value {
         Value::String { text, .. } | Value::Float(text) => Some(text.clone()),

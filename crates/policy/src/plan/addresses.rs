@@ -15,8 +15,8 @@ use super::choice::Choices;
 pub(super) enum AddressKey {
     Address(Addr),
     Prefix(PrefixKey),
-    /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares the old and
-    /// the new identity of the address in all changed tables, not only in the table of that endpoint. So the plan can
+    /// A learned address, which applies to one endpoint only. [`choose`](super::choice::choose) compares the entries of
+    /// the old and of the new identity in all changed tables, not only in the table of that endpoint. So the plan can
     /// copy more entries than necessary, never fewer.
     Learned(LearnedKey),
 }
@@ -88,7 +88,7 @@ impl AddressKey {
     }
 }
 
-/// Returns the ipcache entry of a learned address. Its map holds only the identity.
+/// Returns a learned address as an ipcache entry. The map of learned addresses holds only the identity.
 pub(super) fn learned_entry(identity: Identity) -> IpcacheEntry {
     IpcacheEntry {
         identity,

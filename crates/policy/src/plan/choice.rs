@@ -10,8 +10,8 @@ use palisade_model::snapshot::{Snapshot, Table, TableKey};
 
 use super::tables::TableChanges;
 
-/// Order of the writes for an address or a port: its new number (identity or class), the switch to the new policy
-/// tables, and the entries copied for it.
+/// How the number of an address or a port (identity or class) changes: whether the new number is written before or
+/// after the switch to the new policy tables, and which tables have copied entries at the switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice<N> {
     /// The new number is written before the switch. No entries are copied.
@@ -21,8 +21,8 @@ pub(super) enum Choice<N> {
     /// The new number is written before the switch. The old tables first get copies of the old number's entries under
     /// the new number.
     Fresh,
-    /// The new number is written after the switch. The new tables have copies of the new number's entries under the old
-    /// number until then.
+    /// The new number is written after the switch. The new tables are written with copies of the new number's entries
+    /// under the old number; step 4 of the plan removes the copies.
     Gone,
     /// This spare number is written before the switch, and the new number after the switch. Both the old and the new
     /// tables have copied entries under the spare number.
@@ -42,8 +42,8 @@ impl<N: Copy + Ord> Choices<N> {
         }
     }
 
-    /// Returns the pairs (from, to) for which an old table gets copies of the entries of `from` under `to`. `changes`:
-    /// whether `TableChanges` lists the table.
+    /// Returns pairs (source, target) of numbers: an old table gets a copy of each entry of `source`, with the number
+    /// `target`. `changes`: whether `TableChanges` lists the table.
     pub(super) fn copies_in_old(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -55,8 +55,8 @@ impl<N: Copy + Ord> Choices<N> {
             .collect()
     }
 
-    /// Returns the pairs (from, to) for which a new table gets copies of the entries of `from` under `to`. `changes`:
-    /// whether `TableChanges` lists the table.
+    /// Returns pairs (source, target) of numbers: a new table gets a copy of each entry of `source`, with the number
+    /// `target`. `changes`: whether `TableChanges` lists the table.
     pub(super) fn copies_in_new(&self, changes: bool) -> Vec<(N, N)> {
         self.0
             .iter()
@@ -69,7 +69,7 @@ impl<N: Copy + Ord> Choices<N> {
     }
 }
 
-/// Entries of a table by their number on an axis; each has its direction, the rest of its key, and its content.
+/// Entries of a table by identity, or by class. Each has its direction, the rest of its key, and its content.
 pub(super) type Lines<N> = HashMap<N, Vec<(u8, u32, PolicyEntry)>>;
 
 /// An axis of the table: identities or classes.
@@ -79,7 +79,7 @@ pub(super) trait Axis {
     fn split(key: &TableKey) -> (Self::Number, u32);
     /// Returns the numbers in use in the old and in the new snapshot.
     fn in_use(&self) -> (BTreeSet<Self::Number>, BTreeSet<Self::Number>);
-    /// Returns the highest free number below `below`; `None` if there is none. `used`: numbers in use.
+    /// Returns the highest free number, below `below` if that is set; `None` if there is none. `used`: numbers in use.
     fn spare(&self, used: &BTreeSet<Self::Number>, below: Option<Self::Number>) -> Option<Self::Number>;
 
     fn lines(tables: &[&Table]) -> Vec<Lines<Self::Number>> {
@@ -155,8 +155,8 @@ pub(super) fn choose<A: Axis>(
                     below = Some(number);
                     Choice::By(number)
                 }
-                // No spare number is left. The number changes late: until then, packets are looked up in the new tables
-                // under the old number.
+                // No spare number is left. The new number is written after the switch. Until that write, packets are
+                // looked up in the new tables under the old number.
                 None => Choice::Late,
             }
         };

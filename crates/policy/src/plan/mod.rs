@@ -3,7 +3,7 @@
 //!
 //! A verdict comes from four lookups: the identity of the peer, the class of the port, the policy table of the
 //! endpoint, and the entry of the table. A change can affect all four, but one write changes only one of them. [`plan`]
-//! therefore has four steps: make, switch, settle, break.
+//! therefore orders the writes in four steps: make, switch, settle, break.
 //!
 //! Entries and prefixes are written from the most specific to the least specific, and deleted in the reverse order.
 
@@ -130,7 +130,8 @@ impl<'a> Plan<'a> {
     /// a packet's verdict changes once, when the entry that decides the new verdict is written, or when the entry that
     /// precedes it in the lookup is deleted.
     ///
-    /// Returns the endpoint states that the maps hold after this step. `settles`: whether step 3 has operations.
+    /// Returns the state that each endpoint of the new snapshot has after this step. `settles`: whether step 3 has
+    /// operations.
     fn switch(&self, settles: bool, ops: &mut Vec<Op>) -> BTreeMap<u16, EndpointState> {
         let empty = BTreeMap::new();
         for (id, extended) in &self.new_tables {
@@ -206,7 +207,7 @@ impl<'a> Plan<'a> {
 /// Returns the two states that an endpoint gets in step 2, one after the other. `old_flags`: flags of the endpoint
 /// before the plan; `settles`: whether step 3 has operations.
 fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [EndpointState; 2] {
-    // If step 3 changes numbers, step 4 raises the revision once more, so that flows are evaluated again. Step 4 also
+    // If step 3 has operations, step 4 raises the revision once more, so that flows are evaluated again. Step 4 also
     // raises the revision if the flag LEARNS (the programs look up learned addresses) changes, because a program can
     // have read the flag from one state and the policy id from the other.
     let learns_as_before = (old_flags ^ state.flags) & endpoint_flags::LEARNS == 0;
@@ -215,9 +216,10 @@ fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [End
     } else {
         state.revision.wrapping_sub(1)
     };
-    // A program can still use the old table. So LEARNS is set if the old or the new state has it. A PLAIN flag (no
-    // entry of the direction inspects or denies explicitly) is set only if both states have it. Until step 3, learned
-    // addresses have identities for which both the old and the new table have the right entries.
+    // A program can still use the old table with the first of the two states. In that state, LEARNS is set if the old
+    // or the new state has it. A PLAIN flag (no entry of the direction inspects or denies explicitly) is set only if
+    // both states have it. Until step 3, learned addresses have identities for which both the old and the new table
+    // have the right entries.
     let both = EndpointState {
         revision,
         flags: (state.flags | old_flags) & endpoint_flags::LEARNS
