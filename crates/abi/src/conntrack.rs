@@ -102,8 +102,8 @@ pub struct CtEntry {
     /// Offload windows, TCP sequence numbers: `windows[0]..windows[1]` of the original direction,
     /// `windows[2]..windows[3]` of the reply direction. The upper bound is excluded. Equal bounds: no window.
     pub windows: [u32; 4],
-    /// Hash of the inspector's last decision and of the connection and rules for which the decision is valid, from
-    /// [`CtEntry::offload`] or [`CtEntry::windowed`]; 0: no decision.
+    /// The inspector's last decision, as a hash of [`CtEntry::offload`] or [`CtEntry::windowed`]. The hash covers the
+    /// connection and the rules for which the decision is valid. 0: no decision.
     pub decided: u64,
 }
 
@@ -164,16 +164,16 @@ pub struct Share {
     pub guaranteed: u32,
     /// Zero.
     pub zero: u32,
-    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. The number
-    /// can be briefly wrong, even negative, if two CPUs change it at once.
+    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. If two CPUs
+    /// change the number at once, it can be wrong, even negative, until the next sweep.
     pub protected: i64,
 }
 
 /// Slots of the SHARES map: endpoint × direction.
 pub const SHARE_SLOTS: usize = 2 * crate::ID_SLOTS;
 
-/// Number of adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS of which a new flow or datagram takes one, in general the
-/// slot of the oldest flow or datagram.
+/// A new flow or datagram takes one of this many adjacent slots of FLOW_SLOTS or FRAGMENT_SLOTS, in general the slot of
+/// the oldest flow or datagram.
 pub const SHARE_WAYS: u32 = 4;
 
 /// Slot of FLOW_SLOTS. A new flow that takes the slot evicts the flow that held the slot, unless that flow is

@@ -5,18 +5,19 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Roles of a guarded interface.
+/// Roles of an [`Interface`].
 pub mod role {
-    /// Not guarded. A program at such an interface drops every packet ([`crate::Reason::NoInterface`]).
+    /// No role: the daemon has not written a state for the interface. A program at an interface that has neither the
+    /// role HOST nor the role ENDPOINT drops every packet ([`crate::Reason::NoInterface`]).
     pub const NONE: u8 = 0;
     /// A NIC of this node: packets that enter are for the node or forwarded, packets that leave are the node's or
     /// forwarded.
     pub const HOST: u8 = 1;
     /// The host side of a workload's veth: packets that enter come *from* the endpoint, packets that leave go *to* it.
     pub const ENDPOINT: u8 = 2;
-    /// An unguarded interface above a workload's guarded interface: the bridge or VRF of which the guarded interface is
-    /// a port, or a VLAN device on it. A workload's packets enter the node's stack by the upper interface, after their
-    /// verdict at the guarded interface.
+    /// An unguarded interface that is stacked on a workload's guarded interface, directly or indirectly: a bridge, a VRF
+    /// or a VLAN device. The workload's packets enter the node's stack by the upper interface, after their verdict at
+    /// the guarded interface.
     pub const LINK: u8 = 3;
     /// An unguarded interface that the daemon knows. The programs let a packet that entered by such an interface be
     /// forwarded, unless the packet's source address is a workload's. An interface that the daemon does not know yet
@@ -150,9 +151,9 @@ pub struct Config {
     pub events_per_second: u64,
     /// Number of the node's own endpoint.
     pub host_endpoint: u32,
-    /// Identity of an IPv4 address that neither the ipcache nor the prefix trie has.
+    /// Identity of an IPv4 address that neither the ipcache nor the prefix trie contains.
     pub world_ipv4: u32,
-    /// Identity of an IPv6 address that neither the ipcache nor the prefix trie has.
+    /// Identity of an IPv6 address that neither the ipcache nor the prefix trie contains.
     pub world_ipv6: u32,
     /// Number of entries of the RULES map.
     pub rules: u32,
@@ -169,8 +170,8 @@ pub struct Config {
     pub mark: u32,
     /// [`config_flags`].
     pub flags: u32,
-    /// Available inspectors: bit n for the [`crate::Inspector`] with number n. A flow that needs another inspector is
-    /// dropped.
+    /// Available inspectors: bit n for the [`crate::Inspector`] with number n. A packet whose policy entry requires
+    /// another inspector is dropped, unless the entry is in audit mode.
     pub inspectors: u32,
     /// Zero.
     pub zero: u32,

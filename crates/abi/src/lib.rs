@@ -50,7 +50,7 @@ pub use reason::{COUNTER_SLOTS, Reason, counter_slot};
 /// Version of the layouts in this crate; part of the pin directory's name.
 pub const VERSION: u32 = 5;
 
-/// Slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
+/// Number of slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
 pub const ID_SLOTS: usize = 1 << 16;
 
 /// TCP flags (RFC 9293, section 3.1).
@@ -128,7 +128,7 @@ pub mod maps {
     /// `ARRAY[MAX_WORKERS]`, memory-mapped, queue -> `u64`: last heartbeat of the queue's worker, ns of the coarse
     /// monotonic clock.
     pub const WORKERS: &str = "WORKERS";
-    /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: the header of the packet that the CPU's program processes.
+    /// `PERCPU_ARRAY[1]` [`crate::PuntHeader`]: the punt header of the packet that a program on this CPU processes.
     pub const PUNT: &str = "PUNT";
     /// `XSKMAP[MAX_WORKERS]` queue of the punt link -> socket.
     pub const XSKS: &str = "XSKS";
@@ -146,9 +146,11 @@ pub mod programs {
     pub const PUNT: &str = "palisade_punt";
     /// tc, ingress of the node's end of the punt link: reinjects packets from the workers.
     pub const REINJECT: &str = "palisade_reinject";
-    /// tc, egress of both ends of the punt link: drops frames that the programs have not punted.
+    /// tc, egress of both ends of the punt link: drops frames that other programs send, for example by packet sockets.
+    /// Frames that an XDP program redirects or a worker sends by AF_XDP do not pass this hook.
     pub const PUNT_FILTER: &str = "palisade_punt_filter";
-    /// XDP at the node's end of the punt link, on kernels where veth must copy the workers' frames.
+    /// XDP at the node's end of the punt link: passes every frame. Attached only on kernels that panic unless veth
+    /// copies the frames of AF_XDP sockets.
     pub const PASS: &str = "palisade_pass";
     /// All programs of the object.
     pub const ALL: [&str; 7] = [
