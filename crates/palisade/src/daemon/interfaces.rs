@@ -95,7 +95,7 @@ impl Interfaces {
         let kernel = attached(datapath);
         let found = self.find(network, &kernel);
         let (guarded, mut changed) = self.release(datapath, kernel, &found);
-        if let Err(problem) = self.tell_of_others(datapath, network, &found) {
+        if let Err(problem) = self.update_others(datapath, network, &found) {
             error!(
                 error = %problem,
                 "the list of unguarded interfaces cannot be written; packets that enter by new ones are dropped"
@@ -225,7 +225,7 @@ impl Interfaces {
 
     /// Writes the list of interfaces that are not configured to the programs' interface table. Configured interfaces
     /// that are not guarded yet are not in the list, so the programs forward nothing that enters by them.
-    fn tell_of_others(
+    fn update_others(
         &mut self,
         datapath: &Datapath,
         network: &Network,

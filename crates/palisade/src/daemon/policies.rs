@@ -168,7 +168,7 @@ impl PolicyFiles {
                             self.lost.insert(name.clone());
                         }
                         self.files.entry(name.clone()).or_default().candidate = kept;
-                        self.say_broken(&name);
+                        self.report_broken(&name);
                     }
                 }
                 self.keep_owners();
@@ -231,7 +231,7 @@ impl PolicyFiles {
             for name in &names {
                 self.read(name);
                 if self.files.get(name).is_some_and(|file| file.broken) {
-                    self.say_broken(name);
+                    self.report_broken(name);
                 }
             }
         }
@@ -377,7 +377,7 @@ impl PolicyFiles {
         Err(problem_of_file(shown, message.to_owned()))
     }
 
-    fn say_broken(&mut self, name: &str) {
+    fn report_broken(&mut self, name: &str) {
         let Some(file) = self.files.get(name) else { return };
         self.news.push(News {
             file: name.to_owned(),
@@ -510,7 +510,7 @@ impl PolicyFiles {
             .candidate
             .as_mut()
             .and_then(|candidate| candidate.content.take());
-        self.say_broken(name);
+        self.report_broken(name);
         instead
     }
 

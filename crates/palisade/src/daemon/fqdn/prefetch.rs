@@ -94,18 +94,18 @@ pub(crate) fn node_servers(resolv_conf: &Path) -> Vec<SocketAddr> {
 struct Plan {
     due: Instant,
     failures: u32,
-    asking: bool,
+    in_progress: bool,
 }
 
 /// Answers of one round of queries for a name.
-struct Asked {
+struct Resolution {
     name: String,
     answers: Vec<Answer>,
 }
 
 async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
     let mut plans: BTreeMap<String, Plan> = BTreeMap::new();
-    let mut asking: JoinSet<Asked> = JoinSet::new();
+    let mut lookups: JoinSet<Resolution> = JoinSet::new();
     let mut resolver: Option<(Vec<SocketAddr>, TokioResolver)> = None;
     loop {
         let wanted = targets.borrow_and_update().clone();
@@ -115,12 +115,12 @@ async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
         {
             resolver = resolver_of(&wanted.servers).map(|resolver| (wanted.servers.clone(), resolver));
         }
-        plans.retain(|name, plan| plan.asking || wanted.names.contains_key(name));
+        plans.retain(|name, plan| plan.in_progress || wanted.names.contains_key(name));
         for name in wanted.names.keys() {
             plans.entry(name.clone()).or_insert_with(|| Plan {
                 due: Instant::now(),
                 failures: 0,
-                asking: false,
+                in_progress: false,
             });
         }
         // Runs until the targets change.
@@ -128,15 +128,15 @@ async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
             let now = Instant::now();
             if let Some((_, resolver)) = &resolver {
                 let due = plans.iter_mut().filter(|(name, plan)| {
-                    !plan.asking && plan.due <= now && wanted.names.contains_key(*name)
+                    !plan.in_progress && plan.due <= now && wanted.names.contains_key(*name)
                 });
-                for (name, plan) in due.take(MAX_CONCURRENT_QUERIES.saturating_sub(asking.len())) {
-                    plan.asking = true;
-                    asking.spawn(ask(resolver.clone(), name.clone()));
+                for (name, plan) in due.take(MAX_CONCURRENT_QUERIES.saturating_sub(lookups.len())) {
+                    plan.in_progress = true;
+                    lookups.spawn(resolve(resolver.clone(), name.clone()));
                 }
             }
-            let next = if asking.len() < MAX_CONCURRENT_QUERIES && resolver.is_some() {
-                let waiting = plans.values().filter(|plan| !plan.asking);
+            let next = if lookups.len() < MAX_CONCURRENT_QUERIES && resolver.is_some() {
+                let waiting = plans.values().filter(|plan| !plan.in_progress);
                 waiting.map(|plan| plan.due).min()
             } else {
                 None
@@ -149,9 +149,9 @@ async fn run(mut targets: watch::Receiver<Targets>, names: &Weak<FqdnManager>) {
                     }
                     break;
                 }
-                Some(asked) = asking.join_next(), if !asking.is_empty() => {
-                    let (Ok(asked), Some(names)) = (asked, names.upgrade()) else { continue };
-                    learned(&names, &wanted, &mut plans, &asked);
+                Some(resolution) = lookups.join_next(), if !lookups.is_empty() => {
+                    let (Ok(resolution), Some(names)) = (resolution, names.upgrade()) else { continue };
+                    learned(&names, &wanted, &mut plans, &resolution);
                 }
                 () = tokio::time::sleep_until(next) => {}
             }
@@ -188,7 +188,7 @@ fn resolver_of(servers: &[SocketAddr]) -> Option<TokioResolver> {
     }
 }
 
-async fn ask(resolver: TokioResolver, name: String) -> Asked {
+async fn resolve(resolver: TokioResolver, name: String) -> Resolution {
     let full = format!("{name}.");
     let (v4, v6) = tokio::join!(
         resolver.lookup(full.as_str(), RecordType::A),
@@ -201,7 +201,7 @@ async fn ask(resolver: TokioResolver, name: String) -> Asked {
             Err(error) => debug!(name, %error, "a name cannot be resolved ahead"),
         }
     }
-    Asked { name, answers }
+    Resolution { name, answers }
 }
 
 /// Converts the records of a lookup to the form of an answer that was parsed from a packet; `None` if there is no
@@ -238,12 +238,17 @@ fn answer_of(name: &str, kind: u16, records: &[hickory_resolver::proto::rr::Reco
     (!answer.addresses.is_empty()).then_some(answer)
 }
 
-fn learned(names: &FqdnManager, wanted: &Targets, plans: &mut BTreeMap<String, Plan>, asked: &Asked) {
-    let Some(plan) = plans.get_mut(&asked.name) else {
+fn learned(
+    names: &FqdnManager,
+    wanted: &Targets,
+    plans: &mut BTreeMap<String, Plan>,
+    resolution: &Resolution,
+) {
+    let Some(plan) = plans.get_mut(&resolution.name) else {
         return;
     };
-    plan.asking = false;
-    let Some(ttl) = asked.answers.iter().filter_map(|answer| answer.ttl).min() else {
+    plan.in_progress = false;
+    let Some(ttl) = resolution.answers.iter().filter_map(|answer| answer.ttl).min() else {
         let again = RETRY_INTERVAL
             .saturating_mul(1 << plan.failures.min(8))
             .min(MAX_RETRY_INTERVAL);
@@ -254,11 +259,11 @@ fn learned(names: &FqdnManager, wanted: &Targets, plans: &mut BTreeMap<String, P
     plan.failures = 0;
     plan.due =
         Instant::now() + Duration::from_secs(ttl.into()).clamp(MIN_REFRESH_INTERVAL, MAX_REFRESH_INTERVAL);
-    let Some(endpoints) = wanted.names.get(&asked.name) else {
+    let Some(endpoints) = wanted.names.get(&resolution.name) else {
         return;
     };
     let endpoints: Vec<EndpointId> = endpoints.iter().copied().collect();
-    for answer in &asked.answers {
+    for answer in &resolution.answers {
         names.learn_prefetched(&endpoints, answer);
     }
 }
