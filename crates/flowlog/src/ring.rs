@@ -147,8 +147,8 @@ impl Ring {
         self.put(Entry::Flow(Arc::new(flow)))
     }
 
-    /// Adds a record of an inspector. The flow is made at the first read, with the names that `names` returns at that
-    /// time, or earlier by [`Ring::settle`]. Returns the number of the flow.
+    /// Adds a record of an inspector. Its flow is made at the first read or by [`Ring::settle`], whichever is first,
+    /// with the names that `names` returns at that time. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
         self.put(Entry::Record(Arc::new(Deferred {
             record: *record,

@@ -28,13 +28,14 @@ pub struct Config {
     /// Longest lifetime of an address, ms, even if the answer has a longer time to live. An address in use is kept
     /// after its lifetime.
     pub max_ttl: Millis,
-    /// Most addresses of one name per endpoint.
+    /// Maximum number of addresses of one name per endpoint.
     pub addresses_per_name: usize,
-    /// Most addresses of all names together per endpoint.
+    /// Maximum number of addresses of all names together per endpoint.
     pub addresses_per_endpoint: usize,
-    /// Most addresses of all names of all endpoints together. At the limit, unused addresses of the endpoint with the
-    /// most addresses are evicted. Addresses in use are evicted only if that endpoint has more than an equal share of
-    /// the limit and the learning endpoint has less.
+    /// Maximum number of addresses of all names of all endpoints together. At the limit, unused addresses of the
+    /// endpoint with the most addresses are evicted. If it has none, its addresses in use are evicted, provided that it
+    /// has more than an equal share of the limit and the learning endpoint has less. Otherwise the new addresses are
+    /// not learned.
     pub addresses_total: usize,
     /// Whether addresses are learned for the aliases in the CNAME chain as well as for the queried name.
     pub aliases: bool,

@@ -1,5 +1,5 @@
-//! Changes to the maps, and the types by which an answer is forwarded only after its changes are written: [`Pending`]
-//! before the writes, [`Committed`] after them.
+//! Changes to the maps, and the states of an answer: [`Pending`] until its changes are written to the maps, then
+//! [`Committed`]. Only a committed answer is forwarded.
 
 use std::{fmt, net::IpAddr, sync::Arc};
 

@@ -21,9 +21,9 @@ const IDLE_SWEEPS: u8 = 2;
 /// Limits on the addresses of one endpoint while it learns an answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Most addresses of one name.
+    /// Maximum number of addresses of one name.
     pub(crate) per_name: usize,
-    /// Most addresses of all names together.
+    /// Maximum number of addresses of all names together.
     pub(crate) per_endpoint: usize,
 }
 
@@ -82,7 +82,7 @@ pub(crate) struct AddressEntry {
     pub(crate) triples: Vec<LearnedTriple>,
 }
 
-/// A selector of an address. Endpoint, selector and address are a triple that the maps hold.
+/// One selector of an address, and whether the maps hold the (endpoint, selector, address) triple.
 #[derive(Debug)]
 pub(crate) struct LearnedTriple {
     selector: SelectorId,
@@ -437,7 +437,7 @@ impl Endpoint {
     }
 
     /// Moves a name to the end of the age order. An answer with aliases has several names with the same `number`; each
-    /// gets a key of its own, in arbitrary order.
+    /// gets the next free key from `number << 8`.
     fn renew_age(&mut self, key: &Arc<[u8]>, number: u64) {
         let Some(name) = self.names.get_mut(key) else {
             return;

@@ -2,7 +2,8 @@
 //!
 //! The owner of a name decides to which addresses the name resolves. If a name that a policy allows resolved to
 //! 169.254.169.254, to a loopback address or to a LAN address, learning that address would let the name's owner open
-//! the node's own network to the workload (DNS rebinding). So such an address is learned only if the operator lists it.
+//! the node's own network to the workload (DNS rebinding). With [`Special::Refuse`], such an address is learned only if
+//! the configuration or a rule lists it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -115,9 +116,9 @@ pub fn is_special_prefix(prefix: &IpNet) -> bool {
     match prefix {
         IpNet::V4(net) => IPV4.iter().any(|block| block.contains(net)),
         IpNet::V6(net) => {
+            let (first, length) = (net.network().segments(), net.prefix_len());
             // The IPv4 address that is embedded in a NAT64 or 6to4 prefix, and the number of bits of that address that
             // the prefix fixes.
-            let (first, length) = (net.network().segments(), net.prefix_len());
             let embedded = match first {
                 [0x64, 0xff9b, 0, 0, 0, 0, high, low] if length >= 96 => Some((high, low, length - 96)),
                 [0x2002, high, low, ..] if length >= 16 => Some((high, low, (length - 16).min(32))),

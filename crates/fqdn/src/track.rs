@@ -32,9 +32,9 @@ pub struct Flow {
 /// Limits on open questions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrackLimits {
-    /// Most open questions of all endpoints together.
+    /// Maximum number of open questions of all endpoints together.
     pub total: usize,
-    /// Most open questions of one endpoint.
+    /// Maximum number of open questions of one endpoint.
     pub per_endpoint: usize,
     /// Time after which a question without an answer is closed, ms.
     pub timeout: Millis,
@@ -68,7 +68,7 @@ pub enum Unsolicited {
     Duplicate,
     /// The endpoint has too many open questions.
     EndpointFull,
-    /// There are too many open questions, or too many with this id on this flow.
+    /// All endpoints together have too many open questions, or the flow has too many with the same id.
     Full,
 }
 
@@ -133,14 +133,14 @@ pub struct Tracker<T> {
     free: u32,
     oldest: u32,
     newest: u32,
-    /// Hashes of recently answered questions, which distinguish a duplicate answer from an unsolicited one.
+    /// Hashes of recently answered questions. They distinguish a duplicate answer from an answer without a question.
     answered: Box<[u64]>,
     timeouts: u64,
 }
 
 /// Number of answered questions that are remembered; a power of two.
 const ANSWERED: usize = 4096;
-/// Most open questions with the same id on one flow.
+/// Maximum number of open questions with the same id on one flow.
 const SAME_ID: usize = 4;
 
 impl<T: Copy> Tracker<T> {

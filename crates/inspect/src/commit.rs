@@ -2,7 +2,8 @@
 //! that thread, [`CommitResult`]s go back to the workers.
 //!
 //! All workers share one queue of requests. Each worker has its own queue of results. All these queues are bounded, and
-//! no sender blocks: a worker has at most as many requests open as its queue of results can hold.
+//! no sender blocks: a request that does not fit is returned, and every result fits, because a worker has at most as
+//! many requests open as its queue of results can hold.
 //!
 //! Depends on `crossbeam-channel`. Start at [`commit_queue`].
 
@@ -21,7 +22,8 @@ use palisade_protocols::dns::Answer;
 
 use crate::Millis;
 
-/// Request to write the addresses of an answer to the maps, before the answer is forwarded.
+/// Request to write the addresses of an answer to the maps before the answer is forwarded; or a refresh, which requests
+/// a new lease for addresses that are in the maps already.
 #[derive(Debug)]
 pub struct CommitRequest {
     /// The engine's number of the request. [`CommitResult`] repeats it.
@@ -90,8 +92,8 @@ pub struct CommitReceiver {
     epoch: Epoch,
 }
 
-/// A counter whose increment ends all leases. The FQDN manager increments it when a learned address leaves the maps
-/// before its lease ends; workers compare it with the epoch of a lease.
+/// A counter whose increment ends all leases. The thread that writes the maps increments it when a learned address
+/// leaves them before its lease ends; workers compare it with the epoch of a lease.
 #[derive(Clone, Debug, Default)]
 pub struct Epoch(Arc<AtomicU64>);
 
@@ -127,7 +129,7 @@ pub struct CommitTask {
     /// The request.
     pub request: CommitRequest,
     back: ReplyPath,
-    /// Whether the result wakes the worker, because an answer is held until then.
+    /// Whether the result wakes the worker. The result of a refresh does not, because no answer is held for it.
     wakes: bool,
 }
 

@@ -269,8 +269,8 @@ impl<F> InspectorSet<F> {
                 return;
             }
         };
-        // `frame` belongs to the fragment that arrived last; only its link header is used. The decoded headers and the
-        // punt request belong to the first fragment.
+        // The `frame` of this view is the fragment that arrived last; only its link header is used. The decoded headers
+        // and the punt request are those of the first fragment.
         let view = PacketView {
             slot: &whole.slot,
             packet: &whole.packet,

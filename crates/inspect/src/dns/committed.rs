@@ -73,8 +73,8 @@ impl CommittedAnswers {
         })
     }
 
-    /// Returns the hash of the endpoint, the response code, the question and the aliases. The aliases count, because
-    /// each of them can match another selector.
+    /// Returns the hash of the endpoint, the response code, the class and name of the question, and the aliases. The
+    /// aliases count, because each of them can match another selector.
     fn name(&self, endpoint: u16, answer: &Answer) -> u64 {
         let mut hasher = self.hashes.build_hasher();
         endpoint.hash(&mut hasher);

@@ -171,7 +171,7 @@ impl<F> Dns<F> {
         }
     }
 
-    /// Handles the result of a commit request: forwards or drops the held answer.
+    /// Handles the result of a commit request: stores the lease, and forwards or drops the held answer, if any.
     pub(crate) fn committed<S: Sink<F>>(&mut self, result: CommitResult, cx: &mut Cx<'_, F, S>) {
         if let (true, Some(lease)) = (result.committed, result.lease) {
             self.committed

@@ -1,4 +1,4 @@
-//! Handles DNS queries: allows or denies them by name, tracks the allowed ones until their answer, and answers the
+//! Handles DNS queries: allows or denies them by name, tracks the allowed ones until their answer, and responds to the
 //! denied ones with an error in the resolver's place.
 
 use palisade_abi::{Reason, protocol};
@@ -17,7 +17,7 @@ use crate::{
 
 impl<F> Dns<F> {
     /// Returns the verdict on a query. A query that passes is tracked as an open question, unless it asks for a zone
-    /// transfer.
+    /// transfer over TCP.
     pub(crate) fn query<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,

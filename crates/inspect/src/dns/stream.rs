@@ -29,7 +29,7 @@ use crate::{
 
 /// Length of the length field in front of a message, bytes.
 const PREFIX: usize = 2;
-/// Total length of the responses to denied queries, bytes, from which on further denied queries get no response.
+/// Once the responses to denied queries have this total length, bytes, further denied queries get no response.
 const REPLIES: usize = 4096;
 /// Maximum number of zone transfers of one connection that are tracked.
 const TRANSFERS: usize = 16;
@@ -68,7 +68,8 @@ struct Refused {
     reason: Reason,
     /// Responses to the denied queries.
     replies: Vec<u8>,
-    /// Number of inspected bytes, from the beginning of the first denied query.
+    /// Number of inspected bytes, from the beginning of the first denied query; `usize::MAX` after a query for which no
+    /// response can be built.
     judged: usize,
 }
 
@@ -405,8 +406,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     fn server<S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
         let flow = &mut *self.flow;
         if bytes.is_empty() {
-            // The server has closed the connection before it has answered the queries that precede the denied one, so
-            // the response would never be due.
+            // No bytes: the server has closed the connection. The queries before a denied one then stay unanswered, so
+            // the response to it would never be due.
             return match &flow.refused {
                 Some(refused) => Action::Abort(refused.reason),
                 None => Action::Forward(0),
