@@ -1,5 +1,5 @@
-//! The steps of the pipeline that run in global functions. `subprog.rs` implements [`Calls`]; the comment of each method
-//! names the function that does the work.
+//! The steps of the pipeline that run in global functions. `subprog.rs` implements [`Calls`]; the comment of each
+//! method names the function that does the work.
 //!
 //! With the trait, the module of a step does not depend on the modules of later steps.
 

@@ -213,9 +213,9 @@ pub fn is_simultaneous_open(entry: Entry, packet: &Packet, ingress: bool) -> boo
     is_bare_syn(packet) && entry.inspector() == 0 && is_reply(entry, ingress)
 }
 
-/// Returns whether the flow has an inspector that needs the packet, apart from offload windows, which are checked
-/// later. An inspector needs each SYN, even of an offloaded flow: the SYN can open a new connection with the same
-/// addresses and ports, on which there is no verdict yet.
+/// Returns whether the flow has an inspector that needs the packet. The offload windows are checked later
+/// (`offload.rs`). An inspector needs each SYN, even of an offloaded flow: the SYN can open a new connection with the
+/// same addresses and ports, on which there is no verdict yet.
 #[inline(always)]
 pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
     entry.inspector() != 0
@@ -423,7 +423,7 @@ pub fn insert(pkt: &mut PacketContext) {
         return pkt.set(Reason::CtInsertionFailed);
     };
     let packet = &pkt.headers;
-    // A new flow is unanswered, and not closing because a reset creates no flow: `timeout` would return this value too.
+    // The value that `timeout` returns for a new flow: unanswered, and not closing, because a reset creates no flow.
     let lifetime = match packet.protocol {
         protocol::TCP => config.tcp_opening,
         protocol::UDP | protocol::SCTP => config.udp,

@@ -1,4 +1,4 @@
-//! The verdict for one endpoint, the same for XDP and tc, both roles and both directions.
+//! The verdict for one endpoint. The same code serves XDP and tc, NICs and workloads' interfaces, and both directions.
 //!
 //! Depends on `conntrack`, `identity`, `link` and `policy` for its steps. Start at [`enforce_endpoint`].
 
@@ -83,7 +83,7 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
             if !recheck_flow(ctx, pkt, entry) {
                 return;
             }
-            // This machine generated the packet, and the peer is not the node: the packet could be the reply to a
+            // If this machine generated the packet although the peer is not the node, the packet can be the reply to a
             // translated packet (see `is_translated`).
             if pkt.hook_point == hook_point::TO_WORKLOAD
                 && ctx.is_local()
@@ -105,12 +105,12 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
     ctx.admit_new_flow(pkt);
 }
 
-/// Returns whether a packet of a live flow still passes; sets the verdict otherwise. A flow with another revision is
-/// evaluated again by the policy in force.
+/// Returns whether a packet of a live flow still passes; sets the verdict otherwise. A flow whose revision is not that
+/// of the endpoint is evaluated again by the policy in force.
 #[inline(always)]
 fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool {
-    // A bare SYN can open a new connection with the same addresses and ports. The peer's identity may have changed
-    // since the last policy lookup.
+    // A bare SYN can open a new connection with the same addresses and ports. An inspected flow is then evaluated
+    // again, because the peer's identity may have changed since the last policy lookup.
     let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&pkt.headers);
     if entry.revision() != pkt.revision || opens {
         ctx.reevaluate_flow(pkt, entry);
@@ -173,7 +173,8 @@ fn lookup_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     0
 }
 
-/// Looks up the flow `pkt.key` in the given direction and stores only `pkt.opposite`.
+/// Looks up the policy for the flow `pkt.key` in the given direction. Stores the result in `pkt.opposite`, and clears
+/// the decision.
 #[inline(never)]
 fn probe_direction(pkt: &mut PacketContext, known: u64, ingress: u32) -> u32 {
     pkt.clear_decision();
@@ -556,7 +557,7 @@ fn forget_other_links<H: Hook>(
     }
 }
 
-/// Returns whether a packet towards a workload is a multicast or broadcast. A directed broadcast to a subnet is
+/// Returns whether a packet towards a workload is multicast or broadcast. A directed broadcast to a subnet is
 /// recognized by the broadcast MAC address, because the programs do not know the subnet's prefix length.
 #[inline(always)]
 fn is_to_group<H: Hook>(ctx: H, pkt: &PacketContext, to: u32) -> bool {
@@ -641,7 +642,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     } else if old_ruleset == 0 {
         entry.set_inspector(pkt.inspector);
     }
-    // If the rules are the same, the decisions of the inspector stay valid.
+    // Otherwise the rules are the same, and the decisions of the inspector stay valid.
     if old_ruleset != 0 && pkt.ruleset == 0 && !pkt.is_dropped() {
         // The flow is no longer inspected. With a new serial, a later inspection of the flow starts without the old
         // state.

@@ -43,8 +43,8 @@ macro_rules! read_only_fields {
             #[inline(always)]
             pub fn $field(self) -> $type {
                 // SAFETY: `Entry::new` got a pointer to a map value, which stays readable while the program runs. The
-                // field is aligned; the read is volatile because the kernel can give the element to another flow at any
-                // time.
+                // field is aligned; the read is volatile because other CPUs can count packets and the kernel can give
+                // the element to another flow.
                 unsafe { core::ptr::read_volatile(&raw const (*self.as_ptr()).$field) }
             }
         )*
@@ -55,9 +55,9 @@ impl Entry {
     /// Returns the entry at `at`; `None` if the pointer is null.
     ///
     /// # Safety
-    /// `at` is null or a value of the CONNTRACK map that the running program looked up. Such a value stays readable and
-    /// writable until the program ends (RCU). If the kernel gives the element to another flow before that, reads return
-    /// values of that flow and writes change its entry; [`CtEntry::serial`] distinguishes the two flows.
+    /// `at` is null or points to a value of the CONNTRACK map that the running program looked up. Such a value stays
+    /// readable and writable until the program ends (RCU). If the kernel gives the element to another flow before that,
+    /// reads return values of that flow and writes change its entry; [`CtEntry::serial`] distinguishes the two flows.
     #[inline(always)]
     pub unsafe fn new(at: *mut CtEntry) -> Option<Self> {
         // This compiles to no branch, because `Option<NonNull>` is a nullable pointer. LLVM would duplicate all code

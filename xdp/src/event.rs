@@ -17,7 +17,7 @@ pub const fn what(kind: EventKind, point: TracePoint) -> u32 {
     (kind as u32) << 8 | point as u32
 }
 
-/// Returns [`what`] of a trace event, by the number of its trace point.
+/// Returns [`what`] of a trace event whose trace point has the number `point`.
 #[inline(always)]
 pub const fn what_trace(point: u32) -> u32 {
     (EventKind::Trace as u32) << 8 | point

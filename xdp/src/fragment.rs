@@ -7,8 +7,8 @@ use crate::maps::{CONFIG, FRAGMENTS, INTERFACES};
 use crate::packet_context::PacketContext;
 use crate::share;
 
-/// The IPv6 fragment header. Its number is used as the protocol in the key of an IPv6 datagram, whose fragments can
-/// name different next headers.
+/// Number of the IPv6 fragment header. It is the protocol in the key of every IPv6 datagram, because the fragments of
+/// one datagram can name different next headers.
 const IPV6_FRAGMENT: u32 = 44;
 
 /// Returns the key of a fragment's datagram. The key contains interface and hook.
@@ -28,8 +28,9 @@ fn key(pkt: &PacketContext) -> FragmentKey {
     }
 }
 
-/// Stores the ports of a first fragment that a policy has allowed or denied, so that the same rules apply to the later
-/// fragments. A first fragment that is malformed, forwarded, or has a spoofed source is not stored.
+/// Stores the ports of a first fragment that a policy allowed or that a rule denied, so that the same rules apply to
+/// the later fragments. A fragment that is forwarded, or dropped without a rule (malformed, spoofed source, default
+/// deny), is not stored.
 #[inline(never)]
 pub fn remember(pkt: &mut PacketContext) -> u32 {
     let judged = !pkt.is_dropped() || pkt.rule != 0;
