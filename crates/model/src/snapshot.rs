@@ -386,8 +386,8 @@ pub struct Alternative {
 /// Condition that a request must meet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Matcher {
-    /// Matches every request: for example, another rule allows the same packets without application rules. The traffic
-    /// is still inspected.
+    /// Matches every request; used, for example, if another rule allows the same packets without application rules.
+    /// The traffic is still inspected.
     Everything,
     /// An http rule.
     Http(HttpRule),

@@ -2,8 +2,8 @@
 
 use palisade_abi::Reason;
 
-/// Limit of the offset of a header in a frame, bytes. A chain of IPv6 extension headers that does not fit is malformed,
-/// and an ICMP error that quotes such a chain matches no flow.
+/// Limit of the offset of a header in a frame, bytes. A chain of IPv6 extension headers that exceeds the limit is
+/// malformed, and an ICMP error that quotes such a chain matches no flow.
 pub const MAX_HEADERS: u32 = 1024;
 
 /// The bytes of a frame.

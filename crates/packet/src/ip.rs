@@ -252,9 +252,9 @@ impl Chain {
             AUTHENTICATION => (u32::from(header[1]) + 2) * 4,
             _ => (u32::from(header[1]) + 1) * 8,
         };
-        // With segments left, the next node sends the packet to an address other than the destination that the policy
-        // has checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver could do the same for a type that the
-        // decoder does not know.
+        // If segments are left, the node at the destination address sends the packet on to another address, which the
+        // policy has not checked (RFC 8200, section 4.4; RFC 5095 for type 0). A receiver could do the same for a type
+        // that the decoder does not know.
         if kind == ROUTING && (header[3] != 0 || !ROUTING_TYPES.contains(&header[2])) {
             return Err(Reason::InvalidIpv6Extension);
         }

@@ -12,7 +12,7 @@ const MAX_ERROR_V4: u32 = 576;
 /// Maximum length of an ICMPv6 error, from the network header on, bytes (RFC 4443, section 2.4).
 const MAX_ERROR_V6: u32 = 1280;
 
-/// The quoted part of the packet that an ICMP error reports (RFC 792; RFC 4443, section 3).
+/// Fields of the packet that an ICMP error quotes (RFC 792; RFC 4443, section 3).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Quote {

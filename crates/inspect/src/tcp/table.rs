@@ -708,8 +708,8 @@ impl<F, T: Offloadable> Connections<F, T> {
         self.reject_error(view, &key, is_known, frame, cx);
     }
 
-    /// Records and drops an ICMP error that quotes a segment of an unknown connection (`is_known` is false), or one that
-    /// is not in flight. Audit mode forwards the error.
+    /// Records and drops an ICMP error that quotes a segment of an unknown connection (`is_known` is false), or one
+    /// that is not in flight. Audit mode forwards the error.
     fn reject_error<S: Sink<F>>(
         &mut self,
         view: &PacketView<'_>,
