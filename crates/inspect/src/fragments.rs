@@ -496,7 +496,7 @@ impl<F> Datagram<F> {
 
 /// Returns the position of a fragment, or `None` if the fragment is invalid.
 fn position(view: &PacketView<'_>) -> Option<Position> {
-    /// Number of the authentication header. Its length is in units of 4 bytes (RFC 4302, 2.2), not 8.
+    /// Number of the authentication header. Its length field counts units of 4 bytes (RFC 4302, 2.2), not of 8 bytes.
     const AUTHENTICATION: u8 = 51;
     let header = view.frame.get(view.network..)?;
     let to = view.network + view.packet.length as usize;

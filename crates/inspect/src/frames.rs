@@ -1,4 +1,4 @@
-//! The frame handles of one datagram, and the vectors in which fragments are kept.
+//! The frame handles of one datagram, and a pool of vectors for the frame handles of fragments.
 
 use palisade_abi::Reason;
 

@@ -151,7 +151,8 @@ pub struct Record {
     /// Number of the policy rule that decided: the one whose application rule matched, else the one that required the
     /// inspection.
     pub rule: u32,
-    /// For a response, the time since its request, ms, if that is known. `None` for any other record.
+    /// For a DNS answer or an HTTP response, the time since its query or request, ms, if that is known. `None` for any
+    /// other record.
     pub latency: Option<u32>,
     /// Content of the record.
     pub what: What,

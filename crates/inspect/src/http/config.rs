@@ -16,9 +16,9 @@ pub struct HttpLimits {
     pub head: http1::Limits,
     /// Form in which a path is matched.
     pub paths: Paths,
-    /// Handling of a body of a request whose method usually has none.
+    /// Handling of a request that has a body although requests with its method usually have no body.
     pub get_bodies: GetBodies,
-    /// Names of the header fields that records show; upper and lower case are equal. A field with a secret is shown
+    /// Names of the header fields that records show, compared without regard to case. A field with a secret is shown
     /// without its value.
     pub record_headers: Arc<[String]>,
 }

@@ -110,7 +110,7 @@ struct Exchange {
 /// State of a body that was announced with `Expect: 100-continue`.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Announced {
-    /// No body is announced, or the client may send the body, because the server has sent 100 or the body has begun.
+    /// No body was announced, or the server has sent 100, or the body has begun.
     #[default]
     No,
     /// No byte of the body has arrived.
@@ -126,8 +126,8 @@ struct Refused {
     status: u16,
     /// Whether the response has no body, because the request is HEAD.
     bodiless: bool,
-    /// Number of forwarded requests to which this response belongs: 1 if the body of a forwarded head is malformed,
-    /// else 0.
+    /// Number of forwarded requests that this response answers: 1 if the head of the refused request was forwarded and
+    /// its body is malformed, else 0.
     own: usize,
 }
 
@@ -163,7 +163,8 @@ pub(super) struct Left {
 
 impl Left {
     /// Returns an error if an offloaded connection must not continue. A tunnel has no further request to which new
-    /// rules could apply, so it ends when its rule set changes, except in audit mode.
+    /// rules could apply, so it ends when its rule set changes, except in audit mode. A connection that was offloaded
+    /// because of audit mode ends when audit mode is switched off.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -260,8 +261,8 @@ impl HttpStream<'_> {
             return Action::Forward(0);
         }
         if !self.flow.client.is_between_messages() {
-            // A server can ignore a body after its final response. Some servers then parse the body as the next
-            // request.
+            // If the final response precedes an announced body, some servers discard the body, and others parse it as
+            // the next request.
             if mem::take(&mut self.flow.announced) == Announced::Late {
                 return self.malformed(ParseError::LateBody, 0, cx);
             }
