@@ -43,7 +43,7 @@ pub(super) struct PolicyFiles {
     folder_problem: Option<String>,
     /// Whether no policy is known: the folder could not be read since the start, and there are no copies.
     never_read: bool,
-    /// Files that were broken at the start and have no good copy.
+    /// Files that were broken at the start and have no usable last good copy.
     lost: BTreeSet<String>,
     /// Events since the last [`Self::take_news`].
     news: Vec<News>,
@@ -56,7 +56,8 @@ pub(super) struct News {
     pub file: String,
     /// Kind of the event.
     pub event: Event,
-    /// Names of the policies of the file: the accepted ones, or after a removal or refusal those in force before.
+    /// Names of the policies of the file: the accepted ones; after a removal, those that were in force before; after a
+    /// refusal, those that stay in force.
     pub policies: Arc<[String]>,
 }
 
@@ -191,9 +192,9 @@ impl PolicyFiles {
         }
     }
 
-    /// Returns the problem of the folder if no policy is known, or else a text that names the files that are broken
-    /// since the start and have no last good copy; `None` if there are none. The rules in these files are unknown, deny
-    /// rules included.
+    /// Returns why policies are unknown: the problem of the folder if no policy is known, or else the names of the
+    /// files that have been broken since the start and have no last good copy. `None` if all policies are known.
+    /// Unknown policies can have deny rules.
     pub(super) fn unknown(&self) -> Option<String> {
         if self.never_read {
             return self.folder_problem.clone();
@@ -242,7 +243,8 @@ impl PolicyFiles {
                 .any(|candidate| candidate.content.is_some())
     }
 
-    /// Handles a folder that cannot be read. All policies stay in force, whereas an empty folder would remove them.
+    /// Handles a folder that cannot be read. All policies stay in force. (If the folder is empty, in contrast, all
+    /// policies are removed.)
     fn folder_failed(&mut self, problem: &io::Error) {
         let meaning = if self.never_read {
             "no policy is known and there are no copies; make the folder ([policy] dir)"
@@ -254,9 +256,9 @@ impl PolicyFiles {
         self.folder_problem = Some(text);
     }
 
-    /// Decides at a start which of several files owns a resource: the file whose last good copy has the resource, even
-    /// if another file comes first by name. Otherwise a duplicate that was refused while the daemon ran would replace
-    /// the original at the next start.
+    /// Decides at a start which of several files with the same resource owns it: the file whose last good copy has the
+    /// resource, or else the first by name. The content of the other files is refused. Without this rule, a duplicate
+    /// that was refused while the daemon ran could replace the original at the next start.
     fn keep_owners(&mut self) {
         let mut places: BTreeMap<ResourceName, Vec<(String, Location)>> = BTreeMap::new();
         for (file, candidate) in self
@@ -360,9 +362,9 @@ impl PolicyFiles {
         }
     }
 
-    /// Refuses the content of a file that had policies and is empty now. Such a file was truncated (an interrupted
-    /// copy, a full disk, a power failure) or is being written. To remove policies, an operator deletes the file or
-    /// leaves a comment in it.
+    /// Returns the content of a file that is blank now, or an error if the file had policies before. Such a file was
+    /// truncated (an interrupted copy, a full disk, a power failure) or is being written. To remove policies, an
+    /// operator deletes the file or leaves a comment in it.
     fn unless_emptied(&self, name: &str, shown: &str, text: String) -> Result<String, Diagnostic> {
         let good = self.files.get(name).and_then(|file| file.good.as_ref());
         let before = match good {
@@ -453,8 +455,8 @@ impl PolicyFiles {
         offers
     }
 
-    /// Returns the last offered content of a file again; `None` if there is none, for example because the file was
-    /// removed.
+    /// Returns again the content of a file whose offer the compiler has neither accepted nor refused yet; `None` if
+    /// there is none, for example because the file was removed.
     pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
@@ -487,15 +489,16 @@ impl PolicyFiles {
         }
     }
 
-    /// Notes that the compiler has refused the offer of a file, with the errors. Returns a new offer instead: the last
-    /// good copy, if nothing of the file is in force and the copy differs from the refused content.
+    /// Notes that the compiler has refused the offer of a file, with the errors. Returns the last good copy as a new
+    /// offer, if nothing of the file is in force and the copy differs from the refused content.
     pub(super) fn rejected(&mut self, name: &str, problems: Vec<Diagnostic>) -> Option<FileContent> {
         let kept = match self.files.get(name) {
             Some(file) if file.good.is_none() && !file.broken => self.kept(name),
             _ => None,
         };
         let Some(file) = self.files.get_mut(name) else {
-            // A refused removal is offered again; until then the policies of the file stay in force.
+            // The file does not exist any more. Its refused removal is offered again; until then the policies of the
+            // file stay in force.
             self.removed.insert(name.to_owned());
             return None;
         };
@@ -514,8 +517,9 @@ impl PolicyFiles {
         instead
     }
 
-    /// Returns the texts that a restart needs if it finds files broken: the content in force of each file. `None` for a
-    /// file without content in force: the copy of such a file on the disk stays.
+    /// Returns the texts that a restart needs if it finds files broken: the content in force of each file. `None` means
+    /// that the copy on the disk stays: for a file without content in force, and for a removed file whose policies are
+    /// still in force.
     pub(super) fn to_keep(&self) -> PolicyTexts {
         let good = |file: &File| file.good.as_ref().map(|good| Arc::clone(&good.text));
         let there = self.files.iter().map(|(name, file)| (name.clone(), good(file)));

@@ -1,4 +1,4 @@
-//! Takes the directories, the socket and the locks that only one daemon can have.
+//! Locks the directories and claims the socket that only one daemon can use at a time.
 
 use std::{
     fs::{self, File},
@@ -15,8 +15,7 @@ use crate::{
     trusted_path::{UnsafePath, is_own, lock_dir, private_dir, walk},
 };
 
-/// The directories and the socket that only one daemon can have at a time. They are released when this value is
-/// dropped.
+/// The locks of the directories and the claim to the socket. They are released when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct PrivateDirs {
     /// The right to listen at the path of the socket.
@@ -27,12 +26,12 @@ pub(crate) struct PrivateDirs {
     _state: Option<Flock<File>>,
 }
 
-/// Takes the directories and the socket of a configuration. If the state directory cannot be used, for example on a
-/// full or read-only file system, the daemon runs without it.
+/// Locks the directories and claims the socket of a configuration. Missing directories are made. If the state directory
+/// cannot be used, for example on a full or read-only file system, the daemon runs without it.
 ///
 /// # Errors
-/// Fails if another daemon uses one of the directories or the socket, if another user could change them, or if the pin
-/// directory or the socket cannot be used for another reason.
+/// Fails if another daemon uses one of the directories or the socket, if a user other than root and the user of this
+/// process could change them, or if the pin directory or the socket cannot be used for another reason.
 pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
@@ -51,12 +50,12 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Takes the directories and the socket for `palisade stop --detach` without a daemon. Missing directories are not
-/// made.
+/// Locks the directories and claims the socket for `palisade stop --detach` without a daemon. Missing directories are
+/// not made.
 ///
 /// # Errors
-/// Those of [`take`]. If another user controlled the pin directory, a symbolic link in it could make the command remove
-/// files elsewhere.
+/// Those of [`take`]. The pin directory is checked, because a symbolic link that another user has put there could make
+/// the command remove files elsewhere.
 pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     let lock = |dir: &Path, setting| dir.exists().then(|| lock_dir(dir, setting)).transpose();
     if node.pin_dir.exists() {
@@ -70,8 +69,8 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     })
 }
 
-/// Returns a warning for each of the configuration file and the policy folder that belongs to another user or that
-/// every user can write. This is no error, because an operator can intend it.
+/// Returns a warning if the configuration file belongs to a user other than root and the user of this process, or if
+/// every user can write it; likewise for the policy folder. These are not errors, because an operator can intend them.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {

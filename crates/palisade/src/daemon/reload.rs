@@ -31,8 +31,8 @@ macro_rules! restart {
     };
 }
 
-/// Section, name and effect of every option. Options that size maps, name files and sockets, or are copied into the
-/// inspectors when the workers start, need a restart.
+/// Section, name and effect of every option. An option needs a restart if it is used only when the daemon starts, for
+/// example to size a map, to open a file or a socket, or to configure the inspectors.
 const RULES: &[(&str, &str, Effect)] = &[
     ("node", "name", Effect::Reload),
     ("node", "labels", Effect::Reload),

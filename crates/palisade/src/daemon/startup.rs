@@ -80,7 +80,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     notify(&[NotifyState::Ready]);
     feed_watchdog(Arc::clone(&control.activity), control.workers.heartbeats())
         .context("the thread that feeds the watchdog")?;
-    // The start has succeeded with this configuration, so a later start that finds the file broken uses the copy.
+    // The start has succeeded with this configuration, so it is kept for a later start that finds the file broken.
     control.keep_config();
     let end = control.serve(&messages);
     shut_down(control, socket, end)
@@ -313,7 +313,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
     control.workers.end();
     if let End::Detach(reply) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
-        // A table that stays would drop traffic of interfaces that are made later.
+        // The nftables table must not stay: it would drop traffic of interfaces that appear later.
         let table = netfilter::Place::new(&control.config)
             .remove()
             .map_err(|problem| problem.to_string());
@@ -395,9 +395,9 @@ fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
         max_ttl: milliseconds(dns.max_ttl),
         addresses_per_name: dns.addresses_per_name as usize,
         addresses_per_endpoint: dns.addresses_per_endpoint as usize,
-        // The addresses of an answer are written before the entries that they evict are removed. For a moment the map
-        // then holds more addresses than the cache: those of a few answers (at most 4,095 A records fit into one
-        // answer).
+        // The addresses of an answer are written before the addresses that they evict are removed, so the map can hold
+        // more addresses than the cache for a moment. An eighth of the map, at most 8,192 entries, is reserved for
+        // them: the addresses of two answers (at most 4,095 A records fit into one answer).
         addresses_total: learned - (learned / 8).min(8192),
         aliases: dns.follow_cname,
         special: if dns.refuse_special {

@@ -51,7 +51,7 @@ where
     C: Clone + Default + PartialEq + Serialize + for<'de> Deserialize<'de>,
 {
     /// Reads the file. A file that cannot be read or parsed is renamed. Identities and endpoints then get new numbers,
-    /// and audit mode is off for every single endpoint.
+    /// and the audit mode that was set for single endpoints is lost.
     ///
     /// # Errors
     /// The thread that writes the directory cannot be started.
@@ -89,7 +89,7 @@ where
         })
     }
 
-    /// Passes the state to `keeper`, which writes the file, if the state has changed since the last call.
+    /// If the state has changed since the last call, passes it to `keeper`, which writes the file.
     pub(super) fn save(&mut self) {
         if self.given.as_ref() == Some(&self.state) {
             return;

@@ -1,4 +1,5 @@
-//! Removes expired connections at intervals, on a thread of its own, because a walk through a large map takes long.
+//! Removes expired flows and learned addresses at intervals, on a thread of its own, because a walk through a large map
+//! takes long.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,7 +24,8 @@ use super::{
     view::{EventNames, Shared},
 };
 
-/// Largest number of end events of one sweep. More of them could push all other flow records out of the ring.
+/// Largest number of flow records about ended flows that one sweep writes. More of them could push all other flow
+/// records out of the ring.
 const MAX_END_EVENTS: usize = 1_000;
 
 /// Interval between two sweeps. It can be changed while the sweeper runs.

@@ -176,7 +176,8 @@ pub(super) fn watch(
             }
             let look_again = watched.is_none().then_some(DIR_POLL_INTERVAL);
             let wait = [batch.wait(now), look_again].into_iter().flatten().min();
-            // The timeout is rounded up: with a shorter one the loop would spin until the millisecond is over.
+            // The timeout is rounded up to whole milliseconds. If it were rounded down, the loop would spin in the last
+            // millisecond.
             let timeout = wait.map_or(PollTimeout::NONE, |wait| {
                 PollTimeout::try_from(wait.as_micros().div_ceil(1_000)).unwrap_or(PollTimeout::MAX)
             });
