@@ -28,9 +28,8 @@ fn key(pkt: &PacketContext) -> FragmentKey {
     }
 }
 
-/// Stores the ports of a first fragment that a policy allowed or that a rule denied, so that the same rules apply to
-/// the later fragments. A fragment that is forwarded, or dropped without a rule (malformed, spoofed source, default
-/// deny), is not stored.
+/// Stores the ports of a first fragment that a policy has allowed or denied, so that the same rules apply to the later
+/// fragments. The ports of a first fragment that is malformed, forwarded, or has a spoofed source are not stored.
 #[inline(never)]
 pub fn remember(pkt: &mut PacketContext) -> u32 {
     let judged = !pkt.is_dropped() || pkt.rule != 0;

@@ -28,7 +28,7 @@ fn folded(sum: u64) -> u16 {
     !(sum as u16)
 }
 
-/// Returns the ones' complement sum of `seed` and `length` bytes. `length` is a multiple of four.
+/// Returns the ones' complement sum of `seed` and the `length` bytes at `words`. `length` is a multiple of four.
 #[inline(always)]
 fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     // SAFETY: callers pass memory of `length` bytes, and the verifier checks it again.
@@ -36,8 +36,8 @@ fn sum(words: *mut u32, length: u32, seed: u32) -> u64 {
     sum as u64 & 0xffff_ffff
 }
 
-/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 on success, 1 if the error cannot be
-/// truncated, for example because it is a fragment.
+/// Truncates an ICMP error that quotes a packet of the flow `pkt.key`. Returns 0 on success, and 1 on failure, for
+/// example if the error is a fragment.
 #[inline(never)]
 pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
     let network = u32::from(pkt.headers.network_offset);
@@ -92,8 +92,8 @@ pub fn cut<H: Hook>(ctx: H, pkt: &mut PacketContext) -> u32 {
     rewrite::<H, 9>(ctx, pkt, transport)
 }
 
-/// Clears all bits of the message at `transport` that its type does not define, and sets its checksum. `WORDS`: length
-/// of the message in words of 32 bits.
+/// Clears the bits of the ICMP header at `transport` that the type of the message does not use, and sets the checksum.
+/// `WORDS`: length of the message in words of 32 bits.
 #[inline(always)]
 fn rewrite<H: Hook, const WORDS: usize>(ctx: H, pkt: &mut PacketContext, transport: u32) -> u32 {
     let length = 4 * WORDS as u32;

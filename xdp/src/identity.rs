@@ -62,8 +62,8 @@ fn exact_word(addr: &Addr) -> u64 {
 /// Returns the exact ipcache entry of an address: [`exact`] inlined, for callers whose stack has room for the key.
 #[inline(always)]
 pub fn exact_here(addr: &Addr) -> IpcacheHit {
-    // The key is a copy on the stack, because the verifier of Linux 6.1 rejects a map key in the memory of a global
-    // function's parameter.
+    // Copy the address to the stack: it can be part of the packet context, and the verifier of Linux 6.1 rejects a map
+    // key in memory that is a parameter of a global function.
     let key = *addr;
     // SAFETY: the value stays readable while the program runs (RCU), and an update of the map replaces the element
     // instead of writing to it. The value is copied at once.

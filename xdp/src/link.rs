@@ -18,7 +18,7 @@ use crate::identity;
 use crate::maps::{ENDPOINTS, INTERFACES, POLICY};
 use crate::packet_context::{PacketContext, hook_point};
 
-/// Largest ARP packet, bytes: the payload of the shortest Ethernet frame, and room for two VLAN tags.
+/// Maximum length of an ARP packet, bytes: the payload of the shortest Ethernet frame, and room for two VLAN tags.
 const MAX_ARP: u32 = 46 + 8;
 /// Length of an IPv6 header, bytes.
 const IPV6: u32 = 40;
@@ -154,7 +154,7 @@ fn unenforced(pkt: &PacketContext) -> u32 {
     } else {
         default_reason(host, u32::from(pkt.direction ^ 1))
     };
-    // Both values are Allowed, Audited or UnsupportedL3: the larger number is the stricter verdict.
+    // Each value is Allowed, Audited or UnsupportedL3: the larger number is the stricter verdict.
     if own > node { own } else { node }
 }
 
@@ -431,8 +431,9 @@ fn names_another_mac<H: Hook>(ctx: H, at: u32, present: bool) -> bool {
         )
 }
 
-/// Returns whether the node does not forward the packet to another link. Link-local destinations, unicast or multicast,
-/// never leave the link; for others, the ipcache or the routing table decides.
+/// Returns whether it is certain that the node does not forward the packet to another link. A packet to a link-local
+/// destination, unicast or multicast, stays on the link; any other multicast can leave it. For other unicast
+/// destinations, the result depends on the hook, the ipcache and the routing table.
 #[inline(always)]
 fn stays_on_link<H: Hook>(ctx: H, pkt: &PacketContext) -> bool {
     let to = &pkt.headers.destination;

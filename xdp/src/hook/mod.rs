@@ -16,7 +16,7 @@ pub use xdp::Xdp;
 const OFFSET_MASK: u32 = 2 * MAX_HEADERS - 1;
 const _: () = assert!(MAX_HEADERS.is_power_of_two());
 
-/// [`Reason`] number of a failed [`Hook::push`] that has no more specific cause.
+/// Number of the [`Reason`] for a failure of [`Hook::push`] that has no more specific reason.
 const FAILED: u32 = Reason::PuntFailed as u32;
 
 /// The part of a frame that the program can read by direct packet access.

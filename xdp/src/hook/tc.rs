@@ -71,8 +71,8 @@ impl Hook for Skb {
     #[inline(always)]
     fn route(self, question: &mut bpf_fib_lookup) -> i64 {
         let size = size_of::<bpf_fib_lookup>() as i32;
-        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The size
-        // is that of the parameter block.
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `size` is
+        // the size of `question`.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
     }
 
@@ -106,7 +106,7 @@ impl Hook for Skb {
         // points to a map value of `LENGTH` bytes that only this CPU uses.
         unsafe {
             let skb = self.0;
-            // A super-frame (GSO) is segmented when veth transmits it to the punt link.
+            // A super-frame (GSO) is segmented when veth transmits it to the punt link, so a segment must fit.
             let gso = (*skb).gso_size;
             let longest = if gso == 0 {
                 (*skb).len
@@ -122,7 +122,7 @@ impl Hook for Skb {
                 if bpf_skb_vlan_pop(skb) != 0 {
                     return FAILED;
                 }
-                // The frame had two tags: `bpf_skb_vlan_pop` has moved the inner tag to `skb->vlan_tci`, and the punt
+                // If the frame had two tags, `bpf_skb_vlan_pop` has moved the inner tag to `skb->vlan_tci`. The punt
                 // header has room for one tag only.
                 if core::ptr::read_volatile(&raw const (*skb).vlan_present) != 0 {
                     return Reason::PuntUnsupported as u32;

@@ -64,8 +64,8 @@ impl Hook for Xdp {
     #[inline(always)]
     fn route(self, question: &mut bpf_fib_lookup) -> i64 {
         let size = size_of::<bpf_fib_lookup>() as i32;
-        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The size
-        // is that of the parameter block.
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. `size` is
+        // the size of `question`.
         unsafe { fib_lookup(self.0.cast(), question, size, 0) }
     }
 
