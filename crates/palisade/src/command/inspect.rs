@@ -24,7 +24,7 @@ use crate::{
 /// Options of an endpoint.
 pub(super) const OPTIONS: [&str; 1] = ["PolicyAuditMode"];
 
-/// Largest number of endpoints that a row of the policy list names.
+/// Maximum number of endpoints that a row of the policy list names.
 const ENDPOINTS_SHOWN: usize = 3;
 
 pub(super) fn policies(socket: &Path, name: Option<&str>, output: PolicyOutput) -> anyhow::Result<u8> {

@@ -33,8 +33,8 @@ use crate::{
     text::count,
 };
 
-/// Largest number of policy files at which `status` lists every file. If there are more, `status` lists only files with
-/// something to report.
+/// Maximum number of policy files for which `status` lists every file. If there are more, `status` lists only files
+/// with something to report.
 const MAX_FILES_SHOWN: usize = 50;
 /// Interval between two requests of `status --wait`.
 const STATUS_POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -172,7 +172,8 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
 
 /// Runs `palisade reload`.
 pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
-    // Usually the daemon reads this file too. The errors of the file are shown here, one per line.
+    // Usually the daemon reads this file too. If the file has errors, the command shows all of them, one per line, and
+    // sends no request.
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
     }
@@ -233,7 +234,7 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
 }
 
 fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
-    // The directories are locked until the end, so that no daemon can start meanwhile.
+    // The directories are locked until this function returns, so that no daemon can start meanwhile.
     let _dirs = daemon::take_for_detaching(&config.node)?;
     let pins = &config.node.pin_dir;
     let table = daemon::NetfilterTable::new(config)
@@ -429,7 +430,8 @@ fn each_text(bytes: u64, count: u64, what: &str) -> String {
         .map_or_else(String::new, |each| format!(" ({} {what})", bytes_text(each)))
 }
 
-/// Prints the inspection metrics of all workers: one line per group, without metrics that are zero.
+/// Prints the inspection state of all workers, and one line with the inspection metrics of each group. Metrics that are
+/// zero are left out.
 fn inspection(out: &mut dyn Write, workers: &Workers) -> io::Result<()> {
     let keeps = &workers.keeps;
     writeln!(

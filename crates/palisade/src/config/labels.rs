@@ -31,7 +31,7 @@ pub(super) fn namespaces(sections: Vec<Section<'_, '_>>) -> HashMap<String, Vec<
     namespaces
 }
 
-/// Returns a name that is valid in `namespace/name` and as the value of a label.
+/// Returns the name at `key`. A name that is not valid in `namespace/name` or as the value of a label is an error.
 pub(super) fn dns_name(section: &Section<'_, '_>, key: &'static str, example: &str) -> Option<At<String>> {
     let at = section.required_string(key, example)?;
     if valid_name(&at.value) {

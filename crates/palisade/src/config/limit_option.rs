@@ -30,8 +30,8 @@ impl SizeError for OpenError {
     }
 }
 
-/// Returns the option of `[limits]` that sets the size of a map; `None` if no option does. Upper and lower case of the
-/// name are equal.
+/// Returns the option of `[limits]` that sets the size of a map; `None` if no option does. The case of the map's name is
+/// ignored.
 pub(super) fn limit_option(map: &str) -> Option<&'static str> {
     Some(match map.to_uppercase().as_str() {
         maps::CONNTRACK => "conntrack",

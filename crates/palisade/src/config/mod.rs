@@ -53,7 +53,7 @@ impl Config {
         Self::parse(path, &text)
     }
 
-    /// Returns a path option of `[node]` in a text that can have errors elsewhere; `None` unless the option is an
+    /// Returns a path option of `[node]` from a text that can have errors elsewhere; `None` unless the option is an
     /// absolute path.
     pub(crate) fn node_path(text: &str, key: &str) -> Option<PathBuf> {
         let (table, _) = DeTable::parse_recoverable(text);

@@ -150,9 +150,9 @@ pub(crate) struct Dns {
     pub min_ttl: Duration,
     /// Longest lifetime of learned addresses, whatever their TTL.
     pub max_ttl: Duration,
-    /// Largest number of addresses of one name per endpoint.
+    /// Maximum number of addresses of one name per endpoint.
     pub addresses_per_name: u32,
-    /// Largest number of addresses per endpoint.
+    /// Maximum number of addresses per endpoint.
     pub addresses_per_endpoint: u32,
     /// Whether selectors are also matched against the CNAMEs of an answer.
     pub follow_cname: bool,
@@ -186,7 +186,7 @@ pub(crate) struct Http {
     pub get_bodies: GetBodies,
     /// Time within which a request head must be complete.
     pub header_timeout: Duration,
-    /// Largest head and line.
+    /// Maximum length of a head and of a line.
     pub head: http1::Limits,
     /// Names of the header fields that flows show, in lower case.
     pub record_headers: Vec<String>,
@@ -199,7 +199,7 @@ pub(crate) struct Tls {
     pub ech: Ech,
     /// Time within which a ClientHello must be complete.
     pub hello_timeout: Duration,
-    /// Whether the destination address of a connection must have been learned for its server name.
+    /// Whether the endpoint must have learned the destination address of a connection by the connection's server name.
     pub verify_sni_address: bool,
 }
 

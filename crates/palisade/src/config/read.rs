@@ -30,9 +30,9 @@ use super::{
     reader::{At, Reader, Section},
 };
 
-/// EtherTypes that pass a NIC by default, besides frames to the link-local control group: PTP (IEEE 1588), which sets a
-/// NIC's clock, and EAPOL (IEEE 802.1X), which opens a switch port and can be sent to unicast addresses. Neither
-/// carries packets of other protocols.
+/// Default of `allow_ethertypes`: frames of these EtherTypes pass, besides frames to the link-local control group. PTP
+/// (IEEE 1588) sets the clock of a NIC. EAPOL (IEEE 802.1X) opens a switch port and can be sent to unicast addresses.
+/// Neither carries packets of other protocols.
 const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
@@ -80,8 +80,8 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     config
 }
 
-/// Interfaces, names and addresses that must be unique. The value of an interface or address is the section that has
-/// it.
+/// Interfaces, names and addresses that must be unique. The values of the maps are the sections that have the interface
+/// or address.
 #[derive(Default)]
 struct Taken {
     interfaces: HashMap<String, String>,
