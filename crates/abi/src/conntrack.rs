@@ -164,8 +164,8 @@ pub struct Share {
     pub guaranteed: u32,
     /// Zero.
     pub zero: u32,
-    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. If two CPUs
-    /// change the number at once, it can be wrong, even negative, until the next sweep.
+    /// Number of protected flows. In the pool's slot: protected flows beyond the guarantees of their shares. If two
+    /// CPUs change the number at once, it can be wrong, even negative, until the next sweep.
     pub protected: i64,
 }
 

@@ -15,9 +15,9 @@ pub mod role {
     pub const HOST: u8 = 1;
     /// The host side of a workload's veth: packets that enter come *from* the endpoint, packets that leave go *to* it.
     pub const ENDPOINT: u8 = 2;
-    /// An unguarded interface that is stacked on a workload's guarded interface, directly or indirectly: a bridge, a VRF
-    /// or a VLAN device. The workload's packets enter the node's stack by the upper interface, after their verdict at
-    /// the guarded interface.
+    /// An unguarded interface that is stacked on a workload's guarded interface, directly or indirectly: a bridge, a
+    /// VRF or a VLAN device. The workload's packets enter the node's stack by the upper interface, after their verdict
+    /// at the guarded interface.
     pub const LINK: u8 = 3;
     /// An unguarded interface that the daemon knows. The programs let a packet that entered by such an interface be
     /// forwarded, unless the packet's source address is a workload's. An interface that the daemon does not know yet

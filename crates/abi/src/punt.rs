@@ -1,10 +1,10 @@
-//! Header and trailer of punted and reinjected packets, and the commands of workers to the programs.
+//! The header of punted packets, the trailer of reinjected packets, and the commands of workers to the programs.
 //!
 //! A packet that needs inspection goes over the punt link, a veth pair of Palisade's own: `<name>0` and `<name>1`. The
 //! programs put a [`PuntHeader`] in front of the packet and redirect it to `<name>0`; at `<name>1` an XDP program
 //! redirects the packet into the AF_XDP socket of the receive queue. The worker sends the packet from the same socket
 //! with a [`ReinjectTrailer`] after it; the program at the ingress of `<name>0` removes the trailer and redirects the
-//! packet to the hook that punted it.
+//! packet to the interface where it was punted.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -22,12 +22,12 @@ pub mod punt_flags {
     pub const MIDSTREAM: u8 = 8;
     /// This packet created the flow.
     pub const NEW: u8 = 16;
-    /// Set by the worker: a second policy inspects the packet too. The second policy would not see a packet that the
-    /// worker generates instead of this one.
+    /// Set by the worker: the policies of both endpoints inspect the packet. A packet that the inspector of one policy
+    /// generates does not pass the inspector of the other policy.
     pub const SHARED: u8 = 32;
 }
 
-/// The hook that punted a packet. The packet is reinjected at the same hook of the same interface.
+/// The hook that punted a packet. If the packet passes, it continues at the same interface in the same direction.
 pub mod punt_hook {
     /// XDP at the ingress of the interface. The reinjected packet enters the local stack.
     pub const XDP_INGRESS: u8 = 1;
@@ -166,19 +166,20 @@ pub const PUNT_MTU: u32 = 3_400;
 /// Length of an Ethernet header, bytes. The MTU of a device does not include this header.
 const ETHERNET: u32 = 14;
 
-/// Longest trailer of a reinjected frame with its commands, bytes: there is one command for each of two policies.
+/// Maximum length of the trailer of a reinjected frame with its commands, bytes. There is one command for each of two
+/// policies.
 pub const MAX_TRAILER: u32 = (size_of::<ReinjectTrailer>() + 2 * size_of::<FlowCommand>()) as u32;
 
-/// Longest frame that can be punted, bytes from its Ethernet header on. A veth drops a frame that exceeds its MTU
-/// (`is_skb_forwardable`), and no counter of Palisade shows this drop. So the frame must fit with the punt header when
-/// it is punted, and with the trailer when it is reinjected.
+/// Maximum length of a frame that can be punted, bytes from its Ethernet header on. A veth drops a frame that exceeds
+/// its MTU (`is_skb_forwardable`), and no counter of Palisade shows this drop. So the frame must fit with the punt
+/// header when it is punted, and with the trailer when it is reinjected.
 pub const MAX_PUNT_FRAME: u32 = PUNT_MTU + ETHERNET - MAX_TRAILER;
 
 const _: () = assert!(MAX_PUNT_FRAME + size_of::<PuntHeader>() as u32 <= PUNT_MTU + ETHERNET);
 const _: () = assert!(MAX_PUNT_FRAME + MAX_TRAILER <= PUNT_MTU + ETHERNET);
 
-/// Longest frame on the punt link, header or trailer included, bytes. The reinjected frame contains the VLAN tag that
-/// was in `skb->vlan_tci` when the packet was punted; `is_skb_forwardable` allows for one tag.
+/// Maximum length of a frame on the punt link, header or trailer included, bytes. The reinjected frame contains the
+/// VLAN tag that was in `skb->vlan_tci` when the packet was punted; `is_skb_forwardable` allows 4 more bytes for a tag.
 pub const MAX_ON_PUNT_LINK: u32 = PUNT_MTU + ETHERNET + 4;
 
 /// Upper bound of the headers of a segment, bytes, Ethernet and IPv6 extension headers included. A super-frame (GSO) is
@@ -188,5 +189,5 @@ pub const MAX_SEGMENT_HEADERS: u32 = 256;
 /// Largest MSS of a connection whose segments can all be punted (RFC 9293, section 3.7.1).
 pub const MAX_PUNT_MSS: u16 = (MAX_PUNT_FRAME - MAX_SEGMENT_HEADERS) as u16;
 
-/// Largest number of workers: size of the WORKERS and XSKS maps.
+/// Maximum number of workers: size of the WORKERS and XSKS maps.
 pub const MAX_WORKERS: usize = 64;

@@ -105,8 +105,8 @@ reasons! {
     TruncatedL2 = 224, "Truncated Ethernet header";
     /// The network header is truncated.
     TruncatedL3 = 225, "Truncated network header";
-    /// An ICMP error that quotes no live flow of the endpoint and whose type no rule allows; or an ICMP error about an
-    /// inspected flow that the programs or the worker do not accept.
+    /// An ICMP error that quotes no live flow of the endpoint, and whose type no rule allows. Or an ICMP error about an
+    /// inspected flow, if the programs or the worker do not accept the error.
     UnrelatedIcmp = 226, "ICMP error for no known flow";
     /// A packet that the state of the connection does not allow, such as a SYN+ACK without a SYN.
     CtInvalidState = 227, "CT: Invalid state";

@@ -56,7 +56,8 @@ impl ApplyError {
 
 impl Datapath {
     /// Executes a plan. Consecutive steps of one kind for addresses, prefixes or learned addresses are passed to the
-    /// kernel together, in their order.
+    /// kernel together, in their order. After the last step, removes the flows of addresses that have left their
+    /// endpoint.
     ///
     /// # Errors
     /// [`ApplyError`] of the first step that fails; later steps are not executed.

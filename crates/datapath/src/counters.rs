@@ -36,7 +36,7 @@ impl Datapath {
 }
 
 impl Counters<'_> {
-    /// Returns packets and bytes by reason and direction, without zero counters.
+    /// Returns packets and bytes by reason and direction. Counters that are zero are omitted.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.
@@ -67,7 +67,7 @@ impl Counters<'_> {
         Ok(sum(&mut self.rules.get(rule)?.into_iter()))
     }
 
-    /// Returns packets and bytes of all rules, without zero counters. Rule 0 has the packets of all rules beyond the
+    /// Returns packets and bytes by rule. Counters that are zero are omitted. Number 0 stands for all rules beyond the
     /// capacity of the map.
     ///
     /// # Errors
@@ -83,7 +83,7 @@ impl Counters<'_> {
         Ok(found)
     }
 
-    /// Returns the numbers of events that were not sent, by kind and reason, without zero counters.
+    /// Returns how many events were suppressed or lost, by kind and reason. Pairs without such an event are omitted.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read.

@@ -1,4 +1,4 @@
-//! Contents of the maps, from which the first plan after a restart starts.
+//! Reads the contents of the maps. The first plan after a restart starts from these contents.
 
 use std::collections::BTreeMap;
 
