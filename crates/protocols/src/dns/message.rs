@@ -12,11 +12,11 @@ use super::{
 /// Limits on one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest message, bytes.
+    /// Maximum length of a message, bytes.
     pub message: usize,
-    /// Most records in all sections together.
+    /// Maximum number of records in all sections together.
     pub records: u32,
-    /// Most compression pointers that are followed in all names together.
+    /// Maximum number of compression pointers that are followed in all names together.
     pub pointers: u32,
 }
 
@@ -151,8 +151,8 @@ impl Query {
     }
 }
 
-/// Header and question of an answer. The inspector uses it before the rest of the message has arrived, and for zone
-/// transfers, whose records are not inspected.
+/// Header and question of an answer. The inspector parses only these before the rest of the message has arrived, and
+/// for zone transfers, whose records it does not inspect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
     /// Message id of the query.
@@ -230,8 +230,8 @@ pub struct Answer {
     pub question: Option<Question>,
     /// The targets of the CNAME chain that starts at the queried name, in order.
     pub aliases: Vec<Name>,
-    /// The addresses of the queried name and its aliases, in the order of the message. If there are none, the addresses
-    /// of the A and AAAA records with other owners.
+    /// The addresses of the queried name and its aliases, in the order of the message. If there are none and the query
+    /// is for A, AAAA or ANY, the addresses of the A and AAAA records with other owners.
     pub addresses: Vec<Address>,
     /// The lowest time to live of the aliases and addresses, s; `None` if the answer has neither.
     pub ttl: Option<u32>,
@@ -239,10 +239,10 @@ pub struct Answer {
     pub edns: Option<Edns>,
 }
 
-/// Most CNAME records in an answer section.
+/// Maximum number of CNAME records in an answer section.
 const ALIASES: usize = 16;
 
-/// Offsets of the owner and the target of a CNAME record in the message.
+/// A CNAME record: the offsets of its owner and its target in the message, and its time to live.
 #[derive(Clone, Copy, Default)]
 struct Cname {
     owner: usize,
@@ -408,7 +408,8 @@ impl Answer {
         }
     }
 
-    /// Collects addresses of other owners if neither the queried name nor an alias has one.
+    /// Collects the addresses of A and AAAA records with other owners, if neither the queried name nor an alias has an
+    /// address and the query is for A, AAAA or ANY.
     ///
     /// Servers that rewrite questions send such answers. musl, c-ares and the resolver of Go use these addresses; glibc
     /// does not. Learning these addresses gives the server no new power, because the server could put the queried name
@@ -664,7 +665,8 @@ impl<'a> Reader<'a> {
                 self.pointers = self.pointers.checked_sub(1).ok_or(ParseError::TooManyPointers)?;
                 continue;
             }
-            // `label` starts with its length byte. That byte is below 64, so ignoring ASCII case does not affect it.
+            // `label` starts with its length byte. The length bytes of `name` are below 64 and so are no letters:
+            // ignoring ASCII case does not affect their comparison.
             let end = at + 1 + usize::from(length);
             let label = self.message.get(at..end).ok_or(ParseError::Truncated)?;
             let Some((expected, tail)) = rest.split_at_checked(label.len()) else {

@@ -1,9 +1,9 @@
 //! DNS messages (RFC 1035), as far as a firewall must understand them.
 //!
 //! A [`Query`] has exactly one question. An [`Answer`] has the addresses that a resolver returns for the queried name:
-//! the addresses in records of the answer section whose owner is that name or one of its aliases. If there are none, an
-//! answer has the addresses of the A and AAAA records with other owners. Addresses in the authority and additional
-//! sections are ignored, because a resolver can put any name there.
+//! the addresses in records of the answer section whose owner is that name or one of its aliases. If there are none and
+//! the query is for A, AAAA or ANY, an answer has the addresses of the A and AAAA records with other owners. Addresses
+//! in the authority and additional sections are ignored, because stub resolvers do not use them.
 //!
 //! The parsers check all sections up to the last byte. So an accepted message has no record that the parser has not
 //! checked.

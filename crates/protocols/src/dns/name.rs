@@ -7,9 +7,9 @@ use std::{
     str::FromStr,
 };
 
-/// Longest name on the wire with its root label, bytes (RFC 1035, section 3.1).
+/// Maximum length of a name in wire form, with its root label, bytes (RFC 1035, section 3.1).
 pub(super) const MAX_NAME: usize = 255;
-/// Longest label, bytes (RFC 1035, section 3.1).
+/// Maximum length of a label without its length byte, bytes (RFC 1035, section 3.1).
 pub(super) const MAX_LABEL: usize = 63;
 
 /// A domain name in wire form: length-prefixed labels and the root label, in lower case and uncompressed.
@@ -234,7 +234,7 @@ impl NameBuilder {
         }
     }
 
-    /// Appends a label of 1 to 63 bytes and converts it to lower case.
+    /// Appends a label, which must not be empty, in lower case. A label of more than 63 bytes is an error.
     pub(super) fn push(&mut self, label: &[u8]) -> Result<(), NameError> {
         if label.len() > MAX_LABEL {
             return Err(NameError::LabelTooLong);

@@ -12,9 +12,9 @@ use super::name::{MAX_LABEL, Name, NameError};
 
 /// The compiled names and patterns of a policy. A name is matched against thousands of them by a few hash lookups.
 ///
-/// All names without a wildcard are checked by one lookup of the whole name. Patterns form a tree of labels from right
-/// to left. A literal label is found by one lookup, a label with wildcards by lookups of its literal prefix or suffix.
-/// Only label patterns such as `*a*`, which have neither prefix nor suffix, are compared one by one.
+/// All patterns without a wildcard are checked by one lookup of the whole name. Patterns with wildcards form a tree of
+/// labels from right to left. A literal label is found by one lookup, a label with wildcards by lookups of its literal
+/// prefix or suffix. Only label patterns such as `*a*`, which have neither prefix nor suffix, are compared one by one.
 ///
 /// ```
 /// use palisade_model::rule::FqdnPattern;
@@ -251,8 +251,8 @@ impl NameSet {
         }
     }
 
-    /// Descends the tree with the remaining labels, from right to left. `plain`: length of the run of labels at the
-    /// left end of the name that consist only of bytes that a wildcard matches. The nodes form a tree, so no node is
+    /// Descends the tree with the remaining labels, from right to left. `plain`: number of consecutive labels, from the
+    /// left end of the name, that consist only of bytes that a wildcard matches. The nodes form a tree, so no node is
     /// visited twice.
     fn walk(&self, node: u32, labels: &[&[u8]], plain: usize, report: &mut impl FnMut(&[u32])) {
         let Some(here) = self.nodes.get(node as usize) else {

@@ -5,11 +5,12 @@ use super::{
     head::{Folded, is_token},
 };
 
-/// Most digits of a chunk size.
+/// Maximum number of digits of a chunk size.
 const MAX_DIGITS: u32 = 16;
-/// Longest extension of one chunk, bytes. Unlimited extensions let an attacker exhaust servers (CVE-2024-22019).
+/// Maximum length of the extensions of one chunk, bytes. Unlimited extensions let an attacker exhaust servers
+/// (CVE-2024-22019).
 const MAX_EXTENSION: usize = 1_024;
-/// Longest trailer section, bytes.
+/// Maximum length of a trailer section, bytes.
 const MAX_TRAILER: usize = 8_192;
 
 /// The next part of a chunked body.
@@ -87,7 +88,7 @@ pub struct Chunks {
     state: State,
     size: u64,
     digits: u32,
-    /// Length so far of the current extension, bytes.
+    /// Length so far of the extensions of the current chunk, bytes.
     extension: usize,
     /// Length so far of the trailer section, bytes.
     trailer: usize,

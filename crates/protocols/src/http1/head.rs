@@ -5,9 +5,9 @@ use super::ParseError;
 /// Limits on a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest line including its CR LF, bytes.
+    /// Maximum length of a line including its CR LF, bytes.
     pub line: usize,
-    /// Longest head including its empty line, bytes.
+    /// Maximum length of a head including its empty line, bytes.
     pub block: usize,
 }
 
@@ -25,7 +25,7 @@ impl Default for Limits {
 
 /// First line of the preface of HTTP/2 (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// Most empty lines before a start line. By RFC 9112, section 2.2, servers should ignore at least one.
+/// Maximum number of empty lines before a start line. By RFC 9112, section 2.2, servers should ignore at least one.
 const LEADING_LINES: usize = 4;
 
 /// A search for the end of a head. Each byte is examined once, however the stream is segmented.
@@ -101,7 +101,8 @@ impl Head {
                         ParseError::NotHttp
                     });
                 }
-                // A start line begins with a method or with `HTTP`, so its first byte is allowed in a token.
+                // A start line begins with a method or with `HTTP`. Both are tokens, so a stream whose first byte is
+                // not allowed in a token is not HTTP.
                 _ if !self.begun && at == self.line && !is_token(byte) => return Err(ParseError::NotHttp),
                 b'\t' | 0x20..=0x7e | 0x80.. => {}
                 _ => {
@@ -169,7 +170,7 @@ impl Folded {
         self.length += 1;
     }
 
-    /// Returns whether the name is one of `names`, which must be shorter than 24 bytes.
+    /// Returns whether the reduced name is one of `names`. `names`: reduced names of at most 24 bytes.
     pub(super) fn is_among(&self, names: &[&[u8]]) -> bool {
         self.bytes
             .get(..self.length)

@@ -7,7 +7,7 @@ use super::{
     head::{Folded, is_token},
 };
 
-/// Most fields in a head.
+/// Maximum number of fields in a head.
 pub const MAX_HEADERS: usize = 128;
 
 /// The fields that frame or route a message: each name, and the same name in the form of [`Folded`].
@@ -86,7 +86,7 @@ impl<'a> Headers<'a> {
             .map(|(_, value)| value)
     }
 
-    /// Returns whether a comma-separated field has an element; letter case is ignored.
+    /// Returns whether the comma-separated field `name` has the element `element`; letter case is ignored.
     #[must_use]
     pub fn has(&self, name: &str, element: &str) -> bool {
         self.elements(name)
