@@ -23,8 +23,8 @@ pub mod hook_point {
 /// The state of one packet in the pipeline.
 ///
 /// Functions store their results in these fields and do not return them. The verifier tracks a returned constant, and
-/// walks all code after the call once for each value. The verifier forgets most values of bytes that are stored at an
-/// offset other than a multiple of eight.
+/// walks all code after the call once for each value. It does not track most bytes that are stored at an offset other
+/// than a multiple of eight.
 #[repr(C)]
 pub struct PacketContext {
     /// The decoded headers.
@@ -69,7 +69,7 @@ pub struct PacketContext {
     pub generic: u8,
     /// Not 0: the hook is the egress of the interface.
     pub egress: u8,
-    /// The packet is a later fragment whose first fragment has not been seen, so its ports are unknown.
+    /// Whether the packet is a later fragment whose ports are unknown, because those of the first one are not stored.
     pub ports_unknown: bool,
     /// Whether the packet can match or create a conntrack entry.
     pub stateful: bool,
@@ -85,8 +85,8 @@ pub struct PacketContext {
     pub entry_flags: u8,
     /// Number of policies that request a punt.
     pub punt_requests: u8,
-    /// Whether a policy that requests a punt needs this packet: the packet lies outside the offload windows of its
-    /// flow.
+    /// Whether a worker must get this packet: a policy requests a punt, and the offload windows of that policy's flow
+    /// do not exempt the packet.
     pub must_punt: bool,
     /// Not 0: the endpoint's policy selects peers by DNS name, so learned addresses are looked up.
     pub learns: u8,

@@ -31,7 +31,7 @@ pub enum Action {
     Drop,
 }
 
-/// Gives the verdict on a packet, counts it by its reason, and reports a drop.
+/// Gives the verdict on a packet, punts it if a worker must inspect it, counts it by its reason, and reports a drop.
 #[inline(always)]
 pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
     let mut pkt = PacketContext::new(ctx.ifindex());
@@ -65,8 +65,8 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
     Action::Drop
 }
 
-/// Finds the interface, its endpoint and the direction, and applies the policies of up to two endpoints: the
-/// interface's and, at a workload's interface, the node's.
+/// Finds the interface, its endpoint and the direction, and applies the policy of that endpoint. If the endpoint is a
+/// workload and the peer is the node, applies the node's policy too.
 #[inline(always)]
 fn classify<C: Calls>(ctx: C, pkt: &mut PacketContext, egress: u32) {
     let egress = egress != 0;
@@ -90,7 +90,7 @@ fn classify<C: Calls>(ctx: C, pkt: &mut PacketContext, egress: u32) {
         (true, false) => hook_point::FROM_WORKLOAD,
         (true, true) => hook_point::TO_WORKLOAD,
     };
-    // Step 1: parse. The headers can lie outside the linear part of the frame: pull them in and decode once more.
+    // Step 1: parse. If that fails, the headers may lie outside the linear part: pull them in and decode once more.
     ctx.decode(pkt);
     if pkt.reason != 0 {
         if ctx.pull_headers() {

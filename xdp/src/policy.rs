@@ -17,8 +17,8 @@ fn class(slot: u32) -> u16 {
     }
 }
 
-/// Looks up the policy table of the endpoint: (identity, class), (identity, any), (any, class), (any, any). Writes the
-/// verdict and the fields of the deciding entry into `pkt`.
+/// Looks up the policy table of the endpoint. The first existing key decides: (identity, class), (identity, any), (any,
+/// class), (any, any). Writes the verdict and the fields of the deciding entry into `pkt`.
 #[inline(never)]
 pub fn lookup(pkt: &mut PacketContext, identity: u32, slot: u32, direction: u32) {
     pkt.remote_identity = identity;

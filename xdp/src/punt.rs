@@ -97,7 +97,7 @@ fn hash(key: &CtKey) -> u32 {
 }
 
 /// Redirects a packet to the worker of its flow. If that fails, sets the reason of the drop, or [`Reason::FailedOpen`]
-/// if no worker runs and the configuration lets such packets pass without inspection.
+/// if that worker does not run and the configuration lets such packets pass without inspection.
 #[inline(always)]
 pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     let (Some(config), Some(header)) = (CONFIG.get(0), PUNT.get_ptr_mut(0)) else {

@@ -1,15 +1,15 @@
 //! Shares of the conntrack and fragment maps: the flows of one endpoint evict no flows of another.
 //!
 //! A new flow takes a slot of its endpoint and direction; the flow that held the slot is deleted unless it is
-//! protected. A flow is protected once both ends use it. It then counts against the endpoint's budget of protected
-//! flows until it closes. If the budget is used up, the flow keeps its slot instead. So a flood, even one of complete
-//! handshakes, evicts only unprotected flows of the same endpoint and direction.
+//! protected. A flow that both ends use becomes protected if the budget of protected flows is not used up, and counts
+//! against the budget until it closes; otherwise it stays unprotected. So a flood, even one of complete handshakes,
+//! evicts only unprotected flows of the same endpoint and direction.
 //!
 //! A new flow in general takes the slot of the oldest flow among [`SHARE_WAYS`] slots at a random place. This
 //! approximates "the oldest of all" without a cursor that all CPUs share, and without atomic additions, which the BPF
 //! target of Rust lacks. The counts of protected flows are plain additions: if two CPUs change a count at the same
-//! instant, the count is off by one until the next sweep counts the flows again. The map has room for more such errors
-//! than can occur in ten seconds (`datapath::shares`).
+//! instant, the count can be off by one until the next sweep counts the flows again. For such errors, the shares leave
+//! some entries of the map unused (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use palisade_abi::{CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
@@ -77,7 +77,7 @@ pub fn claim_slot(key: &CtKey, direction: u32, created: u64, random: u32) -> u32
     let mut oldest_at = created_at(oldest);
     let (mut second, mut second_at) = (oldest, u64::MAX);
     for way in 1..SHARE_WAYS {
-        // A slot that was never used holds no flow to evict: take it.
+        // Stop at a slot that was never used: it holds no flow to evict.
         if way >= slots || oldest_at == 0 {
             break;
         }
