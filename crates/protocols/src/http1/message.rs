@@ -174,7 +174,8 @@ pub struct Request<'a> {
     pub form: Target,
     /// Path and query, as sent. `/` if an absolute URI has no path, `*` for [`Target::Asterisk`], empty for CONNECT.
     pub path: &'a str,
-    /// Host and optional port, as sent; empty if an HTTP/1.0 request has no Host.
+    /// Host and optional port, as sent: from the target if it has an authority, otherwise from the Host field; empty
+    /// without either.
     pub host: &'a str,
     /// The minor version, 0 or 1.
     pub version: u8,
@@ -225,8 +226,8 @@ impl<'a> Request<'a> {
             (Some(host), None) => {
                 let host = str::from_utf8(host).map_err(|_| ParseError::BadHost)?;
                 // Host is empty if the target URI has no authority (RFC 9110, section 7.2). Some clients (h2load) send
-                // an IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against the
-                // address without brackets.
+                // an IPv6 address without the brackets of RFC 3986, section 3.2.2; rules are matched against the host
+                // as sent.
                 let is_bare_address = host.parse::<std::net::Ipv6Addr>().is_ok();
                 if !host.is_empty() && !is_bare_address && !is_authority(host) {
                     return Err(ParseError::BadHost);

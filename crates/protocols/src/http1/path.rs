@@ -25,7 +25,7 @@ impl fmt::Display for PathError {
 
 impl std::error::Error for PathError {}
 
-/// Largest number of times that a path is decoded. A proxy can decode the path, and the server after it can decode the
+/// Maximum number of times that a path is decoded. A proxy can decode the path, and the server after it can decode the
 /// path again; the third round is a reserve.
 const ROUNDS: usize = 3;
 
@@ -99,8 +99,8 @@ fn decode(bytes: &mut Vec<u8>, strict: bool) -> Result<bool, PathError> {
     Ok(decoded)
 }
 
-/// Removes repeated slashes and dot segments in place (RFC 3986, section 5.2.4). A path that does not begin with a
-/// slash (`*`, empty) is unchanged.
+/// Resolves dot segments (RFC 3986, section 5.2.4), also with parameters as in `..;x`, and removes repeated slashes, in
+/// place. A path that does not begin with a slash (`*`, empty) is unchanged.
 fn resolve(path: &mut Vec<u8>) {
     if path.first() != Some(&b'/') {
         return;

@@ -11,14 +11,14 @@ use regex_syntax::{
     hir::{Class, Hir, HirKind},
 };
 
-/// Largest compiled expression, bytes.
+/// Maximum size of a compiled expression, bytes.
 const SIZE_LIMIT: usize = 1 << 20;
-/// Greatest count of a counted repetition, as in RE2.
+/// Maximum count of a counted repetition, as in RE2.
 const MAX_REPEAT: u32 = 1000;
 
-/// Longest expression, bytes. The time to parse an expression can grow with the square of its length.
+/// Maximum length of an expression, bytes. The time to parse an expression can grow with the square of its length.
 const MAX_LENGTH: usize = 8 << 10;
-/// Greatest cost of one expression, see [`cost`].
+/// Maximum cost of one expression, see [`cost`].
 pub const MAX_COST: usize = 40_000;
 
 /// Estimates the cost of parsing an expression, in the unit of [`cost`], without parsing it. Unicode classes cost most,
@@ -30,8 +30,8 @@ fn cost_of_reading(pattern: &str) -> usize {
     cost * if folds { 8 } else { 1 }
 }
 
-/// Returns the cost to compile and match an expression: the approximate number of states of its automaton. Estimates
-/// the cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
+/// Returns the cost to parse, compile and match an expression. The unit is one state of its automaton. Estimates the
+/// cost without compiling, because compiling `\pL{1000}` takes milliseconds and megabytes.
 ///
 /// # Errors
 /// The expression is not valid RE2 syntax, or its cost exceeds [`MAX_COST`]. The error is a text for the operator.

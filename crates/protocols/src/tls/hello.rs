@@ -41,8 +41,8 @@ const ENCRYPTED_HELLO: u16 = 0xfe0d;
 /// Name type `host_name`.
 const HOST_NAME: u8 = 0;
 
-/// Most extensions in a hello. Each extension is compared with all earlier ones to find duplicates, so the limit bounds
-/// a quadratic cost.
+/// Maximum number of extensions in a hello. Each extension is compared with all earlier ones to find duplicates, so the
+/// limit bounds a quadratic cost.
 const MAX_EXTENSIONS: usize = 128;
 
 /// Reads big-endian numbers and length-prefixed vectors from the front of a slice.
@@ -172,8 +172,8 @@ impl ServerName {
     }
 }
 
-/// Returns whether the byte occurs in host names: letters, digits, hyphens, underscores, and dots between labels. Other
-/// bytes are refused because implementations could read an escape or a NUL in different ways.
+/// Returns whether host names can contain the byte: letters, digits, hyphens, underscores, and dots between labels.
+/// Other bytes are refused because implementations could read an escape or a NUL in different ways.
 fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }

@@ -27,8 +27,8 @@ pub use record::{ClientReader, ClientStep, ServerReader, ServerStep};
 
 use strum::{Display, IntoStaticStr, VariantArray};
 
-/// Longest ClientHello that is accepted, bytes. A ClientHello with post-quantum key shares has about 1,800 bytes;
-/// padding and session tickets can add several thousand. The protocol allows 16 MiB.
+/// Maximum length of a ClientHello, bytes. A ClientHello with post-quantum key shares has about 1,800 bytes; padding
+/// and session tickets can add several thousand. The protocol allows 16 MiB.
 pub const MAX_HELLO: usize = 16_384;
 
 /// The reason why a stream is refused. Each reason has a counter of its own.
@@ -47,10 +47,11 @@ pub enum ParseError {
     /// An empty record of a type other than application data (RFC 8446, section 5.1).
     #[strum(serialize = "handshake record without content")]
     EmptyRecord,
-    /// A record of another type between the records of a later ClientHello (RFC 8446, section 5.1).
+    /// A record that is not a handshake record, between the records of a second or later ClientHello (RFC 8446, section
+    /// 5.1).
     #[strum(serialize = "record of another type within the hello")]
     Interleaved,
-    /// A record or a handshake message of another type where a hello is required.
+    /// A record that is not a handshake record, or a handshake message that is not a hello, where a hello is required.
     #[strum(serialize = "handshake message other than a hello")]
     NotHello,
     /// A ClientHello longer than [`MAX_HELLO`].

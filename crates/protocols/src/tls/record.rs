@@ -13,10 +13,10 @@ const SERVER_HELLO: u8 = 2;
 
 const RECORD_HEADER: usize = 5;
 const MESSAGE_HEADER: usize = 4;
-/// Longest plaintext record, bytes (RFC 8446, section 5.1).
+/// Maximum length of a plaintext record, bytes (RFC 8446, section 5.1).
 const MAX_RECORD: usize = 1 << 14;
-/// Longest protected record, bytes. This is the limit of TLS 1.2 (RFC 5246, section 6.2.3), which is higher than that
-/// of TLS 1.3.
+/// Maximum length of a protected record, bytes. This is the limit of TLS 1.2 (RFC 5246, section 6.2.3), which is higher
+/// than that of TLS 1.3.
 const MAX_PROTECTED: usize = MAX_RECORD + 2_048;
 
 /// The random of a HelloRetryRequest: the SHA-256 of "HelloRetryRequest" (RFC 8446, section 4.1.3).
@@ -121,8 +121,8 @@ pub enum ClientStep {
     More,
     /// A complete hello. The rest of the input starts after it.
     Hello(Box<ClientHello>),
-    /// A piece of a record of another type, such as an alert, application data or ChangeCipherSpec. Such records need
-    /// no inspection.
+    /// A piece of a record that is not a handshake record, but an alert, application data or ChangeCipherSpec. Such
+    /// records need no inspection.
     Other,
 }
 
@@ -132,13 +132,13 @@ pub struct ClientReader {
     records: Records,
     /// The bytes of the incomplete handshake message.
     held: Vec<u8>,
-    /// Whether a hello has been read. Only then are records of other types accepted.
+    /// Whether a hello has been read. Only then are records accepted that are not handshake records.
     begun: bool,
 }
 
 impl ClientReader {
-    /// Removes bytes from the front of `input` up to the end of the next hello, or of the next piece of another record.
-    /// `input` is empty after [`ClientStep::More`].
+    /// Removes bytes from the front of `input` up to the end of the next hello, or of the next piece of a record that
+    /// is not a handshake record. `input` is empty after [`ClientStep::More`].
     ///
     /// # Errors
     /// [`ParseError`]; the rest of the stream cannot be parsed.
