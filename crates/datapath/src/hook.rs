@@ -33,8 +33,8 @@ impl Role {
 /// Hook for packets that enter by the interface.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Hook {
-    /// At an Ethernet NIC: XDP, or tc if the driver refuses native XDP. At every other interface: tc, since a veth with
-    /// XDP makes the kernel split GSO packets.
+    /// At an Ethernet NIC: XDP, or tc if [`XdpMode::Native`] is wanted and the driver refuses it. At every other
+    /// interface: tc, because XDP on a veth makes the kernel split GSO packets.
     #[default]
     Auto,
     /// XDP.

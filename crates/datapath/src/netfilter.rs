@@ -28,7 +28,7 @@ const RAW: i32 = -300;
 const LATE: i32 = 300;
 /// Interface index of the loopback (`LOOPBACK_IFINDEX`), the same in every network namespace.
 const LOOPBACK: u32 = 1;
-/// Longest comment that `nft` accepts, bytes.
+/// Maximum length of a comment that `nft` accepts, bytes.
 const LONGEST_NOTE: usize = 120;
 
 /// Comments of rules.
@@ -60,9 +60,11 @@ pub struct Rules {
     pub enforced: BTreeSet<u32>,
     /// Interfaces of `enforced` that belong to workloads or are stacked on an interface of a workload.
     pub workloads: BTreeSet<u32>,
-    /// Names of configured interfaces. Packets of such an interface are dropped unless its index is in `enforced`.
+    /// Names of configured interfaces. Packets of such an interface, except neighbour discovery, are dropped unless its
+    /// index is in `enforced`.
     pub names: BTreeSet<String>,
-    /// Addresses of workloads: the node accepts a packet with such a source only from an interface in `workloads`.
+    /// Addresses of workloads: the node accepts a packet with such a source only from an interface in `workloads` or
+    /// from the loopback.
     pub endpoints: BTreeSet<IpAddr>,
     /// Destinations that the programs treat as the node: addresses, broadcast addresses and local routes.
     pub own: BTreeSet<IpNet>,
@@ -161,7 +163,7 @@ type Tables = Vec<(Family, String)>;
 /// Part, description and message of one request.
 type Step = (Part, String, Request);
 
-/// nftables table of one daemon, in the network namespace of the thread that opened it.
+/// Access to the nftables table of one daemon, in the network namespace of the thread that has called [`Self::open`].
 pub struct Netfilter {
     name: String,
     owner: String,
@@ -230,7 +232,7 @@ impl Netfilter {
         }
     }
 
-    /// Returns the counters of dropped packets by reason and direction, without zero counters.
+    /// Returns the counters of dropped packets by reason and direction. Counters that are zero are omitted.
     ///
     /// # Errors
     /// [`NetfilterError::Syscall`] if the kernel refuses a request.
@@ -345,7 +347,7 @@ impl Netfilter {
 }
 
 /// Sends the steps as one transaction, and repeats it without each optional part that the kernel refuses. Returns the
-/// refused parts. An error has the description of the refused step.
+/// refused parts. An error contains the description of the refused step.
 fn send_supported(
     steps: impl Fn() -> Vec<Step>,
     mut send: impl FnMut(Vec<Request>) -> Result<(), (Option<usize>, SyscallError)>,
@@ -548,8 +550,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             OWN_V6,
         ),
     ] {
-        // The programs look up routes without the mark. To them, a packet that TPROXY or routing by mark delivers to
-        // the node was a forwarded packet.
+        // The programs look up routes without the mark, so they have evaluated a packet that TPROXY or routing by mark
+        // delivers to the node as a forwarded packet.
         let mut expressions = vec![
             Of(Meta::Mark),
             Compare(Comparison::NotEqual, vec![0; 4]),
@@ -579,8 +581,8 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
         (Connection::Destination6, OWN_V6),
     ] {
         let expressions = vec![
-            // The rule is only for the original direction: IPS_DST_NAT is a property of the connection, so replies to a
-            // connection that the node has opened and DNAT has changed match it, too.
+            // The rule is only for the original direction. IPS_DST_NAT is a property of the connection, so replies to a
+            // connection that the node has opened and DNAT has changed have this bit, too.
             Load(Connection::Direction),
             Compare(Comparison::Equal, vec![0]),
             Load(Connection::Status),
@@ -598,7 +600,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
     all
 }
 
-/// Returns rules that drop frames between ports of a bridge if one of the two ports is a configured interface without
+/// Returns rules that drop the frames of a bridge which enter or leave by a port that is a configured interface without
 /// programs.
 fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Count, Drop, In, Meta as Of};

@@ -14,8 +14,8 @@ use crate::sys::{
 
 type Result<T> = std::result::Result<T, MapError>;
 
-/// Elements per batch call: enough to make the cost of the system call negligible, few enough to keep the buffers of
-/// this process small.
+/// Number of elements per batch call: large enough to make the cost of the system call negligible, small enough to keep
+/// the buffers of this process small.
 pub(crate) const BATCH: usize = 4096;
 
 /// Map whose key and value sizes are known only at run time.
@@ -51,7 +51,7 @@ impl RawMap {
         self.info.key_size as usize
     }
 
-    /// Adds the name of the map to an error. E2BIG and ENOSPC become [`MapError::Full`], except for arrays.
+    /// Adds the name of the map to an error. E2BIG and ENOSPC become [`MapError::Full`], unless the map is an `ARRAY`.
     pub(crate) fn error(&self, source: SyscallError) -> MapError {
         // A full hash map returns E2BIG, a full LPM trie ENOSPC. An array returns E2BIG for an index beyond its end.
         if matches!(source.errno(), libc::E2BIG | libc::ENOSPC) && self.info.map_type != map_type::ARRAY {
@@ -94,8 +94,8 @@ impl RawMap {
         }
     }
 
-    /// Writes elements from contiguous keys and values. An error has the number of elements that were written before
-    /// it.
+    /// Writes elements from contiguous keys and values. An error contains the number of elements that were written
+    /// before it.
     pub(crate) fn update_all(
         &self,
         keys: &[u8],
