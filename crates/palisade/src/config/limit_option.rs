@@ -30,7 +30,7 @@ impl SizeError for OpenError {
     }
 }
 
-/// Returns the option of `[limits]` that sets the size of a map; `None` if no option does. The case of the map's name is
+/// Returns the option of `[limits]` that sets the size of a map; `None` if no option does. The case of the name is
 /// ignored.
 pub(super) fn limit_option(map: &str) -> Option<&'static str> {
     Some(match map.to_uppercase().as_str() {

@@ -191,7 +191,7 @@ pub(crate) struct InterfaceStatus {
     pub ingress: Option<String>,
     /// Hook at egress.
     pub egress: Option<String>,
-    /// Why the first choice of hooks is not used; `None` if it is.
+    /// Why the daemon has not used the hook that it prefers; `None` if it has.
     pub note: Option<String>,
     /// Why the interface is not guarded.
     pub problem: Option<String>,
@@ -270,7 +270,7 @@ pub(crate) struct MapFill {
     pub map: String,
     /// Number of entries.
     pub entries: u64,
-    /// Largest number of entries.
+    /// Maximum number of entries.
     pub capacity: u64,
 }
 
@@ -327,7 +327,7 @@ pub(crate) struct Worker {
     pub packets_out: u64,
     /// Bytes of reinjected packets.
     pub bytes_out: u64,
-    /// Packets that the worker generated and sent: responses, resets, acknowledgements, redelivered bytes.
+    /// Packets that the worker generated and sent: responses, resets, acknowledgements, deliveries of held bytes.
     pub generated: u64,
     /// Generated packets that were not sent, for lack of a frame or of space in the TX ring.
     pub generated_lost: u64,
@@ -368,7 +368,7 @@ pub(crate) struct WorkerDrops {
     pub packets: u64,
 }
 
-/// Packets that the rings of a worker's socket have lost (`struct xdp_statistics`).
+/// Counters of losses at the rings of a worker's socket (`struct xdp_statistics`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerRing {
     /// Packets dropped for a reason other than a full ring.
@@ -386,7 +386,7 @@ pub(crate) struct WorkerRing {
 pub(crate) struct ConntrackStatus {
     /// Number of entries.
     pub entries: u64,
-    /// Largest number of entries.
+    /// Maximum number of entries.
     pub capacity: u64,
     /// Entries made by packets.
     pub made: u64,
@@ -435,7 +435,7 @@ pub(crate) struct NamesStatus {
     pub waited: u64,
     /// Number of addresses evicted by a limit.
     pub evicted: u64,
-    /// Number of addresses that were not learned because the limit is reached and all addresses are in use.
+    /// Number of addresses that were not learned because a limit is reached and no other address can be evicted.
     pub over_limit: u64,
     /// Special-purpose addresses that were not learned.
     #[serde(default)]

@@ -13,9 +13,9 @@ pub(crate) mod api;
 pub(crate) mod client;
 pub(crate) mod server;
 
-/// Longest line of an answer, bytes. A listing is one line, and a table of a million entries must fit.
+/// Maximum length of a line of an answer, bytes. A listing is one line, and a table of a million entries must fit.
 pub(crate) const MAX_ANSWER: usize = 1 << 30;
-/// Longest request, bytes. Filters and packet descriptions are short.
+/// Maximum length of a request, bytes. Filters and packet descriptions are short.
 pub(crate) const MAX_REQUEST: usize = 64 * 1024;
-/// Longest time between two lines to a following client. Without flows an `Alive` line is sent.
+/// Longest time between two lines to a client that follows flows. Without flows an `Alive` line is sent.
 pub(crate) const ALIVE_INTERVAL: Duration = Duration::from_secs(2);

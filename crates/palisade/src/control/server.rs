@@ -38,7 +38,7 @@ use super::{
     api::{Answer, Request},
 };
 
-/// Largest number of clients at the same time; each client has a thread.
+/// Maximum number of clients at the same time; each client has a thread.
 const MAX_CLIENTS: usize = 64;
 /// Time within which a client must send its whole request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Deadline for the whole answer; it does not apply to a client that follows flows.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
-/// Largest number of clients that follow flows; the remaining connections stay free for other requests.
+/// Maximum number of clients that follow flows; the remaining connections stay free for other requests.
 const MAX_FOLLOWERS: usize = MAX_CLIENTS - 16;
 
 /// Longest wait for clients when the daemon ends. Clients that follow flows do not disconnect by themselves.
@@ -142,7 +142,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
     Ok(Claim { path, _lock: lock })
 }
 
-/// Returns whether a process listens at a socket, and true if this cannot be determined. Does not wait if the queue of
+/// Returns whether a process listens at a socket; also true if this cannot be determined. Does not wait if the queue of
 /// the listener is full.
 fn is_alive(path: &Path) -> bool {
     let connected = socket(

@@ -1,5 +1,5 @@
-//! Text files in the state directory. The first line of each file has the length and the CRC-32 of the rest, so that a
-//! file that a power failure has truncated, filled with zeroes or mixed with another one is detected and not used.
+//! Sealed text files in the state directory: the first line has the length and the CRC-32 of the rest. A file that a
+//! power failure has truncated, filled with zeroes or mixed with another one is detected and not used.
 
 use std::{
     fs::{self, OpenOptions},
@@ -54,8 +54,8 @@ pub(super) fn read(path: &Path) -> io::Result<String> {
     Ok(text.to_owned())
 }
 
-/// Writes a sealed text to a temporary file in the same directory and returns the path of that file. The caller flushes
-/// the file and renames it to `path`.
+/// Writes the sealed text to a temporary file in the directory of `path` and returns the path of the temporary file.
+/// The caller flushes that file and renames it to `path`.
 pub(super) fn write_beside(path: &Path, text: &str) -> io::Result<PathBuf> {
     let temporary = temporary_name(path)?;
     let mut file = OpenOptions::new()

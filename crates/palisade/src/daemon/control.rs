@@ -79,9 +79,9 @@ pub(super) struct Control {
     pub(super) reload_problem: Option<String>,
     /// Problems at the start, for `status`.
     pub(super) start_notes: Vec<String>,
-    /// Options of the last reload that take effect after a restart, for `status`.
+    /// Options that the last reload has changed but that take effect only after a restart, for `status`.
     pub(super) notes: Vec<String>,
-    /// Rules of this node that translate or redirect packets, as texts, and the time at which they were read.
+    /// Kinds of rules on this node that translate or redirect packets, as texts, and the time at which they were read.
     pub(super) translations: RefCell<Option<(Instant, Vec<String>)>>,
 }
 
@@ -89,7 +89,7 @@ pub(super) struct Control {
 pub(super) enum End {
     /// The programs stay attached.
     Stay,
-    /// Everything is detached. The client that requested the detachment gets the answer.
+    /// Everything is detached. The reply goes to the client that has requested this.
     Detach(Reply<()>),
 }
 
@@ -441,9 +441,9 @@ impl Control {
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
         let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
-        // The programs at either interface of a forwarded packet drop forbidden packets (reason 219). Only packets
-        // between two interfaces without programs need the forward chain, so the chain is written if any interface has
-        // no programs.
+        // If a forwarded packet enters or leaves by an interface with programs, these check it (reason 219). Only a
+        // packet between two interfaces without programs needs the forward chain, so the chain is written only if an
+        // interface has no programs.
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)
