@@ -37,7 +37,7 @@ const TRANSFERS: usize = 16;
 /// State of a connection. Offsets count from the first byte of a stream.
 struct Flow {
     number: u64,
-    /// Whether a second policy inspects the same packets.
+    /// Whether two policies inspect the packets: that of a workload and that of the node.
     is_shared: bool,
     /// Offset up to which the client's messages may be forwarded.
     asked: u64,
@@ -358,7 +358,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             }
         }
         // Queries in the same packet before the denied one are forwarded in a generated packet, once they are
-        // acknowledged on behalf of the resolver. If a second policy inspects the connection, no packet is generated,
+        // acknowledged on behalf of the resolver. If two policies inspect the connection, no packet is generated,
         // so the response does not wait for these queries.
         let comes_late = !flow.leaving.is_empty() && !flow.is_shared;
         if comes_late || flow.answered < flow.sent {

@@ -15,7 +15,7 @@ use regex_syntax::{
 
 /// Maximum size of one compiled expression, bytes. Validation has the same limit.
 const ONE: usize = 1 << 20;
-/// Maximum size of the compiled expressions of one field of a rule set, bytes.
+/// Maximum size of the compiled expressions for one field (path, method or host) of a rule set, bytes.
 const TOGETHER: usize = 32 << 20;
 /// Maximum size of a worker's cache of DFA states for one field, bytes. A full cache is cleared.
 const CACHE: usize = 8 << 20;
@@ -190,8 +190,8 @@ fn parse(expression: &str) -> Result<Hir, String> {
     parser.parse(&translated).map_err(|error| error.to_string())
 }
 
-/// Builds the common automaton of all expressions. It is smaller than the automata of the single expressions together,
-/// because it has one start state.
+/// Compiles all expressions into one NFA and returns a lazy DFA over it, which finds all matching expressions in one
+/// pass.
 fn build(expressions: &[Hir]) -> Result<DFA, String> {
     let config = DFA::config()
         .match_kind(MatchKind::All)

@@ -10,8 +10,9 @@ pub struct TcpLimits {
     /// Maximum number of open connections of one endpoint. In addition, the open connections of an endpoint must not
     /// exceed three times the number of free places (`connections` minus all open connections).
     pub connections_per_endpoint: usize,
-    /// Maximum number of half-open connections, whose handshake is not complete. Beyond it, a new one evicts the oldest
-    /// one of the endpoint with the most half-open connections, because the source address of a SYN can be forged.
+    /// Maximum number of half-open connections, whose handshake is not complete. At the limit, a new one evicts the
+    /// oldest one of the endpoint with the most half-open connections, because the source address of a SYN can be
+    /// forged.
     pub half_open: usize,
     /// Idle timeout of a half-open connection, ms.
     pub half_open_idle: Millis,

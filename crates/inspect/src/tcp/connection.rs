@@ -56,8 +56,9 @@ pub(crate) struct Connection<F> {
     /// Notification to the BPF programs that the connection has ended.
     closed: Announcement,
     about: About,
-    /// Whether a second policy inspects the same packets. The second inspector does not see generated packets, so held
-    /// packets are neither split nor acknowledged on behalf of the receiver.
+    /// Whether two policies inspect the packets: that of a workload and that of the node. The inspector of the second
+    /// policy does not see generated packets, so held packets are neither split nor acknowledged on behalf of the
+    /// receiver.
     is_shared: bool,
     /// Whether audit mode is on. A connection that exceeds the deadline is then offloaded instead of aborted.
     is_audit: bool,
@@ -67,7 +68,7 @@ pub(crate) struct Connection<F> {
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
     command: bool,
-    /// Number of further bytes of each direction that need no inspection, after those that were skipped.
+    /// Number of bytes of each direction that need no inspection and are not marked as allowed yet.
     rest: PerSide<u64>,
     /// Bytes and packets of this connection that are counted in [`Shared`].
     counted: (u64, u64),
@@ -424,9 +425,9 @@ impl<F> Connection<F> {
             let acked = other.position(segment.ack).min(other.proxy_acked);
             other.acknowledge(acked, 0);
         }
-        // The rules have changed since the offload. The packet is dropped, because the new rules decide about its
-        // retransmission, once all bytes acknowledged on behalf of receivers are delivered and the connection has left
-        // this table.
+        // If the rules or audit mode have changed since the offload, the packet is dropped. The new rules decide about
+        // its retransmission, once all bytes acknowledged on behalf of receivers are delivered and the connection has
+        // left this table.
         if (view.slot.ruleset, view.slot.flags & punt_flags::AUDIT)
             != (self.slot.ruleset, self.slot.flags & punt_flags::AUDIT)
         {

@@ -20,8 +20,8 @@ const AGAIN: u64 = 8;
 const UNDELIVERED: &str = "Bytes acknowledged on behalf of the receiver cannot be delivered";
 
 impl<F> Connection<F> {
-    /// Acknowledges the held bytes of one side. Their frames are freed, because the bytes are kept in memory and
-    /// delivered in generated packets.
+    /// Acknowledges the held bytes of one side on behalf of the receiver, and returns their frames to the caller of the
+    /// engine. The bytes are kept in memory, and are later delivered in generated packets.
     pub(super) fn ack_on_behalf<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         let half = &mut self.halves[side];
         half.ack_at = None;
@@ -88,7 +88,7 @@ impl<F> Connection<F> {
     /// Forwards the allowed bytes of a held packet whose last bytes have no verdict yet. If the generated packet is
     /// lost, the sender recovers the bytes: it retransmits its packet until all of it is acknowledged.
     ///
-    /// Does nothing if a second policy inspects the packets, because the inspector of that policy would not see the
+    /// Does nothing if two policies inspect the packets, because the inspector of the second policy would not see the
     /// generated packet.
     pub(super) fn split<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         while let Some((from, to)) = self.halves[side].part().filter(|_| !self.is_shared) {

@@ -55,7 +55,8 @@ impl<F> Connection<F> {
             self.send_narrower(quoted, cx);
         }
         match self.phase {
-            // Every byte of both ends is acknowledged, or the connection was reset: no end has to retransmit anything.
+            // In these phases no end has to retransmit anything: the worker acknowledges every byte of both ends, or
+            // the connection was reset.
             Phase::Responded(_) | Phase::Aborted(_) => Quoted::Ours,
             _ if is_theirs => Quoted::Theirs,
             _ => Quoted::Ours,

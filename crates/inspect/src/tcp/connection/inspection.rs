@@ -173,7 +173,7 @@ impl<F> Connection<F> {
             self.release(held.frame, cx);
         }
         let half = &self.halves[side];
-        // Only in these cases is the allowed part of a held packet forwarded on its own. In any other case the rest of
+        // The allowed part of a held packet is forwarded on its own only under this condition. Otherwise the rest of
         // the message is expected soon, or the packet is soon acknowledged on behalf of the receiver.
         if half.awaits_peer || !half.is_contiguous() {
             self.split(side, cx);

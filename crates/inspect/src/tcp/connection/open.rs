@@ -77,7 +77,8 @@ impl<F> Connection<F> {
             self.closed = Announcement::Next;
         }
         if self.closed == Announcement::No {
-            // The connection continues after a reset, so the receiver has not accepted the reset (RFC 5961, 3.2).
+            // This segment was accepted. So if a RST or a response of another policy's inspector has set `is_reset`, it
+            // has not ended the connection: a receiver can refuse a RST (RFC 5961, 3.2).
             self.is_reset = false;
         }
     }
