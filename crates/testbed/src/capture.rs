@@ -1,4 +1,4 @@
-//! Captures the packets on an interface, for tests of what the firewall has passed or dropped.
+//! Captures the packets on an interface. Tests use this to check which packets the firewall has passed.
 
 use std::{
     io,
@@ -124,7 +124,7 @@ pub(crate) fn open(index: u32) -> io::Result<Socket> {
     // SAFETY: the storage holds a `sockaddr_ll` of that size, initialised above.
     let address = unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) };
     socket.bind(&address)?;
-    // The default receive buffer holds only some hundred packets. If the buffer cannot be enlarged, the capture can
+    // The default receive buffer holds only a few hundred packets. If the buffer cannot be enlarged, the capture can
     // miss packets of a fast sender.
     let _ = socket.set_recv_buffer_size(8 << 20);
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;

@@ -455,7 +455,8 @@ fn write_record(line: &str, out: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-/// Returns SVCB or HTTPS data (RFC 9460). `words`: `1 . ipv4hint=192.0.2.1,192.0.2.2 ipv6hint=2001:db8::1`.
+/// Returns SVCB or HTTPS data (RFC 9460). `words`: the data in zone file format, such as `1 .
+/// ipv4hint=192.0.2.1,192.0.2.2`.
 fn service(words: &[&str]) -> Result<Vec<u8>> {
     let [priority, target, parameters @ ..] = words else {
         bail!("PRIORITY TARGET PARAMETERS");
@@ -850,9 +851,9 @@ pub struct PerfPlan<'a> {
     pub seconds: u32,
     /// Number of sockets.
     pub clients: u32,
-    /// Most queries per second.
+    /// Maximum number of queries per second; `None` for no limit.
     pub rate: Option<u32>,
-    /// Most unanswered queries at the same time.
+    /// Maximum number of unanswered queries at the same time.
     pub outstanding: u32,
     /// Whether dnsperf prints the latency of each query, which slows it down.
     pub listed: bool,

@@ -295,7 +295,8 @@ pub fn too_big(from: IpAddr, to: IpAddr, mtu: u16, quoted: &[u8]) -> Vec<u8> {
     icmp(from, to, kind.0, kind.1, &body, Checksum::Right)
 }
 
-/// Returns the checksum of a transport header and its pseudo header. The checksum field in `bytes` must be zero.
+/// Returns the checksum of a segment, datagram or ICMPv6 message with its pseudo header. The checksum field in `bytes`
+/// must be zero.
 #[must_use]
 pub fn transport_checksum(from: IpAddr, to: IpAddr, protocol: u8, bytes: &[u8]) -> u16 {
     let mut all = match (from, to) {

@@ -29,7 +29,7 @@ use serde_json::Value;
 /// Whether a signal has arrived. The thread that waits for signals then ends the process.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Timeout of an attempt. An attempt whose packets are dropped takes this long.
+/// Timeout of curl and ping. Their attempts take this long if the packets are dropped.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// The hosts behind the NIC: name, IPv4 and IPv6 address.
@@ -65,7 +65,8 @@ enum Program {
 enum Verdict {
     Allowed,
     Denied,
-    /// The protocol reported a refusal: REFUSED, status 403, or a failed TLS handshake.
+    /// The client received a refusal: a DNS response without an address (REFUSED), an HTTP status of 400 or above
+    /// (403), or a failed TLS handshake.
     Refused,
     Audited,
 }
@@ -397,7 +398,7 @@ fn draw(world: &World) -> Result<()> {
 #[derive(Clone, PartialEq, Eq)]
 enum Got {
     Nothing,
-    /// A refusal that the protocol reported, see [`Verdict::Refused`].
+    /// A refusal, see [`Verdict::Refused`].
     No,
     /// A response, with the measurement or the address that the program printed.
     Answer(String),
@@ -710,8 +711,8 @@ fn flows_of(
     daemon.flows(&filters)
 }
 
-/// Returns whether a flow record of an attempt has the verdict AUDIT, and the policies that decided about the attempt.
-/// `known`: number of matching flow records before the attempt.
+/// Returns whether a flow record of an attempt has the verdict AUDIT, and the policies that decided the attempt's
+/// verdict. `known`: number of matching flow records before the attempt.
 fn deciding(
     world: &World,
     daemon: &Daemon,
@@ -743,8 +744,8 @@ fn deciding(
     ))
 }
 
-/// Returns the policies that decided about a flow record, with the direction, as text: for example `shop/backend
-/// (ingress)`.
+/// Returns the policies that decided the verdict in a flow record, with the direction, as text: for example
+/// `shop/backend (ingress)`.
 fn decision(flow: &Value) -> Result<String> {
     let direction = flow["traffic_direction"].as_str().unwrap_or("?").to_lowercase();
     let rule = &flow["palisade"]["rule"];
