@@ -1,6 +1,7 @@
-//! Paths that only root and the user of this process can replace, and locks on such paths. A user that can rename an
-//! entry of a directory above a file controls what the daemon opens: an unprivileged user that made the pin directory
-//! first could unlink the pins that hold the programs at their interfaces.
+//! Paths that only root and the user of this process can replace, and locks on such paths. In this file "another user"
+//! is a user other than these two. A user that can rename an entry of a directory above a file controls what the daemon
+//! opens: an unprivileged user that made the pin directory first could unlink the pins that hold the programs at their
+//! interfaces.
 
 use std::{
     collections::VecDeque,
@@ -49,7 +50,7 @@ impl std::error::Error for UnsafePath {}
 
 /// Returns the path of a directory with symbolic links resolved. A missing directory is made. The function removes the
 /// permissions of group and others from the directory and from all directories below it. It fails if another user owns
-/// an entry of the directory, or could replace a directory above it.
+/// or can write an entry of the directory, or could replace the directory itself.
 ///
 /// # Errors
 /// See [`UnsafePath`]. `setting`: the option that error messages name.
@@ -140,8 +141,7 @@ fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePa
     Ok(())
 }
 
-/// Returns the path of the socket's directory with symbolic links resolved. A missing directory is made, with search
-/// permission for all users.
+/// Returns the path of the socket's directory with symbolic links resolved. A missing directory is made with mode 0755.
 ///
 /// # Errors
 /// See [`UnsafePath`].
@@ -284,7 +284,8 @@ pub(crate) fn lock_dir(path: &Path, setting: &str) -> anyhow::Result<Flock<File>
         let named = fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()));
         match (locked, named) {
             (Ok(locked), Ok(named)) if locked == named => return Ok(lock),
-            // The directory was removed after it was opened, for example by `palisade stop --detach`.
+            // The path no longer leads to the open directory, for example after `palisade stop --detach` has removed
+            // it. The directory is made again if it is missing.
             _ => DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)

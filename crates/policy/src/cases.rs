@@ -433,8 +433,8 @@ impl<'a> CaseNames<'a> {
     }
 }
 
-/// Returns `None` if the verdict is as expected (`audit` also meets `allow`), else the actual verdict and its cause. An
-/// error means that the check is invalid.
+/// Returns `None` if the verdict is as expected (where `allow` is expected, `audit` will do), else the actual verdict
+/// and its cause. An error means that the check is invalid.
 fn run_check(
     snapshot: &Snapshot,
     names: &CaseNames<'_>,

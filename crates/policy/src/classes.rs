@@ -94,8 +94,9 @@ fn base(protocol: u8) -> Option<Class> {
 #[error("the policies distinguish more than {} sets of ports; use fewer distinct ports and ranges", Class::MAX - FIRST_FREE)]
 pub struct TooManyClasses;
 
-/// Assigns class numbers. While a class has ports, its number stands for the same combination of port sets. The search
-/// for a free number begins after the last assigned number, so that a number is reused late.
+/// Assigns class numbers. A class consists of the ports that belong to the same combination of port sets. It keeps its
+/// number while it has ports. The search for a free number begins after the last assigned number, so that a number is
+/// reused late.
 #[derive(Clone, Debug)]
 pub struct Classes {
     /// Port sets in use, with the number of their users.

@@ -112,9 +112,9 @@ impl Workers {
         Ok((workers, output))
     }
 
-    /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down. The link can have
-    /// been deleted or set down, or could not be made at the start. The workers retry by themselves. Returns whether a
-    /// new punt link was made; the datapath configuration must then be written.
+    /// Makes or repairs the punt link if a worker does not run or the node's end of the link is down: the link can have
+    /// been deleted or set down, or could not be made at the start. Workers that do not run retry by themselves.
+    /// Returns whether a new punt link was made; the datapath configuration must then be written.
     pub(super) fn repair(&mut self, datapath: &Datapath, network: &Network) -> bool {
         let Ok(running) = &mut self.running else {
             return false;

@@ -29,7 +29,8 @@ impl Compiler {
         let mut prefixes: HashMap<PrefixKey, IpcacheEntry> = HashMap::new();
         let options = self.inventory.options;
 
-        // The label set of the node always has the reserved identity HOST, even with further labels.
+        // The label set of the node has the reserved identity HOST, even with further labels. If the inventory has no
+        // node, the first peer with the label `reserved:host` stands for it.
         let node_labels = self
             .inventory
             .endpoints

@@ -16,7 +16,7 @@ use super::spec::FileContent;
 pub struct Changes {
     /// The new inventory, if it has changed.
     pub inventory: Option<Inventory>,
-    /// New contents of changed files, by file name; `None` if a file is gone.
+    /// New contents of changed files, by file name; `None` if a file was removed.
     pub files: BTreeMap<String, Option<FileContent>>,
 }
 

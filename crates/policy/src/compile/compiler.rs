@@ -37,7 +37,7 @@ use crate::{
 pub struct CompilerState {
     /// Identity numbers.
     pub identities: AllocatorState,
-    /// Rule ids by a text of the file name and the meaning of the rule.
+    /// Rule ids by file name and `RuleKey`, both in one text.
     pub rules: BTreeMap<String, u32>,
     /// First policy id that has never been used.
     pub next_policy: u32,
@@ -134,7 +134,8 @@ impl Compiler {
     /// Raises the revisions of endpoints in the snapshot. Once a plan has written the new revisions, the flows of the
     /// endpoints are evaluated again.
     pub fn reevaluate_flows(&mut self, endpoints: impl IntoIterator<Item = u16>) {
-        // A revision grows in steps of two, because a plan can need the number in between.
+        // A revision grows in steps of two: a plan can write the number in between first, and raise it once more at its
+        // end.
         let revision = self.snapshot.revision.wrapping_add(2);
         for endpoint in endpoints {
             if let Some(state) = self.snapshot.endpoints.get_mut(&endpoint) {

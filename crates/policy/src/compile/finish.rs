@@ -27,7 +27,8 @@ impl Compiler {
         // are evaluated again.
         let moved = !Arc::ptr_eq(&before.addresses, &self.snapshot.addresses)
             || !Arc::ptr_eq(&before.prefixes, &self.snapshot.prefixes);
-        // A revision grows in steps of two, because a plan can need the number in between.
+        // A revision grows in steps of two: a plan can write the number in between first, and raise it once more at its
+        // end.
         let revision = before.revision.wrapping_add(2);
         let mut used = false;
         self.snapshot.endpoints = self

@@ -57,7 +57,8 @@ impl Compiler {
             self.names.wanted_changed = true;
         }
         let mut update = LearnedUpdate::default();
-        // After a rejected change, subjects can have policy ids that differ from those in the snapshot.
+        // After a rejected change, subjects can have policy ids that differ from those in the snapshot. Then `ops` must
+        // be a plan that starts from this snapshot.
         let before = (!self.in_step()).then(|| self.snapshot.clone());
         let mut touched: BTreeMap<usize, BTreeSet<Identity>> = BTreeMap::new();
         let mut more = Vec::new();
@@ -342,7 +343,7 @@ impl Compiler {
         rows
     }
 
-    /// Returns the entries of some learned identities in the table of a subject.
+    /// Returns the entries of the given learned identities in the table of a subject.
     fn rows_of(&mut self, at: usize, identities: &BTreeSet<Identity>) -> Vec<(TableKey, PolicyEntry)> {
         let default_verdict = self.default_verdict(at, Direction::Egress);
         let mut entries = Vec::new();
