@@ -32,7 +32,7 @@ const HEADERS_IPV6: u32 = 60;
 /// Packet sizes to try if the router reports no MTU, bytes (RFC 1191, 7.1).
 const PLATEAUS: [u32; 2] = [1_492, 1_006];
 /// Maximum number of ICMP errors that lower the size of packets to one end. Each such error causes retransmissions and
-/// can be forged, so their number must be bounded. A path has fewer links with different MTUs.
+/// can be forged, so their number must be bounded. A path normally has fewer links with different MTUs.
 const NARROWINGS: u8 = 8;
 
 /// Minimum length of the range below the acknowledged position in which retransmissions are accepted, bytes.
@@ -387,7 +387,7 @@ impl<F> Half<F> {
         self.resent = self.acked;
     }
 
-    /// Returns whether the receiver has not yet acknowledged all bytes that were presumed lost.
+    /// Returns whether bytes that were presumed lost are still unacknowledged.
     pub(super) fn is_recovering(&self) -> bool {
         self.acked < self.lost
     }
@@ -433,8 +433,9 @@ impl<F> Half<F> {
         };
     }
 
-    /// Lowers the size of generated packets for the sender to `mtu`, the MTU of a link in bytes, or to the next plateau
-    /// if `mtu` is 0 because the router did not report it. Returns whether the size has changed.
+    /// Lowers the size of generated packets for the sender to `mtu`, the MTU of a link in bytes. An IPv4 router that
+    /// does not report the MTU sends 0; the size is then lowered to the next of `PLATEAUS`. Returns whether the size
+    /// has changed.
     pub(super) fn narrow(&mut self, mtu: u32, is_ipv6: bool) -> bool {
         let (floor, headers) = if is_ipv6 {
             (FLOOR_IPV6, HEADERS_IPV6)
@@ -541,7 +542,7 @@ impl<F> Half<F> {
         self.judged = end;
         self.next = self.next.max(end);
         self.sent = self.sent.max(end);
-        // `highest` does not change: the range can extend beyond the end of the stream, and a FIN below it is valid.
+        // `highest` does not change: the range can extend beyond the end of the stream, and a FIN in it is valid.
         self.edge = self.edge.max(end + self.widest);
         self.advance();
         self.forget();

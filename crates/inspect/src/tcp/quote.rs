@@ -36,8 +36,8 @@ pub(crate) struct QuotedSegment {
     pub(super) sender: Side,
     /// Sequence number of the segment.
     pub(super) seq: u32,
-    /// MTU of the next hop from a Packet Too Big message, bytes; 0 if the router did not set it. `None` for other
-    /// errors.
+    /// MTU of the next hop, bytes, from a Packet Too Big or Fragmentation Needed message; 0 if the router did not set
+    /// it. `None` for other errors.
     pub(super) mtu: Option<u32>,
 }
 

@@ -62,9 +62,9 @@ impl<F> Connection<F> {
         let (at, acked) = match self.check(arrived) {
             Ok(Checked::Acceptable(at, acked)) => (at, acked),
             Ok(Checked::AcksOtherInspector) => {
-                // The inspector of the other policy has responded in the server's place and needs the
-                // acknowledgement. The server drops a segment that acknowledges more than it has sent, so forwarding
-                // this one is harmless.
+                // The inspector of the other policy has presumably responded in the server's place and needs the
+                // acknowledgement. Forwarding the segment is harmless in any case, because the server drops a segment
+                // that acknowledges more than it has sent.
                 self.is_reset = true;
                 self.release(frame, cx);
                 return Ok(false);
@@ -179,9 +179,9 @@ impl<F> Connection<F> {
             || (has_fin && own.highest > at.end)
     }
 
-    /// Handles a segment that begins with acknowledged bytes, of which no copy is kept for comparison. A receiver that
-    /// has acknowledged bytes before they arrived would take uninspected bytes from this segment. So only a keepalive
-    /// probe is forwarded. For any other segment, the sender gets an acknowledgement, and new bytes after the
+    /// Handles a segment that begins with acknowledged bytes, of which no copy is kept for comparison. A receiver can
+    /// acknowledge bytes that it does not have yet, and would then take uninspected bytes from this segment. So only a
+    /// keepalive probe is forwarded. For any other segment, the sender gets an acknowledgement, and new bytes after the
     /// acknowledged ones are delivered, if possible, in generated packets.
     fn on_retransmission<S: Sink<F>>(
         &mut self,

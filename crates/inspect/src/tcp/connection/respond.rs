@@ -76,7 +76,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Sends the bytes of the response that are not acknowledged, with a FIN after the last one.
+    /// Sends the part of the response that its receiver has not acknowledged, and a FIN after it.
     pub(super) fn send_response<S: Sink<F>>(&self, response: &Response, cx: &mut TcpCx<'_, F, S>) {
         let to = response.to;
         let (from, own) = (&self.halves[to.other()], &self.halves[to]);
@@ -125,8 +125,8 @@ impl<F> Connection<F> {
         self.emit(to, &segment, cx);
     }
 
-    /// Handles a packet of a connection whose response was sent. All bytes of both ends are acknowledged, so that both
-    /// ends can close without a reset.
+    /// Handles a packet of a connection whose response was sent: drops it and acknowledges its bytes, so that both ends
+    /// can close without a reset. Only an end that sends more than `SPILL` bytes is reset.
     pub(super) fn receive_after_response<S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_, '_>,
