@@ -195,7 +195,7 @@ impl Netfilter {
         })
     }
 
-    /// Returns the port id of the socket. The kernel's notifications about changes by this process carry this id.
+    /// Returns the port id of the socket. The kernel's notifications about changes that this value makes carry this id.
     ///
     /// # Errors
     /// [`NetfilterError::Syscall`] if getsockname fails.

@@ -2,11 +2,12 @@
 //!
 //! `<name>0` is the node's end. The programs redirect punted packets to it, and `palisade_reinject` at its ingress
 //! receives the packets that workers send. `<name>1` is the workers' end, with `palisade_punt` and one AF_XDP socket
-//! for each queue. At the egress of both ends, `palisade_punt_filter` drops packets that other sockets of this machine
-//! send.
+//! for each queue. At the egress of both ends, `palisade_punt_filter` drops packets that neither a program of Palisade
+//! nor a worker sends.
 //!
-//! The pair and its links (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. While no worker writes
-//! heartbeats, the programs drop packets that need inspection, or forward them if fail open is configured.
+//! The pair and the BPF links of its programs (pinned below `<pin_dir>/punt_link/`) stay when the daemon ends. While no
+//! worker writes heartbeats, the programs drop packets that need inspection, or let them pass without inspection if
+//! fail open is configured.
 
 use std::{
     fs, io,
@@ -298,9 +299,9 @@ pub(crate) fn remove_punt_link(pin_dir: &Path) -> Result<()> {
         let info = bpf::link_info(link.as_fd()).map_err(failed)?;
         bpf::link_detach(link.as_fd()).map_err(failed)?;
         unpin(&path)?;
-        // The punt link can be in another network namespace, and an interface in the namespace of this thread can have
-        // the same index. Such an interface is not an end of the punt link if it still has an XDP program after
-        // `link_detach`.
+        // `info.ifindex` is an index in the network namespace of the punt link. If this thread is in another namespace,
+        // the index can belong to another interface. So the interface is deleted only if it can be the workers' end: a
+        // veth whose name ends with 1 and which has no XDP program after `link_detach`.
         if file == XDP_PIN
             && let Some(device) = find_device(info.ifindex)?
             && device.xdp.is_none()

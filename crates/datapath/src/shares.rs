@@ -13,9 +13,10 @@ use crate::{
     maps::{RawMap, Shared, check_layout},
 };
 
-/// Largest number of free nodes that an LRU map keeps for each CPU (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c).
+/// Maximum number of free nodes that an LRU map keeps for each CPU (`LOCAL_FREE_TARGET` in kernel/bpf/bpf_lru_list.c).
 /// A CPU without free nodes takes them from the common list, and the kernel evicts entries if that list has too few. So
-/// the shares leave this number of entries unused for each CPU and once more for the common list.
+/// the shares leave at least this number of entries unused for each CPU and once more for the common list, but not more
+/// than a quarter of the map.
 const FREE_PER_CPU: u32 = 128;
 
 /// Sizes of the maps that are divided into shares, entries.
@@ -205,7 +206,7 @@ impl Shares {
             .fetch_add((is - was) as u64, Ordering::Relaxed);
     }
 
-    /// Returns the number of protected flows of each share, without zeros.
+    /// Returns the number of protected flows of each share. Shares without protected flows are omitted.
     pub(crate) fn counts(&self) -> BTreeMap<u32, i64> {
         (1..self.count)
             .map(|slot| (slot, self.protected(slot)))

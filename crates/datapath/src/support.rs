@@ -28,7 +28,8 @@ pub enum XdpSupport {
     Native,
     /// Generic XDP only.
     Generic,
-    /// Not reported, as by kernels before 6.3: only an attachment shows whether native XDP works.
+    /// Not reported, for example by kernels before 6.3. Only an attempt to attach a program shows whether native XDP
+    /// works.
     Unknown,
 }
 

@@ -90,7 +90,7 @@ fn parse_socket(payload: &[u8]) -> Option<InetSocket> {
 }
 
 /// Returns the connections of these sockets. The peer counts as the opener if the socket is in SYN_RECV, or if a socket
-/// listens on the local port.
+/// listens on the local address and port and the socket is not in SYN_SENT.
 fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
     let listeners: HashSet<End> = sockets
         .iter()

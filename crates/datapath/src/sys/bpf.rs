@@ -183,7 +183,8 @@ pub(crate) struct MapInfo {
     pub name: [u8; 16],
 }
 
-/// First fields of `struct bpf_link_info`. For XDP and tcx, `ifindex` is 0 after the device was deleted.
+/// First fields of `struct bpf_link_info`. For XDP and tcx, `ifindex` is 0 after the device was deleted or the link was
+/// detached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub(crate) struct LinkInfo {
@@ -342,7 +343,7 @@ fn elem(map: BorrowedFd<'_>, key: &[u8], value: u64, flags: u64) -> Elem {
 /// CPUs. [`crate::maps`] checks the sizes.
 pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
-    // SAFETY: both buffers have the map's sizes.
+    // SAFETY: the buffers have the map's key and value size.
     found(
         unsafe { bpf(cmd::MAP_LOOKUP_ELEM, &mut attr) },
         "BPF_MAP_LOOKUP_ELEM",
@@ -352,7 +353,7 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Resul
 /// Reads and deletes one element in one system call. Returns whether the key existed.
 pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> Result<bool> {
     let mut attr = elem(map, key, value.as_mut_ptr() as u64, 0);
-    // SAFETY: both buffers have the map's sizes.
+    // SAFETY: the buffers have the map's key and value size.
     found(
         unsafe { bpf(cmd::MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) },
         "BPF_MAP_LOOKUP_AND_DELETE_ELEM",
@@ -361,7 +362,7 @@ pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8
 
 pub(crate) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> Result<()> {
     let mut attr = elem(map, key, value.as_ptr() as u64, flags);
-    // SAFETY: both buffers have the map's sizes, and the kernel only reads them.
+    // SAFETY: the buffers have the map's key and value size, and the kernel only reads them.
     unsafe { bpf(cmd::MAP_UPDATE_ELEM, &mut attr) }
         .map_err(|e| SyscallError::new("BPF_MAP_UPDATE_ELEM", e))?;
     Ok(())
@@ -370,7 +371,7 @@ pub(crate) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) 
 /// Deletes one element. Returns whether the key existed.
 pub(crate) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> Result<bool> {
     let mut attr = elem(map, key, 0, 0);
-    // SAFETY: the key has the map's size, and the kernel only reads it.
+    // SAFETY: the buffer has the map's key size, and the kernel only reads it.
     found(
         unsafe { bpf(cmd::MAP_DELETE_ELEM, &mut attr) },
         "BPF_MAP_DELETE_ELEM",

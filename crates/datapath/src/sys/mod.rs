@@ -1,4 +1,4 @@
-//! System calls that aya does not wrap: bpf(2) beyond loading, and netlink.
+//! System calls that this crate makes without aya: bpf(2) for maps, pins and links, and netlink.
 
 pub(crate) mod bpf;
 pub(crate) mod clsact;

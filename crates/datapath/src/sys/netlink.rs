@@ -171,7 +171,8 @@ impl Socket {
         self.exchange(request, flags, call, each)
     }
 
-    /// Returns the port id of the socket. The kernel's notifications about changes by this socket carry this id.
+    /// Returns the port id of the socket. The kernel's notifications about changes that this socket has requested carry
+    /// this id.
     pub(crate) fn port(&self) -> Result<u32> {
         // SAFETY: zero is a valid value of every field.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
@@ -200,8 +201,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Sends requests as one nfnetlink transaction and waits for the answer. An error has the index of the failed
-    /// request, or `None` if it concerns the whole transaction.
+    /// Sends requests as one nfnetlink transaction and waits for the answer. An error contains the index of the failed
+    /// request, or `None` if the error concerns the whole transaction.
     pub(crate) fn batch(
         &mut self,
         requests: Vec<Request>,
