@@ -59,7 +59,7 @@ pub(crate) struct WorkerContext<R> {
     pub poll: Poll,
     /// The queue of learned addresses to commit.
     pub commit_queue: CommitQueue,
-    /// Most commits of learned addresses that this worker can have open at a time.
+    /// Maximum number of commits of learned addresses that this worker can have open at a time.
     pub max_commits: usize,
     pub records: queue::Sender<TimedRecord>,
 }

@@ -12,12 +12,13 @@ use palisade_inspect::{CommitRequest, CommitResult, Route, Sink, commit::Committ
 
 use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queue};
 
-/// Most bytes of generated packets that can be queued at once.
+/// Maximum number of bytes of generated packets in the queue.
 const MAX_GENERATED_BYTES: usize = 256 * 1024;
 
 /// An action that an inspector requests.
 pub(crate) enum Effect {
-    /// Forward a held packet or pass it to the second policy's inspector, with a flow command if there is one.
+    /// Forward a held packet, with the flow command if there is one. If the policies of both endpoints inspect the
+    /// packet (workload and node), the first policy's inspector thereby passes it to the second policy's inspector.
     Release(Handle, Option<FlowCommand>),
     /// Drop a held packet.
     Discard(Handle, Reason),
@@ -94,8 +95,8 @@ impl Effects {
         self.committer.is_answered()
     }
 
-    /// Wakes the reader of the records and passes refreshes on, each at most once per tick of the coarse clock unless
-    /// the record queue fills up. `now`: ns.
+    /// Wakes the reader of the records and passes refreshes on, each usually at most once per tick of the coarse
+    /// clock. `now`: ns.
     ///
     /// A wake-up is a system call, and the woken thread would compete for the CPU with the receiver of the forwarded
     /// packet. If the record queue is more than a quarter full, the reader of the records is woken without waiting for

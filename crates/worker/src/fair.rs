@@ -20,7 +20,7 @@ pub(crate) struct Fair {
 }
 
 impl Fair {
-    /// Creates the counters. `batch`: most packets per batch.
+    /// Creates the counters. `batch`: maximum number of packets per batch.
     pub(crate) fn new(batch: usize) -> Self {
         Self {
             admitted: [0; BUCKETS],

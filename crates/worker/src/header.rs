@@ -162,7 +162,7 @@ pub fn decode(frame: &[u8]) -> Result<Packet, (Reason, Packet)> {
     }
 }
 
-/// Returns the trailer of a packet that was punted at the hook of `route`, or that was made in response to a packet
+/// Returns the trailer of a packet that is sent on from the hook of `route`, or to the sender of the packet that was
 /// punted there (`route.back`).
 ///
 /// The tc program that processes the reinjected packet passes the packet if it has the mark. A packet that is

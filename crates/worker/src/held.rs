@@ -28,8 +28,8 @@ pub(crate) struct HeldFrame<F> {
     pub ifindex: u32,
     /// The hook that punted the packet.
     pub hook: u8,
-    /// The second policy's request for inspection; `None` if there is no second policy, or after the first policy's
-    /// inspector has released the packet.
+    /// Punt request of the second policy, if the policies of both endpoints inspect the packet (workload and node).
+    /// `None` otherwise, and as soon as the packet is passed to the second policy's inspector.
     pub second: Option<PuntRequest>,
     /// Command of the first policy's inspector, if that command must be sent with the packet.
     pub first_command: Option<FlowCommand>,

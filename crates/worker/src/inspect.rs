@@ -18,7 +18,8 @@ pub trait Inspect {
     fn set_rules(&mut self, rules: Arc<Self::Rules>);
     /// Returns whether the rules contain a rule set.
     fn knows(&self, ruleset: u32) -> bool;
-    /// Inspects a packet for one slot. Passes effects on this frame and on other held frames to `sink`.
+    /// Inspects a packet for one policy, whose request is `view.slot`. Passes effects on this frame and on other held
+    /// frames to `sink`.
     fn packet(&mut self, now: Millis, view: &PacketView<'_>, frame: Handle, sink: &mut impl Sink<Handle>);
     /// Takes the result of a commit of learned addresses.
     fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>);
