@@ -455,8 +455,7 @@ fn write_record(line: &str, out: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-/// Returns SVCB or HTTPS data (RFC 9460). `words`: the data in zone file format, such as `1 .
-/// ipv4hint=192.0.2.1,192.0.2.2`.
+/// Returns SVCB or HTTPS data (RFC 9460). `words`: the data in zone file format, such as `1 . ipv4hint=192.0.2.1`.
 fn service(words: &[&str]) -> Result<Vec<u8>> {
     let [priority, target, parameters @ ..] = words else {
         bail!("PRIORITY TARGET PARAMETERS");

@@ -225,7 +225,7 @@ fn remove_name(name: &str) {
     let _ = output(Command::new("ip").args(["netns", "del", name]), TOOL_TIMEOUT);
 }
 
-/// Kills all processes in the namespace with this inode, except the calling process.
+/// Kills all processes in the namespace with this device and inode number, except the calling process.
 fn kill_inside(dev: u64, ino: u64) {
     let Ok(processes) = fs::read_dir("/proc") else {
         return;
@@ -297,7 +297,7 @@ pub fn temp_dir(label: &str) -> Result<TempDir> {
 
 /// Removes a directory and its contents. The kernel frees pinned programs and maps once nothing else refers to them.
 pub fn remove_pins(dir: &Path) {
-    // Ignore errors: it is no error if the directory does not exist.
+    // Ignore errors, for example because the directory does not exist.
     let _ = fs::remove_dir_all(dir);
 }
 

@@ -18,9 +18,10 @@ use crate::{
 /// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The peer has responded.
+    /// The destination has responded.
     Open,
-    /// The other end has refused or closed the connection, or has sent an ICMP port unreachable message.
+    /// The destination has refused or closed the connection, has sent an ICMP port unreachable message, or has echoed
+    /// other bytes over TCP.
     Refused,
     /// No response within the timeout.
     TimedOut,

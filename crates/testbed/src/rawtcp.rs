@@ -71,7 +71,7 @@ impl Segment {
         self
     }
 
-    /// Sets the acknowledgement number. By default a segment acknowledges all received bytes.
+    /// Sets the acknowledgement number. By default a segment with the ACK flag acknowledges all received bytes.
     #[must_use]
     pub fn ack(mut self, ack: u32) -> Self {
         self.ack = Some(ack);
@@ -114,7 +114,8 @@ impl Segment {
         self
     }
 
-    /// Sets the value of the timestamps option. By default the value increases by one each millisecond.
+    /// Sets the value of the timestamps option, on a connection with timestamps. By default the value increases by one
+    /// each millisecond.
     #[must_use]
     pub fn timestamp(mut self, value: u32) -> Self {
         self.timestamp = Some(value);

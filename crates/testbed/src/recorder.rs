@@ -1,4 +1,4 @@
-//! A TCP server that records all received bytes, for tests of what a policy has passed.
+//! A TCP server that records all received bytes. Tests use it to check which bytes the firewall has passed.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -185,7 +185,7 @@ fn serve(
             change(own);
         }
     };
-    // With a read timeout the thread can be stopped. Without Nagle's algorithm each response is sent at once.
+    // The read timeout lets the thread check `stop`. Without Nagle's algorithm each response is sent at once.
     let prepared = stream
         .set_nonblocking(false)
         .and_then(|()| stream.set_read_timeout(Some(TICK)))

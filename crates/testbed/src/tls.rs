@@ -20,7 +20,7 @@ pub struct Hello {
     pub tls13: bool,
     /// Types and contents of further extensions.
     pub extensions: Vec<(u16, Vec<u8>)>,
-    /// Longest record, bytes.
+    /// Maximum length of a record, bytes.
     pub record: usize,
 }
 
@@ -58,7 +58,7 @@ impl Hello {
         self.with(21, &vec![0; bytes])
     }
 
-    /// Sets the longest record, bytes.
+    /// Sets the maximum length of a record, bytes.
     #[must_use]
     pub fn in_records(mut self, bytes: usize) -> Self {
         self.record = bytes;
