@@ -39,7 +39,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Detaches all programs and removes every pin. The kernel frees the maps when this value is dropped.
+    /// Detaches all programs, removes the punt link, and removes every pin. The kernel frees the maps when this value
+    /// is dropped.
     ///
     /// # Errors
     /// The first [`AttachError`]; the removal continues after an error.
@@ -115,8 +116,8 @@ impl Datapath {
     }
 }
 
-/// Detaches the programs of every interface of which a pin directory has records, and removes the directory with its
-/// maps. Opens no maps, so it works for maps of every version.
+/// Detaches the programs of every interface of which a pin directory has records, removes the punt link, and removes
+/// the directory with its maps. The function opens no maps, so it works for maps of every version.
 ///
 /// # Errors
 /// The first [`AttachError`]; the removal continues after an error.

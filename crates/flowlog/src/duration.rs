@@ -14,7 +14,7 @@ const UNITS: [(&str, u64); 5] = [
     ("ms", 1_000_000),
 ];
 
-/// Largest number of decimal places that are evaluated: 10^18 times the nanoseconds of a day fits in 128 bits.
+/// Maximum number of decimal places that are evaluated: 10^18 times the nanoseconds of a day fits in 128 bits.
 const FRACTION_DIGITS: usize = 18;
 
 /// Error for a text that is not a duration.
@@ -70,7 +70,7 @@ pub fn parse(text: &str) -> Result<Duration, DurationError> {
     Ok(Duration::new(seconds, (total % 1_000_000_000) as u32))
 }
 
-/// Returns 0.`digits` of a unit of time, ns. `ns`: length of the unit.
+/// Returns the decimal fraction 0.`digits` of a unit of time, ns. `ns`: length of the unit.
 fn part(digits: &str, ns: u64) -> u128 {
     let mut numerator: u128 = 0;
     let mut denominator: u128 = 1;
@@ -86,7 +86,8 @@ fn split_while(text: &str, belongs: impl Fn(char) -> bool) -> (&str, &str) {
     text.split_at(end)
 }
 
-/// Returns a duration as text, with at most its two largest units: `3h12m`, `42s`, `7ms`.
+/// Returns a duration as text, with its largest unit and, if it is not zero, the next smaller one: `3h12m`, `42s`,
+/// `7ms`. Milliseconds are written only for durations below a second.
 #[must_use]
 pub fn format(duration: Duration) -> String {
     let mut rest = duration.as_nanos();

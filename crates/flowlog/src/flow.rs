@@ -180,7 +180,7 @@ impl DropReason {
         }
     }
 
-    /// Parses a number, a name of the API, or the text of a reason.
+    /// Parses a number, a name of the API, or the text of a drop reason.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         if let Ok(number) = name.parse() {
@@ -301,17 +301,17 @@ pub struct Flow {
     /// Interface at which the packet was observed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interface: Option<NetworkInterface>,
-    /// Policies that allowed the packet at the egress of the source.
+    /// Policies that allowed the packet, if the connection is egress of the endpoint.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub egress_allowed_by: Arc<[Policy]>,
-    /// Policies that allowed the packet at the ingress of the destination.
+    /// Policies that allowed the packet, if the connection is ingress of the endpoint.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub ingress_allowed_by: Arc<[Policy]>,
-    /// Policies that denied the packet at the egress of the source: by a deny rule, or because they cause the default
-    /// deny.
+    /// Policies that denied the packet, if the connection is egress of the endpoint: by a deny rule, or because they
+    /// cause the default deny. A packet that passed because of audit mode counts as denied.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub egress_denied_by: Arc<[Policy]>,
-    /// Policies that denied the packet at the ingress of the destination.
+    /// Policies that denied the packet, as in `egress_denied_by`, if the connection is ingress of the endpoint.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub ingress_denied_by: Arc<[Policy]>,
     /// Fields that the API does not have.
@@ -609,8 +609,8 @@ pub struct Layer7 {
     /// Time from the request to this response, ns; 0 for requests.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub latency_ns: u64,
-    /// DNS message. This field and `http` are absent if the message could not be parsed, or if the API does not have
-    /// its protocol ([`Extra::tls`]).
+    /// DNS message. Both this field and `http` are absent if the message could not be parsed, or if the API has no type
+    /// for its protocol (see [`Extra::tls`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
     /// HTTP message.

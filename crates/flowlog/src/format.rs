@@ -220,8 +220,8 @@ impl Printer {
     }
 }
 
-/// Returns the text between the ends and the verdict: a trace point, a drop reason, the kind of match and direction of
-/// a policy verdict, or the kind of an application message.
+/// Returns the part of a line between the two ends and the verdict: a trace point, a drop reason, the kind of match and
+/// direction of a policy verdict, or the kind of an application message.
 fn type_text(flow: &Flow) -> String {
     match flow.event_type {
         EventType {
@@ -250,8 +250,8 @@ fn type_text(flow: &Flow) -> String {
     }
 }
 
-/// Returns protocol and kind of an application message, such as `dns-request proxy` or `http-response`. The protocol is
-/// `l7` if the message could not be parsed.
+/// Returns protocol and kind of an application message, such as `http-response`. For DNS, the source of the record
+/// follows: `dns-request proxy`. The protocol is `l7` if the message could not be parsed.
 fn l7_text(flow: &Flow) -> String {
     let Some(l7) = &flow.l7 else {
         return "l7".into();
@@ -314,7 +314,7 @@ pub fn json(flow: &Flow) -> String {
     line
 }
 
-/// Returns a flow as a line of `monitor`, with numbers and addresses instead of names.
+/// Returns a flow as a line of `palisade monitor`, with numbers and addresses instead of names.
 #[must_use]
 pub fn monitor(flow: &Flow) -> String {
     let identity = |end: &Endpoint| match reserved_name(end.identity) {
@@ -401,7 +401,7 @@ pub fn monitor(flow: &Flow) -> String {
 
 impl Flow {
     /// Returns whether the endpoint whose policy decided is the source of the packet: an original packet of an egress
-    /// connection, or a reply of an ingress connection.
+    /// connection, or a reply of an ingress connection. A packet of unknown direction counts as an original packet.
     fn source_is_local(&self) -> bool {
         let egress = self.traffic_direction == TrafficDirection::Egress;
         egress != (self.is_reply == Some(true))

@@ -44,7 +44,7 @@ impl Ord for Waiting {
     }
 }
 
-/// Queue that delays each flow for a time and returns the oldest flow first.
+/// Queue that delays each flow by the same duration and returns the oldest flow first.
 pub struct Ordered {
     waiting: BinaryHeap<Reverse<Waiting>>,
     window: Duration,

@@ -64,7 +64,7 @@ pub trait FlowResolver {
 impl Flow {
     /// Returns the flow record of an event.
     ///
-    /// `clock_offset`: wall-clock time since 1970 minus the monotonic time of the event's clock, ns.
+    /// `clock_offset`: the wall clock (ns since 1970) minus the monotonic clock of [`Event::time`], ns.
     #[must_use]
     pub fn from_event(event: &Event, names: &(impl FlowResolver + ?Sized), clock_offset: i64) -> Self {
         let flag = |bit| event.flags & bit != 0;
@@ -219,7 +219,7 @@ pub(crate) fn rule_of(id: u32, info: &RuleInfo) -> Rule {
     }
 }
 
-/// Returns the kind of an event. An unknown kind becomes a trace, which shows no verdict.
+/// Returns the kind of an event. An unknown kind is treated as a trace.
 const fn kind_of(kind: u8) -> EventKind {
     match kind {
         k if k == EventKind::PolicyVerdict as u8 => EventKind::PolicyVerdict,

@@ -33,7 +33,7 @@ const LIST_ELEMENT: u16 = 1;
 const VERDICT_REGISTER: u32 = 0;
 const REGISTER: u32 = 1;
 
-/// Largest number of set elements in one message: the length field of the attribute that lists them has 16 bits.
+/// Maximum number of set elements in one message: the length field of the attribute that lists them has 16 bits.
 const ELEMENTS: usize = 256;
 
 /// Address family of a table (linux/netfilter.h).

@@ -313,7 +313,8 @@ fn parse_header(text: &str) -> Result<HttpHeader> {
     }
 }
 
-/// Returns a name as flow records have it: in lower case, without its last dot.
+/// Returns a name in the form of the learned names and server names of flow records: in lower case, without a final
+/// dot.
 fn parse_name(text: &str) -> Result<String> {
     let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     if name.is_empty() {
