@@ -1,4 +1,4 @@
-//! Compiles policies and inventory, and moves the maps from one compiled state to the next.
+//! Compiles policies and inventory, and changes the maps from one compiled state to the next.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -35,7 +35,7 @@ use crate::config::{Config, with_option};
 /// Rule sets by number.
 pub(super) type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 
-/// Largest number of selector sets of learned addresses per endpoint for which identities are made on request. An
+/// Maximum number of selector sets of learned addresses per endpoint for which identities are made on request. An
 /// address of the world that matches a single selector always has an identity.
 const MAX_SETS_PER_ENDPOINT: usize = 256;
 
@@ -264,8 +264,8 @@ impl Enforcer {
         }
     }
 
-    /// Returns whether the node drops packets of one direction that no rule allows, by the same condition as
-    /// `is_enforced` in xdp/src/link.rs.
+    /// Returns whether the node's policy drops packets of a direction by default; false in audit mode. The condition is
+    /// that of `is_enforced` in xdp/src/link.rs.
     pub(super) fn node_enforces(&self, direction: Direction) -> bool {
         let snapshot = self.good.as_ref().unwrap_or_else(|| self.compiler.snapshot());
         let otherwise = TableKey {
@@ -506,7 +506,7 @@ pub(super) fn endpoint_names(inventory: &Inventory) -> BTreeMap<EndpointId, Stri
         .collect()
 }
 
-/// Returns the prefixes in `toCIDR` and `toCIDRSet` of the egress rules of an endpoint.
+/// Returns the prefixes that the egress rules of an endpoint list: `toCIDR`, `cidr` in `toCIDRSet`, and `ipBlock`.
 fn listed_prefixes(compiler: &Compiler, endpoint: EndpointId) -> Vec<IpNet> {
     let policies = compiler.policies_of(endpoint);
     let prefixes: BTreeSet<IpNet> = policies

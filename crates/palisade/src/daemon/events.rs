@@ -20,7 +20,7 @@ use tracing::error;
 
 use super::view::{EventNames, Shared};
 
-/// Largest number of events between two checks for a new view.
+/// Maximum number of events between two checks for a new view.
 const MAX_BATCH: usize = 512;
 /// Time without a new record after which the records in the ring are converted to flow records.
 const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);
@@ -28,7 +28,7 @@ const SETTLE_IDLE_TIME: Duration = Duration::from_millis(20);
 const MAX_UNSETTLED_AGE: Duration = Duration::from_secs(1);
 /// Longest sleep of the thread that takes records.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Age at which the offset to the wall clock is read again.
+/// Age at which the offset between the monotonic and the wall clock is read again.
 const MAX_CLOCK_AGE: Duration = Duration::from_secs(1);
 
 /// Starts the thread that reads events. Returns the counter of events that the thread increments.
@@ -123,7 +123,7 @@ pub(super) fn records(
     Ok(())
 }
 
-/// Returns the difference between the time since 1970 and the monotonic clock, ns.
+/// Returns the time since 1970 minus the time of the monotonic clock, ns.
 pub(super) fn clock_offset() -> i64 {
     let zero = Clock::now().wall(0);
     match zero.duration_since(UNIX_EPOCH) {

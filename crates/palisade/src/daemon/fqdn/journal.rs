@@ -29,7 +29,7 @@ const MIN_COMPACTION_BYTES: u64 = 4 << 20;
 const RETRY_INTERVAL: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Longest time to wait for the disk.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(10);
-/// Largest number of requests that wait for the thread.
+/// Maximum number of requests that wait for the thread.
 const MAX_QUEUED_WRITES: usize = 1_024;
 
 /// One line of the file.
@@ -185,7 +185,7 @@ impl Journal {
     /// Enqueues a request without waiting for the disk. If the queue is full, the request is dropped and the journal is
     /// marked for compaction, which also writes the dropped names.
     fn enqueue(&self, request: WriteRequest) {
-        // The thread lives as long as this handle, so an error means a full queue.
+        // The thread ends only when all handles are dropped, so an error means a full queue.
         if self.requests.try_send(request).is_err() {
             self.appended.store(u64::MAX / 2, Ordering::Relaxed);
         }
@@ -195,7 +195,7 @@ impl Journal {
     pub(super) fn flush(&self) {
         let (done, wait) = mpsc::channel();
         if self.requests.try_send(WriteRequest::Flush(done)).is_ok() {
-            // A disconnected channel means that the thread has ended, so there is nothing to wait for.
+            // The caller goes on in any case: after the flush, or after the deadline.
             let _ = wait.recv_timeout(FLUSH_DEADLINE);
         }
     }

@@ -16,7 +16,7 @@ use palisade_fqdn::{
 };
 use palisade_model::snapshot::Learned;
 
-/// Largest number of attempts to commit an answer. An attempt fails if the policy was replaced or another write failed
+/// Maximum number of attempts to commit an answer. An attempt fails if the policy was replaced or another write failed
 /// since the entries of the answer were written.
 const MAX_COMMIT_RETRIES: usize = 4;
 

@@ -47,7 +47,7 @@ use super::{
 };
 use crate::config::with_option;
 
-/// Largest number of answers that are settled while the lock is held once.
+/// Maximum number of answers that are settled without releasing the lock.
 const MAX_BATCH: usize = 64;
 /// Longest time that an answer waits for an identity. The worker that holds the packet gives up at about the same time.
 const IDENTITY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -88,7 +88,7 @@ pub(crate) enum ControlRequest {
     Identities,
     /// Evaluate connections again: see [`FqdnManager::take_reevaluated`].
     Reevaluate,
-    /// Remove the identities that no learned address uses any more, after a sweep.
+    /// Remove the identities that no learned address uses any more. Requested after each sweep.
     Prune,
 }
 
@@ -440,8 +440,8 @@ impl FqdnManager {
                     self.answers.waited.fetch_add(1, Ordering::Relaxed);
                 }
                 if denied {
-                    // The address matches a deny selector. The control thread first writes the address to the maps, and
-                    // then evaluates the connections of the endpoint again.
+                    // An address of the answer matches a deny selector. The control thread first writes the address to
+                    // the maps, and then evaluates the connections of the endpoint again.
                     state.reevaluate.insert(endpoint);
                 }
                 state.waiting.push(Waiting {
@@ -611,7 +611,7 @@ impl FqdnManager {
     }
 
     /// Removes the names that match `filter`, of one endpoint or of all, even if they are in use. Returns the number of
-    /// removed addresses. Connections to these addresses are evaluated again.
+    /// removed addresses. The connections of endpoints that have lost an address are evaluated again.
     pub(crate) fn clean(&self, endpoint: Option<EndpointId>, filter: impl FnMut(&Name) -> bool) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
