@@ -24,7 +24,7 @@ use crate::{
     watch,
 };
 
-/// Most records per second of packets that are dropped before an inspector sees them.
+/// Maximum number of records per second about packets that are dropped before an inspector sees them.
 const MAX_REPORTS_PER_SECOND: u32 = 200;
 
 /// The inspection stage of a worker: the engine, the frames that it holds, and the transmit side, which effects use.
@@ -206,7 +206,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
-    /// Releases a held packet: passes it to the second policy's inspector if there is one, or forwards it.
+    /// Passes a held packet on: from the first policy's inspector to the second policy's, if the policies of both
+    /// endpoints inspect the packet (workload and node); otherwise out of the worker.
     fn release(&mut self, port: &mut P, handle: Handle, command: Option<&FlowCommand>) {
         let Some(held) = self.held.get_mut(&handle) else {
             return;
@@ -218,8 +219,8 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
             return;
         };
         // Each policy has a flow of its own. A command for the first policy's flow is sent now, because the second
-        // inspector can hold the packet for long. `REPLACE` is sent with the packet, because the programs apply it to
-        // that packet.
+        // inspector can hold the packet for long. `REPLACE` is sent with the packet, because the programs must drop the
+        // packet if they cannot apply the command.
         match command {
             Some(command) if command.op == flow_op::REPLACE => held.first_command = Some(*command),
             Some(command) => self.tx.send_command(port, command),

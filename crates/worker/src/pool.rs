@@ -38,7 +38,7 @@ pub struct Setup<P, E: Inspect> {
     pub cookie: u64,
     /// Function that returns the coarse monotonic time, ns.
     pub clock: fn() -> u64,
-    /// Largest packet that one worker can hand off to another, bytes.
+    /// Maximum length of a packet that one worker hands off to another, bytes.
     pub max_handoff: usize,
     /// Callback that makes a socket for a worker and returns the socket and its number of frames. The worker's thread
     /// calls this callback at each start of the worker.
@@ -51,7 +51,7 @@ pub struct Setup<P, E: Inspect> {
     pub heartbeat: Arc<dyn Fn(usize, u64) + Send + Sync>,
     /// The application rules at the start.
     pub rules: Arc<E::Rules>,
-    /// Most commits of learned addresses that one worker can have open at a time.
+    /// Maximum number of commits of learned addresses that one worker can have open at a time.
     pub max_commits: usize,
     /// Capacity of the queue of records.
     pub records: usize,

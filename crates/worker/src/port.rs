@@ -11,14 +11,14 @@ pub struct PortStatistics {
     pub rx_dropped: u64,
     /// Packets dropped because the receive ring was full.
     pub rx_ring_full: u64,
-    /// Number of times that the kernel found the fill ring empty when it needed a frame. In copy mode, each time is a
-    /// lost packet.
+    /// Number of times that the kernel needed a frame and found the fill ring empty. In copy mode, it drops a packet
+    /// each time.
     pub rx_fill_ring_empty: u64,
     /// Invalid descriptors in any of the rings.
     pub invalid: u64,
 }
 
-/// A socket of one queue. Each frame is owned either by a [`Port::Frame`] or by the port.
+/// A socket on one queue. Each frame is owned either by a [`Port::Frame`] or by the port.
 pub trait Port {
     /// The owner of a frame.
     type Frame;

@@ -58,7 +58,7 @@ impl<T> Sender<T> {
     /// Appends an item without waking the receiver.
     ///
     /// # Errors
-    /// The queue is full, or the receiver has been dropped. Returns the item.
+    /// The queue is full, or the receiver has been dropped. The error is the item.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         match self.inner.try_send(item) {
             Ok(()) => {

@@ -12,9 +12,9 @@ use palisade_xsk::handoff;
 
 use crate::{counters::Counters, fair::Fair, header, port::Port};
 
-/// Most packets taken from the receive ring per turn.
+/// Maximum number of packets taken from the receive ring per turn.
 const BATCH: usize = 64;
-/// Most packets taken from each hand-off ring per turn.
+/// Maximum number of packets taken from each hand-off ring per turn.
 const HANDOFF_BATCH: usize = 64;
 
 /// A worker's connections to the other workers.

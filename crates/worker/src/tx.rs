@@ -34,7 +34,7 @@ impl Tx {
         self.xdp = xdp;
     }
 
-    /// Forwards a held packet, with up to two flow commands, to the hook that punted the packet.
+    /// Forwards a held packet, with up to two flow commands, from the hook that punted it.
     pub(crate) fn forward<P: Port>(
         &self,
         port: &mut P,
@@ -75,8 +75,8 @@ impl Tx {
         self.send(port, frame, 0, packet.len(), &self.trailer(route), [None; 2])
     }
 
-    /// Sends a flow command in a frame that has only a zeroed Ethernet header. The programs drop that frame after they
-    /// have run the command.
+    /// Sends a flow command in a frame that has only a zeroed Ethernet header. The programs apply the command and drop
+    /// the frame.
     ///
     /// A command can be lost, for example because no frame is free. The flow then continues to be punted, which is
     /// slower but not wrong.
