@@ -23,8 +23,8 @@ pub struct Question {
     /// Source: an endpoint (`name`, `namespace/name` or its number; `host` for the node), a peer, an address, or a
     /// reserved identity by name.
     pub source: String,
-    /// Destination, in the forms of `source`. With `to_fqdn`: an address to which the name resolves, or empty for an
-    /// IPv4 address that only the name identifies.
+    /// Destination, in the forms of `source`. With `to_fqdn`: an address to which the name resolves, or empty to assume
+    /// an IPv4 address outside all prefixes of policies and peers.
     pub destination: String,
     /// DNS name by which the source has learned the address of the destination.
     pub to_fqdn: Option<String>,

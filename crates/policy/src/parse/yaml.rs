@@ -2,8 +2,8 @@
 //!
 //! Accepts YAML 1.2 and the extensions that the YAML parser of Kubernetes accepts: merge keys (`<<`) and concatenated
 //! JSON objects. The text is untrusted: nesting is bounded, and so is the number of nodes that aliases copy ("billion
-//! laughs"). Control characters, and characters that only some parsers treat as a line break, are refused before
-//! parsing. Otherwise rules after such a character could be lost without an error.
+//! laughs"). Control characters (except tab, LF and CR), and characters that only some parsers treat as a line break,
+//! are refused before parsing. Otherwise rules after such a character could be lost without an error.
 
 use std::{
     borrow::Cow,

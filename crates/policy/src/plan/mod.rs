@@ -216,10 +216,10 @@ fn switched_states(state: &EndpointState, old_flags: u32, settles: bool) -> [End
     } else {
         state.revision.wrapping_sub(1)
     };
-    // A program can still use the old table with the first of the two states. In that state, LEARNS is set if the old
-    // or the new state has it. A PLAIN flag (no entry of the direction inspects or denies explicitly) is set only if
-    // both states have it. Until step 3, learned addresses have identities for which both the old and the new table
-    // have the right entries.
+    // A program that has read the old policy id can read the flags of the first of these two states. So in the first
+    // state, LEARNS is set if the old or the new state has it. A PLAIN flag (no entry of the direction inspects or
+    // denies explicitly) is set only if both states have it. Until step 3, learned addresses have identities for which
+    // both the old and the new table have the right entries.
     let both = EndpointState {
         revision,
         flags: (state.flags | old_flags) & endpoint_flags::LEARNS

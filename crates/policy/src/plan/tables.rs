@@ -12,8 +12,8 @@ use palisade_model::{
     snapshot::{Snapshot, Table, TableKey, differing},
 };
 
-/// Policy ids and contents of the old and new tables that differ between the snapshots, or that an endpoint leaves or
-/// enters.
+/// Policy ids and contents of the old and new tables that differ between the snapshots, or that an endpoint stops or
+/// starts using.
 pub(super) struct TableChanges<'a> {
     pub(super) old: BTreeSet<u32>,
     pub(super) new: BTreeSet<u32>,

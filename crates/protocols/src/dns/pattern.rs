@@ -52,7 +52,7 @@ struct Node {
     any: Option<u32>,
     /// Whether this node has children for literal labels.
     literals: bool,
-    /// Bit `n` is set if this node has children whose label starts with `n` literal bytes and a wildcard.
+    /// Bit `n` is set if this node has children whose label starts with `n` literal bytes followed by a wildcard.
     prefixes: u64,
     /// Bit `n` is set if this node has children whose label starts with a wildcard and ends with `n` literal bytes.
     suffixes: u64,
