@@ -10,7 +10,7 @@ use palisade_model::rule::{CidrGroup, Peer};
 
 use super::select::{IdentityIndex, ResolvedSelector};
 
-/// Distinct peers, with the identities that they select and the number of their users.
+/// Distinct peers, each with the identities that it selects and the number of its uses in rules.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PeerCache {
     pub(super) numbers: HashMap<Peer, u32>,
@@ -31,7 +31,7 @@ impl PeerCache {
         self.slots.get(number as usize).and_then(Option::as_ref)
     }
 
-    /// Adds a user of a peer. Returns the number of the peer, and whether the peer is new.
+    /// Counts one more use of a peer. Returns the number of the peer, and whether the peer is new.
     pub(super) fn retain(
         &mut self,
         peer: &Peer,
@@ -65,7 +65,7 @@ impl PeerCache {
         (number, true)
     }
 
-    /// Removes a user of a peer. Returns the resolved selector if this was the last user.
+    /// Counts one use less of a peer. Removes the peer after its last use, and returns its resolved selector.
     pub(super) fn release(&mut self, number: u32) -> Option<Arc<ResolvedSelector>> {
         let entry = self.slots.get_mut(number as usize)?;
         let slot = entry.as_mut()?;

@@ -47,7 +47,8 @@ pub(super) struct Builder<'a> {
     /// Learned identities that the subject can meet; `None` for ingress.
     pub(super) learned: Option<&'a LearnedRows>,
     pub(super) default_verdict: DefaultVerdict,
-    /// Whether the subject or the node is in audit mode, so that every denial passes and is reported.
+    /// Whether the subject is in audit mode, or every endpoint is (`[policy] audit`). Every packet that would be denied
+    /// then passes and is reported.
     pub(super) audit: bool,
     pub(super) rulesets: &'a mut RuleSetIds,
 }
@@ -149,7 +150,8 @@ impl<'a> Builder<'a> {
             }
         }
         for (rules, identities) in self.groups() {
-            // The same rules name, and except, all identities of a group, so these identities have the same entries.
+            // The same rules name all identities of a group, and the exceptions of rules for any peer contain all of
+            // them or none. So all identities of the group have the entries of the first.
             let Some(first) = identities.first().copied() else {
                 continue;
             };
@@ -231,7 +233,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the entries of one identity, which the rules with the indices `rules` name.
+    /// Returns the entries of one identity. `rules`: indices of the rules that name the identity.
     fn identity_row(
         &mut self,
         wildcard: &Wildcard<'a>,

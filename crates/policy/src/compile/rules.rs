@@ -126,8 +126,8 @@ impl Compiler {
         Some(if any { Members::Any } else { Members::Of(members) })
     }
 
-    /// Returns the member for a label selector, narrowed by the `fromRequires` or `toRequires` of all specs of the
-    /// subject.
+    /// Returns the member for a label selector to which the `fromRequires` or `toRequires` of all specs of the subject
+    /// are added.
     fn narrowed_member(&self, peer: u32, selector: &Selector, required: &Selector) -> Member {
         let requirements = selector.requirements.iter().chain(&required.requirements);
         let narrowed = Selector {

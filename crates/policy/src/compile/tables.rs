@@ -211,8 +211,8 @@ impl Compiler {
         })
     }
 
-    /// Resolves the rules of specs that are new to a subject or whose members changed, and adds the rows of the old and
-    /// the new members to `dirty_rows`.
+    /// Resolves the rules of specs that are new to a subject or whose members changed, and adds the affected rows to
+    /// `dirty_rows`.
     fn resolve_rules(&mut self, at: usize, dirty_rows: &mut DirtyRows, moved: &BTreeSet<Identity>) {
         let subject = &self.subjects[at];
         let mut made = Vec::new();

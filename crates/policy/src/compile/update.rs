@@ -152,8 +152,8 @@ impl Compiler {
                 }
             }
         }
-        // An endpoint that moves to another subject must not see its old table modified, and its rules must not modify
-        // a table that other endpoints still use. So both the old and the new subject get tables with new policy ids.
+        // If an endpoint moves to another subject, both the old and the new subject get tables with new policy ids. So
+        // the rules of one subject modify no table that endpoints of the other still use.
         let before = &self.snapshot.endpoints;
         let changed: HashSet<u32> = subjects
             .iter()
@@ -265,7 +265,7 @@ impl Compiler {
         }
     }
 
-    /// Removes a user of a peer. If it was the last user, removes a user of each prefix that the peer names.
+    /// Counts one use less of a peer. After its last use, the peer no longer counts for the prefixes that it names.
     fn release_peer(&mut self, number: u32, progress: &mut Progress) {
         let Some(resolved) = self.peers.release(number) else {
             return;
@@ -282,8 +282,8 @@ impl Compiler {
         }
     }
 
-    /// Adds a user of a peer. If the peer is new, adds a user of each prefix that the peer names. Returns the number of
-    /// the peer.
+    /// Counts one more use of a peer. A new peer also counts for each prefix that it names. Returns the number of the
+    /// peer.
     fn retain_peer(&mut self, peer: &Peer, groups: &[&CidrGroup], progress: &mut Progress) -> u32 {
         let (number, new) = self.peers.retain(peer, groups, &self.identity_index);
         if new && let Some(slot) = self.peers.slot(number) {
