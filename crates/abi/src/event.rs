@@ -10,8 +10,8 @@ use crate::reason::REASONS;
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum EventKind {
-    /// A policy has decided on a packet that belongs to no known flow, or the deciding rule of a known flow or its
-    /// audit flag has changed.
+    /// A policy has decided on a packet that belongs to no known flow, or the deciding rule or the audit flag of a
+    /// known flow has changed.
     PolicyVerdict = 0,
     /// A packet was dropped.
     Drop = 1,

@@ -146,8 +146,8 @@ pub mod programs {
     pub const PUNT: &str = "palisade_punt";
     /// tc, ingress of the node's end of the punt link: reinjects packets from the workers.
     pub const REINJECT: &str = "palisade_reinject";
-    /// tc, egress of both ends of the punt link: drops frames that other programs send, for example by packet sockets.
-    /// Frames that an XDP program redirects or a worker sends by AF_XDP do not pass this hook.
+    /// tc, egress of both ends of the punt link: drops frames that are not punted, for example those of a packet
+    /// socket. Frames that an XDP program redirects or a worker sends by AF_XDP do not pass this hook.
     pub const PUNT_FILTER: &str = "palisade_punt_filter";
     /// XDP at the node's end of the punt link: passes every frame. Attached only on kernels that panic unless veth
     /// copies the frames of AF_XDP sockets.
