@@ -22,10 +22,10 @@ use crate::{
 /// Limits on the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Shortest lifetime of an address, ms. It also applies if the answer has a shorter time to live, even 0, because a
+    /// Minimum lifetime of an address, ms. It also applies if the answer has a shorter time to live, even 0, because a
     /// client connects only after it has received the answer.
     pub min_ttl: Millis,
-    /// Longest lifetime of an address, ms, even if the answer has a longer time to live. An address in use is kept
+    /// Maximum lifetime of an address, ms, even if the answer has a longer time to live. An address in use is kept
     /// after its lifetime.
     pub max_ttl: Millis,
     /// Maximum number of addresses of one name per endpoint.

@@ -26,8 +26,8 @@ struct LeaseEnd {
     epoch: u64,
 }
 
-/// Answers whose addresses are in the maps, as keyed 64-bit hashes. After a hash collision an answer is forwarded
-/// although its addresses are not in the maps, so the client cannot reach them (fails closed).
+/// Addresses that are in the maps, each with its endpoint and name, as keyed 64-bit hashes. After a hash collision an
+/// answer is forwarded although its addresses are not in the maps, so the client cannot reach them (fails closed).
 #[derive(Debug)]
 pub(super) struct CommittedAnswers {
     hashes: RandomState,

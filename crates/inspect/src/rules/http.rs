@@ -381,8 +381,8 @@ impl<'a> Facts<'a> {
 }
 
 /// Returns whether the requests that a rule allows may have a body even if their method usually has none. A rule that
-/// names a framing header is meant for requests with a body. A rule that allows every request also allows a request
-/// that is smuggled in a body.
+/// names a framing header is meant for requests with a body. A rule that allows every request would allow a request
+/// that is smuggled in a body as well.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers

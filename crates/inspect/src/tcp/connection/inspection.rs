@@ -20,7 +20,7 @@ const LONGEST_WINDOW: u64 = 1 << 30;
 /// Number of bytes past the end of an offload window after which the window is removed.
 const WINDOW_AGE: u64 = 1 << 28;
 /// If at most this many bytes of a bypassed range have not arrived, the range is kept and its retransmissions are
-/// compared. A longer rest is skipped.
+/// compared with it. If more have not arrived, the range is skipped.
 const SMALL: u64 = 4096;
 
 impl<F> Connection<F> {
