@@ -262,8 +262,7 @@ fn allow_special(section: &Section<'_, '_>) -> Vec<IpNet> {
 }
 
 fn http(section: Section<'_, '_>) -> Http {
-    // Request heads are buffered completely, and a connection buffers up to twice the size of the largest head per
-    // direction.
+    // A request head is buffered completely. A connection can buffer 256 KiB per direction, twice this limit.
     const MAX_HEAD_BYTES: u64 = 128 << 10;
     let forms = [("both", Paths::Both), ("raw", Paths::Raw)];
     let bodies = [("refuse", GetBodies::Refuse), ("allow", GetBodies::Allow)];

@@ -392,7 +392,7 @@ pub(crate) struct ConntrackStatus {
     pub made: u64,
     /// Entries made from the kernel's own tables when Palisade was first attached.
     pub seeded: u64,
-    /// Expired entries that the sweep has removed.
+    /// Entries that the daemon has removed because they had expired or their endpoint was removed.
     pub swept: u64,
     /// Entries evicted by newer flows of the same endpoint and direction, or by the kernel because the map was full.
     pub evicted: u64,

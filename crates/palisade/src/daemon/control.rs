@@ -441,9 +441,9 @@ impl Control {
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
         let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
-        // If a forwarded packet enters or leaves by an interface with programs, these check it (reason 219). Only a
-        // packet between two interfaces without programs needs the forward chain, so the chain is written only if an
-        // interface has no programs.
+        // If a forwarded packet enters or leaves by an interface with programs, these programs check it (reason 219).
+        // Only a packet between two interfaces without programs needs the forward chain, so the chain is written only
+        // if an interface has no programs.
         let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
             name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)

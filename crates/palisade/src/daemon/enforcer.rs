@@ -176,7 +176,7 @@ impl Enforcer {
 
     /// Makes the maps hold the compiler's state, learned addresses included, in an order in which every packet meets
     /// either the old rules or the new ones. Returns whether the maps have changed. After a failure the last complete
-    /// state is put back, and the next attempt starts from there.
+    /// state, if there is one, is put back.
     ///
     /// `set_rules` is called with the rule sets before any map entry refers to them.
     pub(super) fn enforce(
