@@ -80,8 +80,9 @@ impl Allocator {
         }
     }
 
-    /// Reserves the local numbers among `numbers`. After a restart the maps can hold numbers that the state file lacks.
-    /// Otherwise a new label set could get such a number, and old map entries would apply to it.
+    /// Reserves the local numbers among `numbers`, which the maps hold after a restart. The state file can lack some of
+    /// these numbers. Without the reservation a new label set could get such a number, and old map entries would apply
+    /// to it.
     pub fn avoid(&mut self, numbers: impl IntoIterator<Item = Identity>) {
         self.taken.extend(
             numbers
@@ -147,8 +148,8 @@ impl Allocator {
     }
 }
 
-/// Returns the range of numbers for a label set. Sets with the label of a prefix, of a name or of the world use the
-/// local range.
+/// Returns the range of numbers for a label set. Sets with the label of a prefix, of a group of prefixes, of a name or
+/// of the world use the local range.
 fn range(labels: &Labels) -> (Identity, Identity) {
     let local = labels.iter().any(|label| {
         matches!(label.source.as_str(), "cidr" | "cidrgroup" | "fqdn")

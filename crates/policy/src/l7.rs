@@ -1,4 +1,4 @@
-//! Evaluation of described requests by the application rules of a policy table entry.
+//! Evaluation of requests that a case file or an operator describes, by the application rules of a policy table entry.
 //!
 //! Case files and `policy trace` use the inspector of the protocol through [`RequestEvaluator`]. [`passing_as`] is a
 //! plain evaluation of the rules. It serves protocols without an inspector, and is the reference model in tests of the
@@ -44,15 +44,15 @@ pub(crate) fn decide(
     })
 }
 
-/// Returns the result of [`passing_as`] for both forms of the path.
+/// Returns the result of [`passing_as`] for both forms of the path: as sent and resolved.
 #[must_use]
 pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternative> {
     passing_as(set, request, Paths::Both)
 }
 
 /// Returns an alternative that allows the request; `None` if the request is denied. `paths` selects the forms of the
-/// path to match. If both forms are matched, each needs an alternative, not necessarily the same; the result is the
-/// alternative for the path as sent.
+/// path to match: as sent, or also resolved (`http1::resolved`). If both forms are matched, each needs an alternative,
+/// not necessarily the same; the result is the alternative for the path as sent.
 #[must_use]
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
     if !set.server_names.is_empty()
@@ -94,8 +94,8 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
     Some(found)
 }
 
-/// Returns the first alternative that matches the request. `path` replaces the path of the request; `None` if the path
-/// cannot be resolved.
+/// Returns the first alternative that matches the request. `path` replaces the path of the request; `None` if there is
+/// no path or it cannot be resolved.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
     set.alternatives.iter().find(|alternative| {
         applies(&alternative.matcher, set) && matches(&alternative.matcher, request, path)

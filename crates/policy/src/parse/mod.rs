@@ -8,7 +8,8 @@
 //!
 //! A document becomes a tree whose nodes have line and column. `reader` reads the tree: each member is requested by
 //! name, and members that are never requested are unknown fields. After an error the parser continues, so that all
-//! errors of a file are reported. The output has the normal form of [`rule`](palisade_model::rule).
+//! errors of a file are reported. Equivalent ways to write a policy have the same output (see
+//! [`rule`](palisade_model::rule)).
 //!
 //! The parser uses `saphyr-parser` instead of serde, because serde stops at the first error and loses the places of
 //! fields and values.
@@ -91,8 +92,8 @@ pub fn parse(file: &str, text: &str) -> Parsed {
     resources.into_parsed(context)
 }
 
-/// Parses the policies of a case: resources (`policies`), and bare rules (`rules`), to which no namespace scoping is
-/// applied. Both are lists of objects. `case` is the name of the case in messages.
+/// Parses the policies of a case: resources (`policies`), and bare rules (`rules`), whose selectors are not limited to
+/// a namespace. Both are lists of objects. `case` is the name of the case in messages.
 #[must_use]
 pub fn parse_rules_json(
     case: &str,

@@ -74,9 +74,9 @@ fn policy_type(at: At<'_>) -> Option<&'static str> {
     }
 }
 
-/// Returns the rules of a direction; `None` if the policy does not apply to the direction. `concerned`: whether the
-/// policy applies. A policy that applies denies everything that no rule allows: without a rule in the file, the result
-/// is one rule that matches no peer.
+/// Converts the rules of a direction; `None` if the policy does not apply to the direction. `concerned`: whether it
+/// applies. If it applies and the file has no rule, the result is one rule that matches no peer, so that the policy
+/// denies everything in this direction.
 fn section(object: &Object<'_>, name: &'static str, concerned: bool, rules: Vec<Rule>) -> Option<Vec<Rule>> {
     match (concerned, rules.is_empty()) {
         (true, false) => Some(rules),

@@ -121,7 +121,7 @@ struct Members<'o> {
 }
 
 impl<'o> Members<'o> {
-    /// Returns the list of a member; `None` if the member is absent or without elements. Reports an error if another
+    /// Returns the list of a member; `None` if the member is absent or without elements. Reports an error if an earlier
     /// member has elements as well.
     fn list(&mut self, name: &'static str) -> Option<List<'o>> {
         self.object.warn_null(&[name]);

@@ -135,7 +135,7 @@ fn port_and_protocol(at: At<'_>) -> Option<Port> {
         Some(at) => last_port(at),
         None => Some(0),
     };
-    // Only a bare rule can have a number of more than 16 bits. As Cilium does, keep the lower 16 bits.
+    // Only a bare rule can have a number of more than 16 bits. Its lower 16 bits count, as in Cilium.
     let last = written_last.map(|last| last as u16);
     let port = object.field("port").filter(|port| port.node.as_str() != Some(""));
     object.finish();

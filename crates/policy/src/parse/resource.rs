@@ -188,8 +188,8 @@ impl Resources {
         })
     }
 
-    /// Reports a second resource of the same name. In a cluster the second would replace the first, so it is a
-    /// mistake.
+    /// Reports a second resource of the same kind, namespace and name. In a cluster the second would replace the first,
+    /// so it is a mistake.
     fn remember(
         &mut self,
         kind: &'static str,
@@ -293,7 +293,8 @@ fn escaped(text: &str) -> String {
     format!("\"{ascii}\"")
 }
 
-/// Returns a kind for a message. The kind comes from the file, so it can contain any character.
+/// Returns a kind for a message, escaped like a quoted text but without quotes. The kind comes from the file, so it can
+/// contain any character.
 fn shown(kind: &str) -> String {
     let quoted = quoted(kind);
     quoted.trim_matches('"').to_owned()

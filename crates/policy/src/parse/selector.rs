@@ -16,7 +16,7 @@ pub(super) const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels";
 /// Interpretation of the keys of a selector.
 #[derive(Clone, Copy)]
 pub(super) enum Keys {
-    /// `SOURCE:KEY`. Without a source any source matches; `$KEY` is `reserved:KEY`.
+    /// `SOURCE:KEY`. Without a source any source matches; `$KEY` and `reserved.KEY` are `reserved:KEY`.
     Sourced,
     /// Keys without a source; all labels have this source.
     Of(&'static str),
