@@ -325,8 +325,8 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     }
 }
 
-/// Updates the entry for a packet that passes. `is_inspected`: the flow's inspector sees the packet. The TCP flags of
-/// the packet then do not change the entry: only the inspector knows whether the receiver accepts the segment.
+/// Updates the entry for a packet that passes. `is_inspected`: result of [`is_inspected`] for the packet. If true, the
+/// packet's TCP flags do not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
 pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };

@@ -579,8 +579,8 @@ fn is_to_group<H: Hook>(ctx: H, pkt: &PacketContext, to: u32) -> bool {
 }
 
 /// Evaluates a live flow by the policy in force, in the direction of the flow, whatever direction the packet has. A
-/// denied flow keeps its entry and stays denied in both directions until it expires: without the entry, the next packet
-/// of the reply direction would open a flow of its own.
+/// denied flow keeps its entry, so that it is denied in both directions: without the entry, the next packet of the
+/// reply direction would open a flow of its own.
 #[inline(always)]
 pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) {
     let known = known_remote(pkt);

@@ -221,8 +221,8 @@ fn may_name<H: Hook>(ctx: H, pkt: &PacketContext, addr: &Addr) -> bool {
 }
 
 /// Returns the reason for an ARP packet (RFC 826). At a workload's interface only requests and replies for IPv4 over
-/// Ethernet pass. An IPv4 address of the sender must satisfy [`may_name`] or be 0.0.0.0, as in a probe (RFC 5227,
-/// section 2.1.1).
+/// Ethernet pass, and a workload must name the source MAC address of the frame as its own. An IPv4 address of the
+/// sender must satisfy [`may_name`] or be 0.0.0.0, as in a probe (RFC 5227, section 2.1.1).
 #[inline(always)]
 fn arp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     const ETHERNET_IPV4: [u8; 6] = [0, 1, 8, 0, 6, 4];

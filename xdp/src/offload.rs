@@ -21,7 +21,7 @@ pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u
 
 /// Returns whether the offload windows exempt the packet from inspection. They exempt a segment whose bytes all lie in
 /// the window of its direction, and a segment without data whose acknowledgment number lies in the window of the other
-/// direction.
+/// direction. Fragments and segments with SYN, FIN, RST or URG are not exempt.
 #[inline(always)]
 fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     const STATE: u8 = tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG;

@@ -115,8 +115,8 @@ pub fn reinject(ctx: Skb) -> i32 {
     TC_ACT_REDIRECT
 }
 
-/// Applies a flow command. Returns 1 on success, 0 if the entry is gone, belongs to another connection, or has other
-/// rules by now.
+/// Applies a flow command. Returns 1 on success. Returns 0 if the entry is gone or belongs to another connection, or,
+/// for WINDOWS and OFFLOAD, if the rules of the flow have changed.
 #[inline(never)]
 fn apply_command(command: &FlowCommand) -> u32 {
     let Some(entry) = conntrack::entry(&command.key) else {

@@ -1,15 +1,15 @@
 //! Shares of the conntrack and fragment maps: the flows of one endpoint evict no flows of another.
 //!
 //! A new flow takes a slot of its endpoint and direction; the flow that held the slot is deleted unless it is
-//! protected. A flow that both ends use becomes protected if the budget of protected flows is not used up, and counts
-//! against the budget until it closes; otherwise it stays unprotected. So a flood, even one of complete handshakes,
-//! evicts only unprotected flows of the same endpoint and direction.
+//! protected. A flow that both ends use becomes protected if the budget of protected flows (the guaranteed number of
+//! the share, then the pool) is not used up. It counts against the budget until it closes. So a flood, even one of
+//! complete handshakes, evicts only unprotected flows of the same endpoint and direction.
 //!
 //! A new flow in general takes the slot of the oldest flow among [`SHARE_WAYS`] slots at a random place. This
 //! approximates "the oldest of all" without a cursor that all CPUs share, and without atomic additions, which the BPF
 //! target of Rust lacks. The counts of protected flows are plain additions: if two CPUs change a count at the same
-//! instant, the count can be off by one until the next sweep counts the flows again. For such errors, the shares leave
-//! some entries of the map unused (`datapath::shares`).
+//! instant, the count can be off by one until the next sweep counts the flows again. The map has room for the excess
+//! flows, because the shares leave some of its entries unused (`datapath::shares`).
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use palisade_abi::{CtKey, FlowSlot, FragmentKey, SHARE_SLOTS, SHARE_WAYS, Share, ct_flags};
@@ -18,7 +18,7 @@ use crate::counters;
 use crate::entry::Entry;
 use crate::maps::{CONNTRACK, FLOW_SLOTS, FRAGMENT_SLOTS, FRAGMENTS, SHARES};
 
-/// Slot of the pool.
+/// Index of the pool in SHARES. A share borrows from the pool if its guaranteed number of protected flows is reached.
 const POOL: u32 = 0;
 
 /// Returns the share of an endpoint's flows of a direction (0 ingress, 1 egress).

@@ -30,7 +30,7 @@ pub(crate) struct WorkerControl<R> {
 /// A record with the time at which it was made.
 pub type TimedRecord = (SystemTime, Record);
 
-/// The state of a worker thread that outlives its restarts.
+/// The state of a worker thread that survives restarts of the worker.
 pub(crate) struct WorkerContext<R> {
     /// Number of the worker and of its queue of the punt link, from 0.
     pub number: usize,
