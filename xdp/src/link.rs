@@ -271,8 +271,8 @@ fn is_source_mac<H: Hook>(ctx: H, mac: [u8; 6]) -> bool {
     }
 }
 
-/// Returns the reason for an IGMP message, which has a TTL of 1 (RFC 3376, section 4). Only messages to a group pass
-/// without a policy lookup: a unicast packet with a TTL of 1 can come from another link.
+/// Returns the reason for an IGMP message. Only messages with a TTL of 1 (RFC 3376, section 4) to a group pass without
+/// a policy lookup: a unicast packet with a TTL of 1 can come from another link.
 #[inline(always)]
 fn igmp<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let packet = &pkt.headers;
@@ -326,8 +326,8 @@ fn icmpv6<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     }
 }
 
-/// Returns the reason for an MLD message. Such a message has hop limit 1, goes to a group and has a link-local or
-/// unspecified source (RFC 2710, section 3; RFC 3590).
+/// Returns the reason for an MLD message. Only messages with hop limit 1 to a group and with a link-local or
+/// unspecified source (RFC 2710, section 3; RFC 3590) pass without a policy lookup.
 #[inline(always)]
 fn listener<H: Hook>(ctx: H, pkt: &PacketContext) -> u32 {
     let packet = &pkt.headers;

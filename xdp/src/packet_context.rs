@@ -98,7 +98,7 @@ pub struct PacketContext {
     pub reversed: bool,
 }
 
-/// Results of a policy lookup in the direction opposite to the packet's.
+/// Results of the policy lookup for a flow in the direction opposite to that in which it is evaluated.
 pub mod opposite {
     /// Allowed, denied by default, or not looked up.
     pub const NONE: u8 = 0;

@@ -1,7 +1,7 @@
 //! The frames that inspectors hold, and the handles by which inspectors refer to them.
 //!
-//! The frames are in a `slab`. This module adds a bound, so that the slab never grows, and keys that can be used only
-//! once. Start at [`HeldFrames`].
+//! The frames are in a `slab`. This module adds a bound, so that the slab never grows, and handles that can be used
+//! only once. Start at [`HeldFrames`].
 
 use palisade_abi::{FlowCommand, PuntRequest};
 
