@@ -10,6 +10,8 @@ use palisade_abi::{
     MAX_WORKERS, PolicyEntry, PolicyKey, PuntHeader, RateBudget, SHARE_SLOTS, Share,
 };
 
+/// Allocates map elements on insertion. Since Linux 6.1 a deleted element is available to the next insertion at once
+/// (`bpf_mem_cache_free`), not only after an RCU grace period: docs/THREAT-MODEL.md, "Kernels and the punt link".
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 

@@ -83,8 +83,8 @@ fn hash_end(seed: u32, addr: &Addr, port: u16) -> u32 {
 }
 
 /// Returns the hash that chooses the worker of a flow. The hash is symmetric in both ends, so one worker gets both
-/// directions of a flow, and both requests for a packet between a workload and the node. The hash is seeded with the
-/// cookie, so a peer cannot choose a worker.
+/// directions of a flow. If a packet between a workload and the node is punted for both endpoints, the same worker gets
+/// both punts. The hash is seeded with the cookie, so a peer cannot choose a worker.
 #[inline(always)]
 fn hash(key: &CtKey) -> u32 {
     let seed = match CONFIG.get(0) {

@@ -136,10 +136,11 @@ pub struct Matching {
     pub id: u32,
 }
 
-/// Explains a packet. `evaluator` evaluates its request.
+/// Explains the verdict on the packet that `question` describes. If the traffic is inspected, `evaluator` decides about
+/// the request of the question.
 ///
 /// # Errors
-/// A message if the packet cannot be evaluated, for example because an end of the packet is unknown.
+/// A message if there can be no verdict, for example because the source or the destination is unknown.
 pub fn trace(
     compiler: &Compiler,
     question: &Question,

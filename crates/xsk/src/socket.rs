@@ -205,7 +205,6 @@ pub struct Statistics {
 /// closed.
 #[derive(Debug)]
 pub struct Socket {
-    // Fields are dropped in this order. The rings must be dropped before the pool, because they point into its UMEM.
     rx: RxQueue,
     tx: TxQueue,
     fill: FillQueue,

@@ -380,9 +380,9 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Returns whether the requests that a rule allows may have a body even if their method usually has none. A rule that
-/// names a framing header is meant for requests with a body. A rule that allows every request would allow a request
-/// that is smuggled in a body as well.
+/// Returns whether the requests that a rule allows may have a body even if their method usually has none. They may if the
+/// rule names a framing header, because such a rule is meant for requests with a body. They may also if the rule allows
+/// every request, because a request smuggled in the body would be allowed anyway.
 fn takes_bodies(rule: &HttpRule) -> bool {
     let mut names = rule
         .headers

@@ -139,7 +139,7 @@ pub(super) struct TableRule {
 }
 
 impl TableRule {
-    /// Returns whether a rule for any peer does not apply to an identity.
+    /// Returns whether the identity is in `except`: this rule is for any peer, but does not apply to that identity.
     pub(super) fn excepts(&self, identity: Identity) -> bool {
         self.except
             .as_ref()

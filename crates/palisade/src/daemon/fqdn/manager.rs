@@ -775,8 +775,8 @@ impl State {
             .copied()
             .collect();
         for endpoint in endpoints {
-            // The listed prefixes are set before the selectors, so that special-purpose addresses that are not listed
-            // get no selector.
+            // The prefixes that the policy lists are set before the selectors, because a special-purpose address gets a
+            // selector only if one of these prefixes contains it.
             let listed = policy.listed.get(&endpoint).cloned().unwrap_or_default();
             let update = self.learned_map.cache.set_listed(endpoint, listed);
             if !update.changes().is_empty() {
