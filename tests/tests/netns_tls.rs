@@ -184,7 +184,7 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("two dots", &["-servername", "www..allowed.example"]),
     ("a dot in front", &["-servername", ".allowed.example"]),
     (
-        "longer than what is read",
+        "a hello longer than the inspector reads",
         &["-servername", "www.allowed.example", "-alpn", LONGER],
     ),
     (

@@ -96,3 +96,28 @@ pub(super) fn both_views(
         (of_responder != of_opener).then_some(of_responder),
     ]
 }
+
+#[cfg(test)]
+pub(super) mod fixtures {
+    //! Ends and connections for the tests of the tables' parsers.
+
+    use super::*;
+
+    /// Parses `address:port`.
+    pub(in crate::seed) fn end(text: &str) -> End {
+        let at: std::net::SocketAddr = text.parse().unwrap();
+        End {
+            addr: at.ip().into(),
+            port: at.port(),
+        }
+    }
+
+    /// Returns an established connection.
+    pub(in crate::seed) fn tcp(opener: &str, responder: &str) -> Connection {
+        Connection {
+            opener: end(opener),
+            responder: end(responder),
+            progress: Progress::Established,
+        }
+    }
+}

@@ -101,22 +101,7 @@ fn parse_tuple(tuple: &[u8]) -> Option<(End, End)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn end(text: &str) -> End {
-        let at: std::net::SocketAddr = text.parse().unwrap();
-        End {
-            addr: at.ip().into(),
-            port: at.port(),
-        }
-    }
-
-    fn tcp(opener: &str, responder: &str) -> Connection {
-        Connection {
-            opener: end(opener),
-            responder: end(responder),
-            progress: Progress::Established,
-        }
-    }
+    use crate::seed::connection::fixtures::tcp;
 
     #[test]
     fn parses_ctnetlink_messages() {

@@ -129,15 +129,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::End;
-
-    fn end(text: &str) -> End {
-        let at: std::net::SocketAddr = text.parse().unwrap();
-        End {
-            addr: at.ip().into(),
-            port: at.port(),
-        }
-    }
+    use crate::seed::connection::fixtures::tcp;
 
     fn config() -> Config {
         Config {
@@ -167,14 +159,6 @@ mod tests {
 
     fn node(connection: Connection) -> (Scope, Connection) {
         (Scope::Node, connection)
-    }
-
-    fn tcp(opener: &str, responder: &str) -> Connection {
-        Connection {
-            opener: end(opener),
-            responder: end(responder),
-            progress: Progress::Established,
-        }
     }
 
     #[test]

@@ -54,22 +54,7 @@ fn tcp_progress(state: &str) -> Option<Progress> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn end(text: &str) -> End {
-        let at: std::net::SocketAddr = text.parse().unwrap();
-        End {
-            addr: at.ip().into(),
-            port: at.port(),
-        }
-    }
-
-    fn tcp(opener: &str, responder: &str) -> Connection {
-        Connection {
-            opener: end(opener),
-            responder: end(responder),
-            progress: Progress::Established,
-        }
-    }
+    use crate::seed::connection::fixtures::{end, tcp};
 
     #[test]
     fn proc_lines_with_and_without_translation() {

@@ -143,14 +143,7 @@ fn of_sockets(sockets: &[InetSocket]) -> Vec<Connection> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn end(text: &str) -> End {
-        let at: std::net::SocketAddr = text.parse().unwrap();
-        End {
-            addr: at.ip().into(),
-            port: at.port(),
-        }
-    }
+    use crate::seed::connection::fixtures::end;
 
     #[test]
     fn the_peer_of_a_listening_port_is_the_opener() {

@@ -98,13 +98,13 @@ impl LearnedMap {
             cache,
             ..Self::default()
         };
-        let nobody = learned_map.intern(&[]);
+        let no_selectors = learned_map.intern(&[]);
         for (key, identity) in found {
             learned_map.unwritten.insert(key);
             learned_map.entries.insert(
                 key,
                 Entry {
-                    selectors: Arc::clone(&nobody),
+                    selectors: Arc::clone(&no_selectors),
                     map: InMap::Identity(identity),
                 },
             );
