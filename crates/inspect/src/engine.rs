@@ -1,7 +1,7 @@
 //! Entry point of the crate: one [`Engine`] for each worker.
 //!
 //! [`Engine::packet`] dispatches a packet by form, inspector and protocol: fragments to `fragments` first, DNS
-//! datagrams to `dns`, TCP to the connection tables of `dns::stream`, `http` and `tls`.
+//! datagrams to `dns`, TCP to the connection tables of `dns::stream`, `http`, `tls` and `kafka`.
 
 use std::sync::Arc;
 
@@ -10,13 +10,14 @@ use palisade_fqdn::SniAddressIndex;
 use palisade_packet::{Packet, flags};
 
 use crate::{
-    CommitResult, DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, Millis,
-    PacketView, Rules, Sink, TlsLimits, TlsStats,
+    CommitResult, DnsLimits, DnsStats, FragmentLimits, FragmentStats, HttpLimits, HttpStats, KafkaLimits,
+    KafkaStats, Millis, PacketView, Rules, Sink, TlsLimits, TlsStats, TopicIds,
     context::Cx,
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     frames::{Frames, Spare},
     http::Http,
+    kafka::Kafka,
     record::{Record, Verdict, What},
     tcp::quote::QuotedSegment,
     tls::Tls,
@@ -25,6 +26,7 @@ use crate::{
 const DNS: u8 = Inspector::Dns as u8;
 const HTTP: u8 = Inspector::Http as u8;
 const TLS: u8 = Inspector::Tls as u8;
+const KAFKA: u8 = Inspector::Kafka as u8;
 
 /// Limits of an engine. There is one engine for each worker.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,6 +37,8 @@ pub struct Limits {
     pub http: HttpLimits,
     /// Limits of TLS inspection.
     pub tls: TlsLimits,
+    /// Limits of Kafka inspection.
+    pub kafka: KafkaLimits,
     /// Limits of fragment reassembly.
     pub fragments: FragmentLimits,
 }
@@ -48,6 +52,8 @@ pub struct Stats {
     pub http: HttpStats,
     /// Counters of TLS inspection.
     pub tls: TlsStats,
+    /// Counters of Kafka inspection.
+    pub kafka: KafkaStats,
     /// Counters of fragment reassembly.
     pub fragments: FragmentStats,
     /// Packets for which there is no inspector.
@@ -87,6 +93,7 @@ struct InspectorSet<F> {
     streams: Streams<F>,
     http: Http<F>,
     tls: Tls<F>,
+    kafka: Kafka<F>,
     fragments: Reassembler<F>,
     unsupported: u64,
 }
@@ -103,6 +110,7 @@ impl<F> Engine<F> {
                 streams: Streams::new(&limits.dns.tcp),
                 http: Http::new(&limits.http),
                 tls: Tls::new(&limits.tls),
+                kafka: Kafka::new(&limits.kafka),
                 fragments: Reassembler::new(&limits.fragments),
                 unsupported: 0,
             },
@@ -118,6 +126,11 @@ impl<F> Engine<F> {
     /// connection by the server name in its ClientHello.
     pub fn verify_server_names(&mut self, known: Arc<SniAddressIndex>) {
         self.inspectors.tls.verify(known);
+    }
+
+    /// Uses the names of topic ids that all workers share. Without this call the engine has names of its own.
+    pub fn share_topic_ids(&mut self, topics: Arc<TopicIds>) {
+        self.inspectors.kafka.share(topics);
     }
 
     /// Returns whether a rule set is known.
@@ -158,6 +171,7 @@ impl<F> Engine<F> {
         inspectors.streams.tick(&mut inspectors.dns, cx);
         inspectors.http.tick(cx);
         inspectors.tls.tick(cx);
+        inspectors.kafka.tick(cx);
         inspectors.fragments.tick(cx);
     }
 
@@ -170,6 +184,7 @@ impl<F> Engine<F> {
             inspectors.streams.deadline(),
             inspectors.http.deadline(),
             inspectors.tls.deadline(),
+            inspectors.kafka.deadline(),
             inspectors.fragments.deadline(),
         ]
         .into_iter()
@@ -195,6 +210,7 @@ impl<F> Engine<F> {
         inspectors.streams.forget(endpoint, &mut inspectors.dns, cx);
         inspectors.http.forget(endpoint, cx);
         inspectors.tls.forget(endpoint, cx);
+        inspectors.kafka.forget(endpoint, cx);
         inspectors.fragments.forget(endpoint, cx);
     }
 
@@ -209,6 +225,7 @@ impl<F> Engine<F> {
             },
             http: inspectors.http.stats(),
             tls: inspectors.tls.stats(),
+            kafka: inspectors.kafka.stats(),
             fragments: inspectors.fragments.stats(),
             unsupported: inspectors.unsupported,
         }
@@ -225,6 +242,7 @@ impl<F> InspectorSet<F> {
             (Form::Whole, DNS, protocol::TCP) => self.streams.segment(view, frame, &mut self.dns, cx),
             (Form::Whole, HTTP, protocol::TCP) => self.http.packet(view, frame, cx),
             (Form::Whole, TLS, protocol::TCP) => self.tls.packet(view, frame, cx),
+            (Form::Whole, KAFKA, protocol::TCP) => self.kafka.packet(view, frame, cx),
             (Form::Whole, _, _) => {
                 self.unsupported += 1;
                 refuse(view, Frames::One(frame), Reason::AppUnsupported, cx);
@@ -252,6 +270,7 @@ impl<F> InspectorSet<F> {
             DNS => self.streams.error(view, &quoted, frame, cx),
             HTTP => self.http.error(view, &quoted, frame, cx),
             TLS => self.tls.error(view, &quoted, frame, cx),
+            KAFKA => self.kafka.error(view, &quoted, frame, cx),
             _ => {
                 self.unsupported += 1;
                 cx.sink.discard(frame, Reason::AppUnsupported);

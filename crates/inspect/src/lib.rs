@@ -25,6 +25,7 @@ mod expiry_queue;
 mod fragments;
 mod frames;
 mod http;
+mod kafka;
 mod metrics;
 mod packet;
 mod packet_builder;
@@ -40,10 +41,14 @@ pub use engine::{Engine, Limits, Stats};
 pub use evaluator::Inspectors;
 pub use fragments::{FragmentLimits, FragmentStats};
 pub use http::{GetBodies, HttpLimits, HttpStats, Paths};
+pub use kafka::{KafkaLimits, KafkaStats, TopicIds};
 pub use metrics::Metric;
 pub use packet::{PacketView, Route};
 pub use palisade_fqdn::{SniAddressIndex, TrackLimits, Unsolicited};
-pub use rules::{DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, Problem, Rules, TlsRules};
+pub use rules::{
+    DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, KafkaRules, KafkaVerdict, Problem, Rules,
+    TlsRules,
+};
 pub use sink::Sink;
 pub use tcp::{
     TcpLimits, TcpStats,

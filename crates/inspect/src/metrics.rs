@@ -2,9 +2,9 @@
 //! field.
 
 use palisade_fqdn::Unsolicited;
-use palisade_protocols::{dns, http1, tls};
+use palisade_protocols::{dns, http1, kafka, tls};
 
-use crate::{DnsStats, FragmentStats, HttpStats, Stats, TcpStats, TlsStats};
+use crate::{DnsStats, FragmentStats, HttpStats, KafkaStats, Stats, TcpStats, TlsStats};
 
 /// Name and kind of a counter or gauge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,7 +38,7 @@ impl Stats {
         metrics!(f, "inspection", self => Stats {
             so far: unsupported;
             now: ;
-            by hand: dns http tls fragments;
+            by hand: dns http tls kafka fragments;
         });
         metrics!(f, "dns", &self.dns => DnsStats {
             so far: queries denied too_many replies answers transferred committed fast_path uncommitted overdue not_held audited;
@@ -66,6 +66,14 @@ impl Stats {
         let kinds = tls::ParseError::ALL.iter().map(|kind| kind.text());
         each_kind("tls.malformed", kinds, &self.tls.malformed, f);
         each_of_tcp("tls.tcp", &self.tls.tcp, f);
+        metrics!(f, "kafka", &self.kafka => KafkaStats {
+            so far: requests denied unknown_topic_ids unknown_sessions responses topic_ids audited;
+            now: ;
+            by hand: tcp malformed;
+        });
+        let kinds = kafka::ParseError::ALL.iter().map(|kind| kind.text());
+        each_kind("kafka.malformed", kinds, &self.kafka.malformed, f);
+        each_of_tcp("kafka.tcp", &self.kafka.tcp, f);
         metrics!(f, "fragments", &self.fragments => FragmentStats {
             so far: fragments complete incomplete contradicting duplicates limited;
             now: held;

@@ -194,6 +194,11 @@ impl About {
         (!self.ingress).then(|| (self.endpoint, self.destination.0.into()))
     }
 
+    /// Returns the destination address and port of a packet of the client.
+    pub(crate) fn server(&self) -> (IpAddr, u16) {
+        (self.destination.0.into(), self.destination.1)
+    }
+
     /// Returns the fields for packets of the other direction.
     pub(crate) const fn turned(self) -> Self {
         Self {
@@ -297,6 +302,21 @@ pub enum What {
         length: Option<u64>,
         /// Configured header fields, as for a request.
         headers: Text,
+    },
+    /// A Kafka request, or the response to one.
+    Kafka {
+        /// API key.
+        key: i16,
+        /// API version.
+        version: i16,
+        /// Correlation id.
+        correlation: i32,
+        /// Error code: of the response, or of the one that denies the request; 0 for none.
+        error: i16,
+        /// First topic of the request, or the one that is denied; empty without topics.
+        topic: Text,
+        /// Client id of the request; empty in a response.
+        client: Text,
     },
     /// A packet that could not be inspected.
     Unreadable {

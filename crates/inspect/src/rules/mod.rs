@@ -1,6 +1,7 @@
 //! Application rules, prepared for matching.
 
 mod http;
+mod kafka;
 mod patterns;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -13,6 +14,7 @@ use palisade_model::{
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
 pub use http::{HttpDenial, HttpRules, HttpScratch, HttpVerdict};
+pub use kafka::{KafkaRules, KafkaVerdict};
 
 /// Application rules of a snapshot, prepared for matching.
 #[derive(Debug, Default)]
@@ -37,6 +39,7 @@ struct Prepared {
     dns: Arc<DnsRules>,
     tls: Arc<TlsRules>,
     http: Arc<HttpRules>,
+    kafka: Arc<KafkaRules>,
 }
 
 impl Rules {
@@ -65,6 +68,7 @@ impl Rules {
                         dns,
                         tls,
                         http: Arc::new(HttpRules::prepare(source, expression)),
+                        kafka: Arc::new(KafkaRules::prepare(source)),
                     }
                 }
             };
@@ -95,6 +99,12 @@ impl Rules {
     #[must_use]
     pub fn http(&self, ruleset: u32) -> Option<&HttpRules> {
         self.sets.get(&ruleset).map(|set| &*set.http)
+    }
+
+    /// Returns the Kafka rules of a rule set.
+    #[must_use]
+    pub fn kafka(&self, ruleset: u32) -> Option<&KafkaRules> {
+        self.sets.get(&ruleset).map(|set| &*set.kafka)
     }
 
     /// Returns the rule set from which the rules were prepared.

@@ -79,7 +79,10 @@ fn each_version_of_each_request_is_read_completely() {
         match topics_of(vector.key, vector.version) {
             Some(Topics::Read) => {
                 read += 1;
-                assert_eq!(topics(&request), Ok(vector.topics), "{name}");
+                let mut topics = topics(&request).unwrap();
+                // The heartbeat has names and a pattern, which stands for all topics.
+                topics.retain(|topic| topic != "*");
+                assert_eq!(topics, vector.topics, "{name}");
             }
             Some(Topics::None) => assert_eq!(vector.topics, [""; 0], "{name}"),
             Some(Topics::Unread) => {}

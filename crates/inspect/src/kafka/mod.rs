@@ -1,0 +1,106 @@
+//! Kafka: a request is forwarded if a rule allows it by its header, or each of its topics. A denied request gets a
+//! response of its own type, and the connection ends.
+
+mod config;
+mod exchange;
+mod topics;
+
+use std::sync::Arc;
+
+use crate::{
+    Millis, PacketView, Sink,
+    context::Cx,
+    record::About,
+    tcp::{Connections, Side, quote::QuotedSegment},
+};
+pub use config::{KafkaLimits, KafkaStats};
+use exchange::{Flow, KafkaStream};
+pub use topics::TopicIds;
+use topics::TopicNames;
+
+pub(crate) struct Kafka<F> {
+    max_request: usize,
+    connections: Connections<F, Flow>,
+    names: TopicNames,
+    stats: KafkaStats,
+}
+
+impl<F> Kafka<F> {
+    pub(crate) fn new(limits: &KafkaLimits) -> Self {
+        Self {
+            max_request: limits.max_request,
+            connections: Connections::new(&limits.tcp),
+            names: TopicNames::default(),
+            stats: KafkaStats::default(),
+        }
+    }
+
+    pub(crate) fn share(&mut self, topics: Arc<TopicIds>) {
+        self.names.share(topics);
+    }
+
+    pub(crate) fn stats(&self) -> KafkaStats {
+        KafkaStats {
+            tcp: self.connections.stats(),
+            ..self.stats
+        }
+    }
+
+    pub(crate) fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
+        let Self {
+            max_request,
+            connections,
+            names,
+            stats,
+        } = self;
+        connections.packet(
+            view,
+            frame,
+            Flow::default,
+            |flow| {
+                flow.about = Some(match Side::of(view.slot) {
+                    Side::Client => About::of(view),
+                    Side::Server => About::of(view).turned(),
+                });
+                KafkaStream {
+                    flow,
+                    slot: view.slot,
+                    max_request: *max_request,
+                    names,
+                    stats,
+                }
+            },
+            |left, _| left.may_go_on(view.slot),
+            cx,
+        );
+    }
+
+    /// Handles an ICMP error about a connection.
+    pub(crate) fn error<S: Sink<F>>(
+        &mut self,
+        view: &PacketView<'_>,
+        quoted: &QuotedSegment,
+        frame: F,
+        cx: &mut Cx<'_, F, S>,
+    ) {
+        self.connections.error(view, quoted, frame, cx);
+    }
+
+    pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        self.connections.tick(cx);
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Millis> {
+        self.connections.deadline()
+    }
+
+    pub(crate) fn forget<S: Sink<F>>(&mut self, endpoint: Option<u16>, cx: &mut Cx<'_, F, S>) {
+        if let Some(endpoint) = endpoint {
+            self.names.forget(endpoint);
+        }
+        self.connections.forget(endpoint, cx);
+    }
+}
+
+#[cfg(test)]
+mod tests;
