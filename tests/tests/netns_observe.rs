@@ -213,15 +213,14 @@ fn observe_and_monitor_follow_new_flows() {
 
 const INSPECTED: &str = "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
-metadata: {name: kafka-only}
+metadata: {name: parser-only}
 spec:
   endpointSelector: {matchLabels: {app: back}}
   ingress:
   - fromEndpoints: [{matchLabels: {app: front}}]
     toPorts:
     - ports: [{port: \"80\", protocol: TCP}]
-      rules:
-        kafka: [{topic: orders}]
+      rules: {l7proto: memcached, l7: [{command: get}]}
     - ports: [{port: \"81\", protocol: TCP}]
     - ports: [{port: \"82\", protocol: TCP}]
       rules:
@@ -264,7 +263,7 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     );
     let status = daemon.status().expect("status");
     for (reason, from, to, port) in [
-        (215, "front", "back", 80),
+        (216, "front", "back", 80),
         (216, "front", "far", 443),
         (189, "db", "back", 80),
         (133, "front", "far", 80),
@@ -297,16 +296,16 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
         }
     }
     let missing = status["missing_inspectors"].to_string();
-    for part in ["kafka", "listener", "default/kafka-only", "default/names"] {
+    for part in ["listener", "default/parser-only", "default/names"] {
         assert!(missing.contains(part), "{part}: {missing}");
     }
     // These have inspectors, which drop what is not their protocol.
-    for part in ["dns", "http", "tls"] {
+    for part in ["dns", "http", "kafka", "tls"] {
         assert!(!missing.contains(part), "{part}: {missing}");
     }
     let text = daemon.cli(&["status"]).expect("status").to_lowercase();
     assert!(
-        text.contains("kafka") && text.contains("default/kafka-only"),
+        text.contains("listener") && text.contains("default/parser-only"),
         "{text}"
     );
     let trace = [
@@ -315,7 +314,7 @@ fn flows_without_an_inspector_are_dropped_with_their_own_reason() {
     let out = daemon.try_cli(&trace).expect("trace");
     let text = String::from_utf8_lossy(&out.stdout);
     assert!(
-        out.status.code() == Some(1) && text.contains("inspected as kafka, which is not implemented"),
+        out.status.code() == Some(1) && text.contains("inspected as listener, which is not implemented"),
         "{text}"
     );
 }

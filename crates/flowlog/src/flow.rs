@@ -356,6 +356,9 @@ pub struct Extra {
     /// TLS ClientHello, for which the flow API has no type.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Box<Tls>>,
+    /// Client id of a Kafka request, for which the flow API has no field.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub client_id: String,
     /// Content length of an HTTP response, bytes, if its header has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_length: Option<u64>,
@@ -609,13 +612,37 @@ pub struct Layer7 {
     /// Time from the request to this response, ns; 0 for requests.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub latency_ns: u64,
-    /// DNS message. Both this field and `http` are absent if the message could not be parsed, or if the API has no type
-    /// for its protocol (see [`Extra::tls`]).
+    /// DNS message. This field, `http` and `kafka` are absent if the message could not be parsed, or if the API has no
+    /// type for its protocol (see [`Extra::tls`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
     /// HTTP message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http: Option<Http>,
+    /// Kafka message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kafka: Option<Kafka>,
+}
+
+/// Kafka message.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Kafka {
+    /// Error code of the response, or of the one that denies the request.
+    #[serde(skip_serializing_if = "is_default")]
+    pub error_code: i32,
+    /// API version.
+    #[serde(skip_serializing_if = "is_default")]
+    pub api_version: i32,
+    /// Name of the API key, or its number.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub api_key: Cow<'static, str>,
+    /// Correlation id.
+    #[serde(skip_serializing_if = "is_default")]
+    pub correlation_id: i32,
+    /// First topic of the request, or the one that is denied, with visible ASCII characters only.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub topic: String,
 }
 
 /// HTTP message.

@@ -264,6 +264,7 @@ fn l7_text(flow: &Flow) -> String {
     match &**l7 {
         Layer7 { dns: Some(dns), .. } => format!("dns-{side} {}", dns.observation_source),
         Layer7 { http: Some(_), .. } => format!("http-{side}"),
+        Layer7 { kafka: Some(_), .. } => format!("kafka-{side}"),
         _ if flow.palisade.tls.is_some() => format!("tls-{side}"),
         _ => format!("l7-{side}"),
     }

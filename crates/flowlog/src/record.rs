@@ -4,13 +4,13 @@ use std::{borrow::Cow, fmt::Write as _, net::IpAddr};
 
 use palisade_abi::{Reason, protocol};
 use palisade_inspect::record::{Record, Text, Verdict as Seen, What, Word};
-use palisade_protocols::dns::rtype;
+use palisade_protocols::{dns::rtype, kafka};
 
 use crate::{
     FlowResolver, Timestamp,
     flow::{
-        Dns, DropReason, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, L7Type, Layer4,
-        Layer7, NetworkInterface, TcpFlags, Tls, TrafficDirection, Verdict, event_type,
+        Dns, DropReason, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, Kafka, L7Type,
+        Layer4, Layer7, NetworkInterface, TcpFlags, Tls, TrafficDirection, Verdict, event_type,
     },
     resolve::{end, rule_of},
 };
@@ -78,6 +78,7 @@ impl Flow {
                 latency_ns: record.latency.map_or(0, |ms| u64::from(ms) * 1_000_000),
                 dns: read.dns,
                 http: read.http,
+                kafka: read.kafka,
             })),
             flow_type: FlowType::L7,
             node_name: names.node(),
@@ -106,6 +107,7 @@ impl Flow {
                 audit: verdict == Verdict::Audit,
                 protocol: record.protocol,
                 tls: read.tls,
+                client_id: read.client_id,
                 body_length: read.body_length,
                 ..Extra::default()
             },
@@ -125,6 +127,8 @@ impl Flow {
 struct Read {
     dns: Option<Dns>,
     http: Option<Http>,
+    kafka: Option<Kafka>,
+    client_id: String,
     tls: Option<Box<Tls>>,
     body_length: Option<u64>,
     summary: String,
@@ -247,6 +251,36 @@ fn read(record: &Record) -> Read {
                 ..Read::default()
             }
         }
+        What::Kafka {
+            key,
+            version,
+            correlation,
+            error,
+            topic,
+            client,
+        } => {
+            let kafka = Kafka {
+                error_code: (*error).into(),
+                api_version: (*version).into(),
+                api_key: kafka::api_name(*key).map_or_else(|| Cow::Owned(key.to_string()), Cow::Borrowed),
+                correlation_id: *correlation,
+                topic: visible(topic.bytes()),
+            };
+            let side = if record.reply { "response" } else { "request" };
+            let mut summary = format!(
+                "Kafka {side} {} v{version} correlation id {correlation} topic '{}'",
+                kafka.api_key, kafka.topic
+            );
+            if *error != 0 || record.reply {
+                let _ = write!(summary, " error {error}");
+            }
+            Read {
+                summary,
+                kafka: Some(kafka),
+                client_id: visible(client.bytes()),
+                ..Read::default()
+            }
+        }
         What::Unreadable { detail } => Read {
             summary: format!("Unreadable: {detail}"),
             ..Read::default()
@@ -274,6 +308,11 @@ fn http(status: u16, method: &Word, version: u8, url: &Text, headers: &Text) -> 
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Returns bytes of a peer as text. Bytes other than visible ASCII are escaped, so that they cannot control a terminal.
+fn visible(bytes: &[u8]) -> String {
+    bytes.escape_ascii().to_string()
 }
 
 /// Returns the usual name of a TLS version.

@@ -4,17 +4,18 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::{Inspector, Reason};
 use palisade_model::{
-    request::{Denial, HttpOptions, HttpRequest, Request, RequestEvaluator},
+    request::{Denial, HttpOptions, HttpRequest, KafkaRequest, Request, RequestEvaluator},
     snapshot::RuleSet,
 };
 use palisade_protocols::{
     dns::Name,
     http1::{self, Head, HeaderBuffer, ParseError},
+    kafka,
     tls::ServerName,
 };
 
 use crate::{
-    Rules,
+    KafkaVerdict, Rules,
     http::{has_refused_body, status_of},
     rules::HttpScratch,
     tls::evaluate_name,
@@ -47,6 +48,9 @@ impl RequestEvaluator for Inspectors {
             }
             Request { tls: Some(name), .. } if is_read_as(Inspector::Tls) => Some(server_name(&rules, name)),
             Request { dns: Some(name), .. } if is_read_as(Inspector::Dns) => Some(dns_name(&rules, name)),
+            Request {
+                kafka: Some(request), ..
+            } if is_read_as(Inspector::Kafka) => Some(kafka_request(&rules, request)),
             _ => None,
         }
     }
@@ -72,6 +76,34 @@ fn dns_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
         .parse()
         .map_err(|_| refused("not a valid DNS name", "no client can send it".into()))?;
     rules.evaluate(&name).ok_or(Denial::NoRule)
+}
+
+fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
+    let rules = rules.kafka(SET).ok_or(Denial::NoRule)?;
+    let version = request.api_version.unwrap_or_default();
+    let header = kafka::Header {
+        key: request.api_key,
+        version,
+        correlation: 0,
+        client: request.client_id.as_deref().map(str::as_bytes),
+    };
+    let allowed = match rules.judge(&header) {
+        KafkaVerdict::Allowed { rule, .. } => rule,
+        KafkaVerdict::ByTopics(rule) => {
+            let mut topics = request.topics.iter();
+            topics.try_fold(rule, |_, topic| {
+                rules.judge_topic(&header, topic.as_bytes()).ok_or(Denial::NoRule)
+            })?
+        }
+        KafkaVerdict::Denied => return Err(Denial::NoRule),
+    };
+    if request.api_key == kafka::PRODUCE && kafka::topics_of(kafka::PRODUCE, version).is_none() {
+        return Err(refused(
+            kafka::ParseError::Unknown.text(),
+            "its connection is reset".into(),
+        ));
+    }
+    Ok(allowed)
 }
 
 impl Inspectors {
@@ -143,7 +175,7 @@ fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
 mod tests {
     use palisade_model::{
         request::{GetBodies, Paths},
-        rule::{FqdnPattern, HttpRule},
+        rule::{FqdnPattern, HttpRule, KafkaRule},
         snapshot::{Alternative, Matcher},
     };
 
@@ -309,5 +341,37 @@ mod tests {
             assert_eq!(hello(name), Err(Denial::NoRule), "{name:?}");
         }
         assert!(matches!(hello("a%.example.com"), Err(Denial::Refused { .. })));
+    }
+
+    #[test]
+    fn kafka_requests_are_evaluated_by_key_and_topics() {
+        let rule = KafkaRule {
+            api_keys: vec![0, 3, 18],
+            topic: Some("orders".into()),
+            ..KafkaRule::default()
+        };
+        let asks = |api_key: i16, api_version: i16, topics: &[&str]| {
+            let request = Request {
+                kafka: Some(KafkaRequest {
+                    api_key,
+                    api_version: Some(api_version),
+                    topics: topics.iter().map(|topic| (*topic).into()).collect(),
+                    ..KafkaRequest::default()
+                }),
+                ..Request::default()
+            };
+            Inspectors::default()
+                .evaluate(
+                    &set(Inspector::Kafka, Matcher::Kafka(rule.clone())),
+                    &request,
+                    HttpOptions::default(),
+                )
+                .expect("the Kafka inspector reads it")
+        };
+        assert_eq!(asks(0, 9, &["orders"]), Ok(7));
+        assert_eq!(asks(0, 9, &["orders", "secret"]), Err(Denial::NoRule));
+        assert_eq!(asks(18, 3, &[]), Ok(7));
+        assert_eq!(asks(1, 12, &["orders"]), Err(Denial::NoRule));
+        assert_eq!(asks(3, 99, &["orders"]), Err(Denial::NoRule));
     }
 }

@@ -275,18 +275,18 @@ fn trace_decides_requests_and_server_names() {
 
 #[test]
 fn validate_reports_skipped_files() {
-    let kafka = READ.replace(
+    let unread = READ.replace(
         "{http: [{method: GET, path: '/public/.*', headers: ['X-Team: blue']}, {host: 'health[.]test'}]}",
-        "{kafka: [{topic: a}]}",
+        "{l7proto: memcached, l7: [{command: get}]}",
     );
-    let dir = folder(&[("read.yaml", READ), ("kafka.yaml", &kafka)]);
+    let dir = folder(&[("read.yaml", READ), ("unread.yaml", &unread)]);
     let validate = |file: &str| texts(&palisade(dir.path(), &["policy", "validate", file]));
     let (code, out, _) = validate("read.yaml");
     assert_eq!(code, Some(0), "{out}");
     assert_eq!(out, "1 file, 1 policy, 0 CIDR groups: 0 errors, 0 warnings\n");
-    let (code, out, _) = validate("kafka.yaml");
+    let (code, out, _) = validate("unread.yaml");
     assert_eq!(code, Some(0), "{out}");
-    assert!(out.contains("warning: Kafka is not inspected yet"), "{out}");
+    assert!(out.contains("warning: there is no such parser yet"), "{out}");
 }
 
 #[test]

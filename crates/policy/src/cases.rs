@@ -251,7 +251,7 @@ impl Number {
             Self::Text(text) => text
                 .parse()
                 .ok()
-                .or_else(|| crate::parse::kafka_api_key(text))
+                .or_else(|| palisade_protocols::kafka::api_key(text))
                 .ok_or_else(|| format!("{text:?} is not a number or an API key of Kafka")),
         }
     }

@@ -12,7 +12,10 @@ use palisade_model::{
     rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction},
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use palisade_protocols::http1::{re2, resolved};
+use palisade_protocols::{
+    http1::{re2, resolved},
+    kafka::{Topics, api_name, topics_of},
+};
 use regex::bytes::Regex;
 
 /// A [`RequestEvaluator`] without inspectors: every request is evaluated by [`passing_as`], and malformed requests are
@@ -194,7 +197,21 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
 }
 
 fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
-    (rule.api_keys.is_empty() || rule.api_keys.contains(&kafka.api_key))
+    if *rule == KafkaRule::default() {
+        return true;
+    }
+    let topic = rule.topic.as_ref().is_none_or(|topic| {
+        match topics_of(kafka.api_key, kafka.api_version.unwrap_or_default()) {
+            // Requests that cannot name a topic are not judged by it.
+            Some(Topics::None) => true,
+            Some(Topics::Read) => kafka.topics.first().is_none_or(|named| named == topic),
+            Some(Topics::Unread) | None => false,
+        }
+    });
+    // A rule with a condition does not allow requests whose API key is not known.
+    topic
+        && api_name(kafka.api_key).is_some()
+        && (rule.api_keys.is_empty() || rule.api_keys.contains(&kafka.api_key))
         && rule
             .api_version
             .is_none_or(|version| kafka.api_version == Some(version))
@@ -202,10 +219,6 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
             .client_id
             .as_ref()
             .is_none_or(|id| kafka.client_id.as_ref() == Some(id))
-        && rule
-            .topic
-            .as_ref()
-            .is_none_or(|topic| kafka.topics.first() == Some(topic))
 }
 
 /// Returns whether a pattern matches a server name. No pattern matches a ClientHello without a name (`name` is empty),
@@ -452,6 +465,20 @@ mod tests {
         let rules = set(vec![topic("a"), topic("b")]);
         assert!(passing(&rules, &request(&["a", "b"])).is_some());
         assert!(passing(&rules, &request(&["a", "c"])).is_none());
+        // A request that names no topic, an API key without topics, and one whose topics are not read.
+        let of_key = |api_key: i16| Request {
+            kafka: Some(KafkaRequest {
+                api_key,
+                ..KafkaRequest::default()
+            }),
+            ..Request::default()
+        };
+        assert!(passing(&rules, &of_key(3)).is_some());
+        assert!(passing(&rules, &of_key(12)).is_some());
+        assert!(passing(&rules, &of_key(43)).is_none());
+        assert!(passing(&rules, &of_key(200)).is_none());
+        let all = set(vec![Matcher::Kafka(KafkaRule::default())]);
+        assert!(passing(&all, &of_key(200)).is_some());
     }
 
     #[test]

@@ -481,7 +481,16 @@ fn request_text(request: &Request) -> Option<String> {
         });
     }
     let dns = request.dns.as_ref().map(|name| format!("a query for {name}"));
-    dns.or_else(|| request.kafka.as_ref().map(|_| "a Kafka request".into()))
+    let kafka = || {
+        let kafka = request.kafka.as_ref()?;
+        let name = palisade_protocols::kafka::api_name(kafka.api_key);
+        let name = name.map_or_else(|| format!("API key {}", kafka.api_key), str::to_owned);
+        Some(match kafka.topics.as_slice() {
+            [] => format!("the Kafka request {name}"),
+            topics => format!("the Kafka request {name} of {}", topics.join(", ")),
+        })
+    };
+    dns.or_else(kafka)
 }
 
 /// Returns what happens to the client or the connection if no rule allows the request.
@@ -489,6 +498,7 @@ const fn effect(request: &Request) -> &'static str {
     match request {
         Request { http: Some(_), .. } => "the client gets 403",
         Request { dns: Some(_), .. } => "the client gets REFUSED",
+        Request { kafka: Some(_), .. } => "the client gets an authorization error",
         _ => "the connection is reset",
     }
 }

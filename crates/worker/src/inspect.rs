@@ -70,7 +70,8 @@ impl Inspect for Engine<Handle> {
 
     fn flows(&self) -> u64 {
         let stats = self.stats();
-        stats.dns.tcp.connections + stats.http.tcp.connections + stats.tls.tcp.connections
+        let of_tcp = [stats.dns.tcp, stats.http.tcp, stats.tls.tcp, stats.kafka.tcp];
+        of_tcp.iter().map(|tcp| tcp.connections).sum()
     }
 
     fn metrics(&self, visit: &mut dyn FnMut(Metric, u64)) {

@@ -79,7 +79,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "protocol",
         "PROTOCOL",
-        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, tls, or a number",
+        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, kafka, tls, or a number",
     ),
     flag(
         "verdict",

@@ -48,6 +48,7 @@ impl FlowFilter {
                 ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.palisade.protocol,
                 ProtocolFilter::Dns => dns.is_some(),
                 ProtocolFilter::Http => http.is_some(),
+                ProtocolFilter::Kafka => flow.l7.as_ref().is_some_and(|l7| l7.kafka.is_some()),
                 ProtocolFilter::Tls => tls.is_some(),
             })
             && any(&self.http_status_code, |want| {

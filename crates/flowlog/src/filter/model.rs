@@ -113,6 +113,8 @@ pub(super) enum ProtocolFilter {
     Dns,
     /// HTTP messages of an inspector.
     Http,
+    /// Kafka messages of an inspector.
+    Kafka,
     /// TLS ClientHellos of an inspector.
     Tls,
 }

@@ -249,7 +249,7 @@ fn parse_port(text: &str) -> Result<PortRange> {
 }
 
 fn parse_protocol(text: &str) -> Result<Vec<ProtocolFilter>> {
-    use ProtocolFilter::{Dns, Http, Ip, Tls};
+    use ProtocolFilter::{Dns, Http, Ip, Kafka, Tls};
     let mut wanted = Vec::new();
     for name in text.split(',') {
         match name.trim().to_ascii_lowercase().as_str() {
@@ -261,9 +261,10 @@ fn parse_protocol(text: &str) -> Result<Vec<ProtocolFilter>> {
             "icmpv6" => wanted.push(Ip(protocol::ICMPV6)),
             "dns" => wanted.push(Dns),
             "http" => wanted.push(Http),
+            "kafka" => wanted.push(Kafka),
             "tls" => wanted.push(Tls),
             other => wanted.push(Ip(other.parse().map_err(
-                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, tls, or an IP protocol number",
+                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, kafka, tls, or an IP protocol number",
             )?)),
         }
     }

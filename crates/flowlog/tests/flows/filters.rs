@@ -243,7 +243,7 @@ fn errors_name_a_valid_value() {
         ("port", "65536", "0 to 65535"),
         ("port", "90-80", "80-90"),
         ("port", "80,", "missing"),
-        ("protocol", "kafka", "tcp, udp"),
+        ("protocol", "memcached", "tcp, udp"),
         ("verdict", "denied", "DROPPED"),
         ("drop-reason-desc", "policy", "POLICY_DENIED"),
         ("type", "verdict", "policy-verdict"),

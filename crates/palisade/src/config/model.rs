@@ -46,6 +46,8 @@ pub(crate) struct Config {
     pub dns: Dns,
     /// `[http]`.
     pub http: Http,
+    /// `[kafka]`.
+    pub kafka: Kafka,
     /// `[tls]`.
     pub tls: Tls,
     /// `[worker]`.
@@ -190,6 +192,15 @@ pub(crate) struct Http {
     pub head: http1::Limits,
     /// Names of the header fields that flows show, in lower case.
     pub record_headers: Vec<String>,
+}
+
+/// `[kafka]`: policies on Kafka requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kafka {
+    /// Longest request that is judged by its topics, bytes.
+    pub max_request: usize,
+    /// Time within which a request must be complete.
+    pub request_timeout: Duration,
 }
 
 /// `[tls]`: policies on server names.

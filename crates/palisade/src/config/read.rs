@@ -24,7 +24,7 @@ use super::{
     labels::{dns_name, namespace_labels, namespace_of, namespaces, own_labels},
     model::{
         Attachment, Config, DEFAULT_PIN_DIR, DEFAULT_SOCKET, DEFAULT_STATE_DIR, DenyAnswer, Dns, Endpoint,
-        Http, IngressHook, Interface, Limits, Node, OnFailure, Peer, Policy, TcHook, Timeouts, Tls,
+        Http, IngressHook, Interface, Kafka, Limits, Node, OnFailure, Peer, Policy, TcHook, Timeouts, Tls,
         WithoutPolicies, Worker, XdpMode,
     },
     reader::{At, Reader, Section},
@@ -46,6 +46,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         timeouts: timeouts(root.table("timeouts")),
         dns: dns(root.table("dns")),
         http: http(root.table("http")),
+        kafka: kafka(root.table("kafka")),
         tls: tls(root.table("tls")),
         worker: worker(root.table("worker")),
         interfaces: Vec::new(),
@@ -314,6 +315,21 @@ fn record_headers(section: &Section<'_, '_>) -> Vec<String> {
         }
     }
     names
+}
+
+fn kafka(section: Section<'_, '_>) -> Kafka {
+    const DEFAULT: usize = 2 << 20;
+    // A connection keeps a request of this length.
+    const MAX_REQUEST_BYTES: u64 = 16 << 20;
+    let max_request = section.integer("max_request", (64 << 10)..MAX_REQUEST_BYTES + 1);
+    let kafka = Kafka {
+        max_request: max_request
+            .and_then(|n| usize::try_from(n).ok())
+            .unwrap_or(DEFAULT),
+        request_timeout: handshake(&section, "request_timeout", 30),
+    };
+    section.finish();
+    kafka
 }
 
 fn tls(section: Section<'_, '_>) -> Tls {

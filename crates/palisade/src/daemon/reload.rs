@@ -82,6 +82,8 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("http", "max_head", restart!(http.head.block)),
     ("http", "max_line", restart!(http.head.line)),
     ("http", "record_headers", restart!(http.record_headers)),
+    ("kafka", "max_request", restart!(kafka.max_request)),
+    ("kafka", "request_timeout", restart!(kafka.request_timeout)),
     ("tls", "ech", restart!(tls.ech)),
     ("tls", "hello_timeout", restart!(tls.hello_timeout)),
     ("tls", "verify_sni_address", restart!(tls.verify_sni_address)),

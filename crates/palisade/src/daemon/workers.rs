@@ -16,7 +16,9 @@ use std::{
 use anyhow::Context as _;
 use palisade_abi::{Config as DatapathConfig, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
-use palisade_inspect::{Denial, Engine, Limits, Millis, Rules, SniAddressIndex, commit::CommitReceiver};
+use palisade_inspect::{
+    Denial, Engine, Limits, Millis, Rules, SniAddressIndex, TopicIds, commit::CommitReceiver,
+};
 use palisade_model::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
@@ -37,8 +39,10 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest number of workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
 /// Inspectors of a worker, as a bit mask: bit N is set for the [`Inspector`] with number N.
-pub(super) const INSPECTORS: u32 =
-    1 << Inspector::Http as u32 | 1 << Inspector::Dns as u32 | 1 << Inspector::Tls as u32;
+pub(super) const INSPECTORS: u32 = 1 << Inspector::Http as u32
+    | 1 << Inspector::Dns as u32
+    | 1 << Inspector::Tls as u32
+    | 1 << Inspector::Kafka as u32;
 /// Largest number of DNS answers of one worker that wait for their commit.
 const MAX_QUEUED_COMMITS: usize = 1_024;
 /// Largest number of records that wait to be read.
@@ -290,7 +294,13 @@ impl Workers {
 
 /// Returns the limits and options of the inspectors.
 fn limits(config: &Config) -> Limits {
-    let Config { dns, http, tls, .. } = config;
+    let Config {
+        dns,
+        http,
+        tls,
+        kafka,
+        ..
+    } = config;
     let milliseconds = |duration: Duration| duration.as_millis().try_into().unwrap_or(Millis::MAX);
     let mut limits = Limits::default();
     limits.dns.denial = match dns.deny_answer {
@@ -304,6 +314,8 @@ fn limits(config: &Config) -> Limits {
     limits.http.record_headers = http.record_headers.as_slice().into();
     limits.tls.tcp.deadline = milliseconds(tls.hello_timeout);
     limits.tls.ech = tls.ech;
+    limits.kafka = limits.kafka.with_max_request(kafka.max_request);
+    limits.kafka.tcp.deadline = milliseconds(kafka.request_timeout);
     limits
 }
 
@@ -334,6 +346,7 @@ fn start(
     let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
     let rules = Arc::<Rules>::default();
     let heartbeats = Arc::new(WorkerHeartbeats::new(workers));
+    let topic_ids = Arc::<TopicIds>::default();
     let (pool, commits, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,
@@ -343,6 +356,7 @@ fn start(
         port: socket_maker(wanted, &socket_map, &usable),
         engine: Arc::new(move |_| {
             let mut engine = Engine::<Handle>::new(&limits);
+            engine.share_topic_ids(Arc::clone(&topic_ids));
             if let Some(known) = &known {
                 engine.verify_server_names(Arc::clone(known));
             }

@@ -4,6 +4,7 @@ use palisade_model::rule::{
     FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
     TlsContext,
 };
+use palisade_protocols::kafka;
 
 use super::{
     fqdn::fqdn_selector,
@@ -72,9 +73,8 @@ fn not_inspected(l7: &L7) -> Option<(&'static str, &'static str)> {
         return Some(("originatingTLS", "TLS is not originated yet"));
     }
     match l7.rules {
-        L7Rules::Kafka(_) => Some(("rules", "Kafka is not inspected yet")),
         L7Rules::Generic { .. } => Some(("rules", "there is no such parser yet")),
-        L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::None => None,
+        L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::Kafka(_) | L7Rules::None => None,
     }
 }
 
@@ -279,51 +279,6 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
     })
 }
 
-/// Names of Kafka requests; the index is the API key of the protocol.
-const KAFKA_KEYS: [&str; 34] = [
-    "produce",
-    "fetch",
-    "offsets",
-    "metadata",
-    "leaderandisr",
-    "stopreplica",
-    "updatemetadata",
-    "controlledshutdown",
-    "offsetcommit",
-    "offsetfetch",
-    "findcoordinator",
-    "joingroup",
-    "heartbeat",
-    "leavegroup",
-    "syncgroup",
-    "describegroups",
-    "listgroups",
-    "saslhandshake",
-    "apiversions",
-    "createtopics",
-    "deletetopics",
-    "deleterecords",
-    "initproducerid",
-    "offsetforleaderepoch",
-    "addpartitionstotxn",
-    "addoffsetstotxn",
-    "endtxn",
-    "writetxnmarkers",
-    "txnoffsetcommit",
-    "describeacls",
-    "createacls",
-    "deleteacls",
-    "describeconfigs",
-    "alterconfigs",
-];
-
-/// Returns the API key of a Kafka request by its name; letter case is ignored.
-pub(crate) fn kafka_api_key(name: &str) -> Option<i16> {
-    let name = name.to_ascii_lowercase();
-    let at = KAFKA_KEYS.iter().position(|known| *known == name)?;
-    i16::try_from(at).ok()
-}
-
 /// API keys of the role `produce`: produce, metadata, apiversions.
 const PRODUCE: [i16; 3] = [0, 3, 18];
 /// API keys of the role `consume`: fetch, offsets, metadata, the requests of a consumer group, apiversions.
@@ -348,12 +303,12 @@ fn kafka_rule(at: At<'_>) -> Option<KafkaRule> {
         }
     }
     if let (Some(key), Some(at)) = (key, object.field("apiKey")) {
-        match kafka_api_key(key) {
+        match kafka::api_key(key) {
             Some(number) => api_keys.push(number),
             None => at.error(format!(
                 "unknown API key {}{}",
                 quoted(key),
-                hint(key, &KAFKA_KEYS)
+                hint(key, &kafka::api_names().collect::<Vec<_>>())
             )),
         }
     }

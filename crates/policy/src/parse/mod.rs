@@ -35,7 +35,6 @@ mod spec;
 mod tests;
 mod yaml;
 
-pub(crate) use l7::kafka_api_key;
 use node::Node;
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},

@@ -38,13 +38,11 @@ fn assert_http(rule: &str, expected: &str) {
     assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
-/// Asserts the one error of a Kafka rule, in addition to the warning about Kafka (at `rules`, column 48).
+/// Asserts the one error of a Kafka rule.
 #[track_caller]
 fn assert_kafka(rule: &str, expected: &str) {
     let rule = format!("toPorts: [{{ports: [{{port: '80', protocol: TCP}}], rules: {{kafka: [{rule}]}}}}]");
-    let warning = "7:61: warning: Kafka is not inspected yet; until then the traffic of these ports is dropped, with a \
-                   reason of its own";
-    assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[warning, expected]);
+    assert_diagnostics(&format!("  egress:\n  - {rule}\n"), &[expected]);
 }
 
 #[test]
