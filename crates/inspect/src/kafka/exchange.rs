@@ -575,7 +575,7 @@ impl KafkaStream<'_> {
             }
         });
         match kafka::deny(request, refused.error, &broker) {
-            Ok(denied) => Action::Respond(refused.reason, denied.response),
+            Ok(denied) => Action::RespondThenEnd(refused.reason, denied.response),
             Err(_) => Action::Abort(refused.reason),
         }
     }

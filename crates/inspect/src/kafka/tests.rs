@@ -156,6 +156,12 @@ impl Talk {
         }
     }
 
+    /// Lets the time pass after which a denied client gets the FIN.
+    fn wait(&mut self) {
+        self.engine.tick(1_000, &mut self.out);
+        self.deliver();
+    }
+
     fn records(&mut self) -> Vec<Record> {
         std::mem::take(&mut self.out.records)
     }
@@ -387,6 +393,12 @@ fn a_denied_produce_request_gets_error_29_and_is_not_forwarded() {
         assert_eq!(fields.take::<24>(), [0xff; 24]);
     }
     assert_eq!((fields.i32(), fields.0), (0, &[][..]));
+    assert_eq!(
+        talk.closed,
+        [false, true],
+        "the client reads the response before the end"
+    );
+    talk.wait();
     assert_eq!(talk.closed, [true, true]);
     assert!(!talk.reset);
     let records = talk.records();
@@ -455,6 +467,7 @@ fn pipelined_requests_get_responses_in_order() {
     let mut fields = Fields(&talk.got[1][answered.len()..]);
     fields.i32();
     assert_eq!(fields.i32(), 3);
+    talk.wait();
     assert_eq!(talk.closed, [true, true]);
     assert_eq!(
         talk.got[0], fine,
@@ -537,7 +550,7 @@ fn the_last_byte_of_a_request_waits_for_the_verdict() {
     let request = produce(1, 1, &["a", "secret"], 3000);
     talk.client(&request);
     assert!(talk.got[0].len() < request.len());
-    assert!(talk.closed[0], "the broker gets the end of the connection");
+    assert!(talk.closed[1], "the broker gets the end of the connection");
     assert_eq!(Fields(&talk.got[1][4..]).i32(), 1);
 }
 
@@ -768,6 +781,7 @@ fn a_change_of_the_rules_judges_the_next_request() {
     talk.ruleset = OTHER;
     talk.client(&produce(2, 1, &["a"], 3));
     assert_eq!(talk.got[0], produce(1, 1, &["a"], 3));
+    talk.wait();
     assert_eq!(talk.closed, [true, true]);
 }
 

@@ -28,6 +28,9 @@ pub(crate) enum Action {
     /// No further byte of this side is forwarded. This side gets the given bytes and a FIN, as if the other side had
     /// sent both after the bytes that it has sent so far. The other side gets a FIN too.
     Respond(Reason, Vec<u8>),
+    /// As `Respond`, but the FIN follows the bytes some time later. For clients that read until the end of the
+    /// connection and then drop what they have read.
+    RespondThenEnd(Reason, Vec<u8>),
 }
 
 /// State that an inspector keeps for a connection while the connection is inspected.

@@ -123,14 +123,30 @@ impl<F> Connection<F> {
                 false
             }
             Action::Respond(reason, bytes) => {
-                self.flush(side, cx);
-                self.split(side, cx);
-                let until = cx.now.saturating_add(cx.shared.limits.deadline / 2);
-                self.phase = Phase::Responding(Box::new(Response::new(reason, side, bytes, until)));
-                self.respond_when_due(cx);
+                self.begin_response(side, reason, bytes, false, cx);
+                false
+            }
+            Action::RespondThenEnd(reason, bytes) => {
+                self.begin_response(side, reason, bytes, true, cx);
                 false
             }
         }
+    }
+
+    /// Forwards what is judged, and responds to `side` once the other end's earlier bytes have arrived.
+    fn begin_response<S: Sink<F>>(
+        &mut self,
+        side: Side,
+        reason: Reason,
+        bytes: Vec<u8>,
+        holds_fin: bool,
+        cx: &mut TcpCx<'_, F, S>,
+    ) {
+        self.flush(side, cx);
+        self.split(side, cx);
+        let until = cx.now.saturating_add(cx.shared.limits.deadline / 2);
+        self.phase = Phase::Responding(Box::new(Response::new(reason, side, bytes, until, holds_fin)));
+        self.respond_when_due(cx);
     }
 
     /// Marks the next `n` bytes of one side as allowed, of which `available` have arrived. Sets an offload window, if

@@ -38,6 +38,8 @@ pub(super) struct Response {
     /// Receiver of the response.
     pub(super) to: Side,
     pub(super) bytes: Vec<u8>,
+    /// Whether the FIN is sent with the first retransmission, not with the response itself.
+    pub(super) holds_fin: bool,
     /// Position of the response in the stream to `to`.
     pub(super) start: Position,
     /// Position up to which the stream from `to` is acknowledged.
@@ -67,11 +69,12 @@ pub(super) struct Closing {
 
 impl Response {
     /// Returns a response that is sent at `again` at the latest.
-    pub(super) fn new(reason: Reason, to: Side, bytes: Vec<u8>, again: Millis) -> Self {
+    pub(super) fn new(reason: Reason, to: Side, bytes: Vec<u8>, again: Millis, holds_fin: bool) -> Self {
         Self {
             reason,
             to,
             bytes,
+            holds_fin,
             start: 0,
             next: 0,
             first: 0,

@@ -63,6 +63,7 @@ impl<F> Connection<F> {
             Phase::Responding(response) if response.again <= cx.now => self.respond(response, cx),
             Phase::Responded(mut response) if response.tries < TRIES && response.again <= cx.now => {
                 response.tries += 1;
+                response.holds_fin = false;
                 response.again = cx.now + (FIRST_TRY << response.tries);
                 if response.tries > 1 {
                     let is_ipv6 = self.link_to(response.to).is_some_and(|link| link.is_ipv6());
@@ -93,7 +94,7 @@ impl<F> Connection<F> {
                 seq: from.seq(at),
                 ack: Some(own.seq(response.next)),
                 window: from.window,
-                fin: later.is_empty(),
+                fin: later.is_empty() && !response.holds_fin,
                 timestamp,
                 payload,
                 ..OutSegment::default()

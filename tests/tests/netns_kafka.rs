@@ -1,0 +1,114 @@
+//! Kafka rules with a real broker and real clients.
+
+use std::net::SocketAddr;
+
+use palisade_testbed::{Daemon, topology::FAMILIES};
+use palisade_tests::{
+    fixtures::{
+        apps::{Apps, apps},
+        kafka::{Broker, client, packages},
+    },
+    setup::client_only,
+};
+
+const PORT: u16 = 9092;
+
+/// Allows one topic, in both roles.
+const RULES: &str = "      rules:
+        kafka:
+        - {role: produce, topic: orders}
+        - {role: consume, topic: orders}
+";
+
+/// Clients, and the name of the error that each shows for a denied topic.
+const LIBRARIES: [(&str, &str); 2] = [
+    ("confluent", "TOPIC_AUTHORIZATION_FAILED"),
+    ("kafka-python", "TopicAuthorizationFailedError"),
+];
+
+fn run(apps: &Apps, daemon: &Daemon, library: &str, action: &str, at: SocketAddr, topic: &str) -> String {
+    client(apps.ns("client"), library, action, at, topic, "hello")
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+}
+
+#[test]
+fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
+    packages().expect("the packages");
+    let apps = apps();
+    let brokers = FAMILIES.map(|family| {
+        let at = apps.at("internet", family, PORT);
+        let broker = Broker::start(apps.ns("internet"), at, &["orders", "secret"]).expect("broker");
+        (at, broker)
+    });
+    let mut daemon = client_only(&apps, &[PORT], RULES);
+    for (at, _) in &brokers {
+        // The broker writes its IPv6 address in brackets, which kafka-python takes for a name.
+        for (library, error) in LIBRARIES.into_iter().take(if at.is_ipv4() { 2 } else { 1 }) {
+            let asks = |action: &str, topic: &str| run(&apps, &daemon, library, action, *at, topic);
+            assert_eq!(
+                asks("produce", "orders"),
+                "ok",
+                "{library} {at}\n{}",
+                daemon.report()
+            );
+            assert_eq!(
+                asks("consume", "orders"),
+                "hello",
+                "{library} {at}\n{}",
+                daemon.report()
+            );
+            assert_eq!(
+                asks("produce", "secret"),
+                error,
+                "{library} {at}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    let filters = ["--protocol", "kafka", "--verdict", "dropped"];
+    let flows = daemon.wait_flows(&filters, "denied Kafka requests", |flows| !flows.is_empty());
+    let flows = flows.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    for flow in &flows {
+        let kafka = &flow["l7"]["kafka"];
+        let (topic, error) = (kafka["topic"].as_str(), kafka["error_code"].as_i64());
+        // librdkafka asks for telemetry, which is in no role.
+        let is_telemetry =
+            kafka["api_key"] == "gettelemetrysubscriptions" && (topic, error) == (None, Some(31));
+        assert!(
+            is_telemetry || (topic, error) == (Some("secret"), Some(29)),
+            "{flow:#}"
+        );
+    }
+    assert!(flows.iter().any(|flow| flow["l7"]["kafka"]["topic"] == "secret"));
+    let status = daemon.status().expect("status");
+    let counted = &status["workers"]["inspection"]["kafka"];
+    assert!(
+        counted["denied"].as_u64() > Some(0) && counted["requests"].as_u64() > Some(0),
+        "{status:#}"
+    );
+
+    // Nothing of the denied topic has reached the broker: the topic is empty for a client that no rule concerns.
+    for (at, _) in &brokers {
+        let read = |topic: &str| client(apps.ns("internet"), "confluent", "consume", *at, topic, "");
+        assert_eq!(read("orders").expect("consume"), "hello");
+        assert_eq!(read("secret").expect("consume"), "nothing");
+    }
+
+    daemon.kill9().expect("kill");
+    daemon.restart().expect("restart");
+    for (at, _) in &brokers {
+        let (library, error) = LIBRARIES[0];
+        assert_eq!(
+            run(&apps, &daemon, library, "produce", *at, "orders"),
+            "ok",
+            "{}",
+            daemon.report()
+        );
+        assert_eq!(
+            run(&apps, &daemon, library, "produce", *at, "secret"),
+            error,
+            "{}",
+            daemon.report()
+        );
+    }
+}
