@@ -25,6 +25,8 @@ fn what_an_inspector_refuses_is_denied_whatever_the_rules_say() {
 fn requests_of_the_other_case_files_are_judged_the_same() {
     let text = include_str!("../../../tests/cases/no-default-deny-with-application-rules.yaml");
     all_pass("no-default-deny-with-application-rules.yaml", text, 16);
+    let text = include_str!("../../../tests/cases/kafka-requests.yaml");
+    all_pass("kafka-requests.yaml", text, 10);
     let text = include_str!("../../../tests/cases/semantics.jsonl");
     all_pass("semantics.jsonl", text, 467);
 }
