@@ -513,7 +513,7 @@ impl KafkaStream<'_> {
         let header = &arrived.request.header;
         self.stats.denied += 1;
         let audit = self.is_audit();
-        let shown = kafka::deny(&arrived.request, error, &Broker::default()).map_or(0, |denied| denied.error);
+        let shown = kafka::denial_error(&arrived.request, error).unwrap_or_default();
         let verdict = if audit { Verdict::Audit } else { Verdict::Dropped };
         self.report(header, &facts, None, verdict, shown, cx);
         if audit {

@@ -21,7 +21,7 @@ pub use numbers::{
     PRODUCE, SASL_HANDSHAKE, SIZE, TOPIC_AUTHORIZATION_FAILED, UNKNOWN_TOPIC_ID,
 };
 pub use request::{Header, Request, message_length};
-pub use respond::{Broker, Denied, Outcome, deny, outcome};
+pub use respond::{Broker, Denied, Outcome, denial_error, deny, outcome};
 pub use table::{Topics, api_key, api_name, api_names, topics_of};
 pub use walk::{Item, TopicId, learned_topics};
 

@@ -14,6 +14,8 @@ use super::{
 
 /// Longest response that denies a request, bytes. A request whose response would be longer gets none.
 const MAX_RESPONSE: usize = 1 << 20;
+/// Maximum number of topics, partitions and groups of a request together that gets a response.
+pub(super) const MAX_PARTS: usize = 10_000;
 /// Node id of the broker in a denied Metadata response: none of the cluster, so that clients do not confuse them.
 const BROKER_ID: i32 = 1_000_000_000;
 
@@ -82,6 +84,35 @@ impl<'a> Parts<'a> {
     }
 }
 
+/// Returns the error code of the response that denies a request, without writing the response. `error`: see [`deny`].
+///
+/// # Errors
+/// The reason why there is no such response, as of [`deny`], except that the response may still be too long.
+pub fn denial_error(request: &Request<'_>, error: Option<i16>) -> Result<i16, ParseError> {
+    let api = table::find(request.header.key, request.header.version).ok_or(ParseError::Unknown)?;
+    if api.response.is_empty() {
+        return Err(ParseError::Unknown);
+    }
+    let (mut parts, mut is_about_topics) = (0_usize, false);
+    if !api.request.is_empty() {
+        request.walk(&mut |item| {
+            parts += usize::from(matches!(
+                item,
+                Item::Topic(_) | Item::TopicId(_) | Item::Partition(_) | Item::Group(_)
+            ));
+            is_about_topics |= matches!(item, Item::Topic(_) | Item::TopicId(_) | Item::AllTopics);
+        })?;
+    }
+    if parts > MAX_PARTS {
+        return Err(ParseError::TooLong);
+    }
+    Ok(error.unwrap_or(if is_about_topics {
+        TOPIC_AUTHORIZATION_FAILED
+    } else {
+        CLUSTER_AUTHORIZATION_FAILED
+    }))
+}
+
 /// Returns the response that denies a request. `error`: the code of the topics or, without topics, of the request;
 /// none for the authorization error that fits.
 ///
@@ -95,20 +126,12 @@ pub fn deny(request: &Request<'_>, error: Option<i16>, broker: &Broker) -> Resul
         correlation,
         ..
     } = request.header;
+    let error = denial_error(request, error)?;
     let api = table::find(key, version).ok_or(ParseError::Unknown)?;
-    if api.response.is_empty() {
-        return Err(ParseError::Unknown);
-    }
     let mut parts = Parts::default();
     if !api.request.is_empty() {
         request.walk(&mut |item| parts.add(item))?;
     }
-    let is_about_topics = !parts.topics.is_empty() || parts.is_all_topics;
-    let error = error.unwrap_or(if is_about_topics {
-        TOPIC_AUTHORIZATION_FAILED
-    } else {
-        CLUSTER_AUTHORIZATION_FAILED
-    });
     if error == FETCH_SESSION_ID_NOT_FOUND {
         parts.topics.clear();
     }
@@ -204,9 +227,12 @@ impl<'p> Writer<'p> {
             Resp::BrokerPort => self.out.extend(i32::from(self.broker.port).to_be_bytes()),
             Resp::Topics(fields) => {
                 let parts = self.parts;
-                let topics = move || parts.topics.iter().filter(move |topic| topic.groups == at.group);
-                self.count(topics().count());
-                for topic in topics() {
+                // The topics are in the order of their groups. A scan of all topics for each group would be quadratic.
+                let first = parts.topics.partition_point(|topic| topic.groups < at.group);
+                let end = parts.topics.partition_point(|topic| topic.groups <= at.group);
+                let topics = parts.topics.get(first..end).unwrap_or_default();
+                self.count(topics.len());
+                for topic in topics {
                     let at = At {
                         topic: Some(topic),
                         ..at

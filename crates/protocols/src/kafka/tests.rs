@@ -272,6 +272,34 @@ fn the_last_topic_of_a_produce_request_is_announced() {
 }
 
 #[test]
+fn a_request_with_too_many_parts_gets_no_response() {
+    // OffsetFetch 8: groups of an empty name, each with one topic of an empty name and no partitions.
+    let offset_fetch = |groups: usize| {
+        let count = groups as u32 + 1;
+        let mut body = vec![
+            count as u8 & 0x7f | 0x80,
+            (count >> 7) as u8 & 0x7f | 0x80,
+            (count >> 14) as u8,
+        ];
+        for _ in 0..groups {
+            body.extend([1, 2, 1, 1, 0, 0]);
+        }
+        body.extend([0, 0]);
+        request(9, 8, &body)
+    };
+    let denied = |groups| {
+        let message = offset_fetch(groups);
+        deny(&Request::parse(&message).unwrap(), None, &broker())
+    };
+    let most = respond::MAX_PARTS / 2;
+    // Behind size, correlation id, tags, throttle time and array length, each group has its own topic.
+    let response = denied(most).unwrap().response;
+    assert_eq!(response[15..23], [1, 2, 1, 1, 0, 0, 0, 0]);
+    assert_eq!(response.len(), 15 + 8 * most + 1);
+    assert_eq!(denied(most + 1), Err(ParseError::TooLong));
+}
+
+#[test]
 fn a_session_error_is_one_of_the_whole_response() {
     let vector = vectors()
         .into_iter()
