@@ -10,6 +10,7 @@ use palisade_protocols::kafka::{
 
 use super::{
     config::KafkaStats,
+    session::{Session, SessionTopics},
     topics::{Owner, TopicNames},
 };
 use crate::{
@@ -33,8 +34,6 @@ const MAX_HEADER: usize = 64 << 10;
 const PREFIX: usize = 4096;
 /// First bytes of a response that are held until its error code is known, bytes.
 const OUTCOME: usize = 256;
-/// Maximum length of the topic names of a fetch session together, bytes.
-const MAX_SESSION: usize = 64 << 10;
 
 /// A request that was forwarded and has no response.
 struct Pending {
@@ -44,13 +43,7 @@ struct Pending {
     topic: Text,
     since: Millis,
     /// Topics of the fetch session that the response may begin.
-    session: Option<Vec<Box<[u8]>>>,
-}
-
-/// A fetch session (KIP-227): later requests do not repeat its topics.
-struct Session {
-    id: i32,
-    topics: Vec<Box<[u8]>>,
+    session: Option<SessionTopics>,
 }
 
 /// A denied request. Its bytes stay unjudged, and the response is made from them when its turn comes.
@@ -129,7 +122,7 @@ struct Facts {
     /// First topic, or the one that is denied.
     topic: Text,
     /// Topics of the request, for a fetch session that it may begin or extend.
-    topics: Vec<Box<[u8]>>,
+    topics: SessionTopics,
 }
 
 /// Verdict on the topics of a request.
@@ -364,7 +357,6 @@ impl KafkaStream<'_> {
         let owner = self.owner();
         let names = &mut *self.names;
         let mut session = (0, 0);
-        let mut length = 0;
         request.walk(&mut |item| {
             let name = match item {
                 Item::Topic(name) => Some(name.into()),
@@ -405,16 +397,9 @@ impl KafkaStream<'_> {
                 }
             }
             if header.key == FETCH {
-                length += name.len();
-                if length <= MAX_SESSION {
-                    facts.topics.push((*name).into());
-                }
+                facts.topics.add(&name);
             }
         })?;
-        if length > MAX_SESSION {
-            // The session is then not known, and the client has to begin another one with each request.
-            facts.topics.clear();
-        }
         if let Some(topic) = denied {
             facts.topic = topic;
             if unknown {
@@ -425,25 +410,20 @@ impl KafkaStream<'_> {
         if let Some((id, epoch)) = facts.session
             && !matches!(epoch, 0 | -1)
         {
-            let known = self.flow.session.as_ref().filter(|session| session.id == id);
+            let known = self.flow.session.as_mut().filter(|session| session.id == id);
             let Some(session) = known else {
                 self.stats.unknown_sessions += 1;
                 return Ok(Judged::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
             };
-            // The rules may have changed since the session has begun.
-            let stranger = session
-                .topics
-                .iter()
-                .find(|topic| rules.judge_topic(header, topic).is_none());
-            if let Some(topic) = stranger {
-                facts.topic = Text::from(&**topic);
+            if let Some(topic) = session.denied_topic(rules, header) {
+                facts.topic = Text::from(topic);
                 self.stats.unknown_sessions += 1;
                 return Ok(Judged::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
             }
             if facts.topic.bytes().is_empty()
-                && let Some(topic) = session.topics.first()
+                && let Some(topic) = session.topics().first()
             {
-                facts.topic = Text::from(&**topic);
+                facts.topic = Text::from(topic);
             }
         }
         Ok(Judged::Allowed(allowed))
@@ -465,9 +445,16 @@ impl KafkaStream<'_> {
         }
         let mut begun = None;
         match facts.session {
-            Some((_, 0)) if !facts.topics.is_empty() => begun = Some(facts.topics),
+            // A session whose topics are not all kept stays unknown, and the client has to begin another one.
+            Some((_, 0)) if !facts.topics.is_empty() && facts.topics.is_complete() => {
+                begun = Some(facts.topics);
+            }
             Some((_, 0 | -1)) | None => {}
-            Some(_) => self.extend_session(facts.topics),
+            Some(_) => {
+                let session = self.flow.session.take();
+                self.flow.session =
+                    session.and_then(|mut session| session.extend(&facts.topics).then_some(session));
+            }
         }
         if (header.key, facts.acks) != (PRODUCE, Some(0)) {
             self.flow.pending.push_back(Pending {
@@ -483,19 +470,6 @@ impl KafkaStream<'_> {
             Action::Forward(arrived.whole)
         } else {
             Action::Bypass(arrived.whole as u64)
-        }
-    }
-
-    fn extend_session(&mut self, topics: Vec<Box<[u8]>>) {
-        if let Some(session) = &mut self.flow.session {
-            for topic in topics {
-                if !session.topics.contains(&topic) {
-                    session.topics.push(topic);
-                }
-            }
-            if session.topics.iter().map(|topic| topic.len()).sum::<usize>() > MAX_SESSION {
-                self.flow.session = None;
-            }
         }
     }
 
@@ -638,10 +612,7 @@ impl KafkaStream<'_> {
         if let (Some(topics), Some(id)) = (&pending.session, outcome.session)
             && id != 0
         {
-            self.flow.session = Some(Session {
-                id,
-                topics: topics.clone(),
-            });
+            self.flow.session = Some(Session::new(id, topics.clone()));
         }
         if let Some(about) = &self.flow.about {
             let what = What::Kafka {

@@ -3,6 +3,7 @@
 
 mod config;
 mod exchange;
+mod session;
 mod topics;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! Kafka rules, prepared for matching.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use foldhash::HashMap;
 use palisade_model::{
     rule::KafkaRule,
@@ -17,6 +19,7 @@ pub struct KafkaRules {
     groups: Vec<Group>,
     /// First alternative that allows everything, also requests with an unknown API key.
     everything: Option<Place>,
+    generation: u64,
 }
 
 /// Alternatives that differ only in the topic.
@@ -48,8 +51,12 @@ pub enum KafkaVerdict {
 }
 
 impl KafkaRules {
-    pub(super) fn prepare(set: &RuleSet) -> Self {
-        let mut rules = Self::default();
+    pub(crate) fn prepare(set: &RuleSet) -> Self {
+        static GENERATIONS: AtomicU64 = AtomicU64::new(1);
+        let mut rules = Self {
+            generation: GENERATIONS.fetch_add(1, Ordering::Relaxed),
+            ..Self::default()
+        };
         for (index, alternative) in set.alternatives.iter().enumerate() {
             let place = (index, alternative.rule);
             match &alternative.matcher {
@@ -64,6 +71,12 @@ impl KafkaRules {
             }
         }
         rules
+    }
+
+    /// Returns a number that differs between any two prepared rule sets of the process.
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.generation
     }
 
     fn add(&mut self, rule: &KafkaRule, place: Place) {
