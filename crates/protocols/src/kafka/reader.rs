@@ -149,6 +149,19 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// Skips tagged fields of at most `limit` bytes.
+    pub(super) fn skip_tags_within(&mut self, limit: usize) -> Result<(), ParseError> {
+        let Some((first, _)) = self.rest.split_at_checked(limit) else {
+            return self.skip_tags();
+        };
+        let mut tags = Self::new(first, self.flexible);
+        tags.skip_tags().map_err(|error| match error {
+            ParseError::Truncated => ParseError::TooLong,
+            other => other,
+        })?;
+        self.take(limit - tags.rest.len()).map(|_| ())
+    }
+
     /// Reads the size of a tagged field. It is a plain varint, without the offset of a compact length.
     fn compact_size(&mut self) -> Result<usize, ParseError> {
         usize::try_from(self.varint()?).map_err(|_| ParseError::Length)

@@ -7,6 +7,10 @@ use super::{
     table,
 };
 
+/// Longest tagged fields of a header, bytes. Kafka defines none for requests. An inspector reads the header of an
+/// incomplete request again with each packet, so the limit bounds the work for each packet.
+const MAX_HEADER_TAGS: usize = 4096;
+
 /// Header of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header<'a> {
@@ -47,7 +51,8 @@ impl<'a> Request<'a> {
     /// Parses the header of a request. `message`: the bytes behind the size, perhaps without their end.
     ///
     /// # Errors
-    /// [`ParseError::Truncated`] if the header is longer than `message`; other errors if it is malformed.
+    /// [`ParseError::Truncated`] if the header is longer than `message`; [`ParseError::TooLong`] if its tagged fields are
+    /// longer than the limit; other errors if it is malformed.
     pub fn parse(message: &'a [u8]) -> Result<Self, ParseError> {
         let mut body = Reader::new(message, false);
         let (key, version, correlation) = (body.i16()?, body.i16()?, body.i32()?);
@@ -62,7 +67,7 @@ impl<'a> Request<'a> {
         };
         if table::is_flexible(key, version) {
             body.set_flexible(true);
-            body.skip_tags()?;
+            body.skip_tags_within(MAX_HEADER_TAGS)?;
         }
         let header = Header {
             key,

@@ -239,6 +239,21 @@ fn the_header_version_follows_the_api_version() {
 }
 
 #[test]
+fn tagged_fields_of_a_header_have_a_limit() {
+    // Metadata 9 with a null client id, and one tagged field of `length` bytes behind a number, a tag and a size.
+    let parse = |length: usize, rest: usize| {
+        let mut message = b"\0\x03\0\x09\0\0\0\x01\xff\xff\x01\0".to_vec();
+        message.extend([length as u8 | 0x80, (length >> 7) as u8]);
+        message.resize(message.len() + length + rest, 0);
+        Request::parse(&message).map(|request| request.header.correlation)
+    };
+    for rest in [0, 1, 10_000] {
+        assert_eq!(parse(4096 - 4, rest), Ok(1), "{rest}");
+        assert_eq!(parse(4096 - 3, rest), Err(ParseError::TooLong), "{rest}");
+    }
+}
+
+#[test]
 fn other_protocols_are_told_by_their_first_bytes() {
     let length = |bytes: &[u8]| message_length(bytes, 8, MAX_REQUEST);
     assert_eq!(length(b"\x16\x03\x01\x02\0\x01"), Err(ParseError::NotKafka));
