@@ -147,13 +147,14 @@ impl KafkaStream<'_> {
         self.slot.flags & punt_flags::AUDIT != 0
     }
 
-    /// Returns the endpoint and server to which the topic ids of the connection belong.
+    /// Returns the owner of the topic ids of the connection.
     fn owner(&self) -> Owner {
-        let server = match &self.flow.about {
-            Some(about) if about.reaches().is_none() => 0,
-            _ => self.slot.remote_identity,
-        };
-        (self.slot.endpoint, server)
+        let about = self.flow.about.as_ref();
+        Owner {
+            endpoint: self.slot.endpoint,
+            ruleset: self.slot.ruleset,
+            is_server: about.is_some_and(|about| about.reaches().is_none()),
+        }
     }
 
     fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {

@@ -50,6 +50,8 @@ struct Talk {
     out: Out,
     ruleset: u32,
     flags: u8,
+    /// Identity of the broker.
+    broker: u32,
     /// Next sequence number of the client and of the broker.
     sent: [u32; 2],
     /// Bytes that have reached the other side.
@@ -89,6 +91,7 @@ impl Talk {
             out: Out::default(),
             ruleset: RULESET,
             flags: 0,
+            broker: 0,
             sent: [0, 0],
             got: [vec![], vec![]],
             closed: [false; 2],
@@ -115,6 +118,7 @@ impl Talk {
             ruleset: self.ruleset,
             rule: 3,
             flags: self.flags,
+            remote_identity: self.broker,
             ..PuntRequest::default()
         };
         let (engine, out) = (&mut self.engine, &mut self.out);
@@ -634,7 +638,6 @@ fn a_topic_id_is_judged_by_the_name_that_metadata_has_told() {
     assert_eq!(denied[4..20], [0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
     assert_eq!(denied[19..36][1..], other);
     assert_eq!(denied[36..43], [2, 0, 0, 0, 0, 0, 29]);
-    talk.sent = [0, 0];
     let mut talk = Talk::new();
     talk.client(&fetch_id(4, strange));
     assert_eq!(talk.got[0], b"");
@@ -644,6 +647,28 @@ fn a_topic_id_is_judged_by_the_name_that_metadata_has_told() {
         topic_of(&talk.records()[0]),
         "03030303-0303-0303-0303-030303030303"
     );
+}
+
+#[test]
+fn a_topic_id_is_known_at_all_brokers_of_a_rule_set() {
+    let shared = Arc::new(TopicIds::default());
+    let talk_to = |broker: u32, ruleset: u32| {
+        let mut talk = Talk::new();
+        talk.engine.share_topic_ids(shared.clone());
+        (talk.broker, talk.ruleset) = (broker, ruleset);
+        talk
+    };
+    let id = [1; 16];
+    let mut first = talk_to(1001, RULESET);
+    first.client(&head(METADATA, 12, 1).i8(0).i8(1).i8(0).i8(0).i8(0).framed());
+    first.server(&metadata_response(1, "b", id));
+    // A policy names the brokers by address, so each has an identity of its own.
+    let mut second = talk_to(1002, RULESET);
+    second.client(&fetch_id(2, id));
+    assert_eq!(second.got[0], fetch_id(2, id));
+    let mut other = talk_to(1002, OTHER);
+    other.client(&fetch_id(2, id));
+    assert_eq!(other.got[0], b"");
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Names of topic ids, from the Metadata responses of servers.
 //!
-//! A client asks one broker for the metadata and then names the topics by id to all brokers of the cluster. So the names
-//! are kept per endpoint and identity of the server, not per connection. A server of another identity cannot give an id
-//! a name that the rules of this server allow.
+//! A client asks one broker for the metadata and then names the topics by id to all brokers of the cluster. The brokers
+//! of a cluster can have different identities, for example if a policy names them by `toCIDR`. So the names are kept per
+//! endpoint and rule set, not per connection or identity. A server under another rule set cannot give an id a name that
+//! this rule set allows.
 
 use std::{
     collections::VecDeque,
@@ -15,15 +16,21 @@ use std::{
 use foldhash::HashMap;
 use palisade_protocols::kafka::TopicId;
 
-/// Maximum number of topic ids of one endpoint and server identity. The oldest one is removed for a new one.
+/// Maximum number of topic ids of one endpoint and rule set. The oldest one is removed for a new one.
 const MAX_PER_OWNER: usize = 4096;
 /// Maximum number of topic ids. New ones are not learned beyond it.
 const MAX_IDS: usize = 65_536;
 /// Longest name of a topic, bytes. Kafka allows 249.
 const MAX_NAME: usize = 255;
 
-/// Endpoint, and identity of the server; the identity is 0 if the endpoint is the server.
-pub(super) type Owner = (u16, u32);
+/// Connections that use the same names of topic ids.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Owner {
+    pub(super) endpoint: u16,
+    pub(super) ruleset: u32,
+    /// Whether the endpoint is the server. Servers to which it connects cannot give names to its own topics.
+    pub(super) is_server: bool,
+}
 
 /// Names of topic ids, shared by all workers.
 #[derive(Debug, Default)]
@@ -83,11 +90,11 @@ impl TopicIds {
     fn forget(&self, endpoint: u16) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let Known { owners, count } = &mut *known;
-        owners.retain(|(of, _), owned| {
-            if *of == endpoint {
+        owners.retain(|owner, owned| {
+            if owner.endpoint == endpoint {
                 *count -= owned.names.len();
             }
-            *of != endpoint
+            owner.endpoint != endpoint
         });
         self.generation.fetch_add(1, Ordering::Release);
     }
@@ -143,35 +150,48 @@ mod tests {
         id
     }
 
+    fn owner(endpoint: u16, ruleset: u32) -> Owner {
+        Owner {
+            endpoint,
+            ruleset,
+            is_server: false,
+        }
+    }
+
     #[test]
-    fn names_are_those_of_one_endpoint_and_server_identity() {
+    fn names_are_those_of_one_endpoint_rule_set_and_direction() {
         let shared = Arc::new(TopicIds::default());
         let (mut one, mut two) = (TopicNames::default(), TopicNames::default());
         one.share(shared.clone());
         two.share(shared);
-        one.learn((1, 7), id(1), b"a");
-        assert_eq!(two.name((1, 7), id(1)).as_deref(), Some(&b"a"[..]));
-        assert_eq!(two.name((2, 7), id(1)), None);
-        assert_eq!(two.name((1, 8), id(1)), None);
-        one.learn((1, 7), id(1), b"b");
-        assert_eq!(two.name((1, 7), id(1)).as_deref(), Some(&b"b"[..]));
+        one.learn(owner(1, 7), id(1), b"a");
+        assert_eq!(two.name(owner(1, 7), id(1)).as_deref(), Some(&b"a"[..]));
+        assert_eq!(two.name(owner(2, 7), id(1)), None);
+        assert_eq!(two.name(owner(1, 8), id(1)), None);
+        let served = Owner {
+            is_server: true,
+            ..owner(1, 7)
+        };
+        assert_eq!(two.name(served, id(1)), None);
+        one.learn(owner(1, 7), id(1), b"b");
+        assert_eq!(two.name(owner(1, 7), id(1)).as_deref(), Some(&b"b"[..]));
         one.forget(1);
-        assert_eq!(two.name((1, 7), id(1)), None);
+        assert_eq!(two.name(owner(1, 7), id(1)), None);
     }
 
     #[test]
     fn a_server_that_tells_many_ids_replaces_only_its_own() {
         let mut names = TopicNames::default();
-        names.learn((1, 1), id(0), b"a");
+        names.learn(owner(1, 1), id(0), b"a");
         for number in 0..=MAX_PER_OWNER as u32 {
-            names.learn((1, 2), id(number), b"b");
+            names.learn(owner(1, 2), id(number), b"b");
         }
-        assert!(names.name((1, 1), id(0)).is_some());
-        assert!(names.name((1, 2), id(0)).is_none());
-        assert!(names.name((1, 2), id(MAX_PER_OWNER as u32)).is_some());
-        for owner in 3..40 {
+        assert!(names.name(owner(1, 1), id(0)).is_some());
+        assert!(names.name(owner(1, 2), id(0)).is_none());
+        assert!(names.name(owner(1, 2), id(MAX_PER_OWNER as u32)).is_some());
+        for ruleset in 3..40 {
             for number in 0..MAX_PER_OWNER as u32 {
-                names.learn((1, owner), id(number), b"c");
+                names.learn(owner(1, ruleset), id(number), b"c");
             }
         }
         let known = names.shared.known.read().unwrap();
