@@ -50,6 +50,8 @@ pub(super) enum Req {
     List(&'static [Field<Req>]),
     /// Array of structures, or null.
     NullList(&'static [Field<Req>]),
+    /// Array of structures; empty or null for all topics.
+    AllIfEmpty(&'static [Field<Req>]),
     /// Array of structures, or null for all topics.
     AllList(&'static [Field<Req>]),
     /// A structure, or null: a byte that is negative for null.
@@ -1062,11 +1064,14 @@ static APIS: [Api; 93] = [
     ),
     plain(72, "pushtelemetry", 0, 0, ERROR_ONLY),
     unread(73, "assignreplicastodirs"),
-    plain(
+    // An empty list of types stands for all resources, also topics, and the types are not read.
+    api(
         74,
         "listconfigresources",
         1,
         0,
+        Unread,
+        &[],
         &[f(THROTTLE, 0), f(Resp::Error, 0), f(Resp::Empty, 0)],
     ),
     api(
@@ -1076,7 +1081,7 @@ static APIS: [Api; 93] = [
         0,
         Read,
         &[
-            f(Req::List(&[f(Req::Topic, 0)]), 0),
+            f(Req::AllIfEmpty(&[f(Req::Topic, 0)]), 0),
             f(Req::Skip(4), 0),
             f(Req::NullStruct(&[f(Req::Topic, 0), f(Req::Skip(4), 0)]), 0),
         ],

@@ -180,6 +180,24 @@ fn metadata_of_all_topics_is_told_from_that_of_none() {
 }
 
 #[test]
+fn a_description_of_no_topic_partitions_is_one_of_all_topics() {
+    // DescribeTopicPartitions 0: topics, limit, cursor (-1 for null), tags.
+    let topics = |body: &[u8]| topics_in(75, 0, body);
+    assert_eq!(topics(b"\x01\0\0\0\x64\xff\0"), Ok(vec!["*".into()]));
+    assert_eq!(topics(b"\x00\0\0\0\x64\xff\0"), Ok(vec!["*".into()]));
+    let cursor = b"\x01\0\0\0\x64\0\x02a\0\0\0\0\0\0";
+    assert_eq!(topics(cursor), Ok(vec!["*".into(), "a".into()]));
+    assert_eq!(topics(b"\x02\x02a\0\0\0\0\x64\xff\0"), Ok(vec!["a".into()]));
+}
+
+#[test]
+fn a_list_of_config_resources_passes_no_topic_rule() {
+    for version in [0, 1] {
+        assert_eq!(topics_of(74, version), Some(Topics::Unread), "{version}");
+    }
+}
+
+#[test]
 fn a_topic_without_name_and_id_is_refused() {
     let mut body = vec![2];
     body.extend([0; 16]);

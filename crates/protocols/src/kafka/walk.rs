@@ -166,6 +166,10 @@ impl<'a> Walker<'a, '_> {
                 let count = self.reader.count()?.unwrap_or_default();
                 self.list(count, fields)?;
             }
+            Req::AllIfEmpty(fields) => match self.reader.count()?.unwrap_or_default() {
+                0 => (self.found)(Item::AllTopics),
+                count => self.list(count, fields)?,
+            },
             Req::AllList(fields) => {
                 // Version 0 has no null: there the empty array stands for all topics.
                 let count = self
