@@ -67,7 +67,7 @@ impl Stats {
         each_kind("tls.malformed", kinds, &self.tls.malformed, f);
         each_of_tcp("tls.tcp", &self.tls.tcp, f);
         metrics!(f, "kafka", &self.kafka => KafkaStats {
-            so far: requests denied unknown_topic_ids unknown_sessions responses topic_ids audited;
+            so far: requests denied unknown_topic_ids unknown_sessions responses topic_ids contradicting_topic_ids audited;
             now: ;
             by hand: tcp malformed;
         });

@@ -61,6 +61,8 @@ pub struct KafkaStats {
     pub responses: u64,
     /// Topic ids that Metadata responses have told, also if they were known.
     pub topic_ids: u64,
+    /// Topic ids that Metadata responses have told with another name than a known one. The known name stays.
+    pub contradicting_topic_ids: u64,
     /// Malformed streams, by [`ParseError`].
     pub malformed: [u64; ParseError::ALL.len()],
     /// Requests and connections that were forwarded only because of audit mode.
@@ -77,6 +79,7 @@ impl Default for KafkaStats {
             unknown_sessions: 0,
             responses: 0,
             topic_ids: 0,
+            contradicting_topic_ids: 0,
             malformed: [0; _],
             audited: 0,
         }

@@ -11,7 +11,7 @@ use palisade_protocols::kafka::{
 use super::{
     config::KafkaStats,
     session::{Session, SessionTopics},
-    topics::{Owner, TopicNames},
+    topics::{MAX_OTHERS, MAX_PER_OWNER, Owner, Told, TopicNames},
 };
 use crate::{
     Millis, Sink,
@@ -587,12 +587,29 @@ impl KafkaStream<'_> {
             }
             let version = pending.version;
             let owner = self.owner();
-            let (names, stats) = (&*self.names, &mut *self.stats);
+            let rules = cx.rules.kafka(self.slot.ruleset);
+            let (mut told, mut others, mut count) = (Vec::new(), Vec::new(), 0);
             // A response that cannot be read to its end is the client's to refuse. It tells no names behind the fault.
             let _ = kafka::learned_topics(version, message, &mut |id, name| {
-                stats.topic_ids += 1;
-                names.learn(owner, id, name);
+                count += 1;
+                let is_in_rules = rules.is_some_and(|rules| rules.has_topic(name));
+                let (list, most) = if is_in_rules {
+                    (&mut told, MAX_PER_OWNER)
+                } else {
+                    (&mut others, MAX_OTHERS)
+                };
+                if list.len() < most {
+                    list.push(Told {
+                        id,
+                        name,
+                        is_in_rules,
+                    });
+                }
             });
+            // Names that rules have are learned first: the others get the room that is left.
+            told.append(&mut others);
+            self.stats.topic_ids += count;
+            self.stats.contradicting_topic_ids += self.names.learn(owner, &told);
         }
         let Some(pending) = self.flow.pending.pop_front() else {
             return self.malformed(ParseError::Unsolicited, cx);

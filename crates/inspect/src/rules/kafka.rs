@@ -152,6 +152,12 @@ impl KafkaRules {
         }
     }
 
+    /// Returns whether a rule has this topic.
+    #[must_use]
+    pub fn has_topic(&self, topic: &[u8]) -> bool {
+        self.groups.iter().any(|group| group.topics.contains_key(topic))
+    }
+
     /// Returns the rule that allows a request with this header to name `topic`.
     #[must_use]
     pub fn judge_topic(&self, header: &Header<'_>, topic: &[u8]) -> Option<u32> {
