@@ -212,7 +212,7 @@ impl KafkaStream<'_> {
             KafkaVerdict::ByTopics(rule) => self.by_topics(arrived, rules, rule, cx),
             // The body is read once, not with each packet.
             KafkaVerdict::Denied if !arrived.is_complete && arrived.whole <= self.max_request => {
-                self.wait(arrived.end, cx)
+                self.await_rest(arrived, cx)
             }
             KafkaVerdict::Denied => {
                 let mut facts = Facts::default();
@@ -296,11 +296,15 @@ impl KafkaStream<'_> {
         if arrived.whole > self.max_request {
             return self.malformed(ParseError::TooLong, cx);
         }
+        self.await_rest(arrived, cx)
+    }
+
+    /// Waits for the rest of an incomplete request. A broker handles a request when its last byte has arrived. All other
+    /// bytes may flow, so that a request longer than the receive window of the broker can be completed.
+    fn await_rest<F, S: Sink<F>>(&mut self, arrived: &Arrived<'_>, cx: &mut Cx<'_, F, S>) -> Action {
         if arrived.end {
             return self.malformed(ParseError::StreamEnds, cx);
         }
-        // A broker handles a request when its last byte has arrived. All others may flow, so that the window of the
-        // client does not have to hold the request.
         Action::ForwardUnjudged(SIZE + arrived.bytes.len())
     }
 
@@ -483,7 +487,7 @@ impl KafkaStream<'_> {
         cx: &mut Cx<'_, F, S>,
     ) -> Action {
         if !arrived.is_complete && arrived.whole <= self.max_request {
-            return self.wait(arrived.end, cx);
+            return self.await_rest(arrived, cx);
         }
         let header = &arrived.request.header;
         self.stats.denied += 1;

@@ -559,6 +559,25 @@ fn the_last_byte_of_a_request_waits_for_the_verdict() {
 }
 
 #[test]
+fn a_long_request_that_the_header_denies_gets_its_response() {
+    let mut talk = Talk::new();
+    // Its rules allow only Fetch.
+    talk.ruleset = OTHER;
+    let request = produce(1, 1, &["a"], 200_000);
+    let (rest, last) = request.split_at(request.len() - 1);
+    talk.client(rest);
+    assert_eq!(
+        talk.got[0].len(),
+        rest.len(),
+        "the receive window of the broker does not have to hold the request"
+    );
+    talk.client(last);
+    assert_eq!(talk.got[0].len(), rest.len());
+    assert_eq!(Fields(&talk.got[1][4..]).i32(), 1);
+    assert!(matches!(talk.records()[0].what, What::Kafka { error: 29, .. }));
+}
+
+#[test]
 fn the_client_id_and_unknown_keys_are_judged() {
     let named = |key: i16, version: i16, client: &str| {
         Message::default()
