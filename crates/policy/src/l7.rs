@@ -204,6 +204,7 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
         match topics_of(kafka.api_key, kafka.api_version.unwrap_or_default()) {
             // Requests that cannot name a topic are not judged by it.
             Some(Topics::None) => true,
+            Some(Topics::Admin) => rule.api_keys.contains(&kafka.api_key),
             Some(Topics::Read) => kafka.topics.first().is_none_or(|named| named == topic),
             Some(Topics::Unread) | None => false,
         }

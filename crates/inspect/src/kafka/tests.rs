@@ -20,6 +20,12 @@ use crate::{
 const RULESET: u32 = 4;
 const OTHER: u32 = 5;
 const EVERYTHING: u32 = 6;
+/// Rules of which one has a topic only, and one names an API key that administers the cluster.
+const ADMIN: u32 = 7;
+/// API key of AlterClientQuotas.
+const QUOTAS: i16 = 49;
+/// API key of AlterUserScramCredentials.
+const CREDENTIALS: i16 = 51;
 /// API key of InitProducerId.
 const INIT: i16 = 22;
 /// API key of Heartbeat.
@@ -79,6 +85,7 @@ impl Talk {
         let sets = BTreeMap::from([
             (RULESET, allowed),
             (OTHER, set(vec![rule(&[FETCH], Some("a"))])),
+            (ADMIN, set(vec![rule(&[], Some("a")), rule(&[QUOTAS], Some("b"))])),
             (EVERYTHING, set(vec![Matcher::Everything])),
         ]);
         let mut engine = Engine::new(&Limits {
@@ -613,6 +620,23 @@ fn the_client_id_and_unknown_keys_are_judged() {
         !passes(&named(PRODUCE, 99, "admin"), RULESET),
         "its acks are not known"
     );
+}
+
+#[test]
+fn a_rule_for_a_topic_does_not_allow_to_administer_the_cluster() {
+    let passes = |key: i16| {
+        let mut talk = Talk::new();
+        talk.ruleset = ADMIN;
+        let request = head(key, 0, 1).raw(&[0; 20]).framed();
+        talk.client(&request);
+        talk.got[0] == request
+    };
+    assert!(passes(HEARTBEAT) && passes(INIT), "clients of a topic need these");
+    assert!(passes(QUOTAS), "a rule names this key");
+    // Tokens, groups, credentials, features, brokers.
+    for key in [38, 39, 40, 42, 48, 50, CREDENTIALS, 57, 64, 67, i16::MIN, -1] {
+        assert!(!passes(key), "{key}");
+    }
 }
 
 #[test]

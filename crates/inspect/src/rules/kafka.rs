@@ -147,6 +147,18 @@ impl KafkaRules {
                 rule,
                 unrestricted: false,
             },
+            Some(Topics::Admin) => {
+                let naming = self
+                    .matching(header)
+                    .filter(|group| group.header.api_keys.contains(&header.key));
+                match naming.map(|group| group.first).min() {
+                    Some((_, rule)) => KafkaVerdict::Allowed {
+                        rule,
+                        unrestricted: false,
+                    },
+                    None => KafkaVerdict::Denied,
+                }
+            }
             Some(Topics::Read) => KafkaVerdict::ByTopics(rule),
             Some(Topics::Unread) | None => KafkaVerdict::Denied,
         }

@@ -7,6 +7,9 @@ use super::numbers::API_VERSIONS;
 pub enum Topics {
     /// No request of this key names a topic.
     None,
+    /// No request of this key names a topic, and requests administer the cluster. A rule for a topic without API keys
+    /// does not mean them.
+    Admin,
     /// Requests name topics, which the walker reports.
     Read,
     /// Requests may name topics in fields that the tables do not have. They pass only by rules for all topics.
@@ -184,6 +187,17 @@ const fn plain(
     response: &'static [Field<Resp>],
 ) -> Api {
     api(key, name, last, flexible, Topics::None, &[], response)
+}
+
+/// An API key whose requests administer the cluster and name no topic. `flexible`: first flexible version.
+const fn admin(
+    key: i16,
+    name: &'static str,
+    last: i16,
+    flexible: i16,
+    response: &'static [Field<Resp>],
+) -> Api {
+    api(key, name, last, flexible, Topics::Admin, &[], response)
 }
 
 const NEVER: i16 = i16::MAX;
@@ -399,7 +413,7 @@ static APIS: [Api; 93] = [
     unread(4, "leaderandisr"),
     unread(5, "stopreplica"),
     unread(6, "updatemetadata"),
-    plain(
+    admin(
         7,
         "controlledshutdown",
         3,
@@ -881,22 +895,22 @@ static APIS: [Api; 93] = [
             ),
         ],
     ),
-    plain(38, "createdelegationtoken", 3, 2, &[]),
-    plain(
+    admin(38, "createdelegationtoken", 3, 2, &[]),
+    admin(
         39,
         "renewdelegationtoken",
         2,
         2,
         &[f(Resp::Error, 0), f(Resp::Zeros(12), 0)],
     ),
-    plain(
+    admin(
         40,
         "expiredelegationtoken",
         2,
         2,
         &[f(Resp::Error, 0), f(Resp::Zeros(12), 0)],
     ),
-    plain(
+    admin(
         41,
         "describedelegationtoken",
         3,
@@ -908,7 +922,7 @@ static APIS: [Api; 93] = [
         "deletegroups",
         2,
         2,
-        Topics::None,
+        Topics::Admin,
         &[f(Req::Groups, 0)],
         &[
             f(THROTTLE, 0),
@@ -938,7 +952,7 @@ static APIS: [Api; 93] = [
             f(Resp::Topics(NAME_AND_ERRORS), 0),
         ],
     ),
-    plain(
+    admin(
         48,
         "describeclientquotas",
         1,
@@ -950,8 +964,8 @@ static APIS: [Api; 93] = [
             f(Resp::NullArray, 0),
         ],
     ),
-    plain(49, "alterclientquotas", 1, 1, &[]),
-    plain(
+    admin(49, "alterclientquotas", 1, 1, &[]),
+    admin(
         50,
         "describeuserscramcredentials",
         0,
@@ -963,13 +977,13 @@ static APIS: [Api; 93] = [
             f(Resp::Empty, 0),
         ],
     ),
-    plain(51, "alteruserscramcredentials", 0, 0, &[]),
+    admin(51, "alteruserscramcredentials", 0, 0, &[]),
     unread(52, "vote"),
     unread(53, "beginquorumepoch"),
     unread(54, "endquorumepoch"),
     unread(55, "describequorum"),
     unread(56, "alterpartition"),
-    plain(57, "updatefeatures", 2, 0, &[]),
+    admin(57, "updatefeatures", 2, 0, &[]),
     // The request contains another request.
     unread(58, "envelope"),
     unread(59, "fetchsnapshot"),
@@ -992,7 +1006,7 @@ static APIS: [Api; 93] = [
     unread(61, "describeproducers"),
     unread(62, "brokerregistration"),
     unread(63, "brokerheartbeat"),
-    plain(
+    admin(
         64,
         "unregisterbroker",
         0,
@@ -1012,7 +1026,7 @@ static APIS: [Api; 93] = [
             f(Resp::Empty, 0),
         ],
     ),
-    plain(
+    admin(
         67,
         "allocateproducerids",
         0,
