@@ -265,7 +265,7 @@ impl KafkaStream<'_> {
         }
         if header.key == FETCH {
             // The topics are not checked, so the session must not count as checked if the rules change.
-            self.flow.session = None;
+            self.forget_session();
             facts.session = None;
         }
         self.forward(arrived, facts, rule, Verdict::Forwarded, cx)
@@ -478,6 +478,14 @@ impl KafkaStream<'_> {
         }
     }
 
+    /// Forgets the fetch session of the connection, also one that an awaited response may begin.
+    fn forget_session(&mut self) {
+        self.flow.session = None;
+        for pending in &mut self.flow.pending {
+            pending.session = None;
+        }
+    }
+
     /// Denies a request that no rule allows, once it is complete: the response repeats its topics.
     fn denied<F, S: Sink<F>>(
         &mut self,
@@ -506,6 +514,10 @@ impl KafkaStream<'_> {
                     audit: true,
                 };
                 return Action::Offload;
+            }
+            if header.key == FETCH {
+                // The session at the broker may now have the denied topic, whose records later requests would get.
+                self.forget_session();
             }
             let facts = Facts {
                 session: None,

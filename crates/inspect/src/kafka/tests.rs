@@ -279,6 +279,17 @@ fn fetch(correlation: i32, session: (i32, i32), topics: &[&str]) -> Vec<u8> {
     body.i32(0).text("").framed()
 }
 
+/// Returns a Fetch response of version 11 without topics.
+fn fetched(correlation: i32, session: i32) -> Vec<u8> {
+    Message::default()
+        .i32(correlation)
+        .i32(0)
+        .i16(0)
+        .i32(session)
+        .i32(0)
+        .framed()
+}
+
 /// Returns a Fetch request of version 13, which names a topic by its id.
 fn fetch_id(correlation: i32, id: [u8; 16]) -> Vec<u8> {
     head(FETCH, 13, correlation)
@@ -716,22 +727,13 @@ fn a_topic_id_is_known_at_all_brokers_of_a_rule_set() {
 
 #[test]
 fn a_fetch_session_is_continued_only_with_its_topics() {
-    let answer = |correlation: i32, session: i32| {
-        Message::default()
-            .i32(correlation)
-            .i32(0)
-            .i16(0)
-            .i32(session)
-            .i32(0)
-            .framed()
-    };
     let mut talk = Talk::new();
     talk.client(&fetch(1, (0, 0), &["b"]));
-    talk.server(&answer(1, 55));
+    talk.server(&fetched(1, 55));
     talk.client(&fetch(2, (55, 1), &[]));
     assert!(talk.got[0].ends_with(&fetch(2, (55, 1), &[])));
     assert_eq!(topic_of(talk.records().last().unwrap()), "b");
-    talk.server(&answer(2, 55));
+    talk.server(&fetched(2, 55));
     // The rules no longer allow topic b.
     talk.ruleset = OTHER;
     talk.client(&fetch(3, (55, 2), &[]));
@@ -746,6 +748,31 @@ fn a_fetch_session_is_continued_only_with_its_topics() {
         (18, 4, 0, 70)
     );
     assert_eq!(talk.stats().unknown_sessions, 1);
+}
+
+#[test]
+fn a_fetch_session_to_which_audit_mode_lets_a_denied_topic_is_unknown() {
+    let (begin, more) = (fetch(1, (0, 0), &["b"]), fetch(2, (55, 1), &["secret"]));
+    let next = fetch(3, (55, 2), &[]);
+    // The denied topic comes behind the response that begins the session, or before it.
+    for is_early in [false, true] {
+        let mut talk = Talk::new();
+        talk.client(&begin);
+        if !is_early {
+            talk.server(&fetched(1, 55));
+        }
+        talk.flags = punt_flags::AUDIT;
+        talk.client(&more);
+        assert!(talk.got[0].ends_with(&more), "{is_early}");
+        if is_early {
+            talk.server(&fetched(1, 55));
+        }
+        talk.server(&fetched(2, 55));
+        talk.flags = 0;
+        talk.client(&next);
+        assert!(!talk.got[0].ends_with(&next), "{is_early}");
+        assert_eq!(talk.stats().unknown_sessions, 1, "{is_early}");
+    }
 }
 
 #[test]
