@@ -4,8 +4,8 @@ use std::{collections::VecDeque, fmt::Write as _};
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};
 use palisade_protocols::kafka::{
-    self, Broker, FETCH, FETCH_SESSION_ID_NOT_FOUND, Header, Item, MAX_REQUEST, METADATA, PRODUCE,
-    ParseError, Request, SASL_HANDSHAKE, SIZE, UNKNOWN_TOPIC_ID,
+    self, Broker, CONSUMER_GROUP_HEARTBEAT, FETCH, FETCH_SESSION_ID_NOT_FOUND, Header, Item, MAX_REQUEST,
+    METADATA, NOT_COORDINATOR, PRODUCE, ParseError, Request, SASL_HANDSHAKE, SIZE, UNKNOWN_TOPIC_ID,
 };
 
 use super::{
@@ -322,9 +322,13 @@ impl KafkaStream<'_> {
         let owner = self.owner();
         let names = &mut *self.names;
         let _ = first.walk(&mut |item| {
+            let of_id;
             let name = match item {
-                Item::Topic(name) => Some(name.into()),
-                Item::TopicId(id) => names.name(owner, id),
+                Item::Topic(name) => Some(name),
+                Item::TopicId(id) => {
+                    of_id = names.name(owner, id);
+                    of_id.as_deref()
+                }
                 Item::LastTopic => {
                     is_last = true;
                     return;
@@ -335,9 +339,9 @@ impl KafkaStream<'_> {
                 }
                 _ => return,
             };
-            let rule = name.as_ref().and_then(|name| rules.judge_topic(header, name));
+            let rule = name.and_then(|name| rules.judge_topic(header, name));
             if facts.topic.bytes().is_empty() {
-                facts.topic = Text::from(name.as_deref().unwrap_or_default());
+                facts.topic = Text::from(name.unwrap_or_default());
             }
             allowed = match (allowed, rule) {
                 (None | Some(Some(_)), Some(rule)) => Some(Some(rule)),
@@ -358,59 +362,68 @@ impl KafkaStream<'_> {
         facts: &mut Facts,
     ) -> Result<Judged, ParseError> {
         let header = &request.header;
-        let (mut denied, mut unknown, mut allowed) = (None, false, rule);
+        let (mut denied, mut unknown, mut allowed) = (None, None, rule);
         let owner = self.owner();
         let names = &mut *self.names;
         let mut session = (0, 0);
         request.walk(&mut |item| {
+            let of_id;
             let name = match item {
-                Item::Topic(name) => Some(name.into()),
-                Item::TopicId(id) => names.name(owner, id).or_else(|| {
-                    unknown = true;
-                    denied.get_or_insert_with(|| id_text(&id));
-                    None
-                }),
+                Item::Topic(name) => name,
+                Item::TopicId(id) => {
+                    of_id = names.name(owner, id);
+                    let Some(name) = &of_id else {
+                        unknown.get_or_insert_with(|| id_text(&id));
+                        return;
+                    };
+                    name
+                }
                 Item::AllTopics => {
                     denied.get_or_insert_with(|| Text::from(&b"*"[..]));
-                    None
+                    return;
                 }
                 Item::Acks(acks) => {
                     facts.acks = Some(acks);
-                    None
+                    return;
                 }
                 Item::SessionId(id) => {
                     session.0 = id;
-                    None
+                    return;
                 }
                 Item::SessionEpoch(epoch) => {
                     session.1 = epoch;
                     facts.session = Some(session);
-                    None
+                    return;
                 }
-                Item::Partition(_) | Item::Group(_) | Item::LastTopic => None,
-            };
-            let Some(name) = name else {
-                return;
+                Item::Partition(_) | Item::Group(_) | Item::LastTopic => return,
             };
             if facts.topic.bytes().is_empty() {
-                facts.topic = Text::from(&*name);
+                facts.topic = Text::from(name);
             }
-            match rules.judge_topic(header, &name) {
+            match rules.judge_topic(header, name) {
                 Some(rule) => allowed = rule,
                 None => {
-                    denied.get_or_insert_with(|| Text::from(&*name));
+                    denied.get_or_insert_with(|| Text::from(name));
                 }
             }
             if header.key == FETCH {
-                facts.topics.add(&name);
+                facts.topics.add(name);
             }
         })?;
+        self.stats.unknown_topic_ids += u64::from(unknown.is_some());
+        // A denied name stays denied, so the client must not ask for the names of the ids and try again.
         if let Some(topic) = denied {
             facts.topic = topic;
-            if unknown {
-                self.stats.unknown_topic_ids += 1;
-            }
-            return Ok(Judged::Denied(unknown.then_some(UNKNOWN_TOPIC_ID)));
+            return Ok(Judged::Denied(None));
+        }
+        if let Some(topic) = unknown {
+            facts.topic = topic;
+            let error = if header.key == CONSUMER_GROUP_HEARTBEAT {
+                NOT_COORDINATOR
+            } else {
+                UNKNOWN_TOPIC_ID
+            };
+            return Ok(Judged::Denied(Some(error)));
         }
         if let Some((id, epoch)) = facts.session
             && !matches!(epoch, 0 | -1)

@@ -7,7 +7,9 @@ use palisade_model::{
     rule::KafkaRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use palisade_protocols::kafka::{API_VERSIONS, FETCH, METADATA, PRODUCE, SASL_HANDSHAKE};
+use palisade_protocols::kafka::{
+    API_VERSIONS, CONSUMER_GROUP_HEARTBEAT, FETCH, METADATA, PRODUCE, SASL_HANDSHAKE,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -277,6 +279,18 @@ fn fetch(correlation: i32, session: (i32, i32), topics: &[&str]) -> Vec<u8> {
             .i32(100)
     });
     body.i32(0).text("").framed()
+}
+
+/// Returns a ConsumerGroupHeartbeat request of version 0 that subscribes to a topic and owns a partition of another one.
+fn group_heartbeat(correlation: i32, topic: &str, id: [u8; 16]) -> Vec<u8> {
+    head(CONSUMER_GROUP_HEARTBEAT, 0, correlation)
+        .raw(b"\0\x02g\x02m\0\0\0\x01\0\0\0\0\0\x01\x02")
+        .i8(topic.len() as i8 + 1)
+        .raw(topic.as_bytes())
+        .raw(b"\0\x02")
+        .raw(&id)
+        .raw(b"\x02\0\0\0\0\0\0")
+        .framed()
 }
 
 /// Returns a Fetch response of version 11 without topics.
@@ -723,6 +737,45 @@ fn a_topic_id_is_known_at_all_brokers_of_a_rule_set() {
     let mut other = talk_to(1002, OTHER);
     other.client(&fetch_id(2, id));
     assert_eq!(other.got[0], b"");
+}
+
+#[test]
+fn a_denied_name_beside_an_unknown_topic_id_gets_error_29() {
+    let errors = |topic: &str| {
+        let request = head(METADATA, 12, 1)
+            .raw(b"\0\x03")
+            .raw(&[3; 16])
+            .raw(b"\0\0")
+            .raw(&[0; 16])
+            .i8(topic.len() as i8 + 1)
+            .raw(topic.as_bytes())
+            .raw(&[0; 4])
+            .framed();
+        let mut talk = Talk::new();
+        talk.client(&request);
+        assert_eq!(talk.got[0], b"");
+        let record = talk.records()[0];
+        let What::Kafka { error, .. } = record.what else {
+            panic!("{record:?}")
+        };
+        (error, topic_of(&record))
+    };
+    assert_eq!(errors("secret"), (29, "secret".into()));
+    assert_eq!(errors("a"), (100, "03030303-0303-0303-0303-030303030303".into()));
+}
+
+#[test]
+fn a_group_heartbeat_with_an_unknown_topic_id_is_sent_again() {
+    let error = |topic: &str| {
+        let mut talk = Talk::new();
+        talk.ruleset = ADMIN;
+        talk.client(&group_heartbeat(1, topic, [3; 16]));
+        assert_eq!(talk.got[0], b"");
+        // Size, correlation id, tags, throttle time, error.
+        Fields(&talk.got[1][13..]).i16()
+    };
+    assert_eq!(error("a"), 16, "not the coordinator");
+    assert_eq!(error("secret"), 29);
 }
 
 #[test]

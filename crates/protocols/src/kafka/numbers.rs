@@ -15,9 +15,15 @@ pub const METADATA: i16 = 3;
 pub const SASL_HANDSHAKE: i16 = 17;
 /// API key of ApiVersions.
 pub const API_VERSIONS: i16 = 18;
+/// API key of ConsumerGroupHeartbeat.
+pub const CONSUMER_GROUP_HEARTBEAT: i16 = 68;
 /// API key of ControlledShutdown.
 pub(super) const CONTROLLED_SHUTDOWN: i16 = 7;
 
+/// Error code of a ConsumerGroupHeartbeat with a topic id without a name. Its response has no place for the error of a
+/// topic, and clients end the membership on codes that they do not expect there. With this one they ask for the
+/// coordinator and send the heartbeat again.
+pub const NOT_COORDINATOR: i16 = 16;
 /// Error code of a denied topic.
 pub const TOPIC_AUTHORIZATION_FAILED: i16 = 29;
 /// Error code of a denied request without topics.
