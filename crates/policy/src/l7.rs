@@ -14,7 +14,7 @@ use palisade_model::{
 };
 use palisade_protocols::{
     http1::{re2, resolved},
-    kafka::{Topics, api_name, topics_of},
+    kafka::{DESCRIBE_TOPIC_PARTITIONS, Topics, api_name, topics_of},
 };
 use regex::bytes::Regex;
 
@@ -205,7 +205,11 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
             // Requests that cannot name a topic are not judged by it.
             Some(Topics::None) => true,
             Some(Topics::Admin) => rule.api_keys.contains(&kafka.api_key),
-            Some(Topics::Read) => kafka.topics.first().is_none_or(|named| named == topic),
+            Some(Topics::Read) => match kafka.topics.first() {
+                Some(named) => named == topic,
+                // Without names this request is about all topics.
+                None => kafka.api_key != DESCRIBE_TOPIC_PARTITIONS,
+            },
             Some(Topics::Unread) | None => false,
         }
     });
@@ -477,6 +481,9 @@ mod tests {
         assert!(passing(&rules, &of_key(3)).is_some());
         assert!(passing(&rules, &of_key(12)).is_some());
         assert!(passing(&rules, &of_key(43)).is_none());
+        // One that is about all topics, and one that administers the cluster.
+        assert!(passing(&rules, &of_key(75)).is_none());
+        assert!(passing(&rules, &of_key(51)).is_none());
         assert!(passing(&rules, &of_key(200)).is_none());
         let all = set(vec![Matcher::Kafka(KafkaRule::default())]);
         assert!(passing(&all, &of_key(200)).is_some());

@@ -17,6 +17,8 @@ pub const SASL_HANDSHAKE: i16 = 17;
 pub const API_VERSIONS: i16 = 18;
 /// API key of ConsumerGroupHeartbeat.
 pub const CONSUMER_GROUP_HEARTBEAT: i16 = 68;
+/// API key of DescribeTopicPartitions.
+pub const DESCRIBE_TOPIC_PARTITIONS: i16 = 75;
 /// API key of ControlledShutdown.
 pub(super) const CONTROLLED_SHUTDOWN: i16 = 7;
 
