@@ -1,6 +1,6 @@
 //! Parser of Kafka requests, and writer of responses that deny them.
 //!
-//! [`Header::parse`] reads the header of a request. [`Request::walk`] reads its body and reports the topics that it
+//! [`Request::parse`] reads the header of a request. [`Request::walk`] reads its body and reports the topics that it
 //! names. [`deny`] writes a response of the same type and version with an error code. The tables of messages are in
 //! `table`; a version that the tables do not have is refused, because its fields are not known.
 //!
