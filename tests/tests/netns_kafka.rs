@@ -6,9 +6,9 @@ use palisade_testbed::{Daemon, topology::FAMILIES};
 use palisade_tests::{
     fixtures::{
         apps::{Apps, apps},
-        kafka::{Broker, client, packages},
+        kafka::{Broker, Teller, client, ids, packages},
     },
-    setup::client_only,
+    setup::{client_only, daemon_with, tables},
 };
 
 const PORT: u16 = 9092;
@@ -110,5 +110,83 @@ fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
             "{}",
             daemon.report()
         );
+    }
+}
+
+/// Returns a policy for egress of `client`: for each list of ports a rule that allows the topic `orders`.
+fn rules_for(peers: &str, ports: &[&[u16]]) -> String {
+    let rules: String = ports
+        .iter()
+        .map(|ports| {
+            let ports: Vec<_> = ports
+                .iter()
+                .map(|port| format!("{{port: \"{port}\", protocol: TCP}}"))
+                .collect();
+            format!(
+                "  - {peers}\n    toPorts:\n    - ports: [{}]\n{RULES}",
+                ports.join(", ")
+            )
+        })
+        .collect();
+    format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: client}}\nspec:\n  endpointSelector: \
+         {{matchLabels: {{app: client}}}}\n  egress:\n{rules}"
+    )
+}
+
+#[test]
+fn a_false_name_of_a_topic_id_does_not_allow_a_topic_of_another_broker() {
+    const OTHER: u16 = 9093;
+    const FALSE: u16 = 9094;
+    packages().expect("the packages");
+    let apps = apps();
+    let internet = apps.ns("internet");
+    let at = |port| apps.at("internet", FAMILIES[0], port);
+    let _brokers =
+        [PORT, OTHER].map(|port| Broker::start(internet, at(port), &["orders", "secret"]).expect("broker"));
+    let id = |port, topic| ids(internet, "id", at(port), topic).expect("id");
+    let [orders, others] = [PORT, OTHER].map(|port| id(port, "orders"));
+    let secret = id(OTHER, "secret");
+    assert_ne!(orders, others);
+    let _false = Teller::start(internet, at(FALSE), "orders", &secret).expect("server");
+    assert_eq!(ids(internet, "fetch", at(OTHER), &secret).expect("fetch"), "0");
+
+    let (world, prefix) = ("toEntities: [all]", "toCIDR: [198.51.100.0/24]");
+    let (one, two): (&[&[u16]], &[&[u16]]) = (&[&[PORT, OTHER, FALSE]], &[&[PORT, OTHER], &[FALSE]]);
+    let strict = "[kafka]\nshare_topic_ids = false\n";
+    for (peers, ports, options, fetched) in [
+        (world, one, "", "100"),
+        (prefix, two, "", "100"),
+        (prefix, one, strict, "100"),
+        // The rule names brokers that share their names, so the false name counts.
+        (prefix, one, "", "0"),
+    ] {
+        let daemon = daemon_with(
+            &apps.topology,
+            &tables(options),
+            &[("client.yaml", &rules_for(peers, ports))],
+        );
+        let asks = |action: &str, port, argument: &str| {
+            ids(apps.ns("client"), action, at(port), argument)
+                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+        };
+        let case = format!("{peers} {ports:?} {options}");
+        assert_eq!(
+            asks("fetch", OTHER, &secret),
+            "100",
+            "{case}: no server has told the name"
+        );
+        assert_eq!(asks("id", FALSE, "orders"), secret, "{case}");
+        assert_eq!(
+            asks("fetch", OTHER, &secret),
+            fetched,
+            "{case}\n{}",
+            daemon.report()
+        );
+        for (port, id) in [(PORT, &orders), (OTHER, &others)] {
+            assert_eq!(&asks("id", port, "orders"), id, "{case}");
+            assert_eq!(asks("fetch", port, id), "0", "{case}\n{}", daemon.report());
+        }
+        assert_eq!(asks("id", OTHER, "secret"), "0".repeat(32), "{case}");
     }
 }

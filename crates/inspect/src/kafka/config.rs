@@ -11,6 +11,9 @@ pub struct KafkaLimits {
     pub tcp: TcpLimits,
     /// Longest request that is judged by its topics, bytes, and longest Metadata response whose topic ids are learned.
     pub max_request: usize,
+    /// Whether the name of a topic id that one server tells counts at other servers under the same rules, except servers in
+    /// the world.
+    pub share_topic_ids: bool,
 }
 
 impl KafkaLimits {
@@ -21,6 +24,7 @@ impl KafkaLimits {
         const ROOM: usize = 64 << 10;
         Self {
             max_request,
+            share_topic_ids: self.share_topic_ids,
             tcp: TcpLimits {
                 bytes_per_direction: max_request.saturating_add(ROOM),
                 ..self.tcp
@@ -38,6 +42,7 @@ impl Default for KafkaLimits {
                 ..TcpLimits::default()
             },
             max_request: 0,
+            share_topic_ids: true,
         };
         // Clients send requests of a little more than 1 MiB by default (`max.request.size`, `message.max.bytes`).
         limits.with_max_request(2 << 20)
@@ -61,7 +66,7 @@ pub struct KafkaStats {
     pub responses: u64,
     /// Topic ids that Metadata responses have told, also if they were known.
     pub topic_ids: u64,
-    /// Topic ids that Metadata responses have told with another name than a known one. The known name stays.
+    /// Topic ids that Metadata responses have told with another name than a known one.
     pub contradicting_topic_ids: u64,
     /// Malformed streams, by [`ParseError`].
     pub malformed: [u64; ParseError::ALL.len()],

@@ -1,8 +1,8 @@
 //! One Kafka connection: the requests that wait for a response, the fetch session, and the verdicts.
 
-use std::{collections::VecDeque, fmt::Write as _};
+use std::{collections::VecDeque, fmt::Write as _, net::SocketAddr};
 
-use palisade_abi::{PuntRequest, Reason, punt_flags};
+use palisade_abi::{PuntRequest, Reason, identity, punt_flags};
 use palisade_protocols::kafka::{
     self, Broker, CONSUMER_GROUP_HEARTBEAT, FETCH, FETCH_SESSION_ID_NOT_FOUND, Header, Item, MAX_REQUEST,
     METADATA, NOT_COORDINATOR, PRODUCE, ParseError, Request, SASL_HANDSHAKE, SIZE, UNKNOWN_TOPIC_ID,
@@ -11,7 +11,7 @@ use palisade_protocols::kafka::{
 use super::{
     config::KafkaStats,
     session::{Session, SessionTopics},
-    topics::{MAX_OTHERS, MAX_PER_OWNER, Owner, Told, TopicNames},
+    topics::{Owner, Told, TopicNames},
 };
 use crate::{
     Millis, Sink,
@@ -99,6 +99,7 @@ pub(super) struct KafkaStream<'a> {
     pub(super) flow: &'a mut Flow,
     pub(super) slot: &'a PuntRequest,
     pub(super) max_request: usize,
+    pub(super) share_topic_ids: bool,
     pub(super) names: &'a mut TopicNames,
     pub(super) stats: &'a mut KafkaStats,
 }
@@ -147,14 +148,22 @@ impl KafkaStream<'_> {
         self.slot.flags & punt_flags::AUDIT != 0
     }
 
-    /// Returns the owner of the topic ids of the connection.
-    fn owner(&self) -> Owner {
-        let about = self.flow.about.as_ref();
-        Owner {
+    /// Returns the owner of the topic ids of the connection, and the address of the server.
+    fn owner(&self) -> Option<(Owner, SocketAddr)> {
+        let about = self.flow.about.as_ref()?;
+        let server = about.server().into();
+        let is_server = about.reaches().is_none();
+        let is_world = matches!(
+            self.slot.remote_identity,
+            identity::WORLD | identity::WORLD_IPV4 | identity::WORLD_IPV6
+        );
+        let owner = Owner {
             endpoint: self.slot.endpoint,
             ruleset: self.slot.ruleset,
-            is_server: about.is_some_and(|about| about.reaches().is_none()),
-        }
+            is_server,
+            only: (!is_server && (is_world || !self.share_topic_ids)).then_some(server),
+        };
+        Some((owner, server))
     }
 
     fn client<F, S: Sink<F>>(&mut self, bytes: &[u8], end: bool, cx: &mut Cx<'_, F, S>) -> Action {
@@ -326,7 +335,7 @@ impl KafkaStream<'_> {
             let name = match item {
                 Item::Topic(name) => Some(name),
                 Item::TopicId(id) => {
-                    of_id = names.name(owner, id);
+                    of_id = owner.and_then(|(owner, server)| names.name(owner, server, id));
                     of_id.as_deref()
                 }
                 Item::LastTopic => {
@@ -371,7 +380,7 @@ impl KafkaStream<'_> {
             let name = match item {
                 Item::Topic(name) => name,
                 Item::TopicId(id) => {
-                    of_id = names.name(owner, id);
+                    of_id = owner.and_then(|(owner, server)| names.name(owner, server, id));
                     let Some(name) = &of_id else {
                         unknown.get_or_insert_with(|| id_text(&id));
                         return;
@@ -615,30 +624,23 @@ impl KafkaStream<'_> {
                 return Action::ForwardUnjudged(bytes.len());
             }
             let version = pending.version;
-            let owner = self.owner();
             let rules = cx.rules.kafka(self.slot.ruleset);
-            let (mut told, mut others, mut count) = (Vec::new(), Vec::new(), 0);
-            // A response that cannot be read to its end is the client's to refuse. It tells no names behind the fault.
-            let _ = kafka::learned_topics(version, message, &mut |id, name| {
-                count += 1;
-                let is_in_rules = rules.is_some_and(|rules| rules.has_topic(name));
-                let (list, most) = if is_in_rules {
-                    (&mut told, MAX_PER_OWNER)
-                } else {
-                    (&mut others, MAX_OTHERS)
-                };
-                if list.len() < most {
-                    list.push(Told {
-                        id,
-                        name,
-                        is_in_rules,
+            let mut count = 0;
+            if let Some((owner, server)) = self.owner() {
+                self.stats.contradicting_topic_ids += self.names.learn(owner, server, |learn| {
+                    // A response that cannot be read to its end is the client's to refuse. It tells no names behind the
+                    // fault.
+                    let _ = kafka::learned_topics(version, message, &mut |id, name| {
+                        count += 1;
+                        learn(Told {
+                            id,
+                            name,
+                            is_in_rules: rules.is_some_and(|rules| rules.has_topic(name)),
+                        });
                     });
-                }
-            });
-            // Names that rules have are learned first: the others get the room that is left.
-            told.append(&mut others);
+                });
+            }
             self.stats.topic_ids += count;
-            self.stats.contradicting_topic_ids += self.names.learn(owner, &told);
         }
         let Some(pending) = self.flow.pending.pop_front() else {
             return self.malformed(ParseError::Unsolicited, cx);

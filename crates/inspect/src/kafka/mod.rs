@@ -21,6 +21,7 @@ use topics::TopicNames;
 
 pub(crate) struct Kafka<F> {
     max_request: usize,
+    share_topic_ids: bool,
     connections: Connections<F, Flow>,
     names: TopicNames,
     stats: KafkaStats,
@@ -30,6 +31,7 @@ impl<F> Kafka<F> {
     pub(crate) fn new(limits: &KafkaLimits) -> Self {
         Self {
             max_request: limits.max_request,
+            share_topic_ids: limits.share_topic_ids,
             connections: Connections::new(&limits.tcp),
             names: TopicNames::default(),
             stats: KafkaStats::default(),
@@ -50,6 +52,7 @@ impl<F> Kafka<F> {
     pub(crate) fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         let Self {
             max_request,
+            share_topic_ids,
             connections,
             names,
             stats,
@@ -67,6 +70,7 @@ impl<F> Kafka<F> {
                     flow,
                     slot: view.slot,
                     max_request: *max_request,
+                    share_topic_ids: *share_topic_ids,
                     names,
                     stats,
                 }

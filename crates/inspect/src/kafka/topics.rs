@@ -3,10 +3,14 @@
 //! A client asks one broker for the metadata and then names the topics by id to all brokers of the cluster. The brokers
 //! of a cluster can have different identities, for example if a policy names them by `toCIDR`. So the names are kept per
 //! endpoint and rule set, not per connection or identity. A server under another rule set cannot give an id a name that
-//! this rule set allows.
+//! this rule set allows. Names of servers in the world are kept per server, because such a policy names no cluster.
+//!
+//! For requests to a server that has told a name itself, only that name counts. Once two servers
+//! have told different names, the id has no name at servers that have told none.
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -17,12 +21,14 @@ use foldhash::HashMap;
 use palisade_protocols::kafka::TopicId;
 
 /// Maximum number of topic ids of one endpoint and rule set. The oldest one is removed for a new one.
-pub(super) const MAX_PER_OWNER: usize = 4096;
+const MAX_PER_OWNER: usize = 4096;
 /// Maximum number of topic ids. Beyond it the endpoint with the most ids loses its oldest ones.
 const MAX_IDS: usize = 65_536;
 /// Maximum number of topic ids of an owner with which a name is learned that no rule of the rule set has. Such a name only
 /// decides about the error code of a denial.
-pub(super) const MAX_OTHERS: usize = 512;
+const MAX_OTHERS: usize = 512;
+/// Maximum number of servers whose names are kept for an id that has different names.
+const MAX_SERVERS: usize = 16;
 /// Longest name of a topic, bytes. Kafka allows 249.
 const MAX_NAME: usize = 255;
 
@@ -33,6 +39,8 @@ pub(super) struct Owner {
     pub(super) ruleset: u32,
     /// Whether the endpoint is the server. Servers to which it connects cannot give names to its own topics.
     pub(super) is_server: bool,
+    /// The only server, if names are not shared between servers.
+    pub(super) only: Option<SocketAddr>,
 }
 
 /// Names of topic ids, shared by all workers.
@@ -51,7 +59,7 @@ struct Known {
 
 #[derive(Debug, Default)]
 struct Owned {
-    names: HashMap<TopicId, Arc<[u8]>>,
+    ids: HashMap<TopicId, Names>,
     /// The ids in the order in which they were learned.
     order: VecDeque<TopicId>,
 }
@@ -65,8 +73,66 @@ pub(super) struct Told<'a> {
     pub(super) is_in_rules: bool,
 }
 
+/// What one server has told about a topic id.
+#[derive(Debug)]
+struct Word {
+    server: SocketAddr,
+    name: Arc<[u8]>,
+}
+
+impl Word {
+    fn new(server: SocketAddr, name: &[u8]) -> Self {
+        Self {
+            server,
+            name: name.into(),
+        }
+    }
+}
+
+/// Names of one topic id.
+#[derive(Debug)]
+struct Names {
+    first: Word,
+    /// Names of other servers, from the first one on that contradicts. While all servers agree, they are not kept.
+    others: Vec<Word>,
+}
+
+/// Effect of a told name on a known id.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Effect {
+    /// The name is known, or the server has told another one before. A topic id never gets another name.
+    None { contradicts: bool },
+    /// The name is to be kept.
+    Keep { contradicts: bool },
+}
+
+impl Names {
+    /// Returns the name that `server` has told, or the one on which all other servers agree.
+    fn at(&self, server: SocketAddr) -> Option<&Arc<[u8]>> {
+        let own = self.of(server);
+        own.or_else(|| self.others.is_empty().then_some(&self.first.name))
+    }
+
+    fn of(&self, server: SocketAddr) -> Option<&Arc<[u8]>> {
+        let mut words = std::iter::once(&self.first).chain(&self.others);
+        words.find(|word| word.server == server).map(|word| &word.name)
+    }
+
+    fn effect(&self, server: SocketAddr, name: &[u8]) -> Effect {
+        let contradicts = *self.first.name != *name;
+        match self.of(server) {
+            Some(own) => Effect::None {
+                contradicts: **own != *name,
+            },
+            None if !contradicts && self.others.is_empty() => Effect::None { contradicts },
+            None if self.others.len() + 1 >= MAX_SERVERS => Effect::None { contradicts },
+            None => Effect::Keep { contradicts },
+        }
+    }
+}
+
 impl Told<'_> {
-    /// Returns whether the name may be kept. `length`: number of ids of the owner; `count`: number of all ids.
+    /// Returns whether the name of a new id may be kept. `length`: number of ids of the owner; `count`: number of all ids.
     fn has_room(&self, length: usize, count: usize) -> bool {
         let is_free = length < MAX_OTHERS && count < MAX_IDS / 2;
         self.name.len() <= MAX_NAME && (self.is_in_rules || is_free)
@@ -74,17 +140,29 @@ impl Told<'_> {
 }
 
 impl Known {
-    /// Adds new names. Returns whether it has added any.
-    fn insert(&mut self, owner: Owner, told: &[Told<'_>]) -> bool {
+    /// Adds names that a server has told. Returns whether it has added any.
+    fn insert(&mut self, owner: Owner, server: SocketAddr, told: &[Told<'_>]) -> bool {
         let Self { owners, count } = self;
         let before = *count;
         let owned = owners.entry(owner).or_default();
         let mut has_added = false;
         for told in told {
-            if !told.has_room(owned.names.len(), before) || owned.names.contains_key(&told.id) {
+            if let Some(names) = owned.ids.get_mut(&told.id) {
+                if let Effect::Keep { .. } = names.effect(server, told.name) {
+                    names.others.push(Word::new(server, told.name));
+                    *count += 1;
+                    has_added = true;
+                }
                 continue;
             }
-            owned.names.insert(told.id, told.name.into());
+            if !told.has_room(owned.ids.len(), before) {
+                continue;
+            }
+            let names = Names {
+                first: Word::new(server, told.name),
+                others: Vec::new(),
+            };
+            owned.ids.insert(told.id, names);
             owned.order.push_back(told.id);
             *count += 1;
             has_added = true;
@@ -92,7 +170,7 @@ impl Known {
                 *count -= owned.remove_oldest();
             }
         }
-        owners.retain(|_, owned| !owned.names.is_empty());
+        owners.retain(|_, owned| !owned.ids.is_empty());
         self.shrink();
         has_added
     }
@@ -102,7 +180,7 @@ impl Known {
         while self.count > MAX_IDS {
             let mut sizes: HashMap<u16, usize> = HashMap::default();
             for (owner, owned) in &self.owners {
-                *sizes.entry(owner.endpoint).or_default() += owned.names.len();
+                *sizes.entry(owner.endpoint).or_default() += owned.ids.len();
             }
             let largest = sizes.into_iter().max_by_key(|(_, size)| *size);
             let owned = self
@@ -110,57 +188,83 @@ impl Known {
                 .iter_mut()
                 .filter(|(owner, _)| Some(owner.endpoint) == largest.map(|(endpoint, _)| endpoint))
                 .map(|(_, owned)| owned)
-                .max_by_key(|owned| owned.names.len());
+                .max_by_key(|owned| owned.ids.len());
             let Some(owned) = owned else {
                 return;
             };
-            for _ in 0..(self.count - MAX_IDS).min(owned.names.len()) {
+            while self.count > MAX_IDS && !owned.ids.is_empty() {
                 self.count -= owned.remove_oldest();
             }
-            self.owners.retain(|_, owned| !owned.names.is_empty());
+            self.owners.retain(|_, owned| !owned.ids.is_empty());
         }
     }
 }
 
 impl Owned {
-    /// Removes the id that was learned first. Returns the number of removed ids.
+    /// Removes the id that was learned first. Returns the number of removed names.
     fn remove_oldest(&mut self) -> usize {
         let oldest = self.order.pop_front();
-        usize::from(oldest.is_some_and(|id| self.names.remove(&id).is_some()))
+        let names = oldest.and_then(|id| self.ids.remove(&id));
+        names.map_or(0, |names| names.len())
+    }
+}
+
+impl Names {
+    fn len(&self) -> usize {
+        1 + self.others.len()
     }
 }
 
 impl TopicIds {
-    /// Learns the names that one response tells. Returns the number of names that contradict a known one, which stays:
-    /// a topic id never gets another name, so the response is false.
-    fn learn(&self, owner: Owner, told: &[Told<'_>]) -> u64 {
-        let mut contradictions = 0;
-        let has_new = {
+    /// Learns the names that one response tells. `each` calls its argument with each of them. Returns the number of names
+    /// that contradict a known one: a topic id never gets another name, so a response is false.
+    fn learn<'a>(
+        &self,
+        owner: Owner,
+        server: SocketAddr,
+        each: impl FnOnce(&mut dyn FnMut(Told<'a>)),
+    ) -> u64 {
+        let (mut news, mut others, mut contradictions) = (Vec::new(), Vec::new(), 0);
+        {
             let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-            let names = known.owners.get(&owner).map(|owned| &owned.names);
-            let length = names.map_or(0, HashMap::len);
-            let mut has_new = false;
-            for told in told {
-                match names.and_then(|names| names.get(&told.id)) {
-                    Some(name) => contradictions += u64::from(**name != *told.name),
-                    None => has_new |= told.has_room(length, known.count),
+            let ids = known.owners.get(&owner).map(|owned| &owned.ids);
+            let length = ids.map_or(0, HashMap::len);
+            each(&mut |told| {
+                let Some(names) = ids.and_then(|ids| ids.get(&told.id)) else {
+                    let (list, most) = if told.is_in_rules {
+                        (&mut news, MAX_PER_OWNER)
+                    } else {
+                        (&mut others, MAX_OTHERS)
+                    };
+                    if list.len() < most && told.has_room(length, known.count) {
+                        list.push(told);
+                    }
+                    return;
+                };
+                let effect = names.effect(server, told.name);
+                let (Effect::None { contradicts } | Effect::Keep { contradicts }) = effect;
+                contradictions += u64::from(contradicts);
+                // A known id takes no room of the others. A response can repeat an id, so this list needs its limit too.
+                if matches!(effect, Effect::Keep { .. }) && news.len() < 2 * MAX_PER_OWNER {
+                    news.push(told);
                 }
-            }
-            has_new
-        };
+            });
+        }
+        // Names that rules have are learned first: the others get the room that is left.
+        news.append(&mut others);
         // Clients ask for the metadata again and again. A response without news must not stop the other workers.
-        if has_new {
+        if !news.is_empty() {
             let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-            if known.insert(owner, told) {
+            if known.insert(owner, server, &news) {
                 self.generation.fetch_add(1, Ordering::Release);
             }
         }
         contradictions
     }
 
-    fn find(&self, owner: Owner, id: &TopicId) -> Option<Arc<[u8]>> {
+    fn find(&self, owner: Owner, server: SocketAddr, id: &TopicId) -> Option<Arc<[u8]>> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.owners.get(&owner)?.names.get(id).cloned()
+        known.owners.get(&owner)?.ids.get(id)?.at(server).cloned()
     }
 
     /// Removes the topic ids of one endpoint.
@@ -169,7 +273,7 @@ impl TopicIds {
         let Known { owners, count } = &mut *known;
         owners.retain(|owner, owned| {
             if owner.endpoint == endpoint {
-                *count -= owned.names.len();
+                *count -= owned.ids.values().map(Names::len).sum::<usize>();
             }
             owner.endpoint != endpoint
         });
@@ -182,7 +286,7 @@ impl TopicIds {
 pub(super) struct TopicNames {
     shared: Arc<TopicIds>,
     generation: u64,
-    copies: HashMap<(Owner, TopicId), Arc<[u8]>>,
+    copies: HashMap<(Owner, SocketAddr, TopicId), Arc<[u8]>>,
 }
 
 impl TopicNames {
@@ -193,27 +297,34 @@ impl TopicNames {
         };
     }
 
-    /// Learns the names that one response tells. Returns the number of names that contradict a known one.
-    pub(super) fn learn(&self, owner: Owner, told: &[Told<'_>]) -> u64 {
-        self.shared.learn(owner, told)
+    /// Learns the names that one response tells. `each` calls its argument with each of them. Returns the number of names
+    /// that contradict a known one.
+    pub(super) fn learn<'a>(
+        &self,
+        owner: Owner,
+        server: SocketAddr,
+        each: impl FnOnce(&mut dyn FnMut(Told<'a>)),
+    ) -> u64 {
+        self.shared.learn(owner, server, each)
     }
 
     pub(super) fn forget(&self, endpoint: u16) {
         self.shared.forget(endpoint);
     }
 
-    /// Returns the name of a topic id.
-    pub(super) fn name(&mut self, owner: Owner, id: TopicId) -> Option<Arc<[u8]>> {
+    /// Returns the name of a topic id in requests to a server.
+    pub(super) fn name(&mut self, owner: Owner, server: SocketAddr, id: TopicId) -> Option<Arc<[u8]>> {
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation != self.generation || self.copies.len() > MAX_PER_OWNER {
             self.copies.clear();
             self.generation = generation;
         }
-        if let Some(name) = self.copies.get(&(owner, id)) {
+        let key = (owner, server, id);
+        if let Some(name) = self.copies.get(&key) {
             return Some(name.clone());
         }
-        let name = self.shared.find(owner, &id)?;
-        self.copies.insert((owner, id), name.clone());
+        let name = self.shared.find(owner, server, &id)?;
+        self.copies.insert(key, name.clone());
         Some(name)
     }
 }
@@ -233,7 +344,12 @@ mod tests {
             endpoint,
             ruleset,
             is_server: false,
+            only: None,
         }
+    }
+
+    fn server(number: u8) -> SocketAddr {
+        SocketAddr::from(([198, 51, 100, number], 9092))
     }
 
     fn told(number: u32, name: &[u8]) -> Told<'_> {
@@ -244,80 +360,151 @@ mod tests {
         }
     }
 
+    fn learn(names: &TopicNames, owner: Owner, at: u8, told: &[Told<'_>]) -> u64 {
+        names.learn(owner, server(at), |learn| told.iter().copied().for_each(learn))
+    }
+
+    fn name(names: &mut TopicNames, owner: Owner, at: u8, number: u32) -> Option<String> {
+        let name = names.name(owner, server(at), id(number))?;
+        Some(String::from_utf8_lossy(&name).into_owned())
+    }
+
+    /// Returns the counted names and the kept ones.
+    fn counts(names: &TopicNames) -> (usize, usize) {
+        let known = names.shared.known.read().unwrap();
+        let kept = known.owners.values().flat_map(|owned| owned.ids.values());
+        (known.count, kept.map(Names::len).sum())
+    }
+
     #[test]
     fn names_are_those_of_one_endpoint_rule_set_and_direction() {
         let shared = Arc::new(TopicIds::default());
         let (mut one, mut two) = (TopicNames::default(), TopicNames::default());
         one.share(shared.clone());
         two.share(shared);
-        one.learn(owner(1, 7), &[told(1, b"a")]);
-        assert_eq!(two.name(owner(1, 7), id(1)).as_deref(), Some(&b"a"[..]));
-        assert_eq!(two.name(owner(2, 7), id(1)), None);
-        assert_eq!(two.name(owner(1, 8), id(1)), None);
+        learn(&one, owner(1, 7), 1, &[told(1, b"a")]);
+        assert_eq!(name(&mut two, owner(1, 7), 1, 1).as_deref(), Some("a"));
+        assert_eq!(name(&mut two, owner(2, 7), 1, 1), None);
+        assert_eq!(name(&mut two, owner(1, 8), 1, 1), None);
         let served = Owner {
             is_server: true,
             ..owner(1, 7)
         };
-        assert_eq!(two.name(served, id(1)), None);
+        assert_eq!(name(&mut two, served, 1, 1), None);
         one.forget(1);
-        assert_eq!(two.name(owner(1, 7), id(1)), None);
+        assert_eq!(name(&mut two, owner(1, 7), 1, 1), None);
     }
 
     #[test]
-    fn a_topic_id_keeps_its_first_name() {
+    fn a_topic_id_keeps_the_first_name_of_a_server() {
         let mut names = TopicNames::default();
-        assert_eq!(names.learn(owner(1, 7), &[told(1, b"secret")]), 0);
-        assert_eq!(names.learn(owner(1, 7), &[told(1, b"a"), told(2, b"b")]), 1);
-        assert_eq!(names.name(owner(1, 7), id(1)).as_deref(), Some(&b"secret"[..]));
-        assert_eq!(names.name(owner(1, 7), id(2)).as_deref(), Some(&b"b"[..]));
-        assert_eq!(names.learn(owner(1, 7), &[told(1, b"secret")]), 0);
+        let owner = owner(1, 7);
+        assert_eq!(learn(&names, owner, 1, &[told(1, b"secret")]), 0);
+        assert_eq!(learn(&names, owner, 1, &[told(1, b"a"), told(2, b"b")]), 1);
+        assert_eq!(name(&mut names, owner, 1, 1).as_deref(), Some("secret"));
+        assert_eq!(name(&mut names, owner, 1, 2).as_deref(), Some("b"));
+        assert_eq!(learn(&names, owner, 1, &[told(1, b"secret")]), 0);
+    }
+
+    #[test]
+    fn a_server_decides_about_the_names_of_its_own_topic_ids() {
+        let owner = owner(1, 7);
+        for first_is_false in [true, false] {
+            let mut names = TopicNames::default();
+            let mut words = [(1, &b"a"[..], "a"), (2, b"secret", "secret")];
+            if !first_is_false {
+                words.reverse();
+            }
+            learn(&names, owner, words[0].0, &[told(1, words[0].1)]);
+            for at in 1..=3 {
+                assert_eq!(
+                    name(&mut names, owner, at, 1).as_deref(),
+                    Some(words[0].2),
+                    "{at}"
+                );
+            }
+            assert_eq!(learn(&names, owner, words[1].0, &[told(1, words[1].1)]), 1);
+            assert_eq!(name(&mut names, owner, 1, 1).as_deref(), Some("a"));
+            assert_eq!(name(&mut names, owner, 2, 1).as_deref(), Some("secret"));
+            assert_eq!(name(&mut names, owner, 3, 1), None, "the others disagree");
+            learn(&names, owner, 3, &[told(1, b"secret")]);
+            assert_eq!(name(&mut names, owner, 3, 1).as_deref(), Some("secret"));
+            assert_eq!(counts(&names), (3, 3));
+            names.forget(1);
+            assert_eq!(counts(&names), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_name_that_no_rule_has_contradicts_a_false_one_also_when_there_is_no_room_for_others() {
+        let mut names = TopicNames::default();
+        let owner = owner(1, 7);
+        let other = |number| Told {
+            is_in_rules: false,
+            ..told(number, b"secret")
+        };
+        learn(&names, owner, 1, &[told(0, b"a")]);
+        let many: Vec<_> = (1..=MAX_PER_OWNER as u32).chain([0]).map(other).collect();
+        assert_eq!(learn(&names, owner, 2, &many), 1);
+        assert_eq!(name(&mut names, owner, 2, 0).as_deref(), Some("secret"));
+    }
+
+    #[test]
+    fn an_id_with_the_names_of_too_many_servers_is_unknown_at_further_ones() {
+        let mut names = TopicNames::default();
+        let owner = owner(1, 7);
+        for at in 0..=MAX_SERVERS as u8 {
+            learn(&names, owner, at, &[told(1, &[b'a' + at])]);
+        }
+        assert_eq!(counts(&names), (MAX_SERVERS, MAX_SERVERS));
+        assert_eq!(name(&mut names, owner, 1, 1).as_deref(), Some("b"));
+        assert_eq!(name(&mut names, owner, MAX_SERVERS as u8, 1), None);
     }
 
     #[test]
     fn a_server_that_tells_many_ids_replaces_only_its_own() {
         let mut names = TopicNames::default();
-        names.learn(owner(1, 1), &[told(0, b"a")]);
+        learn(&names, owner(1, 1), 1, &[told(0, b"a")]);
         let many: Vec<_> = (0..=MAX_PER_OWNER as u32)
             .map(|number| told(number, b"b"))
             .collect();
-        names.learn(owner(1, 2), &many);
-        assert!(names.name(owner(1, 1), id(0)).is_some());
-        assert!(names.name(owner(1, 2), id(0)).is_none());
-        assert!(names.name(owner(1, 2), id(MAX_PER_OWNER as u32)).is_some());
+        learn(&names, owner(1, 2), 1, &many[..1]);
+        learn(&names, owner(1, 2), 1, &many[1..]);
+        assert!(name(&mut names, owner(1, 1), 1, 0).is_some());
+        assert!(name(&mut names, owner(1, 2), 1, 0).is_none());
+        assert!(name(&mut names, owner(1, 2), 1, MAX_PER_OWNER as u32).is_some());
     }
 
     #[test]
     fn an_endpoint_with_many_ids_does_not_prevent_others_from_learning() {
         let mut names = TopicNames::default();
-        names.learn(owner(2, 1), &[told(0, b"first")]);
+        learn(&names, owner(2, 1), 1, &[told(0, b"first")]);
         let many: Vec<_> = (0..MAX_PER_OWNER as u32)
             .map(|number| told(number, b"b"))
             .collect();
         for ruleset in 0..40 {
-            names.learn(owner(1, ruleset), &many);
+            learn(&names, owner(1, ruleset), 1, &many);
         }
-        names.learn(owner(3, 1), &[told(0, b"last")]);
+        learn(&names, owner(3, 1), 1, &[told(0, b"last")]);
         for endpoint in [2, 3] {
-            assert!(names.name(owner(endpoint, 1), id(0)).is_some(), "{endpoint}");
+            assert!(name(&mut names, owner(endpoint, 1), 1, 0).is_some(), "{endpoint}");
         }
-        let known = names.shared.known.read().unwrap();
-        let sum: usize = known.owners.values().map(|owned| owned.names.len()).sum();
-        assert_eq!((known.count, sum), (MAX_IDS, MAX_IDS));
+        assert_eq!(counts(&names), (MAX_IDS, MAX_IDS));
     }
 
     #[test]
     fn names_that_no_rule_has_do_not_replace_those_of_rules() {
         let mut names = TopicNames::default();
-        names.learn(owner(1, 1), &[told(0, b"a")]);
+        learn(&names, owner(1, 1), 1, &[told(0, b"a")]);
         let others: Vec<_> = (1..=MAX_PER_OWNER as u32)
             .map(|number| Told {
                 is_in_rules: false,
                 ..told(number, b"b")
             })
             .collect();
-        names.learn(owner(1, 1), &others);
-        assert!(names.name(owner(1, 1), id(0)).is_some());
-        assert!(names.name(owner(1, 1), id(1)).is_some());
-        assert_eq!(names.shared.known.read().unwrap().count, MAX_OTHERS);
+        learn(&names, owner(1, 1), 1, &others);
+        assert!(name(&mut names, owner(1, 1), 1, 0).is_some());
+        assert!(name(&mut names, owner(1, 1), 1, 1).is_some());
+        assert_eq!(counts(&names), (MAX_OTHERS, MAX_OTHERS));
     }
 }

@@ -201,6 +201,8 @@ pub(crate) struct Kafka {
     pub max_request: usize,
     /// Time within which a request must be complete.
     pub request_timeout: Duration,
+    /// Whether names of topic ids count at all servers under the same rules.
+    pub share_topic_ids: bool,
 }
 
 /// `[tls]`: policies on server names.

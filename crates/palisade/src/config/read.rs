@@ -327,6 +327,7 @@ fn kafka(section: Section<'_, '_>) -> Kafka {
             .and_then(|n| usize::try_from(n).ok())
             .unwrap_or(DEFAULT),
         request_timeout: handshake(&section, "request_timeout", 30),
+        share_topic_ids: section.boolean("share_topic_ids").unwrap_or(true),
     };
     section.finish();
     kafka

@@ -84,6 +84,7 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("http", "record_headers", restart!(http.record_headers)),
     ("kafka", "max_request", restart!(kafka.max_request)),
     ("kafka", "request_timeout", restart!(kafka.request_timeout)),
+    ("kafka", "share_topic_ids", restart!(kafka.share_topic_ids)),
     ("tls", "ech", restart!(tls.ech)),
     ("tls", "hello_timeout", restart!(tls.hello_timeout)),
     ("tls", "verify_sni_address", restart!(tls.verify_sni_address)),

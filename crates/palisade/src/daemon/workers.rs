@@ -315,6 +315,7 @@ fn limits(config: &Config) -> Limits {
     limits.tls.tcp.deadline = milliseconds(tls.hello_timeout);
     limits.tls.ech = tls.ech;
     limits.kafka = limits.kafka.with_max_request(kafka.max_request);
+    limits.kafka.share_topic_ids = kafka.share_topic_ids;
     limits.kafka.tcp.deadline = milliseconds(kafka.request_timeout);
     limits
 }
