@@ -120,6 +120,16 @@ impl LearnedIdentities {
         })
     }
 
+    /// Returns the learned set of an address if its identity exists only on request; `None` if learned names do not
+    /// change the identity of the address, or the set always has an identity.
+    #[must_use]
+    pub fn requested_set(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
+        self.set(address, selectors).filter(|set| {
+            let standing = self.standing.get(&set.base);
+            !standing.is_some_and(|sets| sets.contains_key(&set.selectors))
+        })
+    }
+
     /// Returns the learned set of an address; `None` if learned names do not change its identity.
     #[must_use]
     pub fn set(&self, address: IpAddr, selectors: &[SelectorNumber]) -> Option<LearnedSet> {
@@ -153,5 +163,29 @@ impl LearnedIdentities {
             .copied()
             .filter(|number| self.selectors.contains(number))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_that_always_has_an_identity_is_not_requested() {
+        let one: Arc<[SelectorNumber]> = [7].into();
+        let standing = Sets::from([(identity::WORLD_IPV4, HashMap::from([(one, 300)]))]);
+        let identities = LearnedIdentities {
+            worlds: [identity::WORLD_IPV4, identity::WORLD_IPV6],
+            selectors: Arc::new([7, 8].into()),
+            standing: Arc::new(standing),
+            ..LearnedIdentities::default()
+        };
+        let world: IpAddr = "192.0.2.1".parse().unwrap();
+        assert!(identities.set(world, &[7]).is_some());
+        assert_eq!(identities.requested_set(world, &[7]), None);
+        // Selector 9 is used by no endpoint, so the set is the standing one.
+        assert_eq!(identities.requested_set(world, &[7, 9]), None);
+        let two = identities.requested_set(world, &[7, 8]).unwrap();
+        assert_eq!((two.base, &*two.selectors), (identity::WORLD_IPV4, &[7, 8][..]));
     }
 }

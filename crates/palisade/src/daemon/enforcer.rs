@@ -555,8 +555,9 @@ fn numbers(selectors: &[SelectorId]) -> Vec<u32> {
     selectors.iter().map(|id| id.0).collect()
 }
 
+/// Returns the set for which an address needs a granted identity; `None` if it needs none.
 fn set_of(resolver: &SnapshotResolver, address: IpAddr, selectors: &[SelectorId]) -> Option<LearnedSet> {
-    resolver.0.set(address, &numbers(selectors))
+    resolver.0.requested_set(address, &numbers(selectors))
 }
 
 impl IdentityResolver for SnapshotResolver {
