@@ -34,4 +34,5 @@ mod lookup;
 pub mod op;
 pub mod request;
 pub mod rule;
+pub mod secret_value;
 pub mod snapshot;

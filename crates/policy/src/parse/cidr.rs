@@ -4,10 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use palisade_model::rule::{CidrRule, Peer};
+use palisade_yaml::quoted;
 
 use super::{
     name_syntax::is_dns_subdomain,
-    node::quoted,
     reader::{At, Object},
     selector::{self, Keys},
 };

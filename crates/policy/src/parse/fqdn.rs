@@ -1,10 +1,10 @@
 //! `matchName` and `matchPattern`.
 
 use palisade_model::rule::FqdnPattern;
+use palisade_yaml::quoted;
 
 use super::{
     name_syntax::{host_name, names_no_host},
-    node::quoted,
     reader::At,
 };
 

@@ -5,11 +5,11 @@ use palisade_model::rule::{
     TlsContext,
 };
 use palisade_protocols::kafka;
+use palisade_yaml::quoted;
 
 use super::{
     fqdn::fqdn_selector,
     name_syntax::{host_name, names_no_host},
-    node::quoted,
     reader::{At, Object, hint},
     section::{Direction, Section},
 };

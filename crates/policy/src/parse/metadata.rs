@@ -1,8 +1,9 @@
 //! `metadata` of a resource.
 
+use palisade_yaml::quoted;
+
 use super::{
     name_syntax::{is_dns_subdomain, is_namespace},
-    node::quoted,
     reader::{At, Object},
 };
 use crate::suggest::nearest;

@@ -1,9 +1,9 @@
 //! The parser of policy files: from text to validated policies.
 //!
 //! ```text
-//! YAML text ── yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr, fqdn
-//!                     ├─> node ── resource ─┼─ network_policy  └─ ports ── l7 ── fqdn
-//! JSON value ─────────┘          (metadata) └─ cidr_group
+//! YAML text ── palisade_yaml ──┐                     ┌─ spec ── rules ──┬─ peers ── selector, cidr, fqdn
+//!                              ├─> node ── resource ─┼─ network_policy  └─ ports ── l7 ── fqdn
+//! JSON value ──────────────────┘          (metadata) └─ cidr_group
 //! ```
 //!
 //! A document becomes a tree whose nodes have line and column. `reader` reads the tree: each member is requested by
@@ -11,8 +11,8 @@
 //! errors of a file are reported. Equivalent ways to write a policy have the same output (see
 //! [`rule`](palisade_model::rule)).
 //!
-//! The parser uses `saphyr-parser` instead of serde, because serde stops at the first error and loses the places of
-//! fields and values.
+//! The parser reads the trees of `palisade_yaml` instead of using serde, because serde stops at the first error and
+//! loses the places of fields and values.
 
 mod cidr;
 mod cidr_group;
@@ -21,7 +21,6 @@ mod l7;
 mod metadata;
 mod name_syntax;
 mod network_policy;
-mod node;
 mod parsed;
 mod peers;
 mod ports;
@@ -33,13 +32,12 @@ mod selector;
 mod spec;
 #[cfg(test)]
 mod tests;
-mod yaml;
 
-use node::Node;
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
     rule::{Policy, PolicyKind},
 };
+use palisade_yaml::Node;
 pub use parsed::Parsed;
 use reader::{At, Context};
 use resource::Resources;
@@ -63,7 +61,7 @@ pub fn decode(file: &str, bytes: Vec<u8>) -> Result<String, Diagnostic> {
         };
         Diagnostic {
             severity: Severity::Error,
-            location: Context::new(file).location(yaml::position_at(before, before.len())),
+            location: Context::new(file).location(palisade_yaml::position_at(before, before.len())),
             message,
         }
     })
@@ -139,7 +137,7 @@ fn each(
         Some(other) => {
             let found = Node::from_json(other).describe();
             let message = format!("{name} must be a list, found {found}");
-            context.diagnose(Severity::Error, node::Position::default(), message);
+            context.diagnose(Severity::Error, palisade_yaml::Position::default(), message);
         }
     }
 }
@@ -156,7 +154,7 @@ pub fn yaml_to_json(file: &str, text: &str) -> Result<Vec<serde_json::Value>, Ve
 }
 
 fn documents(context: &Context, text: &str) -> Vec<Node> {
-    let (documents, errors) = yaml::documents(text);
+    let (documents, errors) = palisade_yaml::documents(text);
     for error in errors {
         context.diagnose(Severity::Error, error.position, error.message);
     }

@@ -1,10 +1,10 @@
 //! Kubernetes `NetworkPolicy` (networking.k8s.io/v1).
 
 use palisade_model::rule::{Entity, Peer, Peers, PolicyKind, Ports, Rule, Selector, Spec, Subject};
+use palisade_yaml::quoted;
 
 use super::{
     cidr::ip_block,
-    node::quoted,
     ports::network_policy_port,
     reader::{At, Object, hint},
     selector::{self, Keys, Scope},

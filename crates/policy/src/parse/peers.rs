@@ -1,11 +1,11 @@
 //! Peers of a rule: the `from*` and `to*` members.
 
 use palisade_model::rule::{CidrRule, Entity, Peer, Peers, Selector};
+use palisade_yaml::quoted;
 
 use super::{
     cidr::{cidr_set_entry, net_or_address},
     fqdn::fqdn_selector,
-    node::quoted,
     reader::{At, List, Object, hint},
     section::{Direction, Section},
     selector::{self, Keys},

@@ -1,11 +1,11 @@
 //! Ports and protocols: `toPorts`, `icmps`, and the `ports` of a NetworkPolicy.
 
 use palisade_model::rule::{L4Protocol, L7, L7Rules, PortRule, PortSpec};
+use palisade_yaml::{Value, quoted};
 
 use super::{
     l7,
     name_syntax::{is_service_name, port_number},
-    node::{Value, quoted},
     reader::{At, Object, hint},
     section::Section,
 };

@@ -15,8 +15,8 @@ use palisade_model::{
 };
 use palisade_protocols::http1::re2;
 
-use super::node::{Entry, Node, Position, Value, quoted};
 use crate::suggest::nearest;
+use palisade_yaml::{Entry, Node, Position, Value, quoted};
 
 /// Bound on the cost of all regular expressions of one policy, in automaton states ([`re2::cost`]).
 pub(super) const MAX_POLICY_COST: usize = 250_000;

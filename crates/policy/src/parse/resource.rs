@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 
 use palisade_model::rule::{CidrGroup, Location, Policy, PolicyKind, Spec};
+use palisade_yaml::quoted;
 
 use super::{
     cidr_group,
     metadata::{self, Metadata},
     network_policy,
-    node::quoted,
     parsed::Parsed,
     reader::{At, Context, Object},
     spec,

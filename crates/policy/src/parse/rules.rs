@@ -1,9 +1,9 @@
 //! The rules of a section: peers, ports, authentication.
 
 use palisade_model::rule::{Peers, Ports, Rule};
+use palisade_yaml::quoted;
 
 use super::{
-    node::quoted,
     peers,
     ports::{icmp_rule, port_rule},
     reader::{At, hint},

@@ -1,10 +1,10 @@
 //! Label selectors, with namespaces as requirements.
 
 use palisade_model::rule::{LabelSource, PolicyKind, Requirement, Selector, Test};
+use palisade_yaml::quoted;
 
 use super::{
     name_syntax::{check_label_key, check_label_value},
-    node::quoted,
     reader::{At, hint},
 };
 

@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
+use palisade_yaml::{MAX_ALIASED_NODES, work};
 use proptest::prelude::*;
 
 use super::{cnp, diagnostics_of};
 use crate::parse::{
     parse, parse_rules_json,
     reader::{MAX_POLICY_COST, compiled},
-    yaml::{MAX_ALIASED_NODES, work},
     yaml_to_json,
 };
 
@@ -30,7 +30,7 @@ fn on_cpu() -> Duration {
 /// expressions.
 #[track_caller]
 fn counted(text: &str) -> (Vec<String>, usize) {
-    work::take();
+    let _ = work::take();
     compiled::take();
     let start = on_cpu();
     let diagnostics = diagnostics_of(text);

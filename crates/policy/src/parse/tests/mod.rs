@@ -6,7 +6,6 @@ mod hostile;
 mod meaning;
 mod network_policy;
 mod resources;
-mod yaml;
 
 use palisade_model::rule::{LabelSource, PortRule, PortSpec, Requirement, Rule, Selector, Spec, Test};
 

@@ -2,47 +2,61 @@
 
 /// Line and column, from 1; 0 for a node without text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct Position {
+pub struct Position {
+    /// Line.
     pub line: u32,
+    /// Column, in characters.
     pub column: u32,
 }
 
 /// A value with its place.
 #[derive(Clone, Debug)]
-pub(crate) struct Node {
+pub struct Node {
+    /// Start of the value.
     pub position: Position,
+    /// The value.
     pub value: Value,
 }
 
 /// Value of a node.
 #[derive(Clone, Debug)]
-pub(crate) enum Value {
+pub enum Value {
+    /// No value: `null`, `~`, or nothing.
     Null,
+    /// `true` or `false`.
     Bool(bool),
+    /// An integer.
     Integer(i128),
-    /// A number that is not an integer. The policy language has no such numbers, so only the text is kept.
+    /// A number that is not an integer. Neither policies nor secrets have such numbers, so only the text is kept.
     Float(String),
+    /// A text.
     String {
+        /// The text.
         text: String,
         /// Whether the string is written without quotes.
         plain: bool,
     },
+    /// A list.
     List(Vec<Node>),
+    /// An object, in the order of the text. No two members have one name.
     Map(Vec<Entry>),
 }
 
 /// A member of a map.
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
+pub struct Entry {
+    /// Name of the member.
     pub key: String,
     /// Place of the key.
     pub position: Position,
+    /// Value of the member.
     pub value: Node,
 }
 
 impl Node {
     /// Returns a description of the value, for "expected ..., found ...".
-    pub(super) fn describe(&self) -> String {
+    #[must_use]
+    pub fn describe(&self) -> String {
         match &self.value {
             Value::Null => "nothing (null)".into(),
             Value::Bool(value) => format!("the boolean {value}"),
@@ -55,7 +69,8 @@ impl Node {
     }
 
     /// Returns the member of a map by name.
-    pub(super) fn get(&self, name: &str) -> Option<&Node> {
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Node> {
         match &self.value {
             Value::Map(entries) => entries
                 .iter()
@@ -66,19 +81,23 @@ impl Node {
     }
 
     /// Returns the text of a string.
-    pub(super) fn as_str(&self) -> Option<&str> {
+    #[must_use]
+    pub fn as_str(&self) -> Option<&str> {
         match &self.value {
             Value::String { text, .. } => Some(text),
             _ => None,
         }
     }
 
-    pub(super) fn is_null(&self) -> bool {
+    /// Returns whether the value is `null` or missing.
+    #[must_use]
+    pub fn is_null(&self) -> bool {
         matches!(self.value, Value::Null)
     }
 
     /// Creates the tree of a JSON value. Its nodes have no places.
-    pub(super) fn from_json(json: &serde_json::Value) -> Self {
+    #[must_use]
+    pub fn from_json(json: &serde_json::Value) -> Self {
         let value = match json {
             serde_json::Value::Null => Value::Null,
             serde_json::Value::Bool(value) => Value::Bool(*value),
@@ -111,7 +130,8 @@ impl Node {
     }
 
     /// Returns the tree as a JSON value.
-    pub(super) fn to_json(&self) -> serde_json::Value {
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
         match &self.value {
             Value::Null => serde_json::Value::Null,
             Value::Bool(value) => (*value).into(),
@@ -135,7 +155,8 @@ impl Node {
 }
 
 /// Quotes a text of a file for a message: shortened, on one line, without control characters.
-pub(crate) fn quoted(text: &str) -> String {
+#[must_use]
+pub fn quoted(text: &str) -> String {
     const LONGEST: usize = 60;
     let mut out = String::from("\"");
     for (index, character) in text.chars().enumerate() {

@@ -1,9 +1,6 @@
 //! The YAML parser: scalars, places, anchors, merge keys, errors.
 
-use crate::parse::{
-    node::{Node, Position, Value},
-    yaml::documents,
-};
+use crate::{Node, Position, Value, documents};
 
 /// Returns the documents of a text without errors, as JSON.
 #[track_caller]

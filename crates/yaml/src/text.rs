@@ -12,24 +12,27 @@ use std::{
 
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Span, Tag};
 
-use super::node::{Entry, Node, Position, Value, quoted};
+use crate::node::{Entry, Node, Position, Value, quoted};
 
 /// Deepest nesting of lists and objects. Policies need about 15.
 const MAX_DEPTH: usize = 64;
 
 /// Maximum number of nodes that are copied for the anchors and aliases of a file, over all its documents.
-pub(super) const MAX_ALIASED_NODES: usize = 100_000;
+pub const MAX_ALIASED_NODES: usize = 100_000;
 
 /// An error of the text, with its place.
 #[derive(Debug)]
-pub(crate) struct YamlError {
+pub struct YamlError {
+    /// Place of the error.
     pub position: Position,
+    /// The problem and, if known, the remedy.
     pub message: String,
 }
 
 /// Returns the documents of a text, and its errors. A syntax error ends the parsing; the documents before the error are
 /// returned. A text with a forbidden character has no documents.
-pub(crate) fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
+#[must_use]
+pub fn documents(text: &str) -> (Vec<Node>, Vec<YamlError>) {
     let mut loader = Loader::default();
     // A file from Windows can begin with a byte order mark, which is not part of the document.
     let text = match without_marks(text.strip_prefix('\u{feff}').unwrap_or(text)) {
@@ -139,7 +142,8 @@ fn json_values(text: &str) -> Vec<(Position, &str)> {
 }
 
 /// Returns line and column, from 1, of a byte of a text.
-pub(crate) fn position_at(text: &str, byte: usize) -> Position {
+#[must_use]
+pub fn position_at(text: &str, byte: usize) -> Position {
     let (line, column) = advance((1, 1), &text[..byte]);
     Position { line, column }
 }
@@ -162,8 +166,8 @@ fn advance((mut line, mut column): (u32, u32), text: &str) -> (u32, u32) {
 struct Stop;
 
 /// Counts nodes: tests bound the work by this number, as the time depends on the load of the machine.
-#[cfg(test)]
-pub(super) mod work {
+#[cfg(any(test, feature = "count"))]
+pub mod work {
     use std::cell::Cell;
 
     thread_local! {
@@ -171,12 +175,12 @@ pub(super) mod work {
         static NODES: Cell<usize> = const { Cell::new(0) };
     }
 
-    pub(in crate::parse) fn count(nodes: usize) {
+    pub(super) fn count(nodes: usize) {
         NODES.set(NODES.get() + nodes);
     }
 
     /// Returns the count and resets it.
-    pub(in crate::parse) fn take() -> usize {
+    pub fn take() -> usize {
         NODES.take()
     }
 }
@@ -324,7 +328,7 @@ impl Loader {
             return Err(Stop);
         };
         let (node, size) = (node, *size);
-        #[cfg(test)]
+        #[cfg(any(test, feature = "count"))]
         work::count(size);
         self.aliased = self.aliased.saturating_add(size);
         if self.aliased > MAX_ALIASED_NODES || self.open.len() + depth(node) > MAX_DEPTH {
@@ -338,12 +342,12 @@ impl Loader {
     /// Adds a complete node to the list or object that contains it, or to the documents. Keeps a copy for aliases
     /// unless `anchor` is 0.
     fn complete(&mut self, node: Node, anchor: usize) -> Result<(), Stop> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "count"))]
         work::count(1);
         if anchor != 0 {
             // The copy for aliases counts towards the bound as well.
             let size = size(&node);
-            #[cfg(test)]
+            #[cfg(any(test, feature = "count"))]
             work::count(size);
             self.aliased = self.aliased.saturating_add(size);
             if self.aliased > MAX_ALIASED_NODES {
