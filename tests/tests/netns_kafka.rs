@@ -2,13 +2,13 @@
 
 use std::net::SocketAddr;
 
-use palisade_testbed::{Daemon, topology::FAMILIES};
+use palisade_testbed::{Daemon, daemon::Hooks, topology::FAMILIES};
 use palisade_tests::{
     fixtures::{
-        apps::{Apps, apps},
+        apps::{Apps, PAIRS, apps},
         kafka::{Broker, Teller, client, ids, packages},
     },
-    setup::{client_only, daemon_with, tables},
+    setup::{XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, daemon_with, on_all_pairs, tables},
 };
 
 const PORT: u16 = 9092;
@@ -189,4 +189,56 @@ fn a_false_name_of_a_topic_id_does_not_allow_a_topic_of_another_broker() {
         }
         assert_eq!(asks("id", OTHER, "secret"), "0".repeat(32), "{case}");
     }
+}
+
+/// Clients use the allowed topic on each path, by name and by id, and get an error for the other one.
+fn all_pairs(hooks: Hooks) {
+    packages().expect("the packages");
+    let apps = apps();
+    let topics = ["orders", "secret"];
+    let brokers: Vec<_> = ["server", "node", "internet"]
+        .into_iter()
+        .flat_map(|name| FAMILIES.map(|family| (name, apps.at(name, family, PORT))))
+        .map(|(name, at)| (at, Broker::start(apps.ns(name), at, &topics).expect("broker")))
+        .collect();
+    let daemon = on_all_pairs(&apps, hooks, &[PORT], RULES);
+    for (from, to) in PAIRS {
+        for at in FAMILIES.map(|family| apps.at(to, family, PORT)) {
+            assert!(brokers.iter().any(|(broker, _)| *broker == at));
+            let asks = |action: &str, argument: &str| {
+                ids(apps.ns(from), action, at, argument)
+                    .unwrap_or_else(|error| panic!("{from} -> {at}: {error:#}\n{}", daemon.report()))
+            };
+            let context = || format!("{from} -> {at}\n{}", daemon.report());
+            let [orders, secret] = topics.map(|topic| ids(apps.ns(to), "id", at, topic).expect("id"));
+            assert_eq!(asks("fetch", &orders), "100", "not told yet: {}", context());
+            assert_eq!(asks("id", "orders"), orders, "{}", context());
+            assert_eq!(asks("fetch", &orders), "0", "{}", context());
+            assert_eq!(asks("id", "secret"), "0".repeat(32), "{}", context());
+            // librdkafka sometimes asks for the metadata of no topic, and tansu then answers with all, so the name of the
+            // id can be known.
+            let denied = asks("fetch", &secret);
+            assert!(
+                ["100", "29"].contains(&denied.as_str()),
+                "{denied}: {}",
+                context()
+            );
+            let produces = |topic: &str| {
+                client(apps.ns(from), "confluent", "produce", at, topic, "hello")
+                    .unwrap_or_else(|error| panic!("{error:#}\n{}", context()))
+            };
+            assert_eq!(produces("orders"), "ok", "{}", context());
+            assert_eq!(produces("secret"), LIBRARIES[0].1, "{}", context());
+        }
+    }
+}
+
+#[test]
+fn rules_apply_on_all_paths_with_xdp_at_the_nic() {
+    all_pairs(XDP_AT_THE_NIC);
+}
+
+#[test]
+fn rules_apply_on_all_paths_with_xdp_and_clsact() {
+    all_pairs(XDP_AND_CLSACT);
 }
