@@ -1,7 +1,7 @@
 //! Reasons of verdicts: why a packet passed or was dropped.
 //!
 //! Packets with a reason below 130 pass. Numbers from 130 to 205 have the meaning and the text of Cilium 1.19
-//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 210 to 252 are Palisade's own.
+//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 209 to 252 are Palisade's own.
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
@@ -71,6 +71,8 @@ reasons! {
     /// The rule requires authentication, which Palisade does not implement.
     AuthRequired = 189, "Authentication required";
 
+    /// An intercepted connection failed: the server cannot be reached, or a TLS handshake failed.
+    InterceptFailed = 209, "Interception failed";
     /// The program runs on an interface that is not configured.
     NoInterface = 210, "Interface not configured";
     /// The endpoint has no policy table, or the table has no entry for the packet.

@@ -281,6 +281,13 @@ fn read(record: &Record) -> Read {
                 ..Read::default()
             }
         }
+        What::Intercept { name, error } => Read {
+            summary: match &*visible(name.bytes()) {
+                "" => format!("Interception failed: {}", visible(error.bytes())),
+                name => format!("Interception failed for {name}: {}", visible(error.bytes())),
+            },
+            ..Read::default()
+        },
         What::Unreadable { detail } => Read {
             summary: format!("Unreadable: {detail}"),
             ..Read::default()

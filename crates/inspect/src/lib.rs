@@ -32,6 +32,7 @@ mod packet_builder;
 pub mod record;
 mod rules;
 mod sink;
+pub mod stream;
 mod tcp;
 mod tls;
 
@@ -51,7 +52,7 @@ pub use rules::{
 };
 pub use sink::Sink;
 pub use tcp::{
-    TcpLimits, TcpStats,
+    Side, TcpLimits, TcpStats,
     options::{OptionProblem, normalise as normalise_options},
 };
 pub use tls::{Ech, TlsLimits, TlsStats};

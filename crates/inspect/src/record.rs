@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use palisade_abi::{Addr, Reason, punt_flags};
+use palisade_abi::{Addr, PuntRequest, Reason, protocol, punt_flags};
 use palisade_protocols::dns::Name;
 
 use crate::packet::PacketView;
@@ -188,6 +188,27 @@ impl About {
         }
     }
 
+    /// Returns the fields of a connection that the client of `client` has opened to `server`, without a packet.
+    pub(crate) const fn of_stream(
+        request: &PuntRequest,
+        ingress: bool,
+        client: (Addr, u16),
+        server: (Addr, u16),
+        ifindex: u32,
+    ) -> Self {
+        Self {
+            source: client,
+            destination: server,
+            remote_identity: request.remote_identity,
+            ifindex,
+            rule: request.rule,
+            endpoint: request.endpoint,
+            protocol: protocol::TCP,
+            ingress,
+            reply: false,
+        }
+    }
+
     /// Returns the endpoint and the address to which the endpoint connects, or `None` if the endpoint is the server.
     /// `self` must describe a packet of the client.
     pub(crate) fn reaches(&self) -> Option<(u16, IpAddr)> {
@@ -317,6 +338,13 @@ pub enum What {
         topic: Text,
         /// Client id of the request; empty in a response.
         client: Text,
+    },
+    /// A connection that a proxy terminates and that failed.
+    Intercept {
+        /// Server name that the client has sent; empty without one.
+        name: Text,
+        /// What failed, in words.
+        error: Text,
     },
     /// A packet that could not be inspected.
     Unreadable {

@@ -209,7 +209,13 @@ fn is_audit(slot: &PuntRequest) -> bool {
 
 /// Returns the rule that allows a hello, or the reason of its denial. `known`: whether the endpoint has learned the
 /// destination address by the server name.
-fn evaluate(hello: &ClientHello, rules: &Rules, ruleset: u32, ech: Ech, known: bool) -> Result<u32, Reason> {
+pub(crate) fn evaluate(
+    hello: &ClientHello,
+    rules: &Rules,
+    ruleset: u32,
+    ech: Ech,
+    known: bool,
+) -> Result<u32, Reason> {
     let rules = rules.tls(ruleset).ok_or(Reason::UnknownRuleset)?;
     if hello.ech && ech == Ech::Deny {
         return Err(Reason::AppDenied);
@@ -261,7 +267,7 @@ fn recall<F, S: Sink<F>>(
 }
 
 /// Returns the content of the record of a hello.
-fn what(hello: &ClientHello) -> What {
+pub(crate) fn what(hello: &ClientHello) -> What {
     What::TlsHello {
         name: match &hello.server_name {
             ServerName::Name(name) => Text::of(name),

@@ -133,7 +133,7 @@ struct Refused {
 
 /// State of a connection.
 #[derive(Default)]
-pub(super) struct Flow {
+pub(crate) struct Flow {
     client: Place,
     server: Place,
     /// The request to which the next response belongs.
@@ -150,12 +150,14 @@ pub(super) struct Flow {
     /// State of an offload.
     left: Left,
     /// Record fields of the client's packets.
-    pub(super) about: Option<About>,
+    pub(crate) about: Option<About>,
+    /// Whether TLS protects the connection, so that records show `https` as the scheme.
+    pub(crate) secure: bool,
 }
 
 /// State of an offloaded connection: an allowed tunnel, or a stream that cannot be parsed and that audit mode forwards.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Left {
+pub(crate) struct Left {
     ruleset: u32,
     /// Whether audit mode was the cause.
     audit: bool,
@@ -165,7 +167,7 @@ impl Left {
     /// Returns an error if an offloaded connection must not continue. A tunnel has no further request to which new
     /// rules could apply, so it ends when its rule set changes, except in audit mode. A connection that was offloaded
     /// because of audit mode ends when audit mode is switched off.
-    pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
+    pub(crate) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
             Ok(())
@@ -185,6 +187,28 @@ impl Offloadable for Flow {
 impl Flow {
     fn pending(&self) -> usize {
         usize::from(self.current.is_some()) + self.behind.len()
+    }
+
+    /// Returns whether the next byte of the client is the first byte of a request.
+    pub(crate) fn is_at_request(&self) -> bool {
+        self.client.is_between_messages()
+    }
+
+    /// Returns whether a forwarded request has no response, and no byte of its response has been forwarded.
+    pub(crate) fn awaits_response(&self) -> bool {
+        self.current.is_some() && self.server.is_between_messages()
+    }
+
+    /// Returns whether the oldest request without a response is HEAD, whose response has no body.
+    pub(crate) fn is_head(&self) -> bool {
+        self.current
+            .as_ref()
+            .is_some_and(|current| current.method.bytes() == b"HEAD")
+    }
+
+    /// Returns an error if a connection that was offloaded must not continue under `slot`.
+    pub(crate) fn may_stay_offloaded(&self, slot: &PuntRequest) -> Result<(), Reason> {
+        self.left.may_go_on(slot)
     }
 
     /// Adds a forwarded request.
@@ -231,12 +255,12 @@ impl Flow {
 }
 
 /// Inspector of one connection for one call.
-pub(super) struct HttpStream<'a> {
-    pub(super) flow: &'a mut Flow,
-    pub(super) slot: &'a PuntRequest,
-    pub(super) limits: &'a HttpLimits,
-    pub(super) scratch: &'a mut HttpScratch,
-    pub(super) stats: &'a mut HttpStats,
+pub(crate) struct HttpStream<'a> {
+    pub(crate) flow: &'a mut Flow,
+    pub(crate) slot: &'a PuntRequest,
+    pub(crate) limits: &'a HttpLimits,
+    pub(crate) scratch: &'a mut HttpScratch,
+    pub(crate) stats: &'a mut HttpStats,
 }
 
 impl<F> StreamInspector<F> for HttpStream<'_> {
@@ -309,7 +333,8 @@ impl HttpStream<'_> {
         self.stats.requests += 1;
         self.flow.begun = true;
         let mut url = Text::default();
-        redact::url(request.host, request.path, &mut url);
+        let scheme = if self.flow.secure { "https" } else { "http" };
+        redact::url(scheme, request.host, request.path, &mut url);
         let Some(rules) = cx.rules.http(self.slot.ruleset) else {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };

@@ -13,7 +13,7 @@ use crate::{
     tcp::{Connections, Side, quote::QuotedSegment},
 };
 pub use config::{HttpLimits, HttpStats};
-use exchange::{Flow, HttpStream};
+pub(crate) use exchange::{Flow, HttpStream};
 pub(crate) use exchange::{has_refused_body, status_of};
 pub use palisade_model::request::{GetBodies, Paths};
 

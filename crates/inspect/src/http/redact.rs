@@ -44,10 +44,10 @@ const SECRET_WORDS: [&[u8]; 12] = [
     b"auth", b"code", b"hmac", b"jwt", b"key", b"oauth", b"otp", b"pass", b"pin", b"pwd", b"sid", b"sig",
 ];
 
-/// Writes `http://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
-pub(crate) fn url(host: &str, path: &str, out: &mut Text) {
+/// Writes `SCHEME://HOST/PATH?QUERY`, with `[redacted]` for the values of parameters whose names suggest a secret.
+pub(crate) fn url(scheme: &str, host: &str, path: &str, out: &mut Text) {
     // Writing to a `Text` cannot fail: a long text is truncated.
-    let _ = out.write_str("http://");
+    let _ = write!(out, "{scheme}://");
     visible(host.as_bytes(), Form::Url, out);
     without_secrets(path.as_bytes(), Form::Url, out);
 }

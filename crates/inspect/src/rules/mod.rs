@@ -40,6 +40,8 @@ struct Prepared {
     tls: Arc<TlsRules>,
     http: Arc<HttpRules>,
     kafka: Arc<KafkaRules>,
+    /// `serverNames` of a rule set that reads another protocol inside TLS; `None` if every name is allowed.
+    server_names: Option<Arc<NameSet>>,
 }
 
 impl Rules {
@@ -61,6 +63,7 @@ impl Rules {
                     let mut named = |error: PatternError| problem(error.to_string());
                     let dns = Arc::new(DnsRules::prepare(source, &mut named));
                     let tls = Arc::new(TlsRules::prepare(source, &mut named));
+                    let server_names = server_names(source, &mut named);
                     let expression =
                         |pattern: &str, error| problem(format!("regular expression \"{pattern}\": {error}"));
                     Prepared {
@@ -69,6 +72,7 @@ impl Rules {
                         tls,
                         http: Arc::new(HttpRules::prepare(source, expression)),
                         kafka: Arc::new(KafkaRules::prepare(source)),
+                        server_names,
                     }
                 }
             };
@@ -107,6 +111,12 @@ impl Rules {
         self.sets.get(&ruleset).map(|set| &*set.kafka)
     }
 
+    /// Returns the `serverNames` of a rule set that reads another protocol inside TLS; `None` if every name is allowed.
+    #[must_use]
+    pub fn server_names(&self, ruleset: u32) -> Option<&NameSet> {
+        self.sets.get(&ruleset)?.server_names.as_deref()
+    }
+
     /// Returns the rule set from which the rules were prepared.
     #[must_use]
     pub fn source(&self, ruleset: u32) -> Option<&Arc<RuleSet>> {
@@ -117,6 +127,24 @@ impl Rules {
     #[must_use]
     pub fn problems(&self) -> &[Problem] {
         &self.problems
+    }
+}
+
+/// Returns the names of [`RuleSet::server_names`]; `None` if the list is empty. A pattern that cannot be prepared matches
+/// nothing.
+fn server_names(set: &RuleSet, problem: &mut impl FnMut(PatternError)) -> Option<Arc<NameSet>> {
+    if set.server_names.is_empty() {
+        return None;
+    }
+    let mut patterns: Vec<&FqdnPattern> = set.server_names.iter().collect();
+    loop {
+        match NameSet::new(patterns.iter().copied()) {
+            Ok(names) => return Some(Arc::new(names)),
+            Err(error) => {
+                patterns.remove(error.index);
+                problem(error);
+            }
+        }
     }
 }
 

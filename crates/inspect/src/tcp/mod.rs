@@ -32,5 +32,5 @@ pub(crate) mod tests;
 pub use config::{TcpLimits, TcpStats};
 pub(crate) use flow::key;
 pub(crate) use inspector::{Action, Offloadable, StreamInspector};
-pub(crate) use side::Side;
+pub use side::Side;
 pub(crate) use table::Connections;

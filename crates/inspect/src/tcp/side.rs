@@ -6,7 +6,7 @@ use palisade_abi::{PuntRequest, punt_flags};
 
 /// End of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Side {
+pub enum Side {
     /// The end that has sent the first SYN.
     Client,
     /// The other end.
@@ -14,7 +14,8 @@ pub(crate) enum Side {
 }
 
 impl Side {
-    pub(crate) const BOTH: [Self; 2] = [Self::Client, Self::Server];
+    /// Both ends, the client first.
+    pub const BOTH: [Self; 2] = [Self::Client, Self::Server];
 
     /// Returns the sender of a packet.
     pub(crate) const fn of(slot: &PuntRequest) -> Self {
@@ -27,7 +28,7 @@ impl Side {
 
     /// Returns the opposite end of the connection.
     #[must_use]
-    pub(crate) const fn other(self) -> Self {
+    pub const fn other(self) -> Self {
         match self {
             Self::Client => Self::Server,
             Self::Server => Self::Client,

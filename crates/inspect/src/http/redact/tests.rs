@@ -4,7 +4,7 @@ use super::*;
 
 fn url_of(path: &str) -> String {
     let mut text = Text::default();
-    url("h.example:8080", path, &mut text);
+    url("http", "h.example:8080", path, &mut text);
     let text = String::from_utf8(text.bytes().to_vec()).unwrap();
     text.strip_prefix("http://h.example:8080").unwrap().to_owned()
 }
@@ -172,6 +172,7 @@ fn chosen_fields() {
 fn long_texts_are_truncated() {
     let mut text = Text::default();
     url(
+        "http",
         "h",
         &format!("/?token={}&a={}", "s".repeat(9_000), "b".repeat(9_000)),
         &mut text,
