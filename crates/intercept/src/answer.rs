@@ -1,0 +1,33 @@
+//! Answers in the server's place.
+
+use crate::failure::Failure;
+
+/// Returns a 503 that says why the server cannot be reached. `is_head`: whether the request is HEAD, whose response has
+/// no body.
+pub(crate) fn unavailable(failure: &Failure, is_head: bool) -> Vec<u8> {
+    let body = body(failure);
+    format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\nx-palisade-error: {}\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n{}",
+        header(failure),
+        body.len(),
+        if is_head { "" } else { &body }
+    )
+    .into_bytes()
+}
+
+/// Returns the body of the answer to a failure.
+pub(crate) fn body(failure: &Failure) -> String {
+    format!("Palisade could not get a response from the server.\r\n{failure}\r\n")
+}
+
+/// Returns the value of the `x-palisade-error` field: details can have bytes of the server, of which only visible ASCII
+/// and spaces may be in a field.
+pub(crate) fn header(failure: &Failure) -> String {
+    failure
+        .to_string()
+        .chars()
+        .map(|letter| if matches!(letter, ' '..='~') { letter } else { '?' })
+        .take(512)
+        .collect()
+}

@@ -1,0 +1,343 @@
+//! One end of a connection: a socket, TLS on it or not, and the bytes that arrived and have no verdict yet.
+
+use std::{
+    io::{self, BufRead as _, Read as _, Write as _},
+    net::Shutdown,
+    time::Duration,
+};
+
+use mio::net::TcpStream;
+use rustls::Connection as Tls;
+use socket2::SockRef;
+
+/// Maximum number of decrypted bytes of one end that have no verdict yet. A message head must fit.
+pub(crate) const INPUT: usize = 64 << 10;
+
+/// How the stream of an end has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// With a close_notify; without TLS, with a FIN.
+    Clean,
+    /// With a FIN, but without the close_notify that TLS requires (RFC 8446, section 6.1).
+    Truncated,
+}
+
+/// Error of an end.
+#[derive(Debug)]
+pub(crate) enum EndError {
+    /// Error of the socket.
+    Io(io::Error),
+    /// The peer's bytes are not acceptable, or the peer has sent a fatal alert.
+    Tls(rustls::Error),
+}
+
+impl From<io::Error> for EndError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Bytes that are added at the end and taken from the front.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.bytes.get(self.start..).unwrap_or_default()
+    }
+
+    pub(crate) const fn len(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        if self.start > 0 && self.bytes.len() + bytes.len() > self.bytes.capacity() {
+            self.bytes.drain(..self.start);
+            self.start = 0;
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn consume(&mut self, n: usize) {
+        self.start = self.bytes.len().min(self.start + n);
+        if self.start == self.bytes.len() {
+            self.clear();
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.start = 0;
+    }
+
+    /// Frees the memory of an empty buffer, so that idle connections have none.
+    pub(crate) fn release(&mut self) {
+        if self.is_empty() && self.bytes.capacity() > 0 {
+            *self = Self::default();
+        }
+    }
+}
+
+/// One end of a connection.
+pub(crate) struct End {
+    socket: TcpStream,
+    /// TLS state; `None` for plain text, and while a ClientHello is read.
+    pub(crate) tls: Option<Box<Tls>>,
+    /// Bytes that arrived and have no verdict yet: decrypted, if `tls` is set.
+    pub(crate) input: Buffer,
+    /// Without TLS: bytes that the socket has not taken.
+    out: Buffer,
+    /// Whether a read of the socket can succeed (edge-triggered events).
+    readable: bool,
+    writable: bool,
+    /// Whether the kernel has reported that the peer has sent its FIN.
+    read_closed: bool,
+    /// How the received stream has ended.
+    pub(crate) eof: Option<Ending>,
+    /// Number of the next received bytes that are forwarded without inspection.
+    pub(crate) bypass: u64,
+    /// Whether the end of the received stream was forwarded.
+    pub(crate) is_forwarded: bool,
+    /// Whether the stream to the peer ends after the bytes that are queued.
+    ending: bool,
+    /// Whether the FIN was sent.
+    shut: bool,
+    /// Application bytes that were received.
+    pub(crate) received: u64,
+    /// Application bytes that were sent.
+    pub(crate) sent: u64,
+}
+
+impl End {
+    pub(crate) fn new(socket: TcpStream) -> Self {
+        Self {
+            socket,
+            tls: None,
+            input: Buffer::default(),
+            out: Buffer::default(),
+            readable: false,
+            writable: true,
+            read_closed: false,
+            eof: None,
+            bypass: 0,
+            is_forwarded: false,
+            ending: false,
+            shut: false,
+            received: 0,
+            sent: 0,
+        }
+    }
+
+    pub(crate) const fn socket_mut(&mut self) -> &mut TcpStream {
+        &mut self.socket
+    }
+
+    /// Notes a readiness event.
+    pub(crate) fn note(&mut self, event: &mio::event::Event) {
+        self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+        self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+        self.read_closed |= event.is_read_closed() || event.is_error();
+    }
+
+    /// Returns whether [`Self::receive`] can read bytes.
+    pub(crate) const fn can_receive(&self) -> bool {
+        self.readable && self.eof.is_none() && self.input.len() < INPUT
+    }
+
+    /// Notes that the socket is not connected yet.
+    pub(crate) const fn set_connecting(&mut self) {
+        self.writable = false;
+    }
+
+    /// Returns whether the socket is connected.
+    ///
+    /// # Errors
+    /// The error of the `connect`.
+    pub(crate) fn is_connected(&self) -> io::Result<bool> {
+        if let Some(error) = self.socket.take_error()? {
+            return Err(error);
+        }
+        match self.socket.peer_addr() {
+            Ok(_) => Ok(self.writable),
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns whether bytes wait for the socket. No further bytes should be queued then.
+    pub(crate) fn is_blocked(&self) -> bool {
+        match &self.tls {
+            Some(tls) => tls.wants_write(),
+            None => !self.out.is_empty(),
+        }
+    }
+
+    /// Reads from the socket once, into `input`. Returns whether the socket had bytes or the stream has ended.
+    ///
+    /// The caller must call [`Self::flush`] after an error too, because TLS can have queued an alert.
+    pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> Result<bool, EndError> {
+        // A record is at least as long as its plaintext, so this many bytes cannot exceed the limit of `input`.
+        let most = scratch.len().min(INPUT.saturating_sub(self.input.len()));
+        let Some(room) = scratch.get_mut(..most).filter(|room| !room.is_empty()) else {
+            return Ok(false);
+        };
+        let n = match self.socket.read(room) {
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                return Ok(false);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
+            Err(error) => {
+                self.readable = false;
+                return Err(error.into());
+            }
+        };
+        if n == 0 {
+            self.readable = false;
+            let is_clean = self.tls.is_none();
+            self.eof.get_or_insert(if is_clean {
+                Ending::Clean
+            } else {
+                Ending::Truncated
+            });
+            return Ok(true);
+        }
+        // A read that does not fill the buffer has emptied the socket (epoll(7)). Another event follows unless the FIN
+        // has been reported already.
+        self.readable = n == most || self.read_closed;
+        let bytes = scratch.get(..n).unwrap_or_default();
+        self.feed(bytes)?;
+        Ok(true)
+    }
+
+    /// Handles bytes from the socket.
+    pub(crate) fn feed(&mut self, mut bytes: &[u8]) -> Result<(), EndError> {
+        let Some(tls) = &mut self.tls else {
+            self.received += bytes.len() as u64;
+            self.input.push(bytes);
+            return Ok(());
+        };
+        while !bytes.is_empty() {
+            if tls.read_tls(&mut bytes)? == 0 {
+                return Err(EndError::Io(io::ErrorKind::InvalidData.into()));
+            }
+            let state = tls.process_new_packets().map_err(EndError::Tls)?;
+            if state.plaintext_bytes_to_read() > 0 {
+                let mut reader = tls.reader();
+                while let Ok(chunk) = reader.fill_buf() {
+                    let n = chunk.len();
+                    if n == 0 {
+                        break;
+                    }
+                    self.input.push(chunk);
+                    self.received += n as u64;
+                    reader.consume(n);
+                }
+            }
+            if state.peer_has_closed() {
+                self.eof = Some(Ending::Clean);
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Handles the bytes that TLS has buffered without having processed them.
+    pub(crate) fn process_buffered(&mut self) -> Result<(), EndError> {
+        let Some(tls) = &mut self.tls else {
+            return Ok(());
+        };
+        tls.process_new_packets().map_err(EndError::Tls)?;
+        Ok(())
+    }
+
+    /// Queues bytes for the peer.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), EndError> {
+        self.sent += bytes.len() as u64;
+        if let Some(tls) = &mut self.tls {
+            return Ok(tls.writer().write_all(bytes)?);
+        }
+        let mut rest = bytes;
+        if self.out.is_empty() && self.writable {
+            match self.socket.write(rest) {
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(error) if would_block(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !rest.is_empty() {
+            self.out.push(rest);
+        }
+        Ok(())
+    }
+
+    /// Ends the stream to the peer after the queued bytes: with close_notify and FIN, or only with a FIN.
+    pub(crate) fn finish(&mut self, ending: Ending) {
+        if self.ending {
+            return;
+        }
+        self.ending = true;
+        if let (Ending::Clean, Some(tls)) = (ending, &mut self.tls) {
+            tls.send_close_notify();
+        }
+    }
+
+    /// Writes queued bytes to the socket, and then the FIN if the stream ends. Returns whether everything is written.
+    pub(crate) fn flush(&mut self) -> Result<bool, EndError> {
+        if self.shut {
+            return Ok(true);
+        }
+        while self.writable && self.is_blocked() {
+            let written = match &mut self.tls {
+                Some(tls) => tls.write_tls(&mut self.socket),
+                None => self.socket.write(self.out.bytes()),
+            };
+            match written {
+                Ok(n) if self.tls.is_none() => self.out.consume(n),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    self.shut = true;
+                    return Err(error.into());
+                }
+            }
+        }
+        if self.is_blocked() {
+            return Ok(false);
+        }
+        if self.ending {
+            self.shut = true;
+            // An error means that the peer has reset the connection, which the next read reports.
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
+        Ok(true)
+    }
+
+    /// Sets the socket to send a reset when it is closed.
+    pub(crate) fn reset(&self) {
+        // Without the option the close sends a FIN, which the peer could take for a clean end only without TLS.
+        let _ = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
+    }
+
+    /// Frees memory that an idle connection does not need.
+    pub(crate) fn release(&mut self) {
+        self.input.release();
+        self.out.release();
+    }
+}
+
+fn would_block(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}

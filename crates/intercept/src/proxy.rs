@@ -1,0 +1,289 @@
+//! The threads of the proxy, their restarts, and what other threads can see of them.
+
+use std::{
+    any::Any,
+    io,
+    net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use mio::{Poll, Waker};
+use palisade_abi::Direction;
+use tracing::{error, info};
+
+use crate::{
+    listen::{Listener, Place, Resolver, listen},
+    settings::{Flows, Listeners, Namespace, Options, Reports, Settings},
+    stats::{Counters, Stats},
+    thread::{Shared, Thread, WAKER},
+    tls::Contexts,
+};
+
+/// Delay before the first restart. The delay doubles with each further restart, up to [`MAX_BACKOFF`].
+const MIN_BACKOFF: Duration = Duration::from_millis(10);
+/// Longest delay before a restart.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// Run time after which the delay of the next restart is [`MIN_BACKOFF`] again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+
+/// The running threads. Dropping it ends them and resets their connections.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    threads: Vec<Member>,
+    /// Addresses of the listeners of the first thread.
+    addresses: Vec<(Direction, SocketAddr)>,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Proxy")
+            .field("threads", &self.threads.len())
+            .finish_non_exhaustive()
+    }
+}
+
+struct Member {
+    handle: Option<JoinHandle<()>>,
+    waker: Arc<Waker>,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    counters: Counters,
+    is_running: AtomicBool,
+    /// Text of the last failure.
+    failure: Mutex<Option<String>>,
+}
+
+/// State of one thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThreadState {
+    /// Whether the thread accepts connections.
+    pub is_running: bool,
+    /// Number of open connections.
+    pub connections: u64,
+    /// Number of restarts.
+    pub restarts: u64,
+    /// Text of the last failure.
+    pub failure: Option<String>,
+}
+
+impl Proxy {
+    /// Creates the listeners, registers those of the first thread, and starts the threads.
+    ///
+    /// # Errors
+    /// The error of a socket, a registration or a thread.
+    pub fn start(
+        options: Options,
+        namespaces: Vec<Namespace>,
+        listeners: &dyn Listeners,
+        flows: Arc<dyn Flows>,
+        reports: Arc<dyn Reports>,
+        settings: Settings,
+    ) -> io::Result<Self> {
+        let places = namespaces.into_iter().map(Place::of).collect();
+        Self::start_in(options, places, listeners, flows, reports, settings)
+    }
+
+    /// Starts a proxy in the namespace of the process, with one listener for each thread at a loopback address.
+    /// `resolver` returns the server for the address of a client. For tests and benchmarks: the server sees the proxy's
+    /// address.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_on_loopback(
+        options: Options,
+        direction: Direction,
+        resolver: Resolver,
+        flows: Arc<dyn Flows>,
+        reports: Arc<dyn Reports>,
+        settings: Settings,
+    ) -> io::Result<Self> {
+        struct Unregistered;
+        impl Listeners for Unregistered {
+            fn register(&self, _: Direction, _: std::os::fd::BorrowedFd<'_>, _: bool) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let places = vec![(direction, Place::Resolver(resolver))];
+        Self::start_in(options, places, &Unregistered, flows, reports, settings)
+    }
+
+    fn start_in(
+        options: Options,
+        places: Vec<(Direction, Place)>,
+        registry: &dyn Listeners,
+        flows: Arc<dyn Flows>,
+        reports: Arc<dyn Reports>,
+        settings: Settings,
+    ) -> io::Result<Self> {
+        let lists = listen(&places, options.threads.max(1), registry)?;
+        let mut addresses = Vec::new();
+        for listener in lists.iter().flatten() {
+            addresses.push((listener.direction, listener.socket.local_addr()?));
+        }
+        let shared = Arc::new(Shared {
+            options,
+            flows,
+            reports,
+            contexts: Contexts::new(),
+            settings: Mutex::new(Arc::new(settings)),
+            generation: AtomicU64::new(0),
+            rechecks: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            places,
+        });
+        let mut proxy = Self {
+            shared,
+            threads: Vec::new(),
+            addresses,
+        };
+        for (number, listeners) in lists.into_iter().enumerate() {
+            let poll = Poll::new()?;
+            let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+            let state = Arc::new(State::default());
+            let (shared, own) = (Arc::clone(&proxy.shared), Arc::clone(&state));
+            let handle = thread::Builder::new()
+                .name(format!("intercept-{number}"))
+                .spawn(move || supervise(number, &shared, &own, &listeners, poll))?;
+            proxy.threads.push(Member {
+                handle: Some(handle),
+                waker,
+                state,
+            });
+        }
+        Ok(proxy)
+    }
+
+    /// Replaces the settings. Live connections use them from their next request on.
+    pub fn update(&self, settings: Settings) {
+        *self
+            .shared
+            .settings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        self.shared.generation.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    /// Looks up the flows of all connections after a change of policies, and resets those that are no longer
+    /// intercepted.
+    pub fn recheck(&self) {
+        self.shared.rechecks.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        for thread in &self.threads {
+            // An error means that the thread is woken already or has ended.
+            let _ = thread.waker.wake();
+        }
+    }
+
+    /// Returns the sums of the counters of all threads.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats::default();
+        for thread in &self.threads {
+            stats.add(&thread.state.counters);
+        }
+        stats
+    }
+
+    /// Returns the state of each thread.
+    #[must_use]
+    pub fn threads(&self) -> Vec<ThreadState> {
+        self.threads
+            .iter()
+            .map(|thread| {
+                let counters = &thread.state.counters;
+                let failure = thread
+                    .state
+                    .failure
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                ThreadState {
+                    is_running: thread.state.is_running.load(Ordering::Relaxed),
+                    connections: counters.open.load(Ordering::Relaxed),
+                    restarts: counters.restarts.load(Ordering::Relaxed),
+                    failure: failure.clone(),
+                }
+            })
+            .collect()
+    }
+
+    /// Returns the directions and addresses of all listeners.
+    #[must_use]
+    pub fn addresses(&self) -> &[(Direction, SocketAddr)] {
+        &self.addresses
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.wake();
+        for thread in &mut self.threads {
+            if let Some(handle) = thread.handle.take() {
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+/// Runs a thread until the proxy stops, and restarts it when it fails. The listeners stay open, so that new connections
+/// wait for the restart.
+fn supervise(number: usize, shared: &Shared, state: &State, listeners: &[Listener], mut poll: Poll) {
+    let mut delay = MIN_BACKOFF;
+    while !shared.stop.load(Ordering::Acquire) {
+        let started = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let mut thread = Thread::new(shared, &state.counters, listeners, &poll)?;
+            state.is_running.store(true, Ordering::Relaxed);
+            thread.run(&mut poll)
+        }));
+        state.is_running.store(false, Ordering::Relaxed);
+        let failure = match outcome {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => format!("panic: {}", panic_message(&*panic)),
+        };
+        if started.elapsed() > HEALTHY_AFTER {
+            delay = MIN_BACKOFF;
+        }
+        let mut last = state.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        // Log a failure that repeats without a healthy run in between only once.
+        if last.as_ref() != Some(&failure) {
+            error!(
+                thread = number,
+                error = failure,
+                "proxy thread failed, its connections are reset; restarting"
+            );
+        }
+        *last = Some(failure);
+        drop(last);
+        state.counters.restarts.fetch_add(1, Ordering::Relaxed);
+        let until = Instant::now() + delay;
+        while !shared.stop.load(Ordering::Acquire) && Instant::now() < until {
+            thread::sleep(MIN_BACKOFF.min(until.saturating_duration_since(Instant::now())));
+        }
+        delay = (delay * 2).min(MAX_BACKOFF);
+        info!(thread = number, "proxy thread runs again");
+    }
+}
+
+/// Returns the message of a panic.
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

@@ -1,0 +1,432 @@
+//! The loop of one thread: its listeners, its connections and their deadlines.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use mio::{Events, Interest, Poll, Token};
+use palisade_abi::Direction;
+use palisade_inspect::{
+    Millis,
+    stream::{StreamContext, StreamScratch},
+};
+use slab::Slab;
+use socket2::SockRef;
+
+use crate::{
+    connection::{Connection, Cx, Next, of_token},
+    listen::{Listener, Place, enter},
+    settings::{Flows, Options, Reports, Settings},
+    stats::{Counters, count},
+    tls::Contexts,
+};
+
+/// Token of the waker.
+pub(crate) const WAKER: Token = Token(usize::MAX);
+/// Token of the first listener; the others have lower tokens.
+const LISTENERS: usize = usize::MAX - 1;
+/// Number of events of one poll.
+const EVENTS: usize = 1024;
+/// Number of connections that are accepted before others have their turn.
+const ACCEPTS: usize = 256;
+/// Time after which a listener is read again if the process has no file descriptor left, ms.
+const ACCEPT_PAUSE: Millis = 100;
+/// Size of the buffer for bytes from sockets.
+const SCRATCH: usize = 64 << 10;
+/// Maximum number of log lines per second.
+const LOG_LINES: u32 = 10;
+
+/// What all threads of a proxy share.
+pub(crate) struct Shared {
+    pub(crate) options: Options,
+    pub(crate) flows: Arc<dyn Flows>,
+    pub(crate) reports: Arc<dyn Reports>,
+    pub(crate) contexts: Contexts,
+    pub(crate) settings: std::sync::Mutex<Arc<Settings>>,
+    /// Raised with each replacement of the settings.
+    pub(crate) generation: AtomicU64,
+    /// Raised when the flows of all connections must be looked up.
+    pub(crate) rechecks: AtomicU64,
+    pub(crate) stop: AtomicBool,
+    pub(crate) places: Vec<(Direction, Place)>,
+}
+
+impl Shared {
+    fn settings(&self) -> Arc<Settings> {
+        let settings = self.settings.lock();
+        Arc::clone(&settings.unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+/// One run of a thread.
+pub(crate) struct Thread<'a> {
+    shared: &'a Shared,
+    counters: &'a Counters,
+    listeners: Vec<(Direction, mio::net::TcpListener)>,
+    connections: Slab<Connection>,
+    /// Number of connections of each endpoint.
+    of_endpoint: HashMap<u16, usize>,
+    /// Times at which connections must be looked at, with their keys and numbers. Entries can be too early, not too
+    /// late.
+    deadlines: BTreeSet<(Millis, usize, u64)>,
+    /// Connections that can work without an event.
+    ready: Vec<(usize, u64)>,
+    settings: Arc<Settings>,
+    generation: u64,
+    rechecks: u64,
+    next_id: u64,
+    /// Time at which the listeners are read again without an event.
+    accept_at: Option<Millis>,
+    /// Direction whose namespace the thread is in.
+    place: Option<Direction>,
+    started: Instant,
+    stream: StreamScratch,
+    scratch: Box<[u8]>,
+    /// Second, and number of log lines that are left in it.
+    log: (Millis, u32),
+}
+
+impl<'a> Thread<'a> {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        counters: &'a Counters,
+        listeners: &[Listener],
+        poll: &Poll,
+    ) -> io::Result<Self> {
+        let mut own = Vec::new();
+        for (index, listener) in listeners.iter().enumerate() {
+            let mut socket = mio::net::TcpListener::from_std(listener.socket.try_clone()?);
+            poll.registry()
+                .register(&mut socket, Token(LISTENERS - index), Interest::READABLE)?;
+            own.push((listener.direction, socket));
+        }
+        Ok(Self {
+            shared,
+            counters,
+            listeners: own,
+            connections: Slab::new(),
+            of_endpoint: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            ready: Vec::new(),
+            settings: shared.settings(),
+            generation: shared.generation.load(Ordering::Acquire),
+            rechecks: shared.rechecks.load(Ordering::Acquire),
+            next_id: 0,
+            // Connections can wait since the thread's last run.
+            accept_at: Some(0),
+            place: None,
+            started: Instant::now(),
+            stream: StreamScratch::default(),
+            scratch: vec![0; SCRATCH].into_boxed_slice(),
+            log: (0, LOG_LINES),
+        })
+    }
+
+    fn now(&self) -> Millis {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Runs until the proxy stops.
+    pub(crate) fn run(&mut self, poll: &mut Poll) -> io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS);
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let timeout = self.timeout();
+            match poll.poll(&mut events, timeout) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            let now = self.now();
+            if now / 1000 != self.log.0 {
+                self.log = (now / 1000, LOG_LINES);
+            }
+            self.follow_settings(poll, now);
+            let mut accepts = self.accept_at.is_some_and(|at| at <= now);
+            for event in &events {
+                if event.token() == WAKER {
+                    continue;
+                }
+                if event.token().0 > LISTENERS - self.listeners.len() {
+                    accepts = true;
+                    continue;
+                }
+                let (key, side) = of_token(event.token());
+                if let Some(connection) = self.connections.get_mut(key) {
+                    if let Some(end) = connection.end(side) {
+                        end.note(event);
+                    }
+                    let id = connection.id;
+                    self.ready.push((key, id));
+                }
+            }
+            for (key, id) in std::mem::take(&mut self.ready) {
+                self.work(key, id, poll, now, Connection::drive);
+            }
+            if accepts {
+                self.accept(poll, now);
+            }
+            self.expire(poll, now);
+        }
+        Ok(())
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        if !self.ready.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let deadline = self.deadlines.first().map(|(at, ..)| *at);
+        let next = [deadline, self.accept_at].into_iter().flatten().min()?;
+        // Rounded up, so that the deadline has passed when the poll returns.
+        Some(Duration::from_millis(next.saturating_sub(self.now()) + 1))
+    }
+
+    /// Takes new settings, and looks up the flows of all connections if that was requested.
+    fn follow_settings(&mut self, poll: &Poll, now: Millis) {
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        if generation != self.generation {
+            self.generation = generation;
+            self.settings = self.shared.settings();
+        }
+        let rechecks = self.shared.rechecks.load(Ordering::Acquire);
+        if rechecks != self.rechecks {
+            self.rechecks = rechecks;
+            let all: Vec<(usize, u64)> = self.connections.iter().map(|(key, one)| (key, one.id)).collect();
+            for (key, id) in all {
+                self.work(key, id, poll, now, Connection::recheck);
+            }
+        }
+    }
+
+    /// Calls a connection, and does what it returns.
+    fn work(
+        &mut self,
+        key: usize,
+        id: u64,
+        poll: &Poll,
+        now: Millis,
+        call: impl FnOnce(&mut Connection, &mut Cx<'_>) -> Next,
+    ) {
+        let Some(connection) = self.connections.get_mut(key).filter(|one| one.id == id) else {
+            return;
+        };
+        // A socket to the server is created in the namespace of the flow. The thread stays there.
+        if self.place != Some(connection.context.direction) {
+            let places = &self.shared.places;
+            let found = places
+                .iter()
+                .find(|(direction, _)| *direction == connection.context.direction);
+            if let Some((direction, place)) = found
+                && enter(place).is_ok()
+            {
+                self.place = Some(*direction);
+            } else {
+                connection.reset();
+                self.remove(key);
+                return;
+            }
+        }
+        let mut cx = Cx {
+            now,
+            settings: &self.settings,
+            flows: &*self.shared.flows,
+            reports: &*self.shared.reports,
+            contexts: &self.shared.contexts,
+            counters: self.counters,
+            scratch: &mut self.scratch,
+            stream: &mut self.stream,
+            registry: poll.registry(),
+            log: &mut self.log.1,
+        };
+        match call(connection, &mut cx) {
+            Next::Close => self.remove(key),
+            next => {
+                if next == Next::Again {
+                    self.ready.push((key, id));
+                }
+                let deadline = connection.deadline(&self.shared.options);
+                if deadline < connection.queued {
+                    connection.queued = deadline;
+                    self.deadlines.insert((deadline, key, id));
+                }
+            }
+        }
+    }
+
+    fn remove(&mut self, key: usize) {
+        let Some(connection) = self.connections.try_remove(key) else {
+            return;
+        };
+        self.deadlines.remove(&(connection.queued, key, connection.id));
+        if let Some(number) = self.of_endpoint.get_mut(&connection.endpoint) {
+            *number -= 1;
+            if *number == 0 {
+                self.of_endpoint.remove(&connection.endpoint);
+            }
+        }
+        self.counters.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn expire(&mut self, poll: &Poll, now: Millis) {
+        while let Some(&(at, key, id)) = self.deadlines.first() {
+            if at > now {
+                return;
+            }
+            self.deadlines.pop_first();
+            let Some(connection) = self.connections.get_mut(key).filter(|one| one.id == id) else {
+                continue;
+            };
+            connection.queued = Millis::MAX;
+            let is_due = connection.deadline(&self.shared.options) <= now;
+            self.work(key, id, poll, now, |connection, cx| {
+                if is_due { connection.expire(cx) } else { Next::Wait }
+            });
+        }
+    }
+
+    fn accept(&mut self, poll: &Poll, now: Millis) {
+        self.accept_at = None;
+        for index in 0..self.listeners.len() {
+            for turn in 0.. {
+                if turn == ACCEPTS {
+                    self.accept_at = Some(now);
+                    break;
+                }
+                let Some((direction, listener)) = self.listeners.get(index) else {
+                    break;
+                };
+                let direction = *direction;
+                match listener.accept() {
+                    Ok((socket, client)) => self.take(direction, socket, client, poll, now),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error)
+                        if matches!(
+                            error.kind(),
+                            io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                        ) => {}
+                    Err(_) => {
+                        // No file descriptor or memory is left, and no further event follows (edge-triggered).
+                        count(&self.counters.limited);
+                        self.accept_at = Some(now + ACCEPT_PAUSE);
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes a connection that was accepted. The connection is reset if its flow is unknown or a limit is reached.
+    fn take(
+        &mut self,
+        direction: Direction,
+        socket: mio::net::TcpStream,
+        client: std::net::SocketAddr,
+        poll: &Poll,
+        now: Millis,
+    ) {
+        count(&self.counters.accepted);
+        let refuse = |socket: &mio::net::TcpStream| {
+            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+        };
+        let place = self.shared.places.iter().find(|(other, _)| *other == direction);
+        let found = place.and_then(|(_, place)| {
+            let server = place.server(&socket, client)?;
+            let flow = self.shared.flows.find(direction, client, server)?;
+            Some((place, server, flow))
+        });
+        let Some((place, server, flow)) = found else {
+            count(&self.counters.unknown);
+            refuse(&socket);
+            return;
+        };
+        let endpoint = flow.request.endpoint;
+        if !self.has_room(endpoint) {
+            count(&self.counters.limited);
+            refuse(&socket);
+            return;
+        }
+        let _ = socket.set_nodelay(true);
+        self.next_id += 1;
+        let id = self.next_id;
+        let context = StreamContext {
+            request: flow.request,
+            direction,
+            client,
+            server,
+            ifindex: flow.ifindex,
+        };
+        let entry = self.connections.vacant_entry();
+        let key = entry.key();
+        let connection = Connection::new(
+            id,
+            key,
+            place.clone(),
+            context,
+            socket,
+            poll.registry(),
+            &self.settings,
+            now,
+        );
+        let Some(connection) = connection else {
+            count(&self.counters.unknown);
+            return;
+        };
+        entry.insert(connection);
+        *self.of_endpoint.entry(endpoint).or_default() += 1;
+        count(&self.counters.open);
+        // Connections without TLS towards the client begin without its bytes.
+        self.work(key, id, poll, now, Connection::drive);
+    }
+
+    /// Returns whether an endpoint can have one more connection. If the table is full, the endpoint with the most
+    /// connections loses the one that has been idle for the longest time, unless the new connection is of that endpoint.
+    fn has_room(&mut self, endpoint: u16) -> bool {
+        let options = &self.shared.options;
+        let own = self.of_endpoint.get(&endpoint).copied().unwrap_or(0);
+        if own >= (options.connections * options.endpoint_share / 100).max(1) {
+            return false;
+        }
+        if self.connections.len() < options.connections {
+            return true;
+        }
+        let largest = self.of_endpoint.iter().max_by_key(|(_, number)| **number);
+        let Some((&largest, &number)) = largest else {
+            return false;
+        };
+        if largest == endpoint || number <= own + 1 {
+            return false;
+        }
+        let oldest = self
+            .connections
+            .iter()
+            .filter(|(_, one)| one.endpoint == largest)
+            .min_by_key(|(_, one)| one.idle_since())
+            .map(|(key, _)| key);
+        let Some(key) = oldest else {
+            return false;
+        };
+        count(&self.counters.limited);
+        if let Some(connection) = self.connections.get(key) {
+            connection.reset();
+        }
+        self.remove(key);
+        true
+    }
+}
+
+impl Drop for Thread<'_> {
+    /// Resets all connections. Closing them would look like a clean end to peers without TLS.
+    fn drop(&mut self) {
+        for (_, connection) in &self.connections {
+            connection.reset();
+        }
+        self.counters
+            .open
+            .fetch_sub(self.connections.len() as u64, Ordering::Relaxed);
+    }
+}
