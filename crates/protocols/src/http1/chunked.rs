@@ -100,7 +100,7 @@ pub struct Chunks {
 
 /// Fields that must not be in trailers (RFC 9110, section 6.5.1), because some servers merge trailer fields into the
 /// header fields. The names are in the form of [`Folded`].
-const NO_TRAILERS: [&[u8]; 11] = [
+pub(crate) const NO_TRAILERS: [&[u8]; 11] = [
     b"contentlength",
     b"transferencoding",
     b"host",

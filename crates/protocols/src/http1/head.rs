@@ -148,13 +148,13 @@ impl Head {
 /// CGI, WSGI, Rack and PHP replace `-` by `_`; some implementations replace every byte that is not a letter or a digit.
 /// So `Transfer_Encoding`, `Transfer.Encoding` and `Transfer-Encoding` become the same field.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Folded {
+pub(crate) struct Folded {
     bytes: [u8; 24],
     length: usize,
 }
 
 impl Folded {
-    pub(super) fn of(name: &str) -> Self {
+    pub(crate) fn of(name: &str) -> Self {
         let mut folded = Self::default();
         name.bytes().for_each(|byte| folded.push(byte));
         folded
@@ -171,7 +171,7 @@ impl Folded {
     }
 
     /// Returns whether the reduced name is one of `names`. `names`: reduced names of at most 24 bytes.
-    pub(super) fn is_among(&self, names: &[&[u8]]) -> bool {
+    pub(crate) fn is_among(&self, names: &[&[u8]]) -> bool {
         self.bytes
             .get(..self.length)
             .is_some_and(|bytes| names.contains(&bytes))
@@ -179,6 +179,6 @@ impl Folded {
 }
 
 /// Returns whether the byte is allowed in a token (RFC 9110, section 5.6.2).
-pub(super) fn is_token(byte: u8) -> bool {
+pub(crate) fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }

@@ -11,7 +11,7 @@ use super::{
 pub const MAX_HEADERS: usize = 128;
 
 /// The fields that frame or route a message: each name, and the same name in the form of [`Folded`].
-const FRAMING: [(&str, &[u8]); 9] = [
+pub(crate) const FRAMING: [(&str, &[u8]); 9] = [
     ("content-length", b"contentlength"),
     ("transfer-encoding", b"transferencoding"),
     ("connection", b"connection"),
@@ -93,7 +93,7 @@ impl<'a> Headers<'a> {
             .any(|part| part.eq_ignore_ascii_case(element.as_bytes()))
     }
 
-    fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, ParseError> {
+    pub(crate) fn of(parsed: &'a [httparse::Header<'a>]) -> Result<Self, ParseError> {
         let is_name = |name: &str| !name.is_empty() && name.bytes().all(is_token);
         if !parsed.iter().all(|field| is_name(field.name)) {
             return Err(ParseError::BadName);
@@ -117,7 +117,7 @@ impl<'a> Headers<'a> {
     }
 
     /// Returns whether there is a field whose name is not in `fields`, but which some servers read as one of `fields`.
-    fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
+    pub(crate) fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
         self.iter().any(|(name, _)| {
             let folded = Folded::of(name);
             fields
@@ -136,7 +136,7 @@ impl<'a> Headers<'a> {
     }
 
     /// Returns the framing that Content-Length or Transfer-Encoding specifies; `None` if there is neither.
-    fn framing(&self, version: u8) -> Result<Option<Body>, ParseError> {
+    pub(crate) fn framing(&self, version: u8) -> Result<Option<Body>, ParseError> {
         let mut lengths = self.values("content-length");
         let mut encodings = self.values("transfer-encoding");
         let (length, encoding) = (lengths.next(), encodings.next());
@@ -177,7 +177,7 @@ pub struct Request<'a> {
     /// Host and optional port, as sent: from the target if it has an authority, otherwise from the Host field; empty
     /// without either.
     pub host: &'a str,
-    /// The minor version, 0 or 1.
+    /// The minor version of HTTP/1, 0 or 1; 2 for a request of HTTP/2.
     pub version: u8,
     /// The framing of the body.
     pub body: Body,
@@ -444,7 +444,7 @@ fn read_target<'a>(method: &str, target: &'a str) -> Result<(Target, Option<&'a 
 /// Returns whether the text is a host with an optional port (RFC 3986, section 3.2.2), without user information (RFC
 /// 9110, section 4.2.4) and without escapes. Colons of a host must be in brackets, so that all servers agree on where
 /// the port starts.
-fn is_authority(text: &str) -> bool {
+pub(crate) fn is_authority(text: &str) -> bool {
     let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
     if let Some(rest) = text.strip_prefix('[') {
         let Some((address, port)) = rest.split_once(']') else {
