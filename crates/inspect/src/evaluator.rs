@@ -80,7 +80,7 @@ fn dns_name(rules: &Rules, name: &str) -> Result<u32, Denial> {
 
 fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
     let rules = rules.kafka(SET).ok_or(Denial::NoRule)?;
-    let version = request.api_version.unwrap_or_default();
+    let version = request.api_version;
     let header = kafka::Header {
         key: request.api_key,
         version,
@@ -88,7 +88,18 @@ fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
         client: request.client_id.as_deref().map(str::as_bytes),
     };
     let allowed = match rules.judge(&header) {
+        // The SASL tokens behind version 0 cannot be inspected.
+        KafkaVerdict::Allowed {
+            unrestricted: false, ..
+        } if (request.api_key, version) == (kafka::SASL_HANDSHAKE, 0) => {
+            return Err(Denial::NoRule);
+        }
         KafkaVerdict::Allowed { rule, .. } => rule,
+        KafkaVerdict::ByTopics(_)
+            if request.topics.is_empty() && kafka::empty_means_all(request.api_key, version) =>
+        {
+            return Err(Denial::NoRule);
+        }
         KafkaVerdict::ByTopics(rule) => {
             let mut topics = request.topics.iter();
             topics.try_fold(rule, |_, topic| {
@@ -346,7 +357,7 @@ mod tests {
     #[test]
     fn kafka_requests_are_evaluated_by_key_and_topics() {
         let rule = KafkaRule {
-            api_keys: vec![0, 3, 18],
+            api_keys: vec![0, 3, 17, 18],
             topic: Some("orders".into()),
             ..KafkaRule::default()
         };
@@ -354,7 +365,7 @@ mod tests {
             let request = Request {
                 kafka: Some(KafkaRequest {
                     api_key,
-                    api_version: Some(api_version),
+                    api_version,
                     topics: topics.iter().map(|topic| (*topic).into()).collect(),
                     ..KafkaRequest::default()
                 }),
@@ -373,5 +384,10 @@ mod tests {
         assert_eq!(asks(18, 3, &[]), Ok(7));
         assert_eq!(asks(1, 12, &["orders"]), Err(Denial::NoRule));
         assert_eq!(asks(3, 99, &["orders"]), Err(Denial::NoRule));
+        // An empty list of topics stands for all of them in version 0. The tokens behind version 0 of SASL are not read.
+        assert_eq!(asks(3, 1, &[]), Ok(7));
+        assert_eq!(asks(3, 0, &[]), Err(Denial::NoRule));
+        assert_eq!(asks(17, 1, &[]), Ok(7));
+        assert_eq!(asks(17, 0, &[]), Err(Denial::NoRule));
     }
 }

@@ -61,7 +61,7 @@ pub struct KafkaRequest {
     /// API key.
     pub api_key: i16,
     /// API version.
-    pub api_version: Option<i16>,
+    pub api_version: i16,
     /// Client id.
     pub client_id: Option<String>,
     /// Topics of the request; each must be allowed.

@@ -15,6 +15,7 @@ use palisade_model::{
     request::{Denial, GetBodies, HttpOptions, HttpRequest, KafkaRequest, Paths, Request, RequestEvaluator},
     snapshot::{Snapshot, inspector_name},
 };
+use palisade_protocols::kafka::{api_key, last_version};
 use serde::Deserialize;
 
 use crate::{
@@ -251,7 +252,7 @@ impl Number {
             Self::Text(text) => text
                 .parse()
                 .ok()
-                .or_else(|| palisade_protocols::kafka::api_key(text))
+                .or_else(|| api_key(text))
                 .ok_or_else(|| format!("{text:?} is not a number or an API key of Kafka")),
         }
     }
@@ -554,12 +555,16 @@ fn request(check: &Check) -> Result<Request, String> {
     });
     let kafka = match &check.kafka {
         None => None,
-        Some(kafka) => Some(KafkaRequest {
-            api_key: kafka.api_key.value()?,
-            api_version: kafka.api_version.as_ref().map(Number::value).transpose()?,
-            client_id: kafka.client_id.clone(),
-            topics: kafka.topic.iter().chain(&kafka.topics).cloned().collect(),
-        }),
+        Some(kafka) => {
+            let api_key = kafka.api_key.value()?;
+            let version = kafka.api_version.as_ref().map(Number::value).transpose()?;
+            Some(KafkaRequest {
+                api_key,
+                api_version: version.or_else(|| last_version(api_key)).unwrap_or_default(),
+                client_id: kafka.client_id.clone(),
+                topics: kafka.topic.iter().chain(&kafka.topics).cloned().collect(),
+            })
+        }
     };
     Ok(Request {
         http,

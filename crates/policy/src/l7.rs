@@ -14,7 +14,7 @@ use palisade_model::{
 };
 use palisade_protocols::{
     http1::{re2, resolved},
-    kafka::{DESCRIBE_TOPIC_PARTITIONS, Topics, api_name, topics_of},
+    kafka::{SASL_HANDSHAKE, Topics, api_name, empty_means_all, topics_of},
 };
 use regex::bytes::Regex;
 
@@ -201,14 +201,13 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
         return true;
     }
     let topic = rule.topic.as_ref().is_none_or(|topic| {
-        match topics_of(kafka.api_key, kafka.api_version.unwrap_or_default()) {
+        match topics_of(kafka.api_key, kafka.api_version) {
             // Requests that cannot name a topic are not judged by it.
             Some(Topics::None) => true,
             Some(Topics::Admin) => rule.api_keys.contains(&kafka.api_key),
             Some(Topics::Read) => match kafka.topics.first() {
                 Some(named) => named == topic,
-                // Without names this request is about all topics.
-                None => kafka.api_key != DESCRIBE_TOPIC_PARTITIONS,
+                None => !empty_means_all(kafka.api_key, kafka.api_version),
             },
             Some(Topics::Unread) | None => false,
         }
@@ -216,10 +215,12 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
     // A rule with a condition does not allow requests whose API key is not known.
     topic
         && api_name(kafka.api_key).is_some()
+        // The SASL tokens behind version 0 cannot be inspected.
+        && (kafka.api_key, kafka.api_version) != (SASL_HANDSHAKE, 0)
         && (rule.api_keys.is_empty() || rule.api_keys.contains(&kafka.api_key))
         && rule
             .api_version
-            .is_none_or(|version| kafka.api_version == Some(version))
+            .is_none_or(|version| kafka.api_version == version)
         && rule
             .client_id
             .as_ref()
@@ -471,15 +472,21 @@ mod tests {
         assert!(passing(&rules, &request(&["a", "b"])).is_some());
         assert!(passing(&rules, &request(&["a", "c"])).is_none());
         // A request that names no topic, an API key without topics, and one whose topics are not read.
-        let of_key = |api_key: i16| Request {
+        let of_version = |api_key: i16, api_version: i16| Request {
             kafka: Some(KafkaRequest {
                 api_key,
+                api_version,
                 ..KafkaRequest::default()
             }),
             ..Request::default()
         };
-        assert!(passing(&rules, &of_key(3)).is_some());
+        let of_key = |api_key: i16| of_version(api_key, 0);
+        assert!(passing(&rules, &of_version(3, 1)).is_some());
         assert!(passing(&rules, &of_key(12)).is_some());
+        // An empty list of topics stands for all of them in version 0 of Metadata.
+        assert!(passing(&rules, &of_key(3)).is_none());
+        assert!(passing(&rules, &of_version(17, 1)).is_some());
+        assert!(passing(&rules, &of_key(17)).is_none());
         assert!(passing(&rules, &of_key(43)).is_none());
         // One that is about all topics, and one that administers the cluster.
         assert!(passing(&rules, &of_key(75)).is_none());

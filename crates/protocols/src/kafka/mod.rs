@@ -23,7 +23,7 @@ pub use numbers::{
 };
 pub use request::{Header, Request, message_length};
 pub use respond::{Broker, Denied, Outcome, denial_error, deny, outcome};
-pub use table::{Topics, api_key, api_name, api_names, topics_of};
+pub use table::{Topics, api_key, api_name, api_names, empty_means_all, last_version, topics_of};
 pub use walk::{Item, TopicId, learned_topics};
 
 #[cfg(test)]

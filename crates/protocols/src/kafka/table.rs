@@ -1167,6 +1167,23 @@ pub fn topics_of(key: i16, version: i16) -> Option<Topics> {
     (api.topics == Topics::Unread || version <= api.last).then_some(api.topics)
 }
 
+/// Returns the last version of an API key that is known; none if no version is.
+#[must_use]
+pub fn last_version(key: i16) -> Option<i16> {
+    of_key(key).map(|api| api.last).filter(|version| *version >= 0)
+}
+
+/// Returns whether a request with an empty array of topics is about all of them.
+#[must_use]
+pub fn empty_means_all(key: i16, version: i16) -> bool {
+    let fields = find(key, version).map_or(&[][..], |api| api.request);
+    let mut kinds = fields
+        .iter()
+        .filter(|field| field.is_in(version))
+        .map(|field| field.kind);
+    kinds.any(|kind| matches!(kind, Req::AllIfEmpty(_)) || matches!(kind, Req::AllList(_)) && version == 0)
+}
+
 /// Returns the name of an API key in lower case, as policies and flow records have it.
 #[must_use]
 pub fn api_name(key: i16) -> Option<&'static str> {
@@ -1188,13 +1205,26 @@ pub fn api_names() -> impl Iterator<Item = &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::numbers::{DESCRIBE_TOPIC_PARTITIONS, METADATA, PRODUCE},
+        *,
+    };
 
     #[test]
     fn the_index_of_an_api_is_its_key() {
         for (index, api) in APIS.iter().enumerate() {
             assert_eq!(usize::try_from(api.key).unwrap(), index, "{}", api.name);
         }
+    }
+
+    #[test]
+    fn an_empty_array_means_all_topics_in_some_versions() {
+        let metadata = of_key(METADATA).unwrap();
+        assert!(empty_means_all(METADATA, 0) && !empty_means_all(METADATA, 1));
+        assert!(!empty_means_all(METADATA, metadata.last + 1));
+        assert!(empty_means_all(DESCRIBE_TOPIC_PARTITIONS, 0) && !empty_means_all(PRODUCE, 0));
+        assert_eq!(last_version(METADATA), Some(metadata.last));
+        assert_eq!((last_version(200), last_version(78)), (None, None));
     }
 
     #[test]
