@@ -274,6 +274,56 @@ fn trace_decides_requests_and_server_names() {
 }
 
 #[test]
+fn trace_decides_kafka_requests() {
+    let text = READ.replace(
+        "- ports: [{port: '443', protocol: TCP}]\n      serverNames: ['*.example.com']",
+        "- ports: [{port: '9092', protocol: TCP}]\n      rules: {kafka: [{role: produce, topic: a}, {clientID: b}]}",
+    );
+    let dir = folder(&[("web.yaml", &text), ("p.toml", CONFIG)]);
+    let trace = |args: &[&str]| {
+        let ends = "policy trace --config p.toml --policies web.yaml --from default/front --to default/web";
+        let ends: Vec<_> = ends.split(' ').collect();
+        texts(&palisade(dir.path(), &[&ends, args].concat()))
+    };
+    for (args, expected, text) in [
+        (
+            &["--kafka", "produce/9 a"][..],
+            0,
+            "ALLOWED (a rule allows the Kafka request produce v9 of a)",
+        ),
+        (
+            &["--kafka", "produce a other"],
+            1,
+            "of a, other; the client gets an authorization error)",
+        ),
+        (&["--kafka", "metadata"], 0, "verdict: ALLOWED"),
+        (
+            &["--kafka", "metadata/0"],
+            1,
+            "no rule allows the Kafka request metadata v0;",
+        ),
+        (&["--kafka", "fetch c"], 1, "verdict: DENIED"),
+        (&["--kafka", "fetch c", "--client-id", "b"], 0, "verdict: ALLOWED"),
+        (
+            &["--kafka", "fetch c", "--port", "80"],
+            1,
+            "it is inspected as http",
+        ),
+    ] {
+        let (code, out, error) = trace(args);
+        assert_eq!(code, Some(expected), "{args:?}\n{out}{error}");
+        assert!(out.contains(text), "{text}\n{out}");
+    }
+    for (args, expected) in [
+        (&["--kafka", "nothing"][..], 4),
+        (&["--client-id", "b", "--port", "9092"], 2),
+        (&["--kafka", "fetch", "--sni", "a"], 2),
+    ] {
+        assert_eq!(trace(args).0, Some(expected), "{args:?}");
+    }
+}
+
+#[test]
 fn validate_reports_skipped_files() {
     let unread = READ.replace(
         "{http: [{method: GET, path: '/public/.*', headers: ['X-Team: blue']}, {host: 'health[.]test'}]}",

@@ -485,9 +485,10 @@ fn request_text(request: &Request) -> Option<String> {
         let kafka = request.kafka.as_ref()?;
         let name = palisade_protocols::kafka::api_name(kafka.api_key);
         let name = name.map_or_else(|| format!("API key {}", kafka.api_key), str::to_owned);
+        let version = kafka.api_version;
         Some(match kafka.topics.as_slice() {
-            [] => format!("the Kafka request {name}"),
-            topics => format!("the Kafka request {name} of {}", topics.join(", ")),
+            [] => format!("the Kafka request {name} v{version}"),
+            topics => format!("the Kafka request {name} v{version} of {}", topics.join(", ")),
         })
     };
     dns.or_else(kafka)

@@ -18,12 +18,13 @@ use palisade_policy::{
     compile::{FileContent, ResourceName, already_there, conflicts},
     parse::{Parsed, decode, parse},
 };
+use palisade_protocols::kafka;
 
 use super::output::{EXIT_NO, EXIT_OK, load_config, show};
 use crate::{
     cli::{Output, TraceArgs},
     control::{
-        api::{Request, TraceAnswer, TraceHttp, TraceRequest},
+        api::{Request, TraceAnswer, TraceHttp, TraceKafka, TraceRequest},
         client::ask,
     },
     daemon::{self, policy_file_names},
@@ -123,12 +124,13 @@ pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
 
 /// Returns the packet that the command line describes.
 pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
-    let usual = match (&args.dns, &args.http, &args.sni) {
+    let usual = match (&args.dns, &args.http, &args.sni, &args.kafka) {
         _ if args.protocol.is_some() => None,
         (Some(_), ..) => Some("53/udp"),
-        (_, Some(_), _) => Some("80/tcp"),
-        (.., Some(_)) => Some("443/tcp"),
-        (None, None, None) => None,
+        (_, Some(_), ..) => Some("80/tcp"),
+        (_, _, Some(_), _) => Some("443/tcp"),
+        (.., Some(_)) => Some("9092/tcp"),
+        (None, None, None, None) => None,
     };
     let (protocol, port) = protocol_and_port(args.protocol.as_deref(), args.port.as_deref().or(usual))?;
     Ok(TraceRequest {
@@ -142,6 +144,11 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
             .map(|line| http_request(line, &args.headers))
             .transpose()?,
         tls: args.sni.clone(),
+        kafka: args
+            .kafka
+            .as_ref()
+            .map(|text| kafka_request(text, args.client_id.clone()).map(Box::new))
+            .transpose()?,
         protocol,
         port,
     })
@@ -174,6 +181,35 @@ fn protocol_and_port(protocol: Option<&str>, port: Option<&str>) -> anyhow::Resu
         }
     };
     Ok((protocol, port))
+}
+
+/// Returns the request of `--kafka` and `--client-id`.
+fn kafka_request(text: &str, client_id: Option<String>) -> anyhow::Result<TraceKafka> {
+    let wrong = || {
+        format!("--kafka '{text}': write an API key and topics, like 'metadata' or 'fetch/12 orders bills'")
+    };
+    let mut words = text.split_ascii_whitespace();
+    let first = words.next().with_context(wrong)?;
+    let (key, version) = match first.split_once('/') {
+        Some((key, version)) => (key, Some(version)),
+        None => (first, None),
+    };
+    let api_key = key
+        .parse()
+        .ok()
+        .or_else(|| kafka::api_key(key))
+        .with_context(wrong)?;
+    let version = version
+        .map(|version| version.parse().with_context(wrong))
+        .transpose()?;
+    Ok(TraceKafka {
+        api_key,
+        api_version: version
+            .or_else(|| kafka::last_version(api_key))
+            .unwrap_or_default(),
+        client_id,
+        topics: words.map(str::to_owned).collect(),
+    })
 }
 
 /// Returns the request of `--http` and `--header`.
@@ -464,6 +500,21 @@ mod tests {
             ("GET http://a.test/", &["host: b.test"]),
         ] {
             assert!(read(line, headers).is_err(), "{line} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn kafka_requests_have_a_key_a_version_and_topics() {
+        let read = |text: &str| {
+            kafka_request(text, None).map(|kafka| (kafka.api_key, kafka.api_version, kafka.topics.join(",")))
+        };
+        let last = |key: i16| kafka::last_version(key).unwrap();
+        assert_eq!(read("metadata").unwrap(), (3, last(3), String::new()));
+        assert_eq!(read("Produce orders").unwrap(), (0, last(0), "orders".into()));
+        assert_eq!(read("fetch/12 a  b.c").unwrap(), (1, 12, "a,b.c".into()));
+        assert_eq!(read("200").unwrap(), (200, 0, String::new()));
+        for text in ["", " ", "unknown", "fetch/", "fetch/x", "/1", "70000"] {
+            assert!(read(text).is_err(), "{text}");
         }
     }
 

@@ -87,6 +87,9 @@ pub(crate) struct TraceRequest {
     /// Server name in the TLS ClientHello; empty for a ClientHello without one.
     #[serde(default)]
     pub tls: Option<String>,
+    /// Kafka request on the connection.
+    #[serde(default)]
+    pub kafka: Option<Box<TraceKafka>>,
     /// IP protocol number.
     pub protocol: u8,
     /// Destination port, or ICMP type; 0 for protocols without either.
@@ -108,6 +111,20 @@ pub(crate) struct TraceHttp {
     /// Whether the version is HTTP/1.0 instead of HTTP/1.1.
     #[serde(default)]
     pub is_http10: bool,
+}
+
+/// Description of a Kafka request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TraceKafka {
+    /// API key.
+    pub api_key: i16,
+    /// API version.
+    pub api_version: i16,
+    /// Client id; none for null.
+    pub client_id: Option<String>,
+    /// Topics.
+    pub topics: Vec<String>,
 }
 
 /// A line of an answer.

@@ -58,6 +58,11 @@ fn application_request(request: &TraceRequest) -> request::Request {
         }),
         dns: request.dns.clone(),
         tls: request.tls.clone(),
-        kafka: None,
+        kafka: request.kafka.as_ref().map(|kafka| request::KafkaRequest {
+            api_key: kafka.api_key,
+            api_version: kafka.api_version,
+            client_id: kafka.client_id.clone(),
+            topics: kafka.topics.clone(),
+        }),
     }
 }
