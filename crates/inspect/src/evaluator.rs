@@ -38,19 +38,18 @@ impl RequestEvaluator for Inspectors {
         request: &Request,
         options: HttpOptions,
     ) -> Option<Result<u32, Denial>> {
-        // The engine does not terminate TLS, so it cannot inspect requests inside TLS.
-        let is_inside_tls = set.terminating_tls.is_some() || !set.server_names.is_empty();
-        let is_read_as = |inspector: Inspector| set.reads == inspector as u8 && !is_inside_tls;
+        let is_read_as = |inspector: Inspector| set.reads == inspector as u8;
+        let is_intercepted = set.terminating_tls.is_some() || set.originating_tls.is_some();
         let rules = Rules::prepare(&BTreeMap::from([(SET, set.clone())]), None);
         match request {
             Request { http: Some(http), .. } if is_read_as(Inspector::Http) => {
-                Some(self.http(&rules, http, options))
+                Some(self.http_inside(set, &rules, http, request.tls.as_deref(), options))
             }
             Request { tls: Some(name), .. } if is_read_as(Inspector::Tls) => Some(server_name(&rules, name)),
             Request { dns: Some(name), .. } if is_read_as(Inspector::Dns) => Some(dns_name(&rules, name)),
             Request {
                 kafka: Some(request), ..
-            } if is_read_as(Inspector::Kafka) => Some(kafka_request(&rules, request)),
+            } if is_read_as(Inspector::Kafka) && !is_intercepted => Some(kafka_request(&rules, request)),
             _ => None,
         }
     }
@@ -118,6 +117,42 @@ fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
 }
 
 impl Inspectors {
+    /// Evaluates a request that can be inside intercepted TLS. `name`: the server name of the connection, if it is
+    /// described.
+    fn http_inside(
+        &self,
+        set: &RuleSet,
+        rules: &Rules,
+        http: &HttpRequest,
+        name: Option<&str>,
+        options: HttpOptions,
+    ) -> Result<u32, Denial> {
+        let Some(name) = name else {
+            return self.http(rules, http, options);
+        };
+        if set.terminating_tls.is_none() {
+            return Err(refused(
+                "the rules do not terminate TLS",
+                "the client gets 400".into(),
+            ));
+        }
+        let server = match name {
+            "" => ServerName::Missing,
+            host => ServerName::of_host(host.as_bytes())
+                .map_err(|refusal| refused(refusal.text(), "the connection is reset".into()))?,
+        };
+        let is_allowed = match (rules.server_names(SET), &server) {
+            (None, _) => true,
+            (Some(names), ServerName::Name(name)) => names.first(name).is_some(),
+            (Some(_), ServerName::Missing | ServerName::Address(_)) => false,
+        };
+        if is_allowed {
+            self.http(rules, http, options)
+        } else {
+            Err(Denial::NoRule)
+        }
+    }
+
     fn http(&self, rules: &Rules, http: &HttpRequest, options: HttpOptions) -> Result<u32, Denial> {
         let rules = rules.http(SET).ok_or(Denial::NoRule)?;
         let malformed = |refusal: ParseError| {
@@ -186,7 +221,7 @@ fn head_of(http: &HttpRequest) -> Result<String, ParseError> {
 mod tests {
     use palisade_model::{
         request::{GetBodies, Paths},
-        rule::{FqdnPattern, HttpRule, KafkaRule},
+        rule::{FqdnPattern, HttpRule, KafkaRule, TlsContext},
         snapshot::{Alternative, Matcher},
     };
 
@@ -389,5 +424,62 @@ mod tests {
         assert_eq!(asks(3, 0, &[]), Err(Denial::NoRule));
         assert_eq!(asks(17, 1, &[]), Ok(7));
         assert_eq!(asks(17, 0, &[]), Err(Denial::NoRule));
+    }
+
+    #[test]
+    fn requests_inside_tls_are_judged_by_http_rules_and_server_names() {
+        let alternative = |rule, matcher| Alternative { rule, matcher };
+        let intercepted = |names: &[&str], alternatives: Vec<Alternative>| {
+            Arc::new(RuleSet {
+                reads: Inspector::Http as u8,
+                terminating_tls: Some(TlsContext::default()),
+                server_names: names
+                    .iter()
+                    .map(|name| FqdnPattern::Name((*name).into()))
+                    .collect(),
+                alternatives,
+                ..RuleSet::default()
+            })
+        };
+        let get = HttpRule {
+            method: Some("GET".into()),
+            ..HttpRule::default()
+        };
+        let request = |method: &str, name: Option<&str>| Request {
+            http: Some(HttpRequest {
+                method: method.into(),
+                path: "/".into(),
+                host: "a.test".into(),
+                ..HttpRequest::default()
+            }),
+            tls: name.map(Into::into),
+            ..Request::default()
+        };
+        let judged = |set: &Arc<RuleSet>, method: &str, name: Option<&str>| {
+            Inspectors::default()
+                .evaluate(set, &request(method, name), HttpOptions::default())
+                .expect("the HTTP inspector reads it")
+        };
+        let named = intercepted(&["a.test"], vec![alternative(7, Matcher::Http(get.clone()))]);
+        assert_eq!(judged(&named, "GET", None), Ok(7));
+        assert_eq!(judged(&named, "GET", Some("A.test")), Ok(7));
+        assert_eq!(judged(&named, "PUT", Some("a.test")), Err(Denial::NoRule));
+        for name in ["b.test", "", "192.0.2.1"] {
+            assert_eq!(judged(&named, "GET", Some(name)), Err(Denial::NoRule), "{name}");
+        }
+        // The proxy judges requests by http rules alone.
+        let names = Matcher::ServerName(FqdnPattern::Pattern("*.b.test".into()));
+        let mixed = intercepted(
+            &[],
+            vec![alternative(7, Matcher::Http(get.clone())), alternative(8, names)],
+        );
+        assert_eq!(judged(&mixed, "GET", Some("a.test")), Ok(7));
+        assert_eq!(judged(&mixed, "PUT", Some("x.b.test")), Err(Denial::NoRule));
+        // A hello is no HTTP request.
+        let plain = set(Inspector::Http, Matcher::Http(get));
+        assert!(matches!(
+            judged(&plain, "GET", Some("a.test")),
+            Err(Denial::Refused { .. })
+        ));
     }
 }

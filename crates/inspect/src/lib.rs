@@ -47,8 +47,8 @@ pub use metrics::Metric;
 pub use packet::{PacketView, Route};
 pub use palisade_fqdn::{SniAddressIndex, TrackLimits, Unsolicited};
 pub use rules::{
-    DnsRules, HttpDenial, HttpRules, HttpScratch, HttpVerdict, KafkaRules, KafkaVerdict, Problem, Rules,
-    TlsRules,
+    DnsRules, HeaderEdit, HttpDenial, HttpRules, HttpScratch, HttpVerdict, KafkaRules, KafkaVerdict, Problem,
+    Rules, TlsRules,
 };
 pub use sink::Sink;
 pub use tcp::{

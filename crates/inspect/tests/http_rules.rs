@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use palisade_abi::Inspector;
-use palisade_inspect::{HttpDenial, HttpScratch, HttpVerdict, Paths, Rules};
+use palisade_inspect::{HeaderEdit, HttpDenial, HttpScratch, HttpVerdict, Paths, Rules};
 use palisade_model::{
     request::{self, HttpRequest},
     rule::{FqdnPattern, HeaderMatch, HttpRule, MismatchAction},
+    secret_value::SecretValue,
     snapshot::{Alternative, Matcher, RuleSet},
 };
 use palisade_policy::l7;
@@ -195,6 +196,205 @@ fn a_set_that_does_not_change_is_prepared_once() {
     assert!(std::ptr::eq(before.http(0).unwrap(), after.http(0).unwrap()));
 }
 
+fn matching(name: &str, value: Option<&str>, mismatch: MismatchAction) -> HeaderMatch {
+    HeaderMatch {
+        name: name.into(),
+        value: value.map(Into::into),
+        secret: None,
+        mismatch,
+    }
+}
+
+/// Returns the changes of a request, in words; `None` if it is denied.
+fn changes(rules: &Rules, target: &str, fields: &str) -> Option<Vec<String>> {
+    let head = get(target, fields);
+    let mut room = HeaderBuffer::new();
+    let request = Request::parse(head.as_bytes(), &mut room).unwrap();
+    let mut scratch = HttpScratch::default();
+    let verdict = rules
+        .http(0)
+        .unwrap()
+        .evaluate(&request, Paths::Both, &mut scratch);
+    let text = |value: &SecretValue| String::from_utf8(value.reveal().to_vec()).unwrap();
+    let changes: Vec<String> = scratch
+        .edits()
+        .iter()
+        .map(|edit| match edit {
+            HeaderEdit::Add(name, value) => format!("add {name}: {}", text(value)),
+            HeaderEdit::Remove(name) => format!("remove {name}"),
+            HeaderEdit::Set(name, value) => format!("set {name}: {}", text(value)),
+        })
+        .collect();
+    assert!(verdict.is_ok() || changes.is_empty());
+    verdict.is_ok().then_some(changes)
+}
+
+#[test]
+fn a_mismatch_changes_the_request() {
+    let changing = |value: Option<&str>, mismatch| {
+        allowing(vec![HttpRule {
+            header_matches: vec![matching("X-A", value, mismatch)],
+            ..HttpRule::default()
+        }])
+    };
+    let none: &[&str] = &[];
+    for (mismatch, value, fields, expected) in [
+        (MismatchAction::Add, Some("1"), "", &["add x-a: 1"][..]),
+        (MismatchAction::Add, Some("1"), "X-A: 2\r\n", &["add x-a: 1"]),
+        (MismatchAction::Add, Some("1"), "X-A: 2\r\nX-A: 1\r\n", none),
+        (MismatchAction::Add, None, "", &["add x-a: "]),
+        (MismatchAction::Delete, Some("1"), "", none),
+        (MismatchAction::Delete, None, "", none),
+        (MismatchAction::Delete, Some("1"), "X-A: 1\r\n", none),
+        (
+            MismatchAction::Delete,
+            Some("1"),
+            "X-A: 1\r\nX-A: 2\r\n",
+            &["remove x-a"],
+        ),
+        (MismatchAction::Replace, Some("1"), "", &["set x-a: 1"]),
+        (MismatchAction::Replace, Some("1"), "X-A: 1\r\n", none),
+        (
+            MismatchAction::Replace,
+            Some("1"),
+            "X-A: 1\r\nX-A: 2\r\n",
+            &["set x-a: 1"],
+        ),
+        (MismatchAction::Log, Some("1"), "", none),
+    ] {
+        let found = changes(&changing(value, mismatch), "/", fields).unwrap();
+        assert_eq!(found, expected, "{mismatch:?} {value:?} {fields:?}");
+        let log = evaluate(&changing(value, mismatch), &get("/", fields), Paths::Both)
+            .unwrap()
+            .log;
+        let mismatches = match (value, fields) {
+            (None, _) | (_, "") => true,
+            (Some(_), fields) => fields.contains('2'),
+        };
+        assert_eq!(log, mismatches, "{mismatch:?} {value:?} {fields:?}");
+    }
+    // A field that servers could take for the changed one, and a field that the next proxy removes.
+    for mismatch in [
+        MismatchAction::Add,
+        MismatchAction::Delete,
+        MismatchAction::Replace,
+    ] {
+        for fields in ["X_A: 2\r\n", "Connection: X-A\r\n", "X-A: 1\r\nX_A: 2\r\n"] {
+            assert_eq!(
+                changes(&changing(Some("1"), mismatch), "/", fields),
+                None,
+                "{fields}"
+            );
+        }
+    }
+}
+
+#[test]
+fn changes_are_those_of_the_rule_that_decides() {
+    let rule = |path: &str, value: &str| HttpRule {
+        header_matches: vec![matching("X-A", Some(value), MismatchAction::Replace)],
+        path: Some(path.into()),
+        ..HttpRule::default()
+    };
+    let rules = allowing(vec![
+        rule("/x/.*", "1"),
+        rule("/public/.*", "2"),
+        rule("/.*", "3"),
+    ]);
+    assert_eq!(changes(&rules, "/x/a", "").unwrap(), ["set x-a: 1"]);
+    assert_eq!(changes(&rules, "/b", "").unwrap(), ["set x-a: 3"]);
+    // Both forms of the path have a rule: the server can find either.
+    assert_eq!(
+        changes(&rules, "/x/../public/a", "").unwrap(),
+        ["set x-a: 1", "set x-a: 2"]
+    );
+    let rules = allowing(vec![rule("/x/.*", "1")]);
+    assert_eq!(changes(&rules, "/x/../a", ""), None);
+}
+
+#[test]
+fn the_request_line_the_host_and_the_framing_are_never_changed() {
+    for name in [
+        ":path",
+        ":authority",
+        "Host",
+        "Content-Length",
+        "Transfer_Encoding",
+        "Connection",
+    ] {
+        for mismatch in [
+            MismatchAction::Add,
+            MismatchAction::Delete,
+            MismatchAction::Replace,
+        ] {
+            let rules = allowing(vec![HttpRule {
+                header_matches: vec![matching(name, Some("other"), mismatch)],
+                ..HttpRule::default()
+            }]);
+            assert_eq!(changes(&rules, "/", ""), None, "{name} {mismatch:?}");
+        }
+    }
+}
+
+#[test]
+fn values_come_from_secrets() {
+    let rule = |value: Option<&str>, mismatch| HttpRule {
+        header_matches: vec![HeaderMatch {
+            secret: Some("shop/token".into()),
+            ..matching("X-A", value, mismatch)
+        }],
+        ..HttpRule::default()
+    };
+    let with = |rule: HttpRule, secret: Option<&str>, previous: Option<&Rules>| {
+        let (_, sets) = prepare(vec![vec![Matcher::Http(rule)]]);
+        let value = secret.map(|secret| SecretValue::new(secret.as_bytes().to_vec()));
+        Rules::prepare_with(&sets, previous, &|name| {
+            assert_eq!(name, "shop/token");
+            value.clone()
+        })
+    };
+    let failing = with(rule(None, MismatchAction::Fail), Some("s"), None);
+    assert_eq!(changes(&failing, "/", "X-A: s\r\n"), Some(vec![]));
+    assert_eq!(changes(&failing, "/", "X-A: t\r\n"), None);
+    let setting = with(rule(Some("t"), MismatchAction::Replace), Some("s"), None);
+    assert_eq!(changes(&setting, "/", "X-A: t\r\n").unwrap(), ["set x-a: s"]);
+    // The value of the policy stands in for a missing secret.
+    let setting = with(rule(Some("t"), MismatchAction::Replace), None, Some(&setting));
+    assert_eq!(changes(&setting, "/", "").unwrap(), ["set x-a: t"]);
+    assert_eq!(setting.problems(), []);
+    // Without a value, the rule allows nothing, whatever the action is.
+    for mismatch in [MismatchAction::Log, MismatchAction::Add, MismatchAction::Fail] {
+        let rules = with(rule(None, mismatch), None, None);
+        assert_eq!(changes(&rules, "/", "X-A: s\r\n"), None);
+        assert!(rules.problems()[0].error.contains("secret shop/token"));
+    }
+    // A value that would end the header field.
+    let rules = with(rule(None, MismatchAction::Add), Some("s\r\nX-B: 1"), None);
+    assert_eq!(changes(&rules, "/", ""), None);
+    assert!(rules.problems()[0].error.contains("cannot be in a header"));
+}
+
+#[test]
+fn a_set_is_prepared_again_when_its_secret_changes() {
+    let (_, sets) = prepare(vec![vec![Matcher::Http(HttpRule {
+        header_matches: vec![HeaderMatch {
+            secret: Some("a/b".into()),
+            ..matching("X-A", None, MismatchAction::Fail)
+        }],
+        ..HttpRule::default()
+    })]]);
+    let with = |secret: &str, previous| {
+        let value = SecretValue::new(secret.as_bytes().to_vec());
+        Rules::prepare_with(&sets, previous, &|_| Some(value.clone()))
+    };
+    let first = with("s", None);
+    let same = with("s", Some(&first));
+    let other = with("t", Some(&same));
+    assert!(std::ptr::eq(first.http(0).unwrap(), same.http(0).unwrap()));
+    assert!(!std::ptr::eq(first.http(0).unwrap(), other.http(0).unwrap()));
+    assert_eq!(changes(&other, "/", "X-A: t\r\n"), Some(vec![]));
+}
+
 fn names() -> impl Strategy<Value = String> {
     select(&["X-A", "x-b", "Host", ":authority", ":path", ":method", ":scheme"][..]).prop_map(Into::into)
 }
@@ -207,7 +407,9 @@ fn mismatches() -> impl Strategy<Value = MismatchAction> {
     prop_oneof![
         Just(MismatchAction::Fail),
         Just(MismatchAction::Log),
-        Just(MismatchAction::Delete)
+        Just(MismatchAction::Add),
+        Just(MismatchAction::Delete),
+        Just(MismatchAction::Replace),
     ]
 }
 
@@ -311,7 +513,7 @@ proptest! {
         heads in vec(heads(), 1..24),
     ) {
         let (rules, sets) = prepare(sets);
-        prop_assert_eq!(rules.problems(), []);
+        prop_assert!(rules.problems().iter().all(|problem| problem.error.contains("secret ns/name")));
         let mut scratch = HttpScratch::default();
         for head in &heads {
             let mut room = HeaderBuffer::new();

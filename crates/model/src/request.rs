@@ -6,7 +6,8 @@ use palisade_abi::Inspector;
 
 use crate::snapshot::RuleSet;
 
-/// A request of an application protocol; at most one field is set.
+/// A request of an application protocol. At most one field is set, except that `tls` beside another field is the server
+/// name of the intercepted TLS connection that has the request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
     /// HTTP request.

@@ -406,15 +406,29 @@ pub struct HttpRule {
     pub header_matches: Vec<HeaderMatch>,
 }
 
+impl HttpRule {
+    /// Returns whether requests that match the rule can be changed, or are compared with a secret. Only the intercepting
+    /// proxy does that, so it must terminate the connection.
+    #[must_use]
+    pub fn needs_proxy(&self) -> bool {
+        self.header_matches.iter().any(|header| {
+            header.secret.is_some()
+                || matches!(
+                    header.mismatch,
+                    MismatchAction::Add | MismatchAction::Delete | MismatchAction::Replace
+                )
+        })
+    }
+}
+
 /// One entry of `headerMatches`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeaderMatch {
     /// Header name.
     pub name: String,
-    /// Expected value. If `None`, any value matches, unless `secret` is set: then no value matches, because Palisade
-    /// cannot read secrets.
+    /// Expected value; with `secret`, the value to use if the secret is missing. If both are `None`, any value matches.
     pub value: Option<String>,
-    /// `namespace/name` of a secret.
+    /// `namespace/name` of a secret that has the expected value.
     pub secret: Option<String>,
     /// Action if the header is absent or has another value.
     pub mismatch: MismatchAction,
@@ -427,12 +441,47 @@ pub enum MismatchAction {
     Fail,
     /// The rule matches, and the mismatch is reported.
     Log,
-    /// Cilium appends the header. Palisade never modifies requests, so this action equals `Fail`.
+    /// The rule matches. The expected value is added to the header, the mismatch is reported.
     Add,
-    /// Cilium removes the header. Palisade never modifies requests, so this action equals `Fail`.
+    /// The rule matches. The header is removed, the mismatch is reported.
     Delete,
-    /// Cilium sets the header. Palisade never modifies requests, so this action equals `Fail`.
+    /// The rule matches. The header gets the expected value alone, the mismatch is reported.
     Replace,
+}
+
+/// Returns whether a mismatch action may change a header of this name. The request line, the host and the framing of a
+/// message may not be changed: the rules judge them as the client has sent them, and servers must find the same ends of
+/// messages as the proxy.
+#[must_use]
+pub fn is_editable_header(name: &str) -> bool {
+    const FIXED: [&str; 11] = [
+        "connection",
+        "contentlength",
+        "expect",
+        "host",
+        "http2settings",
+        "keepalive",
+        "proxyconnection",
+        "te",
+        "trailer",
+        "transferencoding",
+        "upgrade",
+    ];
+    // Some servers treat `Transfer_Encoding` as `Transfer-Encoding`.
+    let folded: String = name
+        .chars()
+        .filter(char::is_ascii_alphanumeric)
+        .map(|c| c.to_ascii_lowercase())
+        .collect();
+    !name.starts_with(':') && !folded.is_empty() && !FIXED.contains(&folded.as_str())
+}
+
+/// Returns whether a text can be the value of a header (RFC 9110, section 5.5): no control character but tab.
+#[must_use]
+pub fn is_header_value(bytes: &[u8]) -> bool {
+    bytes
+        .iter()
+        .all(|byte| *byte == b'\t' || !byte.is_ascii_control())
 }
 
 /// One kafka rule.

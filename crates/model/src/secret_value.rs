@@ -20,6 +20,18 @@ impl SecretValue {
     pub fn reveal(&self) -> &[u8] {
         &self.0
     }
+
+    /// Returns whether the bytes are equal. The time depends on the lengths only, so that a client that measures
+    /// responses cannot guess the value byte by byte.
+    #[must_use]
+    pub fn is(&self, bytes: &[u8]) -> bool {
+        let own = self.reveal();
+        let differing = own
+            .iter()
+            .zip(bytes)
+            .fold(0, |differing, (a, b)| std::hint::black_box(differing | (a ^ b)));
+        own.len() == bytes.len() && differing == 0
+    }
 }
 
 impl fmt::Debug for SecretValue {
@@ -37,5 +49,15 @@ mod tests {
         let value = SecretValue::new(b"hunter2".to_vec());
         assert_eq!(format!("{value:?}"), "SecretValue(..)");
         assert_eq!(value.reveal(), b"hunter2");
+    }
+
+    #[test]
+    fn values_are_compared_as_a_whole() {
+        let value = SecretValue::new(b"hunter2".to_vec());
+        assert!(value.is(b"hunter2"));
+        for other in [&b"hunter"[..], b"hunter22", b"hunter3", b""] {
+            assert!(!value.is(other));
+        }
+        assert!(SecretValue::new(Vec::new()).is(b""));
     }
 }

@@ -9,7 +9,7 @@ use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 use palisade_abi::Inspector;
 use palisade_model::{
     request::{Denial, HttpOptions, HttpRequest, KafkaRequest, Paths, Request, RequestEvaluator},
-    rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction},
+    rule::{FqdnPattern, HttpRule, KafkaRule, MismatchAction, is_editable_header, is_header_value},
     snapshot::{Alternative, Matcher, RuleSet},
 };
 use palisade_protocols::{
@@ -185,14 +185,19 @@ fn http_matches(rule: &HttpRule, http: &HttpRequest, path: Option<&[u8]>) -> boo
             .iter()
             .all(|(name, wanted)| header(name, wanted.as_deref()))
         && rule.header_matches.iter().all(|wanted| {
-            // Only LOG accepts a mismatch. The actions that modify the request are not supported.
-            wanted.mismatch == MismatchAction::Log
-                || match (&wanted.value, &wanted.secret) {
-                    // Palisade cannot read secrets. If the entry has both a secret and a value, the value is compared.
-                    (Some(value), _) => header(&wanted.name, Some(value)),
-                    (None, None) => header(&wanted.name, None),
-                    (None, Some(_)) => false,
-                }
+            let value = match (&wanted.value, &wanted.secret) {
+                // The value of the secret is not known here. Without the other value the rule never matches, as if the
+                // secret were missing.
+                (None, Some(_)) => return false,
+                (value, _) => value.as_deref(),
+            };
+            let changes =
+                || is_editable_header(&wanted.name) && is_header_value(value.unwrap_or_default().as_bytes());
+            match wanted.mismatch {
+                MismatchAction::Log => true,
+                MismatchAction::Add | MismatchAction::Delete | MismatchAction::Replace if changes() => true,
+                _ => header(&wanted.name, value),
+            }
         })
 }
 
@@ -377,18 +382,18 @@ mod tests {
     }
 
     #[test]
-    fn only_the_action_log_accepts_a_mismatch() {
+    fn every_action_but_the_default_accepts_a_mismatch() {
         for (mismatch, passes) in [
             (MismatchAction::Fail, false),
             (MismatchAction::Log, true),
-            (MismatchAction::Add, false),
-            (MismatchAction::Delete, false),
-            (MismatchAction::Replace, false),
+            (MismatchAction::Add, true),
+            (MismatchAction::Delete, true),
+            (MismatchAction::Replace, true),
         ] {
-            let wanted = |value: Option<&str>, secret: Option<&str>| {
+            let wanted = |name: &str, value: Option<&str>, secret: Option<&str>| {
                 allowing(vec![HttpRule {
                     header_matches: vec![HeaderMatch {
-                        name: "X-A".into(),
+                        name: name.into(),
                         value: value.map(Into::into),
                         secret: secret.map(Into::into),
                         mismatch,
@@ -398,10 +403,14 @@ mod tests {
             };
             let passes_with =
                 |rules: &RuleSet, value: &str| passing(rules, &get("/", &[("x-a", value)])).is_some();
-            assert!(passes_with(&wanted(Some("1"), None), "1"));
-            assert_eq!(passes_with(&wanted(Some("1"), None), "2"), passes);
-            assert_eq!(passes_with(&wanted(None, Some("a/b")), "2"), passes);
-            assert!(passes_with(&wanted(Some("1"), Some("a/b")), "1"));
+            assert!(passes_with(&wanted("X-A", Some("1"), None), "1"));
+            assert_eq!(passes_with(&wanted("X-A", Some("1"), None), "2"), passes);
+            assert!(passes_with(&wanted("X-A", Some("1"), Some("a/b")), "1"));
+            // A secret without a value matches nothing.
+            assert!(!passes_with(&wanted("X-A", None, Some("a/b")), "2"));
+            // The host is never changed.
+            let log = mismatch == MismatchAction::Log;
+            assert_eq!(passes_with(&wanted("Host", Some("b.test"), None), "1"), log);
         }
     }
 

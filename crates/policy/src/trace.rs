@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt, net::IpAddr};
 
-use palisade_abi::{Decision, Direction, Identity, PolicyEntry, entry_flags, protocol};
+use palisade_abi::{Decision, Direction, Identity, Inspector, PolicyEntry, entry_flags, protocol};
 use palisade_model::{
     inventory::Enforcement,
     labels::Labels,
@@ -527,13 +527,16 @@ fn explain(compiler: &Compiler, entry: &PolicyEntry) -> (Outcome, String) {
             };
             (Outcome::Allowed, reason.into())
         }
-        Decision::Inspect => (
-            Outcome::Inspected,
-            format!(
-                "a rule allows what it says about {}",
-                inspector_name(entry.inspector)
-            ),
-        ),
+        Decision::Inspect => {
+            let set = compiler.snapshot().rulesets.get(&entry.ruleset);
+            let reads = inspector_name(set.map_or(entry.inspector, |set| set.reads));
+            let reason = if entry.inspector == Inspector::TlsTerminate as u8 {
+                format!("the proxy intercepts it, and a rule allows what it says about {reads}")
+            } else {
+                format!("a rule allows what it says about {reads}")
+            };
+            (Outcome::Inspected, reason)
+        }
     }
 }
 
@@ -590,7 +593,6 @@ impl fmt::Display for End {
 mod tests {
     use std::collections::BTreeMap;
 
-    use palisade_abi::Inspector;
     use palisade_model::{
         inventory::{Endpoint, Inventory},
         labels::parse_label,

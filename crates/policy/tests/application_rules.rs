@@ -281,6 +281,34 @@ fn conflicting_protocols_are_refused_with_both_policies_named() {
 }
 
 #[test]
+fn rules_that_change_requests_go_through_the_proxy() {
+    let with = |members: &str| {
+        format!(
+            "  ingress:\n  - {FRONT}\n    toPorts:\n    - ports: [{{port: '80', protocol: TCP}}]\n      rules: {{http: \
+             [{{path: /a, headerMatches: [{{name: X-A, {members}}}]}}]}}"
+        )
+    };
+    for (members, inspector) in [
+        ("value: a", Inspector::Http),
+        ("value: a, mismatch: LOG", Inspector::Http),
+        ("value: a, mismatch: ADD", Inspector::TlsTerminate),
+        ("value: a, mismatch: DELETE", Inspector::TlsTerminate),
+        ("value: a, mismatch: REPLACE", Inspector::TlsTerminate),
+        ("secret: {name: s}", Inspector::TlsTerminate),
+    ] {
+        let all = compiled(&[("one", &with(members)), ("other", &http(FRONT, "/b"))]);
+        assert_eq!(all.entry("front").inspector, inspector as u8, "{members}");
+        let rules = all.rules("front");
+        assert_eq!(rules.reads, Inspector::Http as u8);
+        assert!(rules.terminating_tls.is_none() && rules.originating_tls.is_none());
+        // Other peers are inspected as before.
+        let back = "fromEndpoints: [{matchLabels: {app: back}}]";
+        let all = compiled(&[("one", &with(members)), ("other", &http(back, "/b"))]);
+        assert!(all.is_read_as("back", Inspector::Http));
+    }
+}
+
+#[test]
 fn server_names_are_merged_and_apply_to_all_traffic_of_the_peer_and_port() {
     let plain = format!("  ingress:\n  - {FRONT}\n    {PLAIN_80}");
     let all = compiled(&[

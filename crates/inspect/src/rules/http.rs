@@ -1,9 +1,13 @@
 //! HTTP rules, prepared for matching.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use palisade_model::{
-    rule::{HttpRule, MismatchAction},
+    rule::{HeaderMatch, HttpRule, MismatchAction, is_editable_header, is_header_value},
+    secret_value::SecretValue,
     snapshot::{Matcher, RuleSet},
 };
 use palisade_protocols::http1::{PathError, Request, resolved};
@@ -56,16 +60,38 @@ struct Alternative {
 struct HeaderTest {
     name: Box<str>,
     wanted: Wanted,
-    /// Whether a mismatch is only recorded.
-    log: bool,
+    mismatch: Mismatch,
 }
 
 #[derive(Debug)]
 enum Wanted {
     Present,
-    Value(Box<[u8]>),
-    /// A value from a Kubernetes secret, which is not available here.
+    Value(SecretValue),
+    /// The value of a secret that is missing, or a value that no header can have.
     Unknown,
+}
+
+/// What happens if a header does not have the wanted value.
+#[derive(Debug)]
+enum Mismatch {
+    /// The alternative does not match.
+    Fail,
+    /// The alternative matches; the mismatch is recorded.
+    Log,
+    /// The alternative matches; the mismatch is recorded and the request is changed.
+    Edit(HeaderEdit),
+}
+
+/// A change of a request by the rule that allows it. Names are in lower case, as HTTP/2 requires (RFC 9113, section
+/// 8.2.1). `Debug` prints no values, because they can come from secrets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeaderEdit {
+    /// Append a field.
+    Add(Arc<str>, SecretValue),
+    /// Remove all fields of the name.
+    Remove(Arc<str>),
+    /// Remove all fields of the name, and append one.
+    Set(Arc<str>, SecretValue),
 }
 
 /// Buffers and DFA caches of one worker, kept from one request to the next.
@@ -75,6 +101,16 @@ pub struct HttpScratch {
     caches: Vec<SetCaches>,
     uses: u64,
     matched: Matched,
+    edits: Vec<HeaderEdit>,
+}
+
+impl HttpScratch {
+    /// Returns the changes that the rule requires which allowed the last evaluated request, in their order; an empty
+    /// slice if the request was denied. If different rules allow the two forms of the path, both change the request.
+    #[must_use]
+    pub fn edits(&self) -> &[HeaderEdit] {
+        &self.edits
+    }
 }
 
 /// DFA caches of one rule set.
@@ -103,7 +139,7 @@ struct Matched {
 pub struct HttpVerdict {
     /// Number of the rule that allows the request.
     pub rule: u32,
-    /// Whether a `headerMatches` entry with `mismatch: LOG` did not match.
+    /// Whether a `headerMatches` entry with a `mismatch` action did not match.
     pub log: bool,
     /// False if the request has a body that its method usually does not have, and no rule permits that. A rule permits
     /// it if it allows the request and either names `Content-Length` or `Transfer-Encoding`, or allows every request.
@@ -121,8 +157,13 @@ pub enum HttpDenial {
 
 impl HttpRules {
     /// Prepares the HTTP rules of a rule set. `problem` gets each expression that cannot be compiled, and the error.
-    /// Such an expression matches nothing.
-    pub(super) fn prepare(set: &RuleSet, mut problem: impl FnMut(&str, String)) -> Self {
+    /// Such an expression matches nothing. `secrets` returns the value of a secret; a rule without its value matches
+    /// nothing.
+    pub(super) fn prepare(
+        set: &RuleSet,
+        secrets: &Secrets<'_>,
+        mut problem: impl FnMut(&str, String),
+    ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut rules = Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -146,7 +187,7 @@ impl HttpRules {
                     path: http.path.as_deref().map(|text| paths.number(text)),
                     method: http.method.as_deref().map(|text| methods.number(text)),
                     host: http.host.as_deref().map(|text| hosts.number(text)),
-                    headers: header_tests(http),
+                    headers: header_tests(http, secrets),
                     takes_bodies: takes_bodies(http),
                 }),
                 _ => {}
@@ -193,7 +234,9 @@ impl HttpRules {
             caches,
             uses,
             matched,
+            edits,
         } = scratch;
+        edits.clear();
         // Not reached: the caches are found or added.
         let Some(caches) = caches_of(self.id, caches, uses) else {
             return Err(HttpDenial::NoRule);
@@ -205,38 +248,39 @@ impl HttpRules {
             path: (!sent.is_empty()).then_some(sent),
         };
         let found = self.first(&facts, matched).ok_or(HttpDenial::NoRule)?;
-        let log = found.headers.iter().any(|test| test.log && !test.holds(&facts));
         let bodies = request.has_unexpected_body();
         let mut verdict = HttpVerdict {
             rule: found.rule,
-            log,
+            log: found.record_mismatches(&facts, edits),
             takes_bodies: !bodies || self.takes_bodies(&facts, matched),
         };
         if paths == Paths::Raw || found.ignores_paths() {
             return Ok(verdict);
         }
-        match resolved(request.path, other_path) {
-            Ok(()) if other_path == sent => Ok(verdict),
+        let (path, denial) = match resolved(request.path, other_path) {
+            Ok(()) if other_path == sent => return Ok(verdict),
             Ok(()) => {
                 self.path
                     .patterns
                     .matching(other_path, &mut caches.path, &mut matched.path);
-                let facts = Facts {
-                    request,
-                    path: (!other_path.is_empty()).then_some(other_path),
-                };
-                self.first(&facts, matched).ok_or(HttpDenial::NoRule)?;
-                verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
-                Ok(verdict)
+                let path = (!other_path.is_empty()).then_some(&other_path[..]);
+                (path, HttpDenial::NoRule)
             }
             Err(error) => {
                 matched.path.clear();
-                let facts = Facts { request, path: None };
-                self.first(&facts, matched).ok_or(HttpDenial::Path(error))?;
-                verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
-                Ok(verdict)
+                (None, HttpDenial::Path(error))
             }
+        };
+        let facts = Facts { request, path };
+        let Some(other) = self.first(&facts, matched) else {
+            edits.clear();
+            return Err(denial);
+        };
+        if !std::ptr::eq(found, other) {
+            verdict.log |= other.record_mismatches(&facts, edits);
         }
+        verdict.takes_bodies &= !bodies || self.takes_bodies(&facts, matched);
+        Ok(verdict)
     }
 
     /// Matches the method, the host and the path as sent.
@@ -331,7 +375,22 @@ impl Alternative {
         among(self.path, &matched.path)
             && among(self.method, &matched.method)
             && among(self.host, &matched.host)
-            && self.headers.iter().all(|test| test.log || test.holds(facts))
+            && self.headers.iter().all(|test| test.accepts(facts))
+    }
+
+    /// Appends the changes of the headers that mismatch. Returns whether one mismatches.
+    fn record_mismatches(&self, facts: &Facts<'_>, edits: &mut Vec<HeaderEdit>) -> bool {
+        let mut any = false;
+        for test in self.headers.iter().filter(|test| !test.holds(facts)) {
+            any = true;
+            if let Mismatch::Edit(edit) = &test.mismatch
+                && !edits.contains(edit)
+                && test.needs_edit(facts)
+            {
+                edits.push(edit.clone());
+            }
+        }
+        any
     }
 
     /// Returns whether the alternative matches every path.
@@ -341,13 +400,39 @@ impl Alternative {
 }
 
 impl HeaderTest {
+    /// Returns whether the alternative can match.
+    fn accepts(&self, facts: &Facts<'_>) -> bool {
+        match (&self.wanted, &self.mismatch) {
+            (Wanted::Unknown, _) => false,
+            (_, Mismatch::Log) => true,
+            (_, Mismatch::Fail) => self.holds(facts),
+            // The change would not be the last word about a doubtful header: servers could use the other field, and
+            // proxies remove what `Connection` names.
+            (_, Mismatch::Edit(_)) => !facts.request.headers.is_doubtful(&self.name),
+        }
+    }
+
+    /// Returns whether a mismatching header needs a change.
+    fn needs_edit(&self, facts: &Facts<'_>) -> bool {
+        let mut values = facts.request.headers.values(&self.name);
+        match (&self.mismatch, &self.wanted) {
+            // One of several values is enough.
+            (Mismatch::Edit(HeaderEdit::Add(..)), Wanted::Value(wanted)) => {
+                !values.any(|value| wanted.is(value))
+            }
+            (Mismatch::Edit(HeaderEdit::Remove(_)), _) => values.next().is_some(),
+            (Mismatch::Edit(_), _) => true,
+            (Mismatch::Fail | Mismatch::Log, _) => false,
+        }
+    }
+
     /// Returns whether the header has the wanted value. All fields with this name must have it, because a server can
     /// use any of them. For the same reason there must be no field with a different name that some servers treat as
     /// this name.
     fn holds(&self, facts: &Facts<'_>) -> bool {
         let is_wanted = |value: &[u8]| match &self.wanted {
             Wanted::Present => true,
-            Wanted::Value(wanted) => value == &**wanted,
+            Wanted::Value(wanted) => wanted.is(value),
             Wanted::Unknown => false,
         };
         let alone = match &*self.name {
@@ -397,26 +482,59 @@ fn takes_bodies(rule: &HttpRule) -> bool {
         })
 }
 
-fn header_tests(rule: &HttpRule) -> Box<[HeaderTest]> {
-    let value = |text: &str| Wanted::Value(text.as_bytes().into());
+/// Returns the value of a secret by `namespace/name`.
+pub(super) type Secrets<'a> = dyn Fn(&str) -> Option<SecretValue> + 'a;
+
+fn header_tests(rule: &HttpRule, secrets: &Secrets<'_>) -> Box<[HeaderTest]> {
+    let value = |text: &str| Wanted::Value(SecretValue::new(text.as_bytes().to_vec()));
     let plain = rule.headers.iter().map(|(name, wanted)| HeaderTest {
         name: name.to_ascii_lowercase().into(),
         wanted: wanted.as_deref().map_or(Wanted::Present, value),
-        log: false,
+        mismatch: Mismatch::Fail,
     });
-    let others = rule.header_matches.iter().map(|wanted| HeaderTest {
-        name: wanted.name.to_ascii_lowercase().into(),
-        wanted: match (&wanted.value, &wanted.secret) {
-            // Kubernetes secrets are not available here. If the entry also has a value, that value is used instead.
-            (Some(text), _) => value(text),
-            (None, Some(_)) => Wanted::Unknown,
-            (None, None) => Wanted::Present,
-        },
-        // The mismatch actions ADD, DELETE and REPLACE are treated as FAIL, the default: the engine never changes a
-        // request.
-        log: wanted.mismatch == MismatchAction::Log,
-    });
+    let others = rule
+        .header_matches
+        .iter()
+        .map(|header| header_test(header, secrets));
     plain.chain(others).collect()
+}
+
+fn header_test(header: &HeaderMatch, secrets: &Secrets<'_>) -> HeaderTest {
+    let from_secret = header.secret.as_deref().and_then(secrets);
+    let text = || {
+        header
+            .value
+            .as_ref()
+            .map(|text| SecretValue::new(text.as_bytes().to_vec()))
+    };
+    let value = from_secret.or_else(text);
+    let name: Arc<str> = header.name.to_ascii_lowercase().into();
+    // Without a value, the header must be present; an added header is then empty.
+    let edit = |make: fn(Arc<str>, SecretValue) -> HeaderEdit| {
+        let value = value.clone().unwrap_or_else(|| SecretValue::new(Vec::new()));
+        let fits = is_editable_header(&name) && is_header_value(value.reveal());
+        if fits {
+            Mismatch::Edit(make(name.clone(), value))
+        } else {
+            Mismatch::Fail
+        }
+    };
+    let mismatch = match header.mismatch {
+        MismatchAction::Fail => Mismatch::Fail,
+        MismatchAction::Log => Mismatch::Log,
+        MismatchAction::Add => edit(HeaderEdit::Add),
+        MismatchAction::Delete => edit(|name, _| HeaderEdit::Remove(name)),
+        MismatchAction::Replace => edit(HeaderEdit::Set),
+    };
+    HeaderTest {
+        name: (*name).into(),
+        mismatch,
+        wanted: match value {
+            Some(value) => Wanted::Value(value),
+            None if header.secret.is_some() => Wanted::Unknown,
+            None => Wanted::Present,
+        },
+    }
 }
 
 /// Returns the DFA caches of a rule set. Evicts those of the least recently used set if there are too many.

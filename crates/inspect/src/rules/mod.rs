@@ -4,16 +4,20 @@ mod http;
 mod kafka;
 mod patterns;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use foldhash::HashMap;
 use palisade_model::{
-    rule::FqdnPattern,
+    rule::{FqdnPattern, HeaderMatch, is_header_value},
+    secret_value::SecretValue,
     snapshot::{Matcher, RuleSet},
 };
 use palisade_protocols::dns::{Name, NameSet, PatternError};
 
-pub use http::{HttpDenial, HttpRules, HttpScratch, HttpVerdict};
+pub use http::{HeaderEdit, HttpDenial, HttpRules, HttpScratch, HttpVerdict};
 pub use kafka::{KafkaRules, KafkaVerdict};
 
 /// Application rules of a snapshot, prepared for matching.
@@ -42,17 +46,32 @@ struct Prepared {
     kafka: Arc<KafkaRules>,
     /// `serverNames` of a rule set that reads another protocol inside TLS; `None` if every name is allowed.
     server_names: Option<Arc<NameSet>>,
+    /// The secrets that the rules name, with the values that the rules have been prepared with.
+    secrets: Box<[(String, Option<SecretValue>)]>,
 }
 
 impl Rules {
-    /// Prepares the rule sets of a snapshot. Unchanged rule sets are taken from `previous`.
+    /// Prepares the rule sets of a snapshot as [`Self::prepare_with`] does, without secrets.
     #[must_use]
     pub fn prepare(sets: &BTreeMap<u32, Arc<RuleSet>>, previous: Option<&Self>) -> Self {
+        Self::prepare_with(sets, previous, &|_| None)
+    }
+
+    /// Prepares the rule sets of a snapshot. Rule sets that have not changed, and whose secrets have not, are taken from
+    /// `previous`. `secrets` returns the value of a secret (`namespace/name`) for a header. A rule without its value
+    /// allows no request, and is among the [problems](Self::problems).
+    #[must_use]
+    pub fn prepare_with(
+        sets: &BTreeMap<u32, Arc<RuleSet>>,
+        previous: Option<&Self>,
+        secrets: &dyn Fn(&str) -> Option<SecretValue>,
+    ) -> Self {
         let mut rules = Self::default();
         for (&id, source) in sets {
             let known = previous
                 .and_then(|previous| previous.sets.get(&id))
-                .filter(|known| Arc::ptr_eq(&known.source, source) || known.source == *source);
+                .filter(|known| Arc::ptr_eq(&known.source, source) || known.source == *source)
+                .filter(|known| known.secrets.iter().all(|(name, value)| secrets(name) == *value));
             let prepared = match known {
                 Some(known) => Prepared {
                     source: source.clone(),
@@ -64,15 +83,24 @@ impl Rules {
                     let dns = Arc::new(DnsRules::prepare(source, &mut named));
                     let tls = Arc::new(TlsRules::prepare(source, &mut named));
                     let server_names = server_names(source, &mut named);
+                    let secret_values = secret_values(source, secrets);
+                    for error in missing(source, &secret_values) {
+                        problem(error);
+                    }
+                    let known_secrets = |wanted: &str| {
+                        let found = secret_values.iter().find(|(name, _)| name == wanted);
+                        found.and_then(|(_, value)| value.clone())
+                    };
                     let expression =
                         |pattern: &str, error| problem(format!("regular expression \"{pattern}\": {error}"));
                     Prepared {
                         source: source.clone(),
                         dns,
                         tls,
-                        http: Arc::new(HttpRules::prepare(source, expression)),
+                        http: Arc::new(HttpRules::prepare(source, &known_secrets, expression)),
                         kafka: Arc::new(KafkaRules::prepare(source)),
                         server_names,
+                        secrets: secret_values,
                     }
                 }
             };
@@ -146,6 +174,48 @@ fn server_names(set: &RuleSet, problem: &mut impl FnMut(PatternError)) -> Option
             }
         }
     }
+}
+
+/// Returns the entries of `headerMatches` with secrets.
+fn with_secrets(set: &RuleSet) -> impl Iterator<Item = (&HeaderMatch, &str)> {
+    let rules = set
+        .alternatives
+        .iter()
+        .filter_map(|alternative| match &alternative.matcher {
+            Matcher::Http(rule) => Some(rule),
+            _ => None,
+        });
+    rules
+        .flat_map(|rule| &rule.header_matches)
+        .filter_map(|header| Some((header, header.secret.as_deref()?)))
+}
+
+/// Returns the secrets that a rule set names, with their values.
+fn secret_values(
+    set: &RuleSet,
+    secrets: &dyn Fn(&str) -> Option<SecretValue>,
+) -> Box<[(String, Option<SecretValue>)]> {
+    let names: BTreeSet<&str> = with_secrets(set).map(|(_, name)| name).collect();
+    let value = |name: &str| (name.to_owned(), secrets(name));
+    names.into_iter().map(value).collect()
+}
+
+/// Returns the errors about secrets: those without a value, and values that cannot be in a header.
+fn missing(set: &RuleSet, values: &[(String, Option<SecretValue>)]) -> Vec<String> {
+    let mut errors = Vec::new();
+    for (name, value) in values {
+        match value {
+            Some(value) if is_header_value(value.reveal()) => {}
+            Some(_) => errors.push(format!("the value of secret {name} cannot be in a header")),
+            None if with_secrets(set).any(|(header, secret)| secret == name && header.value.is_none()) => {
+                errors.push(format!(
+                    "secret {name} of headerMatches is missing or has not exactly one value: its rules allow no request"
+                ));
+            }
+            None => {}
+        }
+    }
+    errors
 }
 
 /// Names that queries may ask for.

@@ -456,7 +456,13 @@ fn merge(
         set.terminating_tls = set.terminating_tls.or_else(|| l7.terminating_tls.clone());
         set.originating_tls = set.originating_tls.or_else(|| l7.originating_tls.clone());
     }
-    let inspector = if set.terminating_tls.is_some() || set.originating_tls.is_some() {
+    // Without a TLS context, the proxy reads and sends plain text.
+    let needs_proxy = best.kind == Inspector::Http
+        && set
+            .alternatives
+            .iter()
+            .any(|alternative| matches!(&alternative.matcher, Matcher::Http(rule) if rule.needs_proxy()));
+    let inspector = if set.terminating_tls.is_some() || set.originating_tls.is_some() || needs_proxy {
         Inspector::TlsTerminate
     } else {
         best.kind

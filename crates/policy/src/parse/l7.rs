@@ -2,7 +2,7 @@
 
 use palisade_model::rule::{
     FqdnPattern, HeaderMatch, HttpRule, KafkaRule, L7, L7Rules, Listener, MismatchAction, PolicyKind,
-    TlsContext,
+    TlsContext, is_editable_header, is_header_value,
 };
 use palisade_protocols::kafka;
 use palisade_yaml::quoted;
@@ -66,14 +66,12 @@ fn not_inspected(l7: &L7) -> Option<(&'static str, &'static str)> {
     if l7.listener.is_some() {
         return Some(("listener", "there are no listeners yet"));
     }
-    if l7.terminating_tls.is_some() {
-        return Some(("terminatingTLS", "TLS is not terminated yet"));
-    }
-    if l7.originating_tls.is_some() {
-        return Some(("originatingTLS", "TLS is not originated yet"));
-    }
+    let is_terminated = l7.terminating_tls.is_some() || l7.originating_tls.is_some();
     match l7.rules {
         L7Rules::Generic { .. } => Some(("rules", "there is no such parser yet")),
+        L7Rules::Kafka(_) | L7Rules::Dns(_) if is_terminated => {
+            Some(("rules", "inside TLS only http rules are inspected"))
+        }
         L7Rules::Http(_) | L7Rules::Dns(_) | L7Rules::Kafka(_) | L7Rules::None => None,
     }
 }
@@ -244,6 +242,11 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
         at.unfit(format!("{} cannot be the name of a header", quoted(name)));
     }
     let value = object.text("value").map(str::to_owned);
+    if let (Some(value), Some(at)) = (&value, object.field("value"))
+        && !is_header_value(value.as_bytes())
+    {
+        at.unfit(format!("{} cannot be the value of a header", quoted(value)));
+    }
     let secret = object.field("secret").and_then(|at| secret(at, section));
     let mismatch = match object.field("mismatch") {
         None => Some(MismatchAction::Fail),
@@ -251,9 +254,15 @@ fn header_match(at: At<'_>, section: Section<'_>) -> Option<HeaderMatch> {
             "" => Some(MismatchAction::Fail),
             "LOG" => Some(MismatchAction::Log),
             action @ ("ADD" | "DELETE" | "REPLACE") => {
-                at.unfit(format!(
-                    "mismatch: {action} is not supported: requests are never modified"
-                ));
+                if let Some(name) = &name
+                    && is_header_name(name)
+                    && !is_editable_header(name)
+                {
+                    at.unfit(format!(
+                        "mismatch: {action} cannot change {name}: the request line, the host and the framing of a \
+                         message stay as the client has sent them"
+                    ));
+                }
                 Some(match action {
                     "ADD" => MismatchAction::Add,
                     "DELETE" => MismatchAction::Delete,

@@ -608,10 +608,17 @@ fn http_rules() {
     );
     for action in ["ADD", "DELETE", "REPLACE"] {
         assert_http(
-            &format!("{{headerMatches: [{{name: a, mismatch: {action}}}]}}"),
-            &format!("7:106: mismatch: {action} is not supported: requests are never modified"),
+            &format!("{{headerMatches: [{{name: Host, mismatch: {action}}}]}}"),
+            &format!(
+                "7:109: mismatch: {action} cannot change Host: the request line, the host and the framing of a message \
+                 stay as the client has sent them"
+            ),
         );
     }
+    assert_http(
+        "{headerMatches: [{name: a, value: \"b\\r\\nc\", mismatch: ADD}]}",
+        "7:103: \"b\\r\\nc\" cannot be the value of a header",
+    );
     assert_http(
         "{headerMatches: [{name: a, mismatch: log}]}",
         "7:106: unknown action \"log\", did you mean \"LOG\"?",
