@@ -159,8 +159,7 @@ impl Loaded {
             match program {
                 Program::Xdp(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
-                Program::SkLookup(program) => program.load(),
-                _ => bail!("{name}: neither XDP, tc nor sk_lookup"),
+                _ => bail!("{name}: neither XDP nor tc"),
             }
             .with_context(|| name.to_owned())?;
         }

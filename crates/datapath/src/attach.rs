@@ -124,13 +124,8 @@ impl Datapath {
             }
             (Hook::Auto | Hook::Tc, _) => self.attach_tc(device, Direction::Ingress, tc)?,
         };
-        let flags = match ingress {
-            HookKind::XdpGeneric => interface_flags::XDP_GENERIC | interface_flags::XDP,
-            HookKind::XdpNative => interface_flags::XDP,
-            HookKind::Tcx | HookKind::Clsact => 0,
-        };
-        if interface.flags & flags != flags {
-            interface.flags |= flags;
+        if ingress == HookKind::XdpGeneric && interface.flags & interface_flags::XDP_GENERIC == 0 {
+            interface.flags |= interface_flags::XDP_GENERIC;
             self.interfaces.insert(&slot(ifindex), &interface)?;
         }
         let egress = self.attach_tc(device, Direction::Egress, tc)?;

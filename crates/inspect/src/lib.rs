@@ -25,6 +25,7 @@ mod expiry_queue;
 mod fragments;
 mod frames;
 mod http;
+pub mod http2;
 mod kafka;
 mod metrics;
 mod packet;

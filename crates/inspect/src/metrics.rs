@@ -2,9 +2,9 @@
 //! field.
 
 use palisade_fqdn::Unsolicited;
-use palisade_protocols::{dns, http1, kafka, tls};
+use palisade_protocols::{dns, http1, http2, kafka, tls};
 
-use crate::{DnsStats, FragmentStats, HttpStats, KafkaStats, Stats, TcpStats, TlsStats};
+use crate::{DnsStats, FragmentStats, HttpStats, KafkaStats, Stats, TcpStats, TlsStats, http2::Http2Stats};
 
 /// Name and kind of a counter or gauge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +82,19 @@ impl Stats {
     }
 }
 
+impl Http2Stats {
+    /// Calls `f` for each value, as [`Stats::visit`] does.
+    pub fn visit(&self, f: &mut dyn FnMut(Metric, u64)) {
+        metrics!(f, "http2", self => Http2Stats {
+            so far: requests denied responses tunnels audited;
+            now: ;
+            by hand: malformed;
+        });
+        let kinds = http2::ParseError::ALL.iter().map(|kind| kind.text());
+        each_kind("http2.malformed", kinds, &self.malformed, f);
+    }
+}
+
 fn each_of_tcp(group: &'static str, stats: &TcpStats, f: &mut dyn FnMut(Metric, u64)) {
     let of_group = |number: Metric, value| f(Metric { group, ..number }, value);
     let mut f = of_group;
@@ -145,5 +158,8 @@ mod tests {
         let mut again = Vec::new();
         Stats::default().visit(&mut |number, _| again.push(number));
         assert_eq!(again.len(), names.len());
+        Http2Stats::default().visit(&mut |number, _| {
+            assert!(names.insert((number.group, number.name)), "{number:?}");
+        });
     }
 }

@@ -300,7 +300,7 @@ pub enum What {
     HttpRequest {
         /// Method as sent; a long one is truncated.
         method: Word,
-        /// Minor version of HTTP/1: 0 or 1.
+        /// Minor version of HTTP/1: 0 or 1; 2 for HTTP/2.
         version: u8,
         /// `http://HOST/PATH?QUERY`, redacted.
         url: Text,
@@ -315,7 +315,7 @@ pub enum What {
         method: Word,
         /// URL of the request.
         url: Text,
-        /// Minor version of HTTP/1: 0 or 1.
+        /// Minor version of HTTP/1: 0 or 1; 2 for HTTP/2.
         version: u8,
         /// Status code.
         status: u16,

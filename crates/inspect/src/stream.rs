@@ -89,6 +89,16 @@ impl StreamContext {
         self.request.flags & punt_flags::AUDIT != 0
     }
 
+    /// Returns a record about the connection, as for a packet of the server.
+    #[must_use]
+    pub fn response_record(&self, verdict: Verdict, reason: Reason, what: What) -> Record {
+        Record {
+            verdict,
+            reason,
+            ..Record::about(&self.about().turned(), what)
+        }
+    }
+
     /// Returns a record about the connection, as for a packet of the client.
     #[must_use]
     pub fn record(&self, verdict: Verdict, reason: Reason, what: What) -> Record {

@@ -25,21 +25,17 @@
 
 mod answer;
 mod authority;
-mod chain;
 mod connection;
 mod end;
 mod failure;
 mod listen;
 mod lru;
-mod protocol;
 mod proxy;
 mod secrets;
 mod settings;
 mod stats;
 mod thread;
 mod tls;
-mod upstreams;
-mod view;
 
 pub use failure::{Failure, FailureKind};
 pub use listen::Resolver;
@@ -47,5 +43,3 @@ pub use proxy::{Proxy, ThreadState};
 pub use secrets::{Secrets, Trust};
 pub use settings::{Flow, Flows, Listeners, Namespace, Options, Reports, Settings};
 pub use stats::Stats;
-pub use upstreams::Upstream;
-pub use view::{ConnectionView, TlsView};

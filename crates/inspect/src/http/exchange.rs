@@ -662,7 +662,7 @@ pub(crate) fn status_of(refusal: ParseError, begun: bool) -> Option<u16> {
 
 /// Returns whether a connection may switch to a protocol (RFC 9110, 7.8: a name, perhaps with a version). HTTP/2, and
 /// HTTP inside TLS (RFC 2817), would carry requests that are not inspected.
-fn may_become(protocol: &[u8]) -> bool {
+pub(crate) fn may_become(protocol: &[u8]) -> bool {
     let name = protocol.to_ascii_lowercase();
     ![&b"h2"[..], b"h3", b"http", b"tls", b"ssl"]
         .iter()

@@ -3,7 +3,7 @@
 
 mod config;
 mod exchange;
-mod redact;
+pub(crate) mod redact;
 
 use crate::{
     Millis, PacketView, Sink,
@@ -14,7 +14,7 @@ use crate::{
 };
 pub use config::{HttpLimits, HttpStats};
 pub(crate) use exchange::{Flow, HttpStream};
-pub(crate) use exchange::{has_refused_body, status_of};
+pub(crate) use exchange::{has_refused_body, may_become, status_of};
 pub use palisade_model::request::{GetBodies, Paths};
 
 pub(crate) struct Http<F> {

@@ -1,4 +1,5 @@
 //! A proxy on loopback with a server behind it, certificates, rules, and a client.
+#![allow(dead_code, reason = "not every helper has a test yet")]
 
 use std::{
     collections::BTreeMap,

@@ -1,0 +1,640 @@
+//! Frames of the client: requests get their verdict, and their header blocks are encoded again.
+
+use std::mem;
+
+use palisade_abi::Reason;
+use palisade_protocols::{
+    http1::Request,
+    http2::{
+        ErrorCode, FieldBuffer, Fields, FrameHeader, ParseError, Piece, RequestHead, Settings, encode, flags,
+        fragment_of, headers_of, kind, request, trailers,
+    },
+};
+
+use super::{
+    connection::{Connection, OpenBlock, RESERVE},
+    context::{Buffers, Context, Output},
+    respond::Refusal,
+    settings,
+    streams::{Closed, Report, Stream},
+};
+use crate::{
+    Side,
+    http::{has_refused_body, may_become, redact},
+    record::{Record, Text, Verdict, What, Word},
+    rules::{HeaderEdit, HttpDenial, HttpVerdict},
+};
+
+/// Maximum length of a generated frame, bytes: the value that every peer accepts.
+const GENERATED_FRAME: usize = 16_384;
+
+impl Connection {
+    /// Handles the next part of the client's bytes.
+    pub(super) fn client_piece(
+        &mut self,
+        piece: Piece<'_>,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        self.client.check_order(&piece)?;
+        match piece {
+            Piece::Content { bytes, ends } => {
+                self.content(Side::Client, bytes, ends, out);
+                Ok(())
+            }
+            Piece::Data {
+                header,
+                padding,
+                rest,
+            } => self.client_data(header, padding, rest, cx, out),
+            Piece::Unknown(_) => self.client.control(cx.now),
+            Piece::Frame(header, payload) => match header.kind {
+                kind::HEADERS => self.client_headers(header, payload, cx, out),
+                kind::CONTINUATION => {
+                    if payload.is_empty() {
+                        self.client.control(cx.now)?;
+                    }
+                    self.client.continue_block(payload, self.limits.block)?;
+                    self.client_block(header.has(flags::END_HEADERS), cx, out)
+                }
+                kind::SETTINGS => self.client_settings(header, payload, cx, out),
+                kind::PUSH_PROMISE => Err(ParseError::Push),
+                kind::RST_STREAM => self.client_reset(header, payload, cx, out),
+                _ => self.client_control(header, payload, cx, out),
+            },
+        }
+    }
+
+    fn client_data(
+        &mut self,
+        header: FrameHeader,
+        padding: Option<u8>,
+        rest: u32,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let id = header.stream;
+        if id == 0 {
+            return Err(ParseError::FrameStream);
+        }
+        if self.streams.is_idle(id) {
+            return Err(ParseError::IdleStream);
+        }
+        self.client.take_window(header.length)?;
+        let content = rest.saturating_sub(padding.unwrap_or(0).into());
+        let ends = header.has(flags::END_STREAM);
+        if content > 0 {
+            self.credit();
+        } else if !ends {
+            self.client.control(cx.now)?;
+        }
+        let error = match self.streams.open.get_mut(&id) {
+            Some(stream) if !stream.client_open => ParseError::ClosedStream,
+            Some(stream) => {
+                let left = stream.left.map(|left| left.checked_sub(content.into()));
+                match left {
+                    // If the content differed from its announced length, a server that translates the request to
+                    // HTTP/1 could read a part of it as the next request.
+                    Some(None) => ParseError::ContentLength,
+                    Some(Some(1..)) if ends => ParseError::ContentLength,
+                    _ => {
+                        stream.left = left.flatten();
+                        stream.client_open = !ends;
+                        self.forward_data(Side::Client, header, padding, rest, out);
+                        self.end_stream(id, cx);
+                        return Ok(());
+                    }
+                }
+            }
+            None => {
+                self.drop_data(header.length, out);
+                return self.client_frame_on_closed(id, cx, out);
+            }
+        };
+        self.drop_data(header.length, out);
+        self.fail_stream(id, error, cx, out)
+    }
+
+    /// Drops a DATA frame. The server does not count it, so the client gets the connection window back.
+    fn drop_data(&mut self, length: u32, out: &mut Output) {
+        self.client.forwards = false;
+        if length > 0 {
+            self.client.window += i64::from(length);
+            FrameHeader::window_update(0, length, self.client_out(out));
+        }
+    }
+
+    /// Handles DATA on a closed stream. The frame was under way if the stream was refused, or the server has reset it.
+    fn client_frame_on_closed(
+        &mut self,
+        id: u32,
+        cx: &Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        if self.streams.closed(id).is_none_or(|closed| closed.by_client) {
+            self.client.control(cx.now)?;
+            FrameHeader::rst_stream(id, ErrorCode::StreamClosed, self.client_out(out));
+        }
+        Ok(())
+    }
+
+    /// Resets a stream on which the client has sent a frame that is not allowed.
+    pub(super) fn fail_stream(
+        &mut self,
+        id: u32,
+        error: ParseError,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        self.reset(id, error.code(), out);
+        cx.refuse(error, Verdict::Dropped);
+        self.count_denial(cx)
+    }
+
+    fn client_headers(
+        &mut self,
+        header: FrameHeader,
+        payload: &[u8],
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let id = header.stream;
+        if id.is_multiple_of(2) {
+            return Err(if id == 0 {
+                ParseError::FrameStream
+            } else {
+                ParseError::StreamId
+            });
+        }
+        let (priority, fragment) = fragment_of(header, payload)?;
+        if priority.is_some_and(|priority| dependency(&priority) == Some(id)) {
+            return Err(ParseError::Dependency);
+        }
+        let end_stream = header.has(flags::END_STREAM);
+        self.client.begin_block(header, end_stream, priority, fragment);
+        self.client_block(header.has(flags::END_HEADERS), cx, out)
+    }
+
+    /// Handles the header block once it is complete.
+    fn client_block(
+        &mut self,
+        complete: bool,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        if !complete {
+            return Ok(());
+        }
+        let Some(open) = self.client.open.take() else {
+            return Err(ParseError::Continuation);
+        };
+        let mut buffers = mem::take(cx.buffers);
+        let result = self.client_fields(open, &mut buffers, cx, out);
+        *cx.buffers = buffers;
+        self.client.end_block();
+        result
+    }
+
+    fn client_fields(
+        &mut self,
+        open: OpenBlock,
+        buffers: &mut Buffers,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let Buffers {
+            fields,
+            cookie,
+            block,
+        } = buffers;
+        let updates = self
+            .requests
+            .decode(&self.client.block, self.limits.head.block, fields)?;
+        self.updates.merge(updates);
+        let id = open.stream;
+        if !self.streams.is_idle(id) {
+            return match self.streams.open.get(&id) {
+                Some(stream) if stream.client_open => self.client_trailers(open, fields, block, cx, out),
+                Some(_) => self.fail_stream(id, ParseError::ClosedStream, cx, out),
+                None => match self.streams.closed(id) {
+                    Some(closed) if !closed.by_client => self.client.control(cx.now),
+                    Some(_) => Err(ParseError::ClosedStream),
+                    None => Err(ParseError::StreamId),
+                },
+            };
+        }
+        self.streams.last = id;
+        self.credit();
+        if self.streams.open.len() >= self.limits.streams as usize {
+            cx.refuse(ParseError::TooManyStreams, Verdict::Dropped);
+            self.refuse_stream(id, ErrorCode::RefusedStream, open.end_stream, out);
+            return self.count_denial(cx);
+        }
+        if let Some(error) = self.exceeded(fields) {
+            cx.refuse(error, Verdict::Dropped);
+            return self.respond(open, Refusal::of_error(error), cx, out);
+        }
+        let mut buffer = FieldBuffer::new();
+        let checked =
+            request(fields, open.end_stream, cookie, &mut buffer).and_then(|head| match head.protocol {
+                Some(protocol) if !may_become(protocol.as_bytes()) => Err(ParseError::Protocol),
+                _ => Ok(head),
+            });
+        match checked {
+            Ok(head) => self.client_request(open, &head, fields, block, cx, out),
+            Err(error) if cx.stream.is_audit() => {
+                cx.stats.audited += 1;
+                cx.refuse(error, Verdict::Audit);
+                let report = self.report_of(fields, cx);
+                self.forward_block(open, fields, &[], block, out);
+                self.open_stream(open, report, None, None);
+                Ok(())
+            }
+            Err(error) => {
+                cx.refuse(error, Verdict::Dropped);
+                self.refuse_stream(id, error.code(), open.end_stream, out);
+                self.count_denial(cx)
+            }
+        }
+    }
+
+    /// Returns the limit of a request head that the fields exceed.
+    fn exceeded(&self, fields: &Fields) -> Option<ParseError> {
+        if fields.is_truncated() {
+            return Some(ParseError::ListTooLong);
+        }
+        let line = self.limits.head.line;
+        fields.iter().find_map(|(name, value, _)| {
+            if name.len() + value.len() < line {
+                return None;
+            }
+            Some(if name == b":path" {
+                ParseError::PathTooLong
+            } else {
+                ParseError::ListTooLong
+            })
+        })
+    }
+
+    /// Evaluates a well-formed request.
+    fn client_request(
+        &mut self,
+        open: OpenBlock,
+        head: &RequestHead<'_>,
+        fields: &Fields,
+        block: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let request = &head.request;
+        cx.stats.requests += 1;
+        let mut url = Text::default();
+        let scheme = if self.secure { "https" } else { "http" };
+        redact::url(scheme, request.host, request.path, &mut url);
+        let is_audit = cx.stream.is_audit();
+        let refusal = Refusal::denied(head);
+        let rules = cx.rules;
+        let Some(rules) = rules.http(cx.request().ruleset) else {
+            self.report_request(request, Err(Reason::UnknownRuleset), url, cx);
+            return self.respond(open, refusal, cx, out);
+        };
+        let verdict = rules.evaluate(request, self.limits.paths, cx.scratch);
+        let reported = verdict.map_err(|_: HttpDenial| Reason::AppDenied);
+        self.report_request(request, reported, url, cx);
+        if reported.is_err() {
+            cx.stats.denied += 1;
+            if !is_audit {
+                return self.respond(open, refusal, cx, out);
+            }
+            cx.stats.audited += 1;
+        }
+        if has_refused_body(request, verdict, self.limits.get_bodies) {
+            if !is_audit {
+                cx.refuse(ParseError::UnexpectedBody, Verdict::Dropped);
+                return self.respond(open, Refusal::of_error(ParseError::UnexpectedBody), cx, out);
+            }
+            cx.stats.audited += 1;
+            cx.refuse(ParseError::UnexpectedBody, Verdict::Audit);
+        }
+        let report = Report {
+            method: Word::from(request.method.as_bytes()),
+            url,
+            since: cx.now,
+            grpc: head.is_grpc,
+            status: None,
+        };
+        let left = match request.body {
+            palisade_protocols::http1::Body::Length(length) => Some(length),
+            _ => None,
+        };
+        let tunnel = (request.method == "CONNECT").then_some(cx.request().ruleset);
+        self.forward_block(open, fields, cx.scratch.edits(), block, out);
+        self.open_stream(open, report, left, tunnel);
+        Ok(())
+    }
+
+    /// Returns the report of a malformed request that audit mode forwards.
+    fn report_of(&self, fields: &Fields, cx: &Context<'_>) -> Report {
+        Report {
+            method: Word::from(fields.value(b":method").unwrap_or_default()),
+            url: Text::default(),
+            since: cx.now,
+            grpc: false,
+            status: None,
+        }
+    }
+
+    /// Adds a stream whose request was forwarded. `left`: Content-Length, bytes.
+    fn open_stream(&mut self, open: OpenBlock, report: Report, left: Option<u64>, tunnel: Option<u32>) {
+        self.streams.open.insert(
+            open.stream,
+            Stream {
+                client_open: !open.end_stream,
+                server_open: true,
+                left,
+                responded: false,
+                report: Some(report),
+                tunnel,
+            },
+        );
+    }
+
+    /// Encodes fields without a dynamic table, with the changes of the rule that allows the request, and forwards them.
+    fn forward_block(
+        &mut self,
+        open: OpenBlock,
+        fields: &Fields,
+        edits: &[HeaderEdit],
+        block: &mut Vec<u8>,
+        out: &mut Output,
+    ) {
+        block.clear();
+        encode::size_updates(mem::take(&mut self.updates), block);
+        for (name, value, sensitive) in fields.iter() {
+            if !removes(edits, name) {
+                encode::field(name, value, sensitive, block);
+            }
+        }
+        for (place, edit) in edits.iter().enumerate() {
+            let later = edits.get(place + 1..).unwrap_or_default();
+            if let HeaderEdit::Add(name, value) | HeaderEdit::Set(name, value) = edit
+                && !removes(later, name.as_bytes())
+            {
+                // The value can be a secret, which no dynamic table of a later hop must contain (RFC 7541, 7.1.3).
+                encode::field(name.as_bytes(), value.reveal(), true, block);
+            }
+        }
+        headers_of(
+            open.stream,
+            open.end_stream,
+            open.priority,
+            block,
+            GENERATED_FRAME,
+            &mut out.to_server,
+        );
+    }
+
+    fn report_request(
+        &self,
+        request: &Request<'_>,
+        verdict: Result<HttpVerdict, Reason>,
+        url: Text,
+        cx: &mut Context<'_>,
+    ) {
+        let mut headers = Text::default();
+        redact::headers(request.headers.iter(), &self.limits.record_headers, &mut headers);
+        let what = What::HttpRequest {
+            method: Word::from(request.method.as_bytes()),
+            version: request.version,
+            url,
+            headers,
+            mismatch: verdict.is_ok_and(|verdict| verdict.log),
+        };
+        let record = match verdict {
+            Ok(verdict) => Record {
+                rule: verdict.rule,
+                ..cx.stream.record(Verdict::Forwarded, Reason::Allowed, what)
+            },
+            Err(reason) => {
+                let is_audit = cx.stream.is_audit() && reason == Reason::AppDenied;
+                let verdict = if is_audit {
+                    Verdict::Audit
+                } else {
+                    Verdict::Dropped
+                };
+                cx.stream.record(verdict, reason, what)
+            }
+        };
+        (cx.record)(&record);
+    }
+
+    fn client_trailers(
+        &mut self,
+        open: OpenBlock,
+        fields: &Fields,
+        block: &mut Vec<u8>,
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let id = open.stream;
+        let stream = self.streams.open.get_mut(&id);
+        let misses_content = stream
+            .as_ref()
+            .is_some_and(|stream| stream.left.is_some_and(|left| left > 0));
+        let checked = if fields.is_truncated() {
+            Err(ParseError::ListTooLong)
+        } else if !open.end_stream {
+            Err(ParseError::Trailers)
+        } else if misses_content {
+            Err(ParseError::ContentLength)
+        } else {
+            trailers(fields)
+        };
+        if let Err(error) = checked {
+            return self.fail_stream(id, error, cx, out);
+        }
+        if let Some(stream) = stream {
+            stream.client_open = false;
+        }
+        self.forward_block(open, fields, &[], block, out);
+        self.end_stream(id, cx);
+        Ok(())
+    }
+
+    fn client_settings(
+        &mut self,
+        header: FrameHeader,
+        payload: &[u8],
+        cx: &Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        check_settings(header, payload)?;
+        self.client.control(cx.now)?;
+        if header.has(flags::ACK) {
+            if self.client.announced.is_none() {
+                return Err(ParseError::NoSettings);
+            }
+            self.server.acknowledge(&mut self.requests)?;
+            header.write(&mut out.to_server);
+            return Ok(());
+        }
+        let mut rewritten = Vec::new();
+        let settings = Settings::parse(payload)?;
+        let before = self.client.announced;
+        let (announced, least) = settings::rewrite(settings, true, before, &self.limits, &mut rewritten)?;
+        self.client.announce(announced, least)?;
+        header.write_with(&rewritten, &mut out.to_server);
+        Ok(())
+    }
+
+    fn client_reset(
+        &mut self,
+        header: FrameHeader,
+        payload: &[u8],
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        check_length(payload, 4)?;
+        let id = header.stream;
+        if id == 0 {
+            return Err(ParseError::FrameStream);
+        }
+        if self.streams.is_idle(id) {
+            return Err(ParseError::IdleStream);
+        }
+        let Some(stream) = self.streams.remove(id, true) else {
+            self.streams.close_by_client(id);
+            return self.client.control(cx.now);
+        };
+        let responded = stream.responded;
+        self.report_end(stream, cx);
+        header.write_with(payload, &mut out.to_server);
+        if responded || self.resets.take(cx.now) {
+            Ok(())
+        } else {
+            Err(ParseError::TooManyResets)
+        }
+    }
+
+    /// Handles frames of the client that carry no content.
+    fn client_control(
+        &mut self,
+        header: FrameHeader,
+        payload: &[u8],
+        cx: &mut Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        self.client.control(cx.now)?;
+        let id = header.stream;
+        match header.kind {
+            kind::PING | kind::GOAWAY => {
+                check_connection_frame(header, payload)?;
+                header.write_with(payload, &mut out.to_server);
+            }
+            kind::WINDOW_UPDATE => {
+                let increment = increment_of(payload)?;
+                if id == 0 {
+                    if increment == 0 {
+                        return Err(ParseError::Increment);
+                    }
+                    let kept = increment.min(RESERVE.saturating_sub(self.reserve));
+                    self.reserve += kept;
+                    if increment > kept {
+                        self.server.window += i64::from(increment - kept);
+                        FrameHeader::window_update(0, increment - kept, &mut out.to_server);
+                    }
+                } else if self.streams.is_idle(id) {
+                    return Err(ParseError::IdleStream);
+                } else if increment == 0 {
+                    return self.fail_stream(id, ParseError::Increment, cx, out);
+                } else if self.streams.open.contains_key(&id) {
+                    header.write_with(payload, &mut out.to_server);
+                }
+            }
+            _ => {
+                let priority = payload.try_into().map_err(|_| ParseError::FrameSize)?;
+                if id == 0 {
+                    return Err(ParseError::FrameStream);
+                }
+                if dependency(&priority) == Some(id) {
+                    return Err(ParseError::Dependency);
+                }
+                // Priorities of idle and closed streams would tell the server about streams that it must not see.
+                if self.streams.open.contains_key(&id) {
+                    header.write_with(payload, &mut out.to_server);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a stream that both sides have ended.
+    pub(super) fn end_stream(&mut self, id: u32, cx: &mut Context<'_>) {
+        if let Some(stream) = self.streams.remove_ended(id) {
+            self.report_end(stream, cx);
+        }
+    }
+
+    /// Marks a refused stream as closed. `ended`: whether the client has ended it.
+    pub(super) fn close_refused(&mut self, id: u32, ended: bool) {
+        self.streams.close(Closed {
+            id,
+            by_client: ended,
+            forwarded: false,
+        });
+    }
+}
+
+/// Returns whether one of the changes removes the fields of this name.
+fn removes(edits: &[HeaderEdit], name: &[u8]) -> bool {
+    edits.iter().any(|edit| match edit {
+        HeaderEdit::Remove(removed) | HeaderEdit::Set(removed, _) => removed.as_bytes() == name,
+        HeaderEdit::Add(..) => false,
+    })
+}
+
+/// Returns the stream on which a stream depends.
+fn dependency(priority: &[u8; 5]) -> Option<u32> {
+    priority
+        .first_chunk()
+        .map(|stream| u32::from_be_bytes(*stream) & 0x7fff_ffff)
+}
+
+pub(super) fn check_length(payload: &[u8], length: usize) -> Result<(), ParseError> {
+    if payload.len() == length {
+        Ok(())
+    } else {
+        Err(ParseError::FrameSize)
+    }
+}
+
+pub(super) fn check_settings(header: FrameHeader, payload: &[u8]) -> Result<(), ParseError> {
+    if header.stream != 0 {
+        return Err(ParseError::FrameStream);
+    }
+    if header.has(flags::ACK) && !payload.is_empty() {
+        return Err(ParseError::FrameSize);
+    }
+    Ok(())
+}
+
+/// Checks a PING or GOAWAY.
+pub(super) fn check_connection_frame(header: FrameHeader, payload: &[u8]) -> Result<(), ParseError> {
+    if header.stream != 0 {
+        return Err(ParseError::FrameStream);
+    }
+    let is_valid = match header.kind {
+        kind::PING => payload.len() == 8,
+        _ => payload.len() >= 8,
+    };
+    if is_valid {
+        Ok(())
+    } else {
+        Err(ParseError::FrameSize)
+    }
+}
+
+pub(super) fn increment_of(payload: &[u8]) -> Result<u32, ParseError> {
+    let bytes = payload.try_into().map_err(|_| ParseError::FrameSize)?;
+    Ok(u32::from_be_bytes(bytes) & settings::MAX_WINDOW)
+}

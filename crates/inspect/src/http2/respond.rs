@@ -1,0 +1,132 @@
+//! Responses in the server's place.
+
+use palisade_protocols::http2::{
+    ErrorCode, FrameHeader, ParseError, RequestHead, SizeUpdates, encode, flags, headers_of, kind,
+};
+
+use super::{
+    connection::{Connection, OpenBlock},
+    context::{Context, Output},
+};
+
+/// A response to a refused request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Refusal {
+    status: &'static str,
+    text: &'static str,
+    /// Whether the response has no content, because the request is HEAD.
+    bodiless: bool,
+    grpc: bool,
+}
+
+impl Refusal {
+    /// Returns the response to a request that no rule allows.
+    pub(super) fn denied(head: &RequestHead<'_>) -> Self {
+        Self {
+            status: "403",
+            text: "Access denied\r\n",
+            bodiless: head.request.method == "HEAD",
+            grpc: head.is_grpc,
+        }
+    }
+
+    /// Returns the response to a request that is too long or has an unexpected body.
+    pub(super) const fn of_error(error: ParseError) -> Self {
+        let (status, text) = match error {
+            ParseError::PathTooLong => ("414", "URI too long\r\n"),
+            ParseError::ListTooLong => ("431", "Request header fields too large\r\n"),
+            _ => ("400", "Bad request\r\n"),
+        };
+        Self {
+            status,
+            text,
+            bodiless: false,
+            grpc: false,
+        }
+    }
+}
+
+impl Connection {
+    /// Responds to a request that the server does not see.
+    pub(super) fn respond(
+        &mut self,
+        open: OpenBlock,
+        refusal: Refusal,
+        cx: &Context<'_>,
+        out: &mut Output,
+    ) -> Result<(), ParseError> {
+        let id = open.stream;
+        // The block must not change the client's dynamic table, which is the one of the server's encoder. But the
+        // client can require a size update in the first block after an acknowledged reduction (RFC 9113, 4.3.1).
+        let mut block = Vec::new();
+        let required = self.responses.required_update();
+        encode::size_updates(
+            SizeUpdates {
+                least: required,
+                last: required,
+            },
+            &mut block,
+        );
+        let text = refusal.text.as_bytes();
+        let content = self.take_room(text);
+        let mut put = |name: &str, value: &str| {
+            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+        };
+        let mut body = None;
+        if refusal.grpc {
+            // A response of trailers only (gRPC over HTTP/2, "Responses").
+            put(":status", "200");
+            put("content-type", "application/grpc");
+            put("grpc-status", "7");
+            put("grpc-message", "Access denied");
+        } else {
+            put(":status", refusal.status);
+            put("content-type", "text/plain");
+            if refusal.bodiless || content {
+                put("content-length", &text.len().to_string());
+                body = (!refusal.bodiless).then_some(text);
+            } else {
+                put("content-length", "0");
+            }
+        }
+        if body.is_none() && content {
+            self.reserve += text.len() as u32;
+        }
+        let out = self.client_out(out);
+        headers_of(id, body.is_none(), None, &block, 16_384, out);
+        if let Some(text) = body {
+            FrameHeader {
+                length: 0,
+                kind: kind::DATA,
+                flags: flags::END_STREAM,
+                stream: id,
+            }
+            .write_with(text, out);
+        }
+        if !open.end_stream {
+            // The client need not send the rest of the request (RFC 9113, 8.1).
+            FrameHeader::rst_stream(id, ErrorCode::NoError, out);
+        }
+        self.close_refused(id, open.end_stream);
+        self.count_denial(cx)
+    }
+
+    /// Takes window of the client for the content of a response. Returns whether the windows suffice.
+    ///
+    /// The content counts towards the connection window, which the server believes to have for itself. So only the
+    /// reserve can be used, which the server does not know.
+    fn take_room(&mut self, text: &[u8]) -> bool {
+        let length = text.len() as u32;
+        let outstanding = self
+            .client
+            .outstanding
+            .iter()
+            .map(|(announced, _)| announced.window);
+        let window = outstanding.fold(self.client.acknowledged.window, u32::min);
+        if self.reserve < length || window < length {
+            return false;
+        }
+        self.reserve -= length;
+        true
+    }
+}

@@ -1,0 +1,111 @@
+//! The streams of a connection: those that are open, and the last ones that were closed.
+
+use std::collections::VecDeque;
+
+use foldhash::HashMap;
+
+use crate::{
+    Millis,
+    record::{Text, Word},
+};
+
+/// Number of closed streams that are remembered. Frames of an older stream get the answer for a closed stream.
+const CLOSED: usize = 256;
+
+/// A stream whose request was forwarded.
+#[derive(Debug)]
+pub(super) struct Stream {
+    /// Whether the client can send further frames.
+    pub(super) client_open: bool,
+    /// Whether the server can send further frames.
+    pub(super) server_open: bool,
+    /// Number of bytes that Content-Length announces and that have not arrived.
+    pub(super) left: Option<u64>,
+    /// Whether the server has sent a final response.
+    pub(super) responded: bool,
+    /// Record of the response; `None` once it is reported.
+    pub(super) report: Option<Report>,
+    /// For CONNECT, the rule set that allows the tunnel.
+    pub(super) tunnel: Option<u32>,
+}
+
+/// Fields of the record of a response.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Report {
+    pub(super) method: Word,
+    pub(super) url: Text,
+    pub(super) since: Millis,
+    /// For gRPC, whose result is in the trailers.
+    pub(super) grpc: bool,
+    /// Status and Content-Length of the response, if the record waits for the trailers.
+    pub(super) status: Option<(u16, Option<u64>)>,
+}
+
+/// A closed stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Closed {
+    pub(super) id: u32,
+    /// Whether the client has ended or reset the stream, so that no further frames can be under way.
+    pub(super) by_client: bool,
+    /// Whether the server knows the stream.
+    pub(super) forwarded: bool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    pub(super) open: HashMap<u32, Stream>,
+    closed: VecDeque<Closed>,
+    /// Highest identifier that the client has used.
+    pub(super) last: u32,
+}
+
+impl Streams {
+    /// Returns whether the client has not used the identifier.
+    pub(super) const fn is_idle(&self, id: u32) -> bool {
+        id > self.last || id.is_multiple_of(2)
+    }
+
+    pub(super) fn close(&mut self, closed: Closed) {
+        if self.closed.len() >= CLOSED {
+            self.closed.pop_front();
+        }
+        self.closed.push_back(closed);
+    }
+
+    /// Notes that the client has reset a stream that is closed.
+    pub(super) fn close_by_client(&mut self, id: u32) {
+        if let Some(closed) = self.closed.iter_mut().rev().find(|closed| closed.id == id) {
+            closed.by_client = true;
+        }
+    }
+
+    /// Removes an open stream whose request was forwarded.
+    pub(super) fn remove(&mut self, id: u32, by_client: bool) -> Option<Stream> {
+        let stream = self.open.remove(&id)?;
+        self.close(Closed {
+            id,
+            by_client: by_client || !stream.client_open,
+            forwarded: true,
+        });
+        Some(stream)
+    }
+
+    /// Removes a stream that both sides have ended.
+    pub(super) fn remove_ended(&mut self, id: u32) -> Option<Stream> {
+        let stream = self.open.get(&id)?;
+        if stream.client_open || stream.server_open {
+            return None;
+        }
+        self.remove(id, true)
+    }
+
+    pub(super) fn closed(&self, id: u32) -> Option<Closed> {
+        self.closed.iter().rev().find(|closed| closed.id == id).copied()
+    }
+
+    /// Returns whether the server can send frames on a stream that is not open. The client can have reset the stream
+    /// while frames of the server were under way.
+    pub(super) fn can_be_under_way(&self, id: u32) -> bool {
+        !self.is_idle(id) && self.closed(id).is_none_or(|closed| closed.forwarded)
+    }
+}

@@ -1,0 +1,10 @@
+//! The HTTP/2 filter between a client and a server, both of which the tests play frame by frame.
+
+mod attacks;
+
+mod conformance;
+mod link;
+mod peers;
+mod requests;
+mod settings;
+mod splits;
