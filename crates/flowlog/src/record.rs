@@ -300,7 +300,11 @@ fn http(status: u16, method: &Word, version: u8, url: &Text, headers: &Text) -> 
         code: status.into(),
         method: text(method.bytes()),
         url: text(url.bytes()),
-        protocol: Cow::Borrowed(if version == 0 { "HTTP/1.0" } else { "HTTP/1.1" }),
+        protocol: Cow::Borrowed(match version {
+            0 => "HTTP/1.0",
+            1 => "HTTP/1.1",
+            _ => "HTTP/2",
+        }),
         // A field that was truncated before its value is left out.
         headers: text(headers.bytes())
             .lines()
