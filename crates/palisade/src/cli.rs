@@ -302,7 +302,7 @@ pub(crate) enum PolicyCommand {
 
 Prints FILE:LINE:COL: MESSAGE for each error, warning and note, and exits 1 if there is an error. With --config also
 what the policies come to for the endpoints and peers of this configuration: port names and nodeSelectors without
-effect, groups of prefixes that do not exist.")]
+effect, groups of prefixes that do not exist, secrets that are missing or cannot be used.")]
     Validate {
         /// Files, folders (each *.yaml, *.yml and *.json is checked, without subfolders), or - for the standard input.
         #[arg(required = true, value_name = "PATH")]

@@ -80,6 +80,38 @@ fn validate_reports_each_error_with_its_location() {
 }
 
 #[test]
+fn validate_checks_the_secrets_that_policies_name() {
+    let policy = WEB.replace(
+        "protocol: TCP}]",
+        "protocol: TCP}]\n      terminatingTLS: {secret: {namespace: shop, name: web}}",
+    );
+    let dir = folder(&[
+        ("web.yaml", &policy),
+        ("palisade.toml", "[tls]\nsecrets_dir = \"secrets\"\n"),
+    ]);
+    let validate = || {
+        let arguments = ["policy", "validate", "--config", "palisade.toml", "web.yaml"];
+        texts(&palisade(dir.path(), &arguments))
+    };
+    let (code, out, error) = validate();
+    assert_eq!(code, Some(1), "{out}{error}");
+    assert!(
+        out.contains("terminatingTLS: secret shop/web is missing"),
+        "{out}"
+    );
+    // Without a configuration the folder is not known.
+    let (code, out, _) = texts(&palisade(dir.path(), &["policy", "validate", "web.yaml"]));
+    assert_eq!(code, Some(0), "{out}");
+    let secret = dir.path().join("secrets/shop/web");
+    fs::create_dir_all(&secret).unwrap();
+    fs::write(secret.join("tls.crt"), "-----BEGIN CERTIFICATE-----\n").unwrap();
+    let (code, out, _) = validate();
+    assert_eq!(code, Some(1), "{out}");
+    let problem = "secrets/shop/web/tls.crt:1:1: the CERTIFICATE has no END: the file is truncated";
+    assert!(out.contains(problem), "{out}");
+}
+
+#[test]
 fn validate_continues_after_unreadable_paths() {
     let dir = folder(&[("web.yaml", WEB), ("copy.yaml", WEB)]);
     std::fs::write(dir.path().join("a.yaml"), b"a: \xff\n").unwrap();

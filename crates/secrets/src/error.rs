@@ -22,6 +22,14 @@ pub enum SecretError {
         /// Name of the key.
         key: String,
     },
+    /// The certificate of the interception CA may not sign others.
+    #[error(
+        "secret {secret} cannot be the interception CA: its certificate is not that of a CA (basicConstraints CA:TRUE)"
+    )]
+    NoCa {
+        /// `namespace/name`.
+        secret: String,
+    },
     /// The content of the secret does not fit its use.
     #[error("{0}")]
     Unfit(Problem),

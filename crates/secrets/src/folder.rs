@@ -117,9 +117,9 @@ impl Content {
         let Some(mode) = self.public else {
             return Ok(());
         };
-        let certificates = pem::sections(&self.bytes)
-            .is_ok_and(|sections| sections.iter().all(|section| !section.is_private_key()));
-        if certificates && pem::is_pem(&self.bytes) {
+        // Also in a file that is malformed otherwise, so that its error is the one to be reported.
+        let has_key = self.bytes.windows(11).any(|window| window == b"PRIVATE KEY");
+        if pem::is_pem(&self.bytes) && !has_key {
             return Ok(());
         }
         Err(Problem::error(

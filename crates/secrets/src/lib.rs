@@ -27,6 +27,7 @@ mod folder;
 mod identity;
 mod kubernetes;
 mod pem;
+mod policies;
 mod problem;
 mod raw;
 mod secret;
@@ -38,6 +39,7 @@ pub use certificate::{Certificate, Validity, expires_within};
 pub use error::SecretError;
 pub use identity::{Identity, Trust};
 pub use palisade_model::secret_value::SecretValue;
+pub use policies::{check_policies, interception_ca_error};
 pub use problem::Problem;
 pub use store::Store;
 

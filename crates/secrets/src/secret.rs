@@ -107,9 +107,9 @@ impl Secret {
                 if self.raw.items.contains_key(&private) {
                     self.identity(key, &private).map_err(|error| match error {
                         SecretError::Unfit(problem) | SecretError::Broken(problem) => problem,
-                        SecretError::Missing { .. } | SecretError::NoKey { .. } => {
-                            Problem::error(self.source(), 0, error.to_string())
-                        }
+                        SecretError::Missing { .. }
+                        | SecretError::NoKey { .. }
+                        | SecretError::NoCa { .. } => Problem::error(self.source(), 0, error.to_string()),
                     })?;
                 }
             }

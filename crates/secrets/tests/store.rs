@@ -13,8 +13,9 @@ use std::{
     sync::Arc,
 };
 
-use palisade_model::rule::TlsContext;
-use palisade_secrets::{Problem, SecretError, Store, Validity};
+use palisade_model::rule::{Policy, TlsContext};
+use palisade_policy::parse::parse;
+use palisade_secrets::{Problem, SecretError, Store, Validity, check_policies};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, Issuer, KeyPair, date_time_ymd,
 };
@@ -465,6 +466,66 @@ fn a_secret_is_in_one_place() {
     );
     let (fresh, _) = folder.load(None);
     assert_eq!(fresh.value("shop/token").unwrap().reveal(), b"a");
+}
+
+/// Returns the policy of an entry with the given members beside its ports.
+fn policies(members: &str) -> Vec<Policy> {
+    let text = format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: p, namespace: shop}}\nspec:\n  \
+         endpointSelector: {{}}\n  egress:\n  - toPorts:\n    - ports: [{{port: '443', protocol: TCP}}]\n      {members}\n"
+    );
+    let parsed = parse("p.yaml", &text);
+    assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+    parsed.policies
+}
+
+#[test]
+fn secrets_of_policies_are_checked_at_the_place_of_the_entry() {
+    let folder = Folder::new();
+    let ca = authority("ca");
+    let (certificate, key) = leaf("web", &ca);
+    folder.write("shop/web/tls.crt", &certificate);
+    folder.write("shop/web/tls.key", &key);
+    folder.write("shop/roots/ca.crt", &ca.pem());
+    folder.write("shop/token/value", "x");
+    folder.write("infra/ca/tls.crt", &ca.pem());
+    folder.write("infra/ca/tls.key", &ca.key().serialize_pem());
+    let store = folder.good();
+    let found = |members: &str, interception_ca| {
+        let found = check_policies(&policies(members), &store, interception_ca);
+        found.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(
+        found(
+            "terminatingTLS: {secret: {name: web}}\n      originatingTLS: {secret: {name: roots}}",
+            None
+        ),
+        none
+    );
+    let terminating = |secret: &str| format!("terminatingTLS: {{secret: {secret}}}");
+    assert_eq!(
+        found(&terminating("{name: roots}"), None),
+        [
+            "p.yaml:8:7: terminatingTLS: secret shop/roots has no key \"tls.crt\"; the traffic that needs it is denied"
+        ]
+    );
+    assert!(found("originatingTLS: {secret: {name: web}}", None)[0].contains("has no key \"ca.crt\""));
+    assert_eq!(
+        found(&terminating("{namespace: infra, name: ca}"), Some("infra/ca")),
+        none
+    );
+    assert!(
+        found(&terminating("{name: web}"), Some("shop/web"))[0].contains("cannot be the interception CA")
+    );
+    let header = |members: &str| format!("rules: {{http: [{{headerMatches: [{{name: X-A, {members}}}]}}]}}");
+    assert_eq!(found(&header("secret: {name: token}"), None), none);
+    assert_eq!(found(&header("secret: {name: none}, value: x"), None), none);
+    assert!(
+        found(&header("secret: {name: none}"), None)[0]
+            .contains("headerMatches: secret shop/none is missing")
+    );
+    assert!(found(&header("secret: {name: web}"), None)[0].contains("exactly one value"));
 }
 
 #[test]

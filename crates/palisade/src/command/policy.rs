@@ -19,10 +19,12 @@ use palisade_policy::{
     parse::{Parsed, decode, parse},
 };
 use palisade_protocols::kafka;
+use palisade_secrets::{Store, check_policies};
 
 use super::output::{EXIT_NO, EXIT_OK, load_config, show};
 use crate::{
     cli::{Output, TraceArgs},
+    config::Config,
     control::{
         api::{Request, TraceAnswer, TraceHttp, TraceKafka, TraceRequest},
         client::ask,
@@ -72,6 +74,9 @@ pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) ->
             .map(|(path, content)| (path.display().to_string(), Some(content)));
         together.extend(daemon::remarks_offline(config, offers.collect())?);
     }
+    if let Some(config) = &config {
+        together.extend(secrets(config, &all));
+    }
     for diagnostic in &together {
         say(diagnostic, &mut out)?;
     }
@@ -95,6 +100,19 @@ pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) ->
         bail!("{}", sources.problems.join("\n"));
     }
     Ok(if errors == 0 { EXIT_OK } else { EXIT_NO })
+}
+
+/// Returns the problems of the secrets that the policies name. Without such a secret, the folder is not read: it can be
+/// readable by root alone.
+fn secrets(config: &Config, policies: &[Policy]) -> Vec<Diagnostic> {
+    let interception_ca = config.tls.interception_ca.as_deref();
+    if check_policies(policies, &Store::default(), interception_ca).is_empty() {
+        return Vec::new();
+    }
+    let (store, problems) = Store::load(&config.tls.secrets_dir, None);
+    let mut found: Vec<Diagnostic> = problems.iter().map(Diagnostic::from).collect();
+    found.extend(check_policies(policies, &store, interception_ca));
+    found
 }
 
 /// Runs `palisade policy test`.

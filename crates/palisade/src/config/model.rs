@@ -205,7 +205,7 @@ pub(crate) struct Kafka {
     pub share_topic_ids: bool,
 }
 
-/// `[tls]`: policies on server names.
+/// `[tls]`: policies on server names, and interception.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tls {
     /// Treatment of a ClientHello that contains an encrypted ClientHello.
@@ -214,6 +214,33 @@ pub(crate) struct Tls {
     pub hello_timeout: Duration,
     /// Whether the endpoint must have learned the destination address of a connection by the connection's server name.
     pub verify_sni_address: bool,
+    /// Folder of the secrets that policies name.
+    pub secrets_dir: PathBuf,
+    /// `namespace/name` of the secret with the interception CA.
+    pub interception_ca: Option<String>,
+    /// Treatment of an intercepted ClientHello without a server name.
+    pub no_sni: NoSni,
+    /// Time for the TLS handshake of the proxy with either side.
+    pub handshake_timeout: Duration,
+    /// Time for a TCP connection of the proxy to a server.
+    pub connect_timeout: Duration,
+    /// Time without any byte after which the proxy closes a connection.
+    pub idle_timeout: Duration,
+    /// Number of threads of the proxy; 0 for one per CPU, at most eight.
+    pub proxy_threads: usize,
+    /// Maximum number of connections of one thread of the proxy.
+    pub max_connections: usize,
+    /// Maximum number of connections of one endpoint in one thread of the proxy; not more than `max_connections`.
+    pub max_connections_per_endpoint: usize,
+}
+
+/// Treatment of an intercepted ClientHello without a server name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoSni {
+    /// The server gets no name either, and its certificate must be valid for its address.
+    CheckAddress,
+    /// The connection is refused.
+    Refuse,
 }
 
 /// `[worker]`: the threads that inspect packets.

@@ -21,11 +21,11 @@ use palisade_worker::Mode;
 use toml::de::DeTable;
 
 use super::{
-    labels::{dns_name, namespace_labels, namespace_of, namespaces, own_labels},
+    labels::{dns_name, namespace_labels, namespace_of, namespaces, own_labels, valid_name},
     model::{
         Attachment, Config, DEFAULT_PIN_DIR, DEFAULT_SOCKET, DEFAULT_STATE_DIR, DenyAnswer, Dns, Endpoint,
-        Http, IngressHook, Interface, Kafka, Limits, Node, OnFailure, Peer, Policy, TcHook, Timeouts, Tls,
-        WithoutPolicies, Worker, XdpMode,
+        Http, IngressHook, Interface, Kafka, Limits, NoSni, Node, OnFailure, Peer, Policy, TcHook, Timeouts,
+        Tls, WithoutPolicies, Worker, XdpMode,
     },
     reader::{At, Reader, Section},
 };
@@ -47,7 +47,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         dns: dns(root.table("dns")),
         http: http(root.table("http")),
         kafka: kafka(root.table("kafka")),
-        tls: tls(root.table("tls")),
+        tls: tls(root.table("tls"), path),
         worker: worker(root.table("worker")),
         interfaces: Vec::new(),
         endpoints: Vec::new(),
@@ -333,12 +333,57 @@ fn kafka(section: Section<'_, '_>) -> Kafka {
     kafka
 }
 
-fn tls(section: Section<'_, '_>) -> Tls {
+fn tls(section: Section<'_, '_>, config: &Path) -> Tls {
+    const MAX_CONNECTIONS: u64 = 1 << 20;
     let choices = [("allow-outer", Ech::AllowOuter), ("deny", Ech::Deny)];
+    let nameless = [("check-address", NoSni::CheckAddress), ("refuse", NoSni::Refuse)];
+    let secrets_dir = section.string("secrets_dir").map_or_else(
+        || PathBuf::from("/etc/palisade/secrets"),
+        |at| config.parent().unwrap_or(Path::new("/")).join(at.value),
+    );
+    let interception_ca = section.string("interception_ca").and_then(|at| {
+        let is_secret = at
+            .value
+            .split_once('/')
+            .is_some_and(|(namespace, name)| valid_name(namespace) && valid_name(name));
+        if is_secret {
+            return Some(at.value);
+        }
+        section.error_at(
+            at.offset,
+            format!("'{}' names no secret: write \"NAMESPACE/NAME\"", at.value),
+        );
+        None
+    });
+    let count = |key, bounds| {
+        section
+            .integer(key, bounds)
+            .and_then(|n: u64| usize::try_from(n).ok())
+    };
+    let max_connections = count("max_connections", 1..MAX_CONNECTIONS + 1).unwrap_or(16_384);
+    let of_endpoint = count("max_connections_per_endpoint", 1..MAX_CONNECTIONS + 1);
+    if of_endpoint.is_some_and(|of_endpoint| of_endpoint > max_connections) {
+        section.error("tls.max_connections_per_endpoint is more than tls.max_connections");
+    }
     let tls = Tls {
         ech: section.choice("ech", &choices).unwrap_or_default(),
         hello_timeout: handshake(&section, "hello_timeout", 10),
         verify_sni_address: section.boolean("verify_sni_address").unwrap_or(false),
+        secrets_dir,
+        interception_ca,
+        no_sni: section.choice("no_sni", &nameless).unwrap_or(NoSni::CheckAddress),
+        handshake_timeout: handshake(&section, "handshake_timeout", 10),
+        connect_timeout: handshake(&section, "connect_timeout", 10),
+        idle_timeout: section
+            .duration(
+                "idle_timeout",
+                Duration::from_secs(1)..Duration::from_secs(7 * 86_400),
+            )
+            .unwrap_or(Duration::from_secs(3_600)),
+        proxy_threads: count("proxy_threads", 0..MAX_WORKERS as u64 + 1).unwrap_or(0),
+        max_connections,
+        // So that one endpoint cannot keep out the others.
+        max_connections_per_endpoint: of_endpoint.unwrap_or(max_connections.div_ceil(2)),
     };
     section.finish();
     tls

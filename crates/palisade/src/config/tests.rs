@@ -51,6 +51,15 @@ record_headers = ["User-Agent", "traceparent"]
 ech = "deny"
 hello_timeout = "2s"
 verify_sni_address = true
+secrets_dir = "secrets"
+interception_ca = "infra/ca"
+no_sni = "refuse"
+handshake_timeout = "3s"
+connect_timeout = "4s"
+idle_timeout = "5m"
+proxy_threads = 3
+max_connections = 100
+max_connections_per_endpoint = 10
 
 [[namespace]]
 name = "prod"
@@ -119,6 +128,15 @@ fn every_option_is_parsed() {
             ech: Ech::Deny,
             hello_timeout: Duration::from_secs(2),
             verify_sni_address: true,
+            secrets_dir: "/etc/palisade/secrets".into(),
+            interception_ca: Some("infra/ca".to_owned()),
+            no_sni: NoSni::Refuse,
+            handshake_timeout: Duration::from_secs(3),
+            connect_timeout: Duration::from_secs(4),
+            idle_timeout: Duration::from_secs(300),
+            proxy_threads: 3,
+            max_connections: 100,
+            max_connections_per_endpoint: 10,
         }
     );
     assert_eq!(config.interfaces[0].attachment.xdp_mode, XdpMode::Skb);
@@ -209,6 +227,23 @@ fn an_empty_file_is_a_node_without_endpoints() {
     assert_eq!(config.tls.ech, Ech::AllowOuter);
     assert_eq!(config.tls.hello_timeout, Duration::from_secs(10));
     assert!(!config.tls.verify_sni_address);
+    assert_eq!(config.tls.secrets_dir, Path::new("/etc/palisade/secrets"));
+    assert_eq!(config.tls.interception_ca, None);
+    assert_eq!(config.tls.no_sni, NoSni::CheckAddress);
+    assert_eq!(config.tls.idle_timeout, Duration::from_secs(3_600));
+    assert_eq!(
+        (
+            config.tls.max_connections,
+            config.tls.max_connections_per_endpoint
+        ),
+        (16_384, 8_192)
+    );
+    assert_eq!(
+        parsed("[tls]\nmax_connections = 7")
+            .tls
+            .max_connections_per_endpoint,
+        4
+    );
     assert_eq!(
         parsed("[http]\nrecord_headers = []\nmax_head = 1024").http,
         Http {
@@ -357,6 +392,26 @@ fn every_wrong_value_is_named_with_its_place() {
         (
             "[tls]\nverify_sni_address = 1",
             "p.toml:2:22: tls.verify_sni_address must be true or false, not a whole number",
+        ),
+        (
+            "[tls]\ninterception_ca = \"ca\"",
+            "p.toml:2:19: 'ca' names no secret: write \"NAMESPACE/NAME\"",
+        ),
+        (
+            "[tls]\nno_sni = \"pass\"",
+            "p.toml:2:10: tls.no_sni cannot be 'pass': it is one of check-address, refuse",
+        ),
+        (
+            "[tls]\nidle_timeout = \"0s\"",
+            "p.toml:2:16: tls.idle_timeout must be at least 1s and less than 7d",
+        ),
+        (
+            "[tls]\nmax_connections = 10\nmax_connections_per_endpoint = 11",
+            "p.toml:1:1: tls.max_connections_per_endpoint is more than tls.max_connections",
+        ),
+        (
+            "[tls]\nproxy_threads = 1000",
+            "p.toml:2:17: tls.proxy_threads must be between 0 and 64",
         ),
         (
             "x = \n",
