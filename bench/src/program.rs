@@ -159,7 +159,8 @@ impl Loaded {
             match program {
                 Program::Xdp(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
-                _ => bail!("{name}: neither XDP nor tc"),
+                Program::SkLookup(program) => program.load(),
+                _ => bail!("{name}: neither XDP, tc nor sk_lookup"),
             }
             .with_context(|| name.to_owned())?;
         }

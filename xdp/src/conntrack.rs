@@ -9,7 +9,7 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use palisade_abi::{
-    Addr, Config, CtEntry, CtKey, Reason, TracePoint, ct_flags, event_flags, protocol, tcp_flags,
+    Addr, Config, CtEntry, CtKey, Inspector, Reason, TracePoint, ct_flags, event_flags, protocol, tcp_flags,
 };
 use palisade_packet::{Packet, flags};
 
@@ -191,7 +191,7 @@ pub fn begins_another(entry: Entry, packet: &Packet, ingress: bool) -> bool {
     if !is_bare_syn(packet) {
         return false;
     }
-    if entry.inspector() != 0 {
+    if entry.inspector() != 0 && !is_intercepted(entry) {
         return entry.over() != 0;
     }
     let (forward, reply) = (entry.forward_tcp(), entry.reply_tcp());
@@ -221,6 +221,13 @@ pub fn is_inspected(entry: Entry, packet: &Packet) -> bool {
     entry.inspector() != 0
         && (!entry.is_offloaded()
             || (packet.protocol == protocol::TCP && packet.tcp_flags & tcp_flags::SYN != 0))
+}
+
+/// Returns whether the proxy terminates the flow. Its packets do not reach a worker's inspector, so the programs keep
+/// the state of the connection as for a flow without an inspector.
+#[inline(always)]
+pub fn is_intercepted(entry: Entry) -> bool {
+    entry.inspector() == Inspector::TlsTerminate as u8
 }
 
 /// Returns the idle timeout of a flow, ns. `closing`: the connection was reset, or closed by both ends.
@@ -325,8 +332,8 @@ pub fn replace(key: &CtKey, entry: Entry, serial: u32) {
     }
 }
 
-/// Updates the entry for a packet that passes. `is_inspected`: result of [`is_inspected`] for the packet. If true, the
-/// packet's TCP flags do not change the entry: only the inspector knows whether the receiver accepts the segment.
+/// Updates the entry for a packet that passes. `is_inspected`: a worker inspects the packet. If true, the packet's TCP
+/// flags do not change the entry: only the inspector knows whether the receiver accepts the segment.
 #[inline(always)]
 pub fn note<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry, is_inspected: bool) {
     let Some(config) = CONFIG.get(0) else { return };

@@ -3,7 +3,7 @@
 //! Depends on `conntrack`, `identity`, `link` and `policy` for its steps. Start at [`enforce_endpoint`].
 
 use palisade_abi::{
-    Addr, Decision, Direction, EndpointState, EventKind, Reason, TracePoint, class_slot,
+    Addr, Decision, Direction, EndpointState, EventKind, Inspector, Reason, TracePoint, class_slot,
     class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol, punt_flags, role,
     tcp_flags,
 };
@@ -21,6 +21,7 @@ use crate::link;
 use crate::maps::ENDPOINTS;
 use crate::packet_context::{PacketContext, hook_point, opposite};
 use crate::policy;
+use crate::proxy;
 use crate::punt;
 
 /// Gives the verdict on a packet by the policy of `pkt.endpoint`: steps 3 to 8 of the pipeline. For a packet of a live
@@ -93,7 +94,7 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
                 return pkt.set(Reason::Translated);
             }
             let is_inspected = conntrack::is_inspected(entry, &pkt.headers);
-            conntrack::note(ctx, pkt, entry, is_inspected);
+            conntrack::note(ctx, pkt, entry, is_inspected && !conntrack::is_intercepted(entry));
             conntrack::count(entry, &pkt.headers);
             pkt.flow_flags = entry.flags();
             if is_inspected {
@@ -379,6 +380,11 @@ pub fn admit_new_flow<C: Calls>(ctx: C, pkt: &mut PacketContext) {
             let reply = if pkt.reversed { punt_flags::REPLY } else { 0 };
             pkt.must_punt = true;
             punt::request_punt(pkt, punt_flags::NEW | midstream | reply);
+            if pkt.inspector == Inspector::TlsTerminate as u8
+                && let Some(entry) = conntrack::find(&pkt.key, pkt.now)
+            {
+                proxy::note_path(ctx, pkt, entry);
+            }
         }
     }
     ctx.send(

@@ -138,6 +138,13 @@ impl Entry {
         )
     }
 
+    /// Returns the four words of [`palisade_abi::ProxyPath`] of an intercepted flow.
+    #[inline(always)]
+    pub fn path(self) -> [u32; 4] {
+        let ((a, b), (c, d)) = (self.window(false), self.window(true));
+        [a, b, c, d]
+    }
+
     /// Sets the offload windows of both directions, each by one store.
     #[inline(always)]
     pub fn set_windows(self, windows: [u32; 4]) {

@@ -26,14 +26,15 @@ mod offload;
 mod packet_context;
 mod pipeline;
 mod policy;
+mod proxy;
 mod punt;
 mod reinject;
 mod share;
 mod subprog;
 
 use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
-use aya_ebpf::macros::{classifier, xdp};
-use aya_ebpf::programs::{TcContext, XdpContext};
+use aya_ebpf::macros::{classifier, sk_lookup, xdp};
+use aya_ebpf::programs::{SkLookupContext, TcContext, XdpContext};
 
 use crate::hook::{Skb, Xdp};
 use crate::pipeline::{Action, process};
@@ -62,7 +63,7 @@ pub fn palisade_out(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn process_skb(ctx: Skb, egress: bool) -> i32 {
-    if reinject::is_reinjected(ctx) {
+    if reinject::is_reinjected(ctx) || (egress && proxy::is_from_proxy(ctx)) {
         return TC_ACT_UNSPEC;
     }
     match process(ctx, egress) {
@@ -99,6 +100,24 @@ pub fn palisade_punt_filter(ctx: TcContext) -> i32 {
 #[xdp(frags)]
 pub fn palisade_pass(_: XdpContext) -> u32 {
     xdp_action::XDP_PASS
+}
+
+/// tc, ingress of the node's end of a proxy link.
+#[classifier]
+pub fn palisade_proxy(ctx: TcContext) -> i32 {
+    proxy::from_proxy(Skb(ctx.skb.skb))
+}
+
+/// tc, egress of the node's end of a proxy link.
+#[classifier]
+pub fn palisade_proxy_filter(ctx: TcContext) -> i32 {
+    proxy::only_redirected(Skb(ctx.skb.skb))
+}
+
+/// sk_lookup, in the network namespaces of the proxy.
+#[sk_lookup]
+pub fn palisade_lookup(ctx: SkLookupContext) -> u32 {
+    proxy::assign_listener(&ctx)
 }
 
 #[cfg(not(target_arch = "bpf"))]

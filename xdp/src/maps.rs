@@ -2,7 +2,7 @@
 //! configuration.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, XskMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap, XskMap};
 use aya_ebpf::macros::btf_map;
 use palisade_abi::{
     Addr, BUDGET_SLOTS, CLASS_SLOTS, COUNTER_SLOTS, Clock, Config, Counter, CtEntry, CtKey, EndpointState,
@@ -79,3 +79,7 @@ pub static PUNT: PerCpuArray<PuntHeader, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static XSKS: XskMap<MAX_WORKERS> = XskMap::new();
+
+/// Listening sockets of the proxy, see [`palisade_abi::listener_slot`].
+#[btf_map]
+pub static PROXY_LISTENERS: SockMap<4> = SockMap::new();

@@ -84,11 +84,15 @@ fn find(key: &mut PolicyKey) -> Option<&'static PolicyEntry> {
     unsafe { POLICY.get(&*key) }
 }
 
-/// Returns whether the workers have an inspector of this number.
+/// Returns whether the workers or the proxy have an inspector of this number.
 #[inline(always)]
 fn has_inspector(inspector: u8) -> bool {
     match CONFIG.get(0) {
-        Some(config) => config.workers != 0 && config.inspectors >> (inspector & 31) & 1 != 0,
+        Some(config) => {
+            // The proxy needs no worker, except for packets of an XDP hook.
+            (config.workers != 0 || inspector == Inspector::TlsTerminate as u8)
+                && config.inspectors >> (inspector & 31) & 1 != 0
+        }
         None => false,
     }
 }

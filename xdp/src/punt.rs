@@ -2,7 +2,9 @@
 //! at both ends of the link (`palisade_abi::punt`).
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
-use palisade_abi::{Addr, CtKey, PuntRequest, Reason, config_flags, ct_flags, punt_flags};
+use palisade_abi::{
+    Addr, CtKey, PROXY_MAC, PuntRequest, Reason, config_flags, ct_flags, punt_flags, punt_hook,
+};
 use palisade_packet::Bytes;
 
 use crate::conntrack;
@@ -12,11 +14,17 @@ use crate::hook::{Hook, Linear, Skb, Xdp};
 use crate::maps::{CONFIG, PUNT, WORKERS, XSKS};
 use crate::offload;
 use crate::packet_context::PacketContext;
+use crate::proxy;
 
 /// Requests a punt of a packet that belongs to a live flow with an inspector.
 #[inline(always)]
 pub fn request_punt_of_flow<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) {
-    offload::check_window(ctx, pkt, entry);
+    if conntrack::is_intercepted(entry) {
+        pkt.must_punt = true;
+        proxy::note_path(ctx, pkt, entry);
+    } else {
+        offload::check_window(ctx, pkt, entry);
+    }
     let mut flags = 0;
     if conntrack::is_reply(entry, pkt.is_ingress()) {
         flags |= punt_flags::REPLY;
@@ -106,6 +114,24 @@ pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     if pkt.layer3 != 0 || pkt.generic != 0 {
         return pkt.set(Reason::PuntUnsupported);
     }
+    let (mut ifindex, mut hook) = (pkt.ifindex, ctx.number(pkt.egress != 0));
+    let proxy_link = proxy::link_of(ctx, pkt, header);
+    if proxy_link != 0 {
+        if pkt.is_dropped() {
+            return;
+        }
+        if !ctx.set_destination_mac(PROXY_MAC) {
+            return pkt.set(Reason::PuntFailed);
+        }
+        if !H::BY_WORKER {
+            if !ctx.redirect_marked(proxy_link, config.mark) {
+                pkt.set(Reason::PuntFailed);
+            }
+            return;
+        }
+        // The worker completes the checksum and sends the packet on as if it had been punted at the proxy link.
+        (ifindex, hook) = (proxy_link, punt_hook::TC_EGRESS);
+    }
     let queue = if config.workers == 0 {
         0
     } else {
@@ -119,21 +145,23 @@ pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
     };
     // The subtraction saturates, because the worker may have read a later time than this CPU has cached.
     if config.punt_ifindex == 0 || pkt.now.saturating_sub(heartbeat) > config.worker_timeout {
-        return pkt.set(if config.flags & config_flags::FAIL_OPEN != 0 {
-            Reason::FailedOpen
-        } else {
-            Reason::NoWorker
-        });
+        return pkt.set(
+            if config.flags & config_flags::FAIL_OPEN != 0 && proxy_link == 0 {
+                Reason::FailedOpen
+            } else {
+                Reason::NoWorker
+            },
+        );
     }
     // SAFETY: `header` points to a value of a per-CPU map, which lives as long as the map. Only the programs of this
     // CPU use it, and none of them interrupts another (softirqs are off).
     unsafe {
         (*header).cookie = config.cookie;
-        (*header).ifindex = pkt.ifindex;
+        (*header).ifindex = ifindex;
         (*header).hash = pkt.hash;
         (*header).vlan = 0;
         (*header).vlan_protocol = 0;
-        (*header).hook = ctx.number(pkt.egress != 0);
+        (*header).hook = hook;
         (*header).zero = [0; 3];
         if pkt.punt_requests < 2 {
             (*header).slots[1] = PuntRequest::default();

@@ -100,7 +100,8 @@ pub struct CtEntry {
     /// Not 0: both ends use the flow, it counts in [`Share::protected`], and no new flow evicts it.
     pub protected: u8,
     /// Offload windows, TCP sequence numbers: `windows[0]..windows[1]` of the original direction,
-    /// `windows[2]..windows[3]` of the reply direction. The upper bound is excluded. Equal bounds: no window.
+    /// `windows[2]..windows[3]` of the reply direction. The upper bound is excluded. Equal bounds: no window. An
+    /// intercepted flow ([`crate::Inspector::TlsTerminate`]) has no windows, and holds its [`crate::ProxyPath`] here.
     pub windows: [u32; 4],
     /// The inspector's last decision, as a hash of [`CtEntry::offload`] or [`CtEntry::windowed`]. The hash covers the
     /// connection and the rules for which the decision is valid. 0: no decision.

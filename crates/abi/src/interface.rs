@@ -38,6 +38,8 @@ pub mod interface_flags {
     pub const XDP_GENERIC: u8 = 2;
     /// The daemon is still attaching the programs: until it has finished, packets can enter without a verdict.
     pub const PENDING: u8 = 4;
+    /// The ingress hook is XDP: no tc program at ingress removes the mark of a reinjected packet.
+    pub const XDP: u8 = 8;
 }
 
 /// State of an interface, at slot `ifindex & 0xffff`. If the slot has another `ifindex`, the interface has no state.
@@ -175,4 +177,7 @@ pub struct Config {
     pub inspectors: u32,
     /// Zero.
     pub zero: u32,
+    /// Indexes of the node's ends of the proxy links, by [`crate::Direction`] of the intercepted flow; 0: no such link,
+    /// and the flow's packets are dropped.
+    pub proxy_ifindex: [u32; 2],
 }

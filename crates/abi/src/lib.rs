@@ -20,6 +20,7 @@ mod event;
 mod interface;
 mod ipcache;
 mod policy;
+mod proxy;
 mod punt;
 mod reason;
 
@@ -40,6 +41,7 @@ pub use ipcache::{Addr, IpcacheEntry, LearnedKey, PrefixKey};
 pub use policy::{
     DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
 };
+pub use proxy::{PROXY_IFINDEX, PROXY_MAC, ProxiedFlow, ProxiedKey, ProxyPath, listener_slot};
 pub use punt::{
     FlowCommand, MAX_ON_PUNT_LINK, MAX_PUNT_FRAME, MAX_PUNT_MSS, MAX_SEGMENT_HEADERS, MAX_TRAILER,
     MAX_WORKERS, PUNT_MTU, PuntHeader, PuntRequest, ReinjectTrailer, flow_op, punt_flags, punt_hook,
@@ -48,7 +50,7 @@ pub use punt::{
 pub use reason::{COUNTER_SLOTS, Reason, counter_slot};
 
 /// Version of the layouts in this crate; part of the pin directory's name.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Number of slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
 pub const ID_SLOTS: usize = 1 << 16;
@@ -132,6 +134,8 @@ pub mod maps {
     pub const PUNT: &str = "PUNT";
     /// `XSKMAP[MAX_WORKERS]` queue of the punt link -> socket.
     pub const XSKS: &str = "XSKS";
+    /// `SOCKMAP[4]` [`crate::listener_slot`] -> listening socket of the proxy.
+    pub const PROXY_LISTENERS: &str = "PROXY_LISTENERS";
 }
 
 /// Names of the programs in the object.
@@ -152,8 +156,15 @@ pub mod programs {
     /// XDP at the node's end of the punt link: passes every frame. Attached only on kernels that panic unless veth
     /// copies the frames of AF_XDP sockets.
     pub const PASS: &str = "palisade_pass";
+    /// tc, ingress of the node's end of a proxy link: sends packets of the proxy on from the hook where their flow was
+    /// intercepted.
+    pub const PROXY: &str = "palisade_proxy";
+    /// tc, egress of the node's end of a proxy link: drops packets that no program has redirected to the link.
+    pub const PROXY_FILTER: &str = "palisade_proxy_filter";
+    /// sk_lookup, in the network namespaces of the proxy: assigns packets without a socket to a listener.
+    pub const LOOKUP: &str = "palisade_lookup";
     /// All programs of the object.
-    pub const ALL: [&str; 7] = [
+    pub const ALL: [&str; 10] = [
         XDP_INGRESS,
         TC_INGRESS,
         TC_EGRESS,
@@ -161,5 +172,8 @@ pub mod programs {
         REINJECT,
         PUNT_FILTER,
         PASS,
+        PROXY,
+        PROXY_FILTER,
+        LOOKUP,
     ];
 }

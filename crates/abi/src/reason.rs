@@ -1,7 +1,7 @@
 //! Reasons of verdicts: why a packet passed or was dropped.
 //!
 //! Packets with a reason below 130 pass. Numbers from 130 to 205 have the meaning and the text of Cilium 1.19
-//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 209 to 252 are Palisade's own.
+//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 209 to 253 are Palisade's own.
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
@@ -168,6 +168,8 @@ reasons! {
     /// An invalid fragment: for example one that cuts or overlaps the transport header (RFC 1858, RFC 3128), or
     /// overlaps another fragment (RFC 5722).
     InvalidFragment = 252, "Invalid fragment: cut or overlapped header or data";
+    /// An intercepted flow without a proxy link; or a packet on a proxy link that belongs to no intercepted flow.
+    NoProxy = 253, "No proxy for the flow";
 }
 
 /// The lowest number of a reason that drops the packet.
@@ -194,7 +196,7 @@ pub(crate) const REASONS: usize = 1 << u8::BITS;
 /// Number of slots of the COUNTERS map: reason × direction. The last slots are those of [`counter_slot`].
 pub const COUNTER_SLOTS: usize = 2 * REASONS;
 
-/// Slots of the COUNTERS map that do not count packets by reason. They come after the slots of the highest reason, 252.
+/// Slots of the COUNTERS map that do not count packets by reason. They come after the slots of the highest reason, 253.
 pub mod counter_slot {
     /// In `packets`: number of conntrack entries that user space made from the tables of the kernel.
     pub const CONNTRACK_SEEDED: u32 = 508;

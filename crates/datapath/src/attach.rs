@@ -124,8 +124,13 @@ impl Datapath {
             }
             (Hook::Auto | Hook::Tc, _) => self.attach_tc(device, Direction::Ingress, tc)?,
         };
-        if ingress == HookKind::XdpGeneric && interface.flags & interface_flags::XDP_GENERIC == 0 {
-            interface.flags |= interface_flags::XDP_GENERIC;
+        let flags = match ingress {
+            HookKind::XdpGeneric => interface_flags::XDP_GENERIC | interface_flags::XDP,
+            HookKind::XdpNative => interface_flags::XDP,
+            HookKind::Tcx | HookKind::Clsact => 0,
+        };
+        if interface.flags & flags != flags {
+            interface.flags |= flags;
             self.interfaces.insert(&slot(ifindex), &interface)?;
         }
         let egress = self.attach_tc(device, Direction::Egress, tc)?;

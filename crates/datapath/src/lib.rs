@@ -39,6 +39,8 @@ mod options;
 mod pin;
 mod present;
 mod programs;
+mod proxied;
+mod proxy_link;
 mod punt_link;
 mod seed;
 mod shares;
@@ -62,6 +64,8 @@ pub use object::OBJECT;
 pub use open::Datapath;
 pub use options::{Limits, Options};
 pub use pin::check_pin_dir;
+pub use proxied::ProxiedFlows;
+pub use proxy_link::{ProxyLinks, proxy_link_names};
 pub use punt_link::{PuntLink, SocketMap};
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,

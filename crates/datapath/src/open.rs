@@ -46,6 +46,7 @@ pub struct Datapath {
     config: Map<u32, Config>,
     pub(crate) workers: RawMap,
     pub(crate) sockets: RawMap,
+    pub(crate) listeners: RawMap,
     /// Pinned conntrack map that [`Datapath::open`] has replaced by one of another size. Programs that were attached
     /// before write to the old map until their interface is attached again.
     pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
@@ -135,6 +136,7 @@ impl Datapath {
             config: Map::new(take(names::CONFIG)?)?,
             workers: take(names::WORKERS)?,
             sockets: take(names::XSKS)?,
+            listeners: take(names::PROXY_LISTENERS)?,
             old_conntrack,
             shares,
             sizes,
@@ -187,11 +189,25 @@ impl Datapath {
             reinject,
             punt_filter,
             pass,
+            proxy,
+            proxy_filter,
+            lookup,
         } = &self.programs;
-        [xdp, tc_ingress, tc_egress, punt, reinject, punt_filter, pass]
-            .into_iter()
-            .find(|p| p.name == name)
-            .map(Program::fd)
+        [
+            xdp,
+            tc_ingress,
+            tc_egress,
+            punt,
+            reinject,
+            punt_filter,
+            pass,
+            proxy,
+            proxy_filter,
+            lookup,
+        ]
+        .into_iter()
+        .find(|p| p.name == name)
+        .map(Program::fd)
     }
 
     /// Removes the pinned maps of other versions of `palisade_abi`. Call it only after this version has attached its

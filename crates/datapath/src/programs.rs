@@ -8,7 +8,7 @@ use std::{
 
 use aya::{
     EbpfLoader,
-    programs::{SchedClassifier, Xdp},
+    programs::{SchedClassifier, SkLookup, Xdp},
 };
 use palisade_abi::programs;
 
@@ -39,6 +39,9 @@ pub(crate) struct Programs {
     pub reinject: Program,
     pub punt_filter: Program,
     pub pass: Program,
+    pub proxy: Program,
+    pub proxy_filter: Program,
+    pub lookup: Program,
 }
 
 pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> Result<Programs> {
@@ -55,7 +58,7 @@ pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> 
         let threads: Vec<_> = ebpf
             .programs_mut()
             .filter_map(|(name, program)| {
-                let name = PROGRAMS.into_iter().find(|known| *known == name)?;
+                let name = programs::ALL.into_iter().find(|known| *known == name)?;
                 Some(scope.spawn(move || load_program(name, program)))
             })
             .collect();
@@ -80,18 +83,11 @@ pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> 
         reinject: take(programs::REINJECT)?,
         punt_filter: take(programs::PUNT_FILTER)?,
         pass: take(programs::PASS)?,
+        proxy: take(programs::PROXY)?,
+        proxy_filter: take(programs::PROXY_FILTER)?,
+        lookup: take(programs::LOOKUP)?,
     })
 }
-
-const PROGRAMS: [&str; 7] = [
-    programs::XDP_INGRESS,
-    programs::TC_INGRESS,
-    programs::TC_EGRESS,
-    programs::PUNT,
-    programs::REINJECT,
-    programs::PUNT_FILTER,
-    programs::PASS,
-];
 
 fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Result<Program> {
     let refused = |error| OpenError::Program {
@@ -101,6 +97,9 @@ fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Res
     if matches!(name, programs::XDP_INGRESS | programs::PUNT | programs::PASS) {
         let xdp: &mut Xdp = program.try_into().map_err(refused)?;
         xdp.load().map_err(refused)?;
+    } else if name == programs::LOOKUP {
+        let lookup: &mut SkLookup = program.try_into().map_err(refused)?;
+        lookup.load().map_err(refused)?;
     } else {
         let classifier: &mut SchedClassifier = program.try_into().map_err(refused)?;
         classifier.load().map_err(refused)?;

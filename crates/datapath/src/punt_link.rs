@@ -238,9 +238,9 @@ fn attach_xdp(path: &Path, end: &Link, program: &Program) -> Result<()> {
     }
 }
 
-/// Attaches a program to a tc hook of an end of the punt link, or replaces the program of an earlier daemon. A clsact
+/// Attaches a program to a tc hook of an end of the punt link or a proxy link, or replaces the program of an earlier daemon. A clsact
 /// filter has no pin.
-fn attach_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
+pub(crate) fn attach_tc(path: &Path, end: &Link, direction: Direction, program: &Program) -> Result<()> {
     let failed = refused(end);
     let device = find_device(end.ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex: end.ifindex })?;
     if resolve_tc(TcMode::Auto, &device)? == HookKind::Clsact {

@@ -12,6 +12,7 @@ use crate::{
     hook::{AttachPoint, find_device, has_programs, slot},
     pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, unpin, version_dirs},
     present::{our_filter, recorded_interfaces},
+    proxy_link::remove_proxy_links,
     punt_link::remove_punt_link,
     sys::{bpf, clsact, link::Device},
 };
@@ -116,8 +117,8 @@ impl Datapath {
     }
 }
 
-/// Detaches the programs of every interface of which a pin directory has records, removes the punt link, and removes
-/// the directory with its maps. The function opens no maps, so it works for maps of every version.
+/// Detaches the programs of every interface of which a pin directory has records, removes the punt link and the proxy links, and
+/// removes the directory with its maps. The function opens no maps, so it works for maps of every version.
 ///
 /// # Errors
 /// The first [`AttachError`]; the removal continues after an error.
@@ -135,6 +136,7 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
         ));
     }
     note(remove_punt_link(pin_dir));
+    note(remove_proxy_links(pin_dir));
     for dir in version_dirs(pin_dir).map_err(Box::new)? {
         note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
     }

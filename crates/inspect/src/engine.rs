@@ -27,6 +27,7 @@ const DNS: u8 = Inspector::Dns as u8;
 const HTTP: u8 = Inspector::Http as u8;
 const TLS: u8 = Inspector::Tls as u8;
 const KAFKA: u8 = Inspector::Kafka as u8;
+const TERMINATE: u8 = Inspector::TlsTerminate as u8;
 
 /// Limits of an engine. There is one engine for each worker.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -236,6 +237,9 @@ impl<F> InspectorSet<F> {
     /// Dispatches a packet.
     fn packet<S: Sink<F>>(&mut self, view: &PacketView<'_>, frame: F, cx: &mut Cx<'_, F, S>) {
         match (Form::of(view.packet), view.slot.inspector, view.packet.protocol) {
+            // The worker only carries a packet of an intercepted flow to the proxy link, whose sockets reassemble
+            // fragments and check ICMP errors.
+            (_, TERMINATE, _) => cx.sink.release(frame),
             (Form::Fragment, _, _) => self.fragment(view, frame, cx),
             (Form::IcmpError, _, _) => self.error(view, frame, cx),
             (Form::Whole, DNS, protocol::UDP) => self.datagram(view, frame, cx),

@@ -2,6 +2,10 @@
 
 use crate::failure::Failure;
 
+/// A 421 to a request for a host whose certificate was not checked (RFC 9110, section 15.5.20).
+pub(crate) const MISDIRECTED: &[u8] = b"HTTP/1.1 421 Misdirected Request\r\ncontent-type: text/plain\r\n\
+    content-length: 21\r\nconnection: close\r\n\r\nMisdirected request\r\n";
+
 /// Returns a 503 that says why the server cannot be reached. `is_head`: whether the request is HEAD, whose response has
 /// no body.
 pub(crate) fn unavailable(failure: &Failure, is_head: bool) -> Vec<u8> {

@@ -103,6 +103,8 @@ pub(crate) struct End {
     pub(crate) eof: Option<Ending>,
     /// Number of the next received bytes that are forwarded without inspection.
     pub(crate) bypass: u64,
+    /// Time since which a message head of the peer is incomplete, ms.
+    pub(crate) head_since: Option<u64>,
     /// Whether the end of the received stream was forwarded.
     pub(crate) is_forwarded: bool,
     /// Whether the stream to the peer ends after the bytes that are queued.
@@ -127,6 +129,7 @@ impl End {
             read_closed: false,
             eof: None,
             bypass: 0,
+            head_since: None,
             is_forwarded: false,
             ending: false,
             shut: false,

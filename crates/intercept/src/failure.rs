@@ -5,6 +5,8 @@ use std::io;
 
 use rustls::{AlertDescription, CertificateError, Error as TlsError, PeerIncompatible};
 
+use crate::chain;
+
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
         /// Kind of a failure. Each kind has a counter.
@@ -72,6 +74,8 @@ pub struct Failure {
     pub kind: FailureKind,
     /// Details in words; empty if the kind says everything.
     pub detail: String,
+    /// Number of the alert that the server has sent.
+    pub alert: Option<u8>,
 }
 
 impl std::fmt::Display for Failure {
@@ -89,6 +93,7 @@ impl From<FailureKind> for Failure {
         Self {
             kind,
             detail: String::new(),
+            alert: None,
         }
     }
 }
@@ -98,6 +103,7 @@ impl Failure {
         Self {
             kind,
             detail: detail.into(),
+            alert: None,
         }
     }
 
@@ -124,11 +130,20 @@ impl Failure {
     /// Returns the failure that the TLS library reports in the handshake.
     pub(crate) fn of_tls(error: &TlsError) -> Self {
         match error {
-            TlsError::AlertReceived(AlertDescription::NoApplicationProtocol) => Self::new(
-                FailureKind::NoSharedProtocol,
-                "the server sent the alert no_application_protocol",
-            ),
-            TlsError::AlertReceived(alert) => Self::new(FailureKind::Alert, alert_name(*alert)),
+            TlsError::AlertReceived(alert) => {
+                let name = alert_name(*alert);
+                let new = match *alert {
+                    AlertDescription::NoApplicationProtocol | AlertDescription::ProtocolVersion => Self::new(
+                        FailureKind::NoSharedProtocol,
+                        format!("the server sent the alert {name}"),
+                    ),
+                    _ => Self::new(FailureKind::Alert, name),
+                };
+                Self {
+                    alert: Some(u8::from(*alert)),
+                    ..new
+                }
+            }
             TlsError::InvalidCertificate(error) => of_certificate(error),
             TlsError::NoApplicationProtocol => {
                 Self::new(FailureKind::NoSharedProtocol, "application protocol")
@@ -176,9 +191,8 @@ fn of_certificate(error: &CertificateError) -> Failure {
             };
             format!("not for {}; {names}", expected.to_str())
         }
-        CertificateError::Expired | CertificateError::NotValidYet | CertificateError::UnknownIssuer => {
-            String::new()
-        }
+        CertificateError::UnknownIssuer => chain::take_detail().unwrap_or_default(),
+        CertificateError::Expired | CertificateError::NotValidYet => String::new(),
         other => other.to_string(),
     };
     Failure::new(kind, detail)
@@ -219,6 +233,11 @@ pub(crate) fn alert_name(alert: AlertDescription) -> String {
         _ => return format!("number {number}"),
     };
     name.to_owned()
+}
+
+/// Returns a fatal alert in plain text, which is valid before a ServerHello.
+pub(crate) const fn plain_alert(number: u8) -> [u8; 7] {
+    [21, 3, 3, 0, 2, 2, number]
 }
 
 /// Returns a name in camel case as words in lower case.

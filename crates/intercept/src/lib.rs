@@ -25,17 +25,21 @@
 
 mod answer;
 mod authority;
+mod chain;
 mod connection;
 mod end;
 mod failure;
 mod listen;
 mod lru;
+mod protocol;
 mod proxy;
 mod secrets;
 mod settings;
 mod stats;
 mod thread;
 mod tls;
+mod upstreams;
+mod view;
 
 pub use failure::{Failure, FailureKind};
 pub use listen::Resolver;
@@ -43,3 +47,5 @@ pub use proxy::{Proxy, ThreadState};
 pub use secrets::{Secrets, Trust};
 pub use settings::{Flow, Flows, Listeners, Namespace, Options, Reports, Settings};
 pub use stats::Stats;
+pub use upstreams::Upstream;
+pub use view::{ConnectionView, TlsView};

@@ -41,6 +41,10 @@ impl<K: Hash + Eq + Clone, V> Lru<K, V> {
         }
         self.entries.insert(key, (self.uses, value));
     }
+
+    pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
+        self.entries.values().map(|(_, value)| value)
+    }
 }
 
 #[cfg(test)]

@@ -2,12 +2,14 @@
 
 use std::{
     any::Any,
+    collections::{BTreeMap, btree_map::Entry},
     io,
     net::SocketAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{Receiver, Sender, channel},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -21,8 +23,10 @@ use crate::{
     listen::{Listener, Place, Resolver, listen},
     settings::{Flows, Listeners, Namespace, Options, Reports, Settings},
     stats::{Counters, Stats},
-    thread::{Shared, Thread, WAKER},
+    thread::{Shared, Show, Thread, WAKER},
     tls::Contexts,
+    upstreams::Upstream,
+    view::ConnectionView,
 };
 
 /// Delay before the first restart. The delay doubles with each further restart, up to [`MAX_BACKOFF`].
@@ -31,6 +35,9 @@ const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// Run time after which the delay of the next restart is [`MIN_BACKOFF`] again.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+
+/// Time for the threads to show their state.
+const SHOW: Duration = Duration::from_secs(1);
 
 /// The running threads. Dropping it ends them and resets their connections.
 pub struct Proxy {
@@ -51,6 +58,7 @@ impl std::fmt::Debug for Proxy {
 struct Member {
     handle: Option<JoinHandle<()>>,
     waker: Arc<Waker>,
+    shows: Sender<Show>,
     state: Arc<State>,
 }
 
@@ -149,13 +157,15 @@ impl Proxy {
             let poll = Poll::new()?;
             let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
             let state = Arc::new(State::default());
+            let (shows, requests) = channel();
             let (shared, own) = (Arc::clone(&proxy.shared), Arc::clone(&state));
             let handle = thread::Builder::new()
                 .name(format!("intercept-{number}"))
-                .spawn(move || supervise(number, &shared, &own, &listeners, poll))?;
+                .spawn(move || supervise(number, &shared, &own, &requests, &listeners, poll))?;
             proxy.threads.push(Member {
                 handle: Some(handle),
                 waker,
+                shows,
                 state,
             });
         }
@@ -195,6 +205,48 @@ impl Proxy {
             stats.add(&thread.state.counters);
         }
         stats
+    }
+
+    /// Returns at most `most` live connections of each thread. A thread that does not answer within a second is left out.
+    #[must_use]
+    pub fn connections(&self, most: usize) -> Vec<ConnectionView> {
+        self.ask(|to| Show::Connections(most, to))
+    }
+
+    /// Returns the results of connections to servers. The number of servers is bounded; those whose last connection is
+    /// longest ago are forgotten first.
+    #[must_use]
+    pub fn upstreams(&self) -> Vec<Upstream> {
+        let mut sums: BTreeMap<(String, SocketAddr), Upstream> = BTreeMap::new();
+        for one in self.ask(Show::Upstreams) {
+            match sums.entry((one.name.clone(), one.address)) {
+                Entry::Occupied(mut sum) => sum.get_mut().add(&one),
+                Entry::Vacant(entry) => {
+                    entry.insert(one);
+                }
+            }
+        }
+        sums.into_values().collect()
+    }
+
+    /// Asks all threads for a part of their state.
+    fn ask<T>(&self, show: impl Fn(Sender<Vec<T>>) -> Show) -> Vec<T> {
+        let (to, from) = channel();
+        for thread in &self.threads {
+            // An error means that the thread has ended.
+            let _ = thread.shows.send(show(to.clone()));
+        }
+        drop(to);
+        self.wake();
+        let until = Instant::now() + SHOW;
+        let mut all = Vec::new();
+        for _ in &self.threads {
+            match from.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(part) => all.extend(part),
+                Err(_) => break,
+            }
+        }
+        all
     }
 
     /// Returns the state of each thread.
@@ -240,12 +292,19 @@ impl Drop for Proxy {
 
 /// Runs a thread until the proxy stops, and restarts it when it fails. The listeners stay open, so that new connections
 /// wait for the restart.
-fn supervise(number: usize, shared: &Shared, state: &State, listeners: &[Listener], mut poll: Poll) {
+fn supervise(
+    number: usize,
+    shared: &Shared,
+    state: &State,
+    shows: &Receiver<Show>,
+    listeners: &[Listener],
+    mut poll: Poll,
+) {
     let mut delay = MIN_BACKOFF;
     while !shared.stop.load(Ordering::Acquire) {
         let started = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let mut thread = Thread::new(shared, &state.counters, listeners, &poll)?;
+            let mut thread = Thread::new(shared, number, &state.counters, shows, listeners, &poll)?;
             state.is_running.store(true, Ordering::Relaxed);
             thread.run(&mut poll)
         }));

@@ -6,6 +6,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{Receiver, Sender},
     },
     time::{Duration, Instant},
 };
@@ -21,10 +22,12 @@ use socket2::SockRef;
 
 use crate::{
     connection::{Connection, Cx, Next, of_token},
-    listen::{Listener, Place, enter},
+    listen::{Listener, Place},
     settings::{Flows, Options, Reports, Settings},
     stats::{Counters, count},
     tls::Contexts,
+    upstreams::{Upstream, Upstreams},
+    view::ConnectionView,
 };
 
 /// Token of the waker.
@@ -41,6 +44,14 @@ const ACCEPT_PAUSE: Millis = 100;
 const SCRATCH: usize = 64 << 10;
 /// Maximum number of log lines per second.
 const LOG_LINES: u32 = 10;
+
+/// A request to show the state of a thread. The thread sends it back with the state.
+pub(crate) enum Show {
+    /// At most this many connections.
+    Connections(usize, Sender<Vec<ConnectionView>>),
+    /// The results of connections to servers.
+    Upstreams(Sender<Vec<Upstream>>),
+}
 
 /// What all threads of a proxy share.
 pub(crate) struct Shared {
@@ -67,7 +78,9 @@ impl Shared {
 /// One run of a thread.
 pub(crate) struct Thread<'a> {
     shared: &'a Shared,
+    number: usize,
     counters: &'a Counters,
+    shows: &'a Receiver<Show>,
     listeners: Vec<(Direction, mio::net::TcpListener)>,
     connections: Slab<Connection>,
     /// Number of connections of each endpoint.
@@ -84,7 +97,8 @@ pub(crate) struct Thread<'a> {
     /// Time at which the listeners are read again without an event.
     accept_at: Option<Millis>,
     /// Direction whose namespace the thread is in.
-    place: Option<Direction>,
+    entered: Option<Direction>,
+    upstreams: Upstreams,
     started: Instant,
     stream: StreamScratch,
     scratch: Box<[u8]>,
@@ -95,7 +109,9 @@ pub(crate) struct Thread<'a> {
 impl<'a> Thread<'a> {
     pub(crate) fn new(
         shared: &'a Shared,
+        number: usize,
         counters: &'a Counters,
+        shows: &'a Receiver<Show>,
         listeners: &[Listener],
         poll: &Poll,
     ) -> io::Result<Self> {
@@ -108,7 +124,9 @@ impl<'a> Thread<'a> {
         }
         Ok(Self {
             shared,
+            number,
             counters,
+            shows,
             listeners: own,
             connections: Slab::new(),
             of_endpoint: HashMap::new(),
@@ -120,7 +138,8 @@ impl<'a> Thread<'a> {
             next_id: 0,
             // Connections can wait since the thread's last run.
             accept_at: Some(0),
-            place: None,
+            entered: None,
+            upstreams: Upstreams::new(),
             started: Instant::now(),
             stream: StreamScratch::default(),
             scratch: vec![0; SCRATCH].into_boxed_slice(),
@@ -147,6 +166,7 @@ impl<'a> Thread<'a> {
                 self.log = (now / 1000, LOG_LINES);
             }
             self.follow_settings(poll, now);
+            self.show(now);
             let mut accepts = self.accept_at.is_some_and(|at| at <= now);
             for event in &events {
                 if event.token() == WAKER {
@@ -174,6 +194,21 @@ impl<'a> Thread<'a> {
             self.expire(poll, now);
         }
         Ok(())
+    }
+
+    /// Answers requests for the state of the thread.
+    fn show(&self, now: Millis) {
+        while let Ok(show) = self.shows.try_recv() {
+            // An error means that the requester has given up.
+            let _ = match show {
+                Show::Connections(most, to) => {
+                    let views = self.connections.iter().take(most);
+                    to.send(views.map(|(_, one)| one.view(self.number, now)).collect())
+                        .is_ok()
+                }
+                Show::Upstreams(to) => to.send(self.upstreams.all()).is_ok(),
+            };
+        }
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -215,22 +250,6 @@ impl<'a> Thread<'a> {
         let Some(connection) = self.connections.get_mut(key).filter(|one| one.id == id) else {
             return;
         };
-        // A socket to the server is created in the namespace of the flow. The thread stays there.
-        if self.place != Some(connection.context.direction) {
-            let places = &self.shared.places;
-            let found = places
-                .iter()
-                .find(|(direction, _)| *direction == connection.context.direction);
-            if let Some((direction, place)) = found
-                && enter(place).is_ok()
-            {
-                self.place = Some(*direction);
-            } else {
-                connection.reset();
-                self.remove(key);
-                return;
-            }
-        }
         let mut cx = Cx {
             now,
             settings: &self.settings,
@@ -241,6 +260,8 @@ impl<'a> Thread<'a> {
             scratch: &mut self.scratch,
             stream: &mut self.stream,
             registry: poll.registry(),
+            upstreams: &mut self.upstreams,
+            entered: &mut self.entered,
             log: &mut self.log.1,
         };
         match call(connection, &mut cx) {

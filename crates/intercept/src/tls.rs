@@ -16,7 +16,7 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
 };
 
-use crate::{authority::Authority, lru::Lru, secrets::Trust};
+use crate::{authority::Authority, chain::Verifier, lru::Lru, secrets::Trust};
 
 /// Maximum number of secrets whose configurations are kept.
 const KEPT_SECRETS: usize = 256;
@@ -188,7 +188,8 @@ impl Contexts {
         let config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(rustls::ALL_VERSIONS)
             .map_err(|error| error.to_string())?
-            .with_webpki_verifier(verifier);
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Verifier(verifier)));
         let mut config = match &trust.client {
             Some(own) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own)))),
             None => config.with_no_client_auth(),

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use palisade_abi::{FlowCommand, PuntHeader, PuntRequest, Reason, flow_op, punt_flags};
+use palisade_abi::{FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, flow_op, punt_flags};
 use palisade_inspect::{
     Millis, Sink as _,
     record::{Record, Verdict, What},
@@ -158,7 +158,9 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
 
     /// Passes a held packet to the inspector of a slot.
     fn inspect(&mut self, port: &mut P, handle: Handle, slot: &PuntRequest, prepared: &Prepared) {
-        if !self.engine.knows(slot.ruleset) {
+        // The proxy, not a worker, reads an intercepted flow.
+        let is_read = slot.inspector != Inspector::TlsTerminate as u8;
+        if is_read && !self.engine.knows(slot.ruleset) {
             // The control plane sends rules to the workers before it writes the numbers of their rule sets to the maps.
             // So the rules for this packet have been sent, but possibly after this turn began.
             self.apply_control();

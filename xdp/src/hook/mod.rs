@@ -107,6 +107,14 @@ pub trait Hook: Copy {
     /// number of the [`Reason`] for the failure. `header` points to the [`PuntHeader`] of this CPU. `queue`: queue of
     /// the punt link; XDP ignores it.
     fn push(self, header: *mut PuntHeader, queue: u32, punt_link: u32) -> u32;
+    /// Whether a worker must carry the packets of intercepted flows to the proxy link: the XDP redirect of a veth loses
+    /// `skb->ip_summed`, so a checksum that the sender has left to the device would stay incomplete.
+    const BY_WORKER: bool;
+    /// Sets the destination MAC address of the frame. Returns whether that succeeded.
+    fn set_destination_mac(self, mac: [u8; 6]) -> bool;
+    /// Redirects the packet with `skb->mark` to the egress of an interface. Returns whether that succeeded; always
+    /// false in XDP.
+    fn redirect_marked(self, ifindex: u32, mark: u32) -> bool;
     /// Returns the number of the hook in [`palisade_abi::punt_hook`].
     fn number(self, egress: bool) -> u8;
 }

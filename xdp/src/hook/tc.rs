@@ -142,6 +142,25 @@ impl Hook for Skb {
         }
     }
 
+    const BY_WORKER: bool = false;
+
+    #[inline(always)]
+    fn set_destination_mac(self, mac: [u8; 6]) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // helper reads the six bytes of `mac`. Without BPF_F_RECOMPUTE_CSUM, because `skb->csum` does not cover the
+        // Ethernet header.
+        unsafe { bpf_skb_store_bytes(self.0, 0, mac.as_ptr().cast(), 6, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn redirect_marked(self, ifindex: u32, mark: u32) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe {
+            (*self.0).mark = mark;
+            bpf_redirect(ifindex, 0) == i64::from(TC_ACT_REDIRECT)
+        }
+    }
+
     #[inline(always)]
     fn number(self, egress: bool) -> u8 {
         if egress {

@@ -121,6 +121,20 @@ impl Hook for Xdp {
         0
     }
 
+    const BY_WORKER: bool = true;
+
+    #[inline(always)]
+    fn set_destination_mac(self, mac: [u8; 6]) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // helper reads the six bytes of `mac`, or fails.
+        unsafe { bpf_xdp_store_bytes(self.0, 0, mac.as_ptr().cast_mut().cast(), 6) == 0 }
+    }
+
+    #[inline(always)]
+    fn redirect_marked(self, _: u32, _: u32) -> bool {
+        false
+    }
+
     #[inline(always)]
     fn number(self, _: bool) -> u8 {
         punt_hook::XDP_INGRESS

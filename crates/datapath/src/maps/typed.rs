@@ -35,6 +35,15 @@ where
         })
     }
 
+    /// Returns the same map with a descriptor of its own.
+    pub(crate) fn duplicate(&self) -> Result<Self> {
+        let fd = bpf::duplicate(&self.raw.fd).map_err(|source| MapError::Syscall {
+            map: self.raw.name.to_lowercase(),
+            source,
+        })?;
+        Self::new(RawMap::new(&self.raw.name, fd).map_err(|e| self.raw.error(e))?)
+    }
+
     pub(crate) fn max_entries(&self) -> u32 {
         self.raw.info.max_entries
     }

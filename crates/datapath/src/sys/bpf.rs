@@ -77,6 +77,7 @@ pub(crate) const ENOTSUPP: i32 = 524;
 #[repr(u32)]
 pub(crate) enum AttachType {
     Xdp = 37,
+    SkLookup = 36,
     TcxIngress = 46,
     TcxEgress = 47,
 }
@@ -507,6 +508,12 @@ pub(crate) fn link_create(
             e,
         )
     })
+}
+
+/// Attaches an sk_lookup program to a network namespace.
+pub(crate) fn link_create_netns(prog: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> Result<OwnedFd> {
+    // The kernel reads the descriptor of the namespace where it reads the index of an interface for other types.
+    link_create(prog, raw(netns), AttachType::SkLookup, 0)
 }
 
 /// Replaces the program of a link atomically.

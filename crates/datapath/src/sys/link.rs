@@ -1,4 +1,6 @@
-//! Link messages of rtnetlink: interfaces, their XDP programs, and the veth pair of the punt link.
+//! Link messages of rtnetlink: interfaces, their XDP programs, and the veth pairs of the punt link and the proxy links.
+
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use super::{
     SyscallError, kernel_release,
@@ -7,6 +9,7 @@ use super::{
 
 type Result<T> = std::result::Result<T, SyscallError>;
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
@@ -14,6 +17,7 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_MTU: u16 = 4;
+const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_NUM_RX_QUEUES: u16 = 32;
 const IFLA_NUM_TX_QUEUES: u16 = 31;
 const IFLA_XDP: u16 = 43;
@@ -183,6 +187,39 @@ pub(crate) fn create(node_end: &str, worker_end: &str, queues: u32, mtu: u32) ->
         .map_err(without_veth)
 }
 
+/// End of a veth pair with a chosen index and MAC address.
+pub(crate) struct ChosenEnd<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) ifindex: u32,
+    pub(crate) mac: [u8; 6],
+}
+
+/// Creates a veth pair with `end` in the network namespace of the calling thread, and the end `peer` in another
+/// namespace. The kernel lets a request choose the index of the end in the request's own namespace only.
+pub(crate) fn create_across(end: &ChosenEnd<'_>, peer: &str, netns: BorrowedFd<'_>, mtu: u32) -> Result<()> {
+    let request = Request::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
+        .fixed(&ifinfo(end.ifindex, 0, 0))
+        .attr(IFLA_IFNAME, &c_string(end.name))
+        .attr(IFLA_MTU, &mtu.to_ne_bytes())
+        .attr(IFLA_ADDRESS, &end.mac)
+        .nested(IFLA_LINKINFO, |info| {
+            info.attr(IFLA_INFO_KIND, b"veth\0")
+                .nested(IFLA_INFO_DATA, |data| {
+                    data.nested(VETH_INFO_PEER, |message| {
+                        message
+                            .fixed(&ifinfo(0, 0, 0))
+                            .attr(IFLA_IFNAME, &c_string(peer))
+                            .attr(IFLA_MTU, &mtu.to_ne_bytes())
+                            .attr(IFLA_NET_NS_FD, &netns.as_raw_fd().to_ne_bytes())
+                    })
+                })
+        });
+    let call = format!("RTM_NEWLINK of {peer}");
+    Socket::open(libc::NETLINK_ROUTE)?
+        .execute(request, &call)
+        .map_err(without_veth)
+}
+
 /// Adds the name of the missing feature to an EOPNOTSUPP error, which the kernel returns for an unknown kind of
 /// interface after it has tried to load the module.
 fn without_veth(error: SyscallError) -> SyscallError {
@@ -202,10 +239,19 @@ fn without_veth(error: SyscallError) -> SyscallError {
 /// Disables IPv6 and ARP, so that no protocol of this machine sends on the punt link. With IPv6 enabled, a node that
 /// forwards IPv6 would send multicast listener reports for ff02::2 (RFC 3810) on the link.
 pub(crate) fn set_quiet(end: &Link) -> Result<()> {
-    let call = format!("RTM_NEWLINK of interface {}", end.ifindex);
+    set_no_link_local(end.ifindex)?;
+    // If the file cannot be written (no IPv6, read-only /proc/sys), `palisade_punt_filter` drops the packets that IPv6
+    // sends.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
+    set_flags(end.ifindex, libc::IFF_NOARP as u32)
+}
+
+/// Stops the kernel from giving the interface a link-local IPv6 address.
+pub(crate) fn set_no_link_local(ifindex: u32) -> Result<()> {
+    let call = format!("RTM_NEWLINK of interface {ifindex}");
     let mut socket = Socket::open(libc::NETLINK_ROUTE)?;
     let quiet = Request::new(libc::RTM_NEWLINK, 0)
-        .fixed(&ifinfo(end.ifindex, 0, 0))
+        .fixed(&ifinfo(ifindex, 0, 0))
         .nested(IFLA_AF_SPEC, |families| {
             families.nested(libc::AF_INET6 as u16, |family| {
                 family.attr(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
@@ -213,21 +259,17 @@ pub(crate) fn set_quiet(end: &Link) -> Result<()> {
         });
     match socket.execute(quiet, &call) {
         // The kernel has no IPv6, or it is disabled.
-        Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => {}
-        other => other?,
+        Err(e) if matches!(e.errno(), libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => Ok(()),
+        other => other,
     }
-    // If the file cannot be written (no IPv6, read-only /proc/sys), `palisade_punt_filter` drops the packets that IPv6
-    // sends.
-    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", end.name), "1");
-    let flags = libc::IFF_NOARP as u32;
-    socket.execute(
-        Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(end.ifindex, flags, flags)),
-        &call,
-    )
 }
 
 pub(crate) fn set_up(ifindex: u32) -> Result<()> {
-    let flags = libc::IFF_UP as u32;
+    set_flags(ifindex, libc::IFF_UP as u32)
+}
+
+/// Sets flags of an interface (`IFF_*`).
+pub(crate) fn set_flags(ifindex: u32, flags: u32) -> Result<()> {
     Socket::open(libc::NETLINK_ROUTE)?.execute(
         Request::new(libc::RTM_NEWLINK, 0).fixed(&ifinfo(ifindex, flags, flags)),
         &format!("RTM_NEWLINK of interface {ifindex}"),

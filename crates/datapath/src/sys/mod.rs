@@ -5,6 +5,7 @@ pub(crate) mod clsact;
 pub(crate) mod link;
 pub(crate) mod netlink;
 pub(crate) mod nft;
+pub(crate) mod route;
 
 use std::io;
 

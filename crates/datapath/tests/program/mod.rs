@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
 use aya::maps::{Map, RingBuf};
-use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
+use aya::programs::{Program, ProgramError, SchedClassifier, SkLookup, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
@@ -93,6 +93,16 @@ impl Outcome {
     }
 }
 
+/// Result of [`World::run_marked`].
+#[derive(Debug)]
+pub struct Marked {
+    pub retval: u32,
+    pub frame: Vec<u8>,
+    pub mark: u32,
+    /// Reason whose counter has increased.
+    pub reason: Option<Reason>,
+}
+
 /// Returns an entry of the interface table.
 pub fn interface(ifindex: u32, role: u8, endpoint: u16) -> Interface {
     Interface {
@@ -154,6 +164,7 @@ impl World {
             let mut load = || match program {
                 Program::Xdp(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
+                Program::SkLookup(program) => program.load(),
                 _ => panic!("a program of another type"),
             };
             // The verifier returns EAGAIN when a signal arrives, here SIGCHLD.
@@ -396,6 +407,7 @@ impl World {
         match self.ebpf.program(name).unwrap() {
             Program::Xdp(program) => program.fd().unwrap().as_fd(),
             Program::SchedClassifier(program) => program.fd().unwrap().as_fd(),
+            Program::SkLookup(program) => program.fd().unwrap().as_fd(),
             _ => panic!("{name} is of another type"),
         }
     }
@@ -409,6 +421,7 @@ impl World {
                 let info = match program {
                     Program::Xdp(program) => Xdp::info(program),
                     Program::SchedClassifier(program) => SchedClassifier::info(program),
+                    Program::SkLookup(program) => SkLookup::info(program),
                     _ => panic!("{name} is of another type"),
                 };
                 (
@@ -515,6 +528,34 @@ impl World {
         skb[9] = IFINDEX;
         let (retval, _) = sys::test_packet(self.program(hook), frame, skb.as_bytes()).unwrap();
         retval == 0xffff_ffff
+    }
+
+    /// Runs a tc program on a packet with a mark that entered the node by the interface `origin` (0: the node sent the
+    /// packet).
+    pub fn run_marked(&mut self, program: &str, frame: &[u8], mark: u32, origin: u32) -> Marked {
+        if self.counters.is_empty() {
+            self.take_counters();
+        }
+        let before = std::mem::take(&mut self.counters);
+        // struct __sk_buff: mark is the third word, ingress_ifindex the tenth.
+        let mut skb = [0u32; 48];
+        (skb[2], skb[9]) = (mark, origin);
+        let mut after = [0u32; 48];
+        let program = self.program_named(program);
+        let (retval, frame) =
+            sys::test_context(program, frame, skb.as_bytes(), after.as_mut_bytes()).unwrap();
+        self.take_counters();
+        let counted = self.counters.iter().zip(&before);
+        let reason = counted
+            .filter(|(after, before)| after.1 != before.1)
+            .map(|(after, _)| Reason::from_u8((after.0 / 2) as u8).unwrap())
+            .next();
+        Marked {
+            retval,
+            frame,
+            mark: after[2],
+            reason,
+        }
     }
 
     /// Writes a heartbeat of the worker of the first queue.

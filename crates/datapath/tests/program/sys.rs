@@ -122,6 +122,17 @@ pub fn test_run(
 
 /// Runs a program. Returns its return value and the resulting packet.
 pub fn test_packet(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let (retval, out) = test_context(program, frame, context, &mut [])?;
+    Ok((retval, out))
+}
+
+/// Runs a program. Returns its return value and the resulting packet, and writes the resulting context.
+pub fn test_context(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    context: &[u8],
+    context_out: &mut [u8],
+) -> io::Result<(u32, Vec<u8>)> {
     let mut out = vec![0; frame.len() + 512];
     let mut attr = TestAttr {
         fd: program.as_raw_fd() as u32,
@@ -135,6 +146,12 @@ pub fn test_packet(program: BorrowedFd<'_>, frame: &[u8], context: &[u8]) -> io:
             0
         } else {
             context.as_ptr() as u64
+        },
+        ctx_size_out: context_out.len() as u32,
+        ctx_out: if context_out.is_empty() {
+            0
+        } else {
+            context_out.as_mut_ptr() as u64
         },
         ..TestAttr::default()
     };

@@ -1,4 +1,8 @@
 //! The proxy between real sockets on loopback: TLS clients and servers around it, both with `rustls`.
 
+mod failures;
 mod http1;
+mod limits;
+mod policy;
+mod tls;
 mod world;

@@ -1,5 +1,4 @@
 //! A proxy on loopback with a server behind it, certificates, rules, and a client.
-#![allow(dead_code, reason = "not every helper has a test yet")]
 
 use std::{
     collections::BTreeMap,

@@ -1,0 +1,188 @@
+//! The name of the server: from the client's ClientHello, or from the first request of a client without TLS.
+
+use palisade_abi::{Inspector, Reason};
+use palisade_inspect::{
+    record::{Record, Verdict},
+    stream::{evaluate_hello, hello_record},
+};
+use palisade_protocols::{
+    http1::{HeaderBuffer, Request},
+    tls::{ClientStep, ServerName},
+};
+use rustls::server::Accepted;
+
+use super::{Connection, Cx, Phase, Step, Stop};
+use crate::{failure::plain_alert, stats::count, tls::PeerName};
+
+/// Maximum number of application protocols of a client that are offered to the server.
+const PROTOCOLS: usize = 16;
+/// The alert access_denied (RFC 8446, section 6.2).
+const ACCESS_DENIED: u8 = 49;
+
+impl Connection {
+    /// Reads from the client. Returns whether bytes or the end have arrived.
+    fn receive_from_client(&mut self, cx: &mut Cx<'_>) -> Step {
+        if !self.client.can_receive() {
+            return Ok(false);
+        }
+        self.client.receive(cx.scratch).map_err(|_| Stop::Reset)
+    }
+
+    /// Reads the ClientHello, and evaluates it once it is complete.
+    pub(super) fn hello(&mut self, cx: &mut Cx<'_>) -> Step {
+        let received = self.receive_from_client(cx)?;
+        let Phase::Hello(reader) = &mut self.phase else {
+            return Err(Stop::Reset);
+        };
+        if reader.hello.is_none() {
+            let bytes = self.client.input.bytes();
+            let mut rest = bytes.get(reader.fed..).unwrap_or_default();
+            match reader.reader.next(&mut rest) {
+                Ok(ClientStep::Hello(hello)) => reader.hello = Some(hello),
+                Ok(ClientStep::More | ClientStep::Other) if self.client.eof.is_some() => {
+                    return Err(Stop::Close);
+                }
+                Ok(ClientStep::More | ClientStep::Other) => {
+                    reader.fed = bytes.len() - rest.len();
+                    return Ok(received);
+                }
+                Err(error) => {
+                    count(&cx.counters.hellos_refused);
+                    self.drop_record(Reason::AppMalformed, error.text(), cx);
+                    return Err(Stop::Reset);
+                }
+            }
+        }
+        let accepted = loop {
+            let mut bytes = self.client.input.bytes();
+            let all = bytes.len();
+            let read = reader.acceptor.read_tls(&mut bytes).map_err(|_| Stop::Reset)?;
+            let taken = all - bytes.len();
+            self.client.input.consume(taken);
+            match reader.acceptor.accept() {
+                Ok(Some(accepted)) => break accepted,
+                Ok(None) if read == 0 => return Ok(received),
+                Ok(None) => {}
+                Err((error, mut alert)) => {
+                    let mut bytes = Vec::new();
+                    let _ = alert.write_all(&mut bytes);
+                    count(&cx.counters.hellos_refused);
+                    self.drop_intercept(Reason::AppMalformed, &format!("ClientHello: {error}"), cx);
+                    return self.refuse_hello(&bytes, cx);
+                }
+            }
+        };
+        self.evaluate(accepted, cx)
+    }
+
+    /// Evaluates a complete ClientHello.
+    fn evaluate(&mut self, accepted: Accepted, cx: &mut Cx<'_>) -> Step {
+        let Phase::Hello(reader) = &mut self.phase else {
+            return Err(Stop::Reset);
+        };
+        let hello = reader.hello.take().ok_or(Stop::Reset)?;
+        let name = match &hello.server_name {
+            ServerName::Name(name) => Some(name.to_string()),
+            ServerName::Missing | ServerName::Address(_) => None,
+        };
+        let tls_name = accepted.client_hello().server_name().map(|name| {
+            let name = name.strip_suffix('.').unwrap_or(name);
+            name.to_ascii_lowercase()
+        });
+        // The name that is evaluated must be the one that the TLS library uses.
+        if name != tls_name {
+            count(&cx.counters.hellos_refused);
+            self.drop_record(Reason::AppMalformed, "ambiguous server name", cx);
+            return Err(Stop::Reset);
+        }
+        if let Some(name) = name {
+            self.name = PeerName::Dns(name.into());
+        }
+        let any = self.set.reads == Inspector::Tls as u8;
+        self.offered = accepted
+            .client_hello()
+            .alpn()
+            .into_iter()
+            .flatten()
+            .filter(|protocol| any || matches!(*protocol, b"h2" | b"http/1.1"))
+            .map(<[u8]>::to_vec)
+            .take(PROTOCOLS)
+            .collect();
+        self.accepted = Some(Box::new(accepted));
+        let settings = cx.settings;
+        let verdict = if settings.refuse_nameless && matches!(self.name, PeerName::Address(_)) {
+            Err(Reason::AppDenied)
+        } else {
+            evaluate_hello(
+                &hello,
+                &self.context,
+                &settings.rules,
+                settings.ech,
+                settings.names.as_deref(),
+            )
+        };
+        let what = hello_record(&hello);
+        match verdict {
+            Ok(rule) => {
+                let record = self.context.record(Verdict::Forwarded, Reason::Allowed, what);
+                cx.reports.record(&Record { rule, ..record });
+            }
+            Err(reason) if self.context.is_audit() => {
+                cx.reports
+                    .record(&self.context.record(Verdict::Audit, reason, what));
+            }
+            Err(reason) => {
+                count(&cx.counters.hellos_refused);
+                cx.reports
+                    .record(&self.context.record(Verdict::Dropped, reason, what));
+                return self.refuse_hello(&plain_alert(ACCESS_DENIED), cx);
+            }
+        }
+        self.set_phase(Phase::Connect, cx.now);
+        Ok(true)
+    }
+
+    /// Sends an alert in plain text, which is valid before the ServerHello, and ends the connection.
+    pub(super) fn refuse_hello(&mut self, alert: &[u8], cx: &Cx<'_>) -> Step {
+        self.client.send(alert).map_err(|_| Stop::Reset)?;
+        self.close_after_answer(cx.now);
+        Ok(true)
+    }
+
+    /// Waits for the first request of a client without TLS, whose Host names the server. Without a name in a well-formed
+    /// request, the server's certificate is checked by its address.
+    pub(super) fn host(&mut self, cx: &mut Cx<'_>) -> Step {
+        let received = self.receive_from_client(cx)?;
+        let Phase::Host(head) = &mut self.phase else {
+            return Err(Stop::Reset);
+        };
+        let bytes = self.client.input.bytes();
+        match head.find(bytes, &cx.settings.http.head) {
+            Ok(None) if self.client.eof.is_some() => return Err(Stop::Close),
+            Ok(None) => return Ok(received),
+            Ok(Some(length)) => {
+                let head = bytes.get(..length).unwrap_or_default();
+                if let Ok(request) = Request::parse(head, &mut HeaderBuffer::new()) {
+                    self.name = host_name(request.host).unwrap_or_else(|| self.name.clone());
+                }
+            }
+            // The inspector refuses the stream before any byte is forwarded.
+            Err(_) => {}
+        }
+        self.set_phase(Phase::Connect, cx.now);
+        Ok(true)
+    }
+}
+
+/// Returns the name in the authority of a request.
+pub(super) fn host_name(authority: &str) -> Option<PeerName> {
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']')?.0,
+        None => authority.split_once(':').map_or(authority, |(host, _)| host),
+    };
+    match ServerName::of_host(host.as_bytes()).ok()? {
+        ServerName::Name(name) => Some(PeerName::Dns(name.to_string().into())),
+        ServerName::Address(address) => Some(PeerName::Address(address)),
+        ServerName::Missing => None,
+    }
+}

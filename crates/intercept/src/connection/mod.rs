@@ -1,0 +1,479 @@
+//! One connection on its path: hello, connect, handshake with the server, handshake with the client, relay. The failure
+//! of each state is a decision with a reason.
+
+mod handshake;
+mod hello;
+mod relay;
+
+use std::{sync::Arc, time::Duration};
+
+use mio::{Interest, Registry, Token};
+use palisade_abi::{Direction, Inspector, Reason};
+use palisade_inspect::{
+    Millis, Side,
+    record::{Verdict, What},
+    stream::{StreamContext, StreamScratch, text},
+};
+use palisade_model::snapshot::RuleSet;
+use palisade_protocols::{
+    http1::Head,
+    tls::{ClientHello, ClientReader},
+};
+use rustls::server::{Accepted, Acceptor};
+use tracing::info;
+
+use crate::{
+    end::{End, Ending},
+    failure::Failure,
+    listen::Place,
+    protocol::Protocol,
+    settings::{Flows, Options, Reports, Settings},
+    stats::{Counters, count},
+    tls::{Contexts, PeerName},
+    upstreams::Upstreams,
+    view::{ConnectionView, TlsView},
+};
+
+/// Maximum number of bytes that a client may still send after an answer in the server's place.
+const SPILL: u64 = 1 << 20;
+/// Time that a client has to close the connection after an answer in the server's place, ms.
+const LINGER: Millis = 5_000;
+/// Number of steps before other connections have their turn.
+const TURNS: usize = 16;
+
+/// What a thread lends to a connection for one call.
+pub(crate) struct Cx<'a> {
+    pub(crate) now: Millis,
+    pub(crate) settings: &'a Arc<Settings>,
+    pub(crate) flows: &'a dyn Flows,
+    pub(crate) reports: &'a dyn Reports,
+    pub(crate) contexts: &'a Contexts,
+    pub(crate) counters: &'a Counters,
+    pub(crate) scratch: &'a mut [u8],
+    pub(crate) stream: &'a mut StreamScratch,
+    pub(crate) registry: &'a Registry,
+    pub(crate) upstreams: &'a mut Upstreams,
+    /// Direction whose namespace the thread is in.
+    pub(crate) entered: &'a mut Option<Direction>,
+    /// Number of log lines that are still allowed in this second.
+    pub(crate) log: &'a mut u32,
+}
+
+/// What the thread does next with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Wait for an event or the deadline.
+    Wait,
+    /// Call again after the other connections.
+    Again,
+    /// Remove the connection.
+    Close,
+}
+
+/// How a connection ends at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// Both sides are reset.
+    Reset,
+    /// Both sides are closed; what they were sent is delivered.
+    Close,
+}
+
+/// Result of one step: whether there was progress.
+type Step = Result<bool, Stop>;
+
+enum Phase {
+    /// The client's ClientHello arrives.
+    Hello(Box<HelloReader>),
+    /// The first request of a client without TLS arrives, whose Host names the server.
+    Host(Box<Head>),
+    /// The connection to the server is being opened.
+    Connect,
+    /// TLS handshake with the server.
+    UpstreamTls,
+    /// TLS handshake with the client.
+    ClientTls,
+    /// Bytes are inspected and forwarded.
+    Relay,
+    /// The client has an answer, and everything that it still sends is discarded.
+    Linger {
+        /// Bytes that the client may still send.
+        left: u64,
+    },
+}
+
+impl Phase {
+    const fn text(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "waits for the ClientHello",
+            Self::Host(_) => "waits for the first request",
+            Self::Connect => "connects to the server",
+            Self::UpstreamTls => "TLS handshake with the server",
+            Self::ClientTls => "TLS handshake with the client",
+            Self::Relay => "open",
+            Self::Linger { .. } => "closes",
+        }
+    }
+}
+
+/// State of the two parsers that read a ClientHello.
+#[derive(Default)]
+struct HelloReader {
+    reader: ClientReader,
+    /// Number of bytes of the client's input that `reader` has taken.
+    fed: usize,
+    hello: Option<Box<ClientHello>>,
+    acceptor: Acceptor,
+}
+
+pub(crate) struct Connection {
+    pub(crate) id: u64,
+    key: usize,
+    /// Endpoint that the connection counts for.
+    pub(crate) endpoint: u16,
+    /// Time of the connection's entry in the queue of deadlines, ms.
+    pub(crate) queued: Millis,
+    place: Place,
+    pub(crate) context: StreamContext,
+    set: Arc<RuleSet>,
+    client: End,
+    server: Option<End>,
+    phase: Phase,
+    protocol: Protocol,
+    /// What the server is called.
+    name: PeerName,
+    /// Application protocols that the client offers, in its order.
+    offered: Vec<Vec<u8>>,
+    accepted: Option<Box<Accepted>>,
+    /// Why there is no server.
+    failure: Option<Failure>,
+    /// Answer in the server's place that waits for the rest of an earlier response.
+    answer: Option<Vec<u8>>,
+    /// Whether a byte of a response was forwarded.
+    responded: bool,
+    /// Whether the flow was looked up for the request whose head is arriving.
+    checked: bool,
+    /// Whether later bytes are forwarded without inspection.
+    offloaded: bool,
+    /// HTTP requests of the connection.
+    requests: u64,
+    /// Time at which the connection was accepted, ms.
+    since: Millis,
+    /// Time at which the current phase began, ms.
+    phase_since: Millis,
+    /// Duration of the connect, ms.
+    connect_time: Millis,
+    /// Time of the last progress, ms.
+    active: Millis,
+}
+
+impl Connection {
+    /// Takes a connection that was accepted. Returns `None` if the rule set is unknown or the socket cannot be polled.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each is a fact about the new connection"
+    )]
+    pub(crate) fn new(
+        id: u64,
+        key: usize,
+        place: Place,
+        context: StreamContext,
+        socket: mio::net::TcpStream,
+        registry: &Registry,
+        settings: &Settings,
+        now: Millis,
+    ) -> Option<Self> {
+        let set = Arc::clone(settings.rules.source(context.request.ruleset)?);
+        let phase = match (&set.terminating_tls, &set.originating_tls) {
+            (Some(_), _) => Phase::Hello(Box::default()),
+            (None, Some(_)) => Phase::Host(Box::default()),
+            (None, None) => Phase::Connect,
+        };
+        let mut client = End::new(socket);
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry
+            .register(client.socket_mut(), token(key, Side::Client), interest)
+            .ok()?;
+        Some(Self {
+            id,
+            key,
+            endpoint: context.request.endpoint,
+            queued: Millis::MAX,
+            place,
+            name: PeerName::Address(context.server.ip()),
+            context,
+            set,
+            client,
+            server: None,
+            phase,
+            protocol: Protocol::Bytes,
+            offered: Vec::new(),
+            accepted: None,
+            failure: None,
+            answer: None,
+            responded: false,
+            checked: false,
+            offloaded: false,
+            requests: 0,
+            since: now,
+            phase_since: now,
+            connect_time: 0,
+            active: now,
+        })
+    }
+
+    /// Returns the end of one side.
+    pub(crate) const fn end(&mut self, side: Side) -> Option<&mut End> {
+        match side {
+            Side::Client => Some(&mut self.client),
+            Side::Server => self.server.as_mut(),
+        }
+    }
+
+    /// Returns one side and the other one.
+    const fn ends(&mut self, side: Side) -> (Option<&mut End>, Option<&mut End>) {
+        match side {
+            Side::Client => (Some(&mut self.client), self.server.as_mut()),
+            Side::Server => (self.server.as_mut(), Some(&mut self.client)),
+        }
+    }
+
+    /// Resets both sides when the connection is dropped.
+    pub(crate) fn reset(&self) {
+        self.client.reset();
+        if let Some(server) = &self.server {
+            server.reset();
+        }
+    }
+
+    /// Returns the time at which the connection must be called again even without an event, ms.
+    pub(crate) fn deadline(&self, options: &Options) -> Millis {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let after = |since: Millis, duration| since.saturating_add(ms(duration));
+        match &self.phase {
+            Phase::Hello(_) | Phase::UpstreamTls | Phase::ClientTls => {
+                after(self.phase_since, options.handshake)
+            }
+            Phase::Connect => after(self.phase_since, options.connect),
+            Phase::Host(_) => after(self.phase_since, options.head),
+            Phase::Relay => self
+                .head_since()
+                .map_or(Millis::MAX, |since| after(since, options.head))
+                .min(after(self.active, options.idle)),
+            Phase::Linger { .. } => self.phase_since + LINGER,
+        }
+    }
+
+    /// Returns the time since which a message head is incomplete.
+    fn head_since(&self) -> Option<Millis> {
+        let server = self.server.as_ref().and_then(|server| server.head_since);
+        [self.client.head_since, server].into_iter().flatten().min()
+    }
+
+    /// Returns the time of the last progress, ms.
+    pub(crate) const fn idle_since(&self) -> Millis {
+        self.active
+    }
+
+    fn set_phase(&mut self, phase: Phase, now: Millis) {
+        self.phase = phase;
+        self.phase_since = now;
+        self.active = now;
+    }
+
+    /// Returns whether HTTP requests are inspected, so that a failure can be answered.
+    fn reads_http(&self) -> bool {
+        self.set.reads == Inspector::Http as u8
+    }
+
+    /// Handles the deadline.
+    pub(crate) fn expire(&mut self, cx: &mut Cx<'_>) -> Next {
+        use crate::failure::FailureKind as Kind;
+        match self.phase {
+            Phase::Connect => self.fail(Kind::ConnectTimeout.into(), cx),
+            Phase::UpstreamTls => self.fail(Kind::HandshakeTimeout.into(), cx),
+            Phase::Linger { .. } => return Next::Close,
+            Phase::Relay if self.head_since().is_none() => {
+                count(&cx.counters.timeouts);
+                self.reset();
+                return Next::Close;
+            }
+            Phase::Hello(_) | Phase::Host(_) | Phase::ClientTls | Phase::Relay => {
+                count(&cx.counters.timeouts);
+                self.drop_record(Reason::InspectDeadline, Reason::InspectDeadline.text(), cx);
+                self.reset();
+                return Next::Close;
+            }
+        }
+        self.drive(cx)
+    }
+
+    /// Looks the flow up after a change of policies. Ends the connection if the flow is no longer intercepted.
+    pub(crate) fn recheck(&mut self, cx: &mut Cx<'_>) -> Next {
+        if self.find(cx).is_err() {
+            self.reset();
+            return Next::Close;
+        }
+        if self.recheck_protocol(cx).is_err() {
+            count(&cx.counters.cut);
+            self.reset();
+            return Next::Close;
+        }
+        self.drive(cx)
+    }
+
+    /// Updates the request of the policy from the flow.
+    fn find(&mut self, cx: &Cx<'_>) -> Result<(), Stop> {
+        let (direction, client, server) = (self.context.direction, self.context.client, self.context.server);
+        let Some(flow) = cx.flows.find(direction, client, server) else {
+            count(&cx.counters.cut);
+            return Err(Stop::Reset);
+        };
+        self.context.request = flow.request;
+        Ok(())
+    }
+
+    /// Works until the connection waits for an event.
+    pub(crate) fn drive(&mut self, cx: &mut Cx<'_>) -> Next {
+        for _ in 0..TURNS {
+            let step = match &self.phase {
+                Phase::Hello(_) => self.hello(cx),
+                Phase::Host(_) => self.host(cx),
+                Phase::Connect => self.connect(cx),
+                Phase::UpstreamTls => self.upstream_tls(cx),
+                Phase::ClientTls => self.client_tls(cx),
+                Phase::Relay => self.relay(cx),
+                Phase::Linger { .. } => self.linger(cx),
+            };
+            match step {
+                Ok(true) => self.active = cx.now,
+                Ok(false) => {
+                    self.client.release();
+                    if let Some(server) = &mut self.server {
+                        server.release();
+                    }
+                    return Next::Wait;
+                }
+                Err(Stop::Close) => return Next::Close,
+                Err(Stop::Reset) => {
+                    self.reset();
+                    return Next::Close;
+                }
+            }
+        }
+        Next::Again
+    }
+
+    /// Discards what the client still sends after an answer, so that the close does not reset the connection before the
+    /// client has read the answer.
+    fn linger(&mut self, cx: &mut Cx<'_>) -> Step {
+        let written = self.client.flush().map_err(|_| Stop::Reset)?;
+        if let Some(server) = &mut self.server
+            && server.flush().unwrap_or(true)
+        {
+            self.server = None;
+        }
+        if written && self.client.eof.is_some() {
+            return Err(Stop::Close);
+        }
+        if !self.client.can_receive() {
+            return Ok(false);
+        }
+        let before = self.client.received;
+        let progress = self.client.receive(cx.scratch).map_err(|_| Stop::Reset)?;
+        self.client.input.clear();
+        let received = self.client.received - before;
+        if let Phase::Linger { left } = &mut self.phase {
+            *left = left.checked_sub(received).ok_or(Stop::Reset)?;
+        }
+        Ok(progress)
+    }
+
+    /// Ends both streams after the bytes that are queued, and discards what the client still sends.
+    fn close_after_answer(&mut self, now: Millis) {
+        self.client.input.clear();
+        self.client.finish(Ending::Clean);
+        if let Some(server) = &mut self.server {
+            server.finish(Ending::Clean);
+        }
+        self.set_phase(Phase::Linger { left: SPILL }, now);
+    }
+
+    // Records.
+
+    fn drop_record(&self, reason: Reason, detail: &'static str, cx: &Cx<'_>) {
+        let what = What::Unreadable { detail };
+        cx.reports
+            .record(&self.context.record(Verdict::Dropped, reason, what));
+    }
+
+    /// Records the failure of the interception.
+    fn drop_intercept(&self, reason: Reason, error: &str, cx: &Cx<'_>) {
+        let name = match &self.name {
+            PeerName::Dns(name) => text(name),
+            PeerName::Address(_) => text(""),
+        };
+        let error = text(error);
+        let what = What::Intercept { name, error };
+        cx.reports
+            .record(&self.context.record(Verdict::Dropped, reason, what));
+    }
+
+    /// Counts, records and logs a failure of the server.
+    fn report_failure(&self, failure: &Failure, cx: &mut Cx<'_>) {
+        cx.counters.count_failure(failure.kind);
+        cx.upstreams
+            .note_failure(&self.name, self.context.server, failure);
+        self.drop_intercept(Reason::InterceptFailed, &failure.to_string(), cx);
+        if *cx.log > 0 {
+            *cx.log -= 1;
+            info!(
+                client = %self.context.client,
+                server = %self.context.server,
+                name = %self.name,
+                endpoint = self.context.request.endpoint,
+                error = %failure,
+                "upstream connection failed"
+            );
+        }
+    }
+
+    /// Returns what people can see of the connection.
+    pub(crate) fn view(&self, thread: usize, now: Millis) -> ConnectionView {
+        let tls = |end: &End| end.tls.as_ref().and_then(|tls| TlsView::of(tls));
+        ConnectionView {
+            thread,
+            id: self.id,
+            endpoint: self.endpoint,
+            direction: self.context.direction,
+            client: self.context.client,
+            server: self.context.server,
+            name: self.name.to_string(),
+            state: self.phase.text(),
+            protocol: self.protocol.text(),
+            failure: self.failure.as_ref().map(ToString::to_string),
+            client_tls: tls(&self.client),
+            server_tls: self.server.as_ref().and_then(tls),
+            bytes_from_client: self.client.received,
+            bytes_from_server: self.server.as_ref().map_or(0, |server| server.received),
+            requests: self.requests,
+            age: now.saturating_sub(self.since),
+            idle: now.saturating_sub(self.active),
+        }
+    }
+}
+
+/// Returns the token of one side of the connection with a key.
+const fn token(key: usize, side: Side) -> Token {
+    Token(key << 1 | side as usize)
+}
+
+/// Returns key and side of a token.
+pub(crate) const fn of_token(token: Token) -> (usize, Side) {
+    let side = if token.0 & 1 == 0 {
+        Side::Client
+    } else {
+        Side::Server
+    };
+    (token.0 >> 1, side)
+}

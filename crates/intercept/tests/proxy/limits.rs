@@ -1,0 +1,269 @@
+//! Limits: connections, time, memory, and threads that fail.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use palisade_abi::Direction;
+use palisade_intercept::{Flow, Flows, Options, Proxy};
+
+use crate::world::{NAME, PATIENCE, World, get, http_rules, read_answer, read_to_end, send, serve_http};
+
+#[test]
+fn one_endpoint_cannot_take_all_connections() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| options.connections = 8);
+    world.http_server();
+    let flood: Vec<TcpStream> = (0..20).map(|_| world.socket()).collect();
+    world.wait("the flood has its share", |world| {
+        world.proxy.stats().limited == 16
+    });
+    assert_eq!(world.proxy.stats().open, 4);
+    // Another endpoint is served. The flows know the endpoint by the port of the client.
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+    socket
+        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+        .expect("an address");
+    let port = socket
+        .local_addr()
+        .expect("an address")
+        .as_socket()
+        .expect("an address")
+        .port();
+    world
+        .flows
+        .endpoints
+        .lock()
+        .expect("the endpoints")
+        .insert(port, 10);
+    socket
+        .connect(&world.address().into())
+        .expect("the proxy accepts");
+    let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
+    let tls = rustls::ClientConnection::new(Arc::new(world.client_config()), name).expect("a client");
+    let mut other = rustls::StreamOwned::new(tls, TcpStream::from(socket));
+    assert_eq!(get(&mut other, "/a").status, 200);
+    drop(flood);
+}
+
+#[test]
+fn a_client_without_a_hello_is_reset_after_the_deadline() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.handshake = Duration::from_millis(100);
+    });
+    world.http_server();
+    let mut socket = world.socket();
+    let (_, end) = read_to_end(&mut socket);
+    end.expect_err("reset");
+    assert_eq!(world.proxy.stats().timeouts, 1);
+}
+
+#[test]
+fn an_incomplete_head_has_a_deadline_and_a_slow_response_has_none() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.head = Duration::from_millis(200);
+    });
+    world.tls_server(|stream| {
+        crate::world::read_head(stream).expect("a request");
+        thread::sleep(Duration::from_millis(600));
+        send(stream, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        serve_http(stream);
+    });
+    let mut client = world.client();
+    let request = format!("GET /a HTTP/1.1\r\nHost: {NAME}\r\n\r\n");
+    send(&mut client, request.repeat(2));
+    assert_eq!(read_answer(&mut client).body, "ok");
+    assert_eq!(read_answer(&mut client).body, "GET /a 0");
+    let mut client = world.client();
+    send(&mut client, "GET /a HTTP/1.1\r\nHost: ");
+    let (_, end) = read_to_end(&mut client);
+    end.expect_err("reset");
+}
+
+#[test]
+fn an_idle_connection_is_closed_after_its_time() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.idle = Duration::from_millis(200);
+    });
+    world.http_server();
+    let mut client = world.client();
+    assert_eq!(get(&mut client, "/a").status, 200);
+    let (_, end) = read_to_end(&mut client);
+    end.expect_err("reset");
+    world.wait("the connection is gone", |world| world.proxy.stats().open == 0);
+}
+
+#[test]
+fn streams_that_are_not_tls_are_refused() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.http_server();
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"[..],
+        // A handshake record that announces a message of 16 MiB.
+        &[22, 3, 1, 0, 4, 1, 0xff, 0xff, 0xff],
+        // Alerts and a ChangeCipherSpec in place of a hello.
+        &[21, 3, 1, 0, 2, 1, 0],
+        &[20, 3, 1, 0, 1, 1],
+        &[0; 64],
+    ] {
+        let mut socket = world.socket();
+        let _ = socket.write_all(bytes);
+        let (answer, _) = read_to_end(&mut socket);
+        assert!(answer.len() < 16, "{answer:?}");
+    }
+    assert_eq!(world.proxy.stats().hellos_refused, 5);
+    assert_eq!(get(&mut world.client(), "/a").status, 200);
+}
+
+/// Sends records until the proxy resets the connection or `most` bytes are sent. Returns the number of bytes.
+fn flood(socket: &mut TcpStream, record: &[u8], most: usize) -> usize {
+    let block = record.repeat(1000);
+    let mut sent = 0;
+    while sent < most {
+        match socket.write(&block) {
+            Ok(n) => sent += n,
+            Err(_) => break,
+        }
+    }
+    sent
+}
+
+#[test]
+fn floods_of_records_without_content_end_the_connection() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.http_server();
+    // Records after a completed handshake must be encrypted, so these floods come within it.
+    let config = Arc::new(world.client_config());
+    let hello = || {
+        let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
+        let mut tls = rustls::ClientConnection::new(config.clone(), name).expect("a client");
+        let mut hello = Vec::new();
+        tls.write_tls(&mut hello).expect("a hello");
+        hello
+    };
+    for record in [
+        // ChangeCipherSpec.
+        &[20, 3, 3, 0, 1, 1][..],
+        // The warning no_renegotiation.
+        &[21, 3, 3, 0, 2, 1, 100],
+        // Empty application data.
+        &[23, 3, 3, 0, 0],
+    ] {
+        let mut socket = world.socket();
+        socket.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        socket.write_all(&hello()).expect("the hello is sent");
+        let sent = flood(&mut socket, record, 64 << 20);
+        assert!(sent < 64 << 20, "{record:?}: the proxy has read {sent} bytes");
+    }
+    assert_eq!(get(&mut world.client(), "/a").status, 200);
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_up_only_itself() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.tls_server(|stream| {
+        while crate::world::read_head(stream).is_some() {
+            let length = 64 << 20;
+            if stream
+                .write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").as_bytes())
+                .is_err()
+            {
+                return;
+            }
+            let part = vec![0; 1 << 20];
+            for _ in 0..64 {
+                if stream.write_all(&part).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    let mut lazy = world.client();
+    send(&mut lazy, format!("GET /a HTTP/1.1\r\nHost: {NAME}\r\n\r\n"));
+    crate::world::read_head(&mut lazy).expect("a response");
+    // Wait until no more bytes arrive from the server.
+    let mut last = 0;
+    let mut same = 0;
+    while same < 20 {
+        let now = world.proxy.stats().bytes_from_servers;
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(
+        last < 64 << 20,
+        "{last} bytes were read for a client that does not read"
+    );
+    let mut eager = world.client();
+    send(&mut eager, format!("GET /b HTTP/1.1\r\nHost: {NAME}\r\n\r\n"));
+    crate::world::read_head(&mut eager).expect("a response");
+    let mut body = vec![0; 64 << 20];
+    eager.read_exact(&mut body).expect("the body");
+    // The lazy client gets all of its bytes in the end.
+    lazy.read_exact(&mut body).expect("the body");
+}
+
+/// Flows that panic once.
+struct Panicking {
+    inner: Arc<crate::world::TestFlows>,
+    panics: AtomicBool,
+}
+
+impl Flows for Panicking {
+    fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow> {
+        assert!(!self.panics.swap(false, Ordering::SeqCst), "a panic for the test");
+        self.inner.find(direction, client, server)
+    }
+}
+
+#[test]
+fn a_thread_that_panics_is_restarted_and_its_connections_are_reset() {
+    let world = World::new(http_rules(&["/.*"]));
+    let server = world.http_server();
+    let flows = Arc::new(Panicking {
+        inner: world.flows.clone(),
+        panics: AtomicBool::new(false),
+    });
+    let options = Options {
+        threads: 1,
+        ..Options::default()
+    };
+    let proxy = Proxy::start_on_loopback(
+        options,
+        Direction::Egress,
+        Arc::new(move |_| Some(server)),
+        flows.clone(),
+        world.reports.clone(),
+        world.settings.clone(),
+    )
+    .expect("the proxy starts");
+    let connect = || {
+        let socket = TcpStream::connect(proxy.addresses()[0].1).expect("the proxy accepts");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
+        let tls = rustls::ClientConnection::new(Arc::new(world.client_config()), name).expect("a client");
+        rustls::StreamOwned::new(tls, socket)
+    };
+    let mut before = connect();
+    assert_eq!(get(&mut before, "/a").status, 200);
+    flows.panics.store(true, Ordering::SeqCst);
+    let mut cause = connect();
+    let _ = cause.write_all(b"GET");
+    let (_, end) = read_to_end(&mut before);
+    end.expect_err("the open connection is reset");
+    assert_eq!(get(&mut connect(), "/a").status, 200, "the thread serves again");
+    let state = &proxy.threads()[0];
+    assert_eq!((state.restarts, state.is_running), (1, true));
+    assert!(
+        state
+            .failure
+            .as_ref()
+            .is_some_and(|text| text.contains("a panic for the test"))
+    );
+}
