@@ -59,6 +59,8 @@ pub(super) struct Flow {
     pending: VecDeque<Pending>,
     session: Option<Session>,
     refused: Option<Refused>,
+    /// Bytes of the last forwarded request that had not arrived when it was forwarded.
+    rest: u64,
     /// Whether the server has sent a FIN.
     ended: bool,
     /// State of an offload.
@@ -172,6 +174,9 @@ impl KafkaStream<'_> {
         }
         if bytes.is_empty() {
             return Action::Forward(0);
+        }
+        if self.flow.rest > 0 {
+            return Action::Bypass(std::mem::take(&mut self.flow.rest));
         }
         if self.flow.pending.len() >= MOST_PENDING {
             return Action::AwaitPeer;
@@ -493,11 +498,10 @@ impl KafkaStream<'_> {
                 session: begun,
             });
         }
-        if arrived.is_complete {
-            Action::Forward(arrived.whole)
-        } else {
-            Action::Bypass(arrived.whole as u64)
-        }
+        // The bytes that the verdict depends on are not bypassed: otherwise a retransmission could have others.
+        let judged = arrived.whole.min(SIZE + arrived.bytes.len());
+        self.flow.rest = (arrived.whole - judged) as u64;
+        Action::Forward(judged)
     }
 
     /// Forgets the fetch session of the connection, also one that an awaited response may begin.

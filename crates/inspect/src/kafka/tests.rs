@@ -64,6 +64,8 @@ struct Talk {
     sent: [u32; 2],
     /// Bytes that have reached the other side.
     got: [Vec<u8>; 2],
+    /// Payloads of all packets that the broker has got, also of retransmissions.
+    wire: Vec<u8>,
     /// Whether the FIN has reached the other side.
     closed: [bool; 2],
     reset: bool,
@@ -103,6 +105,7 @@ impl Talk {
             broker: 0,
             sent: [0, 0],
             got: [vec![], vec![]],
+            wire: vec![],
             closed: [false; 2],
             reset: false,
         };
@@ -143,6 +146,9 @@ impl Talk {
         segs.sort_by_key(|seg| seg.seq.wrapping_sub(1));
         for seg in segs {
             self.reset |= seg.flags & RST != 0;
+            if seg.from == Side::Client {
+                self.wire.extend_from_slice(&seg.data);
+            }
             let got = &mut self.got[seg.from as usize];
             let at = seg.seq.wrapping_sub(1) as usize;
             if seg.flags & (SYN | RST) != 0 || at > got.len() {
@@ -607,6 +613,38 @@ fn a_long_request_that_the_header_denies_gets_its_response() {
     assert_eq!(talk.got[0].len(), rest.len());
     assert_eq!(Fields(&talk.got[1][4..]).i32(), 1);
     assert!(matches!(talk.records()[0].what, What::Kafka { error: 29, .. }));
+}
+
+/// The first packet of an allowed request is lost behind the node, and the client sends another one instead.
+#[test]
+fn a_judged_request_cannot_be_replaced_by_a_retransmission() {
+    for length in [1_000, 20_000, 200_000] {
+        let by_topic = produce(1, 1, &["b"], length);
+        let mut by_client = Message::default().i16(FETCH).i16(11).i32(1).text("admin");
+        by_client.0.resize(length, 7);
+        for (request, allowed, denied) in [
+            (by_topic, &b"\0\x01b"[..], &b"\0\x01x"[..]),
+            (by_client.framed(), b"admin", b"other"),
+        ] {
+            let mut parts = request.windows(allowed.len());
+            let at = parts.position(|part| part == allowed).unwrap();
+            let mut other = request[..900].to_vec();
+            other[at..at + denied.len()].copy_from_slice(denied);
+            let mut talk = Talk::new();
+            let first = talk.sent[0];
+            talk.put(Side::Client, ACK, &request[..900]);
+            assert_eq!(talk.got[0], request[..900], "{length}");
+            for part in request[900..].chunks(900) {
+                talk.put(Side::Client, ACK, part);
+                let next = std::mem::replace(&mut talk.sent[0], first);
+                talk.put(Side::Client, ACK, &other);
+                talk.sent[0] = next;
+            }
+            let mut parts = talk.wire.windows(denied.len());
+            assert!(parts.all(|part| part != denied), "{length}");
+            assert_eq!(talk.got[0], request, "{length}");
+        }
+    }
 }
 
 #[test]
