@@ -14,7 +14,7 @@ use crate::{
     commit::CommitRequest,
     context::Cx,
     frames::Spare,
-    http::{Flow, HttpStream},
+    http::{Flow, HttpStream, edited},
     record::{About, Record, Text, Verdict, What},
     tcp::{Action, StreamInspector},
     tls,
@@ -29,6 +29,14 @@ pub enum StreamAction {
     AwaitPeer,
     /// The first `n` bytes are allowed. With `n = 0` for a stream without further bytes, its end is allowed.
     Forward(usize),
+    /// The first `consumed` bytes, the head of a request, are allowed, but the rule requires other header fields: the
+    /// replacement is sent in their place.
+    ForwardHead {
+        /// Length of the head, bytes.
+        consumed: usize,
+        /// The head with the header fields that the rule requires.
+        replacement: Vec<u8>,
+    },
     /// The next `n` bytes are allowed without inspection. `n` can exceed the number of bytes that have arrived.
     Bypass(u64),
     /// From now on neither side is inspected.
@@ -173,7 +181,17 @@ impl HttpSession {
             spare: &mut spare,
             sink: &mut Records(record),
         };
-        StreamInspector::<()>::read(&mut stream, side, bytes, end, &mut cx).into()
+        let is_head = side == Side::Client && stream.flow.is_at_request();
+        match StreamInspector::<()>::read(&mut stream, side, bytes, end, &mut cx) {
+            Action::Forward(length) if is_head && length > 0 && !scratch.http.edits().is_empty() => {
+                let head = bytes.get(..length).unwrap_or_default();
+                StreamAction::ForwardHead {
+                    consumed: length,
+                    replacement: edited(head, scratch.http.edits()),
+                }
+            }
+            action => action.into(),
+        }
     }
 
     /// Returns whether the next byte of the client is the first byte of a request.

@@ -1,6 +1,9 @@
 //! Certificate chains in words, and a check of servers that keeps the words of its last failure.
 
-use std::{cell::RefCell, sync::Arc};
+use std::{
+    cell::RefCell,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme,
@@ -28,7 +31,11 @@ pub(crate) fn take_detail() -> Option<String> {
 
 /// The check of servers by the CAs of one secret.
 #[derive(Debug)]
-pub(crate) struct Verifier(pub(crate) Arc<WebPkiServerVerifier>);
+pub(crate) struct Verifier {
+    pub(crate) inner: Arc<WebPkiServerVerifier>,
+    /// Takes the certificates that the server has sent.
+    pub(crate) seen: Option<Arc<Mutex<Vec<CertificateDer<'static>>>>>,
+}
 
 impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
@@ -39,9 +46,14 @@ impl ServerCertVerifier for Verifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verdict = self
-            .0
-            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+        if let Some(seen) = &self.seen {
+            let chain = std::iter::once(end_entity).chain(intermediates).take(LONGEST);
+            *seen.lock().unwrap_or_else(PoisonError::into_inner) =
+                chain.map(|der| der.clone().into_owned()).collect();
+        }
+        let verdict =
+            self.inner
+                .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
         if let Err(Error::InvalidCertificate(CertificateError::UnknownIssuer)) = verdict {
             DETAIL.set(missing_issuer(end_entity, intermediates));
         }
@@ -54,7 +66,7 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.0.verify_tls12_signature(message, cert, dss)
+        self.inner.verify_tls12_signature(message, cert, dss)
     }
 
     fn verify_tls13_signature(
@@ -63,15 +75,15 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.0.verify_tls13_signature(message, cert, dss)
+        self.inner.verify_tls13_signature(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
+        self.inner.supported_verify_schemes()
     }
 
     fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
-        self.0.root_hint_subjects()
+        self.inner.root_hint_subjects()
     }
 }
 
@@ -100,7 +112,6 @@ fn missing_issuer(end_entity: &CertificateDer<'_>, intermediates: &[CertificateD
 }
 
 /// Returns subject, issuer, names and period of a certificate in one line.
-#[allow(dead_code, reason = "the check of a server is not here yet")]
 pub(crate) fn describe(der: &CertificateDer<'_>) -> String {
     let Ok((_, certificate)) = X509Certificate::from_der(der) else {
         return "a certificate that cannot be parsed".to_owned();

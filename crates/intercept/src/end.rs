@@ -37,6 +37,17 @@ impl From<io::Error> for EndError {
     }
 }
 
+/// State of a TLS handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Handshake {
+    /// The handshake is complete.
+    Done,
+    /// The peer must send first.
+    Wait,
+    /// The peer has ended the stream.
+    Closed,
+}
+
 /// Bytes that are added at the end and taken from the front.
 #[derive(Debug, Default)]
 pub(crate) struct Buffer {
@@ -260,6 +271,28 @@ impl End {
         };
         tls.process_new_packets().map_err(EndError::Tls)?;
         Ok(())
+    }
+
+    /// Continues the TLS handshake with the bytes that have arrived.
+    pub(crate) fn handshake(&mut self, scratch: &mut [u8]) -> Result<Handshake, EndError> {
+        loop {
+            let is_done = self.tls.as_ref().is_none_or(|tls| !tls.is_handshaking());
+            self.flush()?;
+            if is_done {
+                return Ok(Handshake::Done);
+            }
+            if self.eof.is_some() {
+                return Ok(Handshake::Closed);
+            }
+            if !self.can_receive() {
+                return Ok(Handshake::Wait);
+            }
+            if let Err(error) = self.receive(scratch) {
+                // TLS has queued an alert for the peer.
+                let _ = self.flush();
+                return Err(error);
+            }
+        }
     }
 
     /// Queues bytes for the peer.

@@ -26,6 +26,7 @@
 mod answer;
 mod authority;
 mod chain;
+mod check;
 mod connection;
 mod end;
 mod failure;
@@ -41,6 +42,7 @@ mod tls;
 mod upstreams;
 mod view;
 
+pub use check::{CheckRequest, CheckStep};
 pub use failure::{Failure, FailureKind};
 pub use listen::Resolver;
 pub use proxy::{Proxy, ThreadState};

@@ -20,6 +20,7 @@ use palisade_abi::Direction;
 use tracing::{error, info};
 
 use crate::{
+    check::{CheckRequest, CheckStep, check},
     listen::{Listener, Place, Resolver, listen},
     settings::{Flows, Listeners, Namespace, Options, Reports, Settings},
     stats::{Counters, Stats},
@@ -247,6 +248,43 @@ impl Proxy {
             }
         }
         all
+    }
+
+    /// Opens a connection to a server as the policy of an endpoint would, and returns what happens, step by step. Blocks
+    /// until the handshake has ended or the deadlines of [`Options`] have passed.
+    ///
+    /// The programs must know the flow between the addresses of `request`, as for a flow of the endpoint.
+    #[must_use]
+    pub fn check(&self, request: &CheckRequest) -> Vec<CheckStep> {
+        let settings = self
+            .shared
+            .settings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let settings = Arc::clone(&settings);
+        let place = self
+            .shared
+            .places
+            .iter()
+            .find(|(direction, _)| *direction == request.context.direction);
+        let Some((_, place)) = place else {
+            return vec![CheckStep::failed("no proxy for the direction")];
+        };
+        // Entering the namespace changes the thread.
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    check(
+                        request,
+                        place,
+                        &self.shared.options,
+                        &settings,
+                        &self.shared.contexts,
+                    )
+                })
+                .join()
+                .unwrap_or_else(|_| vec![CheckStep::failed("the check has failed")])
+        })
     }
 
     /// Returns the state of each thread.

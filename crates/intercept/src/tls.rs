@@ -11,7 +11,7 @@ use rustls::{
     ClientConfig, ClientConnection, ServerConfig,
     client::{Resumption, WebPkiServerVerifier},
     crypto::CryptoProvider,
-    pki_types::ServerName,
+    pki_types::{CertificateDer, ServerName},
     server::{NoServerSessionStorage, ProducesTickets},
     sign::{CertifiedKey, SingleCertAndKey},
 };
@@ -67,6 +67,29 @@ struct ServerSide {
     authority: Option<(Authority, Mutex<Leaves>)>,
 }
 
+impl ServerSide {
+    /// Returns the certificate for a name, which the CA issues if it has not before.
+    fn shown(&self, name: &PeerName) -> Result<Arc<CertifiedKey>, String> {
+        match &self.authority {
+            None => Ok(Arc::clone(&self.own)),
+            Some((authority, leaves)) => {
+                let now = SystemTime::now();
+                let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
+                match leaves.get(name) {
+                    Some((made, key)) if now.duration_since(*made).is_ok_and(|age| age < LEAF_REUSE) => {
+                        Ok(Arc::clone(key))
+                    }
+                    _ => {
+                        let key = Arc::new(authority.issue(name.to_string(), now)?);
+                        leaves.insert(name.clone(), (now, Arc::clone(&key)));
+                        Ok(key)
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Certificates that were made on demand, and when.
 type Leaves = Lru<PeerName, (SystemTime, Arc<CertifiedKey>)>;
 
@@ -97,29 +120,24 @@ impl Contexts {
         protocol: Option<&[u8]>,
     ) -> Result<Arc<ServerConfig>, String> {
         let side = self.server_side(secret, issue)?;
-        let key = match &side.authority {
-            None => Arc::clone(&side.own),
-            Some((authority, leaves)) => {
-                let now = SystemTime::now();
-                let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
-                match leaves.get(name) {
-                    Some((made, key)) if now.duration_since(*made).is_ok_and(|age| age < LEAF_REUSE) => {
-                        Arc::clone(key)
-                    }
-                    _ => {
-                        let key = Arc::new(authority.issue(name.to_string(), now)?);
-                        leaves.insert(name.clone(), (now, Arc::clone(&key)));
-                        key
-                    }
-                }
-            }
-        };
         let mut config = side.config.clone();
-        config.cert_resolver = Arc::new(SingleCertAndKey::from(key));
+        config.cert_resolver = Arc::new(SingleCertAndKey::from(side.shown(name)?));
         config.alpn_protocols = protocol.map(<[u8]>::to_vec).into_iter().collect();
         Ok(Arc::new(config))
     }
 
+    /// Returns the certificate that a client gets that connects to `name`.
+    ///
+    /// # Errors
+    /// As for [`Self::server`].
+    pub(crate) fn shown(
+        &self,
+        secret: &Arc<CertifiedKey>,
+        issue: bool,
+        name: &PeerName,
+    ) -> Result<Arc<CertifiedKey>, String> {
+        self.server_side(secret, issue)?.shown(name)
+    }
     fn server_side(&self, secret: &Arc<CertifiedKey>, issue: bool) -> Result<Arc<ServerSide>, String> {
         let address = Arc::as_ptr(secret).addr() ^ usize::from(issue);
         if let Some(side) = self.kept().servers.get(&address) {
@@ -167,16 +185,29 @@ impl Contexts {
     ) -> Result<ClientConnection, String> {
         let mut config = (*self.client_config(trust)?).clone();
         config.alpn_protocols = protocols;
-        let name = match name {
-            PeerName::Dns(name) => {
-                ServerName::try_from(name.to_string()).map_err(|_| "not a valid server name".to_owned())?
-            }
-            PeerName::Address(address) => ServerName::from(*address),
+        connection(config, name)
+    }
+
+    /// As [`Self::client`], but without resumption of sessions, and the certificates of the server are put in `seen`.
+    ///
+    /// # Errors
+    /// As for [`Self::client`].
+    pub(crate) fn observed_client(
+        &self,
+        trust: &Trust,
+        name: &PeerName,
+        protocols: Vec<Vec<u8>>,
+        seen: &Arc<Mutex<Vec<CertificateDer<'static>>>>,
+    ) -> Result<ClientConnection, String> {
+        let mut config = (*self.client_config(trust)?).clone();
+        config.alpn_protocols = protocols;
+        config.resumption = Resumption::disabled();
+        let verifier = Verifier {
+            inner: self.verifier(trust)?,
+            seen: Some(Arc::clone(seen)),
         };
-        let mut connection =
-            ClientConnection::new(Arc::new(config), name).map_err(|error| error.to_string())?;
-        connection.set_buffer_limit(None);
-        Ok(connection)
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        connection(config, name)
     }
 
     fn client_config(&self, trust: &Trust) -> Result<Arc<ClientConfig>, String> {
@@ -189,7 +220,10 @@ impl Contexts {
             .with_protocol_versions(rustls::ALL_VERSIONS)
             .map_err(|error| error.to_string())?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Verifier(verifier)));
+            .with_custom_certificate_verifier(Arc::new(Verifier {
+                inner: verifier,
+                seen: None,
+            }));
         let mut config = match &trust.client {
             Some(own) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(own)))),
             None => config.with_no_client_auth(),
@@ -208,9 +242,21 @@ impl Contexts {
     ///
     /// # Errors
     /// A description of what is wrong with the CA certificates.
-    pub(crate) fn verifier(&self, trust: &Trust) -> Result<Arc<WebPkiServerVerifier>, String> {
+    fn verifier(&self, trust: &Trust) -> Result<Arc<WebPkiServerVerifier>, String> {
         WebPkiServerVerifier::builder_with_provider(Arc::clone(&trust.roots), Arc::clone(&self.provider))
             .build()
             .map_err(|error| error.to_string())
     }
+}
+
+fn connection(config: ClientConfig, name: &PeerName) -> Result<ClientConnection, String> {
+    let name = match name {
+        PeerName::Dns(name) => {
+            ServerName::try_from(name.to_string()).map_err(|_| "not a valid server name".to_owned())?
+        }
+        PeerName::Address(address) => ServerName::from(*address),
+    };
+    let mut connection = ClientConnection::new(Arc::new(config), name).map_err(|error| error.to_string())?;
+    connection.set_buffer_limit(None);
+    Ok(connection)
 }

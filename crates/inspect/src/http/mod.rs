@@ -2,6 +2,7 @@
 //! windows, so the BPF programs forward them without a punt.
 
 mod config;
+mod edits;
 mod exchange;
 pub(crate) mod redact;
 
@@ -13,6 +14,7 @@ use crate::{
     tcp::{Connections, Side, quote::QuotedSegment},
 };
 pub use config::{HttpLimits, HttpStats};
+pub(crate) use edits::edited;
 pub(crate) use exchange::{Flow, HttpStream};
 pub(crate) use exchange::{has_refused_body, may_become, status_of};
 pub use palisade_model::request::{GetBodies, Paths};

@@ -6,7 +6,7 @@ use palisade_inspect::Side;
 
 use super::{Connection, Cx, Phase, Step, Stop, token};
 use crate::{
-    end::{End, EndError},
+    end::{End, EndError, Handshake},
     failure::{Failure, FailureKind, alert_name, plain_alert},
     listen::{connect, enter},
     protocol::Protocol,
@@ -15,13 +15,6 @@ use crate::{
 
 /// The alert internal_error (RFC 8446, section 6.2).
 const INTERNAL_ERROR: u8 = 80;
-
-/// State of a TLS handshake.
-enum Progress {
-    Done,
-    Wait,
-    Closed,
-}
 
 impl Connection {
     /// Opens the connection to the server, and begins TLS once it is open.
@@ -89,9 +82,9 @@ impl Connection {
     /// Continues the TLS handshake with the server.
     pub(super) fn upstream_tls(&mut self, cx: &mut Cx<'_>) -> Step {
         let server = self.server.as_mut().ok_or(Stop::Reset)?;
-        let failure = match handshake(server, cx.scratch) {
-            Ok(Progress::Wait) => return Ok(false),
-            Ok(Progress::Done) => {
+        let failure = match server.handshake(cx.scratch) {
+            Ok(Handshake::Wait) => return Ok(false),
+            Ok(Handshake::Done) => {
                 count(&cx.counters.upstream_handshakes);
                 let time = cx.now - self.phase_since;
                 cx.upstreams
@@ -99,7 +92,7 @@ impl Connection {
                 self.begin_client_tls(cx);
                 return Ok(true);
             }
-            Ok(Progress::Closed) => FailureKind::HandshakeClosed.into(),
+            Ok(Handshake::Closed) => FailureKind::HandshakeClosed.into(),
             Err(EndError::Io(error)) => Failure::of_handshake_io(&error),
             Err(EndError::Tls(error)) => Failure::of_tls(&error),
         };
@@ -177,14 +170,14 @@ impl Connection {
 
     /// Continues the TLS handshake with the client.
     pub(super) fn client_tls(&mut self, cx: &mut Cx<'_>) -> Step {
-        let words = match handshake(&mut self.client, cx.scratch) {
-            Ok(Progress::Wait) => return Ok(false),
-            Ok(Progress::Done) => {
+        let words = match self.client.handshake(cx.scratch) {
+            Ok(Handshake::Wait) => return Ok(false),
+            Ok(Handshake::Done) => {
                 count(&cx.counters.client_handshakes);
                 self.begin_relay(cx);
                 return Ok(true);
             }
-            Ok(Progress::Closed) => "the client closed the connection in the TLS handshake".to_owned(),
+            Ok(Handshake::Closed) => "the client closed the connection in the TLS handshake".to_owned(),
             Err(error) => words(&error),
         };
         self.client_failed(&words, cx);
@@ -220,27 +213,5 @@ fn words(error: &EndError) -> String {
         }
         EndError::Tls(error) => format!("TLS handshake with the client: {error}"),
         EndError::Io(error) => format!("TLS handshake with the client: {error}"),
-    }
-}
-
-/// Continues the TLS handshake of an end.
-fn handshake(end: &mut End, scratch: &mut [u8]) -> Result<Progress, EndError> {
-    loop {
-        let is_done = end.tls.as_ref().is_none_or(|tls| !tls.is_handshaking());
-        end.flush()?;
-        if is_done {
-            return Ok(Progress::Done);
-        }
-        if end.eof.is_some() {
-            return Ok(Progress::Closed);
-        }
-        if !end.can_receive() {
-            return Ok(Progress::Wait);
-        }
-        if let Err(error) = end.receive(scratch) {
-            // TLS has queued an alert for the peer.
-            let _ = end.flush();
-            return Err(error);
-        }
     }
 }

@@ -194,13 +194,20 @@ impl Connection {
             StreamAction::NeedMore | StreamAction::AwaitPeer => Ok(false),
             StreamAction::Forward(0) if available == 0 => self.forward_end(side, cx),
             StreamAction::Forward(n) => {
-                self.forward(side, n.min(available), cx)?;
+                self.forward(side, n.min(available), None, cx)?;
                 Ok(n > 0)
+            }
+            StreamAction::ForwardHead {
+                consumed,
+                replacement,
+            } => {
+                self.forward(side, consumed.min(available), Some(&replacement), cx)?;
+                Ok(true)
             }
             StreamAction::Bypass(n) => {
                 let now = n.min(available as u64);
                 own.bypass = n - now;
-                self.forward(side, now as usize, cx)?;
+                self.forward(side, now as usize, None, cx)?;
                 Ok(n > 0)
             }
             StreamAction::Offload => {
@@ -312,8 +319,14 @@ impl Connection {
     }
 
     /// Forwards the first `n` bytes of a side, which are allowed. A request to a server that cannot be reached is
-    /// answered instead.
-    fn forward(&mut self, side: Side, n: usize, cx: &mut Cx<'_>) -> Result<(), Stop> {
+    /// answered instead. `replacement`: what is sent in place of the bytes.
+    fn forward(
+        &mut self,
+        side: Side,
+        n: usize,
+        replacement: Option<&[u8]>,
+        cx: &mut Cx<'_>,
+    ) -> Result<(), Stop> {
         if side == Side::Client {
             if let (Some(failure), Protocol::Http1(session)) = (&self.failure, &self.protocol) {
                 let bytes = answer::unavailable(failure, session.is_head());
@@ -334,7 +347,8 @@ impl Connection {
         let (Some(own), Some(other)) = self.ends(side) else {
             return Err(Stop::Reset);
         };
-        let sent = other.send(own.input.bytes().get(..n).unwrap_or_default());
+        let bytes = own.input.bytes().get(..n).unwrap_or_default();
+        let sent = other.send(replacement.unwrap_or(bytes));
         own.input.consume(n);
         match (sent, side) {
             (Ok(()), _) => Ok(()),

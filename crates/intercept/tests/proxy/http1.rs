@@ -7,6 +7,10 @@ use std::{
 };
 
 use palisade_inspect::record::{Verdict, What};
+use palisade_model::{
+    rule::{HeaderMatch, MismatchAction},
+    snapshot::Matcher,
+};
 
 use crate::world::{
     NAME, World, field, get, http_rules, read_answer, read_head, read_to_end, send, serve_http,
@@ -365,4 +369,46 @@ fn many_connections_at_once_are_served() {
     world.wait("all connections are closed", |world| {
         world.proxy.stats().open == 0
     });
+}
+
+#[test]
+fn a_rule_can_change_the_fields_of_a_request() {
+    let mut set = http_rules(&["/.*"]);
+    let Matcher::Http(rule) = &mut set.alternatives[0].matcher else {
+        panic!("an HTTP rule");
+    };
+    rule.header_matches = vec![
+        HeaderMatch {
+            name: "X-Tenant".into(),
+            value: Some("blue".into()),
+            secret: None,
+            mismatch: MismatchAction::Replace,
+        },
+        HeaderMatch {
+            name: "X-Debug".into(),
+            value: Some("off".into()),
+            secret: None,
+            mismatch: MismatchAction::Delete,
+        },
+    ];
+    let world = World::new(set);
+    world.tls_server(|stream| {
+        while let Some(head) = read_head(stream) {
+            send(
+                stream,
+                format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{head}", head.len()),
+            );
+        }
+    });
+    let mut client = world.client();
+    for fields in ["", "X-Tenant: red\r\nx-tenant: blue\r\nX-Debug: on\r\n"] {
+        send(
+            &mut client,
+            format!("GET /a HTTP/1.1\r\nHost: {NAME}\r\n{fields}\r\n"),
+        );
+        assert_eq!(
+            read_answer(&mut client).body,
+            format!("GET /a HTTP/1.1\r\nHost: {NAME}\r\nx-tenant: blue\r\n\r\n")
+        );
+    }
 }

@@ -1,5 +1,6 @@
 //! The proxy between real sockets on loopback: TLS clients and servers around it, both with `rustls`.
 
+mod check;
 mod failures;
 mod http1;
 mod limits;
