@@ -39,6 +39,7 @@ mod settings;
 mod stats;
 mod thread;
 mod tls;
+mod unavailable;
 mod upstreams;
 mod view;
 

@@ -13,16 +13,14 @@ use std::{
 
 use mio::{Events, Interest, Poll, Token};
 use palisade_abi::Direction;
-use palisade_inspect::{
-    Millis,
-    stream::{StreamContext, StreamScratch},
-};
+use palisade_inspect::{Millis, stream::StreamContext};
 use slab::Slab;
 use socket2::SockRef;
 
 use crate::{
     connection::{Connection, Cx, Next, of_token},
     listen::{Listener, Place},
+    protocol::Scratch,
     settings::{Flows, Options, Reports, Settings},
     stats::{Counters, count},
     tls::Contexts,
@@ -100,8 +98,8 @@ pub(crate) struct Thread<'a> {
     entered: Option<Direction>,
     upstreams: Upstreams,
     started: Instant,
-    stream: StreamScratch,
-    scratch: Box<[u8]>,
+    scratch: Scratch,
+    bytes: Box<[u8]>,
     /// Second, and number of log lines that are left in it.
     log: (Millis, u32),
 }
@@ -141,8 +139,8 @@ impl<'a> Thread<'a> {
             entered: None,
             upstreams: Upstreams::new(),
             started: Instant::now(),
-            stream: StreamScratch::default(),
-            scratch: vec![0; SCRATCH].into_boxed_slice(),
+            scratch: Scratch::default(),
+            bytes: vec![0; SCRATCH].into_boxed_slice(),
             log: (0, LOG_LINES),
         })
     }
@@ -257,8 +255,8 @@ impl<'a> Thread<'a> {
             reports: &*self.shared.reports,
             contexts: &self.shared.contexts,
             counters: self.counters,
+            bytes: &mut self.bytes,
             scratch: &mut self.scratch,
-            stream: &mut self.stream,
             registry: poll.registry(),
             upstreams: &mut self.upstreams,
             entered: &mut self.entered,

@@ -82,7 +82,7 @@ impl Connection {
     /// Continues the TLS handshake with the server.
     pub(super) fn upstream_tls(&mut self, cx: &mut Cx<'_>) -> Step {
         let server = self.server.as_mut().ok_or(Stop::Reset)?;
-        let failure = match server.handshake(cx.scratch) {
+        let failure = match server.handshake(cx.bytes) {
             Ok(Handshake::Wait) => return Ok(false),
             Ok(Handshake::Done) => {
                 count(&cx.counters.upstream_handshakes);
@@ -170,7 +170,7 @@ impl Connection {
 
     /// Continues the TLS handshake with the client.
     pub(super) fn client_tls(&mut self, cx: &mut Cx<'_>) -> Step {
-        let words = match self.client.handshake(cx.scratch) {
+        let words = match self.client.handshake(cx.bytes) {
             Ok(Handshake::Wait) => return Ok(false),
             Ok(Handshake::Done) => {
                 count(&cx.counters.client_handshakes);
@@ -195,6 +195,7 @@ impl Connection {
         let alpn = self.client.tls.as_ref().and_then(|tls| tls.alpn_protocol());
         self.protocol = match (self.reads_http(), alpn) {
             (false, _) => Protocol::Bytes,
+            (true, Some(b"h2")) => Protocol::http2(cx.settings, is_secure),
             (true, None) if self.client.tls.is_none() => Protocol::Unknown,
             (true, _) => Protocol::http1(&self.context, is_secure),
         };

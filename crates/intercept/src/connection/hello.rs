@@ -25,7 +25,7 @@ impl Connection {
         if !self.client.can_receive() {
             return Ok(false);
         }
-        self.client.receive(cx.scratch).map_err(|_| Stop::Reset)
+        self.client.receive(cx.bytes).map_err(|_| Stop::Reset)
     }
 
     /// Reads the ClientHello, and evaluates it once it is complete.

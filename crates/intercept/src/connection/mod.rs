@@ -3,6 +3,7 @@
 
 mod handshake;
 mod hello;
+mod http2;
 mod relay;
 
 use std::{sync::Arc, time::Duration};
@@ -12,7 +13,7 @@ use palisade_abi::{Direction, Inspector, Reason};
 use palisade_inspect::{
     Millis, Side,
     record::{Verdict, What},
-    stream::{StreamContext, StreamScratch, text},
+    stream::{StreamContext, text},
 };
 use palisade_model::snapshot::RuleSet;
 use palisade_protocols::{
@@ -26,7 +27,7 @@ use crate::{
     end::{End, Ending},
     failure::Failure,
     listen::Place,
-    protocol::Protocol,
+    protocol::{Protocol, Scratch},
     settings::{Flows, Options, Reports, Settings},
     stats::{Counters, count},
     tls::{Contexts, PeerName},
@@ -49,8 +50,9 @@ pub(crate) struct Cx<'a> {
     pub(crate) reports: &'a dyn Reports,
     pub(crate) contexts: &'a Contexts,
     pub(crate) counters: &'a Counters,
-    pub(crate) scratch: &'a mut [u8],
-    pub(crate) stream: &'a mut StreamScratch,
+    /// Buffer for bytes from sockets.
+    pub(crate) bytes: &'a mut [u8],
+    pub(crate) scratch: &'a mut Scratch,
     pub(crate) registry: &'a Registry,
     pub(crate) upstreams: &'a mut Upstreams,
     /// Direction whose namespace the thread is in.
@@ -311,7 +313,11 @@ impl Connection {
     /// Looks the flow up after a change of policies. Ends the connection if the flow is no longer intercepted.
     pub(crate) fn recheck(&mut self, cx: &mut Cx<'_>) -> Next {
         if self.find(cx).is_err() {
-            self.reset();
+            let is_http2 = matches!(self.protocol, Protocol::Http2(_));
+            // A close without a reset delivers the GOAWAY.
+            if !is_http2 || self.say_goaway(cx).is_err() {
+                self.reset();
+            }
             return Next::Close;
         }
         if self.recheck_protocol(cx).is_err() {
@@ -380,7 +386,7 @@ impl Connection {
             return Ok(false);
         }
         let before = self.client.received;
-        let progress = self.client.receive(cx.scratch).map_err(|_| Stop::Reset)?;
+        let progress = self.client.receive(cx.bytes).map_err(|_| Stop::Reset)?;
         self.client.input.clear();
         let received = self.client.received - before;
         if let Phase::Linger { left } = &mut self.phase {

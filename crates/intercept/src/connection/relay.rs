@@ -8,7 +8,10 @@ use palisade_inspect::{
     record::{Record, Verdict, What},
     stream::StreamAction,
 };
-use palisade_protocols::http1::{HeaderBuffer, Request};
+use palisade_protocols::{
+    http1::{HeaderBuffer, Request},
+    http2::PREFACE,
+};
 
 use super::{Connection, Cx, Phase, Step, Stop, hello::host_name};
 use crate::{
@@ -16,7 +19,8 @@ use crate::{
     end::{EndError, Ending, INPUT},
     failure::{Failure, FailureKind},
     protocol::Protocol,
-    stats::count,
+    settings::Reports,
+    stats::{Counters, count},
 };
 
 impl Connection {
@@ -65,7 +69,7 @@ impl Connection {
             return Ok(false);
         }
         let before = own.received;
-        let result = own.receive(cx.scratch);
+        let result = own.receive(cx.bytes);
         let counter = match side {
             Side::Client => &cx.counters.bytes_from_clients,
             Side::Server => &cx.counters.bytes_from_servers,
@@ -83,7 +87,7 @@ impl Connection {
     }
 
     /// Handles an error of the server's side.
-    fn server_failed(&mut self, error: EndError, cx: &mut Cx<'_>) -> Step {
+    pub(super) fn server_failed(&mut self, error: EndError, cx: &mut Cx<'_>) -> Step {
         if let Some(server) = &mut self.server {
             // TLS has queued an alert for the server.
             let _ = server.flush();
@@ -160,6 +164,9 @@ impl Connection {
             }
             self.choose_protocol(cx);
             self.check_flow(cx)?;
+        }
+        if let Protocol::Http2(_) = self.protocol {
+            return self.filter(side, cx);
         }
         let (Some(own), other) = self.ends(side) else {
             return Ok(false);
@@ -242,18 +249,10 @@ impl Connection {
             Protocol::Unknown if is_ended => return StreamAction::Abort(Reason::AppMalformed),
             Protocol::Unknown => return StreamAction::NeedMore,
             Protocol::Http1(session) => session,
+            Protocol::Http2(_) => return StreamAction::Abort(Reason::AppMalformed),
         };
         let (counters, reports, requests) = (cx.counters, cx.reports, &mut self.requests);
-        let mut record = |record: &Record| {
-            if let What::HttpRequest { .. } = record.what {
-                *requests += 1;
-                count(&counters.requests);
-                if record.verdict == Verdict::Dropped {
-                    count(&counters.denied);
-                }
-            }
-            reports.record(record);
-        };
+        let mut record = |record: &Record| note(record, requests, counters, reports);
         session.read(
             side,
             bytes,
@@ -262,7 +261,7 @@ impl Connection {
             &self.context.request,
             &cx.settings.rules,
             &cx.settings.http,
-            cx.stream,
+            &mut cx.scratch.stream,
             &mut record,
         )
     }
@@ -287,9 +286,16 @@ impl Connection {
     }
 
     /// Decides about the version of HTTP of a client without TLS.
-    fn choose_protocol(&mut self, _cx: &Cx<'_>) {
-        if matches!(self.protocol, Protocol::Unknown) && !self.client.input.is_empty() {
-            self.protocol = Protocol::http1(&self.context, self.set.originating_tls.is_some());
+    fn choose_protocol(&mut self, cx: &Cx<'_>) {
+        let bytes = self.client.input.bytes();
+        if !matches!(self.protocol, Protocol::Unknown) || bytes.is_empty() {
+            return;
+        }
+        let is_secure = self.set.originating_tls.is_some();
+        if bytes.starts_with(PREFACE) {
+            self.protocol = Protocol::http2(cx.settings, is_secure);
+        } else if !PREFACE.starts_with(bytes) {
+            self.protocol = Protocol::http1(&self.context, is_secure);
         }
     }
 
@@ -309,7 +315,8 @@ impl Connection {
     }
 
     /// Applies a change of the policy to what is no longer inspected.
-    pub(super) fn recheck_protocol(&self, _cx: &Cx<'_>) -> Result<(), Stop> {
+    pub(super) fn recheck_protocol(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        self.recheck_filter(cx)?;
         match &self.protocol {
             Protocol::Http1(session) if self.offloaded => session
                 .may_stay_offloaded(&self.context.request)
@@ -369,7 +376,7 @@ impl Connection {
     }
 
     /// Forwards the end of a stream as it has arrived: with or without close_notify.
-    fn forward_end(&mut self, side: Side, cx: &mut Cx<'_>) -> Step {
+    pub(super) fn forward_end(&mut self, side: Side, cx: &mut Cx<'_>) -> Step {
         if side == Side::Server && self.fail_before_response(FailureKind::ResponseClosed.into(), cx)? {
             return Ok(true);
         }
@@ -386,4 +393,16 @@ impl Connection {
         own.is_forwarded = true;
         Ok(true)
     }
+}
+
+/// Counts and reports a record of an inspector.
+pub(super) fn note(record: &Record, requests: &mut u64, counters: &Counters, reports: &dyn Reports) {
+    if let What::HttpRequest { .. } = record.what {
+        *requests += 1;
+        count(&counters.requests);
+        if record.verdict == Verdict::Dropped {
+            count(&counters.denied);
+        }
+    }
+    reports.record(record);
 }

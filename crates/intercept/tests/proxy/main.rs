@@ -3,6 +3,7 @@
 mod check;
 mod failures;
 mod http1;
+mod http2;
 mod limits;
 mod policy;
 mod tls;

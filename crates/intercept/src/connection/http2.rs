@@ -1,0 +1,154 @@
+//! HTTP/2: all bytes of both sides pass a filter, which can add frames for either side.
+
+use palisade_abi::Reason;
+use palisade_inspect::{
+    Side,
+    http2::{Context, Output},
+    record::Record,
+};
+
+use super::{Connection, Cx, Step, Stop};
+use crate::{
+    end::Ending,
+    protocol::{Http2, Protocol},
+    unavailable::Unavailable,
+};
+
+impl Connection {
+    /// Filters the bytes of one side that have arrived. Returns whether there were some, or the end.
+    pub(super) fn filter(&mut self, side: Side, cx: &mut Cx<'_>) -> Step {
+        if self.server.is_none() && self.failure.is_none() {
+            return Err(Stop::Reset);
+        }
+        let (Some(own), other) = self.ends(side) else {
+            return Ok(false);
+        };
+        if own.is_forwarded || (own.input.is_empty() && own.eof.is_none()) {
+            return Ok(false);
+        }
+        // Frames for both sides can result, so neither may have bytes waiting.
+        if own.is_blocked() || other.is_some_and(|other| other.is_blocked()) {
+            return Ok(false);
+        }
+        if own.input.is_empty() {
+            return self.forward_end(side, cx);
+        }
+        let input = std::mem::take(&mut own.input);
+        if side == Side::Client {
+            self.find_or_leave(cx)?;
+        } else {
+            self.responded = true;
+        }
+        let mut output = std::mem::take(&mut cx.scratch.output);
+        let result = self.run_filter(side, input.bytes(), &mut output, cx);
+        let ended = match result {
+            Some(is_ended) => is_ended,
+            None => return Err(Stop::Reset),
+        };
+        self.deliver(output, cx)?;
+        if ended {
+            self.close_after_answer(cx.now);
+        }
+        Ok(true)
+    }
+
+    /// Passes bytes to the filter, and what it has for a server that cannot be reached to the server in its place.
+    /// Returns whether the connection ends; `None` if there is no filter.
+    fn run_filter(&mut self, side: Side, bytes: &[u8], out: &mut Output, cx: &mut Cx<'_>) -> Option<bool> {
+        let Protocol::Http2(http2) = &mut self.protocol else {
+            return None;
+        };
+        let Http2 { filter, unavailable } = &mut **http2;
+        let (counters, reports, requests) = (cx.counters, cx.reports, &mut self.requests);
+        let mut record = |record: &Record| super::relay::note(record, requests, counters, reports);
+        let scratch = &mut *cx.scratch;
+        let mut context = Context {
+            now: cx.now,
+            rules: &cx.settings.rules,
+            stream: &self.context,
+            scratch: &mut scratch.stream.http,
+            buffers: &mut scratch.buffers,
+            stats: &mut scratch.http2,
+            record: &mut record,
+        };
+        let result = match side {
+            Side::Client => filter.client(bytes, &mut context, out),
+            Side::Server => filter.server(bytes, &mut context, out),
+        };
+        let mut is_ended = result.is_err();
+        if let (Some(failure), None) = (&self.failure, &self.server) {
+            let server = unavailable.get_or_insert_with(Unavailable::new);
+            let mut answers = Vec::new();
+            let answered = server.serve(&out.to_server, failure, &mut answers);
+            out.to_server.clear();
+            is_ended |= answered.is_err() || filter.server(&answers, &mut context, out).is_err();
+            out.to_server.clear();
+            is_ended |= answered == Ok(true) && filter.streams() == 0;
+        }
+        Some(is_ended)
+    }
+
+    /// Sends what the filter has for both sides, and gives the buffers back.
+    fn deliver(&mut self, mut output: Output, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        if !output.to_client.is_empty() {
+            self.client.send(&output.to_client).map_err(|_| Stop::Reset)?;
+        }
+        if let Some(server) = &mut self.server
+            && !output.to_server.is_empty()
+            && let Err(error) = server.send(&output.to_server)
+        {
+            self.server_failed(error, cx)?;
+        }
+        output.to_client.clear();
+        output.to_server.clear();
+        cx.scratch.output = output;
+        Ok(())
+    }
+
+    /// Looks the flow up. If it is no longer intercepted, the peers get a GOAWAY before the connection ends.
+    fn find_or_leave(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        if self.find(cx).is_ok() {
+            return Ok(());
+        }
+        self.say_goaway(cx)?;
+        Err(Stop::Close)
+    }
+
+    /// Sends a GOAWAY to both peers, if they can still take it.
+    pub(super) fn say_goaway(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        let mut output = std::mem::take(&mut cx.scratch.output);
+        if let Protocol::Http2(http2) = &mut self.protocol {
+            http2.filter.goaway(Reason::TcpMidstream, &mut output);
+        }
+        self.deliver(output, cx)?;
+        self.client.finish(Ending::Clean);
+        let _ = self.client.flush();
+        if let Some(server) = &mut self.server {
+            server.finish(Ending::Clean);
+            let _ = server.flush();
+        }
+        Ok(())
+    }
+
+    /// Applies a change of the policy to tunnels.
+    pub(super) fn recheck_filter(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        let Protocol::Http2(http2) = &mut self.protocol else {
+            return Ok(());
+        };
+        let mut output = std::mem::take(&mut cx.scratch.output);
+        let scratch = &mut *cx.scratch;
+        let reports = cx.reports;
+        let mut record = |record: &Record| reports.record(record);
+        let mut context = Context {
+            now: cx.now,
+            rules: &cx.settings.rules,
+            stream: &self.context,
+            scratch: &mut scratch.stream.http,
+            buffers: &mut scratch.buffers,
+            stats: &mut scratch.http2,
+            record: &mut record,
+        };
+        http2.filter.recheck(&mut context, &mut output);
+        self.deliver(output, cx)
+    }
+}

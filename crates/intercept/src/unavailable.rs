@@ -1,0 +1,142 @@
+//! An HTTP/2 server that answers every request with 503, for connections whose server cannot be reached. It reads what
+//! the filter would send to the server, so that denied requests never get here.
+
+use palisade_protocols::http2::{
+    Decoder, ErrorCode, FieldBuffer, Fields, FrameHeader, Frames, PREFACE, ParseError, Piece, encode, flags,
+    fragment_of, headers_of, kind, request,
+};
+
+use crate::{answer, failure::Failure};
+
+/// Maximum size of a header list, bytes. The filter has checked the size before.
+const LIST: usize = 64 << 10;
+
+/// State of the server of one connection.
+pub(crate) struct Unavailable {
+    frames: Frames,
+    decoder: Decoder,
+    fields: Fields,
+    /// Number of bytes of the preface that have arrived.
+    preface: usize,
+    /// Header block that is arriving, with the header of its first frame.
+    block: Option<(FrameHeader, Vec<u8>)>,
+    has_greeted: bool,
+}
+
+impl Unavailable {
+    pub(crate) fn new() -> Self {
+        Self {
+            frames: Frames::new(LIST as u32),
+            decoder: Decoder::lenient(),
+            fields: Fields::default(),
+            preface: 0,
+            block: None,
+            has_greeted: false,
+        }
+    }
+
+    /// Handles bytes for the server, and appends the answers. Returns whether a request was answered.
+    ///
+    /// # Errors
+    /// [`ParseError`] if the bytes are malformed, which the filter's output is not.
+    pub(crate) fn serve(
+        &mut self,
+        bytes: &[u8],
+        failure: &Failure,
+        out: &mut Vec<u8>,
+    ) -> Result<bool, ParseError> {
+        let mut input = bytes;
+        let missing = PREFACE.len() - self.preface;
+        let taken = input.len().min(missing);
+        self.preface += taken;
+        input = input.get(taken..).unwrap_or_default();
+        if !self.has_greeted {
+            self.has_greeted = true;
+            frame(kind::SETTINGS, 0).write_with(&[], out);
+        }
+        let mut answered = false;
+        while let Some(piece) = self.frames.next(&mut input)? {
+            let Piece::Frame(header, payload) = piece else {
+                continue;
+            };
+            match header.kind {
+                kind::SETTINGS if !header.has(flags::ACK) => {
+                    frame(kind::SETTINGS, flags::ACK).write_with(&[], out);
+                }
+                kind::PING if !header.has(flags::ACK) => {
+                    frame(kind::PING, flags::ACK).write_with(payload, out);
+                }
+                kind::HEADERS => {
+                    let (_, part) = fragment_of(header, payload)?;
+                    self.block = Some((header, part.to_vec()));
+                }
+                kind::CONTINUATION => {
+                    if let Some((_, block)) = &mut self.block {
+                        block.extend_from_slice(payload);
+                    }
+                }
+                _ => {}
+            }
+            if header.has(flags::END_HEADERS)
+                && matches!(header.kind, kind::HEADERS | kind::CONTINUATION)
+                && let Some((first, block)) = self.block.take()
+            {
+                self.decoder.decode(&block, LIST, &mut self.fields)?;
+                // Trailers have no method, and belong to a request that is answered already.
+                if self.fields.value(b":method").is_some() {
+                    respond(first, &self.fields, failure, out);
+                    answered = true;
+                }
+            }
+        }
+        Ok(answered)
+    }
+}
+
+const fn frame(kind: u8, flags: u8) -> FrameHeader {
+    FrameHeader {
+        length: 0,
+        kind,
+        flags,
+        stream: 0,
+    }
+}
+
+/// Appends the answer to a request, and the announcement that no further request is answered.
+fn respond(first: FrameHeader, fields: &Fields, failure: &Failure, out: &mut Vec<u8>) {
+    let is_complete = first.has(flags::END_STREAM);
+    let (mut cookie, mut buffer) = (Vec::new(), FieldBuffer::new());
+    let head = request(fields, is_complete, &mut cookie, &mut buffer);
+    let is_grpc = head.as_ref().is_ok_and(|head| head.is_grpc);
+    let is_head = head.as_ref().is_ok_and(|head| head.request.method == "HEAD");
+    let mut block = Vec::new();
+    let mut put = |name: &[u8], value: &[u8]| encode::field(name, value, false, &mut block);
+    let error = answer::header(failure);
+    let body = answer::body(failure);
+    if is_grpc {
+        // A response of trailers only, with the status UNAVAILABLE. A percent sign would begin an escape.
+        put(b":status", b"200");
+        put(b"content-type", b"application/grpc");
+        put(b"grpc-status", b"14");
+        put(b"grpc-message", error.replace('%', "?").as_bytes());
+    } else {
+        put(b":status", b"503");
+        put(b"content-type", b"text/plain; charset=utf-8");
+        put(b"content-length", body.len().to_string().as_bytes());
+    }
+    put(b"x-palisade-error", error.as_bytes());
+    let has_body = !is_grpc && !is_head;
+    headers_of(first.stream, !has_body, None, &block, 16_384, out);
+    if has_body {
+        let header = FrameHeader {
+            stream: first.stream,
+            ..frame(kind::DATA, flags::END_STREAM)
+        };
+        header.write_with(body.as_bytes(), out);
+    }
+    if !is_complete {
+        // The client need not send the rest of the request (RFC 9113, section 8.1).
+        FrameHeader::rst_stream(first.stream, ErrorCode::NoError, out);
+    }
+    FrameHeader::goaway(first.stream, ErrorCode::NoError, out);
+}

@@ -1,0 +1,266 @@
+//! HTTP/2 through the proxy. Client and server are made of frames here, so that the tests see each of them.
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+};
+
+use palisade_inspect::record::What;
+use palisade_protocols::http2::{
+    Decoder, Fields, FrameHeader, Frames, PREFACE, Piece, encode, flags, fragment_of, headers_of, kind,
+};
+
+use crate::world::{NAME, World, accept, http_rules, server_config};
+
+/// One peer of an HTTP/2 connection.
+struct Peer<S> {
+    stream: S,
+    frames: Frames,
+    decoder: Decoder,
+    input: Vec<u8>,
+}
+
+/// A frame with its payload.
+type Frame = (FrameHeader, Vec<u8>);
+
+impl<S: Read + Write> Peer<S> {
+    fn new(stream: S) -> Self {
+        Self {
+            stream,
+            frames: Frames::new(1 << 16),
+            decoder: Decoder::lenient(),
+            input: Vec::new(),
+        }
+    }
+
+    fn client(stream: S) -> Self {
+        let mut peer = Self::new(stream);
+        let mut out = PREFACE.to_vec();
+        header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+        peer.send(&out);
+        peer
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("frames are sent");
+        self.stream.flush().expect("frames are sent");
+    }
+
+    fn request(&mut self, stream: u32, method: &str, path: &str, more: &[(&str, &str)]) {
+        let mut block = Vec::new();
+        let fields = [
+            (":method", method),
+            (":scheme", "https"),
+            (":authority", NAME),
+            (":path", path),
+        ];
+        for (name, value) in fields.iter().chain(more) {
+            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+        }
+        let mut out = Vec::new();
+        headers_of(stream, true, None, &block, 16_384, &mut out);
+        self.send(&out);
+    }
+
+    /// Returns the next frame; `None` at the end of the stream.
+    fn next(&mut self) -> Option<Frame> {
+        loop {
+            let mut rest = &self.input[..];
+            let mut data: Option<Frame> = None;
+            let mut found = None;
+            let all = rest.len();
+            while let Some(piece) = self.frames.next(&mut rest).expect("frames") {
+                match piece {
+                    Piece::Frame(header, payload) => found = Some((header, payload.to_vec())),
+                    Piece::Data { header, rest: 0, .. } => found = Some((header, Vec::new())),
+                    Piece::Data { header, .. } => data = Some((header, Vec::new())),
+                    Piece::Content { bytes, ends } => {
+                        let (header, mut content) = data.take().expect("DATA frames of the tests come whole");
+                        content.extend_from_slice(bytes);
+                        assert!(ends, "DATA frames of the tests come whole");
+                        found = Some((header, content));
+                    }
+                    Piece::Unknown(_) => {}
+                }
+                if found.is_some() {
+                    break;
+                }
+            }
+            let used = all - rest.len();
+            self.input.drain(..used);
+            if found.is_some() {
+                return found;
+            }
+            let mut part = [0; 4096];
+            match self.stream.read(&mut part) {
+                Ok(n) if n > 0 => self.input.extend_from_slice(&part[..n]),
+                _ => return None,
+            }
+        }
+    }
+
+    /// Returns the fields of the next header block, and the number of its stream.
+    fn headers(&mut self) -> Option<(u32, String)> {
+        loop {
+            let (header, payload) = self.next()?;
+            if header.kind == kind::HEADERS {
+                let (_, block) = fragment_of(header, &payload).expect("a block");
+                let mut fields = Fields::default();
+                self.decoder.decode(block, 1 << 16, &mut fields).expect("fields");
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                let lines = fields
+                    .iter()
+                    .map(|(name, value, _)| format!("{}: {}\n", text(name), text(value)));
+                return Some((header.stream, lines.collect()));
+            }
+        }
+    }
+
+    /// Returns the content of the next DATA frame.
+    fn content(&mut self) -> String {
+        loop {
+            let (header, payload) = self.next().expect("a frame");
+            if header.kind == kind::DATA {
+                return String::from_utf8_lossy(&payload).into_owned();
+            }
+        }
+    }
+}
+
+fn header(kind: u8, flags: u8, stream: u32) -> FrameHeader {
+    FrameHeader {
+        length: 0,
+        kind,
+        flags,
+        stream,
+    }
+}
+
+/// Answers each request with its path.
+fn serve(stream: impl Read + Write) {
+    let mut peer = Peer::new(stream);
+    let mut preface = [0; 24];
+    peer.stream.read_exact(&mut preface).expect("a preface");
+    assert_eq!(preface, PREFACE);
+    let mut out = Vec::new();
+    header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+    header(kind::SETTINGS, flags::ACK, 0).write_with(&[], &mut out);
+    peer.send(&out);
+    while let Some((stream, fields)) = peer.headers() {
+        let path = fields
+            .lines()
+            .find_map(|line| line.strip_prefix(":path: "))
+            .expect("a path");
+        let (mut block, mut out) = (Vec::new(), Vec::new());
+        encode::field(b":status", b"200", false, &mut block);
+        headers_of(stream, false, None, &block, 16_384, &mut out);
+        header(kind::DATA, flags::END_STREAM, stream).write_with(path.as_bytes(), &mut out);
+        peer.send(&out);
+    }
+}
+
+fn h2_server(world: &World) {
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    world.server(move |socket| serve(accept(config.clone(), socket)));
+}
+
+fn h2_client(world: &World) -> Peer<crate::world::TlsClient> {
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Peer::client(world.client_with(config, NAME))
+}
+
+#[test]
+fn allowed_and_denied_streams_share_a_connection() {
+    let world = World::new(http_rules(&["/a/.*"]));
+    h2_server(&world);
+    let mut client = h2_client(&world);
+    for (stream, path, status) in [(1, "/a/1", 200), (3, "/b", 403), (5, "/a/2", 200)] {
+        client.request(stream, "GET", path, &[]);
+        let (of, fields) = client.headers().expect("a response");
+        assert_eq!(of, stream);
+        assert!(fields.starts_with(&format!(":status: {status}\n")), "{fields}");
+        if status == 200 {
+            assert_eq!(client.content(), path);
+        }
+    }
+    let view = world
+        .proxy
+        .connections(10)
+        .into_iter()
+        .next()
+        .expect("a connection");
+    assert_eq!((view.protocol, view.requests), ("h2", 3));
+    let stats = world.proxy.stats();
+    assert_eq!((stats.requests, stats.denied), (3, 1));
+    let record = world.record("the denied request", |record| {
+        record.verdict != palisade_inspect::record::Verdict::Forwarded
+    });
+    assert!(
+        matches!(record.what, What::HttpRequest { version: 2, url, .. } if url.bytes() == b"https://api.example.test/b")
+    );
+}
+
+#[test]
+fn a_server_that_cannot_be_reached_is_said_in_words() {
+    let world = World::new(http_rules(&["/a", "/pkg.Service/Method"]));
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a listener").local_addr();
+    world.set_server(closed.expect("an address"));
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/a", &[]);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(
+        fields.contains(":status: 503\n") && fields.contains("x-palisade-error: connection refused"),
+        "{fields}"
+    );
+    assert!(client.content().contains("connection refused"));
+    let mut client = h2_client(&world);
+    client.request(
+        1,
+        "POST",
+        "/pkg.Service/Method",
+        &[("content-type", "application/grpc"), ("te", "trailers")],
+    );
+    let (_, fields) = client.headers().expect("a response");
+    assert!(
+        fields.contains("grpc-status: 14\ngrpc-message: connection refused"),
+        "{fields}"
+    );
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/denied", &[]);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(fields.contains(":status: 403\n"), "{fields}");
+}
+
+#[test]
+fn a_connection_that_is_no_longer_intercepted_gets_a_goaway() {
+    let world = World::new(http_rules(&["/a"]));
+    h2_server(&world);
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/a", &[]);
+    client.headers().expect("a response");
+    assert_eq!(client.content(), "/a");
+    *world.flows.request.lock().expect("the flows") = None;
+    world.proxy.recheck();
+    let mut kinds = Vec::new();
+    while let Some((header, _)) = client.next() {
+        kinds.push(header.kind);
+    }
+    assert!(kinds.contains(&kind::GOAWAY), "{kinds:?}");
+}
+
+#[test]
+fn http2_without_tls_is_known_by_its_preface() {
+    let mut set = http_rules(&["/a"]);
+    (set.terminating_tls, set.originating_tls) = (None, None);
+    let world = World::new(set);
+    world.server(serve);
+    let mut client = Peer::client(world.socket());
+    client.request(1, "GET", "/a", &[]);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(fields.starts_with(":status: 200\n"), "{fields}");
+    client.request(3, "GET", "/b", &[]);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(fields.starts_with(":status: 403\n"), "{fields}");
+}
