@@ -67,6 +67,17 @@ impl ProxyLinks {
         self.ifindexes
     }
 
+    /// Sets a node's end up again.
+    ///
+    /// # Errors
+    /// [`AttachError`] if the kernel refuses.
+    pub fn set_up(&self, ifindex: u32) -> Result<()> {
+        set_up(ifindex).map_err(|source| AttachError::Syscall {
+            name: format!("interface {ifindex}"),
+            source,
+        })
+    }
+
     /// Returns whether both node's ends still exist. An end is gone if it or its namespace was deleted.
     ///
     /// # Errors

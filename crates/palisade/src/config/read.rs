@@ -55,11 +55,16 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     };
     let namespaces = namespaces(root.tables("namespace"));
     let mut taken = Taken::default();
-    for end in ["0", "1"] {
+    for (end, link) in [
+        ("0", "the punt link"),
+        ("1", "the punt link"),
+        ("pi", "a proxy link"),
+        ("pe", "a proxy link"),
+    ] {
         let name = format!("{}{end}", config.worker.interface);
         taken
             .interfaces
-            .insert(name, "the punt link ([worker] interface)".to_owned());
+            .insert(name, format!("{link} ([worker] interface)"));
     }
     for address in &config.node.addresses {
         taken
@@ -435,12 +440,12 @@ fn worker(section: Section<'_, '_>) -> Worker {
         fits
     });
     let interface = section.string("interface").map(|at| {
-        // Of the 15 bytes of an interface name, one is reserved for the digit of the link's end.
-        if at.value.len() > 14 || !is_interface_name(&at.value) {
+        // Of the 15 bytes of an interface name, two are reserved for the end of a proxy link.
+        if at.value.len() > 13 || !is_interface_name(&at.value) {
             section.error_at(
                 at.offset,
                 format!(
-                    "'{}' cannot be the beginning of an interface's name (at most 14 bytes)",
+                    "'{}' cannot be the beginning of an interface's name (at most 13 bytes)",
                     at.value
                 ),
             );

@@ -29,6 +29,7 @@ use super::{
     netfilter,
     network::{self, Network},
     policies::{Event, PolicyFiles},
+    proxy_link::{self, ProxyLink},
     state::{NODE, StateFile},
     sweeper::Interval,
     view::{Shared, View},
@@ -66,6 +67,7 @@ pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
     pub(super) sweep: Interval,
     pub(super) workers: Workers,
+    pub(super) proxy_link: ProxyLink,
     pub(super) activity: Arc<ControlActivity>,
     pub(super) started: Instant,
     /// Number of changes that were put in force.
@@ -324,12 +326,16 @@ impl Control {
     }
 
     fn repair_punt_link(&mut self) {
-        if self.workers.repair(&self.datapath, &self.network)
+        let punt_link = self.workers.repair(&self.datapath, &self.network);
+        let proxy_link = self
+            .proxy_link
+            .repair(&self.config, &self.datapath, &self.network);
+        if (punt_link || proxy_link)
             && let Err(problem) = self.write_datapath_config()
         {
             error!(
                 error = format!("{problem:#}"),
-                "the punt link cannot be written into the datapath configuration"
+                "the punt link and the proxy links cannot be written into the datapath configuration"
             );
         }
     }
@@ -444,9 +450,9 @@ impl Control {
         // If a forwarded packet enters or leaves by an interface with programs, these programs check it (reason 219).
         // Only a packet between two interfaces without programs needs the forward chain, so the chain is written only
         // if an interface has no programs.
-        let punt_link = [0, 1].map(|end| format!("{}{end}", self.config.worker.interface));
+        let own_interfaces = proxy_link::own_interfaces(&self.config);
         guarded.forwards |= self.network.links.iter().any(|(name, ifindex)| {
-            name != "lo" && !punt_link.contains(name) && !guarded.enforced.contains(ifindex)
+            name != "lo" && !own_interfaces.contains(name) && !guarded.enforced.contains(ifindex)
         });
         let inventory = self.enforcer.compiler.inventory();
         let (nodes, workloads): (Vec<_>, Vec<_>) = inventory
@@ -495,6 +501,7 @@ impl Control {
             ..DatapathConfig::default()
         };
         self.workers.fill_datapath_config(&mut datapath_config);
+        self.proxy_link.fill_datapath_config(&mut datapath_config);
         self.datapath.set_config(&datapath_config)?;
         Ok(())
     }

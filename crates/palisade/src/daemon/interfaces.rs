@@ -95,7 +95,7 @@ impl Interfaces {
         let kernel = attached(datapath);
         let found = self.find(network, &kernel);
         let (guarded, mut changed) = self.release(datapath, kernel, &found);
-        if let Err(problem) = self.update_others(datapath, network, &found) {
+        if let Err(problem) = self.update_others(datapath, network, config, &found) {
             error!(
                 error = %problem,
                 "the list of unguarded interfaces cannot be written; packets that enter by new ones are dropped"
@@ -229,8 +229,11 @@ impl Interfaces {
         &mut self,
         datapath: &Datapath,
         network: &Network,
+        config: &Config,
         found: &BTreeMap<String, u32>,
     ) -> Result<(), palisade_datapath::AttachError> {
+        // No packet of a proxy link is forwarded unless `palisade_proxy` has redirected it.
+        let proxy_links = palisade_datapath::proxy_link_names(&config.worker.interface);
         let wanted: BTreeSet<u32> = found.values().copied().collect();
         let workloads: BTreeSet<u32> = found
             .iter()
@@ -240,9 +243,9 @@ impl Interfaces {
         let above = network.above(&workloads);
         let others: BTreeMap<u32, bool> = network
             .links
-            .values()
-            .filter(|ifindex| !wanted.contains(ifindex))
-            .map(|ifindex| (*ifindex, above.contains(ifindex)))
+            .iter()
+            .filter(|(name, ifindex)| !wanted.contains(ifindex) && !proxy_links.contains(name))
+            .map(|(_, ifindex)| (*ifindex, above.contains(ifindex)))
             .collect();
         if self.others.as_ref() != Some(&others) {
             datapath.set_others(self.others.as_ref(), &others)?;

@@ -26,6 +26,7 @@ mod netfilter;
 mod network;
 mod policies;
 mod private_dirs;
+mod proxy_link;
 mod reload;
 mod selector_text;
 mod startup;

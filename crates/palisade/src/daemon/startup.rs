@@ -42,6 +42,7 @@ use super::{
     network::{self, Network},
     policies::PolicyFiles,
     private_dirs,
+    proxy_link::{self, ProxyLink},
     state::StateFile,
     sweeper::{self, Interval},
     watchdog::{ControlActivity, feed_watchdog},
@@ -202,6 +203,7 @@ fn fill(
     let (workers, output) = Workers::start(&config, &datapath, sni_index, move || {
         drop(ended.send(Message::WorkerEnded));
     })?;
+    let proxy_link = ProxyLink::start(proxy_link::ENABLED, &config, &datapath, &watched.network);
     let mut control = Control {
         state,
         enforcer,
@@ -217,6 +219,7 @@ fn fill(
         shared: Arc::default(),
         sweep: Interval::new(config.timeouts.sweep),
         workers,
+        proxy_link,
         activity: Arc::<ControlActivity>::default(),
         started,
         changes: 0,

@@ -65,6 +65,7 @@ impl Control {
             }
         }
         missing.extend(self.workers.missing());
+        missing.extend(self.proxy_link.missing());
         let mut warnings = self.notes.clone();
         warnings.extend(self.start_notes.iter().cloned());
         if let Some(problem) = self.state.keeper.problem() {

@@ -1,0 +1,138 @@
+//! Makes and repairs the proxy links, over which the packets of intercepted connections go to the proxy.
+
+use std::sync::Arc;
+
+use palisade_abi::{Config as DatapathConfig, Inspector};
+use palisade_datapath::{Datapath, ProxyLinks, proxy_link_names};
+use tracing::{error, info, warn};
+
+use super::network::Network;
+use crate::config::Config;
+
+/// Whether the daemon makes proxy links. Without them, connections that a rule requires to be terminated are dropped
+/// (217).
+pub(super) const ENABLED: bool = false;
+/// Largest MTU of the links, bytes: every Ethernet network carries packets of this size.
+const MAX_MTU: u32 = 1_500;
+
+/// Returns the names of Palisade's own interfaces: both ends of the punt link, and the node's ends of the proxy links.
+pub(super) fn own_interfaces(config: &Config) -> [String; 4] {
+    let name = &config.worker.interface;
+    let [ingress, egress] = proxy_link_names(name);
+    [format!("{name}0"), format!("{name}1"), ingress, egress]
+}
+
+/// The proxy links of the daemon.
+#[derive(Debug, Default)]
+pub(super) struct ProxyLink {
+    /// Name of the punt link without the digit of its end; `None` if no links are wanted.
+    name: Option<String>,
+    links: Option<Arc<ProxyLinks>>,
+    problem: Option<String>,
+}
+
+impl ProxyLink {
+    /// Makes the links if they are wanted. If that fails, [`Self::repair`] tries again; until then the programs drop
+    /// packets of intercepted flows.
+    pub(super) fn start(is_wanted: bool, config: &Config, datapath: &Datapath, network: &Network) -> Self {
+        let mut made = Self {
+            name: is_wanted.then(|| config.worker.interface.clone()),
+            ..Self::default()
+        };
+        made.make(config, datapath, network);
+        made
+    }
+
+    /// Makes the links anew if one of them was deleted or moved, or could not be made before, and sets an end up that
+    /// was set down. Returns whether the links are new: their indexes must then be written into the datapath
+    /// configuration, and the proxy needs listeners in the new namespaces.
+    pub(super) fn repair(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
+        let Some(name) = &self.name else { return false };
+        if let Some(links) = &self.links {
+            let ends = proxy_link_names(name).into_iter().zip(links.ifindexes());
+            let exist = ends
+                .clone()
+                .all(|(end, ifindex)| network.links.get(&end) == Some(&ifindex));
+            if exist {
+                for (end, ifindex) in ends.filter(|(_, ifindex)| network.down.contains(ifindex)) {
+                    match links.set_up(ifindex) {
+                        Ok(()) => info!(interface = end, "an end of a proxy link was down and is set up"),
+                        Err(problem) => {
+                            warn!(interface = end, error = %problem, "an end of a proxy link is down")
+                        }
+                    }
+                }
+                return false;
+            }
+            // The namespaces of the former links must be gone before new ones have the names.
+            self.links = None;
+        }
+        self.make(config, datapath, network)
+    }
+
+    /// Makes the links. Returns whether that succeeded.
+    fn make(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
+        let Some(name) = &self.name else { return false };
+        match datapath.proxy_links(name, mtu(config, network)) {
+            Ok(links) => {
+                info!(
+                    interfaces = proxy_link_names(name).join(", "),
+                    "the proxy links are made"
+                );
+                self.links = Some(Arc::new(links));
+                self.problem = None;
+                true
+            }
+            Err(problem) => {
+                let problem = problem.to_string();
+                if self.problem.as_ref() != Some(&problem) {
+                    error!(
+                        error = problem,
+                        "the proxy links cannot be made; intercepted connections are dropped"
+                    );
+                }
+                self.problem = Some(problem);
+                false
+            }
+        }
+    }
+
+    /// Fills in the fields of the datapath configuration that concern the proxy: the links, and that TLS termination is
+    /// available. Without links it is still available, and the packets are dropped with their own reason (253).
+    pub(super) fn fill_datapath_config(&self, config: &mut DatapathConfig) {
+        if self.name.is_none() {
+            return;
+        }
+        config.inspectors |= 1 << Inspector::TlsTerminate as u32;
+        config.proxy_ifindex = self.links.as_ref().map_or([0; 2], |links| links.ifindexes());
+    }
+
+    /// Returns the links, for the proxy.
+    #[allow(dead_code, reason = "the daemon does not start the proxy yet")]
+    pub(super) fn links(&self) -> Option<Arc<ProxyLinks>> {
+        self.links.clone()
+    }
+
+    /// Returns why there are no links; `None` if there are, or none are wanted.
+    pub(super) fn missing(&self) -> Option<String> {
+        let problem = self.problem.as_ref()?;
+        Some(format!(
+            "no proxy links, intercepted connections are dropped: {problem}"
+        ))
+    }
+}
+
+/// Returns the largest MTU that every configured interface has.
+fn mtu(config: &Config, network: &Network) -> u32 {
+    let names = config
+        .interfaces
+        .iter()
+        .map(|interface| &interface.name)
+        .chain(config.endpoints.iter().map(|endpoint| &endpoint.interface));
+    names
+        .filter_map(|name| network.mtus.get(&network.ifindex(name)?))
+        .copied()
+        .min()
+        .unwrap_or(MAX_MTU)
+        .min(MAX_MTU)
+}
