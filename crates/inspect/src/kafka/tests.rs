@@ -518,6 +518,93 @@ fn pipelined_requests_get_responses_in_order() {
 }
 
 #[test]
+fn requests_with_the_same_correlation_id_get_responses_in_order() {
+    let mut talk = Talk::new();
+    let fine = [produce(1, 1, &["a"], 3), fetch(1, (0, -1), &["b"])].concat();
+    talk.client(&[&fine[..], &produce(1, 1, &["x"], 3)].concat());
+    assert_eq!(talk.got[0], fine);
+    let answers = [response(1, 30), fetched(1, 0)];
+    talk.server(&answers[0]);
+    assert_eq!(talk.got[1], answers[0]);
+    talk.server(&answers[1]);
+    let denied = talk.got[1].strip_prefix(&answers.concat()[..]).unwrap();
+    let mut fields = Fields(denied);
+    assert_eq!((fields.i32(), fields.i32(), fields.i32()), (49, 1, 1));
+    assert_eq!(fields.text(), "x");
+}
+
+/// A long response flows while a denied request waits behind it.
+#[test]
+fn a_denied_request_waits_for_the_end_of_a_response() {
+    for length in [300, 3_000, 300_000] {
+        let mut talk = Talk::new();
+        let (fine, answer) = (fetch(1, (0, -1), &["b"]), response(1, length));
+        talk.client(&[&fine[..], &produce(2, 1, &["x"], 3)].concat());
+        talk.server(&answer[..answer.len() - 1]);
+        assert_eq!(talk.got[1], answer[..answer.len() - 1], "{length}");
+        talk.server(&answer[answer.len() - 1..]);
+        let denied = talk.got[1].strip_prefix(&answer[..]).unwrap();
+        assert_eq!(Fields(&denied[4..]).i32(), 2, "{length}");
+        assert!(!talk.reset);
+    }
+}
+
+/// The server stops within a response. The response to the denied request behind it must not continue that one.
+#[test]
+fn a_denied_request_behind_a_response_without_an_end_resets_the_connection() {
+    let mut talk = Talk::new();
+    let (fine, answer) = (fetch(1, (0, -1), &["b"]), response(1, 3_000));
+    talk.client(&[&fine[..], &produce(2, 1, &["x"], 3)].concat());
+    talk.server(&answer[..1_000]);
+    talk.engine.tick(60_000, &mut talk.out);
+    talk.deliver();
+    assert!(talk.got[1] == answer[..1_000] && talk.reset);
+}
+
+#[test]
+fn a_client_that_has_closed_its_half_gets_its_response() {
+    let mut talk = Talk::new();
+    let request = fetch(1, (0, -1), &["b"]);
+    talk.put(Side::Client, ACK | FIN, &request);
+    assert_eq!((&talk.got[0], talk.closed[1]), (&request, true));
+    talk.put(Side::Server, ACK, b"");
+    talk.server(&response(1, 3_000));
+    assert_eq!(talk.got[1], response(1, 3_000));
+    talk.put(Side::Server, ACK | FIN, b"");
+    assert_eq!((talk.closed, talk.reset), ([true, true], false));
+}
+
+#[test]
+fn a_denied_request_with_a_fin_gets_its_response_and_is_not_forwarded() {
+    let mut talk = Talk::new();
+    talk.put(Side::Client, ACK | FIN, &produce(3, 1, &["x"], 3));
+    assert_eq!(talk.got[0], b"");
+    assert_eq!(Fields(&talk.got[1][4..]).i32(), 3);
+    talk.wait();
+    assert!(!talk.reset);
+}
+
+#[test]
+fn records_are_not_read() {
+    // Compressed records that end within a block, and ones with a length beyond the request.
+    for garbage in [
+        &b"\x1f\x8b\x08\xff\xff\xff"[..],
+        &[0xff; 61],
+        &[0x28, 0xb5, 0x2f, 0xfd, 0x80],
+    ] {
+        for (topic, passes) in [("a", true), ("x", false)] {
+            let mut request = produce(1, 1, &[topic], 400);
+            let at = request.len() - 400;
+            request[at..at + garbage.len()].copy_from_slice(garbage);
+            let mut talk = Talk::new();
+            talk.client(&request);
+            assert_eq!(talk.got[0] == request, passes, "{topic}");
+            assert!(!talk.reset);
+        }
+    }
+}
+
+#[test]
 fn a_denied_produce_request_without_acks_resets_the_connection() {
     let mut talk = Talk::new();
     talk.client(&produce(1, 0, &["a"], 3));

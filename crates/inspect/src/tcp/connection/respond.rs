@@ -60,7 +60,15 @@ impl<F> Connection<F> {
     /// that was sent.
     pub(super) fn retransmit_response<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         match std::mem::replace(&mut self.phase, Phase::Open) {
-            Phase::Responding(response) if response.again <= cx.now => self.respond(response, cx),
+            Phase::Responding(response) if response.again <= cx.now => {
+                let before = &self.halves[response.to.other()];
+                // The response would continue the message before it.
+                if before.judged > before.next {
+                    self.abort(response.reason, cx);
+                } else {
+                    self.respond(response, cx);
+                }
+            }
             Phase::Responded(mut response) if response.tries < TRIES && response.again <= cx.now => {
                 response.tries += 1;
                 response.holds_fin = false;
