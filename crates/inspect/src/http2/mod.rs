@@ -90,8 +90,7 @@ impl Filter {
     /// Ends the connection, for example because the policy no longer allows it. Appends a GOAWAY for both peers.
     pub fn goaway(&mut self, reason: Reason, out: &mut Output) {
         if self.end.is_none() {
-            self.connection
-                .goaway(ErrorCode::NoError, ErrorCode::NoError, out);
+            self.write_goaway(ErrorCode::NoError, ErrorCode::NoError, out);
             self.end = Some(ConnectionEnd { reason, error: None });
         }
     }
@@ -135,6 +134,13 @@ impl Filter {
         } = &self.connection;
         let of_peers = [client, server].map(|peer| peer.block.len() + peer.waiting.len());
         self.client.held() + self.server.held() + held.len() + of_peers.into_iter().sum::<usize>()
+    }
+
+    fn write_goaway(&mut self, client: ErrorCode, server: ErrorCode, out: &mut Output) {
+        // Without the preface the client does not speak HTTP/2.
+        if self.has_begun() {
+            self.connection.goaway(client, server, out);
+        }
     }
 
     const fn check_open(&self) -> Result<(), ConnectionEnd> {
@@ -210,7 +216,7 @@ impl Filter {
             Side::Client => (error.code(), ErrorCode::NoError),
             Side::Server => (ErrorCode::InternalError, error.code()),
         };
-        self.connection.goaway(client, server, out);
+        self.write_goaway(client, server, out);
         let end = ConnectionEnd {
             reason,
             error: Some((side, error)),

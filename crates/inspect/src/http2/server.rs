@@ -222,6 +222,7 @@ impl Connection {
         let (announced, least) = settings::rewrite(settings, false, before, &self.limits, &mut rewritten)?;
         self.server.announce(announced, least)?;
         header.write_with(&rewritten, &mut out.to_client);
+        out.to_client.append(&mut self.client.waiting);
         Ok(())
     }
 

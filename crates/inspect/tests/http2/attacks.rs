@@ -270,7 +270,7 @@ fn bytes_that_are_not_http2_end_the_connection() {
             Some((Side::Client, ParseError::Preface))
         );
         assert!(!link.filter.has_begun());
-        assert_eq!(link.server_gets(), ["GOAWAY 0 0"]);
+        assert_eq!((link.server_gets().len(), link.client_gets().len()), (0, 0));
     }
 }
 

@@ -395,11 +395,36 @@ fn the_first_frame_of_each_peer_is_settings() {
     for first in [ping, settings_ack(), get(1, "/public/a"), frame(99, 0, 0, &[])] {
         let mut link = Link::fresh(&Default::default());
         assert!(link.client(&[PREFACE, &first].concat()).is_err());
-        assert_eq!(got(&link.client_gets()), Goaway(ProtocolError));
+        // The first frame that the client gets is SETTINGS too.
+        assert_eq!(link.client_gets(), ["SETTINGS ", "GOAWAY 0 1"]);
         let mut link = Link::fresh(&Default::default());
+        link.client(&[PREFACE, &settings(&[])].concat()).unwrap();
+        link.out.to_server.clear();
         assert!(link.server(&first).is_err());
         assert_eq!(got(&link.server_gets()), Goaway(ProtocolError));
+        assert_eq!(link.client_gets(), ["SETTINGS ", "GOAWAY 0 2"]);
     }
+}
+
+#[test]
+fn a_response_of_the_filter_waits_for_the_settings_of_the_server() {
+    let mut link = Link::fresh(&Default::default());
+    let first = [
+        PREFACE,
+        &settings(&[]),
+        &get(1, "/secret"),
+        &request(3, false, "POST", "/secret", &[]),
+        &data(3, 9, true),
+    ];
+    link.client(&first.concat()).unwrap();
+    assert_eq!(link.out.to_client, []);
+    link.server(&settings(&[])).unwrap();
+    let lines = link.client_gets();
+    let kinds: Vec<&str> = lines.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(
+        kinds,
+        ["SETTINGS", "HEADERS", "HEADERS", "RST_STREAM", "WINDOW_UPDATE"]
+    );
 }
 
 #[test]
