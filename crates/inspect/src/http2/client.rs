@@ -16,7 +16,7 @@ use super::{
     context::{Buffers, Context, Output},
     respond::Refusal,
     settings,
-    streams::{Closed, Report, Stream},
+    streams::{Report, Stream},
 };
 use crate::{
     Side,
@@ -108,7 +108,13 @@ impl Connection {
             }
             None => {
                 self.drop_data(header.length, out);
-                return self.client_frame_on_closed(id, cx, out);
+                return match self.streams.count_drained(id, header.length) {
+                    Some(may_continue) => {
+                        self.drain_data(header, may_continue, out);
+                        Ok(())
+                    }
+                    None => self.client_frame_on_closed(id, cx, out),
+                };
             }
         };
         self.drop_data(header.length, out);
@@ -121,6 +127,21 @@ impl Connection {
         if length > 0 {
             self.client.window += i64::from(length);
             FrameHeader::window_update(0, length, self.client_out(out));
+        }
+    }
+
+    /// Lets the client send the rest of a refused request. Some clients (curl 7.88, httpx) lose the response if the
+    /// stream is reset, and others wait if the window of the stream is used up.
+    fn drain_data(&mut self, header: FrameHeader, may_continue: bool, out: &mut Output) {
+        let id = header.stream;
+        if header.has(flags::END_STREAM) {
+            self.streams.end_drain(id, true);
+        } else if !may_continue {
+            // The client need not send the rest of the request (RFC 9113, 8.1).
+            FrameHeader::rst_stream(id, ErrorCode::NoError, self.client_out(out));
+            self.streams.end_drain(id, false);
+        } else if header.length > 0 {
+            FrameHeader::window_update(id, header.length, self.client_out(out));
         }
     }
 
@@ -212,6 +233,12 @@ impl Connection {
             .decode(&self.client.block, self.limits.head.block, fields)?;
         self.updates.merge(updates);
         let id = open.stream;
+        if self.streams.end_drain(id, open.end_stream) {
+            if !open.end_stream {
+                FrameHeader::rst_stream(id, ErrorCode::ProtocolError, self.client_out(out));
+            }
+            return Ok(());
+        }
         if !self.streams.is_idle(id) {
             return match self.streams.open.get(&id) {
                 Some(stream) if stream.client_open => self.client_trailers(open, fields, block, cx, out),
@@ -503,7 +530,9 @@ impl Connection {
             return Err(ParseError::IdleStream);
         }
         let Some(stream) = self.streams.remove(id, true) else {
-            self.streams.close_by_client(id);
+            if !self.streams.end_drain(id, true) {
+                self.streams.close_by_client(id);
+            }
             return self.client.control(cx.now);
         };
         let responded = stream.responded;
@@ -573,15 +602,6 @@ impl Connection {
         if let Some(stream) = self.streams.remove_ended(id) {
             self.report_end(stream, cx);
         }
-    }
-
-    /// Marks a refused stream as closed. `ended`: whether the client has ended it.
-    pub(super) fn close_refused(&mut self, id: u32, ended: bool) {
-        self.streams.close(Closed {
-            id,
-            by_client: ended,
-            forwarded: false,
-        });
     }
 }
 

@@ -65,8 +65,8 @@ impl Http2Limits {
                 per_second: 200,
             },
             denials: Rate {
-                burst: 50_000,
-                per_second: 50_000,
+                burst: 100_000,
+                per_second: 100_000,
             },
             control: Rate {
                 burst: 10_000,

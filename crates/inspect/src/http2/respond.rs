@@ -7,7 +7,11 @@ use palisade_protocols::http2::{
 use super::{
     connection::{Connection, OpenBlock},
     context::{Context, Output},
+    streams::Closed,
 };
+
+/// Maximum number of bytes of a refused request that are read and dropped after its response.
+const DRAINED: u64 = 64 << 20;
 
 /// A response to a refused request.
 #[derive(Clone, Copy, Debug)]
@@ -92,8 +96,8 @@ impl Connection {
         if body.is_none() && content {
             self.reserve += text.len() as u32;
         }
-        let out = self.client_out(out);
-        headers_of(id, body.is_none(), None, &block, 16_384, out);
+        let to_client = self.client_out(out);
+        headers_of(id, body.is_none(), None, &block, 16_384, to_client);
         if let Some(text) = body {
             FrameHeader {
                 length: 0,
@@ -101,13 +105,19 @@ impl Connection {
                 flags: flags::END_STREAM,
                 stream: id,
             }
-            .write_with(text, out);
+            .write_with(text, to_client);
         }
-        if !open.end_stream {
-            // The client need not send the rest of the request (RFC 9113, 8.1).
-            FrameHeader::rst_stream(id, ErrorCode::NoError, out);
+        let is_drained = !open.end_stream && self.streams.drain(id, DRAINED, self.limits.streams);
+        if !is_drained {
+            if !open.end_stream {
+                FrameHeader::rst_stream(id, ErrorCode::NoError, self.client_out(out));
+            }
+            self.streams.close(Closed {
+                id,
+                by_client: open.end_stream,
+                forwarded: false,
+            });
         }
-        self.close_refused(id, open.end_stream);
         self.count_denial(cx)
     }
 

@@ -54,6 +54,8 @@ pub(super) struct Closed {
 #[derive(Debug, Default)]
 pub(super) struct Streams {
     pub(super) open: HashMap<u32, Stream>,
+    /// Streams with a response of the filter whose client still sends, and the number of bytes that it may send.
+    draining: HashMap<u32, u64>,
     closed: VecDeque<Closed>,
     /// Highest identifier that the client has used.
     pub(super) last: u32,
@@ -63,6 +65,36 @@ impl Streams {
     /// Returns whether the client has not used the identifier.
     pub(super) const fn is_idle(&self, id: u32) -> bool {
         id > self.last || id.is_multiple_of(2)
+    }
+
+    /// Keeps a refused stream until its client has sent `bytes` more bytes. Returns false if there are too many of them.
+    pub(super) fn drain(&mut self, id: u32, bytes: u64, most: u32) -> bool {
+        let fits = self.draining.len() < most as usize;
+        if fits {
+            self.draining.insert(id, bytes);
+        }
+        fits
+    }
+
+    /// Counts content of a refused stream. Returns `None` if the stream is not drained, and otherwise whether the client
+    /// may send more.
+    pub(super) fn count_drained(&mut self, id: u32, bytes: u32) -> Option<bool> {
+        let left = self.draining.get_mut(&id)?;
+        *left = left.saturating_sub(bytes.into());
+        Some(*left > 0)
+    }
+
+    /// Ends the draining of a refused stream. Returns whether the stream was drained.
+    pub(super) fn end_drain(&mut self, id: u32, by_client: bool) -> bool {
+        let was_drained = self.draining.remove(&id).is_some();
+        if was_drained {
+            self.close(Closed {
+                id,
+                by_client,
+                forwarded: false,
+            });
+        }
+        was_drained
     }
 
     pub(super) fn close(&mut self, closed: Closed) {
@@ -106,6 +138,8 @@ impl Streams {
     /// Returns whether the server can send frames on a stream that is not open. The client can have reset the stream
     /// while frames of the server were under way.
     pub(super) fn can_be_under_way(&self, id: u32) -> bool {
-        !self.is_idle(id) && self.closed(id).is_none_or(|closed| closed.forwarded)
+        !self.is_idle(id)
+            && !self.draining.contains_key(&id)
+            && self.closed(id).is_none_or(|closed| closed.forwarded)
     }
 }
