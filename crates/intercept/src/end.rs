@@ -13,6 +13,9 @@ use socket2::SockRef;
 /// Maximum number of decrypted bytes of one end that have no verdict yet. A message head must fit.
 pub(crate) const INPUT: usize = 64 << 10;
 
+/// Value of [`End::bypass`] for a stream that is not inspected any more.
+pub(crate) const FOREVER: u64 = u64::MAX;
+
 /// How the stream of an end has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
@@ -197,8 +200,21 @@ impl End {
     ///
     /// The caller must call [`Self::flush`] after an error too, because TLS can have queued an alert.
     pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> Result<bool, EndError> {
+        self.receive_for(scratch, None)
+    }
+
+    /// As [`Self::receive`], but bytes that are forwarded without inspection are queued for `other` at once.
+    pub(crate) fn receive_for(
+        &mut self,
+        scratch: &mut [u8],
+        other: Option<&mut Self>,
+    ) -> Result<bool, EndError> {
         // A record is at least as long as its plaintext, so this many bytes cannot exceed the limit of `input`.
-        let most = scratch.len().min(INPUT.saturating_sub(self.input.len()));
+        let most = if other.is_some() && self.input.is_empty() && self.bypass >= scratch.len() as u64 {
+            scratch.len()
+        } else {
+            scratch.len().min(INPUT.saturating_sub(self.input.len()))
+        };
         let Some(room) = scratch.get_mut(..most).filter(|room| !room.is_empty()) else {
             return Ok(false);
         };
@@ -228,15 +244,15 @@ impl End {
         // has been reported already.
         self.readable = n == most || self.read_closed;
         let bytes = scratch.get(..n).unwrap_or_default();
-        self.feed(bytes)?;
+        self.feed(bytes, other)?;
         Ok(true)
     }
 
     /// Handles bytes from the socket.
-    pub(crate) fn feed(&mut self, mut bytes: &[u8]) -> Result<(), EndError> {
+    pub(crate) fn feed(&mut self, mut bytes: &[u8], mut other: Option<&mut Self>) -> Result<(), EndError> {
         let Some(tls) = &mut self.tls else {
             self.received += bytes.len() as u64;
-            self.input.push(bytes);
+            take_in(bytes, &mut self.bypass, &mut self.input, other);
             return Ok(());
         };
         while !bytes.is_empty() {
@@ -251,7 +267,7 @@ impl End {
                     if n == 0 {
                         break;
                     }
-                    self.input.push(chunk);
+                    take_in(chunk, &mut self.bypass, &mut self.input, other.as_deref_mut());
                     self.received += n as u64;
                     reader.consume(n);
                 }
@@ -292,6 +308,18 @@ impl End {
                 let _ = self.flush();
                 return Err(error);
             }
+        }
+    }
+
+    /// Queues bytes for the peer without writing any to the socket.
+    fn queue(&mut self, bytes: &[u8]) {
+        self.sent += bytes.len() as u64;
+        match &mut self.tls {
+            // Writing to a buffer without a limit cannot fail.
+            Some(tls) => {
+                let _ = tls.writer().write_all(bytes);
+            }
+            None => self.out.push(bytes),
         }
     }
 
@@ -369,6 +397,22 @@ impl End {
         self.input.release();
         self.out.release();
     }
+}
+
+/// Queues bytes for the other end that are forwarded without inspection, and keeps the rest for the inspector.
+fn take_in(bytes: &[u8], bypass: &mut u64, input: &mut Buffer, other: Option<&mut End>) {
+    let n = match other {
+        Some(other) if input.is_empty() && *bypass > 0 => {
+            let n = bytes.len().min(usize::try_from(*bypass).unwrap_or(usize::MAX));
+            other.queue(bytes.get(..n).unwrap_or_default());
+            if *bypass != FOREVER {
+                *bypass -= n as u64;
+            }
+            n
+        }
+        _ => 0,
+    };
+    input.push(bytes.get(n..).unwrap_or_default());
 }
 
 fn would_block(error: &io::Error) -> bool {

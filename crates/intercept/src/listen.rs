@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
     sync::Arc,
     thread,
@@ -33,7 +33,7 @@ pub type Resolver = Arc<dyn Fn(SocketAddr) -> Option<SocketAddr> + Send + Sync>;
 /// A listener and the direction of the flows that arrive at it.
 pub(crate) struct Listener {
     pub(crate) direction: Direction,
-    pub(crate) socket: TcpListener,
+    pub(crate) socket: mio::net::TcpListener,
 }
 
 /// Creates one IPv4 and one IPv6 listener in each namespace for each of `threads`, and registers the first ones. The
@@ -111,7 +111,7 @@ fn listener(direction: Direction, address: SocketAddr, is_transparent: bool) -> 
     socket.listen(BACKLOG)?;
     Ok(Listener {
         direction,
-        socket: socket.into(),
+        socket: mio::net::TcpListener::from_std(socket.into()),
     })
 }
 

@@ -24,7 +24,7 @@ use crate::{
     listen::{Listener, Place, Resolver, listen},
     settings::{Flows, Listeners, Namespace, Options, Reports, Settings},
     stats::{Counters, Stats},
-    thread::{Shared, Show, Thread, WAKER},
+    thread::{Shared, Show, Thread, WAKER, register},
     tls::Contexts,
     upstreams::Upstream,
     view::ConnectionView,
@@ -154,8 +154,9 @@ impl Proxy {
             threads: Vec::new(),
             addresses,
         };
-        for (number, listeners) in lists.into_iter().enumerate() {
+        for (number, mut listeners) in lists.into_iter().enumerate() {
             let poll = Poll::new()?;
+            register(&mut listeners, &poll)?;
             let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
             let state = Arc::new(State::default());
             let (shows, requests) = channel();
@@ -342,7 +343,7 @@ fn supervise(
     while !shared.stop.load(Ordering::Acquire) {
         let started = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let mut thread = Thread::new(shared, number, &state.counters, shows, listeners, &poll)?;
+            let mut thread = Thread::new(shared, number, &state.counters, shows, listeners);
             state.is_running.store(true, Ordering::Relaxed);
             thread.run(&mut poll)
         }));

@@ -39,7 +39,7 @@ const ACCEPTS: usize = 256;
 /// Time after which a listener is read again if the process has no file descriptor left, ms.
 const ACCEPT_PAUSE: Millis = 100;
 /// Size of the buffer for bytes from sockets.
-const SCRATCH: usize = 64 << 10;
+const SCRATCH: usize = 128 << 10;
 /// Maximum number of log lines per second.
 const LOG_LINES: u32 = 10;
 
@@ -73,13 +73,24 @@ impl Shared {
     }
 }
 
+/// Registers the listeners of a thread, once for all of its runs: a registration ends only with the last descriptor of a
+/// socket, and the listeners stay open when a run fails.
+pub(crate) fn register(listeners: &mut [Listener], poll: &Poll) -> io::Result<()> {
+    for (index, listener) in listeners.iter_mut().enumerate() {
+        let token = Token(LISTENERS - index);
+        poll.registry()
+            .register(&mut listener.socket, token, Interest::READABLE)?;
+    }
+    Ok(())
+}
+
 /// One run of a thread.
 pub(crate) struct Thread<'a> {
     shared: &'a Shared,
     number: usize,
     counters: &'a Counters,
     shows: &'a Receiver<Show>,
-    listeners: Vec<(Direction, mio::net::TcpListener)>,
+    listeners: &'a [Listener],
     connections: Slab<Connection>,
     /// Number of connections of each endpoint.
     of_endpoint: HashMap<u16, usize>,
@@ -110,22 +121,14 @@ impl<'a> Thread<'a> {
         number: usize,
         counters: &'a Counters,
         shows: &'a Receiver<Show>,
-        listeners: &[Listener],
-        poll: &Poll,
-    ) -> io::Result<Self> {
-        let mut own = Vec::new();
-        for (index, listener) in listeners.iter().enumerate() {
-            let mut socket = mio::net::TcpListener::from_std(listener.socket.try_clone()?);
-            poll.registry()
-                .register(&mut socket, Token(LISTENERS - index), Interest::READABLE)?;
-            own.push((listener.direction, socket));
-        }
-        Ok(Self {
+        listeners: &'a [Listener],
+    ) -> Self {
+        Self {
             shared,
             number,
             counters,
             shows,
-            listeners: own,
+            listeners,
             connections: Slab::new(),
             of_endpoint: HashMap::new(),
             deadlines: BTreeSet::new(),
@@ -142,7 +145,7 @@ impl<'a> Thread<'a> {
             scratch: Scratch::default(),
             bytes: vec![0; SCRATCH].into_boxed_slice(),
             log: (0, LOG_LINES),
-        })
+        }
     }
 
     fn now(&self) -> Millis {
@@ -316,12 +319,11 @@ impl<'a> Thread<'a> {
                     self.accept_at = Some(now);
                     break;
                 }
-                let Some((direction, listener)) = self.listeners.get(index) else {
+                let Some(listener) = self.listeners.get(index) else {
                     break;
                 };
-                let direction = *direction;
-                match listener.accept() {
-                    Ok((socket, client)) => self.take(direction, socket, client, poll, now),
+                match listener.socket.accept() {
+                    Ok((socket, client)) => self.take(listener.direction, socket, client, poll, now),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error)
                         if matches!(

@@ -145,7 +145,7 @@ impl Connection {
                     let early = std::mem::take(&mut self.client.input);
                     self.client.received = 0;
                     let processed = self.client.process_buffered();
-                    if let Err(error) = processed.and_then(|()| self.client.feed(early.bytes())) {
+                    if let Err(error) = processed.and_then(|()| self.client.feed(early.bytes(), None)) {
                         self.client_failed(&words(&error), cx);
                         self.close_after_answer(cx.now);
                     }
@@ -194,7 +194,10 @@ impl Connection {
         let is_secure = self.set.terminating_tls.is_some() || self.set.originating_tls.is_some();
         let alpn = self.client.tls.as_ref().and_then(|tls| tls.alpn_protocol());
         self.protocol = match (self.reads_http(), alpn) {
-            (false, _) => Protocol::Bytes,
+            (false, _) => {
+                self.stop_inspection();
+                Protocol::Bytes
+            }
             (true, Some(b"h2")) => Protocol::http2(cx.settings, is_secure),
             (true, None) if self.client.tls.is_none() => Protocol::Unknown,
             (true, _) => Protocol::http1(&self.context, is_secure),

@@ -16,7 +16,7 @@ use palisade_protocols::{
 use super::{Connection, Cx, Phase, Step, Stop, hello::host_name};
 use crate::{
     answer,
-    end::{EndError, Ending, INPUT},
+    end::{EndError, Ending, FOREVER, INPUT},
     failure::{Failure, FailureKind},
     protocol::Protocol,
     settings::Reports,
@@ -65,11 +65,11 @@ impl Connection {
         let (Some(own), other) = self.ends(side) else {
             return Ok(false);
         };
-        if !own.can_receive() || other.is_some_and(|other| other.is_blocked()) {
+        if !own.can_receive() || other.as_ref().is_some_and(|other| other.is_blocked()) {
             return Ok(false);
         }
         let before = own.received;
-        let result = own.receive(cx.bytes);
+        let result = own.receive_for(cx.bytes, other);
         let counter = match side {
             Side::Client => &cx.counters.bytes_from_clients,
             Side::Server => &cx.counters.bytes_from_servers,
@@ -213,12 +213,13 @@ impl Connection {
             }
             StreamAction::Bypass(n) => {
                 let now = n.min(available as u64);
-                own.bypass = n - now;
+                own.bypass = if n == FOREVER { n } else { n - now };
                 self.forward(side, now as usize, None, cx)?;
                 Ok(n > 0)
             }
             StreamAction::Offload => {
                 self.offloaded = true;
+                self.stop_inspection();
                 Ok(true)
             }
             StreamAction::Abort(_) => Err(Stop::Reset),
@@ -237,11 +238,11 @@ impl Connection {
         };
         let bytes = own.input.bytes();
         let is_ended = own.eof.is_some();
-        if self.offloaded || own.bypass > 0 {
-            return match (bytes.len(), own.bypass) {
-                (0, _) => StreamAction::Forward(0),
-                (all, 0) => StreamAction::Forward(all),
-                (_, bypass) => StreamAction::Bypass(bypass),
+        if own.bypass > 0 {
+            return if bytes.is_empty() {
+                StreamAction::Forward(0)
+            } else {
+                StreamAction::Bypass(own.bypass)
             };
         }
         let session = match &mut self.protocol {
@@ -264,6 +265,14 @@ impl Connection {
             &mut cx.scratch.stream,
             &mut record,
         )
+    }
+
+    /// Forwards all further bytes of both sides without inspection.
+    pub(super) fn stop_inspection(&mut self) {
+        self.client.bypass = FOREVER;
+        if let Some(server) = &mut self.server {
+            server.bypass = FOREVER;
+        }
     }
 
     /// Sends the answer in the server's place once the response before it is complete.

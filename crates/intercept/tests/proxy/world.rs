@@ -273,6 +273,7 @@ impl World {
                 let serve = Arc::clone(&serve);
                 thread::spawn(move || {
                     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                    socket.set_nodelay(true).expect("the option");
                     serve(socket);
                 });
             }
