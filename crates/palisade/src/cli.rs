@@ -351,6 +351,7 @@ deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
   palisade policy trace --from default/a --to 192.0.2.53 --dns api.example.com
   palisade policy trace --from default/a --to default/b --http 'GET /items?id=1' --header 'X-Team: blue'
   palisade policy trace --from default/a --to 192.0.2.7 --sni api.example.com
+  palisade policy trace --from default/a --to 192.0.2.7 --sni api.example.com --http 'GET https://api.example.com/x'
   palisade policy trace --from default/a --to default/broker --kafka 'produce orders' --client-id shop
   palisade policy trace --from default/a --to-fqdn api.example.com --port 443
   palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
@@ -395,13 +396,15 @@ pub(crate) struct TraceArgs {
     /// Name that the packet queries in DNS (without --port and --protocol: 53/udp).
     #[arg(long, value_name = "NAME", conflicts_with_all = ["http", "sni", "kafka"])]
     pub dns: Option<String>,
-    /// HTTP request on the connection: 'GET /x' or 'GET http://host/x' (without --port and --protocol: 80/tcp).
-    #[arg(long, value_name = "REQUEST", conflicts_with_all = ["sni", "kafka"])]
+    /// HTTP request on the connection: 'GET /x' or 'GET http://host/x' (without --port and --protocol: 80/tcp, with
+    /// https or --sni 443/tcp).
+    #[arg(long, value_name = "REQUEST", conflicts_with = "kafka")]
     pub http: Option<String>,
     /// A header of the HTTP request.
     #[arg(long = "header", value_name = "NAME: VALUE", requires = "http")]
     pub headers: Vec<String>,
     /// Server name in the TLS ClientHello; '' for a ClientHello without one (without --port and --protocol: 443/tcp).
+    /// With --http: of the intercepted connection that has the request.
     #[arg(long, value_name = "NAME", conflicts_with = "kafka")]
     pub sni: Option<String>,
     /// Kafka request: an API key by name or number, perhaps with a version, then its topics: 'metadata',

@@ -210,6 +210,31 @@ spec:
 ";
 
 #[test]
+fn trace_decides_requests_inside_tls() {
+    let policy = READ.replace(
+        "serverNames: ['*.example.com']",
+        "serverNames: ['*.example.com']\n      terminatingTLS: {secret: {name: s}}\n      rules: {http: [{method: GET}]}",
+    );
+    let dir = folder(&[("web.yaml", &policy), ("p.toml", CONFIG)]);
+    let trace = |args: &[&str]| {
+        let ends = ["--from", "default/front", "--to", "default/web"];
+        let policies = ["policy", "trace", "--config", "p.toml", "--policies", "web.yaml"];
+        texts(&palisade(dir.path(), &[&policies[..], &ends, args].concat())).1
+    };
+    // Without an inspector or with one, the request and the port are those of TLS.
+    for request in ["GET /x", "GET https://api.example.com/x"] {
+        let answer = trace(&["--http", request, "--sni", "api.example.com"]);
+        assert!(answer.starts_with("TCP port 443, GET "), "{answer}");
+        assert!(
+            answer.contains("at the server name api.example.com\n"),
+            "{answer}"
+        );
+    }
+    let answer = trace(&["--http", "GET https://api.example.com/x"]);
+    assert!(answer.starts_with("TCP port 443, GET "), "{answer}");
+}
+
+#[test]
 fn trace_decides_requests_and_server_names() {
     let dir = folder(&[("web.yaml", READ), ("p.toml", CONFIG)]);
     let trace = |args: &[&str]| {
@@ -297,7 +322,7 @@ fn trace_decides_requests_and_server_names() {
     assert_eq!(code, Some(4));
     assert!(error.contains("like 'GET /x' or 'GET http://host/x'"), "{error}");
     for args in [
-        &["--http", "GET /x", "--sni", "a"][..],
+        &["--http", "GET /x", "--kafka", "fetch"][..],
         &["--header", "A: b", "--port", "80"],
         &["--dns", "a", "--http", "GET /x"],
     ] {

@@ -21,7 +21,7 @@ use serde::Deserialize;
 use crate::{
     compile::possible_conflicts,
     compile::{Changes, Compiler, CompilerState, FileContent},
-    l7::decide,
+    l7::{accepts_hello, decide},
     parse::{parse_rules_json, yaml_to_json},
 };
 
@@ -514,6 +514,11 @@ fn outcome(
             };
             if request.is_empty() {
                 return (format!("l7:{}", inspector_name(set.reads)), entry.rule, None);
+            }
+            match accepts_hello(set, request) {
+                Some(true) => return (format!("l7:{}", inspector_name(set.reads)), entry.rule, None),
+                Some(false) => return (denied(), entry.rule, None),
+                None => {}
             }
             if set.reads != request.inspector() {
                 return (

@@ -58,12 +58,8 @@ pub fn passing<'a>(set: &'a RuleSet, request: &Request) -> Option<&'a Alternativ
 /// not necessarily the same; the result is the alternative for the path as sent.
 #[must_use]
 pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Option<&'a Alternative> {
-    if !set.server_names.is_empty()
-        && let Some(name) = &request.tls
-        && !set
-            .server_names
-            .iter()
-            .any(|pattern| server_name_matches(pattern, name))
+    if let Some(name) = &request.tls
+        && !allows_server_name(set, name)
     {
         return None;
     }
@@ -97,6 +93,30 @@ pub fn passing_as<'a>(set: &'a RuleSet, request: &Request, paths: Paths) -> Opti
     Some(found)
 }
 
+/// Returns whether `serverNames` beside rules of another protocol allow a name.
+fn allows_server_name(set: &RuleSet, name: &str) -> bool {
+    set.server_names.is_empty()
+        || set
+            .server_names
+            .iter()
+            .any(|pattern| server_name_matches(pattern, name))
+}
+
+/// Returns whether the proxy accepts a ClientHello of which only the server name is described, to inspect the requests
+/// inside TLS; `None` if the request is another one or the rule set does not inspect requests inside TLS.
+pub(crate) fn accepts_hello(set: &RuleSet, request: &Request) -> Option<bool> {
+    let inside = set.terminating_tls.is_some() && set.reads != Inspector::Tls as u8;
+    match request {
+        Request {
+            http: None,
+            dns: None,
+            kafka: None,
+            tls: Some(name),
+        } if inside => Some(allows_server_name(set, name)),
+        _ => None,
+    }
+}
+
 /// Returns the first alternative that matches the request. `path` replaces the path of the request; `None` if there is
 /// no path or it cannot be resolved.
 fn first_match<'a>(set: &'a RuleSet, request: &Request, path: Option<&[u8]>) -> Option<&'a Alternative> {
@@ -113,7 +133,8 @@ fn applies(matcher: &Matcher, set: &RuleSet) -> bool {
         Matcher::Everything => true,
         Matcher::Http(_) => read(Inspector::Http),
         Matcher::Dns(_) => read(Inspector::Dns),
-        Matcher::ServerName(_) => read(Inspector::Tls) || set.terminating_tls.is_some(),
+        // Inside TLS, the rules for the protocol decide alone.
+        Matcher::ServerName(_) => read(Inspector::Tls),
         Matcher::Kafka(_) => read(Inspector::Kafka),
         Matcher::Generic { .. } => read(Inspector::Listener),
     }

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::{
     compile::Compiler,
-    l7::{decide, name_matches},
+    l7::{accepts_hello, decide, name_matches},
 };
 
 /// The packet to explain.
@@ -429,7 +429,10 @@ fn side(
         && let Some(what) = request_text(&question.request)
         && let Some(set) = snapshot.rulesets.get(&entry.ruleset)
     {
+        let hello = accepts_hello(set, &question.request);
         let evaluated = match set.reads {
+            _ if hello == Some(true) => Ok(entry.rule),
+            _ if hello == Some(false) => Err(format!("no rule allows {what}; the connection is reset")),
             reads if reads != question.request.inspector() => {
                 let reads = inspector_name(reads);
                 Err(format!(
@@ -442,6 +445,13 @@ fn side(
             }),
         };
         (verdict, reason) = match evaluated {
+            Ok(_) if hello.is_some() => (
+                Outcome::Inspected,
+                format!(
+                    "the proxy accepts {what}, and a rule allows what it says about {} inside TLS",
+                    inspector_name(set.reads)
+                ),
+            ),
             Ok(allowing) => {
                 rule = allowing;
                 (Outcome::Allowed, format!("a rule allows {what}"))
@@ -471,8 +481,17 @@ fn side(
 /// Returns the request in words; `None` for an empty request.
 fn request_text(request: &Request) -> Option<String> {
     if let Some(http) = &request.http {
-        let on = if http.host.is_empty() { "" } else { "http://" };
-        return Some(format!("{} {on}{}{}", http.method, http.host, http.path));
+        let on = match (http.host.as_str(), &request.tls) {
+            ("", _) => "",
+            (_, Some(_)) => "https://",
+            (_, None) => "http://",
+        };
+        let name = match request.tls.as_deref() {
+            None => String::new(),
+            Some("") => " without a server name".to_owned(),
+            Some(name) => format!(" at the server name {name}"),
+        };
+        return Some(format!("{} {on}{}{}{name}", http.method, http.host, http.path));
     }
     if let Some(name) = &request.tls {
         return Some(match name.as_str() {
@@ -1003,5 +1022,52 @@ spec:
         let answer = trace_request(22, http("GET", "/", ""));
         assert_eq!(answer.verdict, Outcome::Denied, "{answer}");
         assert!(answer.sides[0].reason.contains("nothing allows it"), "{answer}");
+    }
+
+    #[test]
+    fn requests_inside_tls() {
+        let policies = REQUESTS.replace(
+            "serverNames: ['*.example.com']",
+            "serverNames: ['*.example.com']\n      terminatingTLS: {secret: {name: s}}\n      rules: {http: [{method: GET}]}",
+        );
+        let inside = |method: &str, name: &str| Request {
+            tls: Some(name.into()),
+            ..http(method, "/", "")
+        };
+        let side = |request: Request| {
+            let answer = trace_request_with(&policies, 443, request);
+            (answer.verdict, answer.sides[0].reason.clone())
+        };
+        assert_eq!(
+            side(Request::default()),
+            (
+                Outcome::Inspected,
+                "the proxy intercepts it, and a rule allows what it says about http".into()
+            )
+        );
+        assert_eq!(
+            side(inside("GET", "a.example.com")),
+            (
+                Outcome::Allowed,
+                "a rule allows GET https://a.test/ at the server name a.example.com".into()
+            )
+        );
+        assert_eq!(side(inside("GET", "example.com")).0, Outcome::Denied);
+        assert_eq!(side(inside("PUT", "a.example.com")).0, Outcome::Denied);
+        assert_eq!(
+            side(hello("a.example.com")),
+            (
+                Outcome::Inspected,
+                "the proxy accepts the server name a.example.com, and a rule allows what it says about http inside TLS"
+                    .into()
+            )
+        );
+        assert_eq!(
+            side(hello("")),
+            (
+                Outcome::Denied,
+                "no rule allows a hello without a server name; the connection is reset".into()
+            )
+        );
     }
 }

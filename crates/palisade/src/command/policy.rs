@@ -145,6 +145,8 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     let usual = match (&args.dns, &args.http, &args.sni, &args.kafka) {
         _ if args.protocol.is_some() => None,
         (Some(_), ..) => Some("53/udp"),
+        (_, Some(_), Some(_), _) => Some("443/tcp"),
+        (_, Some(line), ..) if line.contains(" https://") => Some("443/tcp"),
         (_, Some(_), ..) => Some("80/tcp"),
         (_, _, Some(_), _) => Some("443/tcp"),
         (.., Some(_)) => Some("9092/tcp"),
