@@ -129,8 +129,9 @@ impl Datapath {
             HookKind::XdpNative => interface_flags::XDP,
             HookKind::Tcx | HookKind::Clsact => 0,
         };
-        if interface.flags & flags != flags {
-            interface.flags |= flags;
+        let flags = interface.flags & !interface_flags::XDP | flags;
+        if interface.flags != flags {
+            interface.flags = flags;
             self.interfaces.insert(&slot(ifindex), &interface)?;
         }
         let egress = self.attach_tc(device, Direction::Egress, tc)?;
@@ -191,7 +192,13 @@ impl Datapath {
             && present.ifindex == wanted.ifindex
             && present.flags & interface_flags::PENDING == 0;
         let interface = Interface {
-            flags: interface.flags | if attached { 0 } else { interface_flags::PENDING },
+            flags: interface.flags
+                | if attached {
+                    // Until the hook has changed, packets of the proxy enter as before.
+                    present.flags & interface_flags::XDP
+                } else {
+                    interface_flags::PENDING
+                },
             ..interface
         };
         if has_programs(&present) && present.ifindex != wanted.ifindex {
