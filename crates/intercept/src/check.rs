@@ -29,6 +29,9 @@ pub struct CheckRequest {
     pub name: Option<String>,
     /// Application protocols that the client would offer.
     pub protocols: Vec<String>,
+    /// Whether the connection is opened by the node itself, from an address of its own. If not, the programs must know
+    /// the flow between the addresses of `context`.
+    pub from_node: bool,
 }
 
 /// One step of a check.
@@ -102,6 +105,7 @@ fn run(
         steps.push(CheckStep::ok("the client speaks without TLS"));
     }
     let failed = |failure: Failure| CheckStep::failed(failure.to_string());
+    let place = if request.from_node { &Place::Node } else { place };
     enter(place).map_err(|error| CheckStep::failed(format!("namespace of the proxy: {error}")))?;
     let started = Instant::now();
     let mut socket = connect(place, context.client, context.server)
@@ -121,7 +125,7 @@ fn run(
     let ms = |since: Instant| since.elapsed().as_millis();
     steps.push(CheckStep::ok(format!(
         "TCP connection from {} to {} after {} ms",
-        context.client,
+        end.local_address().unwrap_or(context.client),
         context.server,
         ms(started)
     )));

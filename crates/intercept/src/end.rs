@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, BufRead as _, Read as _, Write as _},
-    net::Shutdown,
+    net::{Shutdown, SocketAddr},
     time::Duration,
 };
 
@@ -113,6 +113,8 @@ pub(crate) struct End {
     writable: bool,
     /// Whether the kernel has reported that the peer has sent its FIN.
     read_closed: bool,
+    /// Whether the kernel has reported an error, for example a reset by the peer.
+    pub(crate) has_failed: bool,
     /// How the received stream has ended.
     pub(crate) eof: Option<Ending>,
     /// Number of the next received bytes that are forwarded without inspection.
@@ -141,6 +143,7 @@ impl End {
             readable: false,
             writable: true,
             read_closed: false,
+            has_failed: false,
             eof: None,
             bypass: 0,
             head_since: None,
@@ -156,10 +159,16 @@ impl End {
         &mut self.socket
     }
 
+    /// Returns the address of this node's end.
+    pub(crate) fn local_address(&self) -> Option<SocketAddr> {
+        self.socket.local_addr().ok()
+    }
+
     /// Notes a readiness event.
     pub(crate) fn note(&mut self, event: &mio::event::Event) {
         self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+        self.has_failed |= event.is_error();
         self.read_closed |= event.is_read_closed() || event.is_error();
     }
 

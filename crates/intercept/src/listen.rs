@@ -25,6 +25,8 @@ pub(crate) enum Place {
     Namespace(Arc<OwnedFd>),
     /// The namespace of the process, for tests: the function returns the server for the address of a client.
     Resolver(Resolver),
+    /// The namespace of the calling thread, without listeners.
+    Node,
 }
 
 /// Returns the server to which the connection from a client's address goes.
@@ -76,6 +78,7 @@ fn listeners(namespaces: &[(Direction, Place)]) -> io::Result<Vec<Listener>> {
                     list.push(listener(*direction, address, true)?);
                 }
             }
+            Place::Node => {}
             Place::Resolver(_) => {
                 list.push(listener(
                     *direction,
@@ -127,7 +130,7 @@ fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
 pub(crate) fn enter(place: &Place) -> io::Result<()> {
     match place {
         Place::Namespace(fd) => Ok(setns(&**fd, CloneFlags::CLONE_NEWNET)?),
-        Place::Resolver(_) => Ok(()),
+        Place::Resolver(_) | Place::Node => Ok(()),
     }
 }
 
@@ -168,6 +171,7 @@ impl Place {
         match self {
             Self::Namespace(_) => accepted.local_addr().ok(),
             Self::Resolver(resolver) => resolver(client),
+            Self::Node => None,
         }
     }
 }

@@ -254,7 +254,7 @@ impl Proxy {
     /// Opens a connection to a server as the policy of an endpoint would, and returns what happens, step by step. Blocks
     /// until the handshake has ended or the deadlines of [`Options`] have passed.
     ///
-    /// The programs must know the flow between the addresses of `request`, as for a flow of the endpoint.
+    /// Unless the node itself opens the connection, the programs must know the flow between the addresses of `request`.
     #[must_use]
     pub fn check(&self, request: &CheckRequest) -> Vec<CheckStep> {
         let settings = self

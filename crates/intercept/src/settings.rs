@@ -80,7 +80,7 @@ impl Default for Options {
             connect: Duration::from_secs(10),
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(30),
-            idle: Duration::from_secs(3600),
+            idle: Duration::from_secs(8_000),
         }
     }
 }

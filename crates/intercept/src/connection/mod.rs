@@ -341,6 +341,10 @@ impl Connection {
 
     /// Works until the connection waits for an event.
     pub(crate) fn drive(&mut self, cx: &mut Cx<'_>) -> Next {
+        if self.is_abandoned() {
+            self.reset();
+            return Next::Close;
+        }
         for _ in 0..TURNS {
             let step = match &self.phase {
                 Phase::Hello(_) => self.hello(cx),
@@ -368,6 +372,20 @@ impl Connection {
             }
         }
         Next::Again
+    }
+
+    /// Returns whether the client has reset the connection and no read of the client's socket would tell: the server is
+    /// not ready for the client's bytes.
+    fn is_abandoned(&self) -> bool {
+        self.client.has_failed
+            && match &self.phase {
+                Phase::Connect | Phase::UpstreamTls => true,
+                Phase::Relay => {
+                    let is_blocked = self.server.as_ref().is_some_and(End::is_blocked);
+                    is_blocked || !self.client.can_receive()
+                }
+                _ => false,
+            }
     }
 
     /// Discards what the client still sends after an answer, so that the close does not reset the connection before the

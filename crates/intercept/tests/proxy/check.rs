@@ -21,6 +21,7 @@ fn check(world: &World, server: SocketAddr, name: Option<&str>) -> (Vec<String>,
         },
         name: name.map(str::to_owned),
         protocols: vec!["h2".into(), "http/1.1".into()],
+        from_node: true,
     };
     let steps = world.proxy.check(&request);
     let failed = steps.iter().find(|step| !step.is_ok).cloned();

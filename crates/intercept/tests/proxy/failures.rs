@@ -139,6 +139,31 @@ fn a_refused_connection_and_a_stalled_one_are_told_apart() {
 }
 
 #[test]
+fn a_client_that_gives_up_ends_the_connection_to_the_server() {
+    let world = World::new(http_rules(&["/.*"]));
+    let (to, from) = std::sync::mpsc::channel();
+    world.server(move |mut socket| {
+        let (_, end) = crate::world::read_to_end(&mut socket);
+        to.send(end.map_err(|error| error.kind()))
+            .expect("the test waits");
+    });
+    let mut client = world.client();
+    client.conn.write_tls(&mut client.sock).expect("the hello");
+    world.wait("the proxy shakes hands with the server", |world| {
+        let views = world.proxy.connections(10);
+        views
+            .iter()
+            .any(|view| view.state == "TLS handshake with the server")
+    });
+    reset(&client.sock);
+    drop(client);
+    assert_eq!(
+        from.recv_timeout(crate::world::PATIENCE).expect("the end"),
+        Err(std::io::ErrorKind::ConnectionReset)
+    );
+}
+
+#[test]
 fn an_alert_of_the_server_is_named() {
     let world = World::new(http_rules(&["/.*"]));
     world.server(|mut socket| {

@@ -280,6 +280,31 @@ fn a_truncated_response_stays_truncated() {
 }
 
 #[test]
+fn a_truncated_request_does_not_look_complete_to_a_server_without_tls() {
+    let mut set = http_rules(&["/.*"]);
+    set.originating_tls = None;
+    let world = World::new(set);
+    let (to, from) = std::sync::mpsc::channel();
+    world.server(move |mut socket| {
+        read_head(&mut socket).expect("a request");
+        let (_, end) = read_to_end(&mut socket);
+        to.send(end.map_err(|error| error.kind()))
+            .expect("the test waits");
+    });
+    let mut client = world.client();
+    send(
+        &mut client,
+        format!("POST / HTTP/1.0\r\nHost: {NAME}\r\nContent-Length: 9\r\n\r\nhalf"),
+    );
+    // A FIN without close_notify.
+    client.sock.shutdown(Shutdown::Write).expect("the FIN is sent");
+    assert_eq!(
+        from.recv_timeout(crate::world::PATIENCE).expect("the end"),
+        Err(std::io::ErrorKind::ConnectionReset)
+    );
+}
+
+#[test]
 fn without_tls_towards_the_server_a_request_arrives_in_plain_text() {
     let mut set = http_rules(&["/a"]);
     set.originating_tls = None;

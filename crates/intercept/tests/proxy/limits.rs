@@ -25,29 +25,11 @@ fn one_endpoint_cannot_take_all_connections() {
         world.proxy.stats().limited == 16
     });
     assert_eq!(world.proxy.stats().open, 4);
-    // Another endpoint is served. The flows know the endpoint by the port of the client.
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-    socket
-        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
-        .expect("an address");
-    let port = socket
-        .local_addr()
-        .expect("an address")
-        .as_socket()
-        .expect("an address")
-        .port();
-    world
-        .flows
-        .endpoints
-        .lock()
-        .expect("the endpoints")
-        .insert(port, 10);
-    socket
-        .connect(&world.address().into())
-        .expect("the proxy accepts");
+    // Another endpoint is served.
+    let socket = connect_as(&world, 10);
     let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
     let tls = rustls::ClientConnection::new(Arc::new(world.client_config()), name).expect("a client");
-    let mut other = rustls::StreamOwned::new(tls, TcpStream::from(socket));
+    let mut other = rustls::StreamOwned::new(tls, socket);
     assert_eq!(get(&mut other, "/a").status, 200);
     drop(flood);
 }
@@ -266,4 +248,109 @@ fn a_thread_that_panics_is_restarted_and_its_connections_are_reset() {
             .as_ref()
             .is_some_and(|text| text.contains("a panic for the test"))
     );
+}
+
+/// Opens a connection of another endpoint, which the flows know by the port of the client.
+fn connect_as(world: &World, endpoint: u16) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+    socket
+        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+        .expect("an address");
+    let address = socket.local_addr().expect("an address").as_socket();
+    let port = address.expect("an address").port();
+    world
+        .flows
+        .endpoints
+        .lock()
+        .expect("the endpoints")
+        .insert(port, endpoint);
+    socket
+        .connect(&world.address().into())
+        .expect("the proxy accepts");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    socket.into()
+}
+
+#[test]
+fn a_full_table_takes_the_connection_that_is_idle_for_the_longest_time_from_the_largest_endpoint() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.connections = 4;
+        options.endpoint_share = 100;
+    });
+    world.http_server();
+    let mut oldest = world.socket();
+    world.wait("the first is open", |world| world.proxy.stats().open == 1);
+    thread::sleep(Duration::from_millis(20));
+    let rest: Vec<TcpStream> = (0..3).map(|_| world.socket()).collect();
+    world.wait("the table is full", |world| world.proxy.stats().open == 4);
+    let other = connect_as(&world, 10);
+    let (_, end) = read_to_end(&mut oldest);
+    end.expect_err("the oldest is reset");
+    world.wait("the other endpoint is in", |world| {
+        world.proxy.stats().accepted == 5
+    });
+    let endpoints = world.proxy.connections(10);
+    let endpoints: Vec<u16> = endpoints.iter().map(|view| view.endpoint).collect();
+    assert_eq!(endpoints.iter().filter(|endpoint| **endpoint == 9).count(), 3);
+    assert_eq!(endpoints.iter().filter(|endpoint| **endpoint == 10).count(), 1);
+    // A further connection of the largest endpoint takes none from itself.
+    let (_, end) = read_to_end(&mut world.socket());
+    end.expect_err("refused");
+    drop((rest, other));
+}
+
+/// Returns the resident memory of the process, KiB.
+fn memory() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("the status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    kib.and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+#[test]
+fn key_updates_and_records_of_one_byte_take_no_memory() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.tls_server(|stream| {
+        let _ = stream.flush();
+        let _ = stream.read(&mut [0; 1]);
+        thread::sleep(PATIENCE);
+    });
+    let mut client = world.client();
+    send(
+        &mut client,
+        format!("PUT /a HTTP/1.1\r\nHost: {NAME}\r\nContent-Length: 4000000000\r\n\r\n"),
+    );
+    client.sock.set_nonblocking(true).expect("the option");
+    let before = memory();
+    let mut pending: Vec<u8> = Vec::new();
+    let (mut sent, mut stuck) = (0_usize, 0);
+    // The client never reads, so the answers to its key updates have nowhere to go.
+    while sent < 4 << 20 && stuck < 200 {
+        if pending.is_empty() {
+            for _ in 0..50 {
+                client.conn.refresh_traffic_keys().expect("a key update");
+                client.conn.writer().write_all(b"x").expect("a byte");
+                while client.conn.wants_write() {
+                    client.conn.write_tls(&mut pending).expect("records");
+                }
+            }
+        }
+        match client.sock.write(&pending) {
+            Ok(n) => {
+                pending.drain(..n);
+                sent += n;
+                stuck = 0;
+            }
+            Err(_) => {
+                stuck += 1;
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+    let grown = memory().saturating_sub(before);
+    assert!(grown < 32 << 10, "{grown} KiB more after {sent} bytes");
+    drop(client);
+    world.wait("the connection is gone", |world| world.proxy.stats().open == 0);
+    world.http_server();
+    assert_eq!(get(&mut world.client(), "/a").status, 200);
 }

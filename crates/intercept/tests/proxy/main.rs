@@ -5,6 +5,7 @@ mod failures;
 mod http1;
 mod http2;
 mod limits;
+mod namespace;
 mod policy;
 mod tls;
 mod world;
