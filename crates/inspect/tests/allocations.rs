@@ -1,5 +1,5 @@
 //! Inspection allocates nothing once the tables have grown: for DNS queries, answers, responses, fragments and
-//! segments, for HTTP requests and responses, and for judging them.
+//! segments, for HTTP requests and responses, also of HTTP/2, and for judging them.
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 mod common;
@@ -14,16 +14,22 @@ use std::{
 use common::{
     A, ACK, SYN, Udp, address, answer, asks, framed, is_told, query, rules, segment, to_client, to_server,
 };
-use palisade_abi::{FlowCommand, Inspector, PuntRequest, Reason, punt_hook};
+use palisade_abi::{Direction, FlowCommand, Inspector, PuntRequest, Reason, punt_hook};
 use palisade_inspect::{
-    CommitRequest, Engine, HttpScratch, Limits, PacketView, Paths, Route, Rules, Sink, record::Record,
+    CommitRequest, Engine, HttpScratch, Limits, PacketView, Paths, Route, Rules, Sink,
+    http2::{Buffers, Context, Filter, Http2Limits, Http2Stats, Output},
+    record::Record,
+    stream::StreamContext,
 };
 use palisade_model::{
     rule::HttpRule,
     snapshot::{Alternative, Matcher, RuleSet},
 };
 use palisade_packet::{Packet, Start, decode};
-use palisade_protocols::http1::{HeaderBuffer, Request};
+use palisade_protocols::{
+    http1::{HeaderBuffer, Request},
+    http2::{PREFACE, encode, headers_of},
+};
 
 struct Counting;
 
@@ -233,6 +239,100 @@ fn http_requests_on_an_open_connection_allocate_nothing() {
     let stats = engine.stats().http;
     assert_eq!((stats.requests, stats.responses, stats.denied), (4000, 4000, 0));
     assert_eq!((sink.discarded, sink.emitted), (0, 0));
+    assert_eq!(allocated, 0);
+}
+
+#[test]
+fn http2_requests_allowed_and_denied_allocate_nothing() {
+    let matcher = Matcher::Http(HttpRule {
+        path: Some("/public/.*".into()),
+        ..HttpRule::default()
+    });
+    let set = RuleSet {
+        alternatives: vec![Alternative { rule: 1, matcher }],
+        ..RuleSet::default()
+    };
+    let rules = Rules::prepare(&BTreeMap::from([(1, Arc::new(set))]), None);
+    let stream = StreamContext {
+        request: PuntRequest {
+            ruleset: 1,
+            ..PuntRequest::default()
+        },
+        direction: Direction::Egress,
+        client: ([10, 0, 0, 1], 4_000).into(),
+        server: ([10, 0, 0, 2], 443).into(),
+        ifindex: 1,
+    };
+    let mut filter = Filter::new(&Http2Limits::default(), true);
+    let (mut scratch, mut buffers) = (HttpScratch::default(), Buffers::default());
+    let (mut stats, mut out) = (Http2Stats::default(), Output::default());
+    let mut records = 0;
+    let mut call = |of_client: bool, bytes: &[u8]| {
+        let before = ALLOCATIONS.get();
+        let mut cx = Context {
+            now: 1,
+            rules: &rules,
+            stream: &stream,
+            scratch: &mut scratch,
+            buffers: &mut buffers,
+            stats: &mut stats,
+            record: &mut |_| records += 1,
+        };
+        if of_client {
+            filter.client(bytes, &mut cx, &mut out).unwrap();
+        } else {
+            filter.server(bytes, &mut cx, &mut out).unwrap();
+        }
+        let allocated = ALLOCATIONS.get() - before;
+        out.to_client.clear();
+        out.to_server.clear();
+        allocated
+    };
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    call(true, &[PREFACE, &settings].concat());
+    call(false, &settings);
+    let headers = |stream: u32, fields: &[(&str, &str)]| {
+        let (mut block, mut frame) = (Vec::new(), Vec::new());
+        for (name, value) in fields {
+            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+        }
+        headers_of(stream, true, None, &block, 16_384, &mut frame);
+        frame
+    };
+    let mut allocated = 0;
+    for number in 0..4_000 {
+        let id = 4 * number + 1;
+        let request = |stream, path| {
+            let fields = [
+                (":method", "GET"),
+                (":scheme", "https"),
+                (":path", path),
+                (":authority", "a.test"),
+                ("user-agent", "curl/8.14.1"),
+            ];
+            headers(stream, &fields)
+        };
+        // The server's header block arrives in two parts.
+        let response = headers(id, &[(":status", "200"), ("server", "nginx")]);
+        let (begin, rest) = response.split_at(12);
+        let parts = [
+            (true, request(id, "/public/a")),
+            (true, request(id + 2, "/secret")),
+            (false, begin.to_vec()),
+            (false, rest.to_vec()),
+        ];
+        for (of_client, bytes) in parts {
+            let count = call(of_client, &bytes);
+            if number >= 1_000 {
+                allocated += count;
+            }
+        }
+    }
+    assert_eq!(
+        (stats.requests, stats.denied, stats.responses),
+        (8_000, 4_000, 4_000)
+    );
+    assert_eq!(records, 12_000);
     assert_eq!(allocated, 0);
 }
 

@@ -16,7 +16,7 @@ use super::{
     context::{Buffers, Context, Output},
     respond::Refusal,
     settings,
-    streams::{Report, Stream},
+    streams::{Report, Stream, Tunnel},
 };
 use crate::{
     Side,
@@ -259,7 +259,7 @@ impl Connection {
         }
         if let Some(error) = self.exceeded(fields) {
             cx.refuse(error, Verdict::Dropped);
-            return self.respond(open, Refusal::of_error(error), cx, out);
+            return self.respond(open, Refusal::of_error(error), block, cx, out);
         }
         let mut buffer = FieldBuffer::new();
         let checked =
@@ -274,7 +274,12 @@ impl Connection {
                 cx.refuse(error, Verdict::Audit);
                 let report = self.report_of(fields, cx);
                 self.forward_block(open, fields, &[], block, out);
-                self.open_stream(open, report, None, None);
+                let is_connect = fields.value(b":method") == Some(b"CONNECT");
+                let tunnel = Tunnel {
+                    ruleset: cx.request().ruleset,
+                    audit: true,
+                };
+                self.open_stream(open, report, None, is_connect.then_some(tunnel));
                 Ok(())
             }
             Err(error) => {
@@ -323,7 +328,7 @@ impl Connection {
         let rules = cx.rules;
         let Some(rules) = rules.http(cx.request().ruleset) else {
             self.report_request(request, Err(Reason::UnknownRuleset), url, cx);
-            return self.respond(open, refusal, cx, out);
+            return self.respond(open, refusal, block, cx, out);
         };
         let verdict = rules.evaluate(request, self.limits.paths, cx.scratch);
         let reported = verdict.map_err(|_: HttpDenial| Reason::AppDenied);
@@ -331,14 +336,20 @@ impl Connection {
         if reported.is_err() {
             cx.stats.denied += 1;
             if !is_audit {
-                return self.respond(open, refusal, cx, out);
+                return self.respond(open, refusal, block, cx, out);
             }
             cx.stats.audited += 1;
         }
         if has_refused_body(request, verdict, self.limits.get_bodies) {
             if !is_audit {
                 cx.refuse(ParseError::UnexpectedBody, Verdict::Dropped);
-                return self.respond(open, Refusal::of_error(ParseError::UnexpectedBody), cx, out);
+                return self.respond(
+                    open,
+                    Refusal::of_error(ParseError::UnexpectedBody),
+                    block,
+                    cx,
+                    out,
+                );
             }
             cx.stats.audited += 1;
             cx.refuse(ParseError::UnexpectedBody, Verdict::Audit);
@@ -354,7 +365,11 @@ impl Connection {
             palisade_protocols::http1::Body::Length(length) => Some(length),
             _ => None,
         };
-        let tunnel = (request.method == "CONNECT").then_some(cx.request().ruleset);
+        let tunnel = Tunnel {
+            ruleset: cx.request().ruleset,
+            audit: reported.is_err(),
+        };
+        let tunnel = (request.method == "CONNECT").then_some(tunnel);
         self.forward_block(open, fields, cx.scratch.edits(), block, out);
         self.open_stream(open, report, left, tunnel);
         Ok(())
@@ -372,7 +387,7 @@ impl Connection {
     }
 
     /// Adds a stream whose request was forwarded. `left`: Content-Length, bytes.
-    fn open_stream(&mut self, open: OpenBlock, report: Report, left: Option<u64>, tunnel: Option<u32>) {
+    fn open_stream(&mut self, open: OpenBlock, report: Report, left: Option<u64>, tunnel: Option<Tunnel>) {
         self.streams.open.insert(
             open.stream,
             Stream {

@@ -16,7 +16,7 @@ use crate::{Millis, Side};
 /// Maximum number of CONTINUATION frames of a header block (CVE-2024-27316).
 const MAX_CONTINUATIONS: u32 = 32;
 /// Capacity that a buffer of an idle connection keeps, bytes.
-const KEPT_CAPACITY: usize = 4_096;
+pub(super) const KEPT_CAPACITY: usize = 4_096;
 /// Maximum number of SETTINGS frames of a peer that wait for an acknowledgement.
 const MAX_OUTSTANDING: usize = 64;
 /// Number of frames without content that a frame with content permits: two window updates, a measurement of bandwidth
@@ -241,6 +241,7 @@ impl Connection {
             from.within_data = false;
             from.forwards = false;
             out.append(&mut to.waiting);
+            to.waiting.shrink_to(KEPT_CAPACITY);
         }
     }
 

@@ -53,8 +53,10 @@ pub struct Buffers {
 
 /// Bytes for both peers. The filter appends to them; the caller takes them out.
 ///
-/// A call generates at most a constant multiple of its input. So the caller bounds its memory if it stops reading from
-/// a peer while many bytes for the client or for the server wait.
+/// A call generates at most a constant multiple of its input. So the caller bounds its memory if it does not read from
+/// the client while many bytes for the client or for the server wait, and not from the server while many bytes for the
+/// client wait. [`super::Filter::server`] appends at most a GOAWAY for the server. So bytes that wait for the server are no
+/// reason not to read from it: a server that reads only after it has written would wait forever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Output {
     /// Bytes for the client.

@@ -32,6 +32,7 @@ pub use config::{Http2Limits, Http2Stats, Rate};
 use connection::Connection;
 use context::reason_of;
 pub use context::{Buffers, ConnectionEnd, Context, Output};
+use streams::Tunnel;
 
 /// Filter of one connection.
 #[derive(Debug)]
@@ -95,16 +96,18 @@ impl Filter {
         }
     }
 
-    /// Resets the tunnels (CONNECT) whose rule set is no longer in force. A tunnel has no further request to which new
-    /// rules could apply. The caller calls this function after a change of the policy.
+    /// Resets the tunnels (CONNECT) whose rule set is no longer in force, and those that only audit mode allowed once it
+    /// is switched off. A tunnel has no further request to which new rules could apply. The caller calls this function
+    /// after a change of the policy.
     pub fn recheck(&mut self, cx: &mut Context<'_>, out: &mut Output) {
         if self.end.is_some() || cx.stream.is_audit() {
             return;
         }
         let ruleset = cx.stream.request.ruleset;
+        let is_outdated = |tunnel: Tunnel| tunnel.audit || tunnel.ruleset != ruleset;
         let streams = self.connection.streams.open.iter();
         let mut outdated: Vec<u32> = streams
-            .filter(|(_, stream)| stream.tunnel.is_some_and(|tunnel| tunnel != ruleset))
+            .filter(|(_, stream)| stream.tunnel.is_some_and(is_outdated))
             .map(|(id, _)| *id)
             .collect();
         outdated.sort_unstable();

@@ -18,6 +18,8 @@ const DRAINED: u64 = 64 << 20;
 pub(super) struct Refusal {
     status: &'static str,
     text: &'static str,
+    /// Length of `text`, bytes.
+    length: &'static str,
     /// Whether the response has no content, because the request is HEAD.
     bodiless: bool,
     grpc: bool,
@@ -29,6 +31,7 @@ impl Refusal {
         Self {
             status: "403",
             text: "Access denied\r\n",
+            length: "15",
             bodiless: head.request.method == "HEAD",
             grpc: head.is_grpc,
         }
@@ -36,14 +39,15 @@ impl Refusal {
 
     /// Returns the response to a request that is too long or has an unexpected body.
     pub(super) const fn of_error(error: ParseError) -> Self {
-        let (status, text) = match error {
-            ParseError::PathTooLong => ("414", "URI too long\r\n"),
-            ParseError::ListTooLong => ("431", "Request header fields too large\r\n"),
-            _ => ("400", "Bad request\r\n"),
+        let (status, text, length) = match error {
+            ParseError::PathTooLong => ("414", "URI too long\r\n", "14"),
+            ParseError::ListTooLong => ("431", "Request header fields too large\r\n", "33"),
+            _ => ("400", "Bad request\r\n", "13"),
         };
         Self {
             status,
             text,
+            length,
             bodiless: false,
             grpc: false,
         }
@@ -56,27 +60,27 @@ impl Connection {
         &mut self,
         open: OpenBlock,
         refusal: Refusal,
+        block: &mut Vec<u8>,
         cx: &Context<'_>,
         out: &mut Output,
     ) -> Result<(), ParseError> {
         let id = open.stream;
         // The block must not change the client's dynamic table, which is the one of the server's encoder. But the
         // client can require a size update in the first block after an acknowledged reduction (RFC 9113, 4.3.1).
-        let mut block = Vec::new();
+        block.clear();
         let required = self.responses.required_update();
         encode::size_updates(
             SizeUpdates {
                 least: required,
                 last: required,
             },
-            &mut block,
+            block,
         );
         let text = refusal.text.as_bytes();
-        let content = self.take_room(text);
+        let has_body = !refusal.grpc && !refusal.bodiless && self.take_room(text);
         let mut put = |name: &str, value: &str| {
-            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+            encode::field(name.as_bytes(), value.as_bytes(), false, block);
         };
-        let mut body = None;
         if refusal.grpc {
             // A response of trailers only (gRPC over HTTP/2, "Responses").
             put(":status", "200");
@@ -86,19 +90,12 @@ impl Connection {
         } else {
             put(":status", refusal.status);
             put("content-type", "text/plain");
-            if refusal.bodiless || content {
-                put("content-length", &text.len().to_string());
-                body = (!refusal.bodiless).then_some(text);
-            } else {
-                put("content-length", "0");
-            }
-        }
-        if body.is_none() && content {
-            self.reserve += text.len() as u32;
+            let is_empty = !has_body && !refusal.bodiless;
+            put("content-length", if is_empty { "0" } else { refusal.length });
         }
         let to_client = self.client_out(out);
-        headers_of(id, body.is_none(), None, &block, 16_384, to_client);
-        if let Some(text) = body {
+        headers_of(id, !has_body, None, block, 16_384, to_client);
+        if has_body {
             FrameHeader {
                 length: 0,
                 kind: kind::DATA,

@@ -7,7 +7,7 @@ use palisade_protocols::http2::{
 
 use super::{
     client::{check_connection_frame, check_length, check_settings, increment_of},
-    connection::Connection,
+    connection::{Connection, KEPT_CAPACITY},
     context::{Context, Output},
     settings,
     streams::{Report, Stream},
@@ -123,6 +123,7 @@ impl Connection {
         self.server.end_block();
         self.credit();
         out.to_client.append(&mut self.held);
+        self.held.shrink_to(KEPT_CAPACITY);
         header.write_with(payload, &mut out.to_client);
         let Some(stream) = self.streams.open.get_mut(&open.stream) else {
             return Ok(());

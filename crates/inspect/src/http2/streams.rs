@@ -12,6 +12,9 @@ use crate::{
 /// Number of closed streams that are remembered. Frames of an older stream get the answer for a closed stream.
 const CLOSED: usize = 256;
 
+/// Number of streams whose memory a connection without open streams keeps.
+const KEPT_STREAMS: usize = 16;
+
 /// A stream whose request was forwarded.
 #[derive(Debug)]
 pub(super) struct Stream {
@@ -25,8 +28,17 @@ pub(super) struct Stream {
     pub(super) responded: bool,
     /// Record of the response; `None` once it is reported.
     pub(super) report: Option<Report>,
-    /// For CONNECT, the rule set that allows the tunnel.
-    pub(super) tunnel: Option<u32>,
+    /// For CONNECT, what allows the tunnel.
+    pub(super) tunnel: Option<Tunnel>,
+}
+
+/// What allows a tunnel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tunnel {
+    /// The rule set of the request.
+    pub(super) ruleset: u32,
+    /// Whether only audit mode allows the tunnel.
+    pub(super) audit: bool,
 }
 
 /// Fields of the record of a response.
@@ -114,6 +126,10 @@ impl Streams {
     /// Removes an open stream whose request was forwarded.
     pub(super) fn remove(&mut self, id: u32, by_client: bool) -> Option<Stream> {
         let stream = self.open.remove(&id)?;
+        if self.open.is_empty() {
+            // An idle connection keeps little memory.
+            self.open.shrink_to(KEPT_STREAMS);
+        }
         self.close(Closed {
             id,
             by_client: by_client || !stream.client_open,

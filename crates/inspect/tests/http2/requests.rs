@@ -600,6 +600,20 @@ fn connect_is_evaluated_as_a_method_and_becomes_a_tunnel() {
 }
 
 #[test]
+fn a_tunnel_that_only_audit_mode_allows_ends_with_it() {
+    let mut link = Link::new().audit();
+    link.rules = prepare(vec![]);
+    let connect = [(":method", "CONNECT"), (":authority", "b.test:22")];
+    link.client(&headers(1, false, &connect)).unwrap();
+    link.recheck();
+    assert_eq!(link.filter.streams(), 1);
+    link.stream.request.flags = 0;
+    link.recheck();
+    assert_eq!(link.filter.streams(), 0);
+    assert_eq!(link.client_gets(), ["RST_STREAM 1 8"]);
+}
+
+#[test]
 fn audit_mode_forwards_and_reports() {
     let mut link = Link::new().audit();
     link.client(&get(1, "/secret")).unwrap();
