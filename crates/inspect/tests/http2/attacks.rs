@@ -261,6 +261,17 @@ fn a_server_cannot_answer_streams_that_it_does_not_know() {
 }
 
 #[test]
+fn a_server_cannot_continue_a_stream_that_it_has_ended() {
+    for bytes in [data(1, 1, false), headers(1, true, &[("x", "y")])] {
+        let mut link = Link::new();
+        link.client(&request(1, false, "POST", "/public/a", &[])).unwrap();
+        link.server(&headers(1, true, &[(":status", "200")])).unwrap();
+        let end = link.server(&bytes).unwrap_err();
+        assert_eq!(end.error, Some((Side::Server, ParseError::ClosedStream)));
+    }
+}
+
+#[test]
 fn bytes_that_are_not_http2_end_the_connection() {
     for bytes in [&b"GET / HTTP/1.1\r\n"[..], &PREFACE[..20], b"\x16\x03\x01"] {
         let mut link = Link::fresh(&Http2Limits::default());

@@ -127,6 +127,29 @@ fn the_server_gets_the_size_update_that_its_setting_requires() {
 }
 
 #[test]
+fn a_table_that_one_frame_shrinks_and_grows_again_is_emptied() {
+    let mut link = Link::new();
+    let list = [
+        (setting::HEADER_TABLE_SIZE, 0),
+        (setting::HEADER_TABLE_SIZE, 4_096),
+    ];
+    link.server(&settings(&list)).unwrap();
+    assert_eq!(link.client_gets(), ["SETTINGS 1=0 1=4096"]);
+    link.client(&settings_ack()).unwrap();
+    link.server_gets();
+    assert!(send(
+        &mut link,
+        1,
+        &[&[0x20, 0x3f, 0xe1, 0x1f], &get_with(&[])[..]].concat()
+    ));
+    assert!(link.server_gets()[0].starts_with("HEADERS 1 end table 0..4096 :method=GET"));
+    let mut link = Link::new();
+    link.server(&settings(&list)).unwrap();
+    link.client(&settings_ack()).unwrap();
+    assert!(!send(&mut link, 1, &get_with(&[])));
+}
+
+#[test]
 fn a_response_of_the_filter_has_the_size_update_that_the_client_requires() {
     let mut link = Link::new();
     link.client(&settings(&[(setting::HEADER_TABLE_SIZE, 0)]))
