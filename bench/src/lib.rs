@@ -14,6 +14,7 @@ pub mod dns;
 pub mod footprint;
 pub mod forward;
 pub mod http;
+pub mod kafka;
 pub mod latency;
 pub mod machine;
 pub mod memory;
