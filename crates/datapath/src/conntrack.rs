@@ -1,6 +1,6 @@
 //! Access to the conntrack table: listing, sweeping and seeding.
 
-use palisade_abi::{Counter, CtEntry, CtKey, counter_slot};
+use palisade_abi::{Counter, CtEntry, CtKey, ProxyPath, PuntRequest, counter_slot, punt_flags};
 
 use crate::{
     Datapath, MapError,
@@ -159,6 +159,45 @@ impl Conntrack<'_> {
         self.remove_if(|_, _| false)?;
         self.add(counter_slot::CONNTRACK_SEEDED, seeded as u64)?;
         Ok(seeded)
+    }
+
+    /// Creates the entry of an intercepted flow that the daemon opens itself, so that the programs forward its packets
+    /// as those of an endpoint's own flow. The entry expires at `expires`, a time of [`crate::monotonic_coarse`].
+    /// Returns false if a flow with this key exists.
+    ///
+    /// # Errors
+    /// [`MapError`] if the map cannot be written.
+    pub fn insert_intercepted(
+        &self,
+        key: &CtKey,
+        request: &PuntRequest,
+        path: ProxyPath,
+        expires: u64,
+    ) -> Result<bool, MapError> {
+        let now = crate::monotonic_coarse();
+        let entry = CtEntry {
+            expires,
+            created: now,
+            reported: now,
+            windows: zerocopy::transmute!(path),
+            rule: request.rule,
+            ruleset: request.ruleset,
+            remote_identity: request.remote_identity,
+            revision: request.revision,
+            serial: request.serial,
+            inspector: request.inspector,
+            punt_flags: request.flags & punt_flags::AUDIT,
+            ..CtEntry::default()
+        };
+        self.map.insert_new(key, &entry)
+    }
+
+    /// Removes a flow.
+    ///
+    /// # Errors
+    /// [`MapError`] if the map cannot be written.
+    pub fn remove(&self, key: &CtKey) -> Result<(), MapError> {
+        self.map.take(key).map(drop)
     }
 
     /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up, too. New flows

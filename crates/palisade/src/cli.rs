@@ -137,6 +137,9 @@ Examples:
     /// Learned names.
     #[command(subcommand)]
     Fqdn(FqdnCommand),
+    /// Intercepted connections: what is configured, upstream servers, certificates, live connections.
+    #[command(subcommand)]
+    Intercept(InterceptCommand),
     /// Content of the BPF maps.
     #[command(subcommand)]
     Bpf(BpfCommand),
@@ -512,6 +515,60 @@ pub(crate) enum FqdnCacheCommand {
         /// Only names that match this pattern, in the syntax of matchPattern.
         #[arg(long, conflicts_with = "name")]
         pattern: Option<String>,
+    },
+}
+
+/// `palisade intercept`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum InterceptCommand {
+    /// Show which traffic of which endpoint is intercepted, and with which secrets.
+    Config {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List the servers to which intercepted connections were opened, with failures by reason.
+    Clusters {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List the certificates of [tls] secrets_dir, and what is wrong with the secrets that policies name.
+    Certs {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Show the proxy threads and their counters.
+    Stats {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List live intercepted connections with the TLS parameters of both sides.
+    Connections {
+        /// Maximum number of connections.
+        #[arg(long, value_name = "COUNT", default_value_t = 1_000)]
+        limit: usize,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Open a TLS connection to a server as an intercepted connection of an endpoint would be opened, and show each
+    /// step: address, server name and ALPN sent, certificates, alerts.
+    #[command(after_help = "Examples:
+  palisade intercept check bucket.s3.example.com --from default/backup
+  palisade intercept check api.example.com:8443 --from default/frontend --address 192.0.2.7
+
+Without --address the address is one that the endpoint has learned by this name.
+Exits 0 if a connection of the endpoint would be established, 1 if not.")]
+    Check {
+        /// Name of the server, with a port unless it is 443.
+        #[arg(value_name = "NAME[:PORT]")]
+        server: String,
+        /// The endpoint: number, name or address.
+        #[arg(long, value_name = "ENDPOINT")]
+        from: String,
+        /// Address of the server.
+        #[arg(long, value_name = "ADDRESS")]
+        address: Option<std::net::IpAddr>,
+        #[command(flatten)]
+        output: OutputArgs,
     },
 }
 

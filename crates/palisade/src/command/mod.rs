@@ -2,6 +2,7 @@
 
 mod flows;
 mod inspect;
+mod intercept;
 mod output;
 mod policy;
 mod service;
@@ -18,7 +19,7 @@ use anyhow::bail;
 use crate::{
     cli::{
         BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, EndpointCommand,
-        FqdnCacheCommand, FqdnCommand, IdentityCommand, PolicyCommand,
+        FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, PolicyCommand,
     },
     config::{self, Config},
     control::client::ClientError,
@@ -110,6 +111,21 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 name,
                 pattern,
             } => inspect::clean_names(&socket()?, endpoint.clone(), name.clone(), pattern.clone()),
+        },
+        Command::Intercept(command) => match command {
+            InterceptCommand::Config { output } => intercept::config(&socket()?, output.output),
+            InterceptCommand::Clusters { output } => intercept::clusters(&socket()?, output.output),
+            InterceptCommand::Certs { output } => intercept::certs(&socket()?, output.output),
+            InterceptCommand::Stats { output } => intercept::stats(&socket()?, output.output),
+            InterceptCommand::Connections { limit, output } => {
+                intercept::connections(&socket()?, *limit, output.output)
+            }
+            InterceptCommand::Check {
+                server,
+                from,
+                address,
+                output,
+            } => intercept::check(&socket()?, server, from, *address, output.output),
         },
         Command::Bpf(command) => match command {
             BpfCommand::Policy(BpfPolicyCommand::Get { endpoint, output }) => {

@@ -51,8 +51,210 @@ pub(crate) enum Request {
         name: Option<String>,
         pattern: Option<String>,
     },
+    /// Returns the [`InterceptRow`]s.
+    InterceptConfig,
+    /// Returns the [`UpstreamRow`]s.
+    InterceptClusters,
+    /// Returns the [`CertificateRow`]s.
+    InterceptCerts,
+    /// Returns [`InterceptStats`].
+    InterceptStats,
+    /// Returns the [`InterceptedRow`]s, at most `limit`.
+    InterceptConnections { limit: usize },
+    /// Opens a connection as an intercepted connection of an endpoint would be opened, and returns
+    /// [`InterceptCheck`].
+    InterceptCheck {
+        /// Name of the server.
+        name: String,
+        /// Port of the server.
+        port: u16,
+        /// The endpoint, by number, name or address.
+        from: String,
+        /// Address of the server; `None`: an address that the endpoint has learned by the name.
+        address: Option<std::net::IpAddr>,
+    },
     /// Streams [`Answer::Flow`]s.
     Observe(ObserveRequest),
+}
+
+/// Traffic of an endpoint that is intercepted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct InterceptRow {
+    /// Number of the endpoint.
+    pub endpoint: u16,
+    /// Name of the endpoint.
+    pub endpoint_name: String,
+    /// `ingress` or `egress`.
+    pub direction: String,
+    /// Labels of the peer, or `ANY`.
+    pub peer: Vec<String>,
+    /// Ports.
+    pub ports: Vec<String>,
+    /// Secret of `terminatingTLS`; `None`: the client's side is in clear text.
+    pub terminating: Option<String>,
+    /// Secret of `originatingTLS`; `None`: the server's side is in clear text.
+    pub originating: Option<String>,
+    /// Protocol inside: `http`, `tls` (only server names are checked).
+    pub protocol: String,
+    /// `serverNames`.
+    pub server_names: Vec<String>,
+    /// Number of application rules.
+    pub rules: usize,
+    /// Policy that requires the interception.
+    pub decided_by: Option<String>,
+    /// Why the traffic is denied although the policy allows it, for example a missing secret.
+    pub problem: Option<String>,
+}
+
+/// A server to which intercepted connections were opened.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct UpstreamRow {
+    /// Server name; empty if the client sent none.
+    pub name: String,
+    /// Address and port.
+    pub address: String,
+    /// Connections that were established, with the TLS handshake if there is one.
+    pub successes: u64,
+    /// Connections that failed.
+    pub failures: u64,
+    /// Failures by reason, in words.
+    pub failures_by_reason: BTreeMap<String, u64>,
+    /// The last failure, in words.
+    pub last_failure: Option<String>,
+    /// Mean time until the TCP connection was established, ms.
+    pub connect_ms: f64,
+    /// Mean time of the TLS handshake with the server, ms.
+    pub handshake_ms: f64,
+    /// Open connections.
+    pub open: u64,
+}
+
+/// A certificate of the secrets folder.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CertificateRow {
+    /// `namespace/name` of the secret.
+    pub secret: String,
+    /// Key of the certificate in the secret.
+    pub key: String,
+    /// Subject.
+    pub subject: String,
+    /// Subject alternative names.
+    pub sans: Vec<String>,
+    /// Issuer.
+    pub issuer: String,
+    /// Serial number, hexadecimal.
+    pub serial: String,
+    /// Begin of the validity, RFC 3339.
+    pub not_before: String,
+    /// End of the validity, RFC 3339.
+    pub not_after: String,
+    /// Days until the end of the validity; negative if it has passed.
+    pub days_left: i64,
+    /// SHA-256 of the certificate, hexadecimal.
+    pub fingerprint: String,
+    /// Whether the certificate belongs to a CA.
+    pub is_ca: bool,
+    /// File from which the certificate was read.
+    pub file: String,
+}
+
+/// Certificates, and what is wrong with the secrets folder.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Certificates {
+    /// The folder.
+    pub dir: String,
+    /// Certificates.
+    pub certificates: Vec<CertificateRow>,
+    /// Problems of the folder and of secrets that policies name.
+    pub problems: Vec<String>,
+}
+
+/// Counters of the proxy threads.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct InterceptStats {
+    /// The threads.
+    pub threads: Vec<InterceptThread>,
+    /// Counters by group and name.
+    pub counters: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Why nothing is intercepted.
+    pub problem: Option<String>,
+}
+
+/// A proxy thread.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct InterceptThread {
+    /// Number of the thread.
+    pub number: usize,
+    /// `running` or `down`.
+    pub state: String,
+    /// Open connections.
+    pub connections: u64,
+    /// Number of restarts after a failure.
+    pub restarts: u64,
+    /// The last failure.
+    pub problem: Option<String>,
+}
+
+/// A live intercepted connection.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct InterceptedRow {
+    /// Number of the endpoint whose policy intercepts.
+    pub endpoint: u16,
+    /// `ingress` or `egress`.
+    pub direction: String,
+    /// Address and port of the client.
+    pub client: String,
+    /// Address and port of the server.
+    pub server: String,
+    /// Server name of the client's hello.
+    pub name: String,
+    /// State of the connection.
+    pub state: String,
+    /// Protocol inside: `http/1.1`, `h2`, or `bytes` if it is not inspected.
+    pub protocol: String,
+    /// TLS on the client's side: version, cipher suite, ALPN; `None`: clear text.
+    pub client_tls: Option<TlsRow>,
+    /// TLS on the server's side.
+    pub server_tls: Option<TlsRow>,
+    /// Bytes from the client, decrypted.
+    pub client_bytes: u64,
+    /// Bytes from the server, decrypted.
+    pub server_bytes: u64,
+    /// HTTP requests.
+    pub requests: u64,
+    /// Age, s.
+    pub age: u64,
+}
+
+/// Parameters of a TLS connection.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TlsRow {
+    /// Version.
+    pub version: String,
+    /// Cipher suite.
+    pub cipher: String,
+    /// Protocol chosen by ALPN; empty for none.
+    pub alpn: String,
+}
+
+/// Result of `palisade intercept check`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct InterceptCheck {
+    /// Whether a connection of the endpoint would be established.
+    pub ok: bool,
+    /// What happened, in order.
+    pub steps: Vec<CheckStep>,
+}
+
+/// A step of `palisade intercept check`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CheckStep {
+    /// What was done: `policy`, `address`, `connect`, `client side`, `server side`, `certificate`.
+    pub step: String,
+    /// Whether the step succeeded.
+    pub ok: bool,
+    /// Details in words.
+    pub text: String,
 }
 
 /// Selection of flows.

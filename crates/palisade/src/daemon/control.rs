@@ -23,6 +23,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     enforcer::{Enforcer, endpoint_names, inventory},
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
+    interception::{InspectorRules, Interception},
     interfaces::Interfaces,
     last_good,
     message::{Message, Reply},
@@ -68,6 +69,8 @@ pub(super) struct Control {
     pub(super) sweep: Interval,
     pub(super) workers: Workers,
     pub(super) proxy_link: ProxyLink,
+    pub(super) inspectors: InspectorRules,
+    pub(super) interception: Interception,
     pub(super) activity: Arc<ControlActivity>,
     pub(super) started: Instant,
     /// Number of changes that were put in force.
@@ -139,9 +142,15 @@ impl Control {
                 }
                 Message::Signal(_) => return End::Stay,
                 Message::Fqdn(ControlRequest::Identities) => {
-                    let workers = &mut self.workers;
-                    self.enforcer
-                        .extend(&self.datapath, &self.names, |sets| workers.set_rules(sets));
+                    let Self {
+                        inspectors,
+                        workers,
+                        interception,
+                        ..
+                    } = self;
+                    self.enforcer.extend(&self.datapath, &self.names, |sets| {
+                        inspectors.set_rules(sets, workers, interception);
+                    });
                     self.publish();
                     self.changed();
                 }
@@ -157,7 +166,13 @@ impl Control {
                         self.enforce(Instant::now());
                     }
                 }
-                Message::WorkerEnded => self.repair_punt_link(),
+                Message::WorkerEnded => self.repair_links(),
+                Message::Secrets(secrets) => {
+                    self.interception.set_secrets(secrets);
+                    let sets = Arc::clone(&self.enforcer.compiler.snapshot().rulesets);
+                    self.inspectors
+                        .set_rules(&sets, &self.workers, &mut self.interception);
+                }
                 Message::Stop { detach: true, reply } => return End::Detach(reply),
                 Message::Stop { detach: false, reply } => {
                     reply.send(Ok(()));
@@ -199,6 +214,7 @@ impl Control {
         if self.enforcer.problem.is_some() {
             self.enforce(Instant::now());
         }
+        self.repair_links();
         self.attach();
     }
 
@@ -308,7 +324,7 @@ impl Control {
         };
         let links = others(&network) != others(&self.network);
         self.network = network;
-        self.repair_punt_link();
+        self.repair_links();
         if !addresses && !links {
             return;
         }
@@ -325,11 +341,13 @@ impl Control {
         self.attach();
     }
 
-    fn repair_punt_link(&mut self) {
+    fn repair_links(&mut self) {
         let punt_link = self.workers.repair(&self.datapath, &self.network);
         let proxy_link = self
             .proxy_link
             .repair(&self.config, &self.datapath, &self.network);
+        self.interception
+            .repair(&self.datapath, self.proxy_link.links(), proxy_link);
         if (punt_link || proxy_link)
             && let Err(problem) = self.write_datapath_config()
         {
@@ -357,17 +375,23 @@ impl Control {
 
     pub(super) fn enforce(&mut self, begun: Instant) {
         let gone = self.gone_endpoints();
-        let workers = &mut self.workers;
-        if self
-            .enforcer
-            .enforce(&self.datapath, &self.names, |sets| workers.set_rules(sets))
-        {
+        let Self {
+            inspectors,
+            workers,
+            interception,
+            ..
+        } = self;
+        let changed = self.enforcer.enforce(&self.datapath, &self.names, |sets| {
+            inspectors.set_rules(sets, workers, interception);
+        });
+        if changed {
             self.changes += 1;
             self.last_change = begun.elapsed();
         }
         self.forget_connections(&gone);
         self.workers.forget_endpoints(&gone);
         self.publish();
+        self.interception.recheck();
         self.prefetch();
         self.changed();
         self.netfilter_due = true;

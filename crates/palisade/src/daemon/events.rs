@@ -71,16 +71,46 @@ pub(super) fn read(
     Ok(count)
 }
 
-/// Starts the thread that moves records of workers into the flow ring. The thread ends with the workers.
+/// A queue of records with one reader.
+pub(super) trait RecordQueue: Send + 'static {
+    /// Waits for a record, at most `timeout`.
+    ///
+    /// # Errors
+    /// [`RecvError`] if no record arrived in time, or all senders are gone.
+    fn recv_timeout(&self, timeout: Duration) -> Result<TimedRecord, RecvError>;
+    /// Returns a record that has arrived.
+    fn try_next(&self) -> Option<TimedRecord>;
+}
+
+impl RecordQueue for Receiver<TimedRecord> {
+    fn recv_timeout(&self, timeout: Duration) -> Result<TimedRecord, RecvError> {
+        Self::recv_timeout(self, timeout)
+    }
+
+    fn try_next(&self) -> Option<TimedRecord> {
+        self.try_recv().ok()
+    }
+}
+
+impl RecordQueue for crossbeam_channel::Receiver<TimedRecord> {
+    fn recv_timeout(&self, timeout: Duration) -> Result<TimedRecord, RecvError> {
+        Self::recv_timeout(self, timeout).map_err(|error| match error {
+            crossbeam_channel::RecvTimeoutError::Timeout => RecvError::Empty,
+            crossbeam_channel::RecvTimeoutError::Disconnected => RecvError::Disconnected,
+        })
+    }
+
+    fn try_next(&self) -> Option<TimedRecord> {
+        self.try_recv().ok()
+    }
+}
+
+/// Starts the thread that moves records of workers or of proxy threads into the flow ring. The thread ends with them.
 ///
 /// The ring converts a record to a flow record when a client reads it. This thread converts the remaining records: when
 /// the view changes, with the names of the old view; when no record arrives; and at intervals, because names of
 /// addresses expire.
-pub(super) fn records(
-    records: Receiver<TimedRecord>,
-    ring: Arc<Ring>,
-    shared: Arc<Shared>,
-) -> io::Result<()> {
+pub(super) fn records(records: impl RecordQueue, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
         let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
@@ -113,7 +143,7 @@ pub(super) fn records(
                 view = now_view;
                 names = Arc::new(EventNames::new(Arc::clone(&view)));
             }
-            let others = std::iter::from_fn(|| records.try_recv().ok()).take(MAX_BATCH);
+            let others = std::iter::from_fn(|| records.try_next()).take(MAX_BATCH);
             for (time, record) in first.into_iter().chain(others) {
                 ring.push_record(&record, &names, Timestamp::from_system_time(time));
                 unsettled.get_or_insert_with(Instant::now);

@@ -7,7 +7,7 @@ use std::{
 
 use signal_hook::consts::SIGHUP;
 
-use super::{fqdn::ControlRequest, netfilter, network::Network, watcher::Changes};
+use super::{fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
 use crate::control::api::{Endpoint, PolicySummary, SelectorRow, Status, TraceAnswer, TraceRequest};
 
 /// A message to the control thread.
@@ -22,6 +22,8 @@ pub(super) enum Message {
     Signal(i32),
     /// The FQDN manager needs the compiler.
     Fqdn(ControlRequest),
+    /// The secrets have changed.
+    Secrets(Secrets),
     /// A worker has ended. It starts again by itself.
     WorkerEnded,
     /// A client requests the end of the daemon; with `detach` everything that the daemon attached is removed first.
@@ -41,6 +43,7 @@ impl Message {
                 "reading the configuration again"
             }
             Self::Signal(_) | Self::Stop { .. } => "ending",
+            Self::Secrets(_) => "replacing the secrets",
             Self::Fqdn(_) => "making identities of learned names",
             Self::WorkerEnded => "repairing the punt link",
             Self::Client(_) => "answering a command",

@@ -17,6 +17,7 @@ mod events;
 mod files;
 mod fqdn;
 mod handlers;
+mod interception;
 mod interfaces;
 mod keeper;
 mod last_good;

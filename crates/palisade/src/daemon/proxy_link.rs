@@ -9,9 +9,6 @@ use tracing::{error, info, warn};
 use super::network::Network;
 use crate::config::Config;
 
-/// Whether the daemon makes proxy links. Without them, connections that a rule requires to be terminated are dropped
-/// (217).
-pub(super) const ENABLED: bool = false;
 /// Largest MTU of the links, bytes: every Ethernet network carries packets of this size.
 const MAX_MTU: u32 = 1_500;
 
@@ -25,18 +22,18 @@ pub(super) fn own_interfaces(config: &Config) -> [String; 4] {
 /// The proxy links of the daemon.
 #[derive(Debug, Default)]
 pub(super) struct ProxyLink {
-    /// Name of the punt link without the digit of its end; `None` if no links are wanted.
-    name: Option<String>,
+    /// Name of the punt link without the digit of its end.
+    name: String,
     links: Option<Arc<ProxyLinks>>,
     problem: Option<String>,
 }
 
 impl ProxyLink {
-    /// Makes the links if they are wanted. If that fails, [`Self::repair`] tries again; until then the programs drop
+    /// Makes the links. If that fails, [`Self::repair`] tries again; until then the programs drop
     /// packets of intercepted flows.
-    pub(super) fn start(is_wanted: bool, config: &Config, datapath: &Datapath, network: &Network) -> Self {
+    pub(super) fn start(config: &Config, datapath: &Datapath, network: &Network) -> Self {
         let mut made = Self {
-            name: is_wanted.then(|| config.worker.interface.clone()),
+            name: config.worker.interface.clone(),
             ..Self::default()
         };
         made.make(config, datapath, network);
@@ -47,12 +44,10 @@ impl ProxyLink {
     /// was set down. Returns whether the links are new: their indexes must then be written into the datapath
     /// configuration, and the proxy needs listeners in the new namespaces.
     pub(super) fn repair(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
-        let Some(name) = &self.name else { return false };
         if let Some(links) = &self.links {
-            let ends = proxy_link_names(name).into_iter().zip(links.ifindexes());
-            let exist = ends
-                .clone()
-                .all(|(end, ifindex)| network.links.get(&end) == Some(&ifindex));
+            let ends = proxy_link_names(&self.name).into_iter().zip(links.ifindexes());
+            // `network` can be older than the links, because its messages wait in a queue.
+            let exist = links.exist().unwrap_or(true);
             if exist {
                 for (end, ifindex) in ends.filter(|(_, ifindex)| network.down.contains(ifindex)) {
                     match links.set_up(ifindex) {
@@ -72,7 +67,7 @@ impl ProxyLink {
 
     /// Makes the links. Returns whether that succeeded.
     fn make(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
-        let Some(name) = &self.name else { return false };
+        let name = &self.name;
         match datapath.proxy_links(name, mtu(config, network)) {
             Ok(links) => {
                 info!(
@@ -100,20 +95,16 @@ impl ProxyLink {
     /// Fills in the fields of the datapath configuration that concern the proxy: the links, and that TLS termination is
     /// available. Without links it is still available, and the packets are dropped with their own reason (253).
     pub(super) fn fill_datapath_config(&self, config: &mut DatapathConfig) {
-        if self.name.is_none() {
-            return;
-        }
         config.inspectors |= 1 << Inspector::TlsTerminate as u32;
         config.proxy_ifindex = self.links.as_ref().map_or([0; 2], |links| links.ifindexes());
     }
 
     /// Returns the links, for the proxy.
-    #[allow(dead_code, reason = "the daemon does not start the proxy yet")]
     pub(super) fn links(&self) -> Option<Arc<ProxyLinks>> {
         self.links.clone()
     }
 
-    /// Returns why there are no links; `None` if there are, or none are wanted.
+    /// Returns why there are no links; `None` if there are.
     pub(super) fn missing(&self) -> Option<String> {
         let problem = self.problem.as_ref()?;
         Some(format!(

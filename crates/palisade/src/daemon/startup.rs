@@ -36,15 +36,17 @@ use super::{
     events,
     fqdn::FqdnManager,
     handlers::Handlers,
+    interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
     message::Message,
     netfilter,
     network::{self, Network},
     policies::PolicyFiles,
     private_dirs,
-    proxy_link::{self, ProxyLink},
+    proxy_link::ProxyLink,
     state::StateFile,
     sweeper::{self, Interval},
+    view::Shared,
     watchdog::{ControlActivity, feed_watchdog},
     watcher,
     workers::Workers,
@@ -163,14 +165,14 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
 }
 
 /// Starts the FQDN manager and the workers, and writes all maps. Returns the data of the control thread, and the
-/// receiver of the workers' records, if there are workers.
+/// receivers of the records of the workers, if there are workers, and of the proxy threads.
 fn fill(
     config: Config,
     opened: Opened,
     watched: Watched,
     started: Instant,
     sender: &Sender<Message>,
-) -> anyhow::Result<(Control, Option<Receiver<TimedRecord>>)> {
+) -> anyhow::Result<(Control, RecordQueues)> {
     let Opened {
         mut state,
         datapath,
@@ -200,10 +202,24 @@ fn fill(
     }
     let names = Arc::new(names);
     let ended = sender.clone();
+    let shared = Arc::<Shared>::default();
+    let sni_index_of_proxy = sni_index.clone();
     let (workers, output) = Workers::start(&config, &datapath, sni_index, move || {
         drop(ended.send(Message::WorkerEnded));
     })?;
-    let proxy_link = ProxyLink::start(proxy_link::ENABLED, &config, &datapath, &watched.network);
+    let proxy_link = ProxyLink::start(&config, &datapath, &watched.network);
+    let (interception, intercepted) = Interception::start(
+        &config,
+        &datapath,
+        proxy_link.links(),
+        sni_index_of_proxy,
+        &shared,
+    );
+    let secrets = sender.clone();
+    interception::watch(interception.view(), move |found| {
+        secrets.send(Message::Secrets(found)).is_ok()
+    })
+    .context("watching secrets")?;
     let mut control = Control {
         state,
         enforcer,
@@ -216,10 +232,12 @@ fn fill(
         datapath,
         names,
         prefetch: None,
-        shared: Arc::default(),
+        shared,
         sweep: Interval::new(config.timeouts.sweep),
         workers,
         proxy_link,
+        inspectors: InspectorRules::default(),
+        interception,
         activity: Arc::<ControlActivity>::default(),
         started,
         changes: 0,
@@ -240,12 +258,18 @@ fn fill(
         bail!("the maps cannot be filled: {problem}");
     }
     let Some(output) = output else {
-        return Ok((control, None));
+        return Ok((control, (None, intercepted)));
     };
     // The names thread must run before the first program can punt a DNS answer.
     control.names.serve(output.commits)?;
-    Ok((control, Some(output.records)))
+    Ok((control, (Some(output.records), intercepted)))
 }
+
+/// Records of the workers, and of the proxy threads.
+type RecordQueues = (
+    Option<Receiver<TimedRecord>>,
+    crossbeam_channel::Receiver<TimedRecord>,
+);
 
 /// Attaches the programs to all configured interfaces and writes the nftables table.
 fn attach(control: &mut Control) {
@@ -265,7 +289,7 @@ fn attach(control: &mut Control) {
 /// Starts the threads that read events and records, sweep connections and answer clients.
 fn serve(
     control: &mut Control,
-    records: Option<Receiver<TimedRecord>>,
+    (records, intercepted): RecordQueues,
     claim: server::Claim,
     sender: Sender<Message>,
 ) -> anyhow::Result<Socket> {
@@ -276,6 +300,7 @@ fn serve(
     if let Some(records) = records {
         events::records(records, Arc::clone(&ring), Arc::clone(&shared))?;
     }
+    events::records(intercepted, Arc::clone(&ring), Arc::clone(&shared))?;
     sweeper::run(
         Arc::clone(&datapath),
         control.sweep.clone(),
@@ -292,6 +317,7 @@ fn serve(
         events,
         activity: Arc::clone(&control.activity),
         heartbeats: control.workers.heartbeats(),
+        interception: Arc::clone(control.interception.view()),
         netfilter: netfilter::Place::new(&control.config),
         server: OnceLock::new(),
     });

@@ -66,6 +66,7 @@ impl Control {
         }
         missing.extend(self.workers.missing());
         missing.extend(self.proxy_link.missing());
+        missing.extend(self.interception.missing());
         let mut warnings = self.notes.clone();
         warnings.extend(self.start_notes.iter().cloned());
         if let Some(problem) = self.state.keeper.problem() {
@@ -85,6 +86,7 @@ impl Control {
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
         warnings.extend(self.translation_note());
         warnings.extend(self.netfilter.warnings());
+        warnings.extend(self.interception.warnings());
         for file in &policy_files {
             match file.state {
                 PolicyFileState::InForce => {}

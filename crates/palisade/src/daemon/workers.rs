@@ -1,7 +1,6 @@
 //! Starts the workers and the punt link, and repairs the punt link.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Read as _},
     os::fd::AsFd as _,
@@ -19,7 +18,6 @@ use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse
 use palisade_inspect::{
     Denial, Engine, Limits, Millis, Rules, SniAddressIndex, TopicIds, commit::CommitReceiver,
 };
-use palisade_model::snapshot::RuleSet;
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
 use tracing::{error, info};
@@ -38,10 +36,11 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest number of workers if `[worker] threads` is 0.
 const MAX_DEFAULT_WORKERS: usize = 8;
-/// Inspectors of a worker, as a bit mask: bit N is set for the [`Inspector`] with number N.
+/// Inspectors of the workers and of the proxy, as a bit mask: bit N is set for the [`Inspector`] with number N.
 pub(super) const INSPECTORS: u32 = 1 << Inspector::Http as u32
     | 1 << Inspector::Dns as u32
     | 1 << Inspector::Tls as u32
+    | 1 << Inspector::TlsTerminate as u32
     | 1 << Inspector::Kafka as u32;
 /// Largest number of DNS answers of one worker that wait for their commit.
 const MAX_QUEUED_COMMITS: usize = 1_024;
@@ -68,7 +67,6 @@ struct Running {
     /// punt link cannot be made or repaired: an interface of that name can then be of another kind.
     usable: Arc<AtomicBool>,
     heartbeats: Arc<WorkerHeartbeats>,
-    rules: Arc<Rules>,
     xdp: Vec<u32>,
 }
 
@@ -168,7 +166,7 @@ impl Workers {
         if let Ok(running) = &self.running {
             config.punt_ifindex = running.punt_link.map_or(0, |punt_link| punt_link.ifindex());
             config.workers = running.pool.counters().len() as u32;
-            config.inspectors = INSPECTORS;
+            config.inspectors = INSPECTORS & !(1 << Inspector::TlsTerminate as u32);
         }
     }
 
@@ -178,15 +176,11 @@ impl Workers {
         self.wanted.on_failure = on_failure;
     }
 
-    /// Gives the workers the rule sets of a policy state that is about to be put in force.
-    pub(super) fn set_rules(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
-        let Ok(running) = &mut self.running else { return };
-        let rules = Rules::prepare(sets, Some(&running.rules));
-        for problem in rules.problems() {
-            error!(ruleset = problem.ruleset, error = %problem.error, "a rule set cannot be prepared for the inspectors");
+    /// Gives the workers the rules of a policy state that is about to be put in force.
+    pub(super) fn set_rules(&self, rules: &Arc<Rules>) {
+        if let Ok(running) = &self.running {
+            running.pool.set_rules(rules);
         }
-        running.rules = Arc::new(rules);
-        running.pool.set_rules(&running.rules);
     }
 
     /// Gives the workers the indices of the interfaces with XDP programs. A packet that is reinjected at the ingress of
@@ -293,7 +287,7 @@ impl Workers {
 }
 
 /// Returns the limits and options of the inspectors.
-fn limits(config: &Config) -> Limits {
+pub(super) fn limits(config: &Config) -> Limits {
     let Config {
         dns,
         http,
@@ -345,7 +339,6 @@ fn start(
     let punt_link = found.ok();
     let usable = Arc::new(AtomicBool::new(punt_link.is_some()));
     let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
-    let rules = Arc::<Rules>::default();
     let heartbeats = Arc::new(WorkerHeartbeats::new(workers));
     let topic_ids = Arc::<TopicIds>::default();
     let (pool, commits, records) = Pool::start(Setup {
@@ -373,7 +366,7 @@ fn start(
                 }
             })
         },
-        rules: Arc::clone(&rules),
+        rules: Arc::default(),
         max_commits: MAX_QUEUED_COMMITS,
         records: MAX_QUEUED_RECORDS,
     })
@@ -398,7 +391,6 @@ fn start(
         punt_link,
         heartbeats,
         usable,
-        rules,
         xdp: Vec::new(),
     };
     Ok((running, Output { commits, records }, problem))

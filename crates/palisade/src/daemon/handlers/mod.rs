@@ -2,6 +2,7 @@
 //! thread. This module dispatches the requests, and sends flows to `palisade observe`.
 
 mod control;
+mod intercept;
 mod maps;
 
 use std::{
@@ -21,6 +22,7 @@ use serde_json::Value;
 
 use super::{
     fqdn::FqdnManager,
+    interception,
     message::{ClientRequest, Message, Reply},
     netfilter,
     view::Shared,
@@ -62,6 +64,8 @@ pub(super) struct Handlers {
     pub(super) activity: Arc<ControlActivity>,
     /// Last heartbeat of each worker; `None` without workers.
     pub(super) heartbeats: Option<Arc<WorkerHeartbeats>>,
+    /// The proxy threads and the secrets.
+    pub(super) interception: Arc<interception::View>,
     /// The daemon's nftables table.
     pub(super) netfilter: netfilter::Place,
     /// Counters of the control socket's server, set once it runs.
@@ -101,6 +105,17 @@ impl Handler for Handlers {
                 name,
                 pattern,
             } => json(self.clean_names(endpoint, name, pattern)),
+            Request::InterceptConfig => json(self.intercept_config()),
+            Request::InterceptClusters => json(self.intercept_clusters()),
+            Request::InterceptCerts => json(Ok(self.intercept_certs())),
+            Request::InterceptStats => json(Ok(self.intercept_stats())),
+            Request::InterceptConnections { limit } => json(self.intercept_connections(limit)),
+            Request::InterceptCheck {
+                name,
+                port,
+                from,
+                address,
+            } => json(self.intercept_check(&name, port, from, address)),
         };
         sink.send(&match answer {
             Ok(value) => api::Answer::Ok(value),

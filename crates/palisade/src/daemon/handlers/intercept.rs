@@ -1,0 +1,487 @@
+//! Requests about intercepted connections.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    ops::RangeInclusive,
+    time::Duration,
+};
+
+use palisade_abi::{
+    CtKey, Decision, Direction, Inspector, LearnedKey, ProxyPath, PuntRequest, identity, protocol,
+};
+use palisade_datapath::monotonic_coarse;
+use palisade_inspect::stream::StreamContext;
+use palisade_intercept::{CheckRequest, FailureKind, TlsView};
+use palisade_model::{
+    rule::{FqdnPattern, TlsContext},
+    snapshot::{Matcher, inspector_name},
+};
+
+use super::{
+    super::{interception::unix_time, message::ClientRequest, view::class_names},
+    Handlers, map_error,
+};
+use crate::control::api::{
+    CertificateRow, Certificates, CheckStep as CheckRow, Endpoint, InterceptCheck, InterceptRow,
+    InterceptStats, InterceptThread, InterceptedRow, TlsRow, UpstreamRow,
+};
+
+/// Ports from which checks connect: the last of the dynamic ports, which Linux does not assign by default.
+const CHECK_PORTS: RangeInclusive<u16> = 65_500..=65_535;
+/// Time for which the programs know the flow of a check.
+const CHECK_LIFETIME: Duration = Duration::from_secs(60);
+/// Number of seconds of a day.
+const SECONDS_PER_DAY: i64 = 86_400;
+
+impl Handlers {
+    pub(super) fn intercept_config(&self) -> Result<Vec<InterceptRow>, String> {
+        let endpoints = self.look_up(ClientRequest::Endpoints)?;
+        let view = self.shared.get();
+        let snapshot = &view.snapshot;
+        let classes = class_names(&snapshot.classes);
+        let mut rows = Vec::new();
+        for (&endpoint, state) in &snapshot.endpoints {
+            let name = endpoints
+                .iter()
+                .find(|known| known.id == endpoint)
+                .map(|known| known.name.clone())
+                .unwrap_or_default();
+            let table = snapshot.tables.get(&state.policy);
+            for (key, entry) in table.into_iter().flat_map(|table| &table.entries) {
+                if Decision::from_u8(entry.decision) != Decision::Inspect
+                    || entry.inspector != Inspector::TlsTerminate as u8
+                {
+                    continue;
+                }
+                let Some(set) = snapshot.rulesets.get(&entry.ruleset) else {
+                    continue;
+                };
+                let secret = |tls: &Option<TlsContext>| tls.as_ref().map(|tls| tls.secret.clone());
+                let name_of = |pattern: &FqdnPattern| match pattern {
+                    FqdnPattern::Name(text) | FqdnPattern::Pattern(text) => text.clone(),
+                };
+                rows.push(InterceptRow {
+                    endpoint,
+                    endpoint_name: name.clone(),
+                    direction: if key.direction == Direction::Ingress as u8 {
+                        "ingress"
+                    } else {
+                        "egress"
+                    }
+                    .to_owned(),
+                    peer: if key.identity == identity::ANY {
+                        vec!["ANY".to_owned()]
+                    } else {
+                        view.labels(key.identity)
+                    },
+                    ports: classes
+                        .get(&key.class)
+                        .cloned()
+                        .unwrap_or_else(|| vec![format!("class {}", key.class)]),
+                    terminating: secret(&set.terminating_tls),
+                    originating: secret(&set.originating_tls),
+                    protocol: inspector_name(set.reads).to_owned(),
+                    server_names: set
+                        .server_names
+                        .iter()
+                        .chain(
+                            set.alternatives
+                                .iter()
+                                .filter_map(|alternative| match &alternative.matcher {
+                                    Matcher::ServerName(pattern) => Some(pattern),
+                                    _ => None,
+                                }),
+                        )
+                        .map(name_of)
+                        .collect(),
+                    rules: set.alternatives.len(),
+                    decided_by: Some(view.rule(entry.rule)),
+                    problem: self.interception.problem_of(set),
+                });
+            }
+        }
+        Ok(rows)
+    }
+
+    pub(super) fn intercept_certs(&self) -> Certificates {
+        let secrets = self.interception.secrets();
+        let now = unix_time();
+        let mut problems: Vec<String> = secrets.problems.iter().map(ToString::to_string).collect();
+        let view = self.shared.get();
+        // Secrets that policies name and that the folder does not have.
+        for set in view.snapshot.rulesets.values() {
+            if let Some(problem) = self.interception.problem_of(set)
+                && !problems.contains(&problem)
+            {
+                problems.push(problem);
+            }
+        }
+        Certificates {
+            dir: self.interception.dir.display().to_string(),
+            certificates: secrets
+                .store
+                .certificates()
+                .into_iter()
+                .map(|certificate| CertificateRow {
+                    days_left: (certificate.not_after - now).div_euclid(SECONDS_PER_DAY),
+                    not_before: time_text(certificate.not_before),
+                    not_after: time_text(certificate.not_after),
+                    secret: certificate.secret,
+                    key: certificate.key,
+                    subject: certificate.subject,
+                    sans: certificate.names,
+                    issuer: certificate.issuer,
+                    serial: certificate.serial,
+                    fingerprint: certificate.fingerprint,
+                    is_ca: certificate.is_ca,
+                    file: certificate.file.display().to_string(),
+                })
+                .collect(),
+            problems,
+        }
+    }
+
+    pub(super) fn intercept_clusters(&self) -> Result<Vec<UpstreamRow>, String> {
+        let mean = |sum: u64, count: u64| {
+            if count == 0 {
+                0.0
+            } else {
+                sum as f64 / count as f64
+            }
+        };
+        let proxy = self.interception.proxy()?;
+        let mut open: BTreeMap<SocketAddr, u64> = BTreeMap::new();
+        for connection in proxy.connections(usize::MAX) {
+            *open.entry(connection.server).or_default() += 1;
+        }
+        let mut rows: Vec<_> = proxy
+            .upstreams()
+            .into_iter()
+            .map(|upstream| {
+                let by_reason: BTreeMap<String, u64> = FailureKind::ALL
+                    .iter()
+                    .zip(upstream.failures)
+                    .filter(|(_, count)| *count != 0)
+                    .map(|(kind, count)| (kind.text().to_owned(), count))
+                    .collect();
+                UpstreamRow {
+                    name: upstream.name,
+                    address: upstream.address.to_string(),
+                    successes: upstream.successes,
+                    failures: by_reason.values().sum(),
+                    failures_by_reason: by_reason,
+                    last_failure: upstream.last_failure,
+                    connect_ms: mean(upstream.connect_ms, upstream.successes),
+                    handshake_ms: mean(upstream.handshake_ms, upstream.handshakes),
+                    open: open.get(&upstream.address).copied().unwrap_or(0),
+                }
+            })
+            .collect();
+        rows.sort_by(|a, b| (&a.name, &a.address).cmp(&(&b.name, &b.address)));
+        Ok(rows)
+    }
+
+    pub(super) fn intercept_connections(&self, limit: usize) -> Result<Vec<InterceptedRow>, String> {
+        let tls = |view: TlsView| TlsRow {
+            version: view.version.to_owned(),
+            cipher: view.cipher,
+            alpn: view.alpn,
+        };
+        let connections = self.interception.proxy()?.connections(limit);
+        Ok(connections
+            .into_iter()
+            .map(|connection| InterceptedRow {
+                endpoint: connection.endpoint,
+                direction: match connection.direction {
+                    Direction::Ingress => "ingress",
+                    Direction::Egress => "egress",
+                }
+                .to_owned(),
+                client: connection.client.to_string(),
+                server: connection.server.to_string(),
+                name: connection.name,
+                state: match connection.failure {
+                    Some(failure) => format!("{}: {failure}", connection.state),
+                    None => connection.state.to_owned(),
+                },
+                protocol: connection.protocol.to_owned(),
+                client_tls: connection.client_tls.map(tls),
+                server_tls: connection.server_tls.map(tls),
+                client_bytes: connection.bytes_from_client,
+                server_bytes: connection.bytes_from_server,
+                requests: connection.requests,
+                age: connection.age / 1_000,
+            })
+            .collect())
+    }
+
+    /// Opens a connection to a server as an intercepted connection of an endpoint would be opened.
+    pub(super) fn intercept_check(
+        &self,
+        name: &str,
+        port: u16,
+        from: String,
+        address: Option<IpAddr>,
+    ) -> Result<InterceptCheck, String> {
+        let proxy = self.interception.proxy()?;
+        let endpoint = self.endpoint(from)?;
+        let mut check = InterceptCheck::default();
+        let server = match address {
+            Some(address) => address,
+            None => {
+                let learned = self.learned_names(Some(endpoint.id.to_string()))?;
+                let wanted = name.trim_end_matches('.').to_ascii_lowercase();
+                let found = learned
+                    .iter()
+                    .find(|row| row.name.trim_end_matches('.') == wanted);
+                let address = found.and_then(|row| row.address.parse().ok());
+                let Some(address) = address else {
+                    check.fail(
+                        "address",
+                        format!(
+                            "endpoint {} has learned no address of {wanted}; resolve the name in the endpoint, or give \
+                             --address",
+                            endpoint.name
+                        ),
+                    );
+                    return Ok(check);
+                };
+                address
+            }
+        };
+        let server = SocketAddr::new(server, port);
+        check.pass("address", format!("{server}"));
+        let own = endpoint
+            .addresses
+            .iter()
+            .filter_map(|address| address.parse::<IpAddr>().ok())
+            .find(|own| own.is_ipv4() == server.is_ipv4() && !is_link_local(own));
+        let Some(own) = own else {
+            check.fail(
+                "policy",
+                format!("endpoint {} has no address of this family", endpoint.name),
+            );
+            return Ok(check);
+        };
+        let view = self.shared.get();
+        let learned = LearnedKey {
+            addr: server.ip().into(),
+            endpoint: endpoint.id.into(),
+        };
+        let identity = self
+            .names
+            .identities()
+            .get(&learned)
+            .copied()
+            .unwrap_or_else(|| view.snapshot.identity_of(server.ip()).identity);
+        let entry = view.snapshot.policy_entry(
+            endpoint.id,
+            Direction::Egress,
+            identity,
+            protocol::TCP,
+            Some(port),
+        );
+        let Some(entry) = entry.filter(|entry| {
+            Decision::from_u8(entry.decision) == Decision::Inspect
+                && entry.inspector == Inspector::TlsTerminate as u8
+        }) else {
+            check.fail(
+                "policy",
+                format!(
+                    "the policy of {} does not intercept connections to {server}",
+                    endpoint.name
+                ),
+            );
+            return Ok(check);
+        };
+        check.pass("policy", view.rule(entry.rule));
+        let (ifindex, near) = self.egress_interface(&endpoint, server)?;
+        let request = PuntRequest {
+            rule: entry.rule,
+            ruleset: entry.ruleset,
+            remote_identity: identity,
+            revision: endpoint.revision,
+            serial: 0,
+            endpoint: endpoint.id,
+            inspector: entry.inspector,
+            flags: 0,
+        };
+        let conntrack = self.datapath.conntrack();
+        let expires = monotonic_coarse() + CHECK_LIFETIME.as_nanos() as u64;
+        // A flow of the endpoint can use a port already; its entry is not touched.
+        for own_port in CHECK_PORTS {
+            let key = CtKey {
+                local: own.into(),
+                remote: server.ip().into(),
+                local_port: own_port,
+                remote_port: port,
+                endpoint: endpoint.id,
+                protocol: protocol::TCP,
+                zero: 0,
+            };
+            let path = ProxyPath {
+                near,
+                far: near,
+                ifindex: if endpoint.interface.is_some() {
+                    ifindex | ProxyPath::RESOLVED
+                } else {
+                    ifindex
+                },
+            };
+            if !conntrack
+                .insert_intercepted(&key, &request, path, expires)
+                .map_err(map_error)?
+            {
+                continue;
+            }
+            let steps = proxy.check(&CheckRequest {
+                context: StreamContext {
+                    request,
+                    direction: Direction::Egress,
+                    client: SocketAddr::new(own, own_port),
+                    server,
+                    ifindex,
+                },
+                name: Some(name.to_owned()),
+                protocols: vec!["h2".to_owned(), "http/1.1".to_owned()],
+                from_node: false,
+            });
+            for step in steps {
+                check.steps.push(CheckRow {
+                    step: "connection".to_owned(),
+                    ok: step.is_ok,
+                    text: step.text,
+                });
+            }
+            check.ok = check.steps.iter().all(|step| step.ok);
+            conntrack.remove(&key).map_err(map_error)?;
+            return Ok(check);
+        }
+        Err("all ports of checks are in use; try again".to_owned())
+    }
+
+    /// Returns the index and the MAC address of the interface by which packets of an endpoint go to `server`.
+    fn egress_interface(&self, endpoint: &Endpoint, server: SocketAddr) -> Result<(u32, [u8; 6]), String> {
+        let name = match &endpoint.interface {
+            Some(name) => name.clone(),
+            None => interface_of_route(server)?,
+        };
+        let view = self.shared.get();
+        let (index, _) = view
+            .interfaces
+            .iter()
+            .find(|(_, known)| ***known == *name)
+            .ok_or_else(|| format!("there is no interface {name}"))?;
+        let path = format!("/sys/class/net/{name}/address");
+        let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+        let mut mac = [0; 6];
+        for (byte, digits) in mac.iter_mut().zip(text.trim().split(':')) {
+            *byte = u8::from_str_radix(digits, 16).map_err(|error| format!("{path}: {error}"))?;
+        }
+        Ok((*index, mac))
+    }
+
+    pub(super) fn intercept_stats(&self) -> InterceptStats {
+        let proxy = match self.interception.proxy() {
+            Ok(proxy) => proxy,
+            Err(problem) => {
+                return InterceptStats {
+                    problem: Some(problem),
+                    ..InterceptStats::default()
+                };
+            }
+        };
+        let threads = proxy.threads().into_iter().enumerate();
+        let stats = proxy.stats();
+        let failures = FailureKind::ALL.iter().zip(stats.failures);
+        let named = |counters: Vec<(&str, u64)>| {
+            counters
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect()
+        };
+        let mut connections = stats.named();
+        connections.push(("records_lost", self.interception.records_lost()));
+        InterceptStats {
+            threads: threads
+                .map(|(number, thread)| InterceptThread {
+                    number,
+                    state: if thread.is_running { "running" } else { "down" }.to_owned(),
+                    connections: thread.connections,
+                    restarts: thread.restarts,
+                    problem: thread.failure,
+                })
+                .collect(),
+            counters: [
+                ("connections".to_owned(), named(connections)),
+                (
+                    "upstream failures".to_owned(),
+                    named(failures.map(|(kind, count)| (kind.text(), count)).collect()),
+                ),
+            ]
+            .into(),
+            problem: None,
+        }
+    }
+}
+
+/// Returns a Unix time as text (RFC 3339).
+fn time_text(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
+}
+
+impl InterceptCheck {
+    fn pass(&mut self, step: &str, text: String) {
+        self.steps.push(CheckRow {
+            step: step.to_owned(),
+            ok: true,
+            text,
+        });
+    }
+
+    fn fail(&mut self, step: &str, text: String) {
+        self.steps.push(CheckRow {
+            step: step.to_owned(),
+            ok: false,
+            text,
+        });
+    }
+}
+
+/// Returns the name of the interface that has the address from which the node would send to `server`.
+fn interface_of_route(server: SocketAddr) -> Result<String, String> {
+    let any: SocketAddr = if server.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let source = UdpSocket::bind(any)
+        .and_then(|socket| {
+            socket.connect(server)?;
+            socket.local_addr()
+        })
+        .map_err(|error| format!("no route to {server}: {error}"))?;
+    let addresses = nix::ifaddrs::getifaddrs().map_err(|error| error.to_string())?;
+    addresses
+        .filter_map(|found| {
+            let address = found.address?;
+            let ip: IpAddr = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+                (Some(v4), _) => v4.ip().into(),
+                (None, Some(v6)) => v6.ip().into(),
+                (None, None) => return None,
+            };
+            (ip == source.ip()).then_some(found.interface_name)
+        })
+        .next()
+        .ok_or_else(|| format!("no interface has the address {}", source.ip()))
+}
+
+/// Returns whether an address is unique only on its link, so that no packet of it is intercepted.
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}

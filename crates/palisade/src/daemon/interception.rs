@@ -1,0 +1,451 @@
+//! Interception: the proxy threads, the secrets that policies name, and what clients of the control socket see of both.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::SocketAddr,
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, protocol};
+use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
+use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
+use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings};
+use palisade_model::snapshot::RuleSet;
+use palisade_secrets::{Problem, Store, expires_within};
+use palisade_worker::TimedRecord;
+use tracing::{error, info, warn};
+
+use super::{
+    state::NODE,
+    view::Shared,
+    workers::{Workers, limits},
+};
+use crate::config::{Config, NoSni};
+
+/// Number of records of the proxy threads that wait to be read.
+const MAX_QUEUED_RECORDS: usize = 2_048;
+/// Interval at which the secrets folder is read again. A secret consists of several files that are replaced one after
+/// the other, or by a symbolic link, so a reading of the whole folder is simpler and safer than single events.
+const SECRETS_INTERVAL: Duration = Duration::from_secs(2);
+/// Number of days before the end of its validity from which on a certificate is reported.
+const EXPIRY_WARNING_DAYS: u32 = 30;
+
+/// Secrets of the folder, with what is wrong with them.
+#[derive(Debug, Default)]
+pub(super) struct Secrets {
+    pub(super) store: Arc<Store>,
+    pub(super) problems: Vec<Problem>,
+}
+
+/// Rules of the policy state in force, prepared for the workers and the proxy threads.
+#[derive(Debug, Default)]
+pub(super) struct InspectorRules(Arc<Rules>);
+
+impl InspectorRules {
+    /// Prepares the rule sets of a policy state that is about to be put in force, and gives them to the workers and the
+    /// proxy threads.
+    pub(super) fn set_rules(
+        &mut self,
+        sets: &BTreeMap<u32, Arc<RuleSet>>,
+        workers: &Workers,
+        interception: &mut Interception,
+    ) {
+        let secrets = interception.view.secrets();
+        let rules = Rules::prepare_with(sets, Some(&self.0), &|name| secrets.store.value(name));
+        for problem in rules.problems() {
+            error!(ruleset = problem.ruleset, error = %problem.error, "a rule set cannot be prepared for the inspectors");
+        }
+        self.0 = Arc::new(rules);
+        workers.set_rules(&self.0);
+        interception.set_rules(Arc::clone(&self.0));
+    }
+}
+
+/// Part of the interception that other threads read.
+pub(super) struct View {
+    /// `[tls] secrets_dir`.
+    pub(super) dir: PathBuf,
+    proxy: RwLock<Result<Arc<Proxy>, String>>,
+    secrets: RwLock<Arc<Secrets>>,
+    records_lost: Arc<AtomicU64>,
+}
+
+impl View {
+    /// Returns the proxy, or why there is none.
+    pub(super) fn proxy(&self) -> Result<Arc<Proxy>, String> {
+        self.proxy.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn secrets(&self) -> Arc<Secrets> {
+        Arc::clone(&self.secrets.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Returns the number of records that were lost because the queue was full.
+    pub(super) fn records_lost(&self) -> u64 {
+        self.records_lost.load(Ordering::Relaxed)
+    }
+
+    /// Returns why intercepted traffic with this rule set is denied; `None` if nothing prevents the interception.
+    pub(super) fn problem_of(&self, set: &RuleSet) -> Option<String> {
+        let secrets = self.secrets();
+        let terminating = set.terminating_tls.as_ref();
+        let originating = set.originating_tls.as_ref();
+        self.proxy()
+            .err()
+            .or_else(|| Some(secrets.store.identity(terminating?).err()?.to_string()))
+            .or_else(|| Some(secrets.store.trust(originating?).err()?.to_string()))
+    }
+}
+
+/// The proxy threads with their settings.
+pub(super) struct Interception {
+    view: Arc<View>,
+    limits: Limits,
+    known: Option<Arc<SniAddressIndex>>,
+    options: Options,
+    interception_ca: Option<String>,
+    refuse_nameless: bool,
+    rules: Arc<Rules>,
+    shared: Arc<Shared>,
+    links: Option<Arc<ProxyLinks>>,
+    reports: Arc<Records>,
+}
+
+impl Interception {
+    /// Reads the secrets, creates the proxy links and starts the proxy threads. If that fails, the daemon runs without
+    /// them, and intercepted traffic is dropped. Returns the records of the proxy threads too.
+    pub(super) fn start(
+        config: &Config,
+        datapath: &Datapath,
+        links: Option<Arc<ProxyLinks>>,
+        known: Option<Arc<SniAddressIndex>>,
+        shared: &Arc<Shared>,
+    ) -> (Self, crossbeam_channel::Receiver<TimedRecord>) {
+        let (sender, receiver) = crossbeam_channel::bounded(MAX_QUEUED_RECORDS);
+        let tls = &config.tls;
+        let records_lost = Arc::<AtomicU64>::default();
+        let (store, problems) = Store::load(&tls.secrets_dir, None);
+        let view = Arc::new(View {
+            dir: tls.secrets_dir.clone(),
+            proxy: RwLock::new(Err("the proxy threads are not started yet".to_owned())),
+            secrets: RwLock::new(Arc::new(Secrets {
+                store: Arc::new(store),
+                problems,
+            })),
+            records_lost: Arc::clone(&records_lost),
+        });
+        let mut interception = Self {
+            view,
+            limits: limits(config),
+            known,
+            options: options(config),
+            interception_ca: tls.interception_ca.clone(),
+            refuse_nameless: tls.no_sni == NoSni::Refuse,
+            rules: Arc::default(),
+            shared: Arc::clone(shared),
+            links,
+            reports: Arc::new(Records {
+                queue: sender,
+                lost: records_lost,
+            }),
+        };
+        interception.log_problems(&[]);
+        interception.start_proxy(datapath);
+        (interception, receiver)
+    }
+
+    pub(super) fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// Starts the proxy threads.
+    fn start_proxy(&mut self, datapath: &Datapath) {
+        let started = self.try_start(datapath);
+        let before = self.view.proxy();
+        match (&started, &before) {
+            (Ok(_), _) => info!(threads = self.options.threads, "the proxy threads run"),
+            (Err(problem), Err(known)) if problem == known => {}
+            (Err(problem), _) => error!(
+                error = problem,
+                "there are no proxy threads; traffic that must be intercepted is dropped"
+            ),
+        }
+        *self.view.proxy.write().unwrap_or_else(PoisonError::into_inner) = started.map(Arc::new);
+    }
+
+    fn try_start(&self, datapath: &Datapath) -> Result<Proxy, String> {
+        let links = self.links.as_ref().ok_or("there are no proxy links")?;
+        let namespaces = [Direction::Ingress, Direction::Egress]
+            .into_iter()
+            .map(|direction| {
+                Ok(Namespace {
+                    direction,
+                    fd: links.namespaces[direction as usize].try_clone()?,
+                })
+            })
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|error| format!("a namespace of the proxy cannot be used: {error}"))?;
+        let flows = datapath
+            .proxied_flows(NODE)
+            .map_err(|error| format!("the map of intercepted flows: {error}"))?;
+        let proxy = Proxy::start(
+            self.options.clone(),
+            namespaces,
+            &Registry(links),
+            Arc::new(FlowTable {
+                flows,
+                shared: Arc::clone(&self.shared),
+            }),
+            Arc::clone(&self.reports) as Arc<dyn Reports>,
+            self.settings(),
+        )
+        .map_err(|error| format!("the proxy threads cannot be started: {error}"))?;
+        Ok(proxy)
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
+            rules: Arc::clone(&self.rules),
+            secrets: Arc::clone(&self.view.secrets().store) as Arc<dyn palisade_intercept::Secrets>,
+            interception_ca: self.interception_ca.clone(),
+            http: self.limits.http.clone(),
+            ech: self.limits.tls.ech,
+            names: self.known.clone(),
+            refuse_nameless: self.refuse_nameless,
+        }
+    }
+
+    /// Replaces rules or secrets of the proxy threads.
+    fn update(&self) {
+        if let Ok(proxy) = self.view.proxy() {
+            proxy.update(self.settings());
+        }
+    }
+
+    /// Gives the proxy threads the rules of a policy state that is about to be put in force.
+    pub(super) fn set_rules(&mut self, rules: Arc<Rules>) {
+        self.rules = rules;
+        self.update();
+    }
+
+    /// Ends the connections that the policy in force does not intercept any more.
+    pub(super) fn recheck(&self) {
+        if let Ok(proxy) = self.view.proxy() {
+            proxy.recheck();
+        }
+    }
+
+    /// Replaces the secrets.
+    pub(super) fn set_secrets(&mut self, secrets: Secrets) {
+        let before = self.view.secrets();
+        *self.view.secrets.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(secrets);
+        info!(dir = %self.view.dir.display(), "the secrets have changed");
+        self.log_problems(&before.problems);
+        self.update();
+    }
+
+    /// Logs the problems that are not in `known`.
+    fn log_problems(&self, known: &[Problem]) {
+        for problem in &self.view.secrets().problems {
+            if known.contains(problem) {
+                continue;
+            }
+            if problem.is_error() {
+                error!(%problem, "a secret cannot be used");
+            } else {
+                warn!(%problem, "a secret has a problem");
+            }
+        }
+    }
+
+    /// Starts the proxy threads if they could not be started before, and starts them again in the namespaces of new links.
+    /// `renewed`: whether the links are new.
+    pub(super) fn repair(&mut self, datapath: &Datapath, links: Option<Arc<ProxyLinks>>, renewed: bool) {
+        if self.view.proxy().is_ok() && !renewed {
+            return;
+        }
+        // The threads in the former namespaces end before the new ones begin: their connections are cut.
+        if self.view.proxy().is_ok() {
+            *self.view.proxy.write().unwrap_or_else(PoisonError::into_inner) =
+                Err("the proxy links are made again".to_owned());
+        }
+        self.links = links;
+        self.start_proxy(datapath);
+    }
+
+    /// Returns what prevents interception.
+    pub(super) fn missing(&self) -> Option<String> {
+        match self.view.proxy() {
+            Err(problem) => Some(format!("no proxy threads: {problem}")),
+            Ok(proxy) => {
+                let threads = proxy.threads();
+                let down: Vec<_> = threads.iter().filter(|thread| !thread.is_running).collect();
+                let why = down.iter().find_map(|thread| thread.failure.clone());
+                (!down.is_empty()).then(|| {
+                    format!(
+                        "{} of {} proxy threads do not run: {}",
+                        down.len(),
+                        threads.len(),
+                        why.unwrap_or_default()
+                    )
+                })
+            }
+        }
+    }
+
+    /// Returns problems of secrets, and certificates that expire soon.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let secrets = self.view.secrets();
+        let now = unix_time();
+        let expiring = secrets
+            .store
+            .certificates()
+            .into_iter()
+            .filter_map(|certificate| {
+                let days = (certificate.not_after - now).div_euclid(86_400);
+                expires_within(certificate.not_after, now, EXPIRY_WARNING_DAYS).then(|| {
+                    let state = if days < 0 {
+                        "has expired".to_owned()
+                    } else {
+                        format!("expires in {days} days")
+                    };
+                    format!(
+                        "the certificate {} of secret {} {state}",
+                        certificate.key, certificate.secret
+                    )
+                })
+            });
+        secrets
+            .problems
+            .iter()
+            .map(ToString::to_string)
+            .chain(expiring)
+            .collect()
+    }
+}
+
+/// Returns the time since 1970, s.
+pub(super) fn unix_time() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn options(config: &Config) -> Options {
+    let tls = &config.tls;
+    let share = (tls.max_connections_per_endpoint * 100).div_ceil(tls.max_connections.max(1));
+    Options {
+        connections: tls.max_connections,
+        endpoint_share: share.clamp(1, 100),
+        threads: match tls.proxy_threads {
+            0 => thread::available_parallelism().map_or(1, |n| n.get().min(8)),
+            threads => threads,
+        },
+        connect: tls.connect_timeout,
+        handshake: tls.handshake_timeout,
+        head: config.http.header_timeout,
+        idle: tls.idle_timeout,
+    }
+}
+
+/// Watches the secrets folder: calls `changed` with the new secrets whenever they have changed, until `changed` returns
+/// false.
+pub(super) fn watch(view: &View, changed: impl Fn(Secrets) -> bool + Send + 'static) -> io::Result<()> {
+    let (dir, before) = (view.dir.clone(), view.secrets());
+    thread::Builder::new().name("secrets".into()).spawn(move || {
+        let mut store = Arc::clone(&before.store);
+        let mut problems = before.problems.clone();
+        drop(before);
+        loop {
+            thread::sleep(SECRETS_INTERVAL);
+            let (new, found) = Store::load(&dir, Some(&store));
+            if new.is_same(&store) && found == problems {
+                continue;
+            }
+            store = Arc::new(new);
+            problems.clone_from(&found);
+            if !changed(Secrets {
+                store: Arc::clone(&store),
+                problems: found,
+            }) {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Intercepted flows in the maps of the programs.
+struct FlowTable {
+    flows: ProxiedFlows,
+    shared: Arc<Shared>,
+}
+
+impl Flows for FlowTable {
+    fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow> {
+        let key = ProxiedKey {
+            client: client.ip().into(),
+            server: server.ip().into(),
+            client_port: client.port(),
+            server_port: server.port(),
+            direction,
+        };
+        let flow = self.flows.find(&key).ok()??;
+        let request = flow.request;
+        // The programs evaluate a flow after a change of policies with the flow's next packet. A flow without packets
+        // must end too if the policy in force does not intercept it any more. If the peer's identity no longer exists,
+        // its addresses have another identity, which only the programs find.
+        let view = self.shared.get();
+        let snapshot = &view.snapshot;
+        if snapshot.identities.contains_key(&request.remote_identity) {
+            let entry = snapshot.policy_entry(
+                request.endpoint,
+                direction,
+                request.remote_identity,
+                protocol::TCP,
+                Some(server.port()),
+            )?;
+            let intercepts = Decision::from_u8(entry.decision) == Decision::Inspect
+                && entry.inspector == Inspector::TlsTerminate as u8;
+            let is_audited = entry.flags & entry_flags::AUDIT != 0;
+            if !intercepts && !is_audited {
+                return None;
+            }
+        }
+        Some(Flow {
+            request,
+            ifindex: flow.ifindex,
+        })
+    }
+}
+
+struct Registry<'a>(&'a ProxyLinks);
+
+impl Listeners for Registry<'_> {
+    fn register(&self, direction: Direction, listener: BorrowedFd<'_>, is_v6: bool) -> io::Result<()> {
+        self.0
+            .register(direction, is_v6, listener)
+            .map_err(io::Error::other)
+    }
+}
+
+/// Records of the proxy threads on their way to the flow ring.
+struct Records {
+    queue: crossbeam_channel::Sender<TimedRecord>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Reports for Records {
+    fn record(&self, record: &Record) {
+        if self.queue.try_send((SystemTime::now(), *record)).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
