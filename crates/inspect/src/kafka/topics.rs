@@ -9,6 +9,7 @@
 //! have told different names, the id has no name at servers that have told none.
 
 use std::{
+    cmp::Reverse,
     collections::VecDeque,
     net::SocketAddr,
     sync::{
@@ -24,6 +25,8 @@ use palisade_protocols::kafka::TopicId;
 const MAX_PER_OWNER: usize = 4096;
 /// Maximum number of topic ids. Beyond it the endpoint with the most ids loses its oldest ones.
 const MAX_IDS: usize = 65_536;
+/// Number of ids below that maximum down to which ids are removed.
+const SHRINK: usize = MAX_IDS / 16;
 /// Maximum number of topic ids of an owner with which a name is learned that no rule of the rule set has. Such a name only
 /// decides about the error code of a denial.
 const MAX_OTHERS: usize = 512;
@@ -170,30 +173,38 @@ impl Known {
                 *count -= owned.remove_oldest();
             }
         }
-        owners.retain(|_, owned| !owned.ids.is_empty());
+        if owned.ids.is_empty() {
+            owners.remove(&owner);
+        }
         self.shrink();
         has_added
     }
 
-    /// Removes ids beyond the limit, so that one endpoint cannot prevent others from learning.
+    /// Removes ids if there are too many, so that one endpoint cannot prevent others from learning. All owners are
+    /// scanned, so room for many further ids is made at once.
     fn shrink(&mut self) {
-        while self.count > MAX_IDS {
+        if self.count <= MAX_IDS {
+            return;
+        }
+        while self.count > MAX_IDS - SHRINK {
             let mut sizes: HashMap<u16, usize> = HashMap::default();
             for (owner, owned) in &self.owners {
                 *sizes.entry(owner.endpoint).or_default() += owned.ids.len();
             }
-            let largest = sizes.into_iter().max_by_key(|(_, size)| *size);
-            let owned = self
-                .owners
-                .iter_mut()
-                .filter(|(owner, _)| Some(owner.endpoint) == largest.map(|(endpoint, _)| endpoint))
-                .map(|(_, owned)| owned)
-                .max_by_key(|owned| owned.ids.len());
-            let Some(owned) = owned else {
+            let Some((largest, _)) = sizes.into_iter().max_by_key(|(_, size)| *size) else {
                 return;
             };
-            while self.count > MAX_IDS && !owned.ids.is_empty() {
-                self.count -= owned.remove_oldest();
+            let mut of_largest: Vec<_> = self
+                .owners
+                .iter_mut()
+                .filter(|(owner, _)| owner.endpoint == largest)
+                .map(|(_, owned)| owned)
+                .collect();
+            of_largest.sort_by_key(|owned| Reverse(owned.ids.len()));
+            for owned in of_largest {
+                while self.count > MAX_IDS - SHRINK && !owned.ids.is_empty() {
+                    self.count -= owned.remove_oldest();
+                }
             }
             self.owners.retain(|_, owned| !owned.ids.is_empty());
         }
@@ -489,7 +500,29 @@ mod tests {
         for endpoint in [2, 3] {
             assert!(name(&mut names, owner(endpoint, 1), 1, 0).is_some(), "{endpoint}");
         }
-        assert_eq!(counts(&names), (MAX_IDS, MAX_IDS));
+        let (count, kept) = counts(&names);
+        assert!(
+            count == kept && (MAX_IDS - SHRINK..=MAX_IDS).contains(&count),
+            "{count} {kept}"
+        );
+    }
+
+    #[test]
+    fn an_endpoint_with_many_servers_slows_no_other_one() {
+        let mut names = TopicNames::default();
+        learn(&names, owner(2, 1), 1, &[told(0, b"first")]);
+        // A scan of all owners for each of them would take minutes.
+        for port in 0..MAX_IDS as u32 + 10_000 {
+            let only = SocketAddr::from(([192, 0, (port >> 16) as u8, 1], port as u16));
+            let of_server = Owner {
+                only: Some(only),
+                ..owner(1, 1)
+            };
+            names.learn(of_server, only, |learn| learn(told(0, b"a")));
+        }
+        assert_eq!(name(&mut names, owner(2, 1), 1, 0).as_deref(), Some("first"));
+        let (count, kept) = counts(&names);
+        assert!(count == kept && count <= MAX_IDS, "{count} {kept}");
     }
 
     #[test]
