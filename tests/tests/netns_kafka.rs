@@ -1,11 +1,15 @@
 //! Kafka rules with a real broker and real clients.
 
-use std::net::SocketAddr;
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+};
 
 use palisade_testbed::{Daemon, daemon::Hooks, topology::FAMILIES};
 use palisade_tests::{
+    OPEN,
     fixtures::{
-        apps::{Apps, PAIRS, apps},
+        apps::{Apps, PAIRS, apps, policy},
         kafka::{Broker, Teller, client, ids, packages},
     },
     setup::{XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, daemon_with, on_all_pairs, tables},
@@ -241,4 +245,109 @@ fn rules_apply_on_all_paths_with_xdp_at_the_nic() {
 #[test]
 fn rules_apply_on_all_paths_with_xdp_and_clsact() {
     all_pairs(XDP_AND_CLSACT);
+}
+
+/// Returns a Metadata request of version 1 for one topic.
+fn metadata(correlation: u8, topic: &str) -> Vec<u8> {
+    let mut request = vec![0, 3, 0, 1, 0, 0, 0, correlation, 0, 5];
+    request.extend(b"tests\0\0\0\x01\0");
+    request.push(topic.len() as u8);
+    request.extend(topic.as_bytes());
+    [&(request.len() as u32).to_be_bytes()[..], &request].concat()
+}
+
+/// Reads one response. Returns its correlation id and whether it has this error for the topic; none at the end.
+fn metadata_response(stream: &mut TcpStream, error: u8, topic: &str) -> Option<(u8, bool)> {
+    let mut size = [0; 4];
+    match stream.read(&mut size).expect("read") {
+        0 => return None,
+        count => stream.read_exact(&mut size[count..]).expect("read"),
+    }
+    let mut message = vec![0; u32::from_be_bytes(size) as usize];
+    stream.read_exact(&mut message).expect("read");
+    let expected = [&[0, error, 0, topic.len() as u8], topic.as_bytes()].concat();
+    let is_told = message.windows(expected.len()).any(|part| part == expected);
+    Some((message[3], is_told))
+}
+
+#[test]
+fn requests_in_any_segments_and_after_a_change_of_the_policy_are_judged() {
+    packages().expect("the packages");
+    let apps = apps();
+    for family in FAMILIES {
+        let at = apps.at("internet", family, PORT);
+        let _broker = Broker::start(apps.ns("internet"), at, &["orders", "secret"]).expect("broker");
+        let daemon = client_only(&apps, &[PORT], RULES);
+        let connect = || {
+            let stream = apps
+                .ns("client")
+                .enter(|| TcpStream::connect(at))
+                .expect("connect");
+            stream.set_nodelay(true).expect("option");
+            stream.set_read_timeout(Some(OPEN)).expect("option");
+            stream
+        };
+        let (fine, denied) = (metadata(1, "orders"), metadata(2, "secret"));
+
+        // Each byte in a segment of its own, and the end of the stream behind a denied request.
+        let mut stream = connect();
+        for request in [&fine, &denied] {
+            for byte in request.chunks(1) {
+                stream.write_all(byte).expect("write");
+            }
+        }
+        stream.shutdown(Shutdown::Write).expect("shutdown");
+        assert_eq!(
+            metadata_response(&mut stream, 0, "orders"),
+            Some((1, true)),
+            "{}",
+            daemon.report()
+        );
+        assert_eq!(
+            metadata_response(&mut stream, 29, "secret"),
+            Some((2, true)),
+            "{}",
+            daemon.report()
+        );
+        assert_eq!(metadata_response(&mut stream, 0, ""), None, "{}", daemon.report());
+
+        // Several requests in one segment, also with a correlation id that occurs twice.
+        let mut stream = connect();
+        let requests = [fine.clone(), fine.clone(), denied.clone(), fine.clone()].concat();
+        stream.write_all(&requests).expect("write");
+        for _ in 0..2 {
+            assert_eq!(
+                metadata_response(&mut stream, 0, "orders"),
+                Some((1, true)),
+                "{}",
+                daemon.report()
+            );
+        }
+        assert_eq!(
+            metadata_response(&mut stream, 29, "secret"),
+            Some((2, true)),
+            "{}",
+            daemon.report()
+        );
+        assert_eq!(metadata_response(&mut stream, 0, ""), None, "{}", daemon.report());
+
+        let mut stream = connect();
+        stream.write_all(&fine).expect("write");
+        assert_eq!(
+            metadata_response(&mut stream, 0, "orders"),
+            Some((1, true)),
+            "{}",
+            daemon.report()
+        );
+        let other = policy("client", "egress", &[PORT], &RULES.replace("orders", "secret"));
+        daemon.apply(&[("client.yaml", &other)]).expect("apply");
+        stream.write_all(&fine).expect("write");
+        assert_eq!(
+            metadata_response(&mut stream, 29, "orders"),
+            Some((1, true)),
+            "{}",
+            daemon.report()
+        );
+        assert_eq!(metadata_response(&mut stream, 0, ""), None, "{}", daemon.report());
+    }
 }
