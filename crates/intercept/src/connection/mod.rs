@@ -261,8 +261,21 @@ impl Connection {
             Phase::Relay => self
                 .head_since()
                 .map_or(Millis::MAX, |since| after(since, options.head))
-                .min(after(self.active, options.idle)),
+                .min(after(self.active, options.idle))
+                .min(if self.is_within_frame() {
+                    after(self.active, options.head)
+                } else {
+                    Millis::MAX
+                }),
             Phase::Linger { .. } => self.phase_since + LINGER,
+        }
+    }
+
+    /// Returns whether an HTTP/2 peer has sent a part of the preface, of a frame or of a header block.
+    fn is_within_frame(&self) -> bool {
+        match &self.protocol {
+            Protocol::Http2(http2) => !http2.filter.has_begun() || http2.filter.held() > 0,
+            _ => false,
         }
     }
 
@@ -295,7 +308,7 @@ impl Connection {
             Phase::Connect => self.fail(Kind::ConnectTimeout.into(), cx),
             Phase::UpstreamTls => self.fail(Kind::HandshakeTimeout.into(), cx),
             Phase::Linger { .. } => return Next::Close,
-            Phase::Relay if self.head_since().is_none() => {
+            Phase::Relay if self.head_since().is_none() && !self.is_within_frame() => {
                 count(&cx.counters.timeouts);
                 self.reset();
                 return Next::Close;

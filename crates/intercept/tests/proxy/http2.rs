@@ -264,3 +264,22 @@ fn http2_without_tls_is_known_by_its_preface() {
     let (_, fields) = client.headers().expect("a response");
     assert!(fields.starts_with(":status: 403\n"), "{fields}");
 }
+
+#[test]
+fn an_incomplete_preface_or_header_block_has_a_deadline() {
+    let world = World::with(http_rules(&["/a"]), |_, options| {
+        options.head = std::time::Duration::from_millis(200);
+    });
+    h2_server(&world);
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let mut client = Peer::new(world.client_with(config, NAME));
+    client.send(&PREFACE[..10]);
+    assert!(client.next().is_none());
+    let mut client = h2_client(&world);
+    let mut out = Vec::new();
+    header(kind::HEADERS, 0, 1).write_with(&[0x82], &mut out);
+    client.send(&out);
+    while client.next().is_some() {}
+    assert_eq!(world.proxy.stats().timeouts, 2);
+}
