@@ -1,6 +1,7 @@
 //! An HTTP/2 server that answers every request with 503, for connections whose server cannot be reached. It reads what
 //! the filter would send to the server, so that denied requests never get here.
 
+use palisade_inspect::http2::Unanswered;
 use palisade_protocols::http2::{
     Decoder, ErrorCode, FieldBuffer, Fields, FrameHeader, Frames, PREFACE, ParseError, Piece, encode, flags,
     fragment_of, headers_of, kind, request,
@@ -84,7 +85,7 @@ impl Unavailable {
                 self.decoder.decode(&block, LIST, &mut self.fields)?;
                 // Trailers have no method, and belong to a request that is answered already.
                 if self.fields.value(b":method").is_some() {
-                    respond(first, &self.fields, failure, out);
+                    respond(read(first, &self.fields), failure, out);
                     answered = true;
                 }
             }
@@ -102,18 +103,37 @@ const fn frame(kind: u8, flags: u8) -> FrameHeader {
     }
 }
 
-/// Appends the answer to a request, and the announcement that no further request is answered.
-fn respond(first: FrameHeader, fields: &Fields, failure: &Failure, out: &mut Vec<u8>) {
+/// Returns answers to all of `streams`, for a connection whose server has failed.
+pub(crate) fn answers(streams: &[Unanswered], failure: &Failure) -> Vec<u8> {
+    let mut out = Vec::new();
+    // The server can have failed before its SETTINGS, which must come first (RFC 9113, section 3.4).
+    frame(kind::SETTINGS, 0).write_with(&[], &mut out);
+    for stream in streams {
+        respond(*stream, failure, &mut out);
+    }
+    out
+}
+
+/// Returns the properties of a request that its answer depends on.
+fn read(first: FrameHeader, fields: &Fields) -> Unanswered {
     let is_complete = first.has(flags::END_STREAM);
     let (mut cookie, mut buffer) = (Vec::new(), FieldBuffer::new());
     let head = request(fields, is_complete, &mut cookie, &mut buffer);
-    let is_grpc = head.as_ref().is_ok_and(|head| head.is_grpc);
-    let is_head = head.as_ref().is_ok_and(|head| head.request.method == "HEAD");
+    Unanswered {
+        id: first.stream,
+        is_complete,
+        is_head: head.as_ref().is_ok_and(|head| head.request.method == "HEAD"),
+        is_grpc: head.as_ref().is_ok_and(|head| head.is_grpc),
+    }
+}
+
+/// Appends the answer to a request, and the announcement that no further request is answered.
+fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
     let mut block = Vec::new();
     let mut put = |name: &[u8], value: &[u8]| encode::field(name, value, false, &mut block);
     let error = answer::header(failure);
     let body = answer::body(failure);
-    if is_grpc {
+    if to.is_grpc {
         // A response of trailers only, with the status UNAVAILABLE. A percent sign would begin an escape.
         put(b":status", b"200");
         put(b"content-type", b"application/grpc");
@@ -125,18 +145,18 @@ fn respond(first: FrameHeader, fields: &Fields, failure: &Failure, out: &mut Vec
         put(b"content-length", body.len().to_string().as_bytes());
     }
     put(b"x-palisade-error", error.as_bytes());
-    let has_body = !is_grpc && !is_head;
-    headers_of(first.stream, !has_body, None, &block, 16_384, out);
+    let has_body = !to.is_grpc && !to.is_head;
+    headers_of(to.id, !has_body, None, &block, 16_384, out);
     if has_body {
         let header = FrameHeader {
-            stream: first.stream,
+            stream: to.id,
             ..frame(kind::DATA, flags::END_STREAM)
         };
         header.write_with(body.as_bytes(), out);
     }
-    if !is_complete {
+    if !to.is_complete {
         // The client need not send the rest of the request (RFC 9113, section 8.1).
-        FrameHeader::rst_stream(first.stream, ErrorCode::NoError, out);
+        FrameHeader::rst_stream(to.id, ErrorCode::NoError, out);
     }
-    FrameHeader::goaway(first.stream, ErrorCode::NoError, out);
+    FrameHeader::goaway(to.id, ErrorCode::NoError, out);
 }

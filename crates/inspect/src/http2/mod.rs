@@ -34,6 +34,19 @@ use context::reason_of;
 pub use context::{Buffers, ConnectionEnd, Context, Output};
 use streams::Tunnel;
 
+/// A stream without a final response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unanswered {
+    /// Identifier of the stream.
+    pub id: u32,
+    /// Whether the client has sent its whole request.
+    pub is_complete: bool,
+    /// Whether the request is HEAD, whose response has no content.
+    pub is_head: bool,
+    /// Whether the request is one of gRPC.
+    pub is_grpc: bool,
+}
+
 /// Filter of one connection.
 #[derive(Debug)]
 pub struct Filter {
@@ -120,6 +133,30 @@ impl Filter {
     #[must_use]
     pub fn streams(&self) -> usize {
         self.connection.streams.open.len()
+    }
+
+    /// Returns the streams whose request was forwarded and that have no final response, by their identifiers; `None` if
+    /// the server's bytes end within a frame or a header block, so that no frames can follow.
+    #[must_use]
+    pub fn unanswered(&self) -> Option<Vec<Unanswered>> {
+        let server = &self.connection.server;
+        if self.server.is_within_data() || self.server.held() > 0 || !server.block.is_empty() {
+            return None;
+        }
+        let open = self.connection.streams.open.iter();
+        let mut streams: Vec<Unanswered> = open
+            .filter(|(_, stream)| !stream.responded)
+            .map(|(&id, stream)| Unanswered {
+                id,
+                is_complete: !stream.client_open,
+                is_head: stream
+                    .report
+                    .is_some_and(|report| report.method.bytes() == b"HEAD"),
+                is_grpc: stream.report.is_some_and(|report| report.grpc),
+            })
+            .collect();
+        streams.sort_unstable_by_key(|stream| stream.id);
+        Some(streams)
     }
 
     /// Returns whether the client has sent the complete preface.

@@ -10,8 +10,9 @@ use palisade_inspect::{
 use super::{Connection, Cx, Step, Stop};
 use crate::{
     end::Ending,
+    failure::{Failure, FailureKind},
     protocol::{Http2, Protocol},
-    unavailable::Unavailable,
+    unavailable::{Unavailable, answers},
 };
 
 impl Connection {
@@ -86,6 +87,39 @@ impl Connection {
             is_ended |= answered == Ok(true) && filter.streams() == 0;
         }
         Some(is_ended)
+    }
+
+    /// Answers all requests that have no response with 503, because the server has failed. Returns false if the client
+    /// must see the failure as it is: there is no such request, or no frame can follow the server's last bytes. A server
+    /// that closes the connection has said with GOAWAY which requests it does not answer.
+    pub(super) fn fail_http2(&mut self, failure: Failure, cx: &mut Cx<'_>) -> Step {
+        let Protocol::Http2(http2) = &mut self.protocol else {
+            return Ok(false);
+        };
+        if failure.kind == FailureKind::ResponseClosed {
+            return Ok(false);
+        }
+        let Some(streams) = http2.filter.unanswered() else {
+            return Ok(false);
+        };
+        let is_first = self.requests == 0 && !self.responded;
+        if streams.is_empty() && !is_first {
+            return Ok(false);
+        }
+        self.report_failure(&failure, cx);
+        self.server = None;
+        let answers = answers(&streams, &failure);
+        self.failure = Some(failure);
+        if streams.is_empty() {
+            // The first request gets the answer.
+            return Ok(true);
+        }
+        let mut output = std::mem::take(&mut cx.scratch.output);
+        let result = self.run_filter(Side::Server, &answers, &mut output, cx);
+        self.deliver(output, cx)?;
+        result.ok_or(Stop::Reset)?;
+        self.close_after_answer(cx.now);
+        Ok(true)
     }
 
     /// Sends what the filter has for both sides, and gives the buffers back.

@@ -106,6 +106,9 @@ impl Connection {
     /// Answers the first request with 503 if the server has failed before the head of its response. Returns false if the
     /// client must see the failure as it is: a response has begun, or the server has closed an idle connection.
     fn fail_before_response(&mut self, failure: Failure, cx: &mut Cx<'_>) -> Step {
+        if let Protocol::Http2(_) = self.protocol {
+            return self.fail_http2(failure, cx);
+        }
         let Protocol::Http1(session) = &self.protocol else {
             return Ok(false);
         };

@@ -283,3 +283,59 @@ fn an_incomplete_preface_or_header_block_has_a_deadline() {
     while client.next().is_some() {}
     assert_eq!(world.proxy.stats().timeouts, 2);
 }
+
+#[test]
+fn requests_without_a_response_are_answered_when_the_server_fails() {
+    let world = World::new(http_rules(&["/.*"]));
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    world.server(move |socket| {
+        let mut peer = Peer::new(accept(config.clone(), socket));
+        peer.stream.read_exact(&mut [0; 24]).expect("a preface");
+        let mut out = Vec::new();
+        header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+        let mut block = Vec::new();
+        encode::field(b":status", b"200", false, &mut block);
+        // The first stream has its response, the others have none.
+        for stream in [1, 3, 5] {
+            assert_eq!(peer.headers().expect("a request").0, stream);
+        }
+        headers_of(1, true, None, &block, 16_384, &mut out);
+        peer.send(&out);
+        // The client confirms that the response has arrived.
+        while peer.next().expect("a frame").0.kind != kind::PING {}
+        let linger = socket2::SockRef::from(&peer.stream.sock).set_linger(Some(std::time::Duration::ZERO));
+        linger.expect("the option");
+    });
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/a", &[]);
+    client.request(3, "GET", "/b", &[]);
+    client.request(
+        5,
+        "POST",
+        "/c",
+        &[("content-type", "application/grpc"), ("te", "trailers")],
+    );
+    assert_eq!(
+        client.headers().expect("a response"),
+        (1, ":status: 200\n".to_owned())
+    );
+    let mut ping = Vec::new();
+    header(kind::PING, 0, 0).write_with(&[0; 8], &mut ping);
+    client.send(&ping);
+    let (stream, fields) = client.headers().expect("an answer");
+    assert_eq!(stream, 3);
+    assert!(
+        fields.contains(":status: 503\n") && fields.contains("x-palisade-error: reset before response"),
+        "{fields}"
+    );
+    let (stream, fields) = client.headers().expect("an answer");
+    assert_eq!(stream, 5);
+    assert!(fields.contains("grpc-status: 14\n"), "{fields}");
+    while client.next().is_some() {}
+    let failures = world.proxy.stats().failures;
+    assert_eq!(
+        failures[palisade_intercept::FailureKind::ResponseReset as usize],
+        1
+    );
+}
