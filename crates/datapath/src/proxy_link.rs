@@ -22,6 +22,7 @@ use palisade_abi::{DIRECTIONS, Direction, PROXY_IFINDEX, PROXY_MAC, listener_slo
 
 use crate::{
     AttachError, Datapath, MapError, SyscallError,
+    hook::find_device,
     pin::{make_dir, remove_empty, unpin},
     punt_link::attach_tc,
     sys::{
@@ -67,28 +68,26 @@ impl ProxyLinks {
         self.ifindexes
     }
 
-    /// Sets a node's end up again.
+    /// Sets the node's ends up if they are down. Returns the number of ends that were down; `None` if an end is gone,
+    /// because it or its namespace was deleted.
     ///
     /// # Errors
-    /// [`AttachError`] if the kernel refuses.
-    pub fn set_up(&self, ifindex: u32) -> Result<()> {
-        set_up(ifindex).map_err(|source| AttachError::Syscall {
-            name: format!("interface {ifindex}"),
-            source,
-        })
-    }
-
-    /// Returns whether both node's ends still exist. An end is gone if it or its namespace was deleted.
-    ///
-    /// # Errors
-    /// [`AttachError`] if the interfaces cannot be read.
-    pub fn exist(&self) -> Result<bool> {
+    /// [`AttachError`] if the interfaces cannot be read or set up.
+    pub fn repair(&self) -> Result<Option<usize>> {
+        let mut were_down = 0;
         for ifindex in self.ifindexes {
-            if crate::hook::find_device(ifindex)?.is_none() {
-                return Ok(false);
+            let Some(device) = find_device(ifindex)? else {
+                return Ok(None);
+            };
+            if !device.up {
+                set_up(ifindex).map_err(|source| AttachError::Syscall {
+                    name: device.name,
+                    source,
+                })?;
+                were_down += 1;
             }
         }
-        Ok(true)
+        Ok(Some(were_down))
     }
 
     /// Registers a listening socket, which then gets the connections of one direction and address family. If the socket

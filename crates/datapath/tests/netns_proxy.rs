@@ -2,6 +2,11 @@
 
 mod proxy;
 
+use std::{
+    io::{Read as _, Write as _},
+    time::Instant,
+};
+
 use palisade_abi::Reason;
 use palisade_datapath::Hook;
 use palisade_testbed::ns::wait_until;
@@ -57,6 +62,38 @@ fn long_transfers_both_ways_are_correct() {
     check(&world, &relay, case, true, 64 << 20);
 }
 
+/// Measure on an idle machine: `cargo test --release -p palisade-datapath --test netns_proxy -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures"]
+fn bulk_through_the_proxy_against_direct() {
+    const LENGTH: usize = 1 << 30;
+    for (name, ingress, intercepting) in [
+        ("direct", Hook::Tc, &[][..]),
+        ("one proxy", Hook::Tc, &[(A, EGRESS)]),
+        ("two proxies", Hook::Tc, &[(A, EGRESS), (B, INGRESS)]),
+    ] {
+        let mut world = World::new(ingress, Hook::Tc, intercepting);
+        let links = world.links();
+        let _relay = Relay::start(&links, flows(&world));
+        let listener = world.listen(Place::B, false);
+        let mut client = world.connect(Place::A, Place::B, false).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let block = vec![7; 1 << 18];
+                for _ in 0..LENGTH / block.len() {
+                    client.write_all(&block).unwrap();
+                }
+            });
+            let mut block = vec![0; 1 << 18];
+            while server.read(&mut block).unwrap() != 0 {}
+        });
+        let seconds = begun.elapsed().as_secs_f64();
+        println!("{name}: {:.0} MB/s", LENGTH as f64 / 1e6 / seconds);
+    }
+}
+
 /// Without a listener or without the namespaces nothing passes, and the server is never reached.
 #[test]
 fn nothing_passes_without_the_proxy() {
@@ -82,7 +119,7 @@ fn nothing_passes_without_the_proxy() {
     fails(&world, "listeners gone");
     // The namespaces are gone, and the links with them.
     let [ingress, _] = links.ifindexes();
-    assert!(links.exist().unwrap());
+    assert_eq!(links.repair().unwrap(), Some(0));
     drop(links);
     wait_until("the end of the links", TIMEOUT, || {
         !world

@@ -35,6 +35,8 @@ pub(crate) struct Device {
     pub name: String,
     /// Whether frames begin with an Ethernet header.
     pub ethernet: bool,
+    /// Whether the interface is set up (IFF_UP).
+    pub up: bool,
     /// Attached XDP program.
     pub xdp: Option<XdpOnDevice>,
 }
@@ -85,6 +87,7 @@ fn parse(payload: &[u8]) -> Option<Device> {
     Some(Device {
         ifindex,
         name: find(attributes, IFLA_IFNAME).map(text).unwrap_or_default(),
+        up: u32_at(payload, 8)? & libc::IFF_UP as u32 != 0,
         ethernet: matches!(hardware, libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK),
         xdp,
     })

@@ -45,19 +45,18 @@ impl ProxyLink {
     /// configuration, and the proxy needs listeners in the new namespaces.
     pub(super) fn repair(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
         if let Some(links) = &self.links {
-            let ends = proxy_link_names(&self.name).into_iter().zip(links.ifindexes());
-            // `network` can be older than the links, because its messages wait in a queue.
-            let exist = links.exist().unwrap_or(true);
-            if exist {
-                for (end, ifindex) in ends.filter(|(_, ifindex)| network.down.contains(ifindex)) {
-                    match links.set_up(ifindex) {
-                        Ok(()) => info!(interface = end, "an end of a proxy link was down and is set up"),
-                        Err(problem) => {
-                            warn!(interface = end, error = %problem, "an end of a proxy link is down")
-                        }
-                    }
+            // The kernel is asked, because `network` can be older than the links: its messages wait in a queue.
+            match links.repair() {
+                Ok(Some(0)) => return false,
+                Ok(Some(ends)) => {
+                    info!(ends, "ends of the proxy links were down and are set up");
+                    return false;
                 }
-                return false;
+                Ok(None) => {}
+                Err(problem) => {
+                    warn!(error = %problem, "the proxy links cannot be checked");
+                    return false;
+                }
             }
             // The namespaces of the former links must be gone before new ones have the names.
             self.links = None;
