@@ -12,8 +12,12 @@ use std::{
 };
 
 use mio::{Events, Interest, Poll, Token};
-use palisade_abi::Direction;
-use palisade_inspect::{Millis, stream::StreamContext};
+use palisade_abi::{Direction, Reason};
+use palisade_inspect::{
+    Millis,
+    record::{Verdict, What},
+    stream::StreamContext,
+};
 use slab::Slab;
 use socket2::SockRef;
 
@@ -253,7 +257,8 @@ impl<'a> Thread<'a> {
         };
         let mut cx = Cx {
             now,
-            settings: &self.settings,
+            settings: Arc::clone(&self.settings),
+            newest: &|| self.shared.settings(),
             flows: &*self.shared.flows,
             reports: &*self.shared.reports,
             contexts: &self.shared.contexts,
@@ -365,6 +370,10 @@ impl<'a> Thread<'a> {
             refuse(&socket);
             return;
         };
+        // The policy can have changed since the thread has looked for new settings.
+        if !self.settings.rules.knows(flow.request.ruleset) {
+            self.settings = self.shared.settings();
+        }
         let endpoint = flow.request.endpoint;
         if !self.has_room(endpoint) {
             count(&self.counters.limited);
@@ -381,6 +390,14 @@ impl<'a> Thread<'a> {
             server,
             ifindex: flow.ifindex,
         };
+        if !self.settings.rules.knows(flow.request.ruleset) {
+            let (reason, detail) = (Reason::UnknownRuleset, Reason::UnknownRuleset.text());
+            let record = context.record(Verdict::Dropped, reason, What::Unreadable { detail });
+            self.shared.reports.record(&record);
+            count(&self.counters.unknown);
+            refuse(&socket);
+            return;
+        }
         let entry = self.connections.vacant_entry();
         let key = entry.key();
         let connection = Connection::new(

@@ -198,7 +198,7 @@ impl Connection {
                 self.stop_inspection();
                 Protocol::Bytes
             }
-            (true, Some(b"h2")) => Protocol::http2(cx.settings, is_secure),
+            (true, Some(b"h2")) => Protocol::http2(&cx.settings, is_secure),
             (true, None) if self.client.tls.is_none() => Protocol::Unknown,
             (true, _) => Protocol::http1(&self.context, is_secure),
         };

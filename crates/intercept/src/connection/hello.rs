@@ -1,5 +1,7 @@
 //! The name of the server: from the client's ClientHello, or from the first request of a client without TLS.
 
+use std::sync::Arc;
+
 use palisade_abi::{Inspector, Reason};
 use palisade_inspect::{
     record::{Record, Verdict},
@@ -109,7 +111,7 @@ impl Connection {
             .take(PROTOCOLS)
             .collect();
         self.accepted = Some(Box::new(accepted));
-        let settings = cx.settings;
+        let settings = Arc::clone(&cx.settings);
         let verdict = if settings.refuse_nameless && matches!(self.name, PeerName::Address(_)) {
             Err(Reason::AppDenied)
         } else {

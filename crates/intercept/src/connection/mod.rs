@@ -45,7 +45,9 @@ const TURNS: usize = 16;
 /// What a thread lends to a connection for one call.
 pub(crate) struct Cx<'a> {
     pub(crate) now: Millis,
-    pub(crate) settings: &'a Arc<Settings>,
+    pub(crate) settings: Arc<Settings>,
+    /// Returns the newest settings.
+    pub(crate) newest: &'a dyn Fn() -> Arc<Settings>,
     pub(crate) flows: &'a dyn Flows,
     pub(crate) reports: &'a dyn Reports,
     pub(crate) contexts: &'a Contexts,
@@ -342,13 +344,17 @@ impl Connection {
     }
 
     /// Updates the request of the policy from the flow.
-    fn find(&mut self, cx: &Cx<'_>) -> Result<(), Stop> {
+    fn find(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         let (direction, client, server) = (self.context.direction, self.context.client, self.context.server);
         let Some(flow) = cx.flows.find(direction, client, server) else {
             count(&cx.counters.cut);
             return Err(Stop::Reset);
         };
         self.context.request = flow.request;
+        // The policy can have changed since the thread has looked for new settings.
+        if !cx.settings.rules.knows(flow.request.ruleset) {
+            cx.settings = (cx.newest)();
+        }
         Ok(())
     }
 

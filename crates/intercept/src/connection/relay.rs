@@ -305,14 +305,14 @@ impl Connection {
         }
         let is_secure = self.set.originating_tls.is_some();
         if bytes.starts_with(PREFACE) {
-            self.protocol = Protocol::http2(cx.settings, is_secure);
+            self.protocol = Protocol::http2(&cx.settings, is_secure);
         } else if !PREFACE.starts_with(bytes) {
             self.protocol = Protocol::http1(&self.context, is_secure);
         }
     }
 
     /// Looks the flow up when the first bytes of a request have arrived, so that the rules in force decide about it.
-    fn check_flow(&mut self, cx: &Cx<'_>) -> Result<(), Stop> {
+    fn check_flow(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         let Protocol::Http1(session) = &self.protocol else {
             return Ok(());
         };

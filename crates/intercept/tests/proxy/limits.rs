@@ -354,3 +354,41 @@ fn key_updates_and_records_of_one_byte_take_no_memory() {
     world.http_server();
     assert_eq!(get(&mut world.client(), "/a").status, 200);
 }
+
+#[test]
+fn mutated_handshakes_end_no_thread() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.http_server();
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
+    let mut tls = rustls::ClientConnection::new(Arc::new(config), name).expect("a client");
+    let mut hello = Vec::new();
+    tls.write_tls(&mut hello).expect("a hello");
+    // Numerical Recipes' generator: the same mutations in each run.
+    let mut state = 1_u32;
+    let mut random = move |below: usize| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as usize % below
+    };
+    for _ in 0..600 {
+        let mut bytes = hello.clone();
+        for _ in 0..=random(3) {
+            let at = random(bytes.len());
+            match random(4) {
+                0 => bytes[at] = random(256) as u8,
+                1 => bytes[at] ^= 1 << random(8),
+                2 => bytes.truncate(at.max(1)),
+                _ => bytes.insert(at, random(256) as u8),
+            }
+        }
+        // Records after the hello, as they are or cut.
+        bytes.extend((0..random(40)).map(|_| random(256) as u8));
+        let mut socket = world.socket();
+        let _ = socket.write_all(&bytes);
+        let _ = socket.shutdown(std::net::Shutdown::Write);
+        let _ = read_to_end(&mut socket);
+    }
+    assert_eq!(world.proxy.threads()[0].restarts, 0);
+    assert_eq!(get(&mut world.client(), "/a").status, 200);
+}

@@ -145,3 +145,20 @@ fn audit_mode_forwards_what_the_rules_deny() {
     let record = world.record("the request", |record| record.verdict == Verdict::Audit);
     assert_eq!(record.reason, palisade_abi::Reason::AppDenied);
 }
+
+#[test]
+fn a_flow_with_an_unknown_rule_set_is_reset_with_a_record() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.http_server();
+    world
+        .flows
+        .request
+        .lock()
+        .expect("the flows")
+        .as_mut()
+        .expect("a flow")
+        .ruleset = 99;
+    world.client().write_all(b"GET").expect_err("reset");
+    let record = world.record("the flow", |record| record.verdict == Verdict::Dropped);
+    assert_eq!(record.reason, palisade_abi::Reason::UnknownRuleset);
+}
