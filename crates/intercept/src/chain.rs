@@ -15,6 +15,8 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use crate::printable::printable;
+
 /// Maximum number of certificates of a chain that are followed.
 const LONGEST: usize = 10;
 
@@ -124,7 +126,7 @@ pub(crate) fn describe(der: &CertificateDer<'_>) -> String {
         }));
     }
     let validity = certificate.validity();
-    format!(
+    let text = format!(
         "subject \"{}\", names {}, issuer \"{}\", valid from {} to {}",
         certificate.subject(),
         if names.is_empty() {
@@ -135,5 +137,6 @@ pub(crate) fn describe(der: &CertificateDer<'_>) -> String {
         certificate.issuer(),
         validity.not_before,
         validity.not_after
-    )
+    );
+    printable(&text)
 }

@@ -5,7 +5,7 @@ use std::io;
 
 use rustls::{AlertDescription, CertificateError, Error as TlsError, PeerIncompatible};
 
-use crate::chain;
+use crate::{chain, printable::printable};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
@@ -99,10 +99,10 @@ impl From<FailureKind> for Failure {
 }
 
 impl Failure {
-    pub(crate) fn new(kind: FailureKind, detail: impl Into<String>) -> Self {
+    pub(crate) fn new(kind: FailureKind, detail: impl AsRef<str>) -> Self {
         Self {
             kind,
-            detail: detail.into(),
+            detail: printable(detail.as_ref()),
             alert: None,
         }
     }

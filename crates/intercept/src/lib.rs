@@ -32,6 +32,7 @@ mod end;
 mod failure;
 mod listen;
 mod lru;
+mod printable;
 mod protocol;
 mod proxy;
 mod secrets;
