@@ -222,9 +222,11 @@ fn sockets_in_the_namespaces_reach_nothing_else() {
             }
         }
     }
-    std::thread::sleep(SHORT);
+    wait_until("the SYN of each connection is dropped", TIMEOUT, || {
+        world.drops(Reason::NoProxy) >= 18
+    })
+    .unwrap();
     assert!(listeners.iter().all(|listener| !accepted(listener)));
-    assert!(world.drops(Reason::NoProxy) >= 18);
     drop(relay);
 }
 
