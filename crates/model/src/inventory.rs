@@ -30,6 +30,9 @@ pub struct Options {
     pub dual_stack: bool,
     /// Whether the node is in audit mode: packets that policies deny pass and are reported.
     pub audit: bool,
+    /// Whether the proxy, which reads HTTP/2 too, inspects connections with http rules that are in clear text. If not,
+    /// the workers inspect them, and HTTP/2 is refused.
+    pub clear_text_http2: bool,
 }
 
 impl Default for Options {
@@ -39,6 +42,7 @@ impl Default for Options {
             allow_localhost: false,
             dual_stack: true,
             audit: false,
+            clear_text_http2: false,
         }
     }
 }

@@ -98,6 +98,8 @@ struct CaseConfig {
 struct CaseHttp {
     path_normalization: Option<String>,
     get_bodies: Option<String>,
+    #[serde(default)]
+    clear_text_http2: bool,
 }
 
 impl CaseHttp {
@@ -613,6 +615,7 @@ fn inventory(case: &Case) -> Result<Inventory, String> {
         },
         dual_stack: case.config.dual_stack,
         audit: case.config.audit,
+        clear_text_http2: case.config.http.clear_text_http2,
     };
     let labels = |named: &Named| Labels::new(named.labels.iter().map(|text| parse_label(text)));
     let mut endpoints = Vec::new();

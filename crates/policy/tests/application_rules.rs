@@ -80,6 +80,17 @@ fn compiled(policies: &[(&str, &str)]) -> Compiled {
 }
 
 impl Compiled {
+    /// Compiles again with other options.
+    fn set_options(&mut self, set: impl FnOnce(&mut Options)) {
+        let mut inventory = self.0.inventory().clone();
+        set(&mut inventory.options);
+        let changes = Changes {
+            inventory: Some(inventory),
+            files: BTreeMap::new(),
+        };
+        self.0.update(changes).unwrap();
+    }
+
     /// Returns the entry for `app` and TCP port 80 of the web server.
     fn entry(&self, app: &str) -> PolicyEntry {
         let snapshot = self.0.snapshot();
@@ -306,6 +317,18 @@ fn rules_that_change_requests_go_through_the_proxy() {
         let all = compiled(&[("one", &with(members)), ("other", &http(back, "/b"))]);
         assert!(all.is_read_as("back", Inspector::Http));
     }
+}
+
+#[test]
+fn http_rules_go_through_the_proxy_if_http2_in_clear_text_is_inspected() {
+    let text = http(FRONT, "/a");
+    let mut all = compiled(&[("one", &text)]);
+    assert!(all.is_read_as("front", Inspector::Http));
+    all.set_options(|options| options.clear_text_http2 = true);
+    assert_eq!(all.entry("front").inspector, Inspector::TlsTerminate as u8);
+    assert_eq!(all.rules("front").reads, Inspector::Http as u8);
+    all.set_options(|options| options.clear_text_http2 = false);
+    assert!(all.is_read_as("front", Inspector::Http));
 }
 
 #[test]

@@ -186,6 +186,8 @@ pub(crate) struct Http {
     pub paths: Paths,
     /// Treatment of a GET request with a body.
     pub get_bodies: GetBodies,
+    /// Whether the proxy inspects requests in clear text, so that they may be HTTP/2.
+    pub clear_text_http2: bool,
     /// Time within which a request head must be complete.
     pub header_timeout: Duration,
     /// Maximum length of a head and of a line.

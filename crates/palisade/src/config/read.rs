@@ -281,6 +281,7 @@ fn http(section: Section<'_, '_>) -> Http {
     let http = Http {
         paths: section.choice("path_normalization", &forms).unwrap_or_default(),
         get_bodies: section.choice("get_bodies", &bodies).unwrap_or_default(),
+        clear_text_http2: section.boolean("clear_text_http2").unwrap_or(false),
         header_timeout: handshake(&section, "header_timeout", 30),
         head: http1::Limits {
             line: bytes("max_line", default.line.min(block)),

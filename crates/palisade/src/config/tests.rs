@@ -42,6 +42,7 @@ udp = "1m30s"
 [http]
 path_normalization = "raw"
 get_bodies = "allow"
+clear_text_http2 = true
 header_timeout = "5s"
 max_line = 4_096
 max_head = 8_192
@@ -114,6 +115,7 @@ fn every_option_is_parsed() {
         Http {
             paths: Paths::Raw,
             get_bodies: GetBodies::Allow,
+            clear_text_http2: true,
             header_timeout: Duration::from_secs(5),
             head: http1::Limits {
                 line: 4_096,
@@ -218,6 +220,7 @@ fn an_empty_file_is_a_node_without_endpoints() {
     assert!(!config.node.name.is_empty());
     assert_eq!(config.http.paths, Paths::Both);
     assert_eq!(config.http.get_bodies, GetBodies::Refuse);
+    assert!(!config.http.clear_text_http2);
     assert_eq!(config.http.header_timeout, Duration::from_secs(30));
     assert_eq!(config.http.head, http1::Limits::default());
     assert_eq!(
@@ -383,7 +386,7 @@ fn every_wrong_value_is_named_with_its_place() {
         ),
         (
             "[http]\npath_normalisation = \"both\"",
-            "p.toml:2:1: unknown key 'path_normalisation' in http; did you mean 'path_normalization'?; known here: get_bodies, header_timeout, max_head, max_line, path_normalization, record_headers",
+            "p.toml:2:1: unknown key 'path_normalisation' in http; did you mean 'path_normalization'?; known here: clear_text_http2, get_bodies, header_timeout, max_head, max_line, path_normalization, record_headers",
         ),
         (
             "[tls]\nech = \"allow\"",

@@ -650,6 +650,7 @@ pub(super) fn inventory<C>(
             allow_localhost: config.policy.allow_localhost,
             dual_stack: true,
             audit: config.policy.audit,
+            clear_text_http2: config.http.clear_text_http2,
         },
         endpoints,
         peers: peers.collect(),

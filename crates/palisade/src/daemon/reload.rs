@@ -78,6 +78,7 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("dns", "allow_special", restart!(dns.allow_special)),
     ("http", "path_normalization", restart!(http.paths)),
     ("http", "get_bodies", restart!(http.get_bodies)),
+    ("http", "clear_text_http2", Effect::Reload),
     ("http", "header_timeout", restart!(http.header_timeout)),
     ("http", "max_head", restart!(http.head.block)),
     ("http", "max_line", restart!(http.head.line)),

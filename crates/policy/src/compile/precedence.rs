@@ -50,6 +50,8 @@ pub(super) struct Builder<'a> {
     /// Whether the subject is in audit mode, or every endpoint is (`[policy] audit`). Every packet that would be denied
     /// then passes and is reported.
     pub(super) audit: bool,
+    /// [`palisade_model::inventory::Options::clear_text_http2`].
+    pub(super) clear_text_http2: bool,
     pub(super) rulesets: &'a mut RuleSetIds,
 }
 
@@ -319,7 +321,13 @@ impl<'a> Builder<'a> {
         // without the policies in audit mode, such a request passes and is reported.
         let only_audited = self.would_pass_uninspected(hits);
         let audit = only_audited || (self.default_verdict.audit && !self.default_verdict.allow);
-        let (inspector, set) = merge(hits, best, self.default_verdict, only_audited);
+        let (inspector, set) = merge(
+            hits,
+            best,
+            self.default_verdict,
+            only_audited,
+            self.clear_text_http2,
+        );
         let mut entry = self.entry(Decision::Inspect, hit, audit);
         entry.inspector = inspector as u8;
         entry.ruleset = self.rulesets.number(set);
@@ -398,12 +406,14 @@ fn narrowest<'h, 'a: 'h>(hits: impl Iterator<Item = &'h Hit<'a>>) -> Option<&'h 
 }
 
 /// Merges the application rules of all matching allows. A plain allow adds an alternative that matches every request.
-/// `audited`: whether requests that no alternative matches pass and are reported.
+/// `audited`: whether requests that no alternative matches pass and are reported. `clear_text_http2`: see
+/// [`palisade_model::inventory::Options`].
 fn merge(
     hits: &[Hit<'_>],
     best: &L7Policy,
     default_verdict: DefaultVerdict,
     audited: bool,
+    clear_text_http2: bool,
 ) -> (Inspector, RuleSet) {
     let mut set = RuleSet {
         reads: best.kind as u8,
@@ -457,11 +467,10 @@ fn merge(
         set.originating_tls = set.originating_tls.or_else(|| l7.originating_tls.clone());
     }
     // Without a TLS context, the proxy reads and sends plain text.
-    let needs_proxy = best.kind == Inspector::Http
-        && set
-            .alternatives
-            .iter()
-            .any(|alternative| matches!(&alternative.matcher, Matcher::Http(rule) if rule.needs_proxy()));
+    let edits =
+        |alternative: &Alternative| matches!(&alternative.matcher, Matcher::Http(rule) if rule.needs_proxy());
+    let needs_proxy =
+        best.kind == Inspector::Http && (clear_text_http2 || set.alternatives.iter().any(edits));
     let inspector = if set.terminating_tls.is_some() || set.originating_tls.is_some() || needs_proxy {
         Inspector::TlsTerminate
     } else {

@@ -341,6 +341,7 @@ impl Compiler {
             learned: egress.then_some(&subject.names.rows),
             default_verdict,
             audit: options.audit || subject.audit,
+            clear_text_http2: options.clear_text_http2,
             rulesets: &mut self.rulesets,
         }
         .build(entries);

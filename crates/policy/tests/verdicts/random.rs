@@ -94,6 +94,7 @@ pub fn inventory(tape: &mut Tape<'_>) -> Inventory {
         allow_localhost: tape.once_in(3),
         dual_stack: !tape.once_in(4),
         audit: tape.once_in(8),
+        clear_text_http2: false,
     };
     let mut endpoints = Vec::new();
     for id in 1..=4u16 {
