@@ -702,6 +702,32 @@ fn a_long_request_that_the_header_denies_gets_its_response() {
     assert!(matches!(talk.records()[0].what, What::Kafka { error: 29, .. }));
 }
 
+/// A segment repeats acknowledged bytes and continues with new ones, which the worker then acknowledges on behalf of the
+/// broker. The broker must get them although the request is incomplete: its window can be shorter than the request.
+#[test]
+fn new_bytes_behind_repeated_ones_arrive_before_the_request_is_complete() {
+    let request = produce(1, 1, &["a", "b"], 10_000);
+    let mut talk = Talk::new();
+    let first = talk.sent[0];
+    talk.client(&request[..900]);
+    assert_eq!(talk.got[0], request[..900]);
+    talk.sent[0] = first + 400;
+    talk.put(Side::Client, ACK, &request[400..1_400]);
+    assert_eq!(talk.got[0], request[..1_400]);
+    talk.client(&request[1_400..2_300]);
+    assert_eq!(talk.got[0], request[..2_300]);
+    talk.client(&request[2_300..]);
+    assert_eq!(talk.got[0], request);
+    // Not so if the request is denied.
+    let request = produce(1, 1, &["a", "x"], 450);
+    let mut talk = Talk::new();
+    talk.client(&request[..900]);
+    talk.sent[0] = first + 400;
+    talk.put(Side::Client, ACK, &request[400..]);
+    assert_eq!(talk.got[0], request[..900]);
+    assert_eq!(Fields(&talk.got[1][4..]).i32(), 1);
+}
+
 /// The first packet of an allowed request is lost behind the node, and the client sends another one instead.
 #[test]
 fn a_judged_request_cannot_be_replaced_by_a_retransmission() {

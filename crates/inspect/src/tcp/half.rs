@@ -368,7 +368,7 @@ impl<F> Half<F> {
     }
 
     /// Returns at most `most` bytes, beginning at position `from`, that were acknowledged on behalf of the receiver and
-    /// are allowed.
+    /// may be forwarded.
     pub(super) fn undelivered(&self, from: Position, most: usize) -> &[u8] {
         let Some(piece) = self
             .pieces
@@ -377,7 +377,7 @@ impl<F> Half<F> {
         else {
             return &[];
         };
-        let to = self.proxy_acked.min(self.judged).min(piece.end());
+        let to = self.proxy_acked.min(self.forward_limit()).min(piece.end());
         piece.slice(from, to.clamp(from, from + most as u64))
     }
 

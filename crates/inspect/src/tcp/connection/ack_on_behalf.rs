@@ -122,11 +122,13 @@ impl<F> Connection<F> {
         own.sent = own.sent.max(at);
     }
 
-    /// Sends the bytes of `side` that were acknowledged on behalf of the receiver, are allowed and were not sent yet.
+    /// Sends the bytes of `side` that were acknowledged on behalf of the receiver, may be forwarded and were not sent yet.
+    /// Bytes that may be forwarded before their verdict are sent too: their message can be longer than the window of the
+    /// receiver, and would otherwise never be complete.
     pub(super) fn deliver<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         loop {
             let half = &self.halves[side];
-            if half.sent >= half.proxy_acked.min(half.judged) {
+            if half.sent >= half.proxy_acked.min(half.forward_limit()) {
                 return;
             }
             let n = self.send_acknowledged(side, half.sent, cx);
