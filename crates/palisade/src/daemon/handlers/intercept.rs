@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     ops::RangeInclusive,
     time::Duration,
@@ -374,12 +373,12 @@ impl Handlers {
             .iter()
             .find(|(_, known)| ***known == *name)
             .ok_or_else(|| format!("there is no interface {name}"))?;
-        let path = format!("/sys/class/net/{name}/address");
-        let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
-        let mut mac = [0; 6];
-        for (byte, digits) in mac.iter_mut().zip(text.trim().split(':')) {
-            *byte = u8::from_str_radix(digits, 16).map_err(|error| format!("{path}: {error}"))?;
-        }
+        // By a system call, because /sys/class/net can belong to another network namespace.
+        let mac = nix::ifaddrs::getifaddrs()
+            .map_err(|error| error.to_string())?
+            .filter(|found| found.interface_name == name)
+            .find_map(|found| found.address?.as_link_addr()?.addr())
+            .ok_or_else(|| format!("{name} has no MAC address"))?;
         Ok((*index, mac))
     }
 
