@@ -193,6 +193,12 @@ fn of_certificate(error: &CertificateError) -> Failure {
         }
         CertificateError::UnknownIssuer => chain::take_detail().unwrap_or_default(),
         CertificateError::Expired | CertificateError::NotValidYet => String::new(),
+        CertificateError::Other(other) => match words(&other.to_string()) {
+            text if text == "ca used as end entity" => {
+                "it is the certificate of a CA, perhaps self-signed".to_owned()
+            }
+            text => text,
+        },
         other => other.to_string(),
     };
     Failure::new(kind, detail)

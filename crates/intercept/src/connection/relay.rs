@@ -225,7 +225,14 @@ impl Connection {
                 self.stop_inspection();
                 Ok(true)
             }
-            StreamAction::Abort(_) => Err(Stop::Reset),
+            StreamAction::Abort(_) => {
+                // Nothing of a head that the server has not completed was forwarded.
+                let is_cut = side == Side::Server && own.eof.is_some();
+                if is_cut && self.fail_before_response(FailureKind::ResponseClosed.into(), cx)? {
+                    return Ok(true);
+                }
+                Err(Stop::Reset)
+            }
             StreamAction::Respond(_, bytes) => {
                 self.answer = Some(bytes);
                 Ok(true)
