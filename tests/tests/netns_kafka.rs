@@ -10,7 +10,8 @@ use palisade_tests::{
     OPEN,
     fixtures::{
         apps::{Apps, PAIRS, apps, policy},
-        kafka::{Broker, Teller, client, ids, packages},
+        kafka::{Broker, Teller, client, ids},
+        python::packages,
     },
     setup::{XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, daemon_with, on_all_pairs, tables},
 };

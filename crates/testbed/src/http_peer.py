@@ -1,7 +1,8 @@
 """An HTTP/1.1 server with everything that a real one may say, and a WebSocket client.
 
 http_peer.py serve LOG PORT ADDRESS...   every request is a line of JSON in LOG, written before it is answered
-http_peer.py websocket ADDRESS PORT PATH upgrades, sends frames and expects them back
+http_peer.py serve-tls LOG CERT KEY PORT ADDRESS...   the same behind TLS
+http_peer.py websocket ADDRESS PORT PATH [NAME CA]    upgrades, sends frames and expects them back; with NAME over TLS
 """
 
 import base64
@@ -12,6 +13,7 @@ import json
 import os
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -65,12 +67,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     wbufsize = 0
     disable_nagle_algorithm = True
 
+    def setup(self):
+        if self.server.tls:
+            # In the thread of the connection, so that a slow handshake delays no other connection.
+            self.request.settimeout(self.timeout)
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+
     def log_message(self, *args):
         pass
 
     def note(self, **more):
         line = {"method": self.command, "path": self.path, "headers": self.headers.items(), **more}
-        line["from"] = self.client_address[0]
+        line["from"], line["port"] = self.client_address[:2]
+        if isinstance(self.connection, ssl.SSLSocket):
+            line["server_name"] = getattr(self.connection, "asked_for", None)
+            line["tls"], line["alpn"] = self.connection.version(), self.connection.selected_alpn_protocol()
         with self.server.lock:
             self.server.log.write(json.dumps(line) + "\n")
             self.server.log.flush()
@@ -185,9 +197,9 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, address, port, log, lock):
+    def __init__(self, address, port, log, lock, tls):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.log, self.lock = log, lock
+        self.log, self.lock, self.tls = log, lock, tls
         super().__init__((address, port), Handler)
 
     def server_bind(self):
@@ -196,11 +208,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
 
-def serve(log, port, *addresses):
+def serve_tls(log, cert, key, port, *addresses):
+    def note_name(link, name, _):
+        link.asked_for = name
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    context.set_alpn_protocols(["http/1.1"])
+    context.sni_callback = note_name
+    serve(log, port, *addresses, tls=context)
+
+
+def serve(log, port, *addresses, tls=None):
     log, lock = open(log, "a"), threading.Lock()
     threads = []
     for address in addresses:
-        server = Server(address, int(port), log, lock)
+        server = Server(address, int(port), log, lock, tls)
         threads.append(threading.Thread(target=server.serve_forever))
         threads[-1].start()
     print("ready", flush=True)
@@ -208,10 +231,13 @@ def serve(log, port, *addresses):
         thread.join()
 
 
-def websocket(address, port, path):
+def websocket(address, port, path, name=None, ca=None):
     link = socket.create_connection((address, int(port)), timeout=5)
-    key = base64.b64encode(os.urandom(16)).decode()
     host = f"[{address}]" if ":" in address else address
+    if name:
+        host = name
+        link = ssl.create_default_context(cafile=ca).wrap_socket(link, server_hostname=name)
+    key = base64.b64encode(os.urandom(16)).decode()
     link.sendall(
         f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
@@ -234,4 +260,4 @@ def websocket(address, port, path):
 
 
 if __name__ == "__main__":
-    {"serve": serve, "websocket": websocket}[sys.argv[1]](*sys.argv[2:])
+    {"serve": serve, "serve-tls": serve_tls, "websocket": websocket}[sys.argv[1]](*sys.argv[2:])

@@ -1,6 +1,7 @@
 //! Web servers (nginx, caddy, Python) and web clients (curl, wrk, h2load).
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
@@ -50,32 +51,45 @@ impl Web {
         https: &[u16],
         certificate: &Certificate,
     ) -> Result<Self> {
+        Self::run(ns, name, [(http, ""), (https, " ssl")], certificate)
+    }
+
+    /// Starts the same with HTTP/2: on the ports `https` as well as HTTP/1.1, as the client chooses by ALPN; on the ports
+    /// `clear` alone, without TLS.
+    pub fn start_http2(
+        ns: &Ns,
+        name: &str,
+        clear: &[u16],
+        https: &[u16],
+        certificate: &Certificate,
+    ) -> Result<Self> {
+        Self::run(ns, name, [(clear, " http2"), (https, " ssl http2")], certificate)
+    }
+
+    fn run(ns: &Ns, name: &str, listening: [(&[u16], &str); 2], certificate: &Certificate) -> Result<Self> {
         let dir = temp_dir("web")?;
         let root = dir.path();
         fs::create_dir(root.join("files"))?;
-        let listen = |ports: &[u16], ssl: &str| -> String {
-            ports
-                .iter()
-                .map(|port| format!("    listen {port}{ssl};\n    listen [::]:{port}{ssl};\n"))
-                .collect()
-        };
+        let listen: String = listening
+            .iter()
+            .flat_map(|(ports, how)| ports.iter().map(move |port| (port, how)))
+            .map(|(port, how)| format!("    listen {port}{how};\n    listen [::]:{port}{how};\n"))
+            .collect();
         let conf = format!(
             "master_process off;\ndaemon off;\npid {0}/nginx.pid;\nerror_log stderr;\n\
-             events {{ worker_connections 4096; }}\n\
+             events {{ worker_connections 16384; }}\n\
              http {{\n\
              log_format seen '$ssl_server_name|$remote_addr|$status|$request';\naccess_log {0}/access.log seen;\n\
              client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;\n\
              uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;\n\
              client_max_body_size 0; keepalive_requests 10000000; ssl_protocols TLSv1.2 TLSv1.3;\n\
              ssl_certificate {1}; ssl_certificate_key {2};\n\
-             server {{\n{3}{4}    root {0};\n\
+             server {{\n{listen}    root {0};\n\
              location /files/ {{ dav_methods PUT; }}\n    location = /empty {{ return 204; }}\n    \
              location / {{ return 200 \"hello from {name}\\n\"; }}\n  }}\n}}\n",
             root.display(),
             certificate.cert.display(),
             certificate.key.display(),
-            listen(http, ""),
-            listen(https, " ssl"),
         );
         let file = root.join("nginx.conf");
         fs::write(&file, conf)?;
@@ -89,7 +103,7 @@ impl Web {
             .arg("-c")
             .arg(&file);
         let mut process = Process::spawn("nginx", command, root)?;
-        for port in http.iter().chain(https) {
+        for port in listening.iter().flat_map(|(ports, _)| *ports) {
             ready(ns, &mut process, SocketAddr::new([127, 0, 0, 1].into(), *port))?;
         }
         Ok(Self {
@@ -127,7 +141,7 @@ impl Web {
     }
 }
 
-/// caddy with a certificate, limited to HTTP/1.1. It responds with `hello from NAME`.
+/// caddy with a certificate. It responds with `hello from NAME`.
 #[derive(Debug)]
 pub struct Caddy {
     _process: Process,
@@ -135,12 +149,34 @@ pub struct Caddy {
 }
 
 impl Caddy {
-    /// Starts caddy on port `http` without TLS and on port `https` with TLS.
+    /// Starts caddy on port `http` without TLS and on port `https` with TLS, both with HTTP/1.1 only.
     pub fn start(ns: &Ns, name: &str, http: u16, https: u16, certificate: &Certificate) -> Result<Self> {
+        Self::run(ns, name, http, https, certificate, "h1")
+    }
+
+    /// Starts caddy with HTTP/1.1 and HTTP/2: with TLS by ALPN, without TLS by prior knowledge or Upgrade.
+    pub fn start_http2(
+        ns: &Ns,
+        name: &str,
+        http: u16,
+        https: u16,
+        certificate: &Certificate,
+    ) -> Result<Self> {
+        Self::run(ns, name, http, https, certificate, "h1 h2 h2c")
+    }
+
+    fn run(
+        ns: &Ns,
+        name: &str,
+        http: u16,
+        https: u16,
+        certificate: &Certificate,
+        protocols: &str,
+    ) -> Result<Self> {
         let dir = temp_dir("caddy")?;
         let conf = format!(
             "{{\n admin off\n auto_https off\n skip_install_trust\n storage file_system {0}\n \
-             servers {{\n  protocols h1\n }}\n}}\n\
+             servers {{\n  protocols {protocols}\n }}\n}}\n\
              http://:{http} {{\n respond \"hello from {name}\n\"\n}}\n\
              https://:{https} {{\n tls {1} {2}\n respond \"hello from {name}\n\"\n}}\n",
             dir.path().display(),
@@ -179,14 +215,31 @@ const PEER: &str = include_str!("http_peer.py");
 impl Peer {
     /// Starts the server on `port` of these addresses.
     pub fn start(ns: &Ns, port: u16, addresses: &[IpAddr]) -> Result<Self> {
+        Self::run(ns, port, addresses, None)
+    }
+
+    /// Starts the server on `port` of these addresses, behind TLS.
+    pub fn start_tls(ns: &Ns, port: u16, addresses: &[IpAddr], certificate: &Certificate) -> Result<Self> {
+        Self::run(ns, port, addresses, Some(certificate))
+    }
+
+    fn run(ns: &Ns, port: u16, addresses: &[IpAddr], certificate: Option<&Certificate>) -> Result<Self> {
         let dir = temp_dir("peer")?;
         let script = dir.path().join("peer.py");
         fs::write(&script, PEER)?;
         let mut command = ns.command("python3");
         command
             .arg(&script)
-            .arg("serve")
-            .arg(dir.path().join("requests"))
+            .arg(if certificate.is_some() {
+                "serve-tls"
+            } else {
+                "serve"
+            })
+            .arg(dir.path().join("requests"));
+        if let Some(certificate) = certificate {
+            command.arg(&certificate.cert).arg(&certificate.key);
+        }
+        command
             .arg(port.to_string())
             .args(addresses.iter().map(IpAddr::to_string));
         let process = Process::spawn("peer", command, dir.path())?;
@@ -221,6 +274,22 @@ impl Peer {
 
     /// Upgrades a connection to WebSocket and sends frames to be echoed. Returns the output of the client.
     pub fn websocket(&self, from: &Ns, to: SocketAddr, path: &str) -> Result<String> {
+        self.run_websocket(from, to, path, &[])
+    }
+
+    /// Does the same over TLS, by a server name and with a file of trusted certificates.
+    pub fn websocket_tls(
+        &self,
+        from: &Ns,
+        to: SocketAddr,
+        path: &str,
+        name: &str,
+        ca: &Path,
+    ) -> Result<String> {
+        self.run_websocket(from, to, path, &[name.as_ref(), ca.as_os_str()])
+    }
+
+    fn run_websocket(&self, from: &Ns, to: SocketAddr, path: &str, tls: &[&OsStr]) -> Result<String> {
         let mut command = from.command("python3");
         command.arg(self.dir.path().join("peer.py")).args([
             "websocket",
@@ -228,6 +297,7 @@ impl Peer {
             &to.port().to_string(),
             path,
         ]);
+        command.args(tls);
         let out = output(&mut command, Duration::from_secs(20))?;
         Ok(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
     }

@@ -1,0 +1,1368 @@
+//! TLS interception with real programs: clients trust only the authority of the interception, and only the
+//! interception trusts the authority of the servers.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    process::Output,
+    time::Duration,
+};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use palisade_testbed::{
+    Daemon, Topology,
+    dns::Server,
+    ns::wait_until,
+    process::output_with_input,
+    server::Program,
+    tls::{Handshake, certificate},
+    topology::{FAMILIES, Family},
+    web::{Caddy, Counted, Curl, Peer, Talk, Web, curl, h2load, random_file, sha256},
+};
+use palisade_tests::{
+    OPEN,
+    fixtures::{
+        apps::policy,
+        intercept::{HOSTS, Lab, RULES, Secrets, lab},
+        pki::{Authority, Validity},
+        python::{Load, fault_peer, hold, packages, session},
+        s3::{Aws, S3},
+    },
+    setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon_with, tables},
+};
+use serde_json::Value;
+
+const HTTPS: u16 = 443;
+const OTHER: u16 = 8443;
+const DENIED: &str = "Access denied";
+/// Longest time of a request that the proxy itself ends after a timeout of its own.
+const SLOW: Duration = Duration::from_secs(25);
+
+#[track_caller]
+fn is_denied(what: &str, got: &Curl, daemon: &Daemon) {
+    assert!(
+        got.status == 403 && got.body.contains(DENIED),
+        "{what}: {got:?}\n{}",
+        daemon.report()
+    );
+}
+
+/// Asserts that a request has failed at the server's side, and that the client, flows, `clusters` and log name the reason.
+#[track_caller]
+fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[&str]) {
+    let got = lab.ask_within(SLOW, "client", name, at, &["/allowed/why"], &["-i"]);
+    let told = |text: &str| words.iter().any(|word| text.to_lowercase().contains(word));
+    let header = got
+        .body
+        .lines()
+        .find(|line| line.to_lowercase().starts_with("x-palisade-error:"));
+    assert!(
+        got.status == 503 && header.is_some_and(told),
+        "{name} {at}, expected one of {words:?}: {got:?}\n{}",
+        daemon.report()
+    );
+    let body = got.body.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    assert!(told(body), "{name} {at}: {got:?}");
+    is_noted(daemon, name, &told);
+}
+
+/// Asserts that flows, `clusters` and log name the failure of a server.
+#[track_caller]
+fn is_noted(daemon: &Daemon, name: &str, told: &dyn Fn(&str) -> bool) {
+    let about = |text: &str| text.contains(name) && told(text);
+    let flows = daemon.wait_flows(&["--type", "l7"], "a flow that says why", |flows| {
+        flows.iter().any(|flow| about(&flow.to_string()))
+    });
+    flows.unwrap_or_else(|error| panic!("{name}: {error:#}\n{}", daemon.report()));
+    let clusters = daemon.json(&["intercept", "clusters"]).expect("clusters");
+    assert!(about(&clusters.to_string()), "{name}: {clusters:#}");
+    assert!(daemon.log().lines().any(about), "{name}: {}", daemon.log());
+}
+
+/// Runs `openssl s_client` from the client.
+fn s_client(lab: &Lab, to: SocketAddr, args: &[&str]) -> Handshake {
+    let at = match to {
+        SocketAddr::V4(_) => to.to_string(),
+        SocketAddr::V6(v6) => format!("[{}]:{}", v6.ip(), v6.port()),
+    };
+    let mut command = lab.apps.ns("client").command("openssl");
+    command
+        .args(["s_client", "-connect", &at, "-CAfile"])
+        .arg(&lab.ours.cert)
+        .args(args);
+    Handshake::of(&output_with_input(&mut command, b"Q\n", OPEN).expect("openssl"))
+}
+
+// --- the story -----------------------------------------------------------------------------------------------------
+
+/// Egress of `client`: DNS to the internet, and the bucket `data` without deletion.
+const S3_POLICY: &str = r#"apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: s3}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: "53", protocol: ANY}]
+      rules:
+        dns: [{matchPattern: "*"}]
+  - toFQDNs:
+    - matchPattern: "*.s3.test"
+    - matchPattern: "*.s3v6.test"
+    toPorts:
+    - ports: [{port: "443", protocol: TCP}]
+      serverNames: ["*.s3.test", "*.s3v6.test"]
+      terminatingTLS: {secret: {namespace: default, name: shown}}
+      originatingTLS: {secret: {namespace: default, name: trusted}}
+      rules:
+        http:
+        - {method: "GET|HEAD|PUT", host: "(data|unknown|expired|other)\\.s3(v6)?\\.test"}
+"#;
+/// Addresses of the S3 service, and of a server that only some other names lead to.
+const S3_AT: [&str; 2] = ["203.0.113.80", "2001:db8:a::80"];
+const OTHERS_AT: [&str; 2] = ["203.0.113.81", "2001:db8:a::81"];
+
+#[test]
+fn aws_cli_uses_the_allowed_bucket_and_shows_why_a_server_refuses() {
+    packages().expect("the packages");
+    let topology = Topology::new()
+        .expect("topology")
+        .apps(&["client"])
+        .expect("client");
+    let topology = topology
+        .internet_addresses(&[S3_AT, OTHERS_AT].concat())
+        .expect("addresses");
+    topology.meet().expect("neighbours");
+    let dir = topology.dir();
+    let (root, ours) = (
+        Authority::root(dir, "amazon").expect("authority"),
+        Authority::root(dir, "interception").expect("authority"),
+    );
+    let domains = ["s3.test", "s3v6.test"];
+    let names = ["s3.test", "*.s3.test", "s3v6.test", "*.s3v6.test"];
+    let made = |of: &Authority, name: &str, hosts: &[&str], validity: Validity| {
+        of.server(name, hosts, validity, true).expect("certificate")
+    };
+    let secrets = Secrets::new(dir).expect("secrets");
+    secrets
+        .identity("shown", &made(&ours, "shown", &names, Validity::Now))
+        .expect("secret");
+    secrets.trust("trusted", &[&root]).expect("secret");
+
+    let addresses = |texts: [&str; 2]| texts.map(|text| text.parse::<IpAddr>().expect("an address"));
+    let s3 = S3::start(
+        &topology.internet,
+        &addresses(S3_AT),
+        &domains,
+        &[
+            "data.s3.test",
+            "secret.s3.test",
+            "data.s3v6.test",
+            "secret.s3v6.test",
+        ],
+        &made(&root, "s3", &names, Validity::Now),
+    )
+    .expect("S3");
+    let others = addresses(OTHERS_AT);
+    let _others = [
+        (others[0], "expired", &names[..], Validity::Expired),
+        (others[1], "other", &["www.elsewhere.test"], Validity::Now),
+    ]
+    .map(|(address, name, hosts, validity)| {
+        let certificate = made(&root, name, hosts, validity);
+        Peer::start_tls(&topology.internet, HTTPS, &[address], &certificate).expect("server")
+    });
+    let resolvers = FAMILIES.map(|family| topology.addr("internet", family));
+    let mut records = Vec::new();
+    for label in ["data", "secret", "unknown"] {
+        records.push(format!("{label}.s3.test. 60 IN A {}", S3_AT[0]));
+        records.push(format!("{label}.s3v6.test. 60 IN AAAA {}", S3_AT[1]));
+    }
+    records.push(format!("expired.s3.test. 60 IN A {}", OTHERS_AT[0]));
+    records.push(format!("other.s3v6.test. 60 IN AAAA {}", OTHERS_AT[1]));
+    let records: Vec<&str> = records.iter().map(String::as_str).collect();
+    let _dns = Server::unbound(&topology.internet, &resolvers, &records).expect("unbound");
+    let conf = dir.join("resolv.conf");
+    fs::write(&conf, format!("nameserver {}\n", resolvers[0])).expect("resolv.conf");
+
+    let settings = tables(&secrets.table("verify_sni_address = true\n"));
+    let daemon = daemon_with(&topology, &settings, &[("s3.yaml", S3_POLICY)]);
+    let aws = Aws {
+        ns: topology.ns("client"),
+        conf: conf.clone(),
+        ca: &ours.cert,
+        dir,
+    };
+    let run = |domain: &str, args: &[&str]| aws.run(domain, args).expect("aws");
+    let said = |out: &Output| format!("{out:?}\n{}", daemon.report());
+    let failure = |out: &Output| String::from_utf8_lossy(&out.stderr).into_owned();
+    fs::write(dir.join("object"), "the contents\n").expect("object");
+    for domain in domains {
+        let (put, get) = (
+            [
+                "s3api",
+                "put-object",
+                "--bucket",
+                "data",
+                "--key",
+                "k",
+                "--body",
+                "object",
+            ],
+            ["s3api", "get-object", "--bucket", "data", "--key", "k", "got"],
+        );
+        for args in [
+            &["s3api", "create-bucket", "--bucket", "data"][..],
+            &put,
+            &get,
+            &["s3api", "head-object", "--bucket", "data", "--key", "k"],
+        ] {
+            let out = run(domain, args);
+            assert!(out.status.success(), "{args:?} {}", said(&out));
+        }
+        assert_eq!(
+            fs::read_to_string(dir.join("got")).expect("got"),
+            "the contents\n"
+        );
+        let listed = run(domain, &["s3", "ls", "s3://data"]);
+        assert!(
+            listed.status.success() && String::from_utf8_lossy(&listed.stdout).contains(" k"),
+            "{}",
+            said(&listed)
+        );
+        let deleted = run(
+            domain,
+            &["s3api", "delete-object", "--bucket", "data", "--key", "k"],
+        );
+        assert!(
+            !deleted.status.success() && failure(&deleted).contains("403"),
+            "{}",
+            said(&deleted)
+        );
+        let other = run(domain, &["s3", "ls", "s3://secret"]);
+        assert!(
+            !other.status.success() && failure(&other).contains("403"),
+            "{}",
+            said(&other)
+        );
+    }
+    let requests = s3.requests();
+    assert!(requests.len() >= 8, "{requests:?}");
+    assert!(
+        !requests.iter().any(|line| line.contains("DELETE")),
+        "{requests:?}"
+    );
+
+    // Servers that refuse: a router without the name, and invalid certificates.
+    for (name, words) in [
+        ("unknown.s3.test", &["reset", "closed"][..]),
+        ("unknown.s3v6.test", &["reset", "closed"]),
+        ("expired.s3.test", &["expired"]),
+        ("other.s3v6.test", &["name"]),
+    ] {
+        let mut command =
+            palisade_testbed::dns::resolving(topology.ns("client"), "curl", &conf).expect("curl");
+        command.args(["-sSv", "-m", "20", "--cacert"]).arg(&ours.cert);
+        command.arg("-k").arg(format!("https://{name}/k"));
+        let out = palisade_testbed::output(&mut command, SLOW).expect("curl");
+        let text = String::from_utf8_lossy(&out.stderr).to_lowercase();
+        let told = |text: &str| words.iter().any(|word| text.to_lowercase().contains(word));
+        let header = text.lines().find(|line| line.starts_with("< x-palisade-error:"));
+        assert!(
+            text.contains("< http/1.1 503") && header.is_some_and(told),
+            "{name}: {}",
+            said(&out)
+        );
+        is_noted(&daemon, name, &told);
+    }
+
+    // A name of the policy at an address that the client has learned for another name only.
+    let resolved = format!("data.s3.test:443:{}", OTHERS_AT[0]);
+    let got = curl(
+        topology.ns("client"),
+        &["-k", "--resolve", &resolved, "https://data.s3.test/k"],
+        OPEN,
+    );
+    let got = got.expect("curl");
+    assert!(got.status == 0 && got.code == 35, "{got:?}\n{}", daemon.report());
+}
+
+// --- paths, programs, protocols --------------------------------------------------------------------------------------
+
+/// Paths as (client, server) on which [`Lab::on_all_paths`] intercepts: out of a workload, into one, between two (at both
+/// ends), and out of the node.
+const PATHS: [(&str, &str); 4] = [
+    ("client", "internet"),
+    ("internet", "server"),
+    ("client", "server"),
+    ("node", "internet"),
+];
+
+fn every_path(hooks: palisade_testbed::daemon::Hooks) {
+    let lab = lab();
+    let apps = &lab.apps;
+    let peers = ["internet", "server"].map(|name| {
+        (
+            name,
+            Peer::start_tls(apps.ns(name), HTTPS, &apps.both(name), &lab.server).expect("peer"),
+        )
+    });
+    let daemon = lab.on_all_paths(hooks, &[HTTPS], RULES);
+    for family in FAMILIES {
+        for (from, to) in PATHS {
+            let what = format!("{from} -> {to} {family:?}");
+            let at = apps.at(to, family, HTTPS);
+            let name = format!("{from}.web.example");
+            let path = format!("/allowed/{from}/{family:?}");
+            // Both ends' addresses and ports as the client sees them.
+            let seen = "%{stderr}\nstatus:%{http_code}\nends:%{local_ip} %{local_port} %{remote_ip} %{remote_port}\n";
+            let got = lab.ask(from, &name, at, &path, &["-w", seen]);
+            assert_eq!(got.status, 200, "{what}: {got:?}\n{}", daemon.report());
+            let ends = got.error.lines().find_map(|line| line.strip_prefix("ends:"));
+            let ends: Vec<&str> = ends.unwrap_or_default().split(' ').collect();
+            let [ip, port, remote_ip, remote_port] = ends[..] else {
+                panic!("{what}: {got:?}");
+            };
+            assert_eq!(
+                (ip, remote_ip, remote_port),
+                (
+                    apps.source(from, to, family).to_string().as_str(),
+                    at.ip().to_string().as_str(),
+                    HTTPS.to_string().as_str()
+                ),
+                "{what}"
+            );
+            let (_, peer) = peers.iter().find(|(name, _)| *name == to).expect("a peer");
+            let requests = peer.requests();
+            let request = requests.iter().find(|request| request["path"] == path.as_str());
+            let request = request.unwrap_or_else(|| panic!("{what}: {requests:?}"));
+            assert_eq!(
+                (&request["from"], &request["port"], &request["server_name"]),
+                (
+                    &Value::from(ip),
+                    &Value::from(port.parse::<u16>().expect("a port")),
+                    &Value::from(name.as_str())
+                ),
+                "{what}: {request}"
+            );
+            is_denied(&what, &lab.ask(from, &name, at, "/denied", &[]), &daemon);
+            is_denied(
+                &what,
+                &lab.ask(from, &name, at, "/allowed", &["-X", "DELETE"]),
+                &daemon,
+            );
+        }
+    }
+    for (name, peer) in &peers {
+        let requests = peer.requests();
+        assert!(
+            !requests.is_empty()
+                && requests
+                    .iter()
+                    .all(|request| request["method"] == "GET" && request["path"] != "/denied"),
+            "{name}: {requests:?}"
+        );
+    }
+}
+
+#[test]
+fn every_path_keeps_addresses_ports_and_names_with_xdp_at_the_nic() {
+    every_path(XDP_AT_THE_NIC);
+}
+
+#[test]
+fn every_path_keeps_addresses_ports_and_names_with_tcx() {
+    every_path(TCX);
+}
+
+#[test]
+fn every_path_keeps_addresses_ports_and_names_with_xdp_and_clsact() {
+    every_path(XDP_AND_CLSACT);
+}
+
+#[test]
+fn curl_with_nginx_and_caddy_in_every_version() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let web = Web::start_http2(internet, "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let _caddy = Caddy::start_http2(internet, "caddy", 8080, OTHER, &lab.server).expect("caddy");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    for family in FAMILIES {
+        for (port, server) in [(HTTPS, "nginx"), (OTHER, "caddy")] {
+            let at = lab.apps.at("internet", family, port);
+            for (protocol, version) in [("--http1.1", "1.1"), ("--http2", "2")] {
+                for tls in [&["--tls-max", "1.2"][..], &["--tlsv1.3"]] {
+                    let what = format!("{server} {family:?} {protocol} {tls:?}");
+                    let write = "%{stderr}\nstatus:%{http_code}\nversion:%{http_version}\n";
+                    let args = [tls, &[protocol, "-w", write]].concat();
+                    let got = lab.ask("client", "www.web.example", at, "/allowed", &args);
+                    assert!(
+                        got.status == 200
+                            && got.body == format!("hello from {server}\n")
+                            && got.error.contains(&format!("version:{version}\n")),
+                        "{what}: {got:?}\n{}",
+                        daemon.report()
+                    );
+                    is_denied(
+                        &what,
+                        &lab.ask("client", "www.web.example", at, "/denied", &args),
+                        &daemon,
+                    );
+                }
+            }
+        }
+    }
+    let seen = web.seen();
+    assert!(
+        seen.len() == 8
+            && seen.iter().all(
+                |seen| seen.server_name == "www.web.example" && seen.request.starts_with("GET /allowed ")
+            ),
+        "{seen:?}"
+    );
+    for version in ["HTTP/1.1", "HTTP/2.0"] {
+        let of = |seen: &&palisade_testbed::web::Seen| seen.request.ends_with(version);
+        assert_eq!(seen.iter().filter(of).count(), 4, "{version}: {seen:?}");
+    }
+}
+
+#[test]
+fn openssl_clients_see_the_shown_certificate_and_the_servers_choice() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let _web = Web::start_http2(internet, "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let (cert, key) = (
+        lab.server.cert.display().to_string(),
+        lab.server.key.display().to_string(),
+    );
+    // A server with one protocol version and one application protocol.
+    let at = SocketAddr::new([127, 0, 0, 1].into(), OTHER);
+    let args = [
+        "s_server",
+        "-accept",
+        "8443",
+        "-cert",
+        &cert,
+        "-cert_chain",
+        &cert,
+        "-key",
+        &key,
+        "-www",
+        "-tls1_2",
+        "-alpn",
+        "http/1.1",
+    ];
+    let _old = Program::start(internet, "openssl", &args, Some(at)).expect("s_server");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    for family in FAMILIES {
+        let (at, old) = (
+            lab.apps.at("internet", family, HTTPS),
+            lab.apps.at("internet", family, OTHER),
+        );
+        for (at, args, version, alpn) in [
+            (at, &["-alpn", "h2,http/1.1"][..], "TLSv1.3", "ALPN protocol: h2"),
+            (at, &["-alpn", "http/1.1"], "TLSv1.3", "ALPN protocol: http/1.1"),
+            (at, &["-tls1_2"], "TLSv1.2", "No ALPN negotiated"),
+            // The versions of the two sides do not depend on each other, the application protocols do.
+            (
+                old,
+                &["-alpn", "h2,http/1.1", "-tls1_3"],
+                "TLSv1.3",
+                "ALPN protocol: http/1.1",
+            ),
+        ] {
+            let args = [&["-servername", "www.web.example", "-verify_return_error"], args].concat();
+            let shook = s_client(&lab, at, &args);
+            assert!(
+                shook.version == version
+                    && shook.text.contains(alpn)
+                    && shook.text.contains("issuer=CN = interception")
+                    && shook.text.contains("Verify return code: 0 (ok)"),
+                "{at} {args:?}: {}\n{}",
+                shook.text,
+                daemon.report()
+            );
+        }
+    }
+}
+
+#[test]
+fn messages_of_every_kind_pass_in_both_directions() {
+    let lab = lab();
+    let (internet, client) = (lab.apps.ns("internet"), lab.apps.ns("client"));
+    let peer = Peer::start_tls(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    let body = lab.apps.topology.dir().join("body");
+    random_file(&body, 700_000).expect("file");
+    let sum = sha256(&body).expect("sum");
+    let (file, data) = (body.display().to_string(), format!("@{}", body.display()));
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        for (what, args) in [
+            ("upload", &["-H", "Expect:", "--data-binary", &data][..]),
+            (
+                "expectation",
+                &["-H", "Expect: 100-continue", "--data-binary", &data],
+            ),
+            ("chunks", &["-H", "Transfer-Encoding: chunked", "-T", &file]),
+        ] {
+            let got = lab.ask("client", "www.web.example", at, "/allowed/up", args);
+            assert!(
+                got.status == 200 && got.body.contains(&sum),
+                "{what}: {got:?}\n{}",
+                daemon.report()
+            );
+            is_denied(
+                what,
+                &lab.ask("client", "www.web.example", at, "/denied/up", args),
+                &daemon,
+            );
+        }
+        for (path, status, body) in [
+            ("/allowed/nothing", 204, ""),
+            ("/allowed/same", 304, ""),
+            ("/allowed/hints", 200, "after hints\n"),
+            ("/allowed/until-close", 200, "until the end\n"),
+            ("/allowed/slow", 200, "slow\n"),
+        ] {
+            // Twice, so that the second response must be found behind the first where the connection persists.
+            let got = lab.ask_within(OPEN, "client", "www.web.example", at, &[path, path], &[]);
+            assert!(
+                got.code == 0 && got.status == status && got.body == body.repeat(2),
+                "{path}: {got:?}\n{}",
+                daemon.report()
+            );
+        }
+        let got = lab.ask(
+            "client",
+            "www.web.example",
+            at,
+            "/allowed/chunked?40,3000",
+            &["-i"],
+        );
+        assert!(
+            got.status == 200 && got.body.matches("AAA").count() > 900 && got.body.contains("X-Sum: "),
+            "{got:?}\n{}",
+            daemon.report()
+        );
+        let got = lab.ask_within(
+            OPEN,
+            "client",
+            "www.web.example",
+            at,
+            &["/allowed/a", "/allowed/b"],
+            &["-I"],
+        );
+        assert!(got.code == 0 && got.status == 200, "{got:?}\n{}", daemon.report());
+
+        let said = peer
+            .websocket_tls(client, at, "/allowed/ws", "www.web.example", &lab.ours.cert)
+            .expect("websocket");
+        assert!(
+            said.starts_with("HTTP/1.1 101") && said.contains("echoed 351"),
+            "{said}\n{}",
+            daemon.report()
+        );
+        let said = peer
+            .websocket_tls(client, at, "/denied/ws", "www.web.example", &lab.ours.cert)
+            .expect("websocket");
+        assert!(
+            said.starts_with("HTTP/1.1 403") && said.contains(DENIED),
+            "{said}\n{}",
+            daemon.report()
+        );
+    }
+    let requests = peer.requests();
+    let denied = |request: &&Value| {
+        request["path"]
+            .as_str()
+            .is_some_and(|path| path.starts_with("/denied"))
+    };
+    assert!(
+        requests.len() > 20 && requests.iter().find(denied).is_none(),
+        "{requests:?}"
+    );
+}
+
+#[test]
+fn python_requests_keeps_its_session() {
+    packages().expect("the packages");
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let said = session(lab.apps.ns("client"), "api.web.example", &lab.ours.cert, at).expect("session");
+        assert_eq!(
+            said,
+            "get 200\nget 200\nget 200\npost True\nchunks True\nstream 2700000\ndenied 403\ndenied post 403\n\
+             method 403\nget 200\n",
+            "{}",
+            daemon.report()
+        );
+    }
+    let requests = peer.requests();
+    assert!(
+        requests.iter().all(|request| request["path"]
+            .as_str()
+            .is_some_and(|p| p.starts_with("/allowed"))),
+        "{requests:?}"
+    );
+    // Requests of one session use one connection until a denied request ends it.
+    let port = |n: usize| requests[n]["port"].as_u64();
+    assert!(
+        port(0).is_some() && (1..6).all(|n| port(n) == port(0)),
+        "{requests:?}"
+    );
+}
+
+#[test]
+fn large_transfers_are_complete_in_both_directions() {
+    let lab = lab();
+    let web = Web::start(lab.apps.ns("internet"), "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let daemon = lab.client_only(&[HTTPS], &RULES.replace("/allowed.*", "/files/.*"));
+    let dir = lab.apps.topology.dir();
+    let (up, down) = (dir.join("up"), web.files().join("down"));
+    for file in [&up, &down] {
+        random_file(file, 40_000_000).expect("file");
+    }
+    let sum = |path: &Path| sha256(path).expect("sum");
+    for (n, family) in FAMILIES.into_iter().enumerate() {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let (from, to) = (up.display().to_string(), dir.join("got").display().to_string());
+        let path = format!("/files/up-{n}");
+        let got = lab.ask("client", "www.web.example", at, &path, &["-T", &from]);
+        assert_eq!((got.code, got.status), (0, 201), "{got:?}\n{}", daemon.report());
+        assert_eq!(sum(&web.files().join(&path[7..])), sum(&up));
+        let got = lab.ask("client", "www.web.example", at, "/files/down", &["-o", &to]);
+        assert_eq!((got.code, got.status), (0, 200), "{got:?}\n{}", daemon.report());
+        assert_eq!(sum(&dir.join("got")), sum(&down));
+    }
+}
+
+#[test]
+fn sessions_are_resumed_and_early_data_is_not_taken() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    let dir = lab.apps.topology.dir();
+    let (session, early) = (dir.join("session").display().to_string(), dir.join("early"));
+    fs::write(
+        &early,
+        "GET /allowed/early HTTP/1.1\r\nHost: www.web.example\r\n\r\n",
+    )
+    .expect("early data");
+    let early = early.display().to_string();
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        for version in ["-tls1_2", "-tls1_3"] {
+            let name = ["-servername", "www.web.example", version];
+            // Tickets of TLS 1.3 come behind the handshake, so the client waits for a response.
+            let request = b"GET /allowed HTTP/1.1\r\nHost: www.web.example\r\nConnection: close\r\n\r\n";
+            let run = |args: &[&str]| {
+                let mut command = lab.apps.ns("client").command("openssl");
+                command.args(["s_client", "-ign_eof", "-connect", &at.to_string(), "-CAfile"]);
+                command.arg(&lab.ours.cert).args(name).args(args);
+                Handshake::of(&output_with_input(&mut command, request, OPEN).expect("openssl")).text
+            };
+            let first = run(&["-sess_out", &session]);
+            let second = run(&["-sess_in", &session]);
+            for text in [&first, &second] {
+                assert!(
+                    text.contains("HTTP/1.1 200"),
+                    "{version}: {text}\n{}",
+                    daemon.report()
+                );
+            }
+            if version == "-tls1_3" {
+                let third = run(&["-sess_in", &session, "-early_data", &early]);
+                assert!(!third.contains("Early data was accepted"), "{third}");
+            }
+        }
+    }
+    assert_eq!(peer.requests_for("/allowed/early"), 0);
+}
+
+#[test]
+fn a_client_certificate_of_the_policy_is_shown_to_the_server() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let workload = lab
+        .world
+        .server("workload", &["workload.web.example"], Validity::Now, true)
+        .expect("certificate");
+    lab.secrets.identity("mutual", &workload).expect("secret");
+    lab.secrets.trust("mutual", &[&lab.root]).expect("secret");
+    let (cert, key, root) = (
+        lab.server.cert.display().to_string(),
+        lab.server.key.display().to_string(),
+        lab.root.cert.display().to_string(),
+    );
+    let args = [
+        "s_server",
+        "-accept",
+        "443",
+        "-cert",
+        &cert,
+        "-cert_chain",
+        &cert,
+        "-key",
+        &key,
+        "-CAfile",
+        &root,
+        "-Verify",
+        "3",
+        "-verify_return_error",
+        "-www",
+    ];
+    let _server = Program::start(internet, "openssl", &args, None).expect("s_server");
+    let ready = || {
+        palisade_testbed::probe::connect(internet, SocketAddr::new([127, 0, 0, 1].into(), HTTPS), OPEN)
+            == palisade_testbed::Outcome::Open
+    };
+    wait_until("s_server accepts connections", OPEN, ready).expect("s_server");
+    let rules = RULES.replace(
+        "{secret: {namespace: default, name: trusted}}",
+        "{secret: {namespace: default, name: mutual}, trustedCA: ca.crt, certificate: tls.crt, privateKey: tls.key}",
+    );
+    let mut daemon = lab.client_only(&[HTTPS], &rules);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let got = lab.ask("client", "www.web.example", at, "/allowed", &["--http1.1"]);
+        assert!(
+            got.status == 200 && got.body.contains("s_server"),
+            "{got:?}\n{}",
+            daemon.report()
+        );
+    }
+    // Without the certificate the server refuses.
+    drop(daemon);
+    daemon = lab.client_only(&[HTTPS], RULES);
+    let at = lab.apps.at("internet", Family::V4, HTTPS);
+    is_reported(
+        &lab,
+        &daemon,
+        "www.web.example",
+        at,
+        &["certificate_required", "certificate required", "handshake"],
+    );
+}
+
+#[test]
+fn generated_certificates_name_what_the_client_asks_for() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let authority = palisade_testbed::tls::Certificate {
+        cert: lab.ours.cert.clone(),
+        key: lab.ours.key.clone(),
+    };
+    lab.secrets.identity("authority", &authority).expect("secret");
+    let rules = RULES.replace("name: shown", "name: authority");
+    let text = policy("client", "egress", &[HTTPS], &rules);
+    let settings = lab.settings_with("interception_ca = \"default/authority\"\n");
+    let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        for name in ["one.web.example", "two.web.example", "a.fault.example"] {
+            let got = lab.ask("client", name, at, "/allowed", &[]);
+            assert_eq!(got.status, 200, "{name}: {got:?}\n{}", daemon.report());
+            is_denied(name, &lab.ask("client", name, at, "/denied", &[]), &daemon);
+            let shook = s_client(
+                &lab,
+                at,
+                &[
+                    "-servername",
+                    name,
+                    "-verify_hostname",
+                    name,
+                    "-verify_return_error",
+                ],
+            );
+            assert!(
+                shook.text.contains("Verify return code: 0 (ok)"),
+                "{}",
+                shook.text
+            );
+        }
+    }
+    assert_eq!(peer.requests_for("/denied"), 0);
+}
+
+#[test]
+fn header_actions_reach_the_server() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    lab.secrets
+        .write("token", "value", b"of the secret")
+        .expect("secret");
+    let rules = RULES.replace(
+        "path: \"/allowed.*\"}]",
+        "path: \"/allowed.*\", headerMatches: [{name: X-Added, value: by-policy, mismatch: ADD}, \
+         {name: X-Token, secret: {namespace: default, name: token}, mismatch: REPLACE}, \
+         {name: X-Gone, value: never, mismatch: DELETE}]}]",
+    );
+    let daemon = lab.client_only(&[HTTPS], &rules);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let path = format!("/allowed/{family:?}");
+        let headers = [
+            "-H",
+            "X-Token: of the client",
+            "-H",
+            "X-Gone: secret",
+            "-H",
+            "X-Kept: kept",
+        ];
+        let got = lab.ask("client", "www.web.example", at, &path, &headers);
+        assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+        let requests = peer.requests();
+        let request = requests
+            .iter()
+            .find(|request| request["path"] == path.as_str())
+            .expect("a request");
+        let values = |name: &str| -> Vec<&str> {
+            let all = request["headers"].as_array().into_iter().flatten();
+            all.filter(|pair| pair[0].as_str().is_some_and(|n| n.eq_ignore_ascii_case(name)))
+                .filter_map(|pair| pair[1].as_str())
+                .collect()
+        };
+        assert_eq!(values("x-added"), ["by-policy"], "{request}");
+        assert_eq!(values("x-token"), ["of the secret"], "{request}");
+        assert_eq!(values("x-gone"), [""; 0], "{request}");
+        assert_eq!(values("x-kept"), ["kept"], "{request}");
+        assert_eq!(values("host").len(), 1, "{request}");
+    }
+    for text in [
+        daemon.log(),
+        daemon.cli(&["observe", "-o", "json", "--all"]).expect("flows"),
+    ] {
+        assert!(!text.contains("of the secret"), "{text}");
+    }
+}
+
+// --- failures at the server's side -------------------------------------------------------------------------------------
+
+#[test]
+fn invalid_certificates_of_servers_are_reported() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let dir = lab.apps.topology.dir();
+    let made = |name: &str, hosts: &[&str], validity: Validity, with_chain: bool| {
+        lab.world
+            .server(name, hosts, validity, with_chain)
+            .expect("certificate")
+    };
+    fs::create_dir(dir.join("alone")).expect("directory");
+    let cases = [
+        (
+            "expired",
+            made("expired", &HOSTS, Validity::Expired, true),
+            &["expired"][..],
+        ),
+        (
+            "not-yet",
+            made("not-yet", &HOSTS, Validity::NotYet, true),
+            &["not yet valid", "not valid yet"],
+        ),
+        (
+            "other-name",
+            made("other-name", &["www.elsewhere.test"], Validity::Now, true),
+            &["name"],
+        ),
+        (
+            "missing-intermediate",
+            made("missing-intermediate", &HOSTS, Validity::Now, false),
+            &["unknown ca", "issuer", "unknown authority"],
+        ),
+        (
+            "self-signed",
+            certificate(&dir.join("alone"), &HOSTS).expect("certificate"),
+            &["unknown ca", "issuer", "unknown authority", "self-signed"],
+        ),
+    ];
+    let ports: Vec<u16> = (0..cases.len()).map(|n| 8500 + n as u16).collect();
+    let servers: Vec<Peer> = cases
+        .iter()
+        .zip(&ports)
+        .map(|((_, certificate, _), port)| {
+            Peer::start_tls(internet, *port, &lab.apps.both("internet"), certificate).expect("server")
+        })
+        .collect();
+    let daemon = lab.client_only(&ports, RULES);
+    for family in FAMILIES {
+        for ((name, _, words), port) in cases.iter().zip(&ports) {
+            let at = lab.apps.at("internet", family, *port);
+            is_reported(&lab, &daemon, &format!("{name}.web.example"), at, words);
+            let (server, address) = (format!("{name}.web.example:{port}"), at.ip().to_string());
+            let args = [
+                "intercept",
+                "check",
+                &server,
+                "--from",
+                "default/client",
+                "--address",
+                &address,
+            ];
+            let out = daemon.try_cli(&args).expect("palisade");
+            let text = String::from_utf8_lossy(&out.stdout).to_lowercase();
+            assert!(
+                out.status.code() == Some(1) && words.iter().any(|word| text.contains(word)),
+                "{name}: {out:?}"
+            );
+        }
+    }
+    for server in servers {
+        assert_eq!(server.requests(), [Value::Null; 0]);
+    }
+}
+
+/// Step and kind of the failure, see `fault_peer.py`, and words of which the message contains one.
+const FAULTS: [(&str, &[&str]); 13] = [
+    ("hello-reset", &["reset"]),
+    ("hello-close", &["closed"]),
+    ("hello-junk", &["tls"]),
+    (
+        "hello-alert112",
+        &["unrecognized_name", "unrecognised_name", "unrecognized name"],
+    ),
+    ("hello-alert40", &["handshake_failure", "handshake failure"]),
+    ("hello-alert70", &["protocol_version", "protocol version"]),
+    (
+        "hello-alert120",
+        &[
+            "no_application_protocol",
+            "no shared protocol",
+            "no application protocol",
+        ],
+    ),
+    ("part-reset", &["reset"]),
+    ("part-close", &["closed"]),
+    ("shaken-reset", &["reset"]),
+    ("request-reset", &["reset"]),
+    ("request-close", &["closed"]),
+    ("head-close", &["closed"]),
+];
+
+#[test]
+fn a_server_that_breaks_off_at_any_step_is_reported() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let _peer = fault_peer(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    for (n, (fault, words)) in FAULTS.iter().enumerate() {
+        // Both families, in turn: the messages do not depend on them.
+        let at = lab.apps.at("internet", FAMILIES[n % 2], HTTPS);
+        is_reported(&lab, &daemon, &format!("{fault}.fault.example"), at, words);
+    }
+    for family in FAMILIES {
+        is_reported(
+            &lab,
+            &daemon,
+            "nowhere.web.example",
+            lab.apps.at("internet", family, OTHER),
+            &["refused"],
+        );
+        let at = lab.apps.at("internet", family, HTTPS);
+        // The head was forwarded, so only the end of the stream can show that the body is not complete.
+        for fault in ["body-reset", "body-close"] {
+            let got = lab.ask("client", &format!("{fault}.fault.example"), at, "/allowed", &[]);
+            assert!(
+                got.code != 0 && got.code != 28,
+                "{fault}: {got:?}\n{}",
+                daemon.report()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_stalls_is_reported() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let _peer = fault_peer(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    internet
+        .nft("table inet silent {\nchain i {\ntype filter hook input priority 0;\ntcp dport 8443 drop;\n}\n}\n")
+        .expect("nft");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    let at = |port: u16| lab.apps.at("internet", Family::V4, port);
+    std::thread::scope(|scope| {
+        for (name, port) in [
+            ("hello-stall.fault.example", HTTPS),
+            ("part-stall.fault.example", HTTPS),
+            ("silent.web.example", OTHER),
+        ] {
+            let (lab, daemon, at) = (&lab, &daemon, at(port));
+            scope.spawn(move || is_reported(lab, daemon, name, at, &["timeout", "timed out", "no answer"]));
+        }
+    });
+}
+
+// --- clients that do something else ------------------------------------------------------------------------------------
+
+#[test]
+fn clients_without_tls_without_a_name_or_that_break_off() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    let client = lab.apps.ns("client");
+    let hello = palisade_testbed::tls::Hello::to("www.web.example").bytes();
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        for (what, bytes) in [
+            (
+                "clear text",
+                &b"GET /allowed HTTP/1.1\r\nHost: www.web.example\r\n\r\n"[..],
+            ),
+            (
+                "HTTP/2 in clear text",
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+            ),
+            ("SSH", b"SSH-2.0-OpenSSH_9.2\r\n"),
+            ("a hello that never ends", &[&hello[..40], &[0; 200][..]].concat()),
+        ] {
+            let mut talk = Talk::open(client, at, OPEN).expect("connection");
+            // An error means that the connection was reset while the client sent, which is a valid end too.
+            let _ = talk.send(bytes);
+            if what != "a hello that never ends" {
+                let _ = talk.receive(OPEN, |_| false);
+            }
+            assert!(!talk.text().contains("200 OK"), "{what}: {}", talk.text());
+        }
+        // Half a hello, and then the end.
+        for half in [0, 1, 5, 60, hello.len() - 1] {
+            let mut talk = Talk::open(client, at, OPEN).expect("connection");
+            talk.send(&hello[..half]).expect("hello");
+        }
+        // The shown certificate is trusted but does not fit: the client breaks off.
+        let got = lab.ask("client", "www.other.test", at, "/allowed", &[]);
+        assert!(got.status == 0 && got.code == 60, "{got:?}\n{}", daemon.report());
+        // After these connections, the proxy still serves others.
+        let got = lab.ask("client", "www.web.example", at, "/allowed/after", &[]);
+        assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+    }
+    assert_eq!(peer.requests().len(), peer.requests_for("/allowed/after"));
+}
+
+#[test]
+fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let broken = Peer::start_tls(
+        lab.apps.ns("internet"),
+        OTHER,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    lab.secrets
+        .write("broken", "tls.crt", b"no certificate")
+        .expect("secret");
+    lab.secrets.write("broken", "tls.key", b"no key").expect("secret");
+    let other = lab
+        .world
+        .server("another", &HOSTS, Validity::Now, true)
+        .expect("certificate");
+    lab.secrets.identity("mixed", &lab.server).expect("secret");
+    lab.secrets
+        .write("mixed", "tls.key", &fs::read(&other.key).expect("key"))
+        .expect("secret");
+    for name in ["absent", "broken", "mixed"] {
+        let good = policy("client", "egress", &[HTTPS], RULES);
+        let bad = policy(
+            "client",
+            "egress",
+            &[OTHER],
+            &RULES.replace("name: shown", &format!("name: {name}")),
+        )
+        .replace("client-egress", "client-bad");
+        let daemon = lab.daemon(&lab.settings(), &[("good.yaml", &good), ("bad.yaml", &bad)]);
+        for family in FAMILIES {
+            let at = |port: u16| lab.apps.at("internet", family, port);
+            let got = lab.ask("client", "www.web.example", at(HTTPS), "/allowed", &[]);
+            assert_eq!(got.status, 200, "{name}: {got:?}\n{}", daemon.report());
+            let got = lab.ask("client", "www.web.example", at(OTHER), "/allowed", &["-k"]);
+            // The connection is reset at once.
+            assert!(
+                got.status == 0 && [35, 56].contains(&got.code),
+                "{name}: {got:?}\n{}",
+                daemon.report()
+            );
+        }
+        let secret = format!("default/{name}");
+        let rows = daemon.json(&["intercept", "config"]).expect("configuration");
+        let problems: Vec<&str> = rows
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|row| row["problem"].as_str())
+            .collect();
+        assert!(
+            !problems.is_empty() && problems.iter().all(|problem| problem.contains(&secret)),
+            "{name}: {rows:#}"
+        );
+        let told = |flows: &[Value]| flows.iter().any(|flow| flow.to_string().contains(&secret));
+        daemon
+            .wait_flows(&["--verdict", "dropped"], "a flow that names the secret", told)
+            .unwrap_or_else(|error| panic!("{error:#}"));
+    }
+    assert_eq!(broken.requests(), [Value::Null; 0]);
+    assert_eq!(peer.requests().len(), 6);
+}
+
+// --- change, load, death -------------------------------------------------------------------------------------------------
+
+/// Returns the subject of the certificate that a client is shown.
+fn shown(lab: &Lab, at: SocketAddr) -> String {
+    let text = s_client(lab, at, &["-servername", "www.web.example"]).text;
+    let line = text.lines().find_map(|line| line.strip_prefix("subject="));
+    line.unwrap_or_default().to_owned()
+}
+
+#[test]
+fn certificates_are_replaced_while_traffic_runs() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let _first = Peer::start_tls(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    // The second server has a certificate that the secret does not trust yet.
+    let late = Authority::root(lab.apps.topology.dir(), "late").expect("authority");
+    let certificate = late
+        .server("late", &HOSTS, Validity::Now, true)
+        .expect("certificate");
+    let _second = Peer::start_tls(internet, OTHER, &lab.apps.both("internet"), &certificate).expect("peer");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    let at = |port: u16| lab.apps.at("internet", Family::V4, port);
+    let load = Load::start(
+        lab.apps.ns("client"),
+        "www.web.example",
+        at(HTTPS),
+        &lab.server,
+        2,
+    )
+    .expect("load");
+    load.grows("allowed", 10).expect("traffic");
+    is_reported(
+        &lab,
+        &daemon,
+        "late.web.example",
+        at(OTHER),
+        &["unknown ca", "issuer", "unknown authority"],
+    );
+    assert_eq!(shown(&lab, at(HTTPS)), "CN = shown");
+
+    // The two files are replaced one after the other: while they do not fit, the old pair stays in use.
+    let new = lab
+        .ours
+        .server("replaced", &HOSTS, Validity::Now, true)
+        .expect("certificate");
+    lab.secrets.identity("shown", &new).expect("secret");
+    lab.secrets.trust("trusted", &[&lab.root, &late]).expect("secret");
+    let changed = || shown(&lab, at(HTTPS)) == "CN = replaced";
+    wait_until("the new certificate is shown", OPEN, changed)
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    let trusted = || {
+        lab.ask("client", "late.web.example", at(OTHER), "/allowed", &[])
+            .status
+            == 200
+    };
+    wait_until("the new authority is trusted", OPEN, trusted)
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    load.grows("allowed", 10).expect("traffic");
+    let counts = load.counts();
+    assert!(
+        counts["failed"] == 0 && counts["leaked"] == 0 && counts["unread"] == 0,
+        "{counts}\n{}",
+        daemon.report()
+    );
+}
+
+#[test]
+fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepted() {
+    let lab = lab();
+    let _peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    let at = lab.apps.at("internet", Family::V4, HTTPS);
+    let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients");
+    assert_eq!(held.line("again").expect("responses"), "again 3");
+    let connections = || -> usize {
+        let all = daemon.json(&["intercept", "connections"]).unwrap_or_default();
+        all.as_array().map_or(0, Vec::len)
+    };
+    assert_eq!(connections(), 3, "{}", daemon.report());
+    let text = policy(
+        "client",
+        "egress",
+        &[HTTPS],
+        &RULES.replace("/allowed.*", "/changed.*"),
+    );
+    daemon.apply(&[("client.yaml", &text)]).expect("policy");
+    is_denied(
+        "changed",
+        &lab.ask("client", "www.web.example", at, "/allowed", &[]),
+        &daemon,
+    );
+    assert_eq!(
+        lab.ask("client", "www.web.example", at, "/changed", &[]).status,
+        200
+    );
+    let text = policy("client", "egress", &[OTHER], RULES);
+    daemon.apply(&[("client.yaml", &text)]).expect("policy");
+    wait_until("the connections are cut", OPEN, || connections() == 0)
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+/// Raises the limit on open files, which child processes inherit.
+fn raise_open_files() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(65_536), most).expect("limit");
+}
+
+#[test]
+fn many_connections_are_open_at_the_same_time() {
+    // Ten thousand take a minute on two processors.
+    let count: u32 = std::env::var("PALISADE_CONNECTIONS").map_or(2_000, |n| n.parse().expect("a number"));
+    let lab = lab();
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    // After the start of the daemon, which does not depend on the limit that it inherits.
+    raise_open_files();
+    let _web = Web::start(lab.apps.ns("internet"), "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let at = lab.apps.at("internet", Family::V4, HTTPS);
+    let held = hold(
+        lab.apps.ns("client"),
+        "www.web.example",
+        &lab.ours.cert,
+        at,
+        count,
+    )
+    .expect("clients");
+    let opened = held.line("open").expect("connections");
+    assert_eq!(opened, format!("open {count}"), "{}", daemon.report());
+    assert_eq!(
+        held.line("again").expect("responses"),
+        format!("again {count}"),
+        "{}",
+        daemon.report()
+    );
+    // One more client is served beside them.
+    let at = lab.apps.at("internet", Family::V6, HTTPS);
+    assert_eq!(
+        lab.ask("client", "www.web.example", at, "/allowed", &[]).status,
+        200
+    );
+    is_denied(
+        "beside",
+        &lab.ask("client", "www.web.example", at, "/denied", &[]),
+        &daemon,
+    );
+}
+
+#[test]
+fn h2load_over_http_1_1_loses_no_request() {
+    let lab = lab();
+    let web = Web::start(lab.apps.ns("internet"), "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    for family in FAMILIES {
+        let to = format!("--connect-to={}", lab.apps.at("internet", family, HTTPS));
+        for (path, other) in [("/allowed", 0), ("/denied", 400)] {
+            let url = format!("https://www.web.example{path}");
+            let args = ["--h1", "-n", "400", "-c", "20", "-t", "1", &to, &url];
+            let got = h2load(lab.apps.ns("client"), &args).expect("h2load");
+            let expected = Counted {
+                answered: 400,
+                other_status: other,
+                failed: 0,
+            };
+            assert_eq!(got, expected, "{path}\n{}", daemon.report());
+        }
+    }
+    assert!(
+        web.seen()
+            .iter()
+            .all(|seen| seen.request.starts_with("GET /allowed "))
+    );
+}
+
+#[test]
+fn nothing_denied_gets_through_while_the_daemon_is_killed() {
+    let lab = lab();
+    let peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let mut daemon = lab.client_only(&[HTTPS], RULES);
+    let loads = FAMILIES.map(|family| {
+        let at = lab.apps.at("internet", family, HTTPS);
+        Load::start(lab.apps.ns("client"), "www.web.example", at, &lab.server, 2).expect("load")
+    });
+    for _ in 0..2 {
+        for load in &loads {
+            load.grows("denied", 20).expect("traffic");
+        }
+        daemon.kill9().expect("kill -9");
+        for load in &loads {
+            load.grows("failed", 2).expect("attempts without the daemon");
+        }
+        daemon.restart().expect("restart");
+        for load in &loads {
+            load.grows("allowed", 20)
+                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        }
+    }
+    for load in &loads {
+        let counts = load.counts();
+        assert!(
+            counts["leaked"] == 0 && counts["unread"] == 0,
+            "{counts}\n{}",
+            daemon.report()
+        );
+    }
+    drop(loads);
+    assert!(peer.requests_for("/allowed/load") >= 80);
+    assert_eq!(peer.requests_for("/denied/load"), 0, "{}", daemon.report());
+}
