@@ -99,6 +99,17 @@ impl Buffer {
     }
 }
 
+impl io::Write for Buffer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.push(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// One end of a connection.
 pub(crate) struct End {
     socket: TcpStream,
@@ -106,7 +117,7 @@ pub(crate) struct End {
     pub(crate) tls: Option<Box<Tls>>,
     /// Bytes that arrived and have no verdict yet: decrypted, if `tls` is set.
     pub(crate) input: Buffer,
-    /// Without TLS: bytes that the socket has not taken.
+    /// Bytes that the socket has not taken, before those that TLS has. With TLS, only [`Self::pending`] puts bytes here.
     out: Buffer,
     /// Whether a read of the socket can succeed (edge-triggered events).
     readable: bool,
@@ -199,10 +210,18 @@ impl End {
 
     /// Returns whether bytes wait for the socket. No further bytes should be queued then.
     pub(crate) fn is_blocked(&self) -> bool {
-        match &self.tls {
-            Some(tls) => tls.wants_write(),
-            None => !self.out.is_empty(),
+        !self.out.is_empty() || self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+    }
+
+    /// Returns the number of bytes that wait for the socket.
+    pub(crate) fn pending(&mut self) -> Result<usize, EndError> {
+        if let Some(tls) = &mut self.tls {
+            // TLS does not tell how many bytes it has.
+            while tls.wants_write() {
+                tls.write_tls(&mut self.out)?;
+            }
         }
+        Ok(self.out.len())
     }
 
     /// Reads from the socket once, into `input`. Returns whether the socket had bytes or the stream has ended.
@@ -369,12 +388,13 @@ impl End {
             return Ok(true);
         }
         while self.writable && self.is_blocked() {
+            let is_own = !self.out.is_empty();
             let written = match &mut self.tls {
-                Some(tls) => tls.write_tls(&mut self.socket),
-                None => self.socket.write(self.out.bytes()),
+                Some(tls) if !is_own => tls.write_tls(&mut self.socket),
+                _ => self.socket.write(self.out.bytes()),
             };
             match written {
-                Ok(n) if self.tls.is_none() => self.out.consume(n),
+                Ok(n) if is_own => self.out.consume(n),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

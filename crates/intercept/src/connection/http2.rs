@@ -15,6 +15,9 @@ use crate::{
     unavailable::{Unavailable, answers},
 };
 
+/// Number of bytes that may wait for a client while its requests are read.
+const BACKLOG: usize = 256 << 10;
+
 impl Connection {
     /// Filters the bytes of one side that have arrived. Returns whether there were some, or the end.
     pub(super) fn filter(&mut self, side: Side, cx: &mut Cx<'_>) -> Step {
@@ -27,8 +30,13 @@ impl Connection {
         if own.is_forwarded || (own.input.is_empty() && own.eof.is_none()) {
             return Ok(false);
         }
-        // Frames for both sides can result, so neither may have bytes waiting.
-        if own.is_blocked() || other.is_some_and(|other| other.is_blocked()) {
+        if other.is_some_and(|other| other.is_blocked()) {
+            return Ok(false);
+        }
+        // Frames for the side itself can result. A peer can read only after it has written, so bytes that wait for it
+        // must not hold up its own. Bytes of the server cause at most a GOAWAY for it; those of the client can each
+        // cause a response.
+        if side == Side::Client && own.is_blocked() && own.pending().map_err(|_| Stop::Reset)? > BACKLOG {
             return Ok(false);
         }
         if own.input.is_empty() {

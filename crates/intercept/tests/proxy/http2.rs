@@ -2,7 +2,13 @@
 
 use std::{
     io::{Read, Write},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
 };
 
 use palisade_inspect::record::What;
@@ -10,7 +16,7 @@ use palisade_protocols::http2::{
     Decoder, Fields, FrameHeader, Frames, PREFACE, Piece, encode, flags, fragment_of, headers_of, kind,
 };
 
-use crate::world::{NAME, World, accept, http_rules, server_config};
+use crate::world::{NAME, PATIENCE, World, accept, http_rules, server_config};
 
 /// One peer of an HTTP/2 connection.
 struct Peer<S> {
@@ -64,9 +70,9 @@ impl<S: Read + Write> Peer<S> {
 
     /// Returns the next frame; `None` at the end of the stream.
     fn next(&mut self) -> Option<Frame> {
+        let mut data: Option<Frame> = None;
         loop {
             let mut rest = &self.input[..];
-            let mut data: Option<Frame> = None;
             let mut found = None;
             let all = rest.len();
             while let Some(piece) = self.frames.next(&mut rest).expect("frames") {
@@ -75,10 +81,11 @@ impl<S: Read + Write> Peer<S> {
                     Piece::Data { header, rest: 0, .. } => found = Some((header, Vec::new())),
                     Piece::Data { header, .. } => data = Some((header, Vec::new())),
                     Piece::Content { bytes, ends } => {
-                        let (header, mut content) = data.take().expect("DATA frames of the tests come whole");
+                        let (_, content) = data.as_mut().expect("a DATA frame");
                         content.extend_from_slice(bytes);
-                        assert!(ends, "DATA frames of the tests come whole");
-                        found = Some((header, content));
+                        if ends {
+                            found = data.take();
+                        }
                     }
                     Piece::Unknown(_) => {}
                 }
@@ -338,4 +345,147 @@ fn requests_without_a_response_are_answered_when_the_server_fails() {
         failures[palisade_intercept::FailureKind::ResponseReset as usize],
         1
     );
+}
+
+/// Content that exceeds the buffers of all sockets between two peers, bytes.
+const LARGE: usize = 32 << 20;
+/// Length of the frames of [`LARGE`] bytes.
+const PART: usize = 16_384;
+
+/// Appends SETTINGS and a WINDOW_UPDATE that allow the other peer all content of a test.
+fn open_windows(out: &mut Vec<u8>) {
+    let setting = [0, 4, 0x7f, 0xff, 0xff, 0xff];
+    header(kind::SETTINGS, 0, 0).write_with(&setting, out);
+    FrameHeader::window_update(0, 0x7fff_0000, out);
+}
+
+/// Sends [`LARGE`] bytes of content. `sent`: number of bytes that the socket has taken.
+fn send_large(stream: &mut impl Write, id: u32, sent: &AtomicUsize) {
+    let mut frame = Vec::new();
+    header(kind::DATA, 0, id).write_with(&[b'x'; PART], &mut frame);
+    for _ in 0..LARGE / PART {
+        stream.write_all(&frame).expect("content is sent");
+        sent.fetch_add(PART, Ordering::SeqCst);
+    }
+    stream.flush().expect("content is sent");
+}
+
+/// Reads until [`LARGE`] bytes of content have arrived.
+fn read_large(peer: &mut Peer<impl Read + Write>) {
+    let mut left = LARGE;
+    while left > 0 {
+        let (header, _) = peer.next().expect("a frame");
+        if header.kind == kind::DATA {
+            left -= header.length as usize;
+        }
+    }
+}
+
+/// Waits until a sender can send no more. The result decides only about the strength of the test.
+fn wait_for_stall(sent: &AtomicUsize) {
+    let mut before = usize::MAX;
+    while before != sent.load(Ordering::SeqCst) {
+        before = sent.load(Ordering::SeqCst);
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Sends a POST whose content follows.
+fn post<S: Read + Write>(peer: &mut Peer<S>) {
+    let mut out = PREFACE.to_vec();
+    open_windows(&mut out);
+    let mut block = Vec::new();
+    for (name, value) in [
+        (":method", "POST"),
+        (":scheme", "https"),
+        (":authority", NAME),
+        (":path", "/a"),
+    ] {
+        encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+    }
+    headers_of(1, false, None, &block, 16_384, &mut out);
+    peer.send(&out);
+}
+
+/// Reads the head of a POST, and sends the head of its response.
+fn accept_post(peer: &mut Peer<TcpStream>) {
+    peer.stream.read_exact(&mut [0; 24]).expect("a preface");
+    let mut out = Vec::new();
+    open_windows(&mut out);
+    header(kind::SETTINGS, flags::ACK, 0).write_with(&[], &mut out);
+    peer.headers().expect("a request");
+    let mut block = Vec::new();
+    encode::field(b":status", b"200", false, &mut block);
+    headers_of(1, false, None, &block, 16_384, &mut out);
+    peer.send(&out);
+}
+
+#[test]
+fn a_server_that_writes_before_it_reads_is_read_meanwhile() {
+    let mut set = http_rules(&["/a"]);
+    (set.terminating_tls, set.originating_tls) = (None, None);
+    let world = World::new(set);
+    let uploaded = Arc::new(AtomicUsize::new(0));
+    let sent = Arc::clone(&uploaded);
+    world.server(move |socket| {
+        let mut peer = Peer::new(socket);
+        accept_post(&mut peer);
+        wait_for_stall(&sent);
+        peer.stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        send_large(&mut peer.stream, 1, &AtomicUsize::new(0));
+        read_large(&mut peer);
+        let mut out = Vec::new();
+        header(kind::DATA, flags::END_STREAM, 1).write_with(b"all", &mut out);
+        peer.send(&out);
+        let _ = peer.next();
+    });
+    let socket = world.socket();
+    let mut upload = socket.try_clone().expect("a socket");
+    let mut client = Peer::new(socket);
+    post(&mut client);
+    // The server's windows have arrived with its response.
+    client.headers().expect("a response");
+    let upload = thread::spawn(move || send_large(&mut upload, 1, &uploaded));
+    read_large(&mut client);
+    assert_eq!(client.content(), "all");
+    upload.join().expect("the content is sent");
+}
+
+#[test]
+fn a_client_that_writes_before_it_reads_is_read_meanwhile() {
+    let mut set = http_rules(&["/a"]);
+    set.originating_tls = None;
+    let world = World::new(set);
+    world.server(|socket| {
+        let mut download = socket.try_clone().expect("a socket");
+        let mut peer = Peer::new(socket);
+        accept_post(&mut peer);
+        let sent = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&sent);
+        let download = thread::spawn(move || {
+            send_large(&mut download, 1, &count);
+            download
+        });
+        wait_for_stall(&sent);
+        read_large(&mut peer);
+        let mut download = download.join().expect("the content is sent");
+        let mut out = Vec::new();
+        header(kind::DATA, flags::END_STREAM, 1).write_with(b"all", &mut out);
+        download.write_all(&out).expect("frames are sent");
+        let _ = peer.next();
+    });
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let mut client = Peer::new(world.client_with(config, NAME));
+    post(&mut client);
+    // The server's windows have arrived with its response.
+    client.headers().expect("a response");
+    client
+        .stream
+        .sock
+        .set_write_timeout(Some(PATIENCE))
+        .expect("a timeout");
+    send_large(&mut client.stream, 1, &AtomicUsize::new(0));
+    read_large(&mut client);
+    assert_eq!(client.content(), "all");
 }
