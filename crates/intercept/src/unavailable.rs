@@ -11,6 +11,10 @@ use crate::{answer, failure::Failure};
 
 /// Maximum size of a header list, bytes. The filter has checked the size before.
 const LIST: usize = 64 << 10;
+/// Maximum number of bytes of unfinished requests that are read and dropped after their answers, for one connection.
+const DRAINED: u64 = 64 << 20;
+/// Last stream of a GOAWAY that announces another one (RFC 9113, section 6.8).
+const ANY_STREAM: u32 = (1 << 31) - 1;
 
 /// State of the server of one connection.
 pub(crate) struct Unavailable {
@@ -22,21 +26,93 @@ pub(crate) struct Unavailable {
     /// Header block that is arriving, with the header of its first frame.
     block: Option<(FrameHeader, Vec<u8>)>,
     has_greeted: bool,
+    has_answered: bool,
+    /// Whether the client was told to open no further streams.
+    has_announced: bool,
+    /// Number of bytes of unfinished requests that are still read.
+    left: u64,
 }
 
 impl Unavailable {
     pub(crate) fn new() -> Self {
+        let mut frames = Frames::new(LIST as u32);
+        // The filter has checked the lengths.
+        frames.raise_limit(u32::MAX);
         Self {
-            frames: Frames::new(LIST as u32),
+            frames,
             decoder: Decoder::lenient(),
             fields: Fields::default(),
             preface: 0,
             block: None,
             has_greeted: false,
+            has_answered: false,
+            has_announced: false,
+            left: DRAINED,
         }
     }
 
-    /// Handles bytes for the server, and appends the answers. Returns whether a request was answered.
+    /// Takes the place of a server that has failed: appends answers to all of `streams`, which have none. `content`:
+    /// number of bytes that complete the last DATA frame which the failed server was sent.
+    pub(crate) fn resume(streams: &[Unanswered], content: u32, failure: &Failure, out: &mut Vec<u8>) -> Self {
+        let mut own = Self::new();
+        own.preface = PREFACE.len();
+        own.has_greeted = true;
+        if content > 0 {
+            // The rest of the frame counts for the connection only.
+            let mut header = Vec::new();
+            let length = content;
+            FrameHeader {
+                length,
+                ..frame(kind::DATA, 0)
+            }
+            .write(&mut header);
+            let _ = own.frames.next(&mut &header[..]);
+        }
+        // The server can have failed before its SETTINGS, which must come first (RFC 9113, section 3.4).
+        frame(kind::SETTINGS, 0).write_with(&[], out);
+        for stream in streams {
+            own.respond(*stream, failure, out);
+        }
+        own
+    }
+
+    /// Returns whether a request was answered.
+    pub(crate) const fn has_answered(&self) -> bool {
+        self.has_answered
+    }
+
+    /// Answers a request.
+    fn respond(&mut self, to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
+        respond(to, failure, out);
+        self.has_answered = true;
+        if !to.is_complete && !self.has_announced {
+            // The connection stays open for the rest of the request. Further requests need a connection of their own.
+            self.has_announced = true;
+            FrameHeader::goaway(ANY_STREAM, ErrorCode::NoError, out);
+        }
+    }
+
+    /// Drops the content of a request that is answered. The client gets its windows back and can send the rest: some
+    /// clients (curl 7.88, httpx) lose an early answer that a reset of the stream follows.
+    fn drain(&mut self, header: FrameHeader, out: &mut Vec<u8>) {
+        let length = header.length;
+        if length == 0 {
+            return;
+        }
+        FrameHeader::window_update(0, length, out);
+        self.left = self.left.saturating_sub(length.into());
+        if header.has(flags::END_STREAM) {
+            return;
+        }
+        if self.left > 0 {
+            FrameHeader::window_update(header.stream, length, out);
+        } else {
+            // The client need not send the rest of the request (RFC 9113, section 8.1).
+            FrameHeader::rst_stream(header.stream, ErrorCode::NoError, out);
+        }
+    }
+
+    /// Handles bytes for the server, and appends the answers.
     ///
     /// # Errors
     /// [`ParseError`] if the bytes are malformed, which the filter's output is not.
@@ -45,7 +121,7 @@ impl Unavailable {
         bytes: &[u8],
         failure: &Failure,
         out: &mut Vec<u8>,
-    ) -> Result<bool, ParseError> {
+    ) -> Result<(), ParseError> {
         let mut input = bytes;
         let missing = PREFACE.len() - self.preface;
         let taken = input.len().min(missing);
@@ -55,10 +131,14 @@ impl Unavailable {
             self.has_greeted = true;
             frame(kind::SETTINGS, 0).write_with(&[], out);
         }
-        let mut answered = false;
         while let Some(piece) = self.frames.next(&mut input)? {
-            let Piece::Frame(header, payload) = piece else {
-                continue;
+            let (header, payload) = match piece {
+                Piece::Frame(header, payload) => (header, payload),
+                Piece::Data { header, .. } => {
+                    self.drain(header, out);
+                    continue;
+                }
+                Piece::Content { .. } | Piece::Unknown(_) => continue,
             };
             match header.kind {
                 kind::SETTINGS if !header.has(flags::ACK) => {
@@ -85,12 +165,11 @@ impl Unavailable {
                 self.decoder.decode(&block, LIST, &mut self.fields)?;
                 // Trailers have no method, and belong to a request that is answered already.
                 if self.fields.value(b":method").is_some() {
-                    respond(read(first, &self.fields), failure, out);
-                    answered = true;
+                    self.respond(read(first, &self.fields), failure, out);
                 }
             }
         }
-        Ok(answered)
+        Ok(())
     }
 }
 
@@ -101,17 +180,6 @@ const fn frame(kind: u8, flags: u8) -> FrameHeader {
         flags,
         stream: 0,
     }
-}
-
-/// Returns answers to all of `streams`, for a connection whose server has failed.
-pub(crate) fn answers(streams: &[Unanswered], failure: &Failure) -> Vec<u8> {
-    let mut out = Vec::new();
-    // The server can have failed before its SETTINGS, which must come first (RFC 9113, section 3.4).
-    frame(kind::SETTINGS, 0).write_with(&[], &mut out);
-    for stream in streams {
-        respond(*stream, failure, &mut out);
-    }
-    out
 }
 
 /// Returns the properties of a request that its answer depends on.
@@ -127,7 +195,7 @@ fn read(first: FrameHeader, fields: &Fields) -> Unanswered {
     }
 }
 
-/// Appends the answer to a request, and the announcement that no further request is answered.
+/// Appends the answer to a request.
 fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
     let mut block = Vec::new();
     let mut put = |name: &[u8], value: &[u8]| encode::field(name, value, false, &mut block);
@@ -154,9 +222,4 @@ fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
         };
         header.write_with(body.as_bytes(), out);
     }
-    if !to.is_complete {
-        // The client need not send the rest of the request (RFC 9113, section 8.1).
-        FrameHeader::rst_stream(to.id, ErrorCode::NoError, out);
-    }
-    FrameHeader::goaway(to.id, ErrorCode::NoError, out);
 }

@@ -159,6 +159,17 @@ impl Filter {
         Some(streams)
     }
 
+    /// Returns the number of bytes that complete the last DATA frame for the server; 0 if the bytes for the server end
+    /// between frames.
+    #[must_use]
+    pub const fn server_content_left(&self) -> u32 {
+        if self.connection.client.forwards {
+            self.client.content_left()
+        } else {
+            0
+        }
+    }
+
     /// Returns whether the client has sent the complete preface.
     #[must_use]
     pub const fn has_begun(&self) -> bool {

@@ -12,7 +12,7 @@ use crate::{
     end::Ending,
     failure::{Failure, FailureKind},
     protocol::{Http2, Protocol},
-    unavailable::{Unavailable, answers},
+    unavailable::Unavailable,
 };
 
 /// Number of bytes that may wait for a client while its requests are read.
@@ -88,11 +88,15 @@ impl Connection {
         if let (Some(failure), None) = (&self.failure, &self.server) {
             let server = unavailable.get_or_insert_with(Unavailable::new);
             let mut answers = Vec::new();
-            let answered = server.serve(&out.to_server, failure, &mut answers);
+            let served = server.serve(&out.to_server, failure, &mut answers);
             out.to_server.clear();
-            is_ended |= answered.is_err() || filter.server(&answers, &mut context, out).is_err();
+            is_ended |= served.is_err() || filter.server(&answers, &mut context, out).is_err();
+            if server.has_answered() && filter.streams() == 0 {
+                // All requests have their answers, and the client can open another connection for further ones.
+                filter.goaway(Reason::InterceptFailed, out);
+                is_ended = true;
+            }
             out.to_server.clear();
-            is_ended |= answered == Ok(true) && filter.streams() == 0;
         }
         Some(is_ended)
     }
@@ -114,9 +118,15 @@ impl Connection {
         if streams.is_empty() && !is_first {
             return Ok(false);
         }
+        // A response that has begun cannot be completed, so the client must see the end of the connection.
+        let is_cut = http2.filter.streams() > streams.len();
+        let mut answers = Vec::new();
+        if !streams.is_empty() {
+            let content = http2.filter.server_content_left();
+            http2.unavailable = Some(Unavailable::resume(&streams, content, &failure, &mut answers));
+        }
         self.report_failure(&failure, cx);
         self.server = None;
-        let answers = answers(&streams, &failure);
         self.failure = Some(failure);
         if streams.is_empty() {
             // The first request gets the answer.
@@ -125,8 +135,9 @@ impl Connection {
         let mut output = std::mem::take(&mut cx.scratch.output);
         let result = self.run_filter(Side::Server, &answers, &mut output, cx);
         self.deliver(output, cx)?;
-        result.ok_or(Stop::Reset)?;
-        self.close_after_answer(cx.now);
+        if result.ok_or(Stop::Reset)? || is_cut {
+            self.close_after_answer(cx.now);
+        }
         Ok(true)
     }
 

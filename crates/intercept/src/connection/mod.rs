@@ -31,6 +31,7 @@ use crate::{
     settings::{Flows, Options, Reports, Settings},
     stats::{Counters, count},
     tls::{Contexts, PeerName},
+    unavailable::Unavailable,
     upstreams::Upstreams,
     view::{ConnectionView, TlsView},
 };
@@ -264,7 +265,7 @@ impl Connection {
                 .head_since()
                 .map_or(Millis::MAX, |since| after(since, options.head))
                 .min(after(self.active, options.idle))
-                .min(if self.is_within_frame() {
+                .min(if self.is_within_frame() || self.is_answered() {
                     after(self.active, options.head)
                 } else {
                     Millis::MAX
@@ -277,6 +278,14 @@ impl Connection {
     fn is_within_frame(&self) -> bool {
         match &self.protocol {
             Protocol::Http2(http2) => !http2.filter.has_begun() || http2.filter.held() > 0,
+            _ => false,
+        }
+    }
+
+    /// Returns whether HTTP/2 requests have their answers in the server's place, and only the rest of them may follow.
+    fn is_answered(&self) -> bool {
+        match &self.protocol {
+            Protocol::Http2(http2) => http2.unavailable.as_ref().is_some_and(Unavailable::has_answered),
             _ => false,
         }
     }

@@ -489,3 +489,136 @@ fn a_client_that_writes_before_it_reads_is_read_meanwhile() {
     read_large(&mut client);
     assert_eq!(client.content(), "all");
 }
+
+/// Returns the properties of the frames for stream 1, and of GOAWAY, up to the end of the stream of bytes.
+fn rest(peer: &mut Peer<impl Read + Write>) -> Vec<(u8, u8, Vec<u8>)> {
+    let mut all = Vec::new();
+    while let Some((header, payload)) = peer.next() {
+        if header.stream == 1 || header.kind == kind::GOAWAY {
+            all.push((header.kind, header.flags, payload));
+        }
+    }
+    all
+}
+
+/// Sends `count` full frames of content on stream 1.
+fn send_parts(peer: &mut Peer<impl Read + Write>, count: usize, flags: u8) {
+    let mut out = Vec::new();
+    for _ in 0..count {
+        header(kind::DATA, flags, 1).write_with(&[b'x'; PART], &mut out);
+    }
+    peer.send(&out);
+}
+
+/// Waits until the proxy has returned window for `bytes` bytes of content.
+fn wait_for_windows(peer: &mut Peer<impl Read + Write>, mut bytes: usize) {
+    while bytes > 0 {
+        let (header, payload) = peer.next().expect("a frame");
+        assert_ne!(header.kind, kind::RST_STREAM, "the stream is not reset");
+        if header.kind == kind::WINDOW_UPDATE && header.stream == 1 {
+            bytes -= u32::from_be_bytes(payload.try_into().expect("four bytes")) as usize;
+        }
+    }
+}
+
+#[test]
+fn an_upload_that_is_answered_early_can_be_sent_to_its_end() {
+    let world = World::new(http_rules(&["/a"]));
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a listener").local_addr();
+    world.set_server(closed.expect("an address"));
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let mut client = Peer::new(world.client_with(config, NAME));
+    post(&mut client);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(fields.starts_with(":status: 503\n"), "{fields}");
+    assert!(client.content().contains("connection refused"));
+    for _ in 0..16 {
+        send_parts(&mut client, 3, 0);
+        wait_for_windows(&mut client, 3 * PART);
+    }
+    send_parts(&mut client, 1, flags::END_STREAM);
+    let rest = rest(&mut client);
+    let last: Vec<u8> = [1, 0]
+        .iter()
+        .flat_map(|number: &u32| number.to_be_bytes())
+        .collect();
+    assert_eq!(rest, [(kind::GOAWAY, 0, last)]);
+}
+
+#[test]
+fn an_upload_whose_server_fails_can_be_sent_to_its_end() {
+    let mut set = http_rules(&["/a"]);
+    set.originating_tls = None;
+    let world = World::new(set);
+    world.server(|socket| {
+        let mut peer = Peer::new(socket);
+        peer.stream.read_exact(&mut [0; 24]).expect("a preface");
+        let mut out = Vec::new();
+        header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+        peer.headers().expect("a request");
+        peer.send(&out);
+        // The begin of a frame, whose rest comes after the failure.
+        peer.stream.read_exact(&mut [0; 1000]).expect("content");
+        let linger = socket2::SockRef::from(&peer.stream).set_linger(Some(Duration::ZERO));
+        linger.expect("the option");
+    });
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let mut client = Peer::new(world.client_with(config, NAME));
+    post(&mut client);
+    let mut frame = Vec::new();
+    header(kind::DATA, 0, 1).write_with(&[b'x'; PART], &mut frame);
+    let (begin, end) = frame.split_at(5000);
+    assert_eq!(client.next().expect("a frame").0.kind, kind::SETTINGS);
+    client.send(begin);
+    let (_, fields) = client.headers().expect("a response");
+    assert!(
+        fields.contains("x-palisade-error: reset before response"),
+        "{fields}"
+    );
+    client.content();
+    client.send(end);
+    send_parts(&mut client, 2, 0);
+    wait_for_windows(&mut client, 2 * PART);
+    send_parts(&mut client, 1, flags::END_STREAM);
+    let rest = rest(&mut client);
+    assert_eq!(rest.len(), 1, "{rest:?}");
+    assert_eq!(rest[0].0, kind::GOAWAY);
+}
+
+#[test]
+fn answers_to_several_requests_announce_no_growing_last_stream() {
+    let world = World::new(http_rules(&["/a"]));
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a listener").local_addr();
+    world.set_server(closed.expect("an address"));
+    let mut config = world.client_config();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let mut client = Peer::new(world.client_with(config, NAME));
+    // One write, so that the requests arrive together.
+    let mut out = PREFACE.to_vec();
+    header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+    for stream in [1, 3, 5] {
+        let mut block = Vec::new();
+        for (name, value) in [
+            (":method", "GET"),
+            (":scheme", "https"),
+            (":authority", NAME),
+            (":path", "/a"),
+        ] {
+            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+        }
+        headers_of(stream, true, None, &block, 16_384, &mut out);
+    }
+    client.send(&out);
+    let mut lasts = Vec::new();
+    let mut answered = 0;
+    while let Some((header, payload)) = client.next() {
+        if header.kind == kind::GOAWAY {
+            let last: [u8; 4] = payload[..4].try_into().expect("four bytes");
+            lasts.push(u32::from_be_bytes(last));
+        }
+        answered += u32::from(header.kind == kind::HEADERS);
+    }
+    assert_eq!((answered, lasts), (3, vec![5]));
+}
