@@ -14,6 +14,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, protocol};
 use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
 use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
@@ -35,6 +36,13 @@ const MAX_QUEUED_RECORDS: usize = 2_048;
 /// Interval at which the secrets folder is read again. A secret consists of several files that are replaced one after
 /// the other, or by a symbolic link, so a reading of the whole folder is simpler and safer than single events.
 const SECRETS_INTERVAL: Duration = Duration::from_secs(2);
+/// File descriptors that the rest of the daemon needs, so that no number of connections can take them: programs, maps,
+/// control connections and policy files.
+const RESERVED_FILES: usize = 1_024;
+/// File descriptors of a terminated connection: one socket for each side.
+const FILES_PER_CONNECTION: usize = 2;
+/// Limit on open files if the kernel does not report it.
+const DEFAULT_FILES: u64 = 1_024;
 /// Number of days before the end of its validity from which on a certificate is reported.
 const EXPIRY_WARNING_DAYS: u32 = 30;
 
@@ -338,16 +346,37 @@ pub(super) fn unix_time() -> i64 {
     i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
 
+/// Raises the limit on open files as far as the system allows, and returns the limit.
+fn raise_open_files() -> usize {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((DEFAULT_FILES, DEFAULT_FILES));
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
 fn options(config: &Config) -> Options {
     let tls = &config.tls;
     let share = (tls.max_connections_per_endpoint * 100).div_ceil(tls.max_connections.max(1));
+    let threads = match tls.proxy_threads {
+        0 => thread::available_parallelism().map_or(1, |n| n.get().min(8)),
+        threads => threads,
+    };
+    let open_files = raise_open_files();
+    let room = open_files.saturating_sub(RESERVED_FILES) / FILES_PER_CONNECTION / threads.max(1);
+    if room < tls.max_connections {
+        warn!(
+            open_files,
+            connections = room,
+            configured = tls.max_connections,
+            "the limit on open files allows fewer connections of each proxy thread than [tls] max_connections"
+        );
+    }
     Options {
-        connections: tls.max_connections,
+        connections: tls.max_connections.min(room.max(1)),
         endpoint_share: share.clamp(1, 100),
-        threads: match tls.proxy_threads {
-            0 => thread::available_parallelism().map_or(1, |n| n.get().min(8)),
-            threads => threads,
-        },
+        threads,
         connect: tls.connect_timeout,
         handshake: tls.handshake_timeout,
         head: config.http.header_timeout,
