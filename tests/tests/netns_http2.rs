@@ -10,6 +10,7 @@ use palisade_testbed::{
 use palisade_tests::{
     OPEN,
     fixtures::{
+        apps::policy,
         intercept::{Lab, RULES, lab},
         python::{GrpcServer, grpc, node, packages},
     },
@@ -28,7 +29,8 @@ const CLEAR_RULES: &str = "      rules:
 
 /// Contents of an entry of `toPorts`: gRPC calls other than the denied ones.
 fn grpc_rules(tls: bool) -> String {
-    let rules = if tls { RULES } else { CLEAR_RULES };
+    let plain = "      rules:\n        http: [{method: \"POST\", path: \"/allowed.*\"}]\n";
+    let rules = if tls { RULES } else { plain };
     let methods = "/test\\\\.Echo/(Unary|Large|Wait|Fail|Count|Sum|Tick)";
     rules
         .replace("GET|HEAD|POST|PUT", "POST")
@@ -189,7 +191,12 @@ fn grpc_calls(tls: bool) {
         certificate,
     )
     .expect("server");
-    let daemon = lab.client_only(&[HTTPS], &grpc_rules(tls));
+    let mut settings = lab.settings();
+    if !tls {
+        settings.tables.push_str("[http]\nclear_text_http2 = true\n");
+    }
+    let text = policy("client", "egress", &[HTTPS], &grpc_rules(tls));
+    let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
     let ca = tls.then_some(lab.ours.cert.as_path());
     for family in FAMILIES {
         let at = lab.apps.at("internet", family, HTTPS);

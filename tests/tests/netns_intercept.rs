@@ -255,6 +255,18 @@ fn aws_cli_uses_the_allowed_bucket_and_shows_why_a_server_refuses() {
         "{requests:?}"
     );
 
+    // The check connects to an address that the client has learned by the name.
+    let check = |name: &str| daemon.try_cli(&["intercept", "check", name, "--from", "default/client"]);
+    for domain in domains {
+        let out = check(&format!("data.{domain}")).expect("check");
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(
+            out.status.success() && text.contains("CN=s3"),
+            "{domain}: {}",
+            said(&out)
+        );
+    }
+
     // Servers that refuse: a router without the name, and invalid certificates.
     for (name, words) in [
         ("unknown.s3.test", &["reset", "closed"][..]),
@@ -276,6 +288,12 @@ fn aws_cli_uses_the_allowed_bucket_and_shows_why_a_server_refuses() {
             said(&out)
         );
         is_noted(&daemon, name, &told);
+        let out = check(name).expect("check");
+        assert!(
+            out.status.code() == Some(1) && told(&String::from_utf8_lossy(&out.stdout)),
+            "{name}: {}",
+            said(&out)
+        );
     }
 
     // A name of the policy at an address that the client has learned for another name only.
