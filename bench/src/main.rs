@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palisade_bench::{
-    Effort, bulk, commit, compile, dns, footprint, forward, http, kafka, latency,
+    Effort, bulk, commit, compile, dns, footprint, forward, http, intercept, kafka, latency,
     machine::Machine,
     memory::Counting,
     parsers, program, progress, punt,
@@ -42,6 +42,7 @@ const MEASURES: &[Entry] = &[
     ("http-rules", http::rules),
     ("tls", http::tls),
     ("kafka", kafka::measure),
+    ("intercept", intercept::measure),
 ];
 
 /// What the packet path, inspection and the policy compiler cost.

