@@ -1,5 +1,5 @@
-//! Intercepted flows (`palisade_abi::ProxyPath`): packets of both ends go to the proxy, and packets of the proxy go on
-//! from the hook where the flow was intercepted.
+//! Intercepted flows (`palisade_abi::ProxyPath`): packets of both ends go to the proxy, and packets of the proxy
+//! continue at the hook where the flow was intercepted.
 //!
 //! [`note_path`] and [`link_of`] run at guarded interfaces, [`from_proxy`] and [`only_redirected`] at the node's end of
 //! a proxy link, [`assign_listener`] in the network namespaces of the proxy.
@@ -30,9 +30,9 @@ const AF_INET6: u32 = 10;
 
 /// Stores in the conntrack entry at which interface a packet of an intercepted flow was seen, and its MAC addresses.
 ///
-/// At ingress of a NIC only the first packet of a flow is noted: a later one can have been forged by a host of the
-/// link, and one that leaves has addresses that the kernel has resolved ([`ProxyPath::RESOLVED`]). An ICMP error is not
-/// noted, because any router can have sent it.
+/// At ingress of a NIC only the first packet of a flow is noted: a later packet can have been forged by a host of the
+/// link, and a packet that leaves has MAC addresses that the kernel has resolved ([`ProxyPath::RESOLVED`]). An ICMP
+/// error is not noted, because any router can have sent it.
 #[inline(never)]
 pub fn note_path<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> u32 {
     let bytes = ctx.bytes(false);
@@ -120,8 +120,8 @@ pub fn only_redirected(ctx: Skb) -> i32 {
 
 /// Returns whether a packet at the egress of a NIC came from the proxy without a mark ([`from_proxy`] lets the kernel
 /// resolve its MAC address). No other packet has entered the node by a proxy link, because [`from_proxy`] drops or
-/// redirects each. At a workload's interface the result is false: a bridge floods packets to ports for which they are
-/// not meant.
+/// redirects every other packet. At a workload's interface the result is false: a bridge floods packets to ports for
+/// which they are not meant.
 #[inline(always)]
 pub fn is_from_proxy(ctx: Skb) -> bool {
     let entered_by = ctx.entered_by();
@@ -142,7 +142,7 @@ pub fn is_from_proxy(ctx: Skb) -> bool {
 }
 
 /// Returns the endpoint that has an address. The ipcache does not have a new address of the node at once, so an unknown
-/// address counts as the node's; if it is not, no conntrack entry exists for it.
+/// address counts as the node's. If it is another address, no conntrack entry exists for it.
 #[inline(always)]
 fn endpoint_of(addr: &Addr) -> u32 {
     match identity::exact(addr).endpoint() {
@@ -211,8 +211,8 @@ fn forward(ctx: Skb, pkt: &mut PacketContext, egress: bool) -> u8 {
     };
     let at = u32::from(interface.endpoint);
     let is_workload = interface.role == role::ENDPOINT;
-    // The element of another flow can have been written (LRU maps recycle elements at once), so the interface must be
-    // that of one of the packet's endpoints.
+    // The element can belong to another flow by now (LRU maps recycle elements at once), so the interface must be that
+    // of one of the packet's endpoints.
     let fits = match interface.role {
         role::ENDPOINT => at == source || at == destination,
         role::HOST => u32::from(pkt.key.endpoint) == at,

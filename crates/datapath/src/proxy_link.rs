@@ -46,7 +46,7 @@ const TABLE: u8 = 100;
 /// Priority of the rule that selects [`TABLE`], before the rule of the main table (32766).
 const PRIORITY: u32 = 100;
 /// Gateways of the default routes. With a gateway, all destinations share one neighbour entry; the neighbour tables of
-/// all namespaces together are limited (`gc_thresh3`). `px0` has no ARP, so no packet asks for the gateway.
+/// all namespaces together are limited (`gc_thresh3`). `px0` has no ARP, so the gateways are never resolved.
 const GATEWAY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 0, 1));
 const GATEWAY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 /// Lowest MTU of a link with IPv6 (RFC 8200, section 5), bytes.
@@ -218,7 +218,7 @@ impl Datapath {
             Direction::Egress,
             &programs.proxy_filter,
         )?;
-        // The pin of an earlier daemon is of its own namespace.
+        // A pinned link of an earlier daemon belongs to the namespace of that daemon.
         let lookup_pin = dir.join(lookup_pin);
         unpin(&lookup_pin)?;
         bpf::link_create_netns(programs.lookup.fd(), netns.as_fd())
@@ -231,8 +231,8 @@ impl Datapath {
 
 /// Configures the network namespace of the calling thread. `px0`: index of the proxy's end of the link.
 fn configure(px0: u32) -> std::result::Result<(), SyscallError> {
-    // Packets are accepted whatever their source and destination, and nothing is forwarded. The files are not always
-    // there (no IPv6), and not always writable; the defaults of a new namespace are the same or do no harm.
+    // Packets are accepted whatever their source and destination, and nothing is forwarded. Errors are ignored: files
+    // are missing without IPv6 and can be read-only, but the defaults of a new namespace are the same or do no harm.
     for (file, value) in [
         ("ipv4/conf/all/rp_filter", "0"),
         ("ipv4/conf/px0/rp_filter", "0"),
@@ -248,7 +248,8 @@ fn configure(px0: u32) -> std::result::Result<(), SyscallError> {
         ("ipv6/conf/px0/accept_ra", "0"),
         ("ipv6/conf/px0/accept_dad", "0"),
         ("ipv6/conf/px0/accept_redirects", "0"),
-        // A connection to the server has the address and port of the client, which can use the port again at once.
+        // A client can reuse its port at once. The connection to the server has the same address and port, so a socket
+        // in TIME-WAIT must not block it.
         ("ipv4/tcp_tw_reuse", "1"),
     ] {
         let _ = fs::write(format!("/proc/sys/net/{file}"), value);
@@ -342,9 +343,10 @@ pub(crate) fn remove_proxy_links(pin_dir: &Path) -> Result<()> {
                 name: path.display().to_string(),
                 source,
             };
-            // The link still exists while sockets of the ended daemon close. It is deleted with its programs, so that
-            // it never accepts a packet without them. The index can belong to another interface if this thread is in
-            // another network namespace than the link, so kind and name are compared.
+            // The veth pair still exists while sockets of the ended daemon close. It is deleted together with its
+            // programs, so that it never accepts a packet without them. If this thread is in another network namespace
+            // than the veth pair, the pinned interface index can belong to another interface here, so kind and name are
+            // compared.
             if file == pins(direction)[0]
                 && let Some(pinned) = bpf::get_pinned(&path).map_err(failed)?
             {

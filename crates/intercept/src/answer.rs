@@ -2,12 +2,12 @@
 
 use crate::failure::Failure;
 
-/// A 421 to a request for a host whose certificate was not checked (RFC 9110, section 15.5.20).
+/// Response 421 to a request for a host whose certificate was not checked (RFC 9110, section 15.5.20).
 pub(crate) const MISDIRECTED: &[u8] = b"HTTP/1.1 421 Misdirected Request\r\ncontent-type: text/plain\r\n\
     content-length: 21\r\nconnection: close\r\n\r\nMisdirected request\r\n";
 
-/// Returns a 503 that says why the server cannot be reached. `is_head`: whether the request is HEAD, whose response has
-/// no body.
+/// Returns a 503 response with the reason why the server cannot be reached. `is_head`: whether the request is HEAD; a
+/// response to HEAD has no body.
 pub(crate) fn unavailable(failure: &Failure, is_head: bool) -> Vec<u8> {
     let body = body(failure);
     format!(
@@ -25,8 +25,8 @@ pub(crate) fn body(failure: &Failure) -> String {
     format!("Palisade could not get a response from the server.\r\n{failure}\r\n")
 }
 
-/// Returns the value of the `x-palisade-error` field: details can have bytes of the server, of which only visible ASCII
-/// and spaces may be in a field.
+/// Returns the value of the `x-palisade-error` field. Details can quote bytes of the server, so characters other than
+/// visible ASCII and spaces are replaced.
 pub(crate) fn header(failure: &Failure) -> String {
     failure
         .to_string()

@@ -19,7 +19,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// Lifetime of a certificate that is made on demand.
 const LIFETIME: Duration = Duration::from_hours(7 * 24);
-/// A certificate is valid from this long before it is made, for clients whose clocks are slow.
+/// Time by which the validity of a certificate begins before its creation, for clients whose clocks are slow.
 const BACKDATE: Duration = Duration::from_hours(24);
 
 /// An interception CA, and the key of all certificates that it signs.

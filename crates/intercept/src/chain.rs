@@ -1,4 +1,4 @@
-//! Certificate chains in words, and a check of servers that keeps the words of its last failure.
+//! Descriptions of certificate chains, and a check of server certificates that keeps the details of its last failure.
 
 use std::{
     cell::RefCell,
@@ -21,8 +21,8 @@ use crate::printable::printable;
 const LONGEST: usize = 10;
 
 thread_local! {
-    /// Details of the last failure of a check on this thread. The TLS library calls the check and returns only the kind
-    /// of the failure, on the same thread.
+    /// Details of the last failure of a check on this thread. The TLS library calls the check, and its caller on the
+    /// same thread learns only the kind of the failure.
     static DETAIL: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn take_detail() -> Option<String> {
     DETAIL.take()
 }
 
-/// The check of servers by the CAs of one secret.
+/// The check of server certificates against the CAs of one secret.
 #[derive(Debug)]
 pub(crate) struct Verifier {
     pub(crate) inner: Arc<WebPkiServerVerifier>,

@@ -1,4 +1,4 @@
-//! Opens one connection to a server as a policy would, and says in words what happens on both sides.
+//! Opens one connection to a server as the proxy would for an intercepted flow, and describes each step in words.
 
 use std::{
     io,
@@ -37,7 +37,7 @@ pub struct CheckRequest {
 /// One step of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckStep {
-    /// Whether a client would get this far.
+    /// Whether the step succeeded.
     pub is_ok: bool,
     /// What happened.
     pub text: String,
@@ -189,7 +189,7 @@ fn run(
 /// Time to wait for an alert after the handshake.
 const AFTER: Duration = Duration::from_millis(200);
 
-/// Evaluates the server name of the client. Returns the name for the server.
+/// Evaluates the server name that the client would send. Returns the name that the server's certificate must have.
 fn name_of(
     request: &CheckRequest,
     settings: &Settings,

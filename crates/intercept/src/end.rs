@@ -1,4 +1,4 @@
-//! One end of a connection: a socket, TLS on it or not, and the bytes that arrived and have no verdict yet.
+//! One end of a connection: a socket, with or without TLS, and the bytes that arrived and have no verdict yet.
 
 use std::{
     io::{self, BufRead as _, Read as _, Write as _},
@@ -117,7 +117,8 @@ pub(crate) struct End {
     pub(crate) tls: Option<Box<Tls>>,
     /// Bytes that arrived and have no verdict yet: decrypted, if `tls` is set.
     pub(crate) input: Buffer,
-    /// Bytes that the socket has not taken, before those that TLS has. With TLS, only [`Self::pending`] puts bytes here.
+    /// Bytes that the socket has not accepted yet. They precede the bytes that TLS has queued. With TLS, only
+    /// [`Self::pending`] puts bytes here.
     out: Buffer,
     /// Whether a read of the socket can succeed (edge-triggered events).
     readable: bool,
@@ -417,7 +418,7 @@ impl End {
 
     /// Sets the socket to send a reset when it is closed.
     pub(crate) fn reset(&self) {
-        // Without the option the close sends a FIN, which the peer could take for a clean end only without TLS.
+        // Without SO_LINGER the close would send a FIN, which a peer without TLS would take for a clean end.
         let _ = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
     }
 

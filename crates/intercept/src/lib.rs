@@ -1,4 +1,4 @@
-//! Threads that terminate intercepted TCP connections: TLS on both sides, and requests judged in between.
+//! Threads that terminate intercepted TCP connections: TLS on both sides, and inspection of the requests in between.
 //!
 //! ```text
 //! client ── listen ── thread ── connection ─┬─ end (client) ── tls
@@ -13,7 +13,7 @@
 //! Each thread has its own listeners, connections and deadlines; threads share only settings and TLS configurations. A
 //! thread that panics is restarted, and its connections are reset.
 //!
-//! Start at [`Proxy`]. The path of a connection is in `connection.rs`.
+//! Start at [`Proxy`]. The phases of a connection are in `connection/mod.rs`.
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

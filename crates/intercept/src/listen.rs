@@ -38,14 +38,15 @@ pub(crate) struct Listener {
     pub(crate) socket: mio::net::TcpListener,
 }
 
-/// Creates one IPv4 and one IPv6 listener in each namespace for each of `threads`, and registers the first ones. The
-/// others share their ports (SO_REUSEPORT), so the kernel distributes connections over all of them.
+/// Creates one IPv4 and one IPv6 listener in each namespace for each of `threads`, and registers the listeners of the
+/// first thread. The other listeners share their ports (SO_REUSEPORT), so the kernel distributes connections over all
+/// listeners.
 pub(crate) fn listen(
     namespaces: &[(Direction, Place)],
     threads: usize,
     registry: &dyn Listeners,
 ) -> io::Result<Vec<Vec<Listener>>> {
-    // Entering a namespace changes the calling thread, so that a thread of its own creates the sockets.
+    // Entering a namespace changes the calling thread, so a separate thread creates the sockets.
     let lists: Vec<Vec<Listener>> = thread::scope(|scope| {
         scope
             .spawn(|| {
@@ -91,9 +92,9 @@ fn listeners(namespaces: &[(Direction, Place)]) -> io::Result<Vec<Listener>> {
     Ok(list)
 }
 
-/// Port of the listeners in a namespace. The programs assign all connections to the listeners, so neither port nor address
-/// of a listener matters. A listener at a wildcard address would keep its port from the connections to servers, which
-/// are bound to the ports of clients.
+/// Port of the listeners in a namespace. The programs assign all connections to the listeners, so neither port nor
+/// address of a listener matters. A listener at a wildcard address would block its port for connections to servers,
+/// because these connections are bound to the ports of clients.
 const PORT: u16 = 1;
 
 fn listener(direction: Direction, address: SocketAddr, is_transparent: bool) -> io::Result<Listener> {

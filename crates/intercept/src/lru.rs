@@ -1,4 +1,4 @@
-//! A bounded map that removes the entry whose last use is longest ago.
+//! A bounded map that removes the least recently used entries.
 
 use std::{collections::HashMap, hash::Hash};
 

@@ -1,4 +1,4 @@
-//! The threads of the proxy, their restarts, and what other threads can see of them.
+//! The threads of the proxy, their restarts, and their state for other threads.
 
 use std::{
     any::Any,
@@ -40,7 +40,7 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// Time for the threads to show their state.
 const SHOW: Duration = Duration::from_secs(1);
 
-/// The running threads. Dropping it ends them and resets their connections.
+/// The running threads. Dropping this value ends the threads and resets their connections.
 pub struct Proxy {
     shared: Arc<Shared>,
     threads: Vec<Member>,
@@ -251,8 +251,8 @@ impl Proxy {
         all
     }
 
-    /// Opens a connection to a server as the policy of an endpoint would, and returns what happens, step by step. Blocks
-    /// until the handshake has ended or the deadlines of [`Options`] have passed.
+    /// Opens a connection to a server as for an intercepted flow of an endpoint, and returns the result of each step.
+    /// Blocks until the handshake has ended or the deadlines of [`Options`] have passed.
     ///
     /// Unless the node itself opens the connection, the programs must know the flow between the addresses of `request`.
     #[must_use]

@@ -6,7 +6,7 @@ use palisade_model::rule::TlsContext;
 use palisade_secrets::Store;
 use rustls::{RootCertStore, sign::CertifiedKey};
 
-/// CAs by which servers are checked, and the certificate for servers that request one.
+/// CAs that server certificates are checked against, and the certificate for servers that request one.
 #[derive(Clone, Debug)]
 pub struct Trust {
     /// The CAs.
@@ -16,7 +16,7 @@ pub struct Trust {
 }
 
 impl Trust {
-    /// Returns a number that no other secret has while this one is in memory.
+    /// Returns an identifier that no other value has while this value is in memory.
     pub(crate) fn id(&self) -> (usize, usize) {
         let client = self.client.as_ref().map_or(0, |key| Arc::as_ptr(key).addr());
         (Arc::as_ptr(&self.roots).addr(), client)

@@ -1,4 +1,4 @@
-//! What the daemon gives to the proxy.
+//! Settings and interfaces that the daemon passes to the proxy.
 
 use std::{
     io,
@@ -98,7 +98,8 @@ pub struct Settings {
     pub http: HttpLimits,
     /// Handling of hellos that carry an encrypted ClientHello.
     pub ech: Ech,
-    /// Learned addresses, if the address of a server must be learned by its name (`[tls] verify_sni_address`).
+    /// Learned addresses, if the server's address must have been learned for the server name
+    /// (`[tls] verify_sni_address`).
     pub names: Option<Arc<SniAddressIndex>>,
     /// Whether a hello without a server name is refused.
     pub refuse_nameless: bool,

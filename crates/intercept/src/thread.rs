@@ -38,7 +38,7 @@ pub(crate) const WAKER: Token = Token(usize::MAX);
 const LISTENERS: usize = usize::MAX - 1;
 /// Number of events of one poll.
 const EVENTS: usize = 1024;
-/// Number of connections that are accepted before others have their turn.
+/// Maximum number of connections that are accepted at once, so that open connections are not delayed.
 const ACCEPTS: usize = 256;
 /// Time after which a listener is read again if the process has no file descriptor left, ms.
 const ACCEPT_PAUSE: Millis = 100;
@@ -47,7 +47,7 @@ const SCRATCH: usize = 128 << 10;
 /// Maximum number of log lines per second.
 const LOG_LINES: u32 = 10;
 
-/// A request to show the state of a thread. The thread sends it back with the state.
+/// A request for the state of a thread. The thread sends the state through the sender in the request.
 pub(crate) enum Show {
     /// At most this many connections.
     Connections(usize, Sender<Vec<ConnectionView>>),
@@ -98,8 +98,8 @@ pub(crate) struct Thread<'a> {
     connections: Slab<Connection>,
     /// Number of connections of each endpoint.
     of_endpoint: HashMap<u16, usize>,
-    /// Times at which connections must be looked at, with their keys and numbers. Entries can be too early, not too
-    /// late.
+    /// Deadlines of connections, with the connections' keys and numbers. An entry can be earlier than the deadline, but
+    /// not later.
     deadlines: BTreeSet<(Millis, usize, u64)>,
     /// Connections that can work without an event.
     ready: Vec<(usize, u64)>,
@@ -243,7 +243,7 @@ impl<'a> Thread<'a> {
         }
     }
 
-    /// Calls a connection, and does what it returns.
+    /// Calls a connection, and handles the result.
     fn work(
         &mut self,
         key: usize,
@@ -370,7 +370,7 @@ impl<'a> Thread<'a> {
             refuse(&socket);
             return;
         };
-        // The policy can have changed since the thread has looked for new settings.
+        // The policy can have changed since the thread last took new settings.
         if !self.settings.rules.knows(flow.request.ruleset) {
             self.settings = self.shared.settings();
         }
@@ -417,7 +417,7 @@ impl<'a> Thread<'a> {
         entry.insert(connection);
         *self.of_endpoint.entry(endpoint).or_default() += 1;
         count(&self.counters.open);
-        // Connections without TLS towards the client begin without its bytes.
+        // A connection whose client uses no TLS can begin before bytes of the client arrive.
         self.work(key, id, poll, now, Connection::drive);
     }
 

@@ -59,7 +59,7 @@ struct Kept {
     clients: HashMap<(usize, usize), (Trust, Arc<ClientConfig>)>,
 }
 
-/// What is shown to clients for one secret.
+/// Configuration and certificates that clients get for one secret.
 struct ServerSide {
     config: ServerConfig,
     /// Certificate and key of the secret. They stay in memory, so that no other secret has their address.
@@ -68,7 +68,7 @@ struct ServerSide {
 }
 
 impl ServerSide {
-    /// Returns the certificate for a name, which the CA issues if it has not before.
+    /// Returns the certificate for a name. An interception CA issues it unless an earlier certificate is kept.
     fn shown(&self, name: &PeerName) -> Result<Arc<CertifiedKey>, String> {
         match &self.authority {
             None => Ok(Arc::clone(&self.own)),
@@ -107,8 +107,8 @@ impl Contexts {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the configuration for the handshake with a client. `issue` makes a certificate for `name` that the
-    /// secret, a CA, signs. `protocol`: the application protocol that the client gets.
+    /// Returns the configuration for the handshake with a client. `issue`: whether the secret is a CA that signs a
+    /// certificate for `name`. `protocol`: the application protocol that the client gets.
     ///
     /// # Errors
     /// A description of what is wrong with the secret.
@@ -126,7 +126,7 @@ impl Contexts {
         Ok(Arc::new(config))
     }
 
-    /// Returns the certificate that a client gets that connects to `name`.
+    /// Returns the certificate that a client of the server `name` gets.
     ///
     /// # Errors
     /// As for [`Self::server`].
@@ -188,7 +188,7 @@ impl Contexts {
         connection(config, name)
     }
 
-    /// As [`Self::client`], but without resumption of sessions, and the certificates of the server are put in `seen`.
+    /// As [`Self::client`], but sessions are not resumed, and `seen` gets the certificates of the server.
     ///
     /// # Errors
     /// As for [`Self::client`].

@@ -1,5 +1,5 @@
-//! An HTTP/2 server that answers every request with 503, for connections whose server cannot be reached. It reads what
-//! the filter would send to the server, so that denied requests never get here.
+//! An HTTP/2 server that answers every request with 503, for connections whose server cannot be reached. It reads the
+//! output of the filter for the server, so denied requests never reach it.
 
 use palisade_inspect::http2::Unanswered;
 use palisade_protocols::http2::{
@@ -51,8 +51,8 @@ impl Unavailable {
         }
     }
 
-    /// Takes the place of a server that has failed: appends answers to all of `streams`, which have none. `content`:
-    /// number of bytes that complete the last DATA frame which the failed server was sent.
+    /// Takes the place of a server that has failed: appends answers to all of `streams`, which have no response yet.
+    /// `content`: number of bytes that complete the last DATA frame for the failed server.
     pub(crate) fn resume(streams: &[Unanswered], content: u32, failure: &Failure, out: &mut Vec<u8>) -> Self {
         let mut own = Self::new();
         own.preface = PREFACE.len();

@@ -1,4 +1,4 @@
-//! Results of connections to servers, by server: bounded in number, for people who look for the cause of a failure.
+//! Results of connections to servers, by server, for the diagnosis of failures. The number of servers is bounded.
 
 use std::net::SocketAddr;
 

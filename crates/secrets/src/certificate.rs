@@ -68,7 +68,7 @@ impl Certificate {
     }
 }
 
-/// Returns whether a certificate with this end (`not_after`, Unix time, s) has expired, or expires within the days.
+/// Returns whether a certificate with this end (`not_after`, Unix time, s) has expired, or expires within `days`.
 #[must_use]
 pub const fn expires_within(not_after: i64, now: i64, days: u32) -> bool {
     not_after < now.saturating_add(days as i64 * DAY)
@@ -86,7 +86,7 @@ pub(crate) struct Parsed {
 }
 
 impl Parsed {
-    /// Returns whether subject and issuer are one, as in a root.
+    /// Returns whether subject and issuer are equal, as in a root certificate.
     pub(crate) fn is_self_issued(&self) -> bool {
         same_name(&self.subject, &self.issuer)
     }
@@ -97,7 +97,7 @@ impl Parsed {
     }
 }
 
-/// Compares names without regard to case, as RFC 5280, section 7.1, has it for the usual string types.
+/// Compares names without regard to case, as RFC 5280, section 7.1, requires for the usual string types.
 fn same_name(a: &str, b: &str) -> bool {
     a.to_lowercase() == b.to_lowercase()
 }

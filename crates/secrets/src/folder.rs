@@ -117,7 +117,7 @@ impl Content {
         let Some(mode) = self.public else {
             return Ok(());
         };
-        // Also in a file that is malformed otherwise, so that its error is the one to be reported.
+        // This search finds a key in a malformed file too, so that the permissions are reported first.
         let has_key = self.bytes.windows(11).any(|window| window == b"PRIVATE KEY");
         if pem::is_pem(&self.bytes) && !has_key {
             return Ok(());
@@ -252,7 +252,7 @@ impl Folder<'_> {
             Ok(content) => content,
             Err(problem) => return self.problem(problem),
         };
-        // Base64 hides from `check_private` what the values are.
+        // The values are in base64, so `check_private` would not recognize a key.
         if let Some(mode) = content.public {
             return self.problem(Problem::error(
                 path,

@@ -37,7 +37,7 @@ impl Form {
 
 /// Why certificate and key are no identity.
 pub(crate) struct Unfit {
-    /// Whether the place of the error is the certificate, not the key.
+    /// Whether the error is in the certificate; otherwise it is in the key.
     pub in_certificate: bool,
     pub text: String,
 }
@@ -78,7 +78,8 @@ impl Identity {
         })
     }
 
-    /// Returns the certificates: the one of the key, then each with the issuer of the one before.
+    /// Returns the certificate chain. The first certificate is that of the private key; each further certificate is the
+    /// issuer of its predecessor.
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert

@@ -1,4 +1,4 @@
-//! Secrets in YAML or JSON, as Kubernetes has them. Messages never quote a value.
+//! Secrets in YAML or JSON, in the form of Kubernetes. Messages never quote a value.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -36,7 +36,8 @@ pub(crate) fn read(file: &Path, bytes: &[u8]) -> Found {
     reader.found
 }
 
-/// Removes what a message of the YAML reader quotes, which can be a part of a value, unless it is a key.
+/// Removes the quoted text from a message of the YAML reader, because it can be a part of a value. A quoted key is
+/// kept.
 fn without_values(message: &str) -> String {
     match (message.split_once('"'), message.rsplit_once('"')) {
         (Some((before, _)), Some((_, after))) if !after.ends_with("occurs twice") => {

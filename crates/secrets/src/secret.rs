@@ -275,8 +275,8 @@ impl Secret {
         })
     }
 
-    /// Returns the trusted CAs, with the client certificate if the keys of one are there. `certificate` and `key` are
-    /// empty for the usual names.
+    /// Returns the trusted CAs, and the client certificate if the secret has one. `certificate` and `key`: names of its
+    /// values; empty for `tls.crt` and `tls.key`.
     pub(crate) fn trust(&self, ca: &str, certificate: &str, key: &str) -> Result<Arc<Trust>, SecretError> {
         let made_as = (ca.to_owned(), certificate.to_owned(), key.to_owned());
         let known = {

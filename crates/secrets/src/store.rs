@@ -56,7 +56,7 @@ impl Store {
             candidates.entry(raw.name.clone()).or_default().push(raw);
         }
         for (name, mut raws) in candidates {
-            // The file that has had the secret before keeps it, else the first.
+            // If several files contain the secret, the file of its previous content is used, otherwise the first file.
             let kept = old(&name).and_then(|old| raws.iter().position(|raw| *raw.source == *old.source()));
             let raw = raws.swap_remove(kept.unwrap_or(0));
             for other in raws {
@@ -180,7 +180,8 @@ impl Store {
         self.secrets.keys().map(String::as_str)
     }
 
-    /// Returns whether both hold the same objects, so that nothing that depends on secrets needs to be made again.
+    /// Returns whether both stores hold the same objects, so that nothing that depends on secrets needs to be made
+    /// again.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         self.broken == other.broken

@@ -121,7 +121,8 @@ impl Connection {
         self.fail_stream(id, error, cx, out)
     }
 
-    /// Drops a DATA frame. The server does not count it, so the client gets the connection window back.
+    /// Drops a DATA frame. The server never sees the frame, so the filter returns its part of the connection window to
+    /// the client.
     fn drop_data(&mut self, length: u32, out: &mut Output) {
         self.client.forwards = false;
         if length > 0 {
@@ -145,7 +146,8 @@ impl Connection {
         }
     }
 
-    /// Handles DATA on a closed stream. The frame was under way if the stream was refused, or the server has reset it.
+    /// Handles DATA on a closed stream. The frame is no error if the filter has refused the stream or the server has
+    /// reset it: the client can have sent the frame before it learned of this.
     fn client_frame_on_closed(
         &mut self,
         id: u32,

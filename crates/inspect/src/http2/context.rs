@@ -1,4 +1,4 @@
-//! What a call of the filter takes and gives.
+//! Input and output of a call of the filter.
 
 use palisade_abi::{PuntRequest, Reason};
 use palisade_protocols::http2::{Fields, ParseError};
@@ -53,10 +53,11 @@ pub struct Buffers {
 
 /// Bytes for both peers. The filter appends to them; the caller takes them out.
 ///
-/// A call generates at most a constant multiple of its input. So the caller bounds its memory if it does not read from
-/// the client while many bytes for the client or for the server wait, and not from the server while many bytes for the
-/// client wait. [`super::Filter::server`] appends at most a GOAWAY for the server. So bytes that wait for the server are no
-/// reason not to read from it: a server that reads only after it has written would wait forever.
+/// A call generates at most a constant multiple of its input. The caller can therefore bound its memory: it does not
+/// read from the client while many bytes for the client or for the server wait, nor from the server while many bytes
+/// for the client wait. [`super::Filter::server`] appends at most a GOAWAY for the server. The caller should read from
+/// the server even while bytes for the server wait, because a server that reads only after it has written would
+/// otherwise wait forever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Output {
     /// Bytes for the client.

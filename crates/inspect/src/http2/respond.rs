@@ -65,8 +65,9 @@ impl Connection {
         out: &mut Output,
     ) -> Result<(), ParseError> {
         let id = open.stream;
-        // The block must not change the client's dynamic table, which is the one of the server's encoder. But the
-        // client can require a size update in the first block after an acknowledged reduction (RFC 9113, 4.3.1).
+        // The block must not change the dynamic table of the client's decoder, because the server's encoder has the
+        // same table and never sees this block. But the client can require a size update in the first block after an
+        // acknowledged reduction (RFC 9113, 4.3.1).
         block.clear();
         let required = self.responses.required_update();
         encode::size_updates(
@@ -118,10 +119,10 @@ impl Connection {
         self.count_denial(cx)
     }
 
-    /// Takes window of the client for the content of a response. Returns whether the windows suffice.
+    /// Charges the content of a response to the client's flow-control windows. Returns whether the windows suffice.
     ///
-    /// The content counts towards the connection window, which the server believes to have for itself. So only the
-    /// reserve can be used, which the server does not know.
+    /// The content counts towards the connection window, which the server uses for its own DATA. Only the reserve is
+    /// available for responses, because the filter has withheld it from the server.
     fn take_room(&mut self, text: &[u8]) -> bool {
         let length = text.len() as u32;
         let outstanding = self

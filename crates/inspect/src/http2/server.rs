@@ -1,4 +1,5 @@
-//! Frames of the server: forwarded unchanged, and followed for records and for the state of the streams.
+//! Frames of the server: forwarded unchanged except for SETTINGS, and read for the records and the state of the
+//! streams.
 
 use palisade_abi::Reason;
 use palisade_protocols::http2::{
@@ -95,7 +96,8 @@ impl Connection {
             }
             stream.server_open = !ends;
         }
-        // The client handles DATA of a stream that it has reset, and returns the connection window.
+        // DATA of a stream that the client has reset is forwarded too: the client ignores it, and returns the
+        // connection window.
         self.forward_data(Side::Server, header, padding, rest, out);
         self.end_stream(header.stream, cx);
         Ok(())
@@ -155,7 +157,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Records the response of a stream that ends, unless it is recorded.
+    /// Records the response of a stream that ends, unless it was recorded before.
     pub(super) fn report_end(&self, stream: Stream, cx: &mut Context<'_>) {
         if let Some(report) = stream.report {
             self.report_response(&report, None, false, cx);

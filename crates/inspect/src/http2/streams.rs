@@ -9,7 +9,7 @@ use crate::{
     record::{Text, Word},
 };
 
-/// Number of closed streams that are remembered. Frames of an older stream get the answer for a closed stream.
+/// Number of closed streams that are remembered. Frames of an older stream are handled as if the client had closed it.
 const CLOSED: usize = 256;
 
 /// Number of streams whose memory a connection without open streams keeps.
@@ -79,7 +79,8 @@ impl Streams {
         id > self.last || id.is_multiple_of(2)
     }
 
-    /// Keeps a refused stream until its client has sent `bytes` more bytes. Returns false if there are too many of them.
+    /// Keeps a refused stream until its client has sent `bytes` more bytes. Returns false if there are too many such
+    /// streams.
     pub(super) fn drain(&mut self, id: u32, bytes: u64, most: u32) -> bool {
         let fits = self.draining.len() < most as usize;
         if fits {
@@ -88,8 +89,8 @@ impl Streams {
         fits
     }
 
-    /// Counts content of a refused stream. Returns `None` if the stream is not drained, and otherwise whether the client
-    /// may send more.
+    /// Counts content of a refused stream. Returns whether the client may send more; `None` if the stream is not being
+    /// drained.
     pub(super) fn count_drained(&mut self, id: u32, bytes: u32) -> Option<bool> {
         let left = self.draining.get_mut(&id)?;
         *left = left.saturating_sub(bytes.into());

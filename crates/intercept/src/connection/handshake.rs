@@ -100,8 +100,8 @@ impl Connection {
         Ok(true)
     }
 
-    /// Notes that the server cannot be reached. The client learns of it from the answer to its first request, or if no
-    /// requests are inspected, from an alert.
+    /// Handles an unreachable server. The client gets the failure in the response to its first request or, if no
+    /// requests are inspected, as a TLS alert.
     pub(super) fn fail(&mut self, failure: Failure, cx: &mut Cx<'_>) {
         self.report_failure(&failure, cx);
         // Closing without a reset delivers the alert that TLS has sent to the server.
@@ -141,7 +141,8 @@ impl Connection {
                 Ok(mut tls) => {
                     tls.set_buffer_limit(None);
                     self.client.tls = Some(Box::new(tls.into()));
-                    // TLS has bytes that it has not processed, and the client can have sent more.
+                    // The TLS library holds bytes that it has not processed, and `input` can hold further bytes of the
+                    // client.
                     let early = std::mem::take(&mut self.client.input);
                     self.client.received = 0;
                     let processed = self.client.process_buffered();

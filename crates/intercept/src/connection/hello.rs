@@ -22,7 +22,7 @@ const PROTOCOLS: usize = 16;
 const ACCESS_DENIED: u8 = 49;
 
 impl Connection {
-    /// Reads from the client. Returns whether bytes or the end have arrived.
+    /// Reads from the client. Returns whether bytes or the end of the stream have arrived.
     fn receive_from_client(&mut self, cx: &mut Cx<'_>) -> Step {
         if !self.client.can_receive() {
             return Ok(false);
@@ -151,8 +151,8 @@ impl Connection {
         Ok(true)
     }
 
-    /// Waits for the first request of a client without TLS, whose Host names the server. Without a name in a well-formed
-    /// request, the server's certificate is checked by its address.
+    /// Waits for the first request of a client without TLS: its Host is the name of the server. If a well-formed
+    /// request has no host name, the server's certificate is checked against the server's address.
     pub(super) fn host(&mut self, cx: &mut Cx<'_>) -> Step {
         let received = self.receive_from_client(cx)?;
         let Phase::Host(head) = &mut self.phase else {

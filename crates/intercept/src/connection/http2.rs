@@ -19,7 +19,7 @@ use crate::{
 const BACKLOG: usize = 256 << 10;
 
 impl Connection {
-    /// Filters the bytes of one side that have arrived. Returns whether there were some, or the end.
+    /// Filters the bytes of one side that have arrived. Returns whether there were bytes or the end of the stream.
     pub(super) fn filter(&mut self, side: Side, cx: &mut Cx<'_>) -> Step {
         if self.server.is_none() && self.failure.is_none() {
             return Err(Stop::Reset);
@@ -33,9 +33,9 @@ impl Connection {
         if other.is_some_and(|other| other.is_blocked()) {
             return Ok(false);
         }
-        // Frames for the side itself can result. A peer can read only after it has written, so bytes that wait for it
-        // must not hold up its own. Bytes of the server cause at most a GOAWAY for it; those of the client can each
-        // cause a response.
+        // The filter can generate frames for the peer that has sent the bytes. Some peers read only after they have
+        // written, so bytes that wait for a peer must not stop the processing of bytes from that peer. Bytes of the
+        // server cause at most one GOAWAY for the server, but each request of the client can cause a response.
         if side == Side::Client && own.is_blocked() && own.pending().map_err(|_| Stop::Reset)? > BACKLOG {
             return Ok(false);
         }
@@ -61,8 +61,9 @@ impl Connection {
         Ok(true)
     }
 
-    /// Passes bytes to the filter, and what it has for a server that cannot be reached to the server in its place.
-    /// Returns whether the connection ends; `None` if there is no filter.
+    /// Passes bytes to the filter. If the server cannot be reached, the filter's output for the server goes to
+    /// `Unavailable`, which responds in the server's place. Returns whether the connection ends; `None` if there is no
+    /// filter.
     fn run_filter(&mut self, side: Side, bytes: &[u8], out: &mut Output, cx: &mut Cx<'_>) -> Option<bool> {
         let Protocol::Http2(http2) = &mut self.protocol else {
             return None;
@@ -92,7 +93,7 @@ impl Connection {
             out.to_server.clear();
             is_ended |= served.is_err() || filter.server(&answers, &mut context, out).is_err();
             if server.has_answered() && filter.streams() == 0 {
-                // All requests have their answers, and the client can open another connection for further ones.
+                // All requests are answered, and the client can open another connection for further requests.
                 filter.goaway(Reason::InterceptFailed, out);
                 is_ended = true;
             }
@@ -101,9 +102,9 @@ impl Connection {
         Some(is_ended)
     }
 
-    /// Answers all requests that have no response with 503, because the server has failed. Returns false if the client
-    /// must see the failure as it is: there is no such request, or no frame can follow the server's last bytes. A server
-    /// that closes the connection has said with GOAWAY which requests it does not answer.
+    /// Answers all requests that have no response with 503, because the server has failed. Returns false if the failure
+    /// must be passed on to the client instead: there is no such request, no frame can follow the server's last bytes,
+    /// or the server has closed the connection (its GOAWAY names the last stream that it has processed).
     pub(super) fn fail_http2(&mut self, failure: Failure, cx: &mut Cx<'_>) -> Step {
         let Protocol::Http2(http2) = &mut self.protocol else {
             return Ok(false);
@@ -141,7 +142,7 @@ impl Connection {
         Ok(true)
     }
 
-    /// Sends what the filter has for both sides, and gives the buffers back.
+    /// Sends the output of the filter to both sides, and puts its buffers back for the next call.
     fn deliver(&mut self, mut output: Output, cx: &mut Cx<'_>) -> Result<(), Stop> {
         if !output.to_client.is_empty() {
             self.client.send(&output.to_client).map_err(|_| Stop::Reset)?;

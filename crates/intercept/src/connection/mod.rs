@@ -1,5 +1,5 @@
-//! One connection on its path: hello, connect, handshake with the server, handshake with the client, relay. The failure
-//! of each state is a decision with a reason.
+//! One connection and its phases: hello, connect, handshake with the server, handshake with the client, relay. A
+//! failure in any phase is recorded with a reason.
 
 mod handshake;
 mod hello;
@@ -40,10 +40,10 @@ use crate::{
 const SPILL: u64 = 1 << 20;
 /// Time that a client has to close the connection after an answer in the server's place, ms.
 const LINGER: Millis = 5_000;
-/// Number of steps before other connections have their turn.
+/// Maximum number of steps in one call, so that other connections are not delayed.
 const TURNS: usize = 16;
 
-/// What a thread lends to a connection for one call.
+/// State of a thread that a connection uses during one call.
 pub(crate) struct Cx<'a> {
     pub(crate) now: Millis,
     pub(crate) settings: Arc<Settings>,
@@ -80,7 +80,7 @@ pub(crate) enum Next {
 enum Stop {
     /// Both sides are reset.
     Reset,
-    /// Both sides are closed; what they were sent is delivered.
+    /// Both sides are closed; bytes that were sent to them are delivered.
     Close,
 }
 
@@ -145,7 +145,7 @@ pub(crate) struct Connection {
     server: Option<End>,
     phase: Phase,
     protocol: Protocol,
-    /// What the server is called.
+    /// Name of the server, or its address.
     name: PeerName,
     /// Application protocols that the client offers, in its order.
     offered: Vec<Vec<u8>>,
@@ -282,7 +282,8 @@ impl Connection {
         }
     }
 
-    /// Returns whether HTTP/2 requests have their answers in the server's place, and only the rest of them may follow.
+    /// Returns whether HTTP/2 requests were answered in the server's place, so that only the rest of these requests may
+    /// follow.
     fn is_answered(&self) -> bool {
         match &self.protocol {
             Protocol::Http2(http2) => http2.unavailable.as_ref().is_some_and(Unavailable::has_answered),
@@ -360,7 +361,7 @@ impl Connection {
             return Err(Stop::Reset);
         };
         self.context.request = flow.request;
-        // The policy can have changed since the thread has looked for new settings.
+        // The policy can have changed since the thread last took new settings.
         if !cx.settings.rules.knows(flow.request.ruleset) {
             cx.settings = (cx.newest)();
         }
@@ -402,8 +403,8 @@ impl Connection {
         Next::Again
     }
 
-    /// Returns whether the client has reset the connection and no read of the client's socket would tell: the server is
-    /// not ready for the client's bytes.
+    /// Returns whether the client has reset the connection, and no read of the client's socket would report the reset,
+    /// because the server is not ready for the client's bytes.
     fn is_abandoned(&self) -> bool {
         self.client.has_failed
             && match &self.phase {
@@ -490,7 +491,7 @@ impl Connection {
         }
     }
 
-    /// Returns what people can see of the connection.
+    /// Returns the state of the connection, for display.
     pub(crate) fn view(&self, thread: usize, now: Millis) -> ConnectionView {
         let tls = |end: &End| end.tls.as_ref().and_then(|tls| TlsView::of(tls));
         ConnectionView {

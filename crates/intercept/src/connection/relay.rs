@@ -26,7 +26,7 @@ use crate::{
 impl Connection {
     /// Receives, inspects and forwards once. Returns whether there was progress.
     pub(super) fn relay(&mut self, cx: &mut Cx<'_>) -> Step {
-        // First, so that a side which has taken its bytes is not taken for a blocked one.
+        // A side counts as blocked while bytes are queued for it, so queued bytes are written first.
         self.flush(cx)?;
         let mut progress = self.receive(Side::Client, cx)?;
         progress |= self.receive(Side::Server, cx)?;
@@ -103,8 +103,9 @@ impl Connection {
         }
     }
 
-    /// Answers the first request with 503 if the server has failed before the head of its response. Returns false if the
-    /// client must see the failure as it is: a response has begun, or the server has closed an idle connection.
+    /// Answers the first request with 503 if the server has failed before the head of its response. Returns false if
+    /// the failure must be passed on to the client instead: a response has begun, or the server has closed an idle
+    /// connection.
     fn fail_before_response(&mut self, failure: Failure, cx: &mut Cx<'_>) -> Step {
         if let Protocol::Http2(_) = self.protocol {
             return self.fail_http2(failure, cx);
@@ -226,7 +227,7 @@ impl Connection {
                 Ok(true)
             }
             StreamAction::Abort(_) => {
-                // Nothing of a head that the server has not completed was forwarded.
+                // No byte of an incomplete response head was forwarded, so the client can still get a 503.
                 let is_cut = side == Side::Server && own.eof.is_some();
                 if is_cut && self.fail_before_response(FailureKind::ResponseClosed.into(), cx)? {
                     return Ok(true);
@@ -240,7 +241,7 @@ impl Connection {
         }
     }
 
-    /// Returns the decision about the bytes of one side, of which there are some, or the end.
+    /// Returns the decision about the bytes of one side, or about the end of its stream if there are no bytes.
     fn decide(&mut self, side: Side, cx: &mut Cx<'_>) -> StreamAction {
         let own = match (side, &self.server) {
             (Side::Server, Some(server)) => server,
@@ -333,7 +334,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Applies a change of the policy to what is no longer inspected.
+    /// Applies a change of the policy to tunnels and offloaded connections.
     pub(super) fn recheck_protocol(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         self.recheck_filter(cx)?;
         match &self.protocol {
@@ -345,7 +346,7 @@ impl Connection {
     }
 
     /// Forwards the first `n` bytes of a side, which are allowed. A request to a server that cannot be reached is
-    /// answered instead. `replacement`: what is sent in place of the bytes.
+    /// answered instead. `replacement`: bytes to send in place of these bytes.
     fn forward(
         &mut self,
         side: Side,

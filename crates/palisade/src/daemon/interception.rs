@@ -1,4 +1,4 @@
-//! Interception: the proxy threads, the secrets that policies name, and what clients of the control socket see of both.
+//! Interception: the proxy threads, the secrets that policies name, and the state of both for the control socket.
 
 use std::{
     collections::BTreeMap,
@@ -34,19 +34,19 @@ use crate::config::{Config, NoSni};
 /// Number of records of the proxy threads that wait to be read.
 const MAX_QUEUED_RECORDS: usize = 2_048;
 /// Interval at which the secrets folder is read again. A secret consists of several files that are replaced one after
-/// the other, or by a symbolic link, so a reading of the whole folder is simpler and safer than single events.
+/// the other, or by a symbolic link, so reading the whole folder is simpler and safer than following inotify events.
 const SECRETS_INTERVAL: Duration = Duration::from_secs(2);
-/// File descriptors that the rest of the daemon needs, so that no number of connections can take them: programs, maps,
-/// control connections and policy files.
+/// Number of file descriptors that are reserved for the rest of the daemon: programs, maps, control connections and
+/// policy files. Intercepted connections never use them.
 const RESERVED_FILES: usize = 1_024;
 /// File descriptors of a terminated connection: one socket for each side.
 const FILES_PER_CONNECTION: usize = 2;
 /// Limit on open files if the kernel does not report it.
 const DEFAULT_FILES: u64 = 1_024;
-/// Number of days before the end of its validity from which on a certificate is reported.
+/// Remaining validity below which a certificate is reported, days.
 const EXPIRY_WARNING_DAYS: u32 = 30;
 
-/// Secrets of the folder, with what is wrong with them.
+/// Secrets of the folder, and their problems.
 #[derive(Debug, Default)]
 pub(super) struct Secrets {
     pub(super) store: Arc<Store>,
@@ -128,8 +128,8 @@ pub(super) struct Interception {
 }
 
 impl Interception {
-    /// Reads the secrets, creates the proxy links and starts the proxy threads. If that fails, the daemon runs without
-    /// them, and intercepted traffic is dropped. Returns the records of the proxy threads too.
+    /// Reads the secrets and starts the proxy threads in the namespaces of the proxy links. If that fails, the daemon
+    /// runs without the threads, and intercepted traffic is dropped. Also returns the queue of the threads' records.
     pub(super) fn start(
         config: &Config,
         datapath: &Datapath,
@@ -280,7 +280,7 @@ impl Interception {
         if self.view.proxy().is_ok() && !renewed {
             return;
         }
-        // The threads in the former namespaces end before the new ones begin: their connections are cut.
+        // The threads in the former namespaces end before the new threads begin, and their connections are reset.
         if self.view.proxy().is_ok() {
             *self.view.proxy.write().unwrap_or_else(PoisonError::into_inner) =
                 Err("the proxy links are made again".to_owned());
@@ -430,7 +430,7 @@ impl Flows for FlowTable {
         let request = flow.request;
         // The programs evaluate a flow after a change of policies with the flow's next packet. A flow without packets
         // must end too if the policy in force does not intercept it any more. If the peer's identity no longer exists,
-        // its addresses have another identity, which only the programs find.
+        // the peer's address has another identity, which only the programs look up.
         let view = self.shared.get();
         let snapshot = &view.snapshot;
         if snapshot.identities.contains_key(&request.remote_identity) {
@@ -465,7 +465,7 @@ impl Listeners for Registry<'_> {
     }
 }
 
-/// Records of the proxy threads on their way to the flow ring.
+/// Queue from the proxy threads to the flow ring, for records.
 struct Records {
     queue: crossbeam_channel::Sender<TimedRecord>,
     lost: Arc<AtomicU64>,

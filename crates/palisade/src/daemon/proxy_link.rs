@@ -45,7 +45,8 @@ impl ProxyLink {
     /// configuration, and the proxy needs listeners in the new namespaces.
     pub(super) fn repair(&mut self, config: &Config, datapath: &Datapath, network: &Network) -> bool {
         if let Some(links) = &self.links {
-            // The kernel is asked, because `network` can be older than the links: its messages wait in a queue.
+            // The kernel is asked, because `network` can be older than the links: it is updated by netlink messages
+            // that wait in a queue.
             match links.repair() {
                 Ok(Some(0)) => return false,
                 Ok(Some(ends)) => {
@@ -58,7 +59,7 @@ impl ProxyLink {
                     return false;
                 }
             }
-            // The namespaces of the former links must be gone before new ones have the names.
+            // The namespaces of the former links must be gone before new links can have the same names.
             self.links = None;
         }
         self.make(config, datapath, network)

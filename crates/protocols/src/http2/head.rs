@@ -227,7 +227,7 @@ pub fn response(fields: &Fields) -> ResponseHead {
     }
 }
 
-/// Replaces `cookie` by the values of all `cookie` fields, as one field has them.
+/// Replaces `cookie` by the values of all `cookie` fields, joined as in a single field (RFC 9113, section 8.2.3).
 fn join_cookies(fields: &Fields, cookie: &mut Vec<u8>) {
     cookie.clear();
     for (_, value, _) in fields.iter().filter(|(name, ..)| *name == b"cookie") {

@@ -11,8 +11,8 @@ use super::{
 /// Maximum size of a dynamic table, bytes: the initial value of SETTINGS_HEADER_TABLE_SIZE. An intermediary announces
 /// at most this value, so that the memory of a decoder is bounded.
 pub const TABLE_SIZE: u32 = 4_096;
-/// A header list that exceeds the permitted size by this factor is not decoded further. Up to there, the block is
-/// decoded without being stored, so that the dynamic table stays valid for the next block.
+/// A header list that exceeds the permitted size by this factor is not decoded further. Below that size, fields in
+/// excess are decoded without being stored, so that the dynamic table stays valid for the next block.
 const EXCESS: usize = 4;
 
 pub(super) const STATIC_ENTRIES: usize = 61;

@@ -309,7 +309,7 @@ impl Handlers {
         };
         let conntrack = self.datapath.conntrack();
         let expires = monotonic_coarse() + CHECK_LIFETIME.as_nanos() as u64;
-        // A flow of the endpoint can use a port already; its entry is not touched.
+        // A flow of the endpoint can use one of the ports already; the entry of that flow is not changed.
         for own_port in CHECK_PORTS {
             let key = CtKey {
                 local: own.into(),
@@ -373,7 +373,7 @@ impl Handlers {
             .iter()
             .find(|(_, known)| ***known == *name)
             .ok_or_else(|| format!("there is no interface {name}"))?;
-        // By a system call, because /sys/class/net can belong to another network namespace.
+        // The address is read by a system call, because /sys/class/net can belong to another network namespace.
         let mac = nix::ifaddrs::getifaddrs()
             .map_err(|error| error.to_string())?
             .filter(|found| found.interface_name == name)
