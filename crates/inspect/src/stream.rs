@@ -206,6 +206,13 @@ impl HttpSession {
         self.flow.awaits_response()
     }
 
+    /// Returns whether all forwarded requests but the last one have their whole responses, and the last one has no byte of
+    /// its response.
+    #[must_use]
+    pub fn awaits_last_only(&self) -> bool {
+        self.flow.awaits_last_only()
+    }
+
     /// Returns whether the oldest request without a response is HEAD.
     #[must_use]
     pub fn is_head(&self) -> bool {

@@ -199,6 +199,11 @@ impl Flow {
         self.current.is_some() && self.server.is_between_messages()
     }
 
+    /// Returns whether at most the last request has no response, and the next byte of the server begins a response.
+    pub(crate) fn awaits_last_only(&self) -> bool {
+        self.pending() <= 1 && self.server.is_between_messages()
+    }
+
     /// Returns whether the oldest request without a response is HEAD, whose response has no body.
     pub(crate) fn is_head(&self) -> bool {
         self.current

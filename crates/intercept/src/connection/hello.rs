@@ -124,6 +124,7 @@ impl Connection {
             )
         };
         let what = hello_record(&hello);
+        self.hello = Some(hello);
         match verdict {
             Ok(rule) => {
                 let record = self.context.record(Verdict::Forwarded, Reason::Allowed, what);
@@ -151,6 +152,11 @@ impl Connection {
         Ok(true)
     }
 
+    /// Returns the name of the server for a client without TLS: that of a request's authority, else the address.
+    pub(super) fn name_of(&self, authority: &str) -> PeerName {
+        host_name(authority).unwrap_or(PeerName::Address(self.context.server.ip()))
+    }
+
     /// Waits for the first request of a client without TLS: its Host is the name of the server. If a well-formed
     /// request has no host name, the server's certificate is checked against the server's address.
     pub(super) fn host(&mut self, cx: &mut Cx<'_>) -> Step {
@@ -165,7 +171,7 @@ impl Connection {
             Ok(Some(length)) => {
                 let head = bytes.get(..length).unwrap_or_default();
                 if let Ok(request) = Request::parse(head, &mut HeaderBuffer::new()) {
-                    self.name = host_name(request.host).unwrap_or_else(|| self.name.clone());
+                    self.name = self.name_of(request.host);
                 }
             }
             // The inspector refuses the stream before any byte is forwarded.
@@ -177,7 +183,7 @@ impl Connection {
 }
 
 /// Returns the name in the authority of a request.
-pub(super) fn host_name(authority: &str) -> Option<PeerName> {
+fn host_name(authority: &str) -> Option<PeerName> {
     let host = match authority.strip_prefix('[') {
         Some(rest) => rest.split_once(']')?.0,
         None => authority.split_once(':').map_or(authority, |(host, _)| host),

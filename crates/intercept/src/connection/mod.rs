@@ -13,7 +13,7 @@ use palisade_abi::{Direction, Inspector, Reason};
 use palisade_inspect::{
     Millis, Side,
     record::{Verdict, What},
-    stream::{StreamContext, text},
+    stream::{StreamContext, evaluate_hello, text},
 };
 use palisade_model::snapshot::RuleSet;
 use palisade_protocols::{
@@ -150,6 +150,8 @@ pub(crate) struct Connection {
     /// Application protocols that the client offers, in its order.
     offered: Vec<Vec<u8>>,
     accepted: Option<Box<Accepted>>,
+    /// The ClientHello, for its verdict by later rules.
+    hello: Option<Box<ClientHello>>,
     /// Why there is no server.
     failure: Option<Failure>,
     /// Answer in the server's place that waits for the rest of an earlier response.
@@ -214,6 +216,7 @@ impl Connection {
             protocol: Protocol::Bytes,
             offered: Vec::new(),
             accepted: None,
+            hello: None,
             failure: None,
             answer: None,
             responded: false,
@@ -360,12 +363,39 @@ impl Connection {
             count(&cx.counters.cut);
             return Err(Stop::Reset);
         };
+        let was_audit = self.context.is_audit();
         self.context.request = flow.request;
         // The policy can have changed since the thread last took new settings.
         if !cx.settings.rules.knows(flow.request.ruleset) {
             cx.settings = (cx.newest)();
         }
-        Ok(())
+        if self.follow_rules(was_audit, cx) {
+            return Ok(());
+        }
+        count(&cx.counters.cut);
+        Err(Stop::Reset)
+    }
+
+    /// Applies the rule set in force to what was decided before the first request. Returns whether the connection may
+    /// go on: the rule set terminates and originates TLS in the same way, and allows the server name.
+    fn follow_rules(&mut self, was_audit: bool, cx: &Cx<'_>) -> bool {
+        let Some(set) = cx.settings.rules.source(self.context.request.ruleset) else {
+            // The inspector refuses the next request. Without an inspector there is none.
+            return self.reads_http();
+        };
+        let is_audit = self.context.is_audit();
+        if Arc::ptr_eq(set, &self.set) && was_audit == is_audit {
+            return true;
+        }
+        let is_same = set.reads == self.set.reads
+            && set.terminating_tls == self.set.terminating_tls
+            && set.originating_tls == self.set.originating_tls;
+        // Addresses that were learned by the name can have expired since.
+        let allows =
+            |hello| evaluate_hello(hello, &self.context, &cx.settings.rules, cx.settings.ech, None).is_ok();
+        let is_allowed = is_audit || self.hello.as_deref().is_none_or(allows);
+        self.set = Arc::clone(set);
+        is_same && is_allowed
     }
 
     /// Works until the connection waits for an event.

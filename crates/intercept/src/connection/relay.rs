@@ -13,7 +13,7 @@ use palisade_protocols::{
     http2::PREFACE,
 };
 
-use super::{Connection, Cx, Phase, Step, Stop, hello::host_name};
+use super::{Connection, Cx, Phase, Step, Stop};
 use crate::{
     answer,
     end::{EndError, Ending, FOREVER, INPUT},
@@ -288,15 +288,20 @@ impl Connection {
 
     /// Sends the answer in the server's place once the response before it is complete.
     fn answer_when_due(&mut self, cx: &Cx<'_>) -> Step {
-        if let Some(server) = &self.server
-            && server.bypass > 0
-        {
-            return if server.eof.is_some() && server.input.is_empty() {
-                // The client would take the answer for the rest of the response.
-                Err(Stop::Reset)
-            } else {
-                Ok(false)
+        if let Some(server) = &self.server {
+            if server.is_forwarded {
+                // The client has the end of the stream, and nothing can follow.
+                self.answer = None;
+                self.close_after_answer(cx.now);
+                return Ok(true);
+            }
+            let is_due = match &self.protocol {
+                Protocol::Http1(session) => session.awaits_last_only(),
+                _ => true,
             };
+            if server.bypass > 0 || !is_due {
+                return Ok(false);
+            }
         }
         let Some(answer) = self.answer.take() else {
             return Ok(false);
@@ -365,7 +370,8 @@ impl Connection {
                 };
                 let record = self.context.record(Verdict::Dropped, Reason::AppDenied, what);
                 cx.reports.record(&record);
-                return self.respond(answer::MISDIRECTED, cx);
+                self.answer = Some(answer::MISDIRECTED.to_vec());
+                return Ok(());
             }
             self.checked = false;
         } else if n > 0 {
@@ -392,7 +398,7 @@ impl Connection {
         }
         let head = self.client.input.bytes().get(..n).unwrap_or_default();
         Request::parse(head, &mut HeaderBuffer::new())
-            .is_ok_and(|request| host_name(request.host).is_some_and(|name| name != self.name))
+            .is_ok_and(|request| self.name_of(request.host) != self.name)
     }
 
     /// Forwards the end of a stream as it has arrived: with or without close_notify.

@@ -328,6 +328,41 @@ fn without_tls_towards_the_client_the_host_names_the_server() {
     // The certificate was not checked for another host.
     send(&mut client, "GET /a HTTP/1.1\r\nHost: other.test\r\n\r\n");
     assert_eq!(read_answer(&mut client).status, 421);
+    // A Host that names no server does not either: the first request had a name.
+    for host in ["a..b", "", "-"] {
+        let mut client = world.socket();
+        assert_eq!(get(&mut client, "/a").body, "GET /a 0");
+        send(&mut client, format!("GET /a HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        let status = read_answer(&mut client).status;
+        assert!(matches!(status, 400 | 421), "{host}: {status}");
+    }
+}
+
+#[test]
+fn a_request_for_another_host_leaves_the_responses_before_as_they_are() {
+    let mut set = http_rules(&["/.*"]);
+    set.terminating_tls = None;
+    let world = World::new(set);
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Mutex::new(wait);
+    world.tls_server(move |stream| {
+        read_head(stream).expect("a request");
+        wait.lock().expect("the channel").recv().expect("the denial");
+        send(stream, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nfirst");
+        let _ = stream.read(&mut [0]);
+    });
+    let mut client = world.socket();
+    send(
+        &mut client,
+        format!("GET /1 HTTP/1.1\r\nHost: {NAME}\r\n\r\nGET /2 HTTP/1.1\r\nHost: other.test\r\n\r\n"),
+    );
+    world.record("the other host", |record| {
+        record.verdict == palisade_inspect::record::Verdict::Dropped
+    });
+    go.send(()).expect("the server waits");
+    let first = read_answer(&mut client);
+    assert_eq!((first.status, &*first.body), (200, "first"));
+    assert_eq!(read_answer(&mut client).status, 421);
 }
 
 #[test]

@@ -2,15 +2,19 @@
 
 use std::{
     collections::BTreeMap,
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     sync::{Arc, atomic::Ordering},
 };
 
-use palisade_abi::punt_flags;
+use palisade_abi::{Inspector, punt_flags};
 use palisade_inspect::{Rules, record::Verdict};
 use palisade_intercept::Settings;
+use palisade_model::{
+    rule::FqdnPattern,
+    snapshot::{Alternative, Matcher, RuleSet},
+};
 
-use crate::world::{NAME, World, get, http_rules, read_head, read_to_end, send};
+use crate::world::{NAME, TlsClient, World, get, http_rules, read_head, read_to_end, send};
 
 #[test]
 fn the_next_request_of_an_open_connection_gets_the_verdict_of_the_new_rules() {
@@ -161,4 +165,79 @@ fn a_flow_with_an_unknown_rule_set_is_reset_with_a_record() {
     world.client().write_all(b"GET").expect_err("reset");
     let record = world.record("the flow", |record| record.verdict == Verdict::Dropped);
     assert_eq!(record.reason, palisade_abi::Reason::UnknownRuleset);
+}
+
+/// Replaces the rule set of the flow by another one.
+fn replace_rules(world: &World, set: RuleSet) {
+    let rules = BTreeMap::from([(1, world.sets[&1].clone()), (2, Arc::new(set))]);
+    world.proxy.update(Settings {
+        rules: Arc::new(Rules::prepare(&rules, None)),
+        ..world.settings.clone()
+    });
+    let mut request = world.flows.request.lock().expect("the flows");
+    request.as_mut().expect("a flow").ruleset = 2;
+    drop(request);
+    world.proxy.recheck();
+}
+
+fn name_rules(name: &str) -> RuleSet {
+    RuleSet {
+        reads: Inspector::Tls as u8,
+        alternatives: vec![Alternative {
+            rule: 7,
+            matcher: Matcher::ServerName(FqdnPattern::Pattern(name.into())),
+        }],
+        ..http_rules(&[])
+    }
+}
+
+/// Returns an open connection to a server that returns each byte.
+fn echo(world: &World) -> TlsClient {
+    world.tls_server(|stream| {
+        let mut byte = [0];
+        while let Ok(1) = stream.read(&mut byte) {
+            send(stream, byte);
+        }
+    });
+    let mut client = world.client();
+    send_and_read(&mut client);
+    client
+}
+
+fn send_and_read(client: &mut TlsClient) {
+    send(client, "x");
+    client.read_exact(&mut [0]).expect("the byte");
+}
+
+#[test]
+fn a_connection_whose_server_name_the_new_rules_deny_is_reset() {
+    let mut other_ca = name_rules("*.example.test");
+    other_ca.originating_tls.as_mut().expect("a context").secret = "ns/other".into();
+    for set in [name_rules("*.other.test"), http_rules(&["/a"]), other_ca] {
+        let world = World::new(name_rules("*.example.test"));
+        let mut client = echo(&world);
+        // These rules allow the name too.
+        replace_rules(&world, name_rules("api.*.test"));
+        send_and_read(&mut client);
+        replace_rules(&world, set);
+        let (_, end) = read_to_end(&mut client);
+        assert_eq!(end.expect_err("a reset").kind(), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
+fn a_connection_that_only_audit_mode_allowed_ends_with_audit_mode() {
+    let set_flags = |world: &World, flags| {
+        let mut request = world.flows.request.lock().expect("the flows");
+        request.as_mut().expect("a flow").flags = flags;
+    };
+    let world = World::new(name_rules("*.other.test"));
+    set_flags(&world, punt_flags::AUDIT);
+    let mut client = echo(&world);
+    world.proxy.recheck();
+    send_and_read(&mut client);
+    set_flags(&world, 0);
+    world.proxy.recheck();
+    let (_, end) = read_to_end(&mut client);
+    assert_eq!(end.expect_err("a reset").kind(), ErrorKind::ConnectionReset);
 }
