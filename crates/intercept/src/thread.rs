@@ -197,6 +197,7 @@ impl<'a> Thread<'a> {
                 self.accept(poll, now);
             }
             self.expire(poll, now);
+            debug_assert!(self.deadlines.len() <= self.connections.len());
         }
         Ok(())
     }
@@ -278,6 +279,8 @@ impl<'a> Thread<'a> {
                 }
                 let deadline = connection.deadline(&self.shared.options);
                 if deadline < connection.queued {
+                    // The queue has one entry for each connection, or entries of closed connections would stay in it.
+                    self.deadlines.remove(&(connection.queued, key, id));
                     connection.queued = deadline;
                     self.deadlines.insert((deadline, key, id));
                 }

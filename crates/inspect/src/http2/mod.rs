@@ -187,6 +187,17 @@ impl Filter {
         self.client.held() + self.server.held() + held.len() + of_peers.into_iter().sum::<usize>()
     }
 
+    /// Returns the number of bytes of the preface, the frame or the header block of a peer that is incomplete.
+    #[must_use]
+    pub fn incomplete(&self, side: Side) -> usize {
+        let connection = &self.connection;
+        match side {
+            Side::Client if !self.has_begun() => self.preface,
+            Side::Client => self.client.held() + connection.client.block.len(),
+            Side::Server => self.server.held() + connection.server.block.len(),
+        }
+    }
+
     fn write_goaway(&mut self, client: ErrorCode, server: ErrorCode, out: &mut Output) {
         // Without the preface the client does not speak HTTP/2.
         if self.has_begun() {

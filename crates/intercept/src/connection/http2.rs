@@ -49,7 +49,17 @@ impl Connection {
             self.responded = true;
         }
         let mut output = std::mem::take(&mut cx.scratch.output);
+        let before = self.incomplete(side);
         let result = self.run_filter(side, input.bytes(), &mut output, cx);
+        let after = self.incomplete(side);
+        if let (Some(own), _) = self.ends(side) {
+            own.head_since = match after {
+                0 => None,
+                // All bytes belong to what was incomplete before. A trickle of bytes does not extend the deadline.
+                _ if after >= before + input.len() => own.head_since.or(Some(cx.now)),
+                _ => Some(cx.now),
+            };
+        }
         let ended = match result {
             Some(is_ended) => is_ended,
             None => return Err(Stop::Reset),
@@ -59,6 +69,14 @@ impl Connection {
             self.close_after_answer(cx.now);
         }
         Ok(true)
+    }
+
+    /// Returns the number of bytes of a side that belong to an incomplete preface, frame or header block.
+    fn incomplete(&self, side: Side) -> usize {
+        match &self.protocol {
+            Protocol::Http2(http2) => http2.filter.incomplete(side),
+            _ => 0,
+        }
     }
 
     /// Passes bytes to the filter. If the server cannot be reached, the filter's output for the server goes to

@@ -280,7 +280,10 @@ impl Connection {
     /// Returns whether an HTTP/2 peer has sent a part of the preface, of a frame or of a header block.
     fn is_within_frame(&self) -> bool {
         match &self.protocol {
-            Protocol::Http2(http2) => !http2.filter.has_begun() || http2.filter.held() > 0,
+            Protocol::Http2(http2) => {
+                (!http2.filter.has_begun() || http2.filter.held() > 0)
+                    && !Side::BOTH.into_iter().any(|side| self.is_blocked(side))
+            }
             _ => false,
         }
     }
@@ -296,8 +299,18 @@ impl Connection {
 
     /// Returns the time since which a message head is incomplete.
     fn head_since(&self) -> Option<Millis> {
+        let client = self.client.head_since.filter(|_| !self.is_blocked(Side::Server));
         let server = self.server.as_ref().and_then(|server| server.head_since);
-        [self.client.head_since, server].into_iter().flatten().min()
+        let server = server.filter(|_| !self.is_blocked(Side::Client));
+        [client, server].into_iter().flatten().min()
+    }
+
+    /// Returns whether bytes wait for the socket of a side, so that the other side is not read.
+    fn is_blocked(&self, side: Side) -> bool {
+        match side {
+            Side::Client => self.client.is_blocked(),
+            Side::Server => self.server.as_ref().is_some_and(End::is_blocked),
+        }
     }
 
     /// Returns the time of the last progress, ms.

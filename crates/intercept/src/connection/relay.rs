@@ -26,6 +26,15 @@ use crate::{
 impl Connection {
     /// Receives, inspects and forwards once. Returns whether there was progress.
     pub(super) fn relay(&mut self, cx: &mut Cx<'_>) -> Step {
+        for side in Side::BOTH {
+            let (Some(own), other) = self.ends(side) else {
+                continue;
+            };
+            // The rest of a head cannot arrive while the side is not read.
+            if other.is_some_and(|other| other.is_blocked()) {
+                own.head_since = own.head_since.map(|_| cx.now);
+            }
+        }
         // A side counts as blocked while bytes are queued for it, so queued bytes are written first.
         self.flush(cx)?;
         let mut progress = self.receive(Side::Client, cx)?;

@@ -622,3 +622,25 @@ fn answers_to_several_requests_announce_no_growing_last_stream() {
     }
     assert_eq!((answered, lasts), (3, vec![5]));
 }
+
+#[test]
+fn a_trickle_of_bytes_does_not_extend_the_deadline_of_a_header_block() {
+    let world = World::with(http_rules(&["/a"]), |_, options| {
+        options.head = Duration::from_secs(2);
+    });
+    h2_server(&world);
+    let mut client = h2_client(&world);
+    let mut out = Vec::new();
+    header(kind::HEADERS, 0, 1).write_with(&[0; 10_000], &mut out);
+    client.send(&out[..9]);
+    let is_reset = out[9..].chunks(1).take(1000).any(|byte| {
+        thread::sleep(Duration::from_millis(20));
+        client
+            .stream
+            .write_all(byte)
+            .and_then(|()| client.stream.flush())
+            .is_err()
+    });
+    assert!(is_reset);
+    assert_eq!(world.proxy.stats().timeouts, 1);
+}

@@ -392,3 +392,24 @@ fn mutated_handshakes_end_no_thread() {
     assert_eq!(world.proxy.threads()[0].restarts, 0);
     assert_eq!(get(&mut world.client(), "/a").status, 200);
 }
+
+#[test]
+fn a_connection_has_one_deadline() {
+    let mut set = http_rules(&["/.*"]);
+    (set.terminating_tls, set.originating_tls) = (None, None);
+    let world = World::with(set, |_, options| {
+        options.connect = Duration::from_millis(100);
+    });
+    world.server(|mut socket| serve_http(&mut socket));
+    let mut client = world.socket();
+    assert_eq!(get(&mut client, "/a").status, 200);
+    // The deadline of the connect passes, and that of the idle connection follows.
+    std::thread::sleep(Duration::from_millis(300));
+    // The deadline of the head is earlier.
+    send(&mut client, "GET /b HTTP/1.1\r\n");
+    std::thread::sleep(Duration::from_millis(100));
+    send(&mut client, format!("Host: {NAME}\r\n\r\n"));
+    assert_eq!(read_answer(&mut client).status, 200);
+    // The thread checks that it has no second deadline.
+    assert_eq!(world.proxy.stats().restarts, 0);
+}
