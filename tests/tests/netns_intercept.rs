@@ -11,9 +11,10 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use palisade_testbed::{
-    Daemon, Topology,
+    Daemon, Outcome, Topology,
     dns::Server,
     ns::wait_until,
+    probe::udp,
     process::output_with_input,
     server::Program,
     tls::{Handshake, certificate},
@@ -21,7 +22,7 @@ use palisade_testbed::{
     web::{Caddy, Counted, Curl, Peer, Talk, Web, curl, h2load, random_file, sha256},
 };
 use palisade_tests::{
-    OPEN,
+    CLOSED, OPEN,
     fixtures::{
         apps::policy,
         intercept::{HOSTS, Lab, RULES, Secrets, lab},
@@ -824,6 +825,25 @@ fn generated_certificates_name_what_the_client_asks_for() {
         }
     }
     assert_eq!(peer.requests_for("/denied"), 0);
+}
+
+#[test]
+fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
+    let lab = lab();
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        // Initial packets of QUIC have at least 1,200 bytes (RFC 9000, section 14.1).
+        let outcome = udp(lab.apps.ns("client"), None, at, 1_200, CLOSED);
+        assert_eq!(outcome, Outcome::TimedOut, "{family:?}");
+        let to = at.ip().to_string();
+        let flows = daemon.wait_flows(
+            &["--verdict", "dropped", "--protocol", "udp", "--to-ip", &to],
+            "the drop",
+            |flows| flows.iter().any(|flow| flow["drop_reason"] == 133),
+        );
+        flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+    }
 }
 
 #[test]
