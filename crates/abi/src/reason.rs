@@ -87,7 +87,7 @@ reasons! {
     NoKafkaInspector = 215, "No inspector: Kafka";
     /// The policy redirects the flow to a listener, which is not implemented.
     NoListener = 216, "No listener";
-    /// The policy requires TLS termination, which is not implemented.
+    /// The policy requires interception, which is not available, or the flow is not TCP.
     NoTlsTermination = 217, "No inspector: TLS termination";
     /// The packet goes to a workload's interface, but its destination is neither an address of the workload nor a
     /// multicast or broadcast address.

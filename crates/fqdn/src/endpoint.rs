@@ -237,7 +237,7 @@ impl Endpoint {
         self.drop_name_if_empty(&key);
     }
 
-    /// Extends the lifetime of a known pair, and repeats its changes that are not confirmed. Returns whether the pair
+    /// Extends the lifetime of a known pair, and returns its unconfirmed changes again. Returns whether the pair
     /// is known.
     fn refresh(
         &mut self,

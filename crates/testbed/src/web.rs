@@ -54,8 +54,8 @@ impl Web {
         Self::run(ns, name, [(http, ""), (https, " ssl")], certificate)
     }
 
-    /// Starts the same with HTTP/2: on the ports `https` as well as HTTP/1.1, as the client chooses by ALPN; on the ports
-    /// `clear` alone, without TLS.
+    /// Starts nginx with HTTP/2. On the ports `https`, the client selects HTTP/2 or HTTP/1.1 by ALPN. The ports `clear`
+    /// speak only HTTP/2, without TLS.
     pub fn start_http2(
         ns: &Ns,
         name: &str,

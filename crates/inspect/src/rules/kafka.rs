@@ -44,7 +44,7 @@ pub enum KafkaVerdict {
         /// Whether the rule allows everything, so that nothing has to be known about the request.
         unrestricted: bool,
     },
-    /// Allowed if each of its topics is. The number is that of the rule for a request that names none.
+    /// Allowed if the rules allow each topic of the request. The number is the rule that allows a request without topics.
     ByTopics(u32),
     /// No rule allows the request.
     Denied,

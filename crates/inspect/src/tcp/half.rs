@@ -350,7 +350,7 @@ impl<F> Half<F> {
         }
     }
 
-    /// Returns the highest acceptable end of a segment if `limit` bytes may be kept.
+    /// Returns the highest acceptable end of a segment. `limit`: number of bytes that may be kept.
     pub(super) fn reach(&self, limit: u64) -> Position {
         let kept = self.kept() as u64;
         let unread = self.pieces.back().map_or(0, |piece| piece.end() - piece.start);

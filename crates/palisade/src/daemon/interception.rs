@@ -1,7 +1,7 @@
 //! Interception: the proxy threads, the secrets that policies name, and the state of both for the control socket.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
     os::fd::BorrowedFd,
@@ -74,6 +74,7 @@ impl InspectorRules {
         self.0 = Arc::new(rules);
         workers.set_rules(&self.0);
         interception.set_rules(Arc::clone(&self.0));
+        interception.check_secrets(sets);
     }
 }
 
@@ -124,6 +125,8 @@ pub(super) struct Interception {
     rules: Arc<Rules>,
     shared: Arc<Shared>,
     links: Option<Arc<ProxyLinks>>,
+    /// Secrets that policies name and that cannot be used, in words.
+    unusable: BTreeSet<String>,
     reports: Arc<Records>,
 }
 
@@ -160,6 +163,7 @@ impl Interception {
             rules: Arc::default(),
             shared: Arc::clone(shared),
             links,
+            unusable: BTreeSet::new(),
             reports: Arc::new(Records {
                 queue: sender,
                 lost: records_lost,
@@ -242,6 +246,32 @@ impl Interception {
     pub(super) fn set_rules(&mut self, rules: Arc<Rules>) {
         self.rules = rules;
         self.update();
+    }
+
+    /// Logs the secrets that rule sets name and that cannot be used. The traffic of these rule sets is denied.
+    fn check_secrets(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
+        let secrets = self.view.secrets();
+        let store = &secrets.store;
+        let unusable: BTreeSet<String> = sets
+            .values()
+            .flat_map(|set| {
+                let terminating = set.terminating_tls.as_ref();
+                let originating = set.originating_tls.as_ref();
+                [
+                    terminating.and_then(|tls| store.identity(tls).err()),
+                    originating.and_then(|tls| store.trust(tls).err()),
+                ]
+            })
+            .flatten()
+            .map(|error| error.to_string())
+            .collect();
+        for problem in unusable.difference(&self.unusable) {
+            error!(
+                problem,
+                "a policy names a secret that cannot be used; its traffic is denied"
+            );
+        }
+        self.unusable = unusable;
     }
 
     /// Ends the connections that the policy in force does not intercept any more.
@@ -331,10 +361,12 @@ impl Interception {
                     )
                 })
             });
-        secrets
-            .problems
+        let unusable = self
+            .unusable
             .iter()
-            .map(ToString::to_string)
+            .map(|problem| format!("{problem}; its traffic is denied"));
+        unusable
+            .chain(secrets.problems.iter().map(ToString::to_string))
             .chain(expiring)
             .collect()
     }

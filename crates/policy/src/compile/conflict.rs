@@ -16,8 +16,8 @@ use palisade_model::{
 
 use super::{l7_policy::L7Policy, select::ResolvedSelector};
 
-/// A port as written, one of its protocols, and a peer (`None`: any peer). Application rules for equal spots must not
-/// exclude each other.
+/// A port as written, one of its protocols, and a peer (`None`: any peer). Two application rules for the same spot
+/// must not contradict each other.
 type Spot<'a> = (Port<'a>, L4Protocol, Option<Cow<'a, Peer>>);
 
 /// A port as written, without its protocol.

@@ -77,7 +77,8 @@ fn authentication(at: At<'_>) -> bool {
     object.finish();
     match mode {
         Some("disabled") | None => false,
-        // `test-always-fail` always fails, and so does `required` as long as Palisade cannot authenticate peers.
+        // Authentication with mode `test-always-fail` always fails, and so does `required` as long as Palisade cannot
+        // authenticate peers.
         Some("required" | "test-always-fail") => {
             at.warning("authentication is not implemented; this traffic is dropped (reason 189)");
             true
