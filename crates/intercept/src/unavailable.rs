@@ -223,3 +223,55 @@ fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
         header.write_with(body.as_bytes(), out);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::FailureKind;
+
+    #[test]
+    fn the_rest_of_a_request_is_read_up_to_a_limit() {
+        let mut server = Unavailable::new();
+        server.left = 250;
+        let mut input = PREFACE.to_vec();
+        let mut block = Vec::new();
+        for (name, value) in [(":method", "POST"), (":scheme", "https"), (":path", "/")] {
+            encode::field(name.as_bytes(), value.as_bytes(), false, &mut block);
+        }
+        headers_of(1, false, None, &block, 16_384, &mut input);
+        for _ in 0..3 {
+            let header = FrameHeader {
+                stream: 1,
+                ..frame(kind::DATA, 0)
+            };
+            header.write_with(&[0; 100], &mut input);
+        }
+        let mut out = Vec::new();
+        let failure = FailureKind::Refused.into();
+        server.serve(&input, &failure, &mut out).expect("frames");
+        let mut frames = Frames::new(LIST as u32);
+        let mut rest = &out[..];
+        let mut seen = Vec::new();
+        while let Some(piece) = frames.next(&mut rest).expect("frames") {
+            if let Piece::Frame(header, _) = piece {
+                seen.push((header.kind, header.stream));
+            }
+        }
+        let update = kind::WINDOW_UPDATE;
+        assert_eq!(
+            seen[..3],
+            [(kind::SETTINGS, 0), (kind::HEADERS, 1), (kind::GOAWAY, 0)]
+        );
+        assert_eq!(
+            seen[3..],
+            [
+                (update, 0),
+                (update, 1),
+                (update, 0),
+                (update, 1),
+                (update, 0),
+                (kind::RST_STREAM, 1)
+            ]
+        );
+    }
+}
