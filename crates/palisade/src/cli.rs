@@ -531,7 +531,7 @@ pub(crate) enum InterceptCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// List the certificates of [tls] secrets_dir, and what is wrong with the secrets that policies name.
+    /// List the certificates of the secrets folder, and what is wrong with the secrets that policies name.
     Certs {
         #[command(flatten)]
         output: OutputArgs,
