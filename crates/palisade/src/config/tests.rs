@@ -480,7 +480,7 @@ fn hinted_keys(text: &str) -> Vec<(String, String)> {
                 continue;
             };
             let end = rest
-                .find(|c: char| !c.is_ascii_lowercase() && c != '_')
+                .find(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit() && c != '_')
                 .unwrap_or(rest.len());
             if end > 0 && !NO_KEYS.contains(&&rest[..end]) {
                 found.push((section.to_owned(), rest[..end].to_owned()));
