@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use palisade_abi::{
@@ -433,8 +433,16 @@ impl Drop for Relay {
 }
 
 fn relay(client: TcpStream, client_addr: SocketAddr, server_addr: SocketAddr) {
-    let Ok(server) = connect_from(client_addr, server_addr) else {
-        return;
+    let started = Instant::now();
+    let server = loop {
+        match connect_from(client_addr, server_addr) {
+            Ok(server) => break server,
+            // The earlier connection of the same ports is still closing.
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && started.elapsed() < TIMEOUT => {
+                thread::sleep(Duration::from_millis(2));
+            }
+            Err(_) => return,
+        }
     };
     let (mut client_read, mut server_read) = (client.try_clone().unwrap(), server.try_clone().unwrap());
     let (mut client, mut server) = (client, server);
