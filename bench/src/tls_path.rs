@@ -502,7 +502,7 @@ impl Path {
                 proxy = Some(Program::start(&topology.node, "haproxy", &args, at).context("haproxy")?);
             }
         }
-        // The client trusts only the certificate that is shown to it, so a response proves who has sent it.
+        // The client trusts only the certificate of this variant, so a response proves that this variant has sent it.
         let trusted = if between == Between::Nothing { world } else { shown };
         fs::write(file("trusted.pem"), trusted.authority.pem())?;
         let path = Self {

@@ -1293,6 +1293,34 @@ fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepte
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
 }
 
+#[test]
+fn an_idle_connection_ends_when_a_new_policy_denies_its_server_name() {
+    let lab = lab();
+    let _peer = Peer::start_tls(
+        lab.apps.ns("internet"),
+        HTTPS,
+        &lab.apps.both("internet"),
+        &lab.server,
+    )
+    .expect("peer");
+    let rules = |name: &str| {
+        let (tls, _) = RULES.split_once("rules:").expect("the http rules");
+        format!("{tls}serverNames: [\"{name}\"]\n")
+    };
+    let daemon = lab.client_only(&[HTTPS], &rules("www.web.example"));
+    let at = lab.apps.at("internet", Family::V4, HTTPS);
+    let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients");
+    assert_eq!(held.line("again").expect("responses"), "again 3");
+    // The connections send nothing more, so the programs do not evaluate their flows again.
+    let text = policy("client", "egress", &[HTTPS], &rules("other.web.example"));
+    daemon.apply(&[("client.yaml", &text)]).expect("policy");
+    wait_until("the connections are cut", OPEN, || {
+        let all = daemon.json(&["intercept", "connections"]).unwrap_or_default();
+        all.as_array().is_some_and(Vec::is_empty)
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
 /// Sets the limit on open files, which child processes inherit, to this number if the system allows as many.
 fn limit_open_files(limit: u64) {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");

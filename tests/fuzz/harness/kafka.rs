@@ -1,4 +1,4 @@
-//! Requests and responses of Kafka: what is read, and the response that denies it, for any bytes.
+//! Parses any bytes as Kafka requests and responses, and writes the responses that deny the requests.
 //!
 //! The first byte of the input selects whether it is read as a request, or as a response of the key and version that
 //! follow.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, protocol};
+use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, protocol, punt_flags};
 use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
 use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
 use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings};
@@ -459,13 +459,17 @@ impl Flows for FlowTable {
             direction,
         };
         let flow = self.flows.find(&key).ok()??;
-        let request = flow.request;
-        // The programs evaluate a flow after a change of policies with the flow's next packet. A flow without packets
-        // must end too if the policy in force does not intercept it any more. If the peer's identity no longer exists,
-        // the peer's address has another identity, which only the programs look up.
+        let mut request = flow.request;
         let view = self.shared.get();
         let snapshot = &view.snapshot;
-        if snapshot.identities.contains_key(&request.remote_identity) {
+        let state = snapshot.endpoints.get(&request.endpoint)?;
+        // The programs evaluate a flow after a change of policies only with the flow's next packet. Until then the proxy
+        // evaluates it, because a connection whose bytes are relayed without inspection is looked up only at the change.
+        // If the peer's identity no longer exists, only the programs can find the new one, and the connection ends.
+        if request.revision < state.revision {
+            if !snapshot.identities.contains_key(&request.remote_identity) {
+                return None;
+            }
             let entry = snapshot.policy_entry(
                 request.endpoint,
                 direction,
@@ -473,11 +477,15 @@ impl Flows for FlowTable {
                 protocol::TCP,
                 Some(server.port()),
             )?;
-            let intercepts = Decision::from_u8(entry.decision) == Decision::Inspect
-                && entry.inspector == Inspector::TlsTerminate as u8;
-            let is_audited = entry.flags & entry_flags::AUDIT != 0;
-            if !intercepts && !is_audited {
+            if Decision::from_u8(entry.decision) != Decision::Inspect
+                || entry.inspector != Inspector::TlsTerminate as u8
+            {
                 return None;
+            }
+            (request.rule, request.ruleset) = (entry.rule, entry.ruleset);
+            request.flags &= !punt_flags::AUDIT;
+            if entry.flags & entry_flags::AUDIT != 0 {
+                request.flags |= punt_flags::AUDIT;
             }
         }
         Some(Flow {
