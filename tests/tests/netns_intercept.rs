@@ -27,7 +27,7 @@ use palisade_tests::{
         apps::policy,
         intercept::{HOSTS, Lab, RULES, Secrets, lab},
         pki::{Authority, Validity},
-        python::{Load, fault_peer, hold, packages, session},
+        python::{Load, fault_peer, hold, packages, same_port, session},
         s3::{Aws, S3},
     },
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon_with, tables},
@@ -1184,6 +1184,61 @@ fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
     }
     assert_eq!(broken.requests(), [Value::Null; 0]);
     assert_eq!(peer.requests().len(), 6);
+}
+
+#[test]
+fn a_client_uses_its_port_again_while_the_server_still_closes() {
+    /// The server gets no FIN, and its resets are lost: the proxy's connection stays open while it retransmits the FIN.
+    const NO_FIN: &str = "table inet late {
+        chain input { type filter hook input priority 0; tcp dport 443 tcp flags & fin == fin drop; }
+        chain output { type filter hook output priority 0; tcp sport 443 tcp flags & rst == rst drop; }
+    }
+";
+    let lab = lab();
+    let (internet, client) = (lab.apps.ns("internet"), lab.apps.ns("client"));
+    let web = Web::start(internet, "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let daemon = lab.client_only(&[HTTPS], RULES);
+    let twice = |family: Family, local_port: u16| {
+        let at = lab.apps.at("internet", family, HTTPS);
+        same_port(client, "www.web.example", &lab.ours.cert, at, local_port, 2).expect("client")
+    };
+    let said = |error: anyhow::Error| -> Vec<String> { panic!("{error:#}\n{}", daemon.report()) };
+    for family in FAMILIES {
+        internet.nft(NO_FIN).expect("nft");
+        let requests = twice(family, 40_001);
+        requests.lines("open", 2).unwrap_or_else(said);
+        // The second connection begins before the server gets the FIN of the first one.
+        wait_until("the second connection", OPEN, || {
+            let all = daemon.json(&["intercept", "connections"]).unwrap_or_default();
+            all.to_string().contains("connects to the server")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        internet.nft("delete table inet late\n").expect("nft");
+        let lines = requests.lines("status", 2).unwrap_or_else(said);
+        assert!(
+            lines.iter().all(|line| line.starts_with("status 200")),
+            "{family:?}: {lines:?}\n{}",
+            daemon.report()
+        );
+    }
+    assert_eq!(web.seen().len(), 4);
+    // The first connection is not closed within the time for a connect.
+    internet.nft(NO_FIN).expect("nft");
+    let all = FAMILIES.map(|family| twice(family, 40_002));
+    for requests in &all {
+        let lines = requests.lines("status", 2).unwrap_or_else(said);
+        assert!(
+            lines[0].starts_with("status 200")
+                && lines[1].starts_with("status 503 client port still in use")
+                && lines[1].ends_with("is not closed yet"),
+            "{lines:?}\n{}",
+            daemon.report()
+        );
+    }
+    is_noted(&daemon, "www.web.example", &|text| {
+        text.contains("client port still in use")
+    });
+    assert_eq!(web.seen().len(), 6);
 }
 
 // --- change, load, death -------------------------------------------------------------------------------------------------

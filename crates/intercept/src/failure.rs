@@ -35,7 +35,9 @@ kinds! {
     Refused = "connection refused";
     /// A router or the node's routes say that the server cannot be reached.
     Unreachable = "server unreachable";
-    /// The connection could not be opened for another reason, for example because its ports are in use.
+    /// An earlier connection with the same addresses and ports was not closed within the time for the connect.
+    PortInUse = "client port still in use";
+    /// The connection could not be opened for another reason, for example because no socket is left.
     ConnectFailed = "connect failed";
     /// The TLS handshake did not end in time.
     HandshakeTimeout = "TLS handshake timeout";

@@ -1,10 +1,12 @@
 //! The connection to the server, and the TLS handshakes with the server and then with the client.
 
+use std::io;
+
 use mio::Interest;
 use palisade_abi::Reason;
-use palisade_inspect::Side;
+use palisade_inspect::{Millis, Side, stream::StreamContext};
 
-use super::{Connection, Cx, Phase, Step, Stop, token};
+use super::{Connection, Cx, Phase, Retry, Step, Stop, token};
 use crate::{
     end::{End, EndError, Handshake},
     failure::{Failure, FailureKind, alert_name, plain_alert},
@@ -15,6 +17,12 @@ use crate::{
 
 /// The alert internal_error (RFC 8446, section 6.2).
 const INTERNAL_ERROR: u8 = 80;
+
+/// Time until the second attempt to open a connection whose port is still in use, ms. It is doubled for each further
+/// attempt.
+const FIRST_RETRY: Millis = 4;
+/// Longest time between two attempts, ms.
+const LAST_RETRY: Millis = 512;
 
 impl Connection {
     /// Opens the connection to the server, and begins TLS once it is open.
@@ -52,7 +60,16 @@ impl Connection {
         Ok(true)
     }
 
+    /// Opens the socket to the server. If the client's address and port are still in use, another attempt follows: a
+    /// client can use its port again as soon as its own connection is closed, but the proxy's earlier connection from
+    /// that port is closed only after the server has closed it too.
     fn begin_connect(&mut self, cx: &mut Cx<'_>) -> Step {
+        let Phase::Connect(Retry { at, wait }) = self.phase else {
+            return Err(Stop::Reset);
+        };
+        if at > cx.now {
+            return Ok(false);
+        }
         // A socket belongs to the namespace in which its thread creates it. The thread stays there, because most
         // connections are of one direction.
         let direction = self.context.direction;
@@ -72,11 +89,24 @@ impl Connection {
                 self.server = Some(server);
                 Ok(false)
             }
+            Err(error) if is_in_use(&error) => {
+                let wait = (wait * 2).clamp(FIRST_RETRY, LAST_RETRY);
+                let at = cx.now + wait;
+                self.phase = Phase::Connect(Retry { at, wait });
+                Ok(false)
+            }
             Err(error) => {
                 self.fail(Failure::of_connect(&error), cx);
                 Ok(true)
             }
         }
+    }
+
+    /// Returns the failure of a connection whose client uses a port that is still in use towards the server.
+    pub(super) fn port_in_use(&self) -> Failure {
+        let StreamContext { client, server, .. } = self.context;
+        let words = format!("the earlier connection from {client} to {server} is not closed yet");
+        Failure::new(FailureKind::PortInUse, words)
     }
 
     /// Continues the TLS handshake with the server.
@@ -205,6 +235,15 @@ impl Connection {
         };
         self.set_phase(Phase::Relay, cx.now);
     }
+}
+
+/// Returns whether another connection still has the same addresses and ports: `connect` reports EADDRNOTAVAIL then, and
+/// `bind` EADDRINUSE.
+fn is_in_use(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse
+    )
 }
 
 /// Returns a failure of the TLS handshake with the client in words.

@@ -13,7 +13,7 @@ use palisade_protocols::{
 };
 use rustls::server::Accepted;
 
-use super::{Connection, Cx, Phase, Step, Stop};
+use super::{Connection, Cx, Phase, Retry, Step, Stop};
 use crate::{failure::plain_alert, stats::count, tls::PeerName};
 
 /// Maximum number of application protocols of a client that are offered to the server.
@@ -141,7 +141,7 @@ impl Connection {
                 return self.refuse_hello(&plain_alert(ACCESS_DENIED), cx);
             }
         }
-        self.set_phase(Phase::Connect, cx.now);
+        self.set_phase(Phase::Connect(Retry::default()), cx.now);
         Ok(true)
     }
 
@@ -177,7 +177,7 @@ impl Connection {
             // The inspector refuses the stream before any byte is forwarded.
             Err(_) => {}
         }
-        self.set_phase(Phase::Connect, cx.now);
+        self.set_phase(Phase::Connect(Retry::default()), cx.now);
         Ok(true)
     }
 }

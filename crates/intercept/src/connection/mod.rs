@@ -93,7 +93,7 @@ enum Phase {
     /// The first request of a client without TLS arrives, whose Host names the server.
     Host(Box<Head>),
     /// The connection to the server is being opened.
-    Connect,
+    Connect(Retry),
     /// TLS handshake with the server.
     UpstreamTls,
     /// TLS handshake with the client.
@@ -112,13 +112,22 @@ impl Phase {
         match self {
             Self::Hello(_) => "waits for the ClientHello",
             Self::Host(_) => "waits for the first request",
-            Self::Connect => "connects to the server",
+            Self::Connect(_) => "connects to the server",
             Self::UpstreamTls => "TLS handshake with the server",
             Self::ClientTls => "TLS handshake with the client",
             Self::Relay => "open",
             Self::Linger { .. } => "closes",
         }
     }
+}
+
+/// When the connection to the server is tried again because the client's address and port are still in use.
+#[derive(Clone, Copy, Debug, Default)]
+struct Retry {
+    /// Time of the next attempt, ms.
+    at: Millis,
+    /// Time between the last attempt and the next one, ms.
+    wait: Millis,
 }
 
 /// State of the two parsers that read a ClientHello.
@@ -194,7 +203,7 @@ impl Connection {
         let phase = match (&set.terminating_tls, &set.originating_tls) {
             (Some(_), _) => Phase::Hello(Box::default()),
             (None, Some(_)) => Phase::Host(Box::default()),
-            (None, None) => Phase::Connect,
+            (None, None) => Phase::Connect(Retry::default()),
         };
         let mut client = End::new(socket);
         let interest = Interest::READABLE | Interest::WRITABLE;
@@ -262,7 +271,14 @@ impl Connection {
             Phase::Hello(_) | Phase::UpstreamTls | Phase::ClientTls => {
                 after(self.phase_since, options.handshake)
             }
-            Phase::Connect => after(self.phase_since, options.connect),
+            Phase::Connect(retry) => {
+                let timeout = after(self.phase_since, options.connect);
+                if self.server.is_none() {
+                    timeout.min(retry.at)
+                } else {
+                    timeout
+                }
+            }
             Phase::Host(_) => after(self.phase_since, options.head),
             Phase::Relay => self
                 .head_since()
@@ -333,7 +349,11 @@ impl Connection {
     pub(crate) fn expire(&mut self, cx: &mut Cx<'_>) -> Next {
         use crate::failure::FailureKind as Kind;
         match self.phase {
-            Phase::Connect => self.fail(Kind::ConnectTimeout.into(), cx),
+            // The next attempt comes first, even if the timeout has passed too: only the attempt can tell why the
+            // connection cannot be opened.
+            Phase::Connect(retry) if self.server.is_none() && retry.at <= cx.now => {}
+            Phase::Connect(_) if self.server.is_none() => self.fail(self.port_in_use(), cx),
+            Phase::Connect(_) => self.fail(Kind::ConnectTimeout.into(), cx),
             Phase::UpstreamTls => self.fail(Kind::HandshakeTimeout.into(), cx),
             Phase::Linger { .. } => return Next::Close,
             Phase::Relay if self.head_since().is_none() && !self.is_within_frame() => {
@@ -421,7 +441,7 @@ impl Connection {
             let step = match &self.phase {
                 Phase::Hello(_) => self.hello(cx),
                 Phase::Host(_) => self.host(cx),
-                Phase::Connect => self.connect(cx),
+                Phase::Connect(_) => self.connect(cx),
                 Phase::UpstreamTls => self.upstream_tls(cx),
                 Phase::ClientTls => self.client_tls(cx),
                 Phase::Relay => self.relay(cx),
@@ -451,7 +471,7 @@ impl Connection {
     fn is_abandoned(&self) -> bool {
         self.client.has_failed
             && match &self.phase {
-                Phase::Connect | Phase::UpstreamTls => true,
+                Phase::Connect(_) | Phase::UpstreamTls => true,
                 Phase::Relay => {
                     let is_blocked = self.server.as_ref().is_some_and(End::is_blocked);
                     is_blocked || !self.client.can_receive()
