@@ -4,27 +4,14 @@
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
-use palisade_abi::{Reason, identity};
+use palisade_abi::identity;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use strum::{AsRefStr, EnumString, VariantArray};
 
-use crate::Timestamp;
+use crate::{Timestamp, Uuid, drop_reason::DropReason};
 
 /// Verdict on a packet.
-#[derive(
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Debug,
-    Default,
-    Serialize,
-    Deserialize,
-    AsRefStr,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, EnumString, VariantArray)]
 #[strum(ascii_case_insensitive, serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Verdict {
@@ -50,33 +37,41 @@ pub enum Verdict {
 }
 
 /// Kind of record.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum FlowType {
     /// Record of a packet.
     #[default]
+    #[strum(serialize = "L3_L4")]
     #[serde(rename = "L3_L4")]
     L3L4 = 1,
     /// Record of an application message.
     L7 = 2,
+    /// Record of a socket operation. Palisade makes none.
+    Sock = 3,
 }
 
 /// Direction of an application message.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum L7Type {
     /// Unknown direction.
     #[default]
+    #[strum(serialize = "UNKNOWN_L7_TYPE")]
     #[serde(rename = "UNKNOWN_L7_TYPE")]
     Unknown = 0,
     /// Request or query.
     Request = 1,
     /// Response.
     Response = 2,
+    /// Sample of a stream. Palisade makes none.
+    Sample = 3,
 }
 
 /// Direction of the connection, seen from the endpoint whose policy decided.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum TrafficDirection {
@@ -91,23 +86,43 @@ pub enum TrafficDirection {
     Egress = 2,
 }
 
-/// Point where a packet was observed, named after its next hop.
-#[derive(
-    Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize, AsRefStr, VariantArray,
-)]
+/// Point where a packet was observed, named after its next hop or the previous one. Palisade reports `ToHost`,
+/// `ToStack`, `ToNetwork` and `ToEndpoint`; the others are in flows of Cilium.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, VariantArray)]
 #[strum(serialize_all = "kebab-case")]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum TracePoint {
     /// Not a trace.
     #[default]
+    #[strum(serialize = "unknown-point")]
     #[serde(rename = "UNKNOWN_POINT")]
     Unknown = 0,
+    /// Towards a proxy.
+    ToProxy = 1,
     /// Towards the node itself.
     ToHost = 2,
     /// From a workload towards the network stack of the node.
     ToStack = 3,
+    /// Towards a tunnel.
+    ToOverlay = 4,
+    /// From a workload.
+    FromEndpoint = 5,
+    /// From a proxy.
+    FromProxy = 6,
+    /// From the node itself.
+    FromHost = 7,
+    /// From the network stack of the node.
+    FromStack = 8,
+    /// From a tunnel.
+    FromOverlay = 9,
+    /// From a NIC.
+    FromNetwork = 10,
     /// From the node towards a NIC.
     ToNetwork = 11,
+    /// From decryption.
+    FromCrypto = 12,
+    /// Towards encryption.
+    ToCrypto = 13,
     /// Towards a workload.
     ToEndpoint = 101,
 }
@@ -124,105 +139,87 @@ impl TracePoint {
 }
 
 /// IP version.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, AsRefStr, VariantArray)]
 pub enum IpVersion {
     /// Not an IP packet.
     #[default]
+    #[strum(serialize = "IP_NOT_USED")]
     #[serde(rename = "IP_NOT_USED")]
     NotUsed = 0,
     /// IPv4.
+    #[strum(serialize = "IPv4")]
     #[serde(rename = "IPv4")]
     V4 = 1,
     /// IPv6.
+    #[strum(serialize = "IPv6")]
     #[serde(rename = "IPv6")]
     V6 = 2,
 }
 
-/// Number of a drop reason; 0 if the packet was not dropped. In JSON, a drop reason is its name in the API, or its
-/// number if the API has no name for it, as protobuf writes unknown enumeration values.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct DropReason(pub u8);
+/// Implements `Deserialize` for an enumeration of the API: from a name or a number, as the JSON form of protobuf allows.
+/// A value that is not known, from a newer version of the API, becomes the default.
+macro_rules! api_enum {
+    ($($name:ident),*) => {
+        $(impl $name {
+            /// Returns the value with this number in the API.
+            #[must_use]
+            pub fn from_number(number: i64) -> Option<Self> {
+                Self::VARIANTS.iter().copied().find(|value| *value as i64 == number)
+            }
 
-const DROP_REASON_NAMES: &[(Reason, &str)] = &[
-    (Reason::InvalidSourceIp, "INVALID_SOURCE_IP"),
-    (Reason::PolicyDenied, "POLICY_DENIED"),
-    (Reason::InvalidPacket, "INVALID_PACKET_DROPPED"),
-    (Reason::CtInvalidHeader, "CT_TRUNCATED_OR_INVALID_HEADER"),
-    (Reason::UnknownL4, "CT_UNKNOWN_L4_PROTOCOL"),
-    (Reason::UnsupportedL3, "UNSUPPORTED_L3_PROTOCOL"),
-    (Reason::CtInsertionFailed, "CT_MAP_INSERTION_FAILED"),
-    (Reason::InvalidIpv6Extension, "INVALID_IPV6_EXTENSION_HEADER"),
-    (
-        Reason::FragmentNotFound,
-        "FIRST_LOGICAL_DATAGRAM_FRAGMENT_NOT_FOUND",
-    ),
-    (Reason::PolicyDeniedByDenylist, "POLICY_DENY"),
-    (Reason::AuthRequired, "AUTH_REQUIRED"),
-];
-
-impl DropReason {
-    /// Returns the name in the API, if there is one.
-    #[must_use]
-    pub fn name(self) -> Option<&'static str> {
-        DROP_REASON_NAMES
-            .iter()
-            .find(|(reason, _)| *reason as u8 == self.0)
-            .map(|(_, name)| *name)
-    }
-
-    /// Returns the text of the reason, or its number if the reason is unknown.
-    #[must_use]
-    pub fn text(self) -> Cow<'static, str> {
-        match Reason::from_u8(self.0) {
-            Some(reason) => Cow::Borrowed(reason.text()),
-            None => Cow::Owned(self.0.to_string()),
-        }
-    }
-
-    /// Parses a number, a name of the API, or the text of a drop reason.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        if let Ok(number) = name.parse() {
-            return Some(Self(number));
-        }
-        let by_name = DROP_REASON_NAMES
-            .iter()
-            .find(|(_, known)| known.eq_ignore_ascii_case(name))
-            .map(|(r, _)| *r);
-        let by_text = || {
-            Reason::ALL
-                .iter()
-                .copied()
-                .find(|r| r.is_drop() && r.text().eq_ignore_ascii_case(name))
-        };
-        by_name.or_else(by_text).map(|reason| Self(reason as u8))
-    }
-}
-
-impl Serialize for DropReason {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.name() {
-            Some(name) => serializer.serialize_str(name),
-            None => serializer.serialize_u8(self.0),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for DropReason {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Form<'a> {
-            Number(u8),
-            Name(Cow<'a, str>),
-        }
-        match Form::deserialize(deserializer)? {
-            Form::Number(number) => Ok(Self(number)),
-            Form::Name(name) => {
-                Self::from_name(&name).ok_or_else(|| de::Error::custom(format!("unknown drop reason {name}")))
+            /// Returns the value with this name in the API, case-insensitively, with `-` or `_` between words.
+            #[must_use]
+            pub fn from_name(name: &str) -> Option<Self> {
+                Self::VARIANTS.iter().copied().find(|value| same_name(value.as_ref(), name))
             }
         }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_any(EnumVisitor {
+                    by_name: Self::from_name,
+                    by_number: Self::from_number,
+                })
+            }
+        })*
+    };
+}
+
+api_enum!(Verdict, FlowType, L7Type, TrafficDirection, TracePoint, IpVersion);
+
+fn same_name(known: &str, name: &str) -> bool {
+    let letter = |byte: u8| match byte {
+        b'-' => b'_',
+        other => other.to_ascii_uppercase(),
+    };
+    known.len() == name.len() && known.bytes().map(letter).eq(name.bytes().map(letter))
+}
+
+struct EnumVisitor<T> {
+    by_name: fn(&str) -> Option<T>,
+    by_number: fn(i64) -> Option<T>,
+}
+
+impl<T: Default> de::Visitor<'_> for EnumVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name or number of a value")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<T, E> {
+        Ok((self.by_name)(name).unwrap_or_default())
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<T, E> {
+        Ok((self.by_number)(number).unwrap_or_default())
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
+        Ok(i64::try_from(number)
+            .ok()
+            .and_then(self.by_number)
+            .unwrap_or_default())
     }
 }
 
@@ -231,15 +228,28 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 /// Values of [`EventType::kind`].
-pub(crate) mod event_type {
+pub mod event_type {
     /// Drop; the sub-type is the reason.
-    pub(crate) const DROP: i32 = 1;
+    pub const DROP: i32 = 1;
+    /// Captured packet of a debug build of Cilium. Palisade reports none.
+    pub const CAPTURE: i32 = 3;
     /// Trace; the sub-type is the trace point.
-    pub(crate) const TRACE: i32 = 4;
+    pub const TRACE: i32 = 4;
     /// Policy verdict.
-    pub(crate) const POLICY_VERDICT: i32 = 5;
+    pub const POLICY_VERDICT: i32 = 5;
+    /// Trace of a socket operation. Palisade reports none.
+    pub const TRACE_SOCK: i32 = 7;
     /// Record of an application message.
-    pub(crate) const ACCESS_LOG: i32 = 129;
+    pub const ACCESS_LOG: i32 = 129;
+    /// Names of the types on the command line, and their numbers.
+    pub const NAMES: &[(&str, i32)] = &[
+        ("trace", TRACE),
+        ("drop", DROP),
+        ("policy-verdict", POLICY_VERDICT),
+        ("l7", ACCESS_LOG),
+        ("capture", CAPTURE),
+        ("trace-sock", TRACE_SOCK),
+    ];
 }
 
 /// Flow record: one packet or application message, and its verdict.
@@ -248,6 +258,9 @@ pub(crate) mod event_type {
 pub struct Flow {
     /// Time of the packet or message.
     pub time: Timestamp,
+    /// Identifier; the ring sets it.
+    #[serde(skip_serializing_if = "Uuid::is_none")]
+    pub uuid: Uuid,
     /// Verdict.
     pub verdict: Verdict,
     /// Number of the drop reason; 0 if not dropped.
@@ -281,6 +294,9 @@ pub struct Flow {
     /// Name of the node that recorded the flow.
     #[serde(skip_serializing_if = "is_empty")]
     pub node_name: Arc<str>,
+    /// Labels of that node, `key=value`.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub node_labels: Arc<[Arc<str>]>,
     /// Kind of event.
     pub event_type: EventType,
     /// Direction of the connection.
@@ -301,6 +317,9 @@ pub struct Flow {
     /// Interface at which the packet was observed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interface: Option<NetworkInterface>,
+    /// Distributed trace of an HTTP message, if its recorded header fields have one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_context: Option<Box<TraceContext>>,
     /// Policies that allowed the packet, if the connection is egress of the endpoint.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub egress_allowed_by: Arc<[Policy]>,
@@ -319,6 +338,38 @@ pub struct Flow {
     /// Summary of the packet or message as text.
     #[serde(rename = "Summary", skip_serializing_if = "String::is_empty")]
     pub summary: String,
+}
+
+impl Flow {
+    /// Returns whether this is the record of an application message.
+    #[must_use]
+    pub fn is_l7(&self) -> bool {
+        self.flow_type == FlowType::L7
+    }
+
+    /// Returns the identifier of the distributed trace, if there is one.
+    #[must_use]
+    pub fn trace_id(&self) -> Option<&str> {
+        let parent = self.trace_context.as_ref()?.parent.as_ref()?;
+        Some(&parent.trace_id)
+    }
+}
+
+/// Distributed trace to which a message belongs (W3C Trace Context).
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TraceContext {
+    /// Request of the trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent: Option<TraceParent>,
+}
+
+/// Request of a distributed trace.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TraceParent {
+    /// Identifier of the trace, 32 hexadecimal digits.
+    pub trace_id: String,
 }
 
 fn is_empty(text: &str) -> bool {
@@ -733,6 +784,9 @@ pub struct Endpoint {
     /// Numeric identity; 0 if it was not looked up.
     #[serde(skip_serializing_if = "is_default")]
     pub identity: u32,
+    /// Name of the cluster; empty in flows of Palisade, since a node belongs to no cluster.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub cluster_name: Arc<str>,
     /// Namespace.
     #[serde(skip_serializing_if = "is_empty")]
     pub namespace: Arc<str>,
@@ -742,6 +796,37 @@ pub struct Endpoint {
     /// Name of the endpoint, or of the peer.
     #[serde(skip_serializing_if = "is_empty")]
     pub pod_name: Arc<str>,
+    /// Workloads of the endpoint.
+    #[serde(skip_serializing_if = "is_slice_empty")]
+    pub workloads: Arc<[Workload]>,
+}
+
+/// Workload to which an endpoint belongs.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Workload {
+    /// Name.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub name: Arc<str>,
+    /// Kind, such as `Pod` or `Deployment`.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub kind: Arc<str>,
+}
+
+impl Workload {
+    /// Returns the workloads of an endpoint or peer with this name: one of kind `Pod`, which is the kind that Cilium
+    /// reports for a pod without a controller.
+    #[must_use]
+    pub fn of_endpoint(name: &Arc<str>) -> Arc<[Self]> {
+        if name.is_empty() {
+            return Arc::default();
+        }
+        [Self {
+            name: Arc::clone(name),
+            kind: "Pod".into(),
+        }]
+        .into()
+    }
 }
 
 fn is_slice_empty<T>(slice: &[T]) -> bool {
@@ -749,7 +834,8 @@ fn is_slice_empty<T>(slice: &[T]) -> bool {
 }
 
 /// Returns the name of a reserved identity.
-pub(crate) const fn reserved_name(number: u32) -> Option<&'static str> {
+#[must_use]
+pub const fn reserved_name(number: u32) -> Option<&'static str> {
     Some(match number {
         0 => "unknown",
         identity::HOST => "host",
@@ -801,7 +887,7 @@ pub struct Policy {
     /// Labels of the policy itself.
     #[serde(skip_serializing_if = "is_slice_empty")]
     pub labels: Arc<[Arc<str>]>,
-    /// Revision of the policies at the time of the decision; Palisade does not set this field.
+    /// Revision of the policies in force when the flow was recorded; 0 if unknown.
     #[serde(with = "u64_text", skip_serializing_if = "is_default")]
     pub revision: u64,
     /// Kind of resource, such as `CiliumNetworkPolicy` or `NetworkPolicy`.

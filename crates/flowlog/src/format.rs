@@ -259,7 +259,8 @@ fn l7_text(flow: &Flow) -> String {
     let side = match l7.kind {
         L7Type::Request => "request",
         L7Type::Response => "response",
-        L7Type::Unknown => "unknown",
+        L7Type::Sample => "sample",
+        L7Type::Unknown => "unknown_l7_type",
     };
     match &**l7 {
         Layer7 { dns: Some(dns), .. } => format!("dns-{side} {}", dns.observation_source),

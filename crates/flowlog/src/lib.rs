@@ -11,19 +11,23 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
+mod drop_reason;
 pub mod duration;
 pub mod filter;
-mod flow;
+pub mod flow;
 pub mod format;
 mod order;
 mod record;
 mod resolve;
 mod ring;
 mod time;
+mod uuid;
 
+pub use drop_reason::DropReason;
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::{Flow, Policy, TrafficDirection};
 pub use order::Ordered;
 pub use resolve::{FlowResolver, Owner, RuleInfo};
 pub use ring::{Cursor, Next, Resolver, Ring};
 pub use time::{ParseTimeError, Timestamp};
+pub use uuid::Uuid;

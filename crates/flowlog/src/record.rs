@@ -7,10 +7,11 @@ use palisade_inspect::record::{Record, Text, Verdict as Seen, What, Word};
 use palisade_protocols::{dns::rtype, kafka};
 
 use crate::{
-    FlowResolver, Timestamp,
+    DropReason, FlowResolver, Timestamp,
     flow::{
-        Dns, DropReason, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, Kafka, L7Type,
-        Layer4, Layer7, NetworkInterface, TcpFlags, Tls, TrafficDirection, Verdict, event_type,
+        Dns, EventType, Extra, Flow, FlowType, Http, HttpHeader, Ip, IpVersion, Kafka, L7Type, Layer4,
+        Layer7, NetworkInterface, TcpFlags, Tls, TraceContext, TraceParent, TrafficDirection, Verdict,
+        event_type,
     },
     resolve::{end, rule_of},
 };
@@ -42,6 +43,7 @@ impl Flow {
         };
         let rule = (record.rule != 0).then(|| names.rule(record.rule).unwrap_or_default());
         let read = read(record);
+        let trace_context = read.http.as_ref().and_then(trace_context);
         let mut flow = Self {
             time,
             verdict,
@@ -82,6 +84,7 @@ impl Flow {
             })),
             flow_type: FlowType::L7,
             node_name: names.node(),
+            node_labels: names.node_labels(),
             event_type: EventType {
                 kind: event_type::ACCESS_LOG,
                 sub_type: 0,
@@ -97,6 +100,7 @@ impl Flow {
                 index: record.ifindex,
                 name: names.interface(record.ifindex).unwrap_or_default(),
             }),
+            trace_context,
             palisade: Extra {
                 reason: if verdict == Verdict::Forwarded && record.reason.is_drop() {
                     Reason::Allowed.text().into()
@@ -315,6 +319,23 @@ fn http(status: u16, method: &Word, version: u8, url: &Text, headers: &Text) -> 
             })
             .collect(),
     }
+}
+
+/// Returns the trace that the header field `traceparent` names (W3C Trace Context, section 3.2): version, trace, parent and
+/// flags in hexadecimal digits, with `-` between.
+fn trace_context(http: &Http) -> Option<Box<TraceContext>> {
+    let field = http.headers.iter().find(|field| field.key == "traceparent")?;
+    let mut parts = field.value.split('-');
+    let is_hex = |part: &str, digits| part.len() == digits && part.bytes().all(|b| b.is_ascii_hexdigit());
+    let (version, trace_id) = (parts.next()?, parts.next()?);
+    let names_a_trace = trace_id.bytes().any(|digit| digit != b'0');
+    (is_hex(version, 2) && is_hex(trace_id, 32) && names_a_trace && parts.next().is_some()).then(|| {
+        Box::new(TraceContext {
+            parent: Some(TraceParent {
+                trace_id: trace_id.to_owned(),
+            }),
+        })
+    })
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -5,10 +5,10 @@ use std::{net::IpAddr, sync::Arc};
 use palisade_abi::{Event, EventKind, Reason, TracePoint as AbiTracePoint, event_flags, identity, protocol};
 
 use crate::{
-    Timestamp,
+    DropReason, Timestamp,
     flow::{
-        DropReason, Endpoint, Ethernet, EventType, Extra, Flow, FlowType, Ip, IpVersion, Layer4, Mac, Moment,
-        NetworkInterface, Policy, Progress, Rule, TcpFlags, TracePoint, TrafficDirection, Verdict,
+        Endpoint, Ethernet, EventType, Extra, Flow, FlowType, Ip, IpVersion, Layer4, Mac, Moment,
+        NetworkInterface, Policy, Progress, Rule, TcpFlags, TracePoint, TrafficDirection, Verdict, Workload,
         event_type,
     },
 };
@@ -24,6 +24,8 @@ pub struct Owner {
     pub namespace: Arc<str>,
     /// Name.
     pub name: Arc<str>,
+    /// Workloads, as [`Workload::of_endpoint`] makes them.
+    pub workloads: Arc<[Workload]>,
 }
 
 /// Description of a rule.
@@ -44,6 +46,10 @@ pub struct RuleInfo {
 pub trait FlowResolver {
     /// Returns the name of this node.
     fn node(&self) -> Arc<str>;
+    /// Returns the labels of this node, `key=value`.
+    fn node_labels(&self) -> Arc<[Arc<str>]> {
+        Arc::default()
+    }
     /// Returns the labels of an identity, `source:key=value`, sorted.
     fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>>;
     /// Returns an endpoint of this node by its number.
@@ -125,7 +131,8 @@ impl Flow {
             ),
             flow_type: FlowType::L3L4,
             node_name: names.node(),
-            is_reply: (!flag(event_flags::REPLY_UNKNOWN)).then_some(flag(event_flags::REPLY)),
+            node_labels: names.node_labels(),
+            is_reply: is_reply(kind, verdict, event.flags),
             event_type: match kind {
                 EventKind::Drop => EventType {
                     kind: event_type::DROP,
@@ -209,6 +216,15 @@ impl Flow {
     }
 }
 
+/// Returns whether the packet is of the reply direction, as Hubble reports it: the direction of a dropped or denied packet
+/// counts as unknown. A packet that a policy allows is the first one of its flow, unless the programs know better.
+const fn is_reply(kind: EventKind, verdict: Verdict, flags: u8) -> Option<bool> {
+    match (kind, verdict) {
+        (EventKind::Drop, _) | (EventKind::PolicyVerdict, Verdict::Dropped) => None,
+        (EventKind::PolicyVerdict | EventKind::Trace, _) => Some(flags & event_flags::REPLY != 0),
+    }
+}
+
 pub(crate) fn rule_of(id: u32, info: &RuleInfo) -> Rule {
     Rule {
         id,
@@ -254,7 +270,9 @@ pub(crate) fn end(
         } else {
             names.labels(identity).unwrap_or_default()
         },
+        cluster_name: Arc::default(),
         pod_name: owner.name,
+        workloads: owner.workloads,
     }
 }
 

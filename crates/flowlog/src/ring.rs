@@ -10,6 +10,7 @@
 //! texts only when a reader needs it ([`Ring::push_record`]).
 
 use std::{
+    hash::{BuildHasher as _, RandomState},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -19,7 +20,7 @@ use std::{
 
 use palisade_inspect::record::Record;
 
-use crate::{Filters, Flow, FlowResolver, Timestamp};
+use crate::{Filters, Flow, FlowResolver, Timestamp, Uuid};
 
 /// Resolver of the numbers in records.
 pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
@@ -28,13 +29,18 @@ pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
 struct Deferred {
     record: Record,
     time: Timestamp,
+    uuid: Uuid,
     names: Resolver,
     flow: OnceLock<Arc<Flow>>,
 }
 
 impl Deferred {
     fn flow(&self) -> &Arc<Flow> {
-        let make = || Arc::new(Flow::from_record(&self.record, &*self.names, self.time));
+        let make = || {
+            let mut flow = Flow::from_record(&self.record, &*self.names, self.time);
+            flow.uuid = self.uuid.clone();
+            Arc::new(flow)
+        };
         self.flow.get_or_init(make)
     }
 }
@@ -68,6 +74,8 @@ struct Slot {
 
 /// Bounded ring of flows.
 pub struct Ring {
+    /// Random value in the identifiers of all flows of this ring.
+    key: u64,
     slots: Box<[Mutex<Slot>]>,
     /// Number of the next flow. All flows with lower numbers are in their slots or overwritten.
     next: AtomicU64,
@@ -109,6 +117,9 @@ impl Ring {
             })
         };
         Arc::new(Self {
+            // The keys of `RandomState` are random. The value need not be secret, only different from that of other
+            // daemons and of this daemon before a restart.
+            key: RandomState::new().hash_one(()),
             slots: (0..capacity.max(1)).map(slot).collect(),
             next: AtomicU64::new(0),
             writing: Mutex::new(()),
@@ -143,19 +154,33 @@ impl Ring {
     }
 
     /// Adds a flow; a full ring overwrites the oldest flow. Returns the number of the new flow.
-    pub fn push(&self, flow: Flow) -> u64 {
-        self.put(Entry::Flow(Arc::new(flow)))
+    pub fn push(&self, mut flow: Flow) -> u64 {
+        self.put(|uuid| {
+            flow.uuid = uuid;
+            Entry::Flow(Arc::new(flow))
+        })
     }
 
     /// Adds a record of an inspector. Its flow is made at the first read or by [`Ring::settle`], whichever is first,
     /// with the names that `names` returns at that time. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
-        self.put(Entry::Record(Arc::new(Deferred {
-            record: *record,
-            time,
-            names: Arc::clone(names),
-            flow: OnceLock::new(),
-        })))
+        self.put(|uuid| {
+            Entry::Record(Arc::new(Deferred {
+                record: *record,
+                time,
+                uuid,
+                names: Arc::clone(names),
+                flow: OnceLock::new(),
+            }))
+        })
+    }
+
+    /// Returns the flow with this identifier, if the flow is still in the ring.
+    #[must_use]
+    pub fn get_by_uuid(&self, uuid: &str) -> Option<Arc<Flow>> {
+        let number = Uuid::parse(uuid)?.number_of(self.key)?;
+        // Slots that were never written have number 0 and no entry.
+        self.get(number)
     }
 
     /// Replaces each record that is older than `until` by its flow, and so releases the resolver of the record.
@@ -176,9 +201,10 @@ impl Ring {
         }
     }
 
-    fn put(&self, entry: Entry) -> u64 {
+    fn put(&self, make: impl FnOnce(Uuid) -> Entry) -> u64 {
         let turn = lock(&self.writing);
         let number = self.next.load(Ordering::SeqCst);
+        let entry = make(Uuid::new(self.key, number));
         let before = std::mem::replace(
             &mut *lock(self.slot(number)),
             Slot {

@@ -41,6 +41,18 @@ pub const FLAGS: &[Flag] = &[
     ),
     flag("from-ip", "ADDRESS", "Flows from an address or prefix"),
     flag("to-ip", "ADDRESS", "Flows to an address or prefix"),
+    flag(
+        "snat-ip",
+        "ADDRESS",
+        "Not supported: Palisade does not translate addresses",
+    ),
+    short("ipv4", '4', "", "IPv4 flows"),
+    short("ipv6", '6', "", "IPv6 flows"),
+    flag(
+        "ip-version",
+        "VERSION",
+        "Flows of IP version 4 or 6, or frames that are not IP (none)",
+    ),
     short(
         "label",
         'l',
@@ -59,16 +71,62 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "endpoint",
         "[NAMESPACE/]NAME",
-        "Flows from or to endpoints or peers by the beginning of their name, or an endpoint by number",
+        "Flows from or to endpoints or peers of any namespace by the beginning of their name, or an endpoint by number",
     ),
     flag("from-endpoint", "[NAMESPACE/]NAME", "Flows from endpoints"),
     flag("to-endpoint", "[NAMESPACE/]NAME", "Flows to endpoints"),
-    flag("pod", "[NAMESPACE/]NAME", "The same as --endpoint"),
-    flag("from-pod", "[NAMESPACE/]NAME", "The same as --from-endpoint"),
-    flag("to-pod", "[NAMESPACE/]NAME", "The same as --to-endpoint"),
+    flag(
+        "pod",
+        "[NAMESPACE/]NAME",
+        "Flows from or to endpoints or peers by the beginning of their name. Without a namespace: those of --namespace, \
+         or else of the namespace default. /NAME: of any namespace",
+    ),
+    flag(
+        "from-pod",
+        "[NAMESPACE/]NAME",
+        "Flows from endpoints, as in --pod",
+    ),
+    flag("to-pod", "[NAMESPACE/]NAME", "Flows to endpoints, as in --pod"),
     short("namespace", 'n', "NAMESPACE", "Flows from or to a namespace"),
     flag("from-namespace", "NAMESPACE", "Flows from a namespace"),
     flag("to-namespace", "NAMESPACE", "Flows to a namespace"),
+    short(
+        "all-namespaces",
+        'A',
+        "",
+        "Flows from or to any namespace; names in --pod without a namespace mean any",
+    ),
+    flag(
+        "from-all-namespaces",
+        "",
+        "Flows from any namespace; names in --from-pod without a namespace mean any",
+    ),
+    flag(
+        "to-all-namespaces",
+        "",
+        "Flows to any namespace; names in --to-pod without a namespace mean any",
+    ),
+    flag(
+        "workload",
+        "[KIND/]NAME",
+        "Flows from or to a workload: an endpoint or peer by its whole name, of kind Pod",
+    ),
+    flag("from-workload", "[KIND/]NAME", "Flows from a workload"),
+    flag("to-workload", "[KIND/]NAME", "Flows to a workload"),
+    flag(
+        "service",
+        "[NAMESPACE/]NAME",
+        "Not supported: Palisade has no Kubernetes services",
+    ),
+    flag("from-service", "[NAMESPACE/]NAME", "Not supported, as --service"),
+    flag("to-service", "[NAMESPACE/]NAME", "Not supported, as --service"),
+    flag(
+        "cluster",
+        "NAME",
+        "Not supported: a node of Palisade belongs to no cluster",
+    ),
+    flag("from-cluster", "NAME", "Not supported, as --cluster"),
+    flag("to-cluster", "NAME", "Not supported, as --cluster"),
     flag(
         "port",
         "PORT",
@@ -107,7 +165,6 @@ pub const FLAGS: &[Flag] = &[
         "true|false",
         "Packets of the reply direction, or of the original one",
     ),
-    flag("ip-version", "VERSION", "Flows of IP version 4 or 6"),
     flag(
         "tcp-flags",
         "FLAGS",
@@ -149,6 +206,16 @@ pub const FLAGS: &[Flag] = &[
         "HTTP messages with a header field, if [http] record_headers names it",
     ),
     flag(
+        "trace-id",
+        "ID",
+        "HTTP messages of a distributed trace, if [http] record_headers names traceparent",
+    ),
+    flag(
+        "ip-trace-id",
+        "ID",
+        "Not supported: Palisade does not record IP options",
+    ),
+    flag(
         "sni",
         "NAME",
         "TLS hellos for a server name; * stands for any text",
@@ -174,9 +241,36 @@ pub const FLAGS: &[Flag] = &[
         "Flows that a node recorded; * stands for any text",
     ),
     flag(
+        "node-label",
+        "SELECTOR",
+        "Flows that nodes with labels recorded (zone=a)",
+    ),
+    flag("uuid", "UUID", "The flow with an identifier, which -o json shows"),
+    flag(
+        "encrypted",
+        "",
+        "Not supported: Palisade does not know whether packets are encrypted",
+    ),
+    flag("unencrypted", "", "Not supported, as --encrypted"),
+    flag(
+        "cel-expression",
+        "EXPRESSION",
+        "Not supported: Palisade does not evaluate CEL expressions",
+    ),
+    flag(
         "since",
         "TIME",
         "Flows from a time on: RFC 3339, a date, or a duration before now (5m, 1h30m)",
     ),
     flag("until", "TIME", "Flows up to a time, written as for --since"),
+    flag(
+        "allowlist",
+        "JSON",
+        "Flows that match a filter of the flow API, as --print-raw-filters prints it",
+    ),
+    flag(
+        "denylist",
+        "JSON",
+        "Hide the flows that match a filter of the flow API",
+    ),
 ];

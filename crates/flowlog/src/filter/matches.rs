@@ -4,10 +4,13 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::model::{
-    EndpointName, Filters, FlowFilter, LabelSelector, PortRange, ProtocolFilter, Requirement, Sided, Test,
+use super::{
+    api::{EventTypeFilter, InterfaceFilter},
+    model::{
+        EndpointName, Filters, FlowFilter, LabelSelector, PortRange, ProtocolFilter, Requirement, Sided, Test,
+    },
 };
-use crate::flow::{Endpoint, Flow, Layer4};
+use crate::flow::{Endpoint, EventType, Flow, IpVersion, Layer4, NetworkInterface, Workload};
 
 impl Filters {
     /// Returns whether the flow passes all filters.
@@ -37,10 +40,9 @@ impl FlowFilter {
             _ => None,
         };
 
-        any(&self.event_type, |want| {
-            want.kind == flow.event_type.kind
-                && want.sub_type.is_none_or(|sub| sub == flow.event_type.sub_type)
-        }) && any(&self.verdict, |want| *want == flow.verdict)
+        any(&self.uuid, |want| *want == flow.uuid)
+            && any(&self.event_type, |want| want.matches(flow.event_type))
+            && any(&self.verdict, |want| *want == flow.verdict)
             && any(&self.drop_reason_desc, |want| *want == flow.drop_reason_desc)
             && any(&self.traffic_direction, |want| *want == flow.traffic_direction)
             && any(&self.reply, |want| Some(*want) == flow.is_reply)
@@ -71,7 +73,8 @@ impl FlowFilter {
                     fields.any(|have| have.key.eq_ignore_ascii_case(&want.key) && have.value == want.value)
                 })
             })
-            && any(&self.tls_server_name, |want| {
+            && any(&self.trace_id, |want| flow.trace_id() == Some(want))
+            && any(&self.sni, |want| {
                 tls.is_some_and(|tls| matches_pattern(want, &tls.server_name))
             })
             && any(&self.dns_query, |want| {
@@ -83,7 +86,7 @@ impl FlowFilter {
                     names.iter().any(|name| matches_pattern(want, name))
                 })
             && any(&self.ip_version, |want| {
-                flow.ip.is_some_and(|ip| ip.version == *want)
+                flow.ip.map_or(IpVersion::NotUsed, |ip| ip.version) == *want
             })
             && any(&self.tcp_flags, |want| {
                 flags.is_some_and(|have| have & want.0 == want.0)
@@ -95,18 +98,20 @@ impl FlowFilter {
             && self
                 .identity
                 .matches(source, destination, |want, end| *want == end.identity)
+            && self.pod.matches(source, destination, |want, end| {
+                !(end.namespace.is_empty() && end.pod_name.is_empty()) && want.matches(end)
+            })
             && self.endpoint.matches(source, destination, EndpointName::matches)
-            && self
-                .namespace
-                .matches(source, destination, |want, end| **want == *end.namespace)
+            && self.workload.matches(source, destination, |want, end| {
+                end.workloads.iter().any(|have| want.selects(have))
+            })
             && self
                 .label
                 .matches(source, destination, |want, end| want.matches(&end.labels))
             && any(&self.interface, |want| {
-                flow.interface
-                    .as_ref()
-                    .is_some_and(|have| *want == *have.name || want.parse() == Ok(have.index))
+                flow.interface.as_ref().is_some_and(|have| want.matches(have))
             })
+            && any(&self.node_labels, |want| want.matches(&flow.node_labels))
             && any(&self.node_name, |want| matches_pattern(want, &flow.node_name))
     }
 }
@@ -168,6 +173,25 @@ impl EndpointName {
     }
 }
 
+impl EventTypeFilter {
+    fn matches(&self, have: EventType) -> bool {
+        (self.kind == 0 || self.kind == have.kind) && (!self.match_sub_type || self.sub_type == have.sub_type)
+    }
+}
+
+impl InterfaceFilter {
+    fn matches(&self, have: &NetworkInterface) -> bool {
+        (self.index == 0 || self.index == have.index) && (self.name.is_empty() || *self.name == *have.name)
+    }
+}
+
+impl Workload {
+    /// Returns whether each part of this workload that is not empty is the same in another one.
+    fn selects(&self, have: &Self) -> bool {
+        (self.name.is_empty() || self.name == have.name) && (self.kind.is_empty() || self.kind == have.kind)
+    }
+}
+
 impl LabelSelector {
     /// Returns whether the labels, each `source:key[=value]`, meet all requirements.
     #[must_use]
@@ -198,8 +222,6 @@ impl Requirement {
 
 impl<T> Sided<T> {
     fn matches<H: Copy>(&self, source: H, destination: H, test: impl Fn(&T, H) -> bool) -> bool {
-        any(&self.source, |want| test(want, source))
-            && any(&self.destination, |want| test(want, destination))
-            && any(&self.either, |want| test(want, source) || test(want, destination))
+        any(&self.source, |want| test(want, source)) && any(&self.destination, |want| test(want, destination))
     }
 }

@@ -1,24 +1,22 @@
-//! Types of filters. A client sends filters to the daemon as JSON.
+//! Compiled filters.
 
 use ipnet::IpNet;
 use regex::Regex;
-use serde::{Deserialize, Serialize};
 
 use crate::{
-    Timestamp,
-    flow::{DropReason, HttpHeader, IpVersion, TcpFlags, TrafficDirection, Verdict},
+    DropReason, Timestamp, Uuid,
+    flow::{HttpHeader, IpVersion, TcpFlags, TrafficDirection, Verdict, Workload},
 };
 
+use super::api::{EventTypeFilter, InterfaceFilter};
+
 /// Accepted values of a property that both ends of a flow have. Each list that is not empty must match.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, PartialEq, Debug)]
 pub(super) struct Sided<T> {
     /// Values for the source.
     pub(super) source: Vec<T>,
     /// Values for the destination.
     pub(super) destination: Vec<T>,
-    /// Values, one of which must match the source or the destination.
-    pub(super) either: Vec<T>,
 }
 
 impl<T> Default for Sided<T> {
@@ -26,43 +24,27 @@ impl<T> Default for Sided<T> {
         Self {
             source: Vec::new(),
             destination: Vec::new(),
-            either: Vec::new(),
         }
     }
 }
 
-/// End of a flow to which a flag refers.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
-    Source,
-    Destination,
-    Either,
-}
-
-impl<T> Sided<T> {
-    pub(super) fn side(&mut self, side: Side) -> &mut Vec<T> {
-        match side {
-            Side::Source => &mut self.source,
-            Side::Destination => &mut self.destination,
-            Side::Either => &mut self.either,
-        }
-    }
-}
-
-/// A filter: for each field that is not empty, one of its values must match the flow.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+/// A compiled filter: for each field that is not empty, one of its values must match the flow.
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct FlowFilter {
+    /// Identifier of the flow.
+    pub(super) uuid: Vec<Uuid>,
     /// Address.
     pub(super) ip: Sided<IpNet>,
     /// Labels of the identity.
     pub(super) label: Sided<LabelSelector>,
     /// Identity.
     pub(super) identity: Sided<u32>,
-    /// Name of the endpoint.
+    /// Namespace and beginning of the name.
+    pub(super) pod: Sided<EndpointName>,
+    /// Name or number of the endpoint.
     pub(super) endpoint: Sided<EndpointName>,
-    /// Namespace of the endpoint.
-    pub(super) namespace: Sided<String>,
+    /// Workload of the endpoint.
+    pub(super) workload: Sided<Workload>,
     /// Port.
     pub(super) port: Sided<PortRange>,
     /// Protocol.
@@ -82,9 +64,11 @@ pub struct FlowFilter {
     /// TCP flags; a flow must have all flags of a value.
     pub(super) tcp_flags: Vec<TcpFlags>,
     /// Interface.
-    pub(super) interface: Vec<String>,
+    pub(super) interface: Vec<InterfaceFilter>,
     /// Name of the node, with `*` for any text.
     pub(super) node_name: Vec<String>,
+    /// Labels of the node.
+    pub(super) node_labels: Vec<LabelSelector>,
     /// Name in the question of a DNS message.
     pub(super) dns_query: Vec<QueryPattern>,
     /// Status of an HTTP response.
@@ -97,15 +81,16 @@ pub struct FlowFilter {
     pub(super) http_url: Vec<TextPattern>,
     /// Header field of an HTTP message.
     pub(super) http_header: Vec<HttpHeader>,
+    /// Identifier of a distributed trace.
+    pub(super) trace_id: Vec<String>,
     /// Server name of a TLS ClientHello, with `*` for any text.
-    pub(super) tls_server_name: Vec<String>,
+    pub(super) sni: Vec<String>,
     /// Name for which the address was learned, with `*` for any text.
     pub(super) fqdn: Sided<String>,
 }
 
 /// Protocol of a flow: an IP protocol, or one that an inspector reads.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ProtocolFilter {
     /// IP protocol number.
     Ip(u8),
@@ -120,7 +105,7 @@ pub(super) enum ProtocolFilter {
 }
 
 /// Range of HTTP status codes: one code, or all codes with the same first digits.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct StatusFilter {
     /// Lowest code.
     pub(super) first: u32,
@@ -129,8 +114,7 @@ pub(super) struct StatusFilter {
 }
 
 /// Regular expression that matches anywhere in a text.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug)]
 pub(super) struct Pattern<const IGNORE_CASE: bool>(pub(super) Regex);
 
 /// Regular expression for domain names.
@@ -144,14 +128,8 @@ impl<const IGNORE_CASE: bool> PartialEq for Pattern<IGNORE_CASE> {
     }
 }
 
-impl<const IGNORE_CASE: bool> From<Pattern<IGNORE_CASE>> for String {
-    fn from(pattern: Pattern<IGNORE_CASE>) -> Self {
-        pattern.0.as_str().into()
-    }
-}
-
 /// Inclusive range of ports.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct PortRange {
     /// First port.
     pub(super) first: u16,
@@ -159,31 +137,22 @@ pub(super) struct PortRange {
     pub(super) last: u16,
 }
 
-/// Number, or beginning of the name, by which a flag selects endpoints.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// Number, or beginning of the name, by which a filter selects endpoints.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct EndpointName {
-    /// Number of an endpoint of this node, if the value of the flag is a number.
+    /// Number of an endpoint of this node, if the value is a number.
     pub(super) id: Option<u32>,
-    /// Namespace, if the value of the flag has one.
+    /// Namespace; `None` for any.
     pub(super) namespace: Option<String>,
     /// Beginning of the name; empty for all endpoints of the namespace.
     pub(super) prefix: String,
 }
 
-/// Event type, optionally with a sub-type.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub(super) struct EventTypeFilter {
-    /// Number of the event type.
-    pub(super) kind: i32,
-    /// Drop reason or trace point.
-    pub(super) sub_type: Option<i32>,
-}
-
 /// Label selector in Kubernetes syntax, with label sources. All requirements must hold.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct LabelSelector(pub(super) Vec<Requirement>);
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Requirement {
     /// Label source; `None` accepts every source.
     pub(super) source: Option<String>,
@@ -191,7 +160,7 @@ pub(super) struct Requirement {
     pub(super) test: Test,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Test {
     Exists,
     Missing,
@@ -199,9 +168,8 @@ pub(super) enum Test {
     NotIn(Vec<String>),
 }
 
-/// Filters of one request: which flows to show.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+/// Compiled filters of one request: which flows to show.
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Filters {
     /// Filters, one of which must match unless the list is empty.
     pub whitelist: Vec<FlowFilter>,

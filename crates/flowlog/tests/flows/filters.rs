@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::world::{DATABASE, OFFSET, address, denied, event, flow};
 use palisade_abi::{Event, EventKind, Reason, TracePoint, event_flags, identity, protocol};
 use palisade_flowlog::{
-    FilterBuilder, FilterError, Filters, Flow, Timestamp,
-    filter::{FLAGS, LabelSelector},
+    FilterBuilder, FilterError, Filters, Flow, FlowFilter, Timestamp,
+    filter::{ApiFilter, ApiFilters, FLAGS, LabelSelector},
 };
 use proptest::prelude::*;
 
@@ -146,14 +146,34 @@ fn every_flag_matches_its_flows() {
         ("type", "drop:133", "d"),
         ("type", "drop:POLICY_DENIED,trace", "td"),
         ("type", "policy-verdict", "vnu"),
+        ("type", "5", "vnu"),
+        ("type", "1:133", "d"),
+        ("type", "capture", ""),
         ("type", "trace:to-stack", "t"),
         ("type", "trace:to-endpoint", ""),
         ("type", "l7", ""),
         ("traffic-direction", "egress", "dnu"),
         ("reply", "true", "t"),
-        ("reply", "false", "v"),
+        // The direction of dropped packets is unknown; allowed and audited ones are the first of their flow.
+        ("reply", "false", "vu"),
         ("ip-version", "6", "6"),
         ("ip-version", "ipv4", "vtdnu"),
+        ("ip-version", "none", "l"),
+        ("ipv4", "", "vtdnu"),
+        ("ipv6", "", "6"),
+        ("all-namespaces", "", "vtdnu6"),
+        ("to-all-namespaces", "", "vtu6"),
+        ("pod", "internal", "vtdnu6"),
+        ("pod", "web", ""),
+        ("pod", "/web", "vt"),
+        ("workload", "web", "vt"),
+        ("from-workload", "Pod/internal-client", "vdnu6"),
+        ("to-workload", "Deployment/web", ""),
+        ("to-workload", "Pod/", "vtu"),
+        ("node-label", "zone=a,worker", "vtdnu6l"),
+        ("node-label", "zone=b", ""),
+        ("trace-id", "0af7651916cd43dd8448eb211c80319c", ""),
+        ("uuid", "ffffffff-ffff-8fff-bc00-000000000001", ""),
         ("tcp-flags", "SYN", "vtdn"),
         ("tcp-flags", "syn,ack", "t"),
         ("interface", "veth-client", "vtdn6l"),
@@ -209,19 +229,24 @@ fn flags_combine_by_or_and_and_not() {
     assert_eq!(passing(&[("verdict", "audit"), ("verdict", "forwarded")]), "vtu");
     assert_eq!(passing(&[("verdict", "forwarded"), ("type", "trace")]), "t");
     assert_eq!(passing(&[("label", "app=web"), ("label", "app=database")]), "vtu");
-    // Flags without a side are independent: the address of the client with the port of the server.
-    assert_eq!(passing(&[("ip", "10.0.1.10"), ("port", "80")]), "vtdn");
+    // Flags without a side must match at the same end, as with Hubble.
+    assert_eq!(passing(&[("ip", "10.0.1.10"), ("port", "80")]), "");
+    assert_eq!(passing(&[("ip", "10.0.1.10"), ("port", "54006")]), "vtdnu");
     assert_eq!(passing(&[("ip", "10.0.1.10"), ("from-port", "80")]), "t");
-    assert_eq!(passing(&[("ip", "10.0.1.20"), ("from-ip", "10.0.1.10")]), "v");
+    assert_eq!(passing(&[("pod", "shop/web"), ("ip", "10.0.1.20")]), "vt");
     assert_eq!(passing(&[("from-ip", "10.0.1.10"), ("to-ip", "10.0.1.20")]), "v");
-    // --not reverses only the next flag; each of several removes flows.
+    // --not reverses only the next flag; several remove the flows that match all of them, as with Hubble.
     assert_eq!(
         passing(&[("not", ""), ("type", "drop"), ("from-ip", "10.0.1.10")]),
         "vnu"
     );
     assert_eq!(
-        passing(&[("not", ""), ("type", "drop"), ("not", ""), ("verdict", "audit")]),
-        "vtn"
+        passing(&[("not", ""), ("type", "drop"), ("not", ""), ("ip-version", "6")]),
+        "vtdnul"
+    );
+    assert_eq!(
+        passing(&[("not", ""), ("type", "drop"), ("not", ""), ("type", "trace")]),
+        "vnu"
     );
     assert_eq!(
         passing(&[("verdict", "dropped"), ("not", ""), ("type", "drop")]),
@@ -249,9 +274,22 @@ fn errors_name_a_valid_value() {
         ("type", "verdict", "policy-verdict"),
         ("type", "trace:endpoint", "to-endpoint"),
         ("type", "policy-verdict:x", "no sub-types"),
+        ("service", "shop/web", "no Kubernetes services"),
+        ("to-service", "shop/web", "no Kubernetes services"),
+        ("cluster", "prod", "no cluster"),
+        ("node-name", "prod/node1", "no cluster"),
+        ("snat-ip", "192.0.2.1", "does not translate"),
+        ("ip-trace-id", "7", "IP options"),
+        ("cel-expression", "true", "CEL"),
+        ("tcp-flags", "NS", "NS flag"),
+        ("uuid", "7", "-o json"),
+        ("allowlist", "{\"source_pd\":[]}", "unknown field `source_pd`"),
+        ("allowlist", "{\"source_service\":[\"x\"]}", "source_service"),
+        ("denylist", "{\"verdict\":[\"NO\"]}", "DROPPED"),
+        ("denylist", "", "a filter is missing"),
         ("traffic-direction", "in", "ingress"),
         ("reply", "yes", "true"),
-        ("ip-version", "5", "4 nor 6"),
+        ("ip-version", "5", "neither 4 nor 6"),
         ("tcp-flags", "SYNACK", "SYN"),
         ("since", "yesterday", "5m"),
         ("since", "5", "5m"),
@@ -292,21 +330,124 @@ fn relative_times_are_before_now() {
     }
 }
 
+fn api(flags: &[(&str, &str)]) -> ApiFilters {
+    let mut builder = FilterBuilder::new(Timestamp(OFFSET));
+    for (flag, value) in flags {
+        builder.flag(flag, value).expect(flag);
+    }
+    builder.finish_api().expect("filters")
+}
+
 #[test]
-fn filters_survive_json() {
-    let sent = filters(&[
-        ("ip", "10.0.0.0/8"),
-        ("label", "k8s:app in (a,b),!x"),
-        ("endpoint", "shop/web"),
-        ("type", "drop:133"),
-        ("tcp-flags", "SYN"),
-        ("not", ""),
-        ("verdict", "audit"),
-        ("since", "5m"),
-    ])
-    .expect("filters");
-    let text = serde_json::to_string(&sent).expect("JSON");
-    assert_eq!(serde_json::from_str::<Filters>(&text).expect("filters"), sent);
+fn flags_become_filters_of_the_flow_api() {
+    for (flags, expected) in [
+        (
+            &[("ip", "10.0.0.0/8"), ("verdict", "dropped")][..],
+            r#"{"allowlist":[{"source_ip":["10.0.0.0/8"],"verdict":["DROPPED"]},{"destination_ip":["10.0.0.0/8"],"verdict":["DROPPED"]}]}"#,
+        ),
+        (
+            &[("type", "drop:133"), ("tcp-flags", "syn"), ("ipv4", "")],
+            r#"{"allowlist":[{"event_type":[{"type":1,"match_sub_type":true,"sub_type":133}],"tcp_flags":[{"SYN":true}],"ip_version":["IPv4"]}]}"#,
+        ),
+        (
+            &[("namespace", "shop"), ("pod", "web"), ("pod", "other/db")],
+            r#"{"allowlist":[{"source_pod":["shop/web","other/db"]},{"destination_pod":["shop/web","other/db"]}]}"#,
+        ),
+        (
+            &[("from-namespace", "shop,home"), ("to-pod", "web")],
+            r#"{"allowlist":[{"source_pod":["shop/","home/"],"destination_pod":["web"]}]}"#,
+        ),
+        (
+            &[
+                ("not", ""),
+                ("identity", "world"),
+                ("not", ""),
+                ("to-endpoint", "12"),
+            ],
+            r#"{"denylist":[{"source_identity":[2],"palisade":{"destination_endpoint":["12"]}},{"destination_identity":[2],"palisade":{"destination_endpoint":["12"]}}]}"#,
+        ),
+        (
+            &[
+                ("drop-reason-desc", "no verdict in time"),
+                ("interface", "eth0,7"),
+                ("workload", "Pod/web"),
+            ],
+            r#"{"allowlist":[{"source_workload":[{"name":"web","kind":"Pod"}],"drop_reason_desc":["NO_VERDICT_IN_TIME"],"interface":[{"name":"eth0"},{"index":7}]},{"destination_workload":[{"name":"web","kind":"Pod"}],"drop_reason_desc":["NO_VERDICT_IN_TIME"],"interface":[{"name":"eth0"},{"index":7}]}]}"#,
+        ),
+        (
+            &[
+                ("allowlist", r#"{"verdict":[2]} {"reply":[true]}"#),
+                ("denylist", r#"{"node_name":["n*"]}"#),
+            ],
+            r#"{"allowlist":[{"verdict":["2"]},{"reply":[true]}],"denylist":[{"node_name":["n*"]}]}"#,
+        ),
+    ] {
+        let filters = api(flags);
+        let text = serde_json::to_string(&filters).expect("JSON");
+        assert_eq!(text, expected);
+        assert_eq!(
+            serde_json::from_str::<ApiFilters>(&text).expect("filters"),
+            filters
+        );
+    }
+}
+
+#[test]
+fn raw_filters_match_like_flags() {
+    assert_eq!(
+        passing(&[("allowlist", r#"{"verdict":[2],"protocol":["tcp"]}"#)]),
+        "dn"
+    );
+    assert_eq!(
+        passing(&[
+            ("verdict", "audit"),
+            ("allowlist", r#"{"event_type":[{"type":4}]}"#)
+        ]),
+        "tu"
+    );
+    assert_eq!(passing(&[("denylist", r#"{"event_type":[{}]}"#)]), "");
+    assert_eq!(
+        passing(&[(
+            "denylist",
+            r#"{"source_workload":[{}],"traffic_direction":["EGRESS"]}"#
+        )]),
+        "vt6l"
+    );
+}
+
+#[test]
+fn flags_for_either_end_exclude_those_for_one_end() {
+    for flags in [
+        [("ip", "10.0.1.20"), ("from-ip", "10.0.1.10")],
+        [("to-pod", "shop/web"), ("pod", "shop/web")],
+    ] {
+        let error = filters(&flags).expect_err("a conflict").to_string();
+        assert!(error.contains("cannot be combined"), "{error}");
+    }
+    // With --not, they are in different filters.
+    assert_eq!(
+        passing(&[("ip", "10.0.1.20"), ("not", ""), ("from-ip", "10.0.1.10")]),
+        "t"
+    );
+}
+
+#[test]
+fn fields_that_a_node_cannot_know_are_refused_by_name() {
+    for (field, value) in [
+        ("source_ip_xlated", r#"["192.0.2.1"]"#),
+        ("source_service", r#"["x"]"#),
+        ("destination_service", r#"["x"]"#),
+        ("source_cluster_name", r#"["x"]"#),
+        ("destination_cluster_name", r#"["x"]"#),
+        ("ip_trace_id", "[7]"),
+        ("ip_trace_option", "[136]"),
+        ("encrypted", "[false]"),
+        ("experimental", r#"{"cel_expression":["true"]}"#),
+    ] {
+        let filter: ApiFilter = serde_json::from_str(&format!("{{\"{field}\":{value}}}")).expect(field);
+        let error = FlowFilter::compile(&filter).expect_err(field).to_string();
+        assert!(error.contains(field), "{error}");
+    }
 }
 
 #[test]

@@ -34,7 +34,7 @@ fn policy_verdicts_and_drops() {
     };
     assert_eq!(
         compact(&audited),
-        "Apr 28 01:04:16.656: default/internal-client:54006 (ID:23217) <> db-1:80 (ID:16777219) policy-verdict:none EGRESS AUDITED (TCP Flags: SYN)\n"
+        "Apr 28 01:04:16.656: default/internal-client:54006 (ID:23217) -> db-1:80 (ID:16777219) policy-verdict:none EGRESS AUDITED (TCP Flags: SYN)\n"
     );
     let own_reason = Event {
         reason: Reason::NoHttpInspector as u8,
@@ -247,9 +247,9 @@ fn json_of_a_verdict() {
             r#""ethernet":{"source":"02:00:00:00:00:10","destination":"02:00:00:00:00:20"},"#,
             r#""IP":{"source":"10.0.1.10","destination":"10.0.1.20","ipVersion":"IPv4"},"#,
             r#""l4":{"TCP":{"source_port":54006,"destination_port":80,"flags":{"SYN":true}}},"#,
-            r#""source":{"ID":11,"identity":23217,"namespace":"default","labels":["k8s:app=client","k8s:io.kubernetes.pod.namespace=default","k8s:tier=front"],"pod_name":"internal-client"},"#,
-            r#""destination":{"ID":12,"identity":17513,"namespace":"shop","labels":["k8s:app=web","k8s:io.kubernetes.pod.namespace=shop"],"pod_name":"web"},"#,
-            r#""Type":"L3_L4","node_name":"node1","event_type":{"type":5},"traffic_direction":"INGRESS","policy_match_type":2,"#,
+            r#""source":{"ID":11,"identity":23217,"namespace":"default","labels":["k8s:app=client","k8s:io.kubernetes.pod.namespace=default","k8s:tier=front"],"pod_name":"internal-client","workloads":[{"name":"internal-client","kind":"Pod"}]},"#,
+            r#""destination":{"ID":12,"identity":17513,"namespace":"shop","labels":["k8s:app=web","k8s:io.kubernetes.pod.namespace=shop"],"pod_name":"web","workloads":[{"name":"web","kind":"Pod"}]},"#,
+            r#""Type":"L3_L4","node_name":"node1","node_labels":["zone=a","worker="],"event_type":{"type":5},"traffic_direction":"INGRESS","policy_match_type":2,"#,
             r#""is_reply":false,"interface":{"index":5,"name":"veth-client"},"#,
             r#""ingress_allowed_by":[{"name":"allow-web","namespace":"shop","revision":"3","kind":"CiliumNetworkPolicy"}],"#,
             r#""palisade":{"reason":"Allowed","rule":{"id":7,"text":"policy shop/allow-web ingress rule 1","location":"shop.yaml:12","policies":["shop/allow-web"]},"protocol":6,"length":60},"#,
@@ -275,13 +275,14 @@ fn json_of_drops_and_traces() {
     assert_eq!(flow_of(&drop, "palisade")["rule"]["default_deny"], true);
     assert_eq!(flow_of(&drop, "is_reply"), serde_json::Value::Null);
 
-    // A reason without a name in the flow API is written as its number.
+    // A reason without a name in the flow API has a name of Palisade's own.
     let own = Event {
         reason: Reason::NoTlsInspector as u8,
         ..denied(EventKind::Drop)
     };
     let own: serde_json::Value = serde_json::from_str(&json(&flow(&own))).expect("JSON");
-    assert_eq!(flow_of(&own, "drop_reason_desc"), 214);
+    assert_eq!(flow_of(&own, "drop_reason_desc"), "NO_TLS_INSPECTOR");
+    assert_eq!(flow_of(&own, "drop_reason"), 214);
     assert_eq!(flow_of(&own, "palisade")["reason"], "No inspector: TLS");
 
     let trace = Event {

@@ -333,3 +333,46 @@ fn a_record_becomes_a_flow_once_with_the_names_of_its_time() {
     ring.push_record(&record(), &resolver, Timestamp(6));
     assert_eq!(&*look(1)[0].node_name, "after");
 }
+
+#[test]
+fn identifiers_find_their_flows_while_these_are_in_the_ring() {
+    let names: Resolver = Arc::new(World);
+    let (ring, other) = (Ring::new(4), Ring::new(4));
+    assert!(ring.get_by_uuid("00000000-0000-8000-8000-000000000000").is_none());
+    let mut cursor = ring.oldest();
+    for n in 0..4 {
+        other.push(numbered(n));
+        if n % 2 == 0 {
+            ring.push(numbered(n));
+        } else {
+            ring.push_record(&record(), &names, Timestamp(n as i64));
+        }
+    }
+    let mut uuids = Vec::new();
+    while let Some(Next::Flow(flow)) = cursor.read() {
+        let uuid = flow.uuid.to_string();
+        let found = ring.get_by_uuid(&uuid.to_uppercase()).expect("the flow");
+        assert_eq!((number(&found), &found.uuid), (number(&flow), &flow.uuid));
+        assert!(
+            other.get_by_uuid(&uuid).is_none(),
+            "another ring has other identifiers"
+        );
+        uuids.push(uuid);
+    }
+    assert_eq!(uuids.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+    // A record has the same identifier before and after it is converted.
+    ring.settle(Timestamp::MAX);
+    for (n, uuid) in uuids.iter().enumerate() {
+        assert_eq!(ring.get_by_uuid(uuid).map(|flow| number(&flow)), Some(n as u64));
+    }
+    let filter = |uuid: &str| {
+        let mut builder = FilterBuilder::new(Timestamp(0));
+        builder.flag("uuid", uuid).expect("a UUID");
+        builder.finish().expect("filters")
+    };
+    let (found, _) = ring.last(9, &filter(&uuids[1]));
+    assert_eq!(found.len(), 1);
+    ring.push(numbered(9));
+    assert!(ring.get_by_uuid(&uuids[0]).is_none(), "overwritten");
+    assert!(ring.get_by_uuid("x").is_none());
+}

@@ -3,7 +3,10 @@
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_abi::{Addr, Event, EventKind, MatchKind, Reason, event_flags, identity, protocol};
-use palisade_flowlog::{FilterBuilder, Filters, Flow, FlowResolver, Owner, Policy, RuleInfo, Timestamp};
+use palisade_flowlog::{
+    FilterBuilder, Filters, Flow, FlowResolver, Owner, Policy, RuleInfo, Timestamp, filter::ApiFilters,
+    flow::Workload,
+};
 
 pub const CLIENT: u32 = 23217;
 pub const WEB: u32 = 17513;
@@ -25,12 +28,20 @@ fn owner(endpoint: u16, identity: u32, namespace: &str, name: &str) -> Owner {
         identity,
         namespace: namespace.into(),
         name: name.into(),
+        workloads: match identity {
+            identity::HOST => Arc::default(),
+            _ => Workload::of_endpoint(&name.into()),
+        },
     }
 }
 
 impl FlowResolver for World {
     fn node(&self) -> Arc<str> {
         "node1".into()
+    }
+
+    fn node_labels(&self) -> Arc<[Arc<str>]> {
+        ["zone=a".into(), "worker=".into()].into()
     }
 
     fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>> {
@@ -179,9 +190,10 @@ pub fn passing(flows: &[(char, Flow)], flags: &[(&str, &str)]) -> String {
             .flag(flag, value)
             .unwrap_or_else(|error| panic!("{flags:?}: {error}"));
     }
-    let filters = builder.finish().expect("filters");
+    let filters = builder.finish_api().expect("filters");
     let text = serde_json::to_string(&filters).expect("JSON");
-    let filters: Filters = serde_json::from_str(&text).expect("read back");
+    let filters: ApiFilters = serde_json::from_str(&text).expect("read back");
+    let filters = Filters::compile(&filters).expect("compiled filters");
     flows
         .iter()
         .filter(|(_, flow)| filters.matches(flow))

@@ -450,6 +450,7 @@ impl Control {
             self.enforcer.compiler.inventory(),
             &self.network.links,
             Some(Arc::clone(&self.names)),
+            self.changes,
         ));
     }
 

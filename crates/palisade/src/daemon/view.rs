@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{CLASS_ANY, CLASS_SLOTS, Class, Identity, protocol};
-use palisade_flowlog::{FlowResolver, Owner, Policy as FlowPolicy, RuleInfo as FlowRule};
+use palisade_flowlog::{FlowResolver, Owner, Policy as FlowPolicy, RuleInfo as FlowRule, flow::Workload};
 use palisade_model::{
     inventory::Inventory,
     rule::PolicyKind,
@@ -28,6 +28,10 @@ pub(super) struct View {
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// Learned names of endpoints.
     pub learned: Option<Arc<FqdnManager>>,
+    /// Number of changes that were put in force: the revision in flow records.
+    revision: u64,
+    /// Labels of the node, `key=value`.
+    node_labels: Arc<[Arc<str>]>,
     owners: HashMap<u16, Owner>,
     addresses: HashMap<IpAddr, Owner>,
 }
@@ -40,12 +44,15 @@ impl View {
         inventory: &Inventory,
         links: &BTreeMap<String, u32>,
         learned: Option<Arc<FqdnManager>>,
+        revision: u64,
     ) -> Self {
         let mut owners = HashMap::new();
         let mut addresses = HashMap::new();
         for peer in &inventory.peers {
+            let name = peer.name.as_str().into();
             let owner = Owner {
-                name: peer.name.as_str().into(),
+                workloads: Workload::of_endpoint(&name),
+                name,
                 namespace: peer
                     .labels
                     .get("k8s", "io.kubernetes.pod.namespace")
@@ -67,14 +74,20 @@ impl View {
             }
         }
         for endpoint in &inventory.endpoints {
+            let name = endpoint.name.as_str().into();
             let owner = Owner {
+                workloads: if endpoint.is_node() {
+                    Arc::default()
+                } else {
+                    Workload::of_endpoint(&name)
+                },
                 endpoint: endpoint.id,
                 identity: snapshot
                     .endpoints
                     .get(&endpoint.id)
                     .map_or(0, |state| state.identity),
                 namespace: endpoint.namespace.as_str().into(),
-                name: endpoint.name.as_str().into(),
+                name,
             };
             for address in &endpoint.addresses {
                 addresses.insert(*address, owner.clone());
@@ -89,6 +102,8 @@ impl View {
                 .map(|(name, index)| (*index, name.as_str().into()))
                 .collect(),
             learned,
+            revision,
+            node_labels: node_labels(inventory),
             owners,
             addresses,
         }
@@ -160,6 +175,10 @@ impl FlowResolver for EventNames {
         Arc::clone(&self.view.node)
     }
 
+    fn node_labels(&self) -> Arc<[Arc<str>]> {
+        Arc::clone(&self.view.node_labels)
+    }
+
     fn labels(&self, identity: u32) -> Option<Arc<[Arc<str>]>> {
         if let Some(known) = lock(&self.labels).get(&identity) {
             return Some(Arc::clone(known));
@@ -182,7 +201,7 @@ impl FlowResolver for EventNames {
         if let Some(known) = lock(&self.rules).get(&id) {
             return Some(known.clone());
         }
-        let rule = flow_rule(self.view.snapshot.rules.get(&id)?);
+        let rule = flow_rule(self.view.snapshot.rules.get(&id)?, self.view.revision);
         lock(&self.rules).insert(id, rule.clone());
         Some(rule)
     }
@@ -209,13 +228,24 @@ pub(super) const fn kind_name(kind: PolicyKind) -> &'static str {
     }
 }
 
-fn flow_rule(rule: &RuleInfo) -> FlowRule {
+/// Returns the labels of the node's endpoint, without those that Palisade itself sets.
+fn node_labels(inventory: &Inventory) -> Arc<[Arc<str>]> {
+    let node = inventory.endpoints.iter().find(|endpoint| endpoint.is_node());
+    let labels = node.into_iter().flat_map(|node| node.labels.iter());
+    labels
+        .filter(|label| label.source != "reserved")
+        .map(|label| format!("{}={}", label.key, label.value).into())
+        .collect()
+}
+
+fn flow_rule(rule: &RuleInfo, revision: u64) -> FlowRule {
     let policy = |qualified: &str, kind: &str| {
         let (namespace, name) = qualified.split_once('/').unwrap_or(("", qualified));
         FlowPolicy {
             name: name.into(),
             namespace: namespace.into(),
             kind: kind.into(),
+            revision,
             ..FlowPolicy::default()
         }
     };
