@@ -10,6 +10,7 @@ mod command;
 mod config;
 mod control;
 mod daemon;
+mod field_mask;
 mod table;
 mod text;
 mod trusted_path;

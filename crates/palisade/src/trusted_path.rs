@@ -146,12 +146,21 @@ fn check_entries(dir: &Path, setting: &str, depth: usize) -> Result<(), UnsafePa
 /// # Errors
 /// See [`UnsafePath`].
 pub(crate) fn socket_dir(dir: &Path) -> Result<PathBuf, UnsafePath> {
+    checked_dir(dir, 0o755)
+}
+
+/// Returns the path of a directory with symbolic links resolved, in which other users cannot replace entries. A missing
+/// directory is made with `mode`.
+///
+/// # Errors
+/// See [`UnsafePath`].
+pub(crate) fn checked_dir(dir: &Path, mode: u32) -> Result<PathBuf, UnsafePath> {
     let found = walk(dir)?;
     let whole = found.there.join(&found.missing);
     if !found.missing.as_os_str().is_empty() {
         DirBuilder::new()
             .recursive(true)
-            .mode(0o755)
+            .mode(mode)
             .create(&whole)
             .map_err(|error| failed(&whole, &error))?;
     }

@@ -367,6 +367,29 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         ]);
     }
     section(out, "Maps", &table, "none")?;
+    if !status.exports.is_empty() {
+        let mut table = Table::new(&[
+            "EXPORT",
+            "FILE",
+            "STATE",
+            "LINES",
+            "LOST",
+            "FAILED WRITES",
+            "ROTATIONS",
+        ]);
+        for export in &status.exports {
+            table.row([
+                export.name.clone(),
+                export.file.clone(),
+                export.state.clone(),
+                export.written.to_string(),
+                export.lost.to_string(),
+                export.failed_writes.to_string(),
+                export.rotations.to_string(),
+            ]);
+        }
+        section(out, "Flow exports", &table, "none")?;
+    }
     let conntrack = &status.conntrack;
     writeln!(
         out,

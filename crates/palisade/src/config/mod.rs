@@ -1,5 +1,6 @@
 //! The configuration: `/etc/palisade/palisade.toml`.
 
+mod export;
 mod labels;
 mod limit_option;
 mod model;
@@ -91,7 +92,7 @@ impl Config {
 /// Returns every option that the configuration has, as `section.option`.
 #[cfg(test)]
 pub(crate) fn option_names() -> std::collections::BTreeSet<String> {
-    let text = "[[namespace]]\n[[interface]]\n[[endpoint]]\n[[peer]]\n";
+    let text = "[[namespace]]\n[[interface]]\n[[endpoint]]\n[[peer]]\n[[export]]\n";
     let reader = Reader::new("p.toml", text);
     let (table, _) = DeTable::parse_recoverable(text);
     read(Path::new("p.toml"), &reader, table.get_ref());

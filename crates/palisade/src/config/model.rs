@@ -9,6 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::ETHER_TYPES;
+use palisade_flowlog::Timestamp;
 use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_model::{
     inventory::{Enforcement, NamedPorts},
@@ -17,6 +18,8 @@ use palisade_model::{
 };
 use palisade_protocols::http1;
 use palisade_worker::Mode;
+
+use crate::field_mask::FieldMask;
 
 /// Path of the configuration without `--config`.
 pub(crate) const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";
@@ -58,6 +61,8 @@ pub(crate) struct Config {
     pub endpoints: Vec<Endpoint>,
     /// `[[peer]]`.
     pub peers: Vec<Peer>,
+    /// `[[export]]`.
+    pub exports: Vec<Export>,
 }
 
 /// `[node]`: this machine.
@@ -311,6 +316,23 @@ pub(crate) enum TcHook {
     Tcx,
     /// A clsact queueing discipline with a filter.
     Clsact,
+}
+
+/// `[[export]]`: a file to which flows are written.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Export {
+    /// Name of the export.
+    pub name: String,
+    /// Path of the file.
+    pub file: PathBuf,
+    /// Fields of the flows that are written.
+    pub field_mask: FieldMask,
+    /// Size at which the file is renamed, bytes.
+    pub max_size: u64,
+    /// Number of renamed files that are kept.
+    pub max_backups: usize,
+    /// Time from which no flow is written.
+    pub end: Option<Timestamp>,
 }
 
 /// `[[interface]]`: a NIC of this node.

@@ -52,6 +52,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         interfaces: Vec::new(),
         endpoints: Vec::new(),
         peers: Vec::new(),
+        exports: Vec::new(),
     };
     let namespaces = namespaces(root.tables("namespace"));
     let mut taken = Taken::default();
@@ -82,6 +83,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     for section in root.tables("peer") {
         config.peers.extend(peer(section, &namespaces, &mut taken));
     }
+    config.exports = super::export::read(root.tables("export"), reader);
     root.finish();
     config
 }

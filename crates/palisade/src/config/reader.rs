@@ -332,7 +332,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// Returns a list of strings, each parsed by `read`. An error of `read` is reported at the string.
-    fn list<T>(
+    pub(super) fn list<T>(
         &self,
         key: &'static str,
         wanted: &str,

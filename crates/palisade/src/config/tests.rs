@@ -492,7 +492,10 @@ fn hinted_keys(text: &str) -> Vec<(String, String)> {
 
 /// Returns whether the configuration has such a key, whatever its type.
 fn is_known(section: &str, key: &str) -> bool {
-    let list = matches!(section, "namespace" | "interface" | "endpoint" | "peer");
+    let list = matches!(
+        section,
+        "namespace" | "interface" | "endpoint" | "peer" | "export"
+    );
     let head = if list {
         format!("[[{section}]]")
     } else {

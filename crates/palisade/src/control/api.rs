@@ -384,6 +384,9 @@ pub(crate) struct Status {
     pub maps: Vec<MapFill>,
     /// The workers.
     pub workers: Workers,
+    /// The flow exports.
+    #[serde(default)]
+    pub exports: Vec<ExportStatus>,
     /// Counters of the conntrack map.
     pub conntrack: ConntrackStatus,
     /// Counters of events.
@@ -393,6 +396,27 @@ pub(crate) struct Status {
     pub names: NamesStatus,
     /// Packets dropped since the maps were made.
     pub drops: Vec<DropCount>,
+}
+
+/// State of a flow export.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ExportStatus {
+    /// `[[export]] name`.
+    pub name: String,
+    /// Path of the file.
+    pub file: String,
+    /// `running`, `failing` (the last write failed and is repeated) or `ended` (`[[export]] end` has passed).
+    pub state: String,
+    /// Number of lines written.
+    pub written: u64,
+    /// Number of flows that were overwritten in the ring before the export could read them.
+    pub lost: u64,
+    /// Number of failed writes.
+    pub failed_writes: u64,
+    /// Number of files that were full and renamed.
+    pub rotations: u64,
+    /// Why the last write failed, or why old files could not be removed.
+    pub problem: Option<String>,
 }
 
 /// Attachment of a configured interface.

@@ -22,6 +22,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     enforcer::{Enforcer, endpoint_names, inventory},
+    export::Exports,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
     interception::{InspectorRules, Interception},
     interfaces::Interfaces,
@@ -71,6 +72,7 @@ pub(super) struct Control {
     pub(super) proxy_link: ProxyLink,
     pub(super) inspectors: InspectorRules,
     pub(super) interception: Interception,
+    pub(super) exports: Exports,
     pub(super) activity: Arc<ControlActivity>,
     pub(super) started: Instant,
     /// Number of changes that were put in force.

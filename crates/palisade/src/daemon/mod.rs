@@ -6,7 +6,7 @@
 //! network (rtnetlink) ┤
 //! nftables (netlink) ─┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
 //! signals, clients  ──┘              compile, plan, apply, attach
-//! events (BPF ring) ──> flow ring <── clients (observe)        sweeper ──> conntrack map
+//! events (BPF ring) ──> flow ring <── clients (observe), exports (files)        sweeper ──> conntrack map
 //! workers (punt link) ──> records ─> flow ring; rules <── control thread
 //! ```
 
@@ -14,6 +14,7 @@ mod checked_file;
 mod control;
 mod enforcer;
 mod events;
+mod export;
 mod files;
 mod fqdn;
 mod handlers;

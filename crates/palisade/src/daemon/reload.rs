@@ -130,6 +130,12 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("peer", "entity", Effect::Reload),
     ("peer", "namespace", Effect::Reload),
     ("peer", "labels", Effect::Reload),
+    ("export", "name", Effect::Reload),
+    ("export", "file", Effect::Reload),
+    ("export", "field_mask", Effect::Reload),
+    ("export", "max_size", Effect::Reload),
+    ("export", "max_backups", Effect::Reload),
+    ("export", "end", Effect::Reload),
 ];
 
 /// Puts the running value of each option that only a restart changes into a new configuration. Returns the names of the
@@ -196,6 +202,7 @@ impl Control {
         self.config = config;
         self.workers.set_on_failure(self.config.worker.on_failure);
         self.sweep.set(self.config.timeouts.sweep);
+        self.exports.update(&self.config.exports, &self.config.node.name);
         self.write_datapath_config().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
         self.update_inventory(begun).map_err(|problem| chain(&problem))?;

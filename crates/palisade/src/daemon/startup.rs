@@ -34,6 +34,7 @@ use super::{
     control::{Control, End},
     enforcer::{Enforcer, endpoint_names, inventory},
     events,
+    export::Exports,
     fqdn::FqdnManager,
     handlers::Handlers,
     interception::{self, InspectorRules, Interception},
@@ -238,6 +239,7 @@ fn fill(
         proxy_link,
         inspectors: InspectorRules::default(),
         interception,
+        exports: Exports::default(),
         activity: Arc::<ControlActivity>::default(),
         started,
         changes: 0,
@@ -301,6 +303,9 @@ fn serve(
         events::records(records, Arc::clone(&ring), Arc::clone(&shared))?;
     }
     events::records(intercepted, Arc::clone(&ring), Arc::clone(&shared))?;
+    control.exports = Exports::new(Arc::clone(&ring));
+    let (exports, node_name) = (&control.config.exports, &control.config.node.name);
+    control.exports.update(exports, node_name);
     sweeper::run(
         Arc::clone(&datapath),
         control.sweep.clone(),
@@ -340,6 +345,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
     }
     control.names.flush();
     control.workers.end();
+    control.exports.end();
     if let End::Detach(reply) = end {
         let done = detach_all(&control.config.node.pin_dir).map_err(|problem| problem.to_string());
         // The nftables table must not stay: it would drop traffic of interfaces that appear later.

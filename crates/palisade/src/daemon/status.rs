@@ -87,6 +87,12 @@ impl Control {
         warnings.extend(self.translation_note());
         warnings.extend(self.netfilter.warnings());
         warnings.extend(self.interception.warnings());
+        let exports = self.exports.report();
+        for export in &exports {
+            if let Some(problem) = &export.problem {
+                warnings.push(format!("export {}: {problem}", export.name));
+            }
+        }
         for file in &policy_files {
             match file.state {
                 PolicyFileState::InForce => {}
@@ -121,6 +127,7 @@ impl Control {
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
             workers: self.workers.report(),
+            exports,
             ..Status::default()
         }
     }
