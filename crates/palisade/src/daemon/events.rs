@@ -18,7 +18,10 @@ use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
 use palisade_worker::{Receiver, RecvError, TimedRecord};
 use tracing::error;
 
-use super::view::{EventNames, Shared};
+use super::{
+    record_queue,
+    view::{EventNames, Shared},
+};
 
 /// Maximum number of events between two checks for a new view.
 const MAX_BATCH: usize = 512;
@@ -92,12 +95,9 @@ impl RecordQueue for Receiver<TimedRecord> {
     }
 }
 
-impl RecordQueue for crossbeam_channel::Receiver<TimedRecord> {
+impl RecordQueue for record_queue::Receiver<TimedRecord> {
     fn recv_timeout(&self, timeout: Duration) -> Result<TimedRecord, RecvError> {
-        Self::recv_timeout(self, timeout).map_err(|error| match error {
-            crossbeam_channel::RecvTimeoutError::Timeout => RecvError::Empty,
-            crossbeam_channel::RecvTimeoutError::Disconnected => RecvError::Disconnected,
-        })
+        Self::recv_timeout(self, timeout)
     }
 
     fn try_next(&self) -> Option<TimedRecord> {

@@ -25,6 +25,7 @@ use palisade_worker::TimedRecord;
 use tracing::{error, info, warn};
 
 use super::{
+    record_queue::{Receiver, Sender, queue},
     state::NODE,
     view::Shared,
     workers::{Workers, limits},
@@ -139,8 +140,8 @@ impl Interception {
         links: Option<Arc<ProxyLinks>>,
         known: Option<Arc<SniAddressIndex>>,
         shared: &Arc<Shared>,
-    ) -> (Self, crossbeam_channel::Receiver<TimedRecord>) {
-        let (sender, receiver) = crossbeam_channel::bounded(MAX_QUEUED_RECORDS);
+    ) -> (Self, Receiver<TimedRecord>) {
+        let (sender, receiver) = queue(MAX_QUEUED_RECORDS);
         let tls = &config.tls;
         let records_lost = Arc::<AtomicU64>::default();
         let (store, problems) = Store::load(&tls.secrets_dir, None);
@@ -507,13 +508,13 @@ impl Listeners for Registry<'_> {
 
 /// Queue from the proxy threads to the flow ring, for records.
 struct Records {
-    queue: crossbeam_channel::Sender<TimedRecord>,
+    queue: Sender<TimedRecord>,
     lost: Arc<AtomicU64>,
 }
 
 impl Reports for Records {
     fn record(&self, record: &Record) {
-        if self.queue.try_send((SystemTime::now(), *record)).is_err() {
+        if self.queue.push((SystemTime::now(), *record)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -29,6 +29,7 @@ mod network;
 mod policies;
 mod private_dirs;
 mod proxy_link;
+mod record_queue;
 mod reload;
 mod selector_text;
 mod startup;

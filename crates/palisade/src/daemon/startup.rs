@@ -45,6 +45,7 @@ use super::{
     policies::PolicyFiles,
     private_dirs,
     proxy_link::ProxyLink,
+    record_queue,
     state::StateFile,
     sweeper::{self, Interval},
     view::Shared,
@@ -268,10 +269,7 @@ fn fill(
 }
 
 /// Records of the workers, and of the proxy threads.
-type RecordQueues = (
-    Option<Receiver<TimedRecord>>,
-    crossbeam_channel::Receiver<TimedRecord>,
-);
+type RecordQueues = (Option<Receiver<TimedRecord>>, record_queue::Receiver<TimedRecord>);
 
 /// Attaches the programs to all configured interfaces and writes the nftables table.
 fn attach(control: &mut Control) {
