@@ -1,7 +1,7 @@
 //! One end of a connection: a socket, with or without TLS, and the bytes that arrived and have no verdict yet.
 
 use std::{
-    io::{self, BufRead as _, Read as _, Write as _},
+    io::{self, BufRead as _, IoSlice, Read as _, Write as _},
     net::{Shutdown, SocketAddr},
     time::Duration,
 };
@@ -12,6 +12,10 @@ use socket2::SockRef;
 
 /// Maximum number of decrypted bytes of one end that have no verdict yet. A message head must fit.
 pub(crate) const INPUT: usize = 64 << 10;
+
+/// Maximum number of bytes that wait for further ones, so that a message head and a short body are one record and one
+/// write. Longer bytes are not copied.
+const SHORT: usize = 4 << 10;
 
 /// Value of [`End::bypass`] for a stream that is not inspected any more.
 pub(crate) const FOREVER: u64 = u64::MAX;
@@ -120,6 +124,10 @@ pub(crate) struct End {
     /// Bytes that the socket has not accepted yet. They precede the bytes that TLS has queued. With TLS, only
     /// [`Self::pending`] puts bytes here.
     out: Buffer,
+    /// With TLS: at most [`SHORT`] bytes that are not encrypted yet. They follow the bytes that TLS has queued.
+    plain: Buffer,
+    /// Number of bytes that were queued since the last time that none was.
+    queued: usize,
     /// Whether a read of the socket can succeed (edge-triggered events).
     readable: bool,
     writable: bool,
@@ -152,6 +160,8 @@ impl End {
             tls: None,
             input: Buffer::default(),
             out: Buffer::default(),
+            plain: Buffer::default(),
+            queued: 0,
             readable: false,
             writable: true,
             read_closed: false,
@@ -209,13 +219,21 @@ impl End {
         }
     }
 
-    /// Returns whether bytes wait for the socket. No further bytes should be queued then.
+    /// Returns whether bytes wait for the socket. The other side is not read then.
     pub(crate) fn is_blocked(&self) -> bool {
-        !self.out.is_empty() || self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+        !self.out.is_empty()
+            || !self.plain.is_empty()
+            || self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+    }
+
+    /// Returns whether further bytes can be queued before those that wait are written.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.is_blocked() || (self.writable && self.queued < INPUT)
     }
 
     /// Returns the number of bytes that wait for the socket.
     pub(crate) fn pending(&mut self) -> Result<usize, EndError> {
+        self.encrypt(&[]);
         if let Some(tls) = &mut self.tls {
             // TLS does not tell how many bytes it has.
             while tls.wants_write() {
@@ -343,32 +361,54 @@ impl End {
     /// Queues bytes for the peer without writing any to the socket.
     fn queue(&mut self, bytes: &[u8]) {
         self.sent += bytes.len() as u64;
-        match &mut self.tls {
-            // Writing to a buffer without a limit cannot fail.
-            Some(tls) => {
-                let _ = tls.writer().write_all(bytes);
-            }
-            None => self.out.push(bytes),
+        self.queued += bytes.len();
+        if self.tls.is_none() {
+            self.out.push(bytes);
+        } else if self.plain.len() + bytes.len() <= SHORT {
+            self.plain.push(bytes);
+        } else {
+            self.encrypt(bytes);
         }
     }
 
-    /// Queues bytes for the peer.
+    /// Encrypts the bytes that wait for that, and then `bytes`. Without TLS, there are none that wait.
+    fn encrypt(&mut self, bytes: &[u8]) {
+        let Some(tls) = &mut self.tls else {
+            return;
+        };
+        // A buffer without a limit takes all bytes. TLS refuses them after a fatal error, which was reported when it
+        // occurred; nothing but an alert can be sent then.
+        let _ = match (self.plain.bytes(), bytes) {
+            ([], []) => return,
+            (first, []) => tls.writer().write(first),
+            ([], second) => tls.writer().write(second),
+            (first, second) => tls
+                .writer()
+                .write_vectored(&[IoSlice::new(first), IoSlice::new(second)]),
+        };
+        self.plain.clear();
+    }
+
+    /// Queues bytes for the peer. Without TLS, long ones are written at once, so that they are not copied.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), EndError> {
+        if self.tls.is_some() || bytes.len() <= SHORT || self.out.len() > SHORT || !self.writable {
+            self.queue(bytes);
+            return Ok(());
+        }
         self.sent += bytes.len() as u64;
-        if let Some(tls) = &mut self.tls {
-            return Ok(tls.writer().write_all(bytes)?);
-        }
-        let mut rest = bytes;
-        if self.out.is_empty() && self.writable {
-            match self.socket.write(rest) {
-                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-                Err(error) if would_block(&error) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if !rest.is_empty() {
-            self.out.push(rest);
-        }
+        self.queued += bytes.len();
+        let waiting = self.out.len();
+        let n = match self
+            .socket
+            .write_vectored(&[IoSlice::new(self.out.bytes()), IoSlice::new(bytes)])
+        {
+            Ok(n) => n,
+            Err(error) if would_block(&error) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        self.out.consume(n.min(waiting));
+        self.out
+            .push(bytes.get(n.saturating_sub(waiting)..).unwrap_or_default());
         Ok(())
     }
 
@@ -378,6 +418,7 @@ impl End {
             return;
         }
         self.ending = true;
+        self.encrypt(&[]);
         if let (Ending::Clean, Some(tls)) = (ending, &mut self.tls) {
             tls.send_close_notify();
         }
@@ -387,6 +428,9 @@ impl End {
     pub(crate) fn flush(&mut self) -> Result<bool, EndError> {
         if self.shut {
             return Ok(true);
+        }
+        if self.writable {
+            self.encrypt(&[]);
         }
         while self.writable && self.is_blocked() {
             let is_own = !self.out.is_empty();
@@ -408,6 +452,7 @@ impl End {
         if self.is_blocked() {
             return Ok(false);
         }
+        self.queued = 0;
         if self.ending {
             self.shut = true;
             // An error means that the peer has reset the connection, which the next read reports.
@@ -426,6 +471,7 @@ impl End {
     pub(crate) fn release(&mut self) {
         self.input.release();
         self.out.release();
+        self.plain.release();
     }
 }
 

@@ -458,6 +458,9 @@ impl Connection {
                 }
                 Err(Stop::Close) => return Next::Close,
                 Err(Stop::Reset) => {
+                    // Bytes that were allowed before are still sent.
+                    let _ = self.client.flush();
+                    let _ = self.server.as_mut().map(End::flush);
                     self.reset();
                     return Next::Close;
                 }

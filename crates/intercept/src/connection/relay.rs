@@ -188,7 +188,7 @@ impl Connection {
             return Ok(false);
         }
         if let Some(other) = other
-            && other.is_blocked()
+            && !other.has_room()
         {
             match (other.flush(), side) {
                 (Ok(true), _) => {}

@@ -305,6 +305,25 @@ fn a_truncated_request_does_not_look_complete_to_a_server_without_tls() {
 }
 
 #[test]
+fn a_head_and_its_short_body_are_one_record() {
+    let world = World::new(http_rules(&["/.*"]));
+    world.http_server();
+    let mut client = world.client();
+    // The first response follows the session ticket.
+    assert_eq!(get(&mut client, "/a").status, 200);
+    send(&mut client, format!("GET /a HTTP/1.1\r\nHost: {NAME}\r\n\r\n"));
+    let mut header = [0; 5];
+    client.sock.read_exact(&mut header).expect("a record");
+    let response = "HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nGET /a 0";
+    // Application data: the content, its type, and a tag of 16 bytes (RFC 8446, section 5.2).
+    assert_eq!(header[0], 23);
+    assert_eq!(
+        usize::from(u16::from_be_bytes([header[3], header[4]])),
+        response.len() + 1 + 16
+    );
+}
+
+#[test]
 fn without_tls_towards_the_server_a_request_arrives_in_plain_text() {
     let mut set = http_rules(&["/a"]);
     set.originating_tls = None;
