@@ -7,7 +7,7 @@ use std::{
 };
 
 use mio::net::TcpStream;
-use rustls::Connection as Tls;
+use rustls::{Connection as Tls, ServerConnection};
 use socket2::SockRef;
 
 /// Maximum number of decrypted bytes of one end that have no verdict yet. A message head must fit.
@@ -243,6 +243,13 @@ impl End {
         Ok(self.out.len())
     }
 
+    /// Takes the bytes that [`Self::pending`] has counted.
+    pub(crate) fn take_pending(&mut self) -> Vec<u8> {
+        let bytes = self.out.bytes().to_vec();
+        self.out.clear();
+        bytes
+    }
+
     /// Reads from the socket once, into `input`. Returns whether the socket had bytes or the stream has ended.
     ///
     /// The caller must call [`Self::flush`] after an error too, because TLS can have queued an alert.
@@ -327,13 +334,16 @@ impl End {
         Ok(())
     }
 
-    /// Handles the bytes that TLS has buffered without having processed them.
-    pub(crate) fn process_buffered(&mut self) -> Result<(), EndError> {
-        let Some(tls) = &mut self.tls else {
-            return Ok(());
-        };
-        tls.process_new_packets().map_err(EndError::Tls)?;
-        Ok(())
+    /// Begins TLS with a client whose ClientHello was read. The TLS library holds bytes that it has not processed, and
+    /// `input` can hold further bytes of the client.
+    pub(crate) fn accept_tls(&mut self, mut tls: ServerConnection) -> Result<(), EndError> {
+        tls.set_buffer_limit(None);
+        let processed = tls.process_new_packets();
+        self.tls = Some(Box::new(tls.into()));
+        self.received = 0;
+        let early = std::mem::take(&mut self.input);
+        processed.map_err(EndError::Tls)?;
+        self.feed(early.bytes(), None)
     }
 
     /// Continues the TLS handshake with the bytes that have arrived.

@@ -30,6 +30,8 @@ mod check;
 mod connection;
 mod end;
 mod failure;
+#[doc(hidden)]
+pub mod fuzzing;
 mod listen;
 mod lru;
 mod printable;

@@ -168,15 +168,8 @@ impl Connection {
             .and_then(|secret| cx.contexts.server(&secret, issue, &self.name, chosen.as_deref()));
         let (error, alert) = match config {
             Ok(config) => match accepted.into_connection(config) {
-                Ok(mut tls) => {
-                    tls.set_buffer_limit(None);
-                    self.client.tls = Some(Box::new(tls.into()));
-                    // The TLS library holds bytes that it has not processed, and `input` can hold further bytes of the
-                    // client.
-                    let early = std::mem::take(&mut self.client.input);
-                    self.client.received = 0;
-                    let processed = self.client.process_buffered();
-                    if let Err(error) = processed.and_then(|()| self.client.feed(early.bytes(), None)) {
+                Ok(tls) => {
+                    if let Err(error) = self.client.accept_tls(tls) {
                         self.client_failed(&words(&error), cx);
                         self.close_after_answer(cx.now);
                     }

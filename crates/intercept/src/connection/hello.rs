@@ -9,11 +9,11 @@ use palisade_inspect::{
 };
 use palisade_protocols::{
     http1::{HeaderBuffer, Request},
-    tls::{ClientStep, ServerName},
+    tls::{ClientHello, ServerName},
 };
 use rustls::server::Accepted;
 
-use super::{Connection, Cx, Phase, Retry, Step, Stop};
+use super::{Connection, Cx, HelloError, Phase, Retry, Step, Stop};
 use crate::{failure::plain_alert, stats::count, tls::PeerName};
 
 /// Maximum number of application protocols of a client that are offered to the server.
@@ -36,67 +36,31 @@ impl Connection {
         let Phase::Hello(reader) = &mut self.phase else {
             return Err(Stop::Reset);
         };
-        if reader.hello.is_none() {
-            let bytes = self.client.input.bytes();
-            let mut rest = bytes.get(reader.fed..).unwrap_or_default();
-            match reader.reader.next(&mut rest) {
-                Ok(ClientStep::Hello(hello)) => reader.hello = Some(hello),
-                Ok(ClientStep::More | ClientStep::Other) if self.client.eof.is_some() => {
-                    return Err(Stop::Close);
-                }
-                Ok(ClientStep::More | ClientStep::Other) => {
-                    reader.fed = bytes.len() - rest.len();
-                    return Ok(received);
-                }
-                Err(error) => {
-                    count(&cx.counters.hellos_refused);
-                    self.drop_record(Reason::AppMalformed, error.text(), cx);
-                    return Err(Stop::Reset);
-                }
+        match reader.read(&mut self.client.input) {
+            Ok(Some((hello, accepted))) => self.evaluate(hello, accepted, cx),
+            Ok(None) if self.client.eof.is_some() && !reader.has_hello() => Err(Stop::Close),
+            Ok(None) => Ok(received),
+            Err(HelloError::Malformed(detail)) => {
+                count(&cx.counters.hellos_refused);
+                self.drop_record(Reason::AppMalformed, detail, cx);
+                Err(Stop::Reset)
             }
+            Err(HelloError::Tls(error, alert)) => {
+                count(&cx.counters.hellos_refused);
+                self.drop_intercept(Reason::AppMalformed, &format!("ClientHello: {error}"), cx);
+                self.refuse_hello(&alert, cx)
+            }
+            Err(HelloError::Full) => Err(Stop::Reset),
         }
-        let accepted = loop {
-            let mut bytes = self.client.input.bytes();
-            let all = bytes.len();
-            let read = reader.acceptor.read_tls(&mut bytes).map_err(|_| Stop::Reset)?;
-            let taken = all - bytes.len();
-            self.client.input.consume(taken);
-            match reader.acceptor.accept() {
-                Ok(Some(accepted)) => break accepted,
-                Ok(None) if read == 0 => return Ok(received),
-                Ok(None) => {}
-                Err((error, mut alert)) => {
-                    let mut bytes = Vec::new();
-                    let _ = alert.write_all(&mut bytes);
-                    count(&cx.counters.hellos_refused);
-                    self.drop_intercept(Reason::AppMalformed, &format!("ClientHello: {error}"), cx);
-                    return self.refuse_hello(&bytes, cx);
-                }
-            }
-        };
-        self.evaluate(accepted, cx)
     }
 
     /// Evaluates a complete ClientHello.
-    fn evaluate(&mut self, accepted: Accepted, cx: &mut Cx<'_>) -> Step {
-        let Phase::Hello(reader) = &mut self.phase else {
-            return Err(Stop::Reset);
-        };
-        let hello = reader.hello.take().ok_or(Stop::Reset)?;
-        let name = match &hello.server_name {
-            ServerName::Name(name) => Some(name.to_string()),
-            ServerName::Missing | ServerName::Address(_) => None,
-        };
-        let tls_name = accepted.client_hello().server_name().map(|name| {
-            let name = name.strip_suffix('.').unwrap_or(name);
-            name.to_ascii_lowercase()
-        });
-        // The name that is evaluated must be the one that the TLS library uses.
-        if name != tls_name {
+    fn evaluate(&mut self, hello: Box<ClientHello>, accepted: Accepted, cx: &mut Cx<'_>) -> Step {
+        let Ok(name) = agreed_name(&hello, &accepted) else {
             count(&cx.counters.hellos_refused);
             self.drop_record(Reason::AppMalformed, "ambiguous server name", cx);
             return Err(Stop::Reset);
-        }
+        };
         if let Some(name) = name {
             self.name = PeerName::Dns(name.into());
         }
@@ -179,6 +143,26 @@ impl Connection {
         }
         self.set_phase(Phase::Connect(Retry::default()), cx.now);
         Ok(true)
+    }
+}
+
+/// The parser of the rules and the TLS library read different server names.
+pub(crate) struct AmbiguousName;
+
+/// Returns the server name of a hello, which must be the one that the TLS library uses.
+pub(crate) fn agreed_name(hello: &ClientHello, accepted: &Accepted) -> Result<Option<String>, AmbiguousName> {
+    let name = match &hello.server_name {
+        ServerName::Name(name) => Some(name.to_string()),
+        ServerName::Missing | ServerName::Address(_) => None,
+    };
+    let tls_name = accepted.client_hello().server_name().map(|name| {
+        let name = name.strip_suffix('.').unwrap_or(name);
+        name.to_ascii_lowercase()
+    });
+    if name == tls_name {
+        Ok(name)
+    } else {
+        Err(AmbiguousName)
     }
 }
 

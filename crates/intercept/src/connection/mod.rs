@@ -3,6 +3,7 @@
 
 mod handshake;
 mod hello;
+mod hello_reader;
 mod http2;
 mod relay;
 
@@ -16,13 +17,14 @@ use palisade_inspect::{
     stream::{StreamContext, evaluate_hello, text},
 };
 use palisade_model::snapshot::RuleSet;
-use palisade_protocols::{
-    http1::Head,
-    tls::{ClientHello, ClientReader},
-};
-use rustls::server::{Accepted, Acceptor};
+use palisade_protocols::{http1::Head, tls::ClientHello};
+use rustls::server::Accepted;
 use tracing::info;
 
+pub(crate) use self::{
+    hello::agreed_name,
+    hello_reader::{HelloError, HelloReader},
+};
 use crate::{
     end::{End, Ending},
     failure::Failure,
@@ -128,16 +130,6 @@ struct Retry {
     at: Millis,
     /// Time between the last attempt and the next one, ms.
     wait: Millis,
-}
-
-/// State of the two parsers that read a ClientHello.
-#[derive(Default)]
-struct HelloReader {
-    reader: ClientReader,
-    /// Number of bytes of the client's input that `reader` has taken.
-    fed: usize,
-    hello: Option<Box<ClientHello>>,
-    acceptor: Acceptor,
 }
 
 pub(crate) struct Connection {
