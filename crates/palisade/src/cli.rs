@@ -152,6 +152,10 @@ Examples:
 
 Filters of one kind are alternatives, filters of different kinds must all match; --not reverses the next one.")]
     Observe(ObserveArgs),
+    /// Explain the verdict on a recorded flow or a described packet: the deciding rules, the rules that nearly match,
+    /// and the smallest addition that would allow it.
+    #[command(after_help = EXPLAIN_HELP)]
+    Explain(Box<ExplainArgs>),
     /// Show each event of the programs as it arrives, one per line.
     #[command(after_help = "Examples:
   palisade monitor --type drop
@@ -393,6 +397,58 @@ pub(crate) struct TraceArgs {
         required_unless_present = "to_fqdn"
     )]
     pub to: Option<String>,
+    /// The rest of the packet.
+    #[command(flatten)]
+    pub packet: PacketArgs,
+    /// Work off-line with these policy files or folders, and the endpoints and peers of --config.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub policies: Vec<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Examples and notes of `palisade explain`.
+const EXPLAIN_HELP: &str = "Examples:
+  palisade explain 7c9d6c52-0000-8000-8000-00000000002a
+  palisade explain --from default/frontend --to default/backend --port 8080
+  palisade explain --from default/a --to default/b --http 'PUT /items/1'
+  palisade explain --from default/a --to-fqdn api.example.com --port 443
+  palisade explain --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
+  palisade explain --input-file flows.json --policies policies.d 7c9d6c52-0000-8000-8000-00000000002a
+
+`palisade observe -o json` shows the UUID of each flow. The addition is printed only if the packet passes with it: it is
+compiled together with the policies in force, and the packet is evaluated again. It changes nothing by itself.
+Exits 0 if the packet would pass, 1 if it would be dropped.";
+
+/// Flags of `palisade explain`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ExplainArgs {
+    /// UUID of a recorded flow.
+    #[arg(value_name = "UUID", required_unless_present = "from", conflicts_with_all = ["from", "to", "to_fqdn"])]
+    pub flow: Option<String>,
+    /// Search the flow in this file of JSON lines (of Palisade or of Hubble), not in the daemon.
+    #[arg(long, value_name = "FILE", requires = "flow")]
+    pub input_file: Option<PathBuf>,
+    /// Source of the packet.
+    #[arg(long, visible_alias = "src", value_name = "END")]
+    pub from: Option<String>,
+    /// Destination of the packet.
+    #[arg(long, visible_alias = "dst", value_name = "END", requires = "from")]
+    pub to: Option<String>,
+    /// The packet, if it is described.
+    #[command(flatten)]
+    pub packet: PacketArgs,
+    /// Work off-line with these policy files or folders, and the endpoints and peers of --config; for a flow of
+    /// --input-file without --config, with the labels in the record.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub policies: Vec<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Flags that describe a packet, besides its source and destination.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct PacketArgs {
     /// Name by which the source has learned the destination; --to can give the destination's address.
     #[arg(long, value_name = "NAME")]
     pub to_fqdn: Option<String>,
@@ -423,11 +479,6 @@ pub(crate) struct TraceArgs {
     /// Destination port, with or without protocol (8080, 53/udp); for ICMP the type.
     #[arg(long, visible_alias = "dport", value_name = "PORT[/PROTOCOL]")]
     pub port: Option<String>,
-    /// Work off-line with these policy files or folders, and the endpoints and peers of --config.
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub policies: Vec<PathBuf>,
-    #[command(flatten)]
-    pub output: OutputArgs,
 }
 
 /// `palisade endpoint`.

@@ -8,6 +8,7 @@ use palisade_model::{
     labels::Labels,
     learned_identities::{LearnedIdentities, SelectorNumber},
     request::{Denial, HttpOptions, Request, RequestEvaluator},
+    rule::FqdnPattern,
     snapshot::{RuleKey, inspector_name},
 };
 use serde::Serialize;
@@ -28,6 +29,8 @@ pub struct Question {
     pub destination: String,
     /// DNS name by which the source has learned the address of the destination.
     pub to_fqdn: Option<String>,
+    /// Further DNS names by which the source has learned the address. Without `to_fqdn` they have no effect.
+    pub more_names: Vec<String>,
     /// Request of the flow, for inspected traffic.
     pub request: Request,
     /// Options for HTTP requests.
@@ -146,10 +149,33 @@ pub fn trace(
     question: &Question,
     evaluator: &dyn RequestEvaluator,
 ) -> Result<Trace, String> {
+    trace_between(&ends(compiler, question)?, question, evaluator)
+}
+
+/// The ends of a packet, and the compiler that has the identities of both.
+#[derive(Clone, Debug)]
+pub struct Ends<'c> {
+    /// The compiler of the question, or a copy with an identity for the learned names of the destination.
+    pub compiler: Cow<'c, Compiler>,
+    /// Source of the packet.
+    pub source: End,
+    /// Destination of the packet.
+    pub destination: End,
+}
+
+/// Returns the ends of the packet that `question` describes.
+///
+/// # Errors
+/// A message if the source or the destination is unknown, or the names contradict the ends.
+pub fn ends<'c>(compiler: &'c Compiler, question: &Question) -> Result<Ends<'c>, String> {
     let source = end(compiler, &question.source)?;
     let Some(name) = &question.to_fqdn else {
         let destination = end(compiler, &question.destination)?;
-        return trace_between(compiler, question, evaluator, source, destination);
+        return Ok(Ends {
+            compiler: Cow::Borrowed(compiler),
+            source,
+            destination,
+        });
     };
     let address: IpAddr = match question.destination.as_str() {
         "" => IpAddr::from([0, 0, 0, 0]),
@@ -166,12 +192,15 @@ pub fn trace(
     // If the combination of selectors has no identity yet, a copy of the compiler creates one.
     let mut compiler = Cow::Borrowed(compiler);
     let snapshot = compiler.snapshot();
+    let names_match = |pattern: &FqdnPattern| {
+        name_matches(pattern, name) || question.more_names.iter().any(|name| name_matches(pattern, name))
+    };
     let selectors: Vec<SelectorNumber> = snapshot
         .fqdn
         .get(&endpoint)
         .into_iter()
         .flat_map(|list| list.iter())
-        .filter(|(_, pattern)| name_matches(pattern, name))
+        .filter(|(_, pattern)| names_match(pattern))
         .map(|(number, _)| *number)
         .collect();
     let names = snapshot.names.clone();
@@ -209,16 +238,24 @@ pub fn trace(
             _ => Some(snapshot.identity_of(address).endpoint).filter(|id| *id != 0),
         },
     };
-    trace_between(&compiler, question, evaluator, source, destination)
+    Ok(Ends {
+        compiler,
+        source,
+        destination,
+    })
 }
 
-fn trace_between(
-    compiler: &Compiler,
+/// Explains the verdict on the packet that `question` describes, between ends that [`ends`] has returned.
+///
+/// # Errors
+/// A message if there can be no verdict.
+pub fn trace_between(
+    ends: &Ends<'_>,
     question: &Question,
     evaluator: &dyn RequestEvaluator,
-    source: End,
-    destination: End,
 ) -> Result<Trace, String> {
+    let compiler = &*ends.compiler;
+    let (source, destination) = (ends.source.clone(), ends.destination.clone());
     let mut sides = Vec::new();
     if let Some(endpoint) = source.endpoint {
         sides.push(side(
@@ -370,7 +407,12 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
     Ok(found(entry.identity, Some(entry.endpoint)))
 }
 
-fn side(
+/// Returns the verdict of the policy of one endpoint about a peer with the identity `other`. The ends of `question` are
+/// ignored.
+///
+/// # Errors
+/// A message if the endpoint has no compiled policy.
+pub fn side(
     compiler: &Compiler,
     endpoint: u16,
     direction: Direction,

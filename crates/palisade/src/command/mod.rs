@@ -1,10 +1,12 @@
 //! Dispatch of the commands.
 
+mod explain;
 mod flows;
 mod inspect;
 mod intercept;
 mod output;
 mod policy;
+mod recorded;
 mod service;
 
 use std::{
@@ -57,7 +59,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Run { .. }
         | Command::Policy(
             PolicyCommand::Validate { .. } | PolicyCommand::Test { .. } | PolicyCommand::Trace(_),
-        ) => None,
+        )
+        | Command::Explain(_) => None,
         _ => Some(socket(cli)?),
     };
     let socket = || asked.clone().map_or_else(|| socket(cli), Ok);
@@ -73,7 +76,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             }
             PolicyCommand::Test { paths } => policy::test(paths),
             PolicyCommand::Trace(args) => {
-                let request = policy::trace_request(args)?;
+                let request = policy::trace_request(&args.from, args.to.as_deref(), &args.packet)?;
                 policy::trace(
                     &cli.config,
                     &socket()?,
@@ -138,6 +141,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 inspect::ipcache(&socket()?, output.output)
             }
         },
+        Command::Explain(args) => explain::explain((&cli.config, cli.names_config()), socket, args),
         Command::Observe(args) => flows::observe(&socket()?, args),
         Command::Monitor {
             types,

@@ -23,7 +23,7 @@ use palisade_secrets::{Store, check_policies};
 
 use super::output::{EXIT_NO, EXIT_OK, load_config, show};
 use crate::{
-    cli::{Output, TraceArgs},
+    cli::{Output, PacketArgs},
     config::Config,
     control::{
         api::{Request, TraceAnswer, TraceHttp, TraceKafka, TraceRequest},
@@ -141,7 +141,7 @@ pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
 }
 
 /// Returns the packet that the command line describes.
-pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
+pub(super) fn trace_request(from: &str, to: Option<&str>, args: &PacketArgs) -> anyhow::Result<TraceRequest> {
     let usual = match (&args.dns, &args.http, &args.sni, &args.kafka) {
         _ if args.protocol.is_some() => None,
         (Some(_), ..) => Some("53/udp"),
@@ -154,8 +154,8 @@ pub(super) fn trace_request(args: &TraceArgs) -> anyhow::Result<TraceRequest> {
     };
     let (protocol, port) = protocol_and_port(args.protocol.as_deref(), args.port.as_deref().or(usual))?;
     Ok(TraceRequest {
-        from: args.from.clone(),
-        to: args.to.clone().unwrap_or_default(),
+        from: from.to_owned(),
+        to: to.unwrap_or_default().to_owned(),
         to_fqdn: args.to_fqdn.clone(),
         dns: args.dns.clone(),
         http: args
@@ -307,23 +307,7 @@ pub(super) fn trace(
         let Some(config) = load_config(config) else {
             return Ok(EXIT_NO);
         };
-        let sources = read(policies);
-        for (_, parsed) in &sources.files {
-            for diagnostic in &parsed.diagnostics {
-                eprintln!("{diagnostic}");
-            }
-        }
-        for problem in &sources.problems {
-            eprintln!("{problem}");
-        }
-        if sources.has_errors() {
-            bail!("the policies have errors; a packet is only explained by policies that could be in force");
-        }
-        let files = contents(&sources.files)
-            .into_iter()
-            .map(|(path, content)| (path.display().to_string(), Some(content)))
-            .collect();
-        daemon::trace_offline(&config, files, &request)?
+        daemon::trace_offline(&config, policy_files(policies)?, &request)?
     };
     let passes = answer.passes;
     match output {
@@ -331,6 +315,29 @@ pub(super) fn trace(
         Output::Table => show(&answer, output, |answer, out| writeln!(out, "{}", answer.text))?,
     };
     Ok(if passes { EXIT_OK } else { EXIT_NO })
+}
+
+/// Returns the contents of the policy files at these paths. Prints the diagnostics of the files.
+///
+/// # Errors
+/// A file cannot be read, or has errors.
+pub(super) fn policy_files(paths: &[PathBuf]) -> anyhow::Result<BTreeMap<String, Option<FileContent>>> {
+    let sources = read(paths);
+    for (_, parsed) in &sources.files {
+        for diagnostic in &parsed.diagnostics {
+            eprintln!("{diagnostic}");
+        }
+    }
+    for problem in &sources.problems {
+        eprintln!("{problem}");
+    }
+    if sources.has_errors() {
+        bail!("the policies have errors; a packet is only explained by policies that could be in force");
+    }
+    let files = contents(&sources.files).into_iter();
+    Ok(files
+        .map(|(path, content)| (path.display().to_string(), Some(content)))
+        .collect())
 }
 
 fn plural(count: usize, what: &str) -> String {

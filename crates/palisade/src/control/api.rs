@@ -23,6 +23,8 @@ pub(crate) enum Request {
     PolicySelectors,
     /// Returns a [`TraceAnswer`].
     PolicyTrace(TraceRequest),
+    /// Returns an [`ExplainAnswer`].
+    Explain { request: ExplainRequest },
     /// Returns all [`Endpoint`]s.
     EndpointList,
     /// Returns an [`Endpoint`], by number, name or address.
@@ -296,6 +298,18 @@ pub(crate) struct TraceRequest {
     pub protocol: u8,
     /// Destination port, or ICMP type; 0 for protocols without either.
     pub port: u16,
+}
+
+/// Subject of an explanation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ExplainRequest {
+    /// A flow of the ring, by its UUID.
+    Flow(String),
+    /// A recorded flow as a line of JSON.
+    Record(String),
+    /// A packet that the operator describes.
+    Packet(Box<TraceRequest>),
 }
 
 /// Description of an HTTP request.
@@ -798,6 +812,17 @@ pub(crate) struct TraceAnswer {
     pub text: String,
     /// Explanation for scripts, as JSON.
     pub trace: serde_json::Value,
+}
+
+/// Explanation of a recorded flow or a described packet.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ExplainAnswer {
+    /// Whether the packet would arrive.
+    pub passes: bool,
+    /// Explanation as text.
+    pub text: String,
+    /// Explanation for scripts, as JSON.
+    pub explanation: serde_json::Value,
 }
 
 /// An identity.

@@ -5,10 +5,14 @@ use std::{
     sync::mpsc::{self, Receiver, SyncSender},
 };
 
+use palisade_policy::compile::Compiler;
 use signal_hook::consts::SIGHUP;
 
 use super::{fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
-use crate::control::api::{Endpoint, PolicySummary, SelectorRow, Status, TraceAnswer, TraceRequest};
+use crate::{
+    config,
+    control::api::{Endpoint, PolicySummary, SelectorRow, Status, TraceAnswer, TraceRequest},
+};
 
 /// A message to the control thread.
 pub(super) enum Message {
@@ -66,6 +70,8 @@ pub(super) enum ClientRequest {
     Selectors(Reply<Vec<SelectorRow>>),
     /// Explains the verdict on a packet that a client describes.
     Trace(TraceRequest, Reply<TraceAnswer>),
+    /// A copy of the compiler, for an explanation on the client's own thread.
+    Compiler(Reply<Box<CompilerCopy>>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),
     /// One endpoint, by number, name or address.
@@ -79,6 +85,12 @@ pub(super) enum ClientRequest {
         options: BTreeMap<String, bool>,
         reply: Reply<BTreeMap<String, bool>>,
     },
+}
+
+/// The compiler with the policies in force, and the settings that decide about requests.
+pub(super) struct CompilerCopy {
+    pub(super) compiler: Compiler,
+    pub(super) http: config::Http,
 }
 
 /// Sender of one answer.

@@ -14,6 +14,7 @@ mod checked_file;
 mod control;
 mod enforcer;
 mod events;
+mod explain;
 mod export;
 mod files;
 mod fqdn;
@@ -43,6 +44,7 @@ mod watcher;
 mod workers;
 
 use anyhow::bail;
+pub(crate) use explain::{explain_offline, explain_record};
 pub(crate) use last_good::find as last_good_config;
 pub(crate) use netfilter::Place as NetfilterTable;
 use network::Network;

@@ -9,7 +9,7 @@ use palisade_policy::{
 
 use super::workers::INSPECTORS;
 use crate::{
-    config::Config,
+    config::{self, Config},
     control::api::{TraceAnswer, TraceRequest},
 };
 
@@ -22,28 +22,44 @@ pub(super) fn trace(
     config: &Config,
     request: &TraceRequest,
 ) -> Result<TraceAnswer, String> {
-    let question = Question {
-        source: request.from.clone(),
-        destination: request.to.clone(),
-        to_fqdn: request.to_fqdn.clone(),
-        request: application_request(request),
-        http: HttpOptions {
-            paths: config.http.paths,
-            get_bodies: config.http.get_bodies,
-        },
-        readers: Some(INSPECTORS),
-        protocol: request.protocol,
-        port: request.port,
-    };
-    let inspectors = Inspectors {
-        head: config.http.head,
-    };
-    let trace = trace::trace(compiler, &question, &inspectors)?;
+    let trace = trace::trace(
+        compiler,
+        &question(&config.http, request),
+        &inspectors(&config.http),
+    )?;
     Ok(TraceAnswer {
         passes: trace.verdict != Outcome::Denied,
         text: trace.to_string(),
         trace: serde_json::to_value(&trace).map_err(|error| error.to_string())?,
     })
+}
+
+/// Returns the settings for HTTP requests.
+pub(super) const fn http_options(http: &config::Http) -> HttpOptions {
+    HttpOptions {
+        paths: http.paths,
+        get_bodies: http.get_bodies,
+    }
+}
+
+/// Returns the inspectors that decide about requests.
+pub(super) const fn inspectors(http: &config::Http) -> Inspectors {
+    Inspectors { head: http.head }
+}
+
+/// Returns the question about a packet that the operator describes.
+pub(super) fn question(http: &config::Http, request: &TraceRequest) -> Question {
+    Question {
+        source: request.from.clone(),
+        destination: request.to.clone(),
+        to_fqdn: request.to_fqdn.clone(),
+        more_names: Vec::new(),
+        request: application_request(request),
+        http: http_options(http),
+        readers: Some(INSPECTORS),
+        protocol: request.protocol,
+        port: request.port,
+    }
 }
 
 /// Converts the application request of the packet to the type that the compiler uses.

@@ -10,6 +10,7 @@ use palisade_abi::{Direction, Identity};
 use palisade_model::{
     diagnostic::Diagnostic,
     inventory::{Enforcement, Inventory},
+    labels::Labels,
     rule::{Location, Peer, Policy},
     snapshot::{Snapshot, inspector_name},
 };
@@ -25,7 +26,7 @@ use super::{
     select::{IdentityIndex, ResolvedSelector},
     spec::{CompiledSpec, FileContent, SpecKey},
     subject::Subject,
-    table_rule::Members,
+    table_rule::{Members, TableRule},
 };
 use crate::{
     classes::Classes,
@@ -213,6 +214,43 @@ impl Compiler {
             .flat_map(move |(_, applied)| &applied.remarks[direction as usize])
     }
 
+    /// Returns whether a peer of a rule selects an identity with these labels. A `toFQDNs` selector selects identities
+    /// by their `fqdn` labels.
+    #[must_use]
+    pub fn selects(&self, peer: &Peer, labels: &Labels) -> bool {
+        let groups = match peer {
+            Peer::CidrGroup { .. } | Peer::CidrGroupSelector { .. } => self.groups(),
+            _ => Vec::new(),
+        };
+        ResolvedSelector::of(peer, &groups.iter().collect::<Vec<_>>()).matches(labels)
+    }
+
+    /// Returns how far each rule of an endpoint's policies for one direction matches a packet. Rules that name no peer
+    /// are missing.
+    #[must_use]
+    pub fn rule_matches(
+        &self,
+        endpoint: u16,
+        direction: Direction,
+        other: Identity,
+        protocol: u8,
+        port: u16,
+    ) -> BTreeMap<u32, RuleMatch> {
+        let mut found: BTreeMap<u32, RuleMatch> = BTreeMap::new();
+        for rule in self.table_rules_of(endpoint, direction) {
+            let peer = self.names_peer(rule, other);
+            let port = rule
+                .ports
+                .iter()
+                .any(|ports| ports.set.contains(protocol, Some(port)));
+            let known = found.entry(rule.id).or_default();
+            known.peer |= peer;
+            known.port |= port;
+            known.both |= peer && port;
+        }
+        found
+    }
+
     /// Returns the ids of the rules that match a packet of an endpoint, each with the effect that the rule would have
     /// alone.
     #[must_use]
@@ -224,30 +262,13 @@ impl Compiler {
         protocol: u8,
         port: u16,
     ) -> Vec<(u32, String)> {
-        let subject = self
-            .subjects
-            .iter()
-            .position(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint));
-        let Some(at) = subject.filter(|_| self.inventory.options.enforcement != Enforcement::Never) else {
-            return Vec::new();
-        };
-        let learned = self.names.identities().get(&other);
         let mut found = Vec::new();
-        for rule in self.subjects[at]
-            .applied_specs()
-            .flat_map(|(_, applied)| &applied.rules[direction as usize])
-        {
-            let named = match &rule.members {
-                Members::Any => !rule.excepts(other),
-                Members::Of(peers) => match &learned {
-                    Some(identity) => peers.iter().any(|peer| peer.means(identity)),
-                    None => peers.iter().any(|peer| peer.members.contains(&other)),
-                },
-            };
+        for rule in self.table_rules_of(endpoint, direction) {
             let ports = rule
                 .ports
                 .iter()
                 .filter(|ports| ports.set.contains(protocol, Some(port)));
+            let named = self.names_peer(rule, other);
             for ports in ports.filter(|_| named) {
                 let effect = match &ports.l7 {
                     _ if rule.denies => "deny".to_owned(),
@@ -264,4 +285,36 @@ impl Compiler {
         }
         found
     }
+
+    /// Returns the rules of the policies that select an endpoint, for one direction; none if nothing is enforced.
+    fn table_rules_of(&self, endpoint: u16, direction: Direction) -> impl Iterator<Item = &TableRule> {
+        self.subjects
+            .iter()
+            .filter(|_| self.inventory.options.enforcement != Enforcement::Never)
+            .find(|subject| subject.endpoints.iter().any(|(id, _)| *id == endpoint))
+            .into_iter()
+            .flat_map(Subject::applied_specs)
+            .flat_map(move |(_, applied)| &applied.rules[direction as usize])
+    }
+
+    fn names_peer(&self, rule: &TableRule, other: Identity) -> bool {
+        match &rule.members {
+            Members::Any => !rule.excepts(other),
+            Members::Of(peers) => match self.names.identities().get(&other) {
+                Some(identity) => peers.iter().any(|peer| peer.means(identity)),
+                None => peers.iter().any(|peer| peer.members.contains(&other)),
+            },
+        }
+    }
+}
+
+/// How far a rule matches a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuleMatch {
+    /// Whether the rule selects the peer.
+    pub peer: bool,
+    /// Whether the rule has the protocol and port.
+    pub port: bool,
+    /// Whether the rule has the protocol and port towards this peer: peers can number a port name differently.
+    pub both: bool,
 }

@@ -37,7 +37,7 @@ mod update;
 
 pub use addresses::prefix_key;
 pub use changes::Changes;
-pub use compiler::{Compiler, CompilerState};
+pub use compiler::{Compiler, CompilerState, RuleMatch};
 pub use conflict::conflicts;
 pub(crate) use conflict::possible_conflicts;
 pub use learned::LearnedUpdate;

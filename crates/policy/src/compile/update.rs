@@ -238,7 +238,7 @@ impl Compiler {
         sum
     }
 
-    fn groups(&self) -> Vec<CidrGroup> {
+    pub(super) fn groups(&self) -> Vec<CidrGroup> {
         self.files
             .values()
             .flat_map(|content| content.cidr_groups.iter().cloned())

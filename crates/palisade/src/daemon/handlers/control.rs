@@ -17,7 +17,11 @@ use serde_json::Value;
 use tracing::info;
 
 use super::super::{
-    control::Control, message::ClientRequest, selector_text::peer_text, trace::trace, view::kind_name,
+    control::Control,
+    message::{ClientRequest, CompilerCopy},
+    selector_text::peer_text,
+    trace::trace,
+    view::kind_name,
 };
 use crate::{
     control::api::{
@@ -36,6 +40,10 @@ impl Control {
             ClientRequest::Policies { name, reply } => reply.send(self.policy_summaries(name.as_deref())),
             ClientRequest::Selectors(reply) => reply.send(Ok(self.selectors())),
             ClientRequest::Trace(request, reply) => reply.send(self.trace(&request)),
+            ClientRequest::Compiler(reply) => reply.send(Ok(Box::new(CompilerCopy {
+                compiler: self.enforcer.compiler.clone(),
+                http: self.config.http.clone(),
+            }))),
             ClientRequest::Endpoints(reply) => reply.send(Ok(self.endpoints())),
             ClientRequest::Endpoint { endpoint, reply } => reply.send(
                 self.find_endpoint(&endpoint)

@@ -2,6 +2,7 @@
 //! thread. This module dispatches the requests, and sends flows to `palisade observe`.
 
 mod control;
+mod explain;
 mod intercept;
 mod maps;
 
@@ -85,6 +86,7 @@ impl Handler for Handlers {
             Request::PolicyGet { name } => json(self.policies(name)),
             Request::PolicySelectors => json(self.look_up(ClientRequest::Selectors)),
             Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
+            Request::Explain { request } => json(self.explain(request)),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
             Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
             Request::EndpointConfig { endpoint, options } => {
