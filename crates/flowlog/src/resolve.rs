@@ -369,6 +369,16 @@ fn protocol_text(number: u8) -> String {
     .into()
 }
 
+/// Returns the name that Hubble uses for type and code of an ICMP message; `None` for other protocols.
+#[must_use]
+pub fn icmp_text(l4: Layer4) -> Option<String> {
+    match l4 {
+        Layer4::Icmpv4 { kind, code } => Some(icmpv4_text(kind, code)),
+        Layer4::Icmpv6 { kind, code } => Some(icmpv6_text(kind, code)),
+        Layer4::Tcp { .. } | Layer4::Udp { .. } | Layer4::Sctp { .. } => None,
+    }
+}
+
 /// Returns the name that Hubble uses for type and code of ICMP: `EchoRequest`, `DestinationUnreachable(Port)` (RFC
 /// 792).
 fn icmpv4_text(kind: u8, code: u8) -> String {

@@ -95,6 +95,17 @@ pub enum Next {
     Lost(u64),
 }
 
+/// A flow of the ring as [`Cursor::read_raw`] passes it to a reader.
+#[derive(Clone, Copy, Debug)]
+pub enum Raw<'a> {
+    /// A flow.
+    Flow(&'a Flow),
+    /// A record whose flow was not needed so far.
+    Record(&'a Record),
+    /// Number of flows that were overwritten before this reader read them.
+    Lost(u64),
+}
+
 /// Position of a reader in the ring.
 pub struct Cursor {
     ring: Arc<Ring>,
@@ -295,6 +306,24 @@ impl Ring {
 impl Cursor {
     /// Returns the next flow, or the number of flows that this reader has lost; `None` if there is no newer flow.
     pub fn read(&mut self) -> Option<Next> {
+        self.next().map(|next| match next {
+            Ok(entry) => Next::Flow(entry.flow()),
+            Err(lost) => Next::Lost(lost),
+        })
+    }
+
+    /// Passes the next flow to `read` as the ring has it. Unlike [`Self::read`], makes no flow from a record. Returns
+    /// `None` if there is no newer flow.
+    pub fn read_raw<T>(&mut self, read: impl FnOnce(Raw<'_>) -> T) -> Option<T> {
+        self.next().map(|next| match &next {
+            Ok(Entry::Flow(flow)) => read(Raw::Flow(flow)),
+            Ok(Entry::Record(deferred)) => read(Raw::Record(&deferred.record)),
+            Err(lost) => read(Raw::Lost(*lost)),
+        })
+    }
+
+    /// Returns the next entry, or as an error the number of flows that this reader has lost.
+    fn next(&mut self) -> Option<Result<Entry, u64>> {
         loop {
             let end = self.ring.seen();
             if self.at >= end {
@@ -304,11 +333,11 @@ impl Cursor {
             if self.at < first {
                 let lost = first - self.at;
                 self.at = first;
-                return Some(Next::Lost(lost));
+                return Some(Err(lost));
             }
-            if let Some(flow) = self.ring.get(self.at) {
+            if let Some(entry) = self.ring.entry(self.at) {
                 self.at += 1;
-                return Some(Next::Flow(flow));
+                return Some(Ok(entry));
             }
             // The flow was overwritten after `first` was read; try again from the new first flow.
         }
