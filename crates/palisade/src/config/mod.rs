@@ -3,6 +3,7 @@
 mod export;
 mod labels;
 mod limit_option;
+mod metrics;
 mod model;
 mod read;
 mod reader;
@@ -14,6 +15,7 @@ use std::{
 };
 
 pub(crate) use limit_option::{limit_hint, with_option};
+pub(crate) use metrics::Metrics;
 pub(crate) use model::*;
 use read::read;
 pub(crate) use reader::ConfigError;

@@ -55,6 +55,8 @@ pub(crate) struct Config {
     pub tls: Tls,
     /// `[worker]`.
     pub worker: Worker,
+    /// `[metrics]`.
+    pub metrics: super::Metrics,
     /// `[[interface]]`.
     pub interfaces: Vec<Interface>,
     /// `[[endpoint]]`.

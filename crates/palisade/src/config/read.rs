@@ -49,6 +49,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         kafka: kafka(root.table("kafka")),
         tls: tls(root.table("tls"), path),
         worker: worker(root.table("worker")),
+        metrics: super::metrics::read(root.table("metrics")),
         interfaces: Vec::new(),
         endpoints: Vec::new(),
         peers: Vec::new(),

@@ -80,8 +80,10 @@ pub(crate) trait Handler: Send + Sync + 'static {
 /// Counters of the server.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    clients: AtomicUsize,
-    followers: AtomicUsize,
+    /// Connected clients.
+    pub clients: AtomicUsize,
+    /// Clients that follow flows.
+    pub followers: AtomicUsize,
     /// Clients that were disconnected because they did not send their request or read the answer in time.
     pub slow: AtomicU64,
     /// Clients that were refused because there were too many.

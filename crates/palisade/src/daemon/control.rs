@@ -27,6 +27,7 @@ use super::{
     interception::{InspectorRules, Interception},
     interfaces::Interfaces,
     last_good,
+    measured::Measured,
     message::{Message, Reply},
     netfilter,
     network::{self, Network},
@@ -74,6 +75,7 @@ pub(super) struct Control {
     pub(super) interception: Interception,
     pub(super) exports: Exports,
     pub(super) activity: Arc<ControlActivity>,
+    pub(super) measured: Arc<Measured>,
     pub(super) started: Instant,
     /// Number of changes that were put in force.
     pub(super) changes: u64,
@@ -238,6 +240,10 @@ impl Control {
             self.enforcer.compile(None, &mut self.files);
             let compiled = begun.elapsed();
             self.enforce(begun);
+            if self.enforcer.problem.is_none() {
+                self.measured
+                    .enforced_after(changes.since.unwrap_or(begun).elapsed());
+            }
             debug!(
                 ?read,
                 compiled = ?compiled.saturating_sub(read),

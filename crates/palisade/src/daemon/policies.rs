@@ -693,7 +693,7 @@ mod tests {
     fn changed(name: &str) -> Changes {
         Changes {
             files: [name.to_owned()].into(),
-            rescan: false,
+            ..Changes::default()
         }
     }
 

@@ -107,6 +107,13 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("worker", "on_failure", Effect::Reload),
     ("worker", "frames", restart!(worker.frames)),
     ("worker", "interface", restart!(worker.interface)),
+    ("metrics", "listen", restart!(metrics.listen)),
+    ("metrics", "hubble", restart!(metrics.hubble)),
+    (
+        "metrics",
+        "series_per_metric",
+        restart!(metrics.series_per_metric),
+    ),
     ("namespace", "name", Effect::Reload),
     ("namespace", "labels", Effect::Reload),
     ("interface", "name", Effect::Reload),

@@ -39,8 +39,9 @@ use super::{
     handlers::Handlers,
     interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
+    measured::Measured,
     message::Message,
-    netfilter,
+    metrics, netfilter,
     network::{self, Network},
     policies::PolicyFiles,
     private_dirs,
@@ -242,6 +243,7 @@ fn fill(
         interception,
         exports: Exports::default(),
         activity: Arc::<ControlActivity>::default(),
+        measured: Arc::<Measured>::default(),
         started,
         changes: 0,
         last_change: Duration::ZERO,
@@ -323,11 +325,13 @@ fn serve(
         interception: Arc::clone(control.interception.view()),
         netfilter: netfilter::Place::new(&control.config),
         server: OnceLock::new(),
+        measured: Arc::clone(&control.measured),
     });
     let socket = server::listen(claim, Arc::clone(&handlers))
         .with_context(|| format!("control socket {}", control.config.node.socket.display()))?;
     // The cell is new, so it cannot be set already.
     let _ = handlers.server.set(Arc::clone(&socket.counts));
+    metrics::start(&control.config.metrics, handlers).context("the threads of the metrics")?;
     Ok(socket)
 }
 

@@ -155,7 +155,12 @@ impl Control {
 impl Handlers {
     /// Returns the whole status: the part of the control thread, and the counters of maps and threads.
     pub(super) fn status(&self) -> Result<Status, String> {
-        let mut status = self.look_up(ClientRequest::Status)?;
+        self.with_counters(self.look_up(ClientRequest::Status)?)
+    }
+
+    /// Adds the counters of maps and threads to the part of the status that the control thread has.
+    pub(super) fn with_counters(&self, mut status: Status) -> Result<Status, String> {
+        status.warnings.extend(self.measured.problem());
         let conntrack = self.datapath.conntrack().counts().map_err(map_error)?;
         status.conntrack = ConntrackStatus {
             entries: conntrack.present,

@@ -50,6 +50,8 @@ pub(super) struct Changes {
     pub files: BTreeSet<String>,
     /// Whether every file can have changed, so that all files must be read again.
     pub rescan: bool,
+    /// Time of the first event of these changes; `None` if they were requested.
+    pub since: Option<Instant>,
 }
 
 impl Changes {
@@ -58,6 +60,7 @@ impl Changes {
         Self {
             files: BTreeSet::new(),
             rescan: true,
+            since: None,
         }
     }
 
@@ -111,8 +114,12 @@ impl Batch {
     fn take(&mut self, now: Instant) -> Option<Changes> {
         let due = !self.changes.is_empty() && self.wait(now).is_some_and(|left| left.is_zero());
         due.then(|| {
+            let since = self.first;
             (self.first, self.last) = (None, None);
-            std::mem::take(&mut self.changes)
+            Changes {
+                since,
+                ..std::mem::take(&mut self.changes)
+            }
         })
     }
 }
@@ -276,15 +283,17 @@ mod tests {
     }
 
     fn next(receiver: &mpsc::Receiver<Changes>) -> Changes {
-        receiver
+        let told = receiver
             .recv_timeout(Duration::from_secs(60))
-            .expect("nothing was told")
+            .expect("nothing was told");
+        assert!(told.since.is_some_and(|since| since <= Instant::now()));
+        Changes { since: None, ..told }
     }
 
     fn files(names: &[&str]) -> Changes {
         Changes {
             files: names.iter().map(ToString::to_string).collect(),
-            rescan: false,
+            ..Changes::default()
         }
     }
 

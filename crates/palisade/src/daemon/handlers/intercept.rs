@@ -382,7 +382,7 @@ impl Handlers {
         Ok((*index, mac))
     }
 
-    pub(super) fn intercept_stats(&self) -> InterceptStats {
+    pub(in crate::daemon) fn intercept_stats(&self) -> InterceptStats {
         let proxy = match self.interception.proxy() {
             Ok(proxy) => proxy,
             Err(problem) => {

@@ -24,6 +24,7 @@ use serde_json::Value;
 use super::{
     fqdn::FqdnManager,
     interception,
+    measured::Measured,
     message::{ClientRequest, Message, Reply},
     netfilter,
     view::Shared,
@@ -71,6 +72,8 @@ pub(super) struct Handlers {
     pub(super) netfilter: netfilter::Place,
     /// Counters of the control socket's server, set once it runs.
     pub(super) server: OnceLock<Arc<Counts>>,
+    /// Values that the metrics need besides those of `status`.
+    pub(super) measured: Arc<Measured>,
 }
 
 impl Handler for Handlers {
@@ -148,7 +151,11 @@ impl Handlers {
     }
 
     /// Sends a message to the control thread and waits for the answer.
-    fn send<T>(&self, deadline: Duration, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, String> {
+    pub(super) fn send<T>(
+        &self,
+        deadline: Duration,
+        message: impl FnOnce(Reply<T>) -> Message,
+    ) -> Result<T, String> {
         let (reply, receiver) = Reply::channel();
         let gone = || "the daemon is ending".to_owned();
         self.control.send(message(reply)).map_err(|_| gone())?;

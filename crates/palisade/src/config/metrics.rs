@@ -1,0 +1,149 @@
+//! `[metrics]`: the HTTP server of metrics and health.
+
+use std::net::SocketAddr;
+
+use palisade_metrics::HubbleMetric;
+
+use super::reader::{At, Section};
+
+/// Metrics of Hubble without the option `hubble`.
+const DEFAULT_HUBBLE: [&str; 6] = ["dns", "drop", "tcp", "flow", "icmp", "http"];
+/// Largest value of `series_per_metric`.
+const MAX_SERIES: u64 = 1_000_000;
+
+/// `[metrics]`.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Metrics {
+    /// Address of the server; `None` for no server.
+    pub listen: Option<SocketAddr>,
+    /// Metrics of Hubble.
+    pub hubble: Vec<HubbleMetric>,
+    /// Largest number of time series of one metric whose labels peers can choose.
+    pub series_per_metric: usize,
+}
+
+pub(super) fn read(section: Section<'_, '_>) -> Metrics {
+    let metrics = Metrics {
+        listen: listen(&section),
+        hubble: hubble(&section),
+        series_per_metric: section
+            .integer("series_per_metric", 1..MAX_SERIES + 1)
+            .and_then(|limit| usize::try_from(limit).ok())
+            .unwrap_or(2_000),
+    };
+    section.finish();
+    metrics
+}
+
+fn listen(section: &Section<'_, '_>) -> Option<SocketAddr> {
+    let at = section.string("listen")?;
+    let address = match at.value.parse::<SocketAddr>() {
+        Ok(address) => address,
+        Err(error) => {
+            section.error_at(
+                at.offset,
+                format!(
+                    "metrics.listen: '{}' is no address with a port ({error}); write for example \"127.0.0.1:9965\" or \
+                     \"[::1]:9965\"",
+                    at.value
+                ),
+            );
+            return None;
+        }
+    };
+    if !address.ip().is_loopback() {
+        section.error_at(
+            at.offset,
+            format!(
+                "metrics.listen: {address} is not a loopback address, and names of policies, endpoints and peers would \
+                 cross the network in clear text; use 127.0.0.1 or [::1]"
+            ),
+        );
+        return None;
+    }
+    Some(address)
+}
+
+fn hubble(section: &Section<'_, '_>) -> Vec<HubbleMetric> {
+    let wanted = "a list of metrics: [\"drop\", \"dns:query;ignoreAAAA\"]";
+    let metrics: Vec<At<HubbleMetric>> = match section.list("hubble", wanted, str::parse) {
+        Some(metrics) => metrics,
+        None => {
+            let defaults = DEFAULT_HUBBLE.iter().filter_map(|name| name.parse().ok());
+            return defaults.collect();
+        }
+    };
+    let offsets: Vec<usize> = metrics.iter().map(|at| at.offset).collect();
+    let metrics: Vec<HubbleMetric> = metrics.into_iter().map(|at| at.value).collect();
+    if let Err((index, problem)) = palisade_metrics::check(&metrics) {
+        let offset = offsets.get(index).copied().unwrap_or_default();
+        section.error_at(offset, format!("metrics.hubble: {problem}"));
+    }
+    metrics
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::Config;
+
+    fn errors(text: &str) -> Vec<String> {
+        let errors = Config::parse(Path::new("/p.toml"), text)
+            .err()
+            .unwrap_or_default();
+        errors.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn metrics_are_off_by_default_and_on_at_loopback_addresses() {
+        let parse = |text: &str| Config::parse(Path::new("/p.toml"), text).unwrap().metrics;
+        assert_eq!(parse("[node]\nname = \"n\"\n").listen, None);
+        for address in ["127.0.0.1:9965", "127.3.2.1:1", "[::1]:9965"] {
+            let metrics = parse(&format!("[metrics]\nlisten = \"{address}\"\n"));
+            assert_eq!(metrics.listen, Some(address.parse().unwrap()));
+            assert_eq!((metrics.hubble.len(), metrics.series_per_metric), (6, 2_000));
+        }
+        assert!(parse("[metrics]\nhubble = []\n").hubble.is_empty());
+    }
+
+    #[test]
+    fn errors_have_the_place_of_the_value() {
+        for (line, wanted) in [
+            (
+                "listen = \"0.0.0.0:9965\"",
+                "/p.toml:2:10: metrics.listen: 0.0.0.0:9965 is not a loopback address",
+            ),
+            ("listen = \"[::]:9965\"", "[::]:9965 is not a loopback address"),
+            (
+                "listen = \"[::ffff:127.0.0.1]:9965\"",
+                "is not a loopback address",
+            ),
+            (
+                "listen = \"localhost:9965\"",
+                "'localhost:9965' is no address with a port",
+            ),
+            ("listen = 9965", "metrics.listen must be a string"),
+            (
+                "hubble = [\"drop\", \"flows\"]",
+                "/p.toml:2:19: metrics.hubble: 'flows' is no metric",
+            ),
+            (
+                "hubble = [\"http\", \"httpV2\"]",
+                "/p.toml:2:19: metrics.hubble: 'httpV2' counts the same",
+            ),
+            ("hubble = \"drop\"", "metrics.hubble must be a list of metrics"),
+            (
+                "series_per_metric = 0",
+                "metrics.series_per_metric must be between 1 and 1000000",
+            ),
+            ("colour = 1", "colour"),
+        ] {
+            let errors = errors(&format!("[metrics]\n{line}\n"));
+            assert!(
+                errors.len() == 1 && errors[0].contains(wanted),
+                "{line}: {errors:?}"
+            );
+        }
+    }
+}

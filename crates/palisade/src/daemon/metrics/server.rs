@@ -1,0 +1,208 @@
+//! HTTP server (`hyper`) of `/metrics`, `/healthz` and `/readyz`, on a thread of its own.
+//!
+//! Clients are not trusted to behave: the number of connections is bounded, a request head must arrive in time, and when
+//! all places are taken, a new connection takes the place of the one that has been without a request for the longest
+//! time. Values are read on at most [`MAX_READERS`] further threads, so a slow read does not delay the other answers.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header::{ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use palisade_metrics::Format;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime, time,
+};
+use tracing::{error, info, warn};
+
+use super::{clients::Clients, collect::Collector, health::Health};
+
+/// Largest number of threads that read values for answers.
+const MAX_READERS: usize = 2;
+/// Time within which a client must send a request head.
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest request head, bytes.
+const MAX_HEAD: usize = 16 * 1024;
+/// Time within which an answer must be ready.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(15);
+/// Life of a connection after which it ends with its present answer. Also ends connections whose clients do not read
+/// answers.
+const MAX_LIFETIME: Duration = Duration::from_secs(600);
+/// Interval between two attempts to listen.
+const LISTEN_RETRY: Duration = Duration::from_secs(5);
+
+/// Starts the thread of the server. If the address cannot be used, the thread tries it again until it can: a metrics
+/// server that does not listen must not keep the daemon from enforcing.
+pub(super) fn run(address: SocketAddr, collector: Arc<Collector>, clients: Arc<Clients>) -> io::Result<()> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MAX_READERS)
+        .thread_name("metrics-read")
+        .build()?;
+    thread::Builder::new().name("metrics".into()).spawn(move || {
+        runtime.block_on(async {
+            let listener = listen(address, &collector).await;
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => accept(stream, &collector, &clients),
+                    Err(error) => {
+                        warn!(%error, "a client of the metrics server cannot be accepted");
+                        // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn
+                        // CPU.
+                        time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        });
+    })?;
+    Ok(())
+}
+
+async fn listen(address: SocketAddr, collector: &Collector) -> TcpListener {
+    let mut reported = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                collector.set_problem(None);
+                info!(%address, "metrics are served");
+                return listener;
+            }
+            Err(error) => {
+                if !reported {
+                    error!(%address, %error, "the metrics server cannot listen; it tries again");
+                    reported = true;
+                }
+                let problem = format!("[metrics] listen: {address}: {error}; metrics are not served");
+                collector.set_problem(Some(problem));
+                time::sleep(LISTEN_RETRY).await;
+            }
+        }
+    }
+}
+
+fn accept(stream: TcpStream, collector: &Arc<Collector>, clients: &Arc<Clients>) {
+    let collector = Arc::clone(collector);
+    clients.admit(|is_busy| serve(stream, collector, is_busy));
+}
+
+async fn serve(stream: TcpStream, collector: Arc<Collector>, is_busy: Arc<AtomicBool>) {
+    let service = service_fn(|request| {
+        let (collector, is_busy) = (Arc::clone(&collector), Arc::clone(&is_busy));
+        async move {
+            is_busy.store(true, Ordering::SeqCst);
+            let response = answer(&request, collector).await;
+            is_busy.store(false, Ordering::SeqCst);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    // An error means that the client broke the protocol, was slow or has gone; the connection ends in each case.
+    if time::timeout(MAX_LIFETIME, connection.as_mut()).await.is_err() {
+        connection.as_mut().graceful_shutdown();
+        let _ = time::timeout(ANSWER_DEADLINE, connection).await;
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+async fn answer(request: &Request<Incoming>, collector: Arc<Collector>) -> Answer {
+    let path = request.uri().path();
+    if !["/metrics", "/healthz", "/readyz"].contains(&path) {
+        return text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /healthz and /readyz\n",
+        );
+    }
+    if ![Method::GET, Method::HEAD].contains(request.method()) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are possible\n");
+        response
+            .headers_mut()
+            .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match path {
+        "/healthz" => of_health(collector.alive()),
+        "/readyz" => match read(move || collector.ready()).await {
+            Some(health) => of_health(health),
+            None => late(),
+        },
+        _ => {
+            let accept: Vec<&str> = request
+                .headers()
+                .get_all(ACCEPT)
+                .iter()
+                .filter_map(|value| value.to_str().ok())
+                .collect();
+            let format = Format::of_accept(&accept.join(","));
+            match read(move || collector.scrape(format)).await {
+                Some(metrics) => response(
+                    StatusCode::OK,
+                    format.content_type(),
+                    Bytes::copy_from_slice(metrics.as_bytes()),
+                ),
+                None => late(),
+            }
+        }
+    }
+}
+
+/// Runs a function that can wait, on another thread. Returns `None` if its result is late.
+async fn read<T: Send + 'static>(function: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let result = time::timeout(ANSWER_DEADLINE, tokio::task::spawn_blocking(function)).await;
+    result.ok()?.ok()
+}
+
+fn late() -> Answer {
+    text(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the values could not be read in time\n",
+    )
+}
+
+fn of_health(health: Health) -> Answer {
+    let status = if health.is_good {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    response(status, "application/json", format!("{}\n", health.body).into())
+}
+
+fn text(status: StatusCode, text: &'static str) -> Answer {
+    response(
+        status,
+        "text/plain; charset=utf-8",
+        Bytes::from_static(text.as_bytes()),
+    )
+}
+
+fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Answer {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
