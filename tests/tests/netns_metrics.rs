@@ -1,0 +1,517 @@
+//! Metrics and health of a daemon with traffic: values, formats, bad clients, and a real Prometheus.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use palisade_testbed::{
+    Daemon, Ns, Process,
+    dns::Server,
+    ns::{temp_dir, wait_until},
+    output,
+    process::output_with_input,
+    topology::{FAMILIES, Family},
+    web::{Curl, curl},
+};
+use palisade_tests::{
+    OPEN,
+    fixtures::apps::{Apps, apps, policy},
+    setup::{client_only_with, daemon_with, question, tables, webs},
+};
+use serde_json::Value;
+
+const WEB: u16 = 80;
+const METRICS: &str = "[metrics]\nlisten = \"127.0.0.1:9965\"\n\
+                       hubble = [\"dns\", \"drop\", \"flow\", \"http\", \"icmp\", \"policy\", \"port-distribution\", \"tcp\"]\n";
+const RULES: &str = "      rules:
+        http:
+        - {method: GET, path: \"/allowed\"}
+";
+
+const DNS: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: dns}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: "53", protocol: UDP}]
+      rules:
+        dns: [{matchName: www.example}]
+"#;
+
+/// Returns the answer to a request to the metrics server.
+fn get(node: &Ns, path: &str, args: &[&str]) -> Curl {
+    let url = format!("http://127.0.0.1:9965{path}");
+    curl(node, &[args, &[&url]].concat(), OPEN).expect("curl")
+}
+
+/// Returns the samples of a scrape: name and labels as written, and the value.
+fn scrape(node: &Ns) -> BTreeMap<String, f64> {
+    let got = get(node, "/metrics", &[]);
+    assert_eq!((got.code, got.status), (0, 200), "{got:?}");
+    got.body
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').expect("a value");
+            (name.to_owned(), value.parse().expect("a number"))
+        })
+        .collect()
+}
+
+/// Waits until a scrape has these values, and returns all of it.
+#[track_caller]
+fn expect(daemon: &Daemon, node: &Ns, wanted: &[(&str, f64)]) -> BTreeMap<String, f64> {
+    let mut last = BTreeMap::new();
+    let met = wait_until("the values", OPEN, || {
+        last = scrape(node);
+        wanted.iter().all(|(name, value)| last.get(*name) == Some(value))
+    });
+    if met.is_err() {
+        for (name, value) in wanted {
+            let found = last.get(*name);
+            if found != Some(value) {
+                eprintln!("{name}: {found:?} instead of {value}");
+            }
+        }
+        let near: Vec<_> = last
+            .iter()
+            .filter(|(name, _)| name.starts_with("hubble_") || name.starts_with("palisade_drop"))
+            .collect();
+        panic!("{near:#?}\n{}", daemon.report());
+    }
+    last
+}
+
+/// Returns what promtool finds wrong with metrics.
+fn promtool_check(text: &str) -> String {
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]);
+    let out = output_with_input(&mut command, text.as_bytes(), OPEN).expect("promtool");
+    let failed = if out.status.success() { "" } else { "failed\n" };
+    let (said, problems) = (
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr),
+    );
+    format!("{failed}{said}{problems}")
+}
+
+fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+/// Sends single datagrams, which nobody retransmits.
+fn datagrams(apps: &Apps, family: Family, port: u16, count: usize) {
+    let to = apps.at("internet", family, port);
+    let any = match family {
+        Family::V4 => "0.0.0.0:0",
+        Family::V6 => "[::]:0",
+    };
+    apps.ns("client").enter(|| {
+        let socket = UdpSocket::bind(any).expect("socket");
+        for _ in 0..count {
+            socket.send_to(b"x", to).expect("send");
+        }
+    });
+}
+
+#[test]
+fn a_scrape_counts_exactly_the_traffic_that_was_made() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let _webs = webs(&apps, ["internet"], &[WEB], &[]);
+    let _dns = Server::dnsmasq(
+        apps.ns("internet"),
+        &apps.both("internet"),
+        &["www.example. 60 IN A 192.0.2.9"],
+    )
+    .expect("dnsmasq");
+    let daemon = daemon_with(
+        &apps.topology,
+        &tables(METRICS),
+        &[
+            ("web.yaml", &policy("client", "egress", &[WEB], RULES)),
+            ("dns.yaml", DNS),
+        ],
+    );
+    for family in FAMILIES {
+        let at = apps.at("internet", family, WEB);
+        for (path, status) in [("/allowed", 200), ("/allowed", 200), ("/denied", 403)] {
+            let got = curl(apps.ns("client"), &[&format!("http://{at}{path}")], OPEN).expect("curl");
+            assert_eq!(got.status, status, "{got:?}");
+        }
+        for name in ["www.example", "www.example", "evil.example"] {
+            let _ = question(&apps, family, name);
+        }
+        datagrams(&apps, family, 4_000, 5);
+    }
+    let wanted = [
+        (
+            r#"hubble_http_requests_total{method="GET",protocol="HTTP/1.1",reporter="client"}"#,
+            6.0,
+        ),
+        (
+            r#"hubble_http_responses_total{method="GET",protocol="HTTP/1.1",status="200",reporter="client"}"#,
+            4.0,
+        ),
+        (
+            r#"hubble_http_request_duration_seconds_count{method="GET",reporter="client"}"#,
+            4.0,
+        ),
+        (
+            r#"hubble_dns_queries_total{rcode="",qtypes="A",ips_returned="0"}"#,
+            4.0,
+        ),
+        (
+            r#"hubble_dns_queries_total{rcode="Policy denied",qtypes="A",ips_returned="0"}"#,
+            2.0,
+        ),
+        (
+            r#"hubble_dns_responses_total{rcode="No Error",qtypes="A",ips_returned="1"}"#,
+            4.0,
+        ),
+        (r#"hubble_dns_response_types_total{type="A",qtypes="A"}"#, 4.0),
+        (
+            r#"hubble_drop_total{reason="POLICY_DENIED",protocol="UDP"}"#,
+            20.0,
+        ),
+        (
+            r#"hubble_drop_total{reason="DENIED_BY_APPLICATION_RULES",protocol="HTTP"}"#,
+            2.0,
+        ),
+        (
+            r#"hubble_drop_total{reason="DENIED_BY_APPLICATION_RULES",protocol="DNS"}"#,
+            2.0,
+        ),
+        (
+            r#"hubble_flows_processed_total{protocol="UDP",type="Drop",subtype="",verdict="DROPPED"}"#,
+            10.0,
+        ),
+        (
+            r#"hubble_flows_processed_total{protocol="HTTP",type="L7",subtype="HTTP",verdict="FORWARDED"}"#,
+            8.0,
+        ),
+        (
+            r#"hubble_policy_verdicts_total{direction="egress",match="none",action="dropped"}"#,
+            10.0,
+        ),
+        (
+            r#"hubble_policy_verdicts_total{direction="egress",match="l7/http",action="dropped"}"#,
+            2.0,
+        ),
+        (r#"hubble_lost_events_total{source="hubble_ring_buffer"}"#, 0.0),
+        (
+            r#"palisade_drop_packets_total{reason="POLICY_DENIED",direction="egress"}"#,
+            10.0,
+        ),
+        // An IPv4 header of 20 bytes, an IPv6 header of 40 bytes, a UDP header, and one byte.
+        (
+            r#"palisade_drop_bytes_total{reason="POLICY_DENIED",direction="egress"}"#,
+            390.0,
+        ),
+        (
+            r#"palisade_inspection_events_total{group="http",event="requests"}"#,
+            6.0,
+        ),
+        (
+            r#"palisade_inspection_events_total{group="http",event="denied"}"#,
+            2.0,
+        ),
+        (
+            r#"palisade_inspection_events_total{group="dns",event="queries"}"#,
+            6.0,
+        ),
+        (r#"palisade_policy_files{state="in-force"}"#, 2.0),
+        ("palisade_policies", 2.0),
+        ("palisade_ready", 1.0),
+        ("palisade_missing", 0.0),
+        ("palisade_control_thread_up", 1.0),
+    ];
+    let found = expect(&daemon, node, &wanted);
+    let rules: f64 = sum(&found, "palisade_rule_packets_total{");
+    assert!(rules >= 10.0, "{rules}");
+    // The status reports the same.
+    let status = daemon.json(&["status"]).expect("status");
+    let conntrack = found["palisade_map_max_entries{map=\"conntrack\"}"];
+    assert_eq!(status["conntrack"]["capacity"].as_f64(), Some(conntrack));
+    assert_eq!(
+        status["revision"].as_f64(),
+        Some(found["palisade_policy_revision"])
+    );
+
+    // A changed file is a change in force, with its time.
+    let count = "palisade_policy_enforcement_delay_seconds_count";
+    let before = found[count];
+    daemon
+        .write("dns.yaml", &DNS.replace("www.example", "mail.example"))
+        .expect("a file");
+    expect(&daemon, node, &[(count, before + 1.0)]);
+
+    let text = get(node, "/metrics", &[]);
+    assert_eq!(promtool_check(&text.body), "");
+    let open = get(node, "/metrics", &["-H", "Accept: application/openmetrics-text"]);
+    assert!(open.body.ends_with("# EOF\n"), "{}", open.body);
+}
+
+fn sum(samples: &BTreeMap<String, f64>, prefix: &str) -> f64 {
+    samples
+        .iter()
+        .filter(|(name, _)| name.starts_with(prefix))
+        .map(|(_, value)| value)
+        .sum()
+}
+
+#[test]
+fn dashboard_and_alert_rules_use_only_metrics_of_a_scrape() {
+    let apps = apps();
+    let all = METRICS.replace("\"drop\"", "\"drop\", \"flows-to-world\", \"kafka\"");
+    let _daemon = client_only_with(&apps, &tables(&all), &[WEB], RULES);
+    let scraped = get(apps.ns("node"), "/metrics", &[]).body;
+    let types: BTreeSet<&str> = scraped
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    let mut used = 0;
+    for file in [
+        "config/grafana/palisade.json",
+        "config/prometheus/palisade.rules.yml",
+    ] {
+        let text = fs::read_to_string(repository(file)).expect("file");
+        let expressions = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+        for word in
+            expressions.flat_map(|line| line.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')))
+        {
+            let is_metric = ["palisade_", "hubble_", "process_"]
+                .iter()
+                .any(|prefix| word.starts_with(prefix));
+            let name = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| word.strip_suffix(suffix))
+                .unwrap_or(word);
+            if is_metric {
+                assert!(types.contains(name), "{file}: {word} is not in a scrape");
+                used += 1;
+            }
+        }
+    }
+    assert!(used > 70, "{used}");
+    for (command, file) in [
+        ("check", "palisade.rules.yml"),
+        ("test", "palisade.rules.test.yml"),
+    ] {
+        let mut promtool = Command::new("promtool");
+        promtool
+            .args([command, "rules"])
+            .arg(repository("config/prometheus").join(file));
+        let out = output(&mut promtool, OPEN).expect("promtool");
+        assert!(out.status.success(), "{out:?}");
+    }
+}
+
+#[test]
+fn a_prometheus_scrapes_the_daemon_and_answers_a_query() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let daemon = client_only_with(&apps, &tables(METRICS), &[WEB], RULES);
+    for family in FAMILIES {
+        datagrams(&apps, family, 4_000, 3);
+    }
+    let dir = temp_dir("prometheus").expect("a directory");
+    let job = fs::read_to_string(repository("config/prometheus/prometheus.yml")).expect("file");
+    let rules = repository("config/prometheus/palisade.rules.yml");
+    let job = job
+        .replace(
+            "scrape_interval: 15s",
+            "scrape_interval: 1s\n  evaluation_interval: 1s",
+        )
+        .replace("palisade.rules.yml", &rules.display().to_string());
+    let config = dir.path().join("prometheus.yml");
+    fs::write(&config, job).expect("a file");
+    let mut command = node.command("prometheus");
+    command
+        .arg(format!("--config.file={}", config.display()))
+        .arg(format!(
+            "--storage.tsdb.path={}",
+            dir.path().join("data").display()
+        ))
+        .arg("--web.listen-address=127.0.0.1:9091");
+    let prometheus = Process::spawn("prometheus", command, dir.path()).expect("prometheus");
+    let ask = |path: &str| -> Value {
+        let url = format!("http://127.0.0.1:9091/api/v1/{path}");
+        let got = curl(node, &[&url], OPEN).expect("curl");
+        serde_json::from_str(&got.body).unwrap_or_default()
+    };
+    let value = |query: &str| {
+        let answer = ask(&format!("query?query={query}"));
+        answer["data"]["result"][0]["value"][1]
+            .as_str()
+            .map(str::to_owned)
+    };
+    for (query, wanted) in [
+        ("up%7Bjob=%22palisade%22%7D", "1"),
+        ("palisade_ready", "1"),
+        (
+            "sum(palisade_drop_packets_total%7Breason=%22POLICY_DENIED%22%7D)",
+            "6",
+        ),
+        ("sum(hubble_flows_processed_total%7Btype=%22Drop%22%7D)", "6"),
+        ("count(palisade_policy_enforcement_delay_seconds_bucket)", "14"),
+    ] {
+        let mut found = None;
+        let met = wait_until(query, OPEN, || {
+            found = value(query);
+            found.as_deref() == Some(wanted)
+        });
+        assert!(
+            met.is_ok(),
+            "{query}: {found:?}\n{}\n{}",
+            prometheus.log(),
+            daemon.report()
+        );
+    }
+    let targets = ask("targets");
+    assert_eq!(
+        targets["data"]["activeTargets"][0]["lastError"], "",
+        "{targets:#}"
+    );
+    let groups = ask("rules");
+    let evaluated = groups["data"]["groups"][0]["rules"].as_array().expect("rules");
+    assert!(evaluated.len() >= 16, "{groups:#}");
+    for rule in evaluated {
+        assert_ne!(rule["health"], "err", "{rule:#}");
+        assert_eq!(rule["state"], "inactive", "{rule:#}");
+    }
+}
+
+#[test]
+fn slow_idle_and_malformed_clients_do_not_keep_a_scrape_from_working() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let daemon = client_only_with(&apps, &tables(METRICS), &[WEB], RULES);
+    let connect = || TcpStream::connect("127.0.0.1:9965").expect("a connection");
+    let mut idle: Vec<TcpStream> = node.enter(|| (0..200).map(|_| connect()).collect());
+    // A client that sends a request head byte by byte, and one that does not read its answers.
+    let slow = node.enter(connect);
+    let mut deaf = node.enter(connect);
+    let request = "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n".repeat(50);
+    let _ = deaf.write_all(request.as_bytes());
+    let sender = thread::spawn(move || {
+        let mut slow = slow;
+        for byte in b"GET /metrics HTTP/1.1\r\nX: ".iter().chain([b'a'; 1_000].iter()) {
+            if slow.write_all(&[*byte]).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    for _ in 0..5 {
+        let found = scrape(node);
+        assert!(
+            found["palisade_metrics_clients"] <= 64.0,
+            "{}",
+            found["palisade_metrics_clients"]
+        );
+        idle.extend(node.enter(|| (0..20).map(|_| connect()).collect::<Vec<_>>()));
+    }
+    expect(&daemon, node, &[("palisade_ready", 1.0)]);
+    let found = scrape(node);
+    assert!(found["palisade_metrics_clients_ended_total{cause=\"evicted\"}"] > 100.0);
+    assert_eq!(get(node, "/healthz", &[]).status, 200);
+    drop(idle);
+    sender.join().expect("the slow client");
+
+    let long = format!("X-Long: {}", "a".repeat(60_000));
+    for (path, args, status) in [
+        ("/metrics", &["-X", "POST", "-d", "x"][..], 405),
+        ("/metrics", &["-X", "DELETE"], 405),
+        ("/", &[], 404),
+        ("/metrics/../etc/passwd", &[], 404),
+        ("/metrics", &["-H", &long], 431),
+        ("/metrics", &["-I"], 200),
+        ("/readyz", &["-I"], 200),
+    ] {
+        let got = get(node, path, args);
+        assert_eq!(got.status, status, "{path} {args:?}: {got:?}");
+    }
+    for garbage in [
+        &b"\x00\x01\x02\r\n\r\n"[..],
+        b"GET /metrics HTTP/9\r\n\r\n",
+        &[b'\n'; 5_000],
+    ] {
+        let mut stream = node.enter(connect);
+        let _ = stream.write_all(garbage);
+        let _ = stream.set_read_timeout(Some(OPEN));
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert!(
+            !answer.starts_with(b"HTTP/1.1 200"),
+            "{}",
+            String::from_utf8_lossy(&answer)
+        );
+    }
+    scrape(node);
+}
+
+#[test]
+fn readyz_reports_broken_policies_and_missing_interfaces() {
+    let mut apps = apps();
+    let text = policy("client", "egress", &[WEB], RULES);
+    let broken = text.replace("http:", "htpt:");
+    let mut daemon =
+        Daemon::prepare(&apps.topology, &tables(METRICS), &[("client.yaml", &broken)]).expect("daemon");
+    daemon.spawn().expect("daemon");
+    let node = apps.ns("node").clone();
+    let wait_for = |status: u16, part: &str| {
+        let mut got = None;
+        let met = wait_until("the answer", Duration::from_secs(90), || {
+            let url = "http://127.0.0.1:9965/readyz";
+            let found = curl(&node, &[url], OPEN).expect("curl");
+            let met = found.status == status && found.body.contains(part);
+            got = Some(found);
+            met
+        });
+        assert!(met.is_ok(), "{status} {part}: {got:?}\n{}", daemon.log());
+    };
+    wait_for(503, "client.yaml: broken");
+    // The threads are alive all the same.
+    let alive = get(&node, "/healthz", &[]);
+    assert_eq!(
+        (alive.status, alive.body.as_str()),
+        (200, "{\"status\":\"alive\",\"missing\":[]}\n")
+    );
+    assert_eq!(scrape(&node)["palisade_ready"], 0.0);
+    daemon.write("client.yaml", &text).expect("a file");
+    wait_for(200, "{\"status\":\"ready\",\"missing\":[]}");
+    apps.topology.unplug("client").expect("unplug");
+    wait_for(503, "interface ");
+    apps.topology.plug("client").expect("plug");
+    wait_for(200, "ready");
+}
+
+#[test]
+fn an_address_in_use_is_a_warning_and_not_the_end_of_the_daemon() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let taken = node.enter(|| TcpListener::bind("127.0.0.1:9965").expect("a listener"));
+    let daemon = client_only_with(&apps, &tables(METRICS), &[WEB], RULES);
+    let warned = || {
+        let status = daemon.json(&["status"]).expect("status");
+        status["warnings"]
+            .to_string()
+            .contains("[metrics] listen: 127.0.0.1:9965: Address already in use")
+    };
+    wait_until("the warning", OPEN, warned).expect("a warning");
+    drop(taken);
+    wait_until("the end of the warning", OPEN, || !warned()).expect("no warning");
+    scrape(node);
+}
