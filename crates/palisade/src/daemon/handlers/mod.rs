@@ -151,11 +151,7 @@ impl Handlers {
     }
 
     /// Sends a message to the control thread and waits for the answer.
-    pub(super) fn send<T>(
-        &self,
-        deadline: Duration,
-        message: impl FnOnce(Reply<T>) -> Message,
-    ) -> Result<T, String> {
+    fn send<T>(&self, deadline: Duration, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, String> {
         let (reply, receiver) = Reply::channel();
         let gone = || "the daemon is ending".to_owned();
         self.control.send(message(reply)).map_err(|_| gone())?;
