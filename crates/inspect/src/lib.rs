@@ -33,6 +33,7 @@ mod packet_builder;
 pub mod record;
 mod rules;
 mod sink;
+pub mod steps;
 pub mod stream;
 mod tcp;
 mod tls;

@@ -2,7 +2,7 @@
 
 use std::{
     fmt::{self, Write as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use palisade_abi::{Addr, PuntRequest, Reason, protocol, punt_flags};
@@ -218,6 +218,27 @@ impl About {
     /// Returns the destination address and port of a packet of the client.
     pub(crate) fn server(&self) -> (IpAddr, u16) {
         (self.destination.0.into(), self.destination.1)
+    }
+
+    /// Returns the number of the endpoint whose policy requires the inspection.
+    pub(crate) const fn endpoint(&self) -> u16 {
+        self.endpoint
+    }
+
+    /// Returns whether the endpoint is the server of the connection.
+    pub(crate) const fn is_flow_ingress(&self) -> bool {
+        self.ingress != self.reply
+    }
+
+    /// Returns the addresses and ports of the client and of the server.
+    pub(crate) fn client_and_server(&self) -> (SocketAddr, SocketAddr) {
+        let socket = |(address, port): (Addr, u16)| SocketAddr::new(address.into(), port);
+        let (source, destination) = (socket(self.source), socket(self.destination));
+        if self.reply {
+            (destination, source)
+        } else {
+            (source, destination)
+        }
     }
 
     /// Returns the fields for packets of the other direction.

@@ -16,6 +16,7 @@ use crate::{
     frames::Spare,
     http::{Flow, HttpStream, edited},
     record::{About, Record, Text, Verdict, What},
+    steps,
     tcp::{Action, StreamInspector},
     tls,
 };
@@ -81,7 +82,7 @@ pub struct StreamContext {
 }
 
 impl StreamContext {
-    fn about(&self) -> About {
+    pub(crate) fn about(&self) -> About {
         About::of_stream(
             &self.request,
             self.direction == Direction::Ingress,
@@ -182,7 +183,11 @@ impl HttpSession {
             sink: &mut Records(record),
         };
         let is_head = side == Side::Client && stream.flow.is_at_request();
-        match StreamInspector::<()>::read(&mut stream, side, bytes, end, &mut cx) {
+        let action = StreamInspector::<()>::read(&mut stream, side, bytes, end, &mut cx);
+        if let Some(about) = &self.flow.about {
+            steps::action(about, side, bytes.len(), &action);
+        }
+        match action {
             Action::Forward(length) if is_head && length > 0 && !scratch.http.edits().is_empty() => {
                 let head = bytes.get(..length).unwrap_or_default();
                 StreamAction::ForwardHead {

@@ -8,7 +8,7 @@
 use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
 use palisade_abi::{FlowCommand, Reason};
-use palisade_inspect::{CommitRequest, CommitResult, Route, Sink, commit::Committer, record::Record};
+use palisade_inspect::{CommitRequest, CommitResult, Route, Sink, commit::Committer, record::Record, steps};
 
 use crate::{context::TimedRecord, counters::Counters, header, held::Handle, queue};
 
@@ -166,6 +166,7 @@ impl Sink<Handle> for Effects {
     }
 
     fn record(&mut self, record: &Record) {
+        steps::record(record);
         // Use the precise clock, as for the programs' events. With the coarse clock, a record could seem older than the
         // packet that caused it.
         if self.records.push((SystemTime::now(), *record)).is_err() {

@@ -344,6 +344,9 @@ impl HttpStream<'_> {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
         let verdict = rules.evaluate(request, self.limits.paths, self.scratch);
+        if let Some(about) = &self.flow.about {
+            rules.explain(request, about, cx.rules.source(self.slot.ruleset), self.scratch);
+        }
         let audit = self.is_audit();
         self.report_request(request, verdict, url, cx);
         if let Err(HttpDenial::NoRule | HttpDenial::Path(_)) = verdict {

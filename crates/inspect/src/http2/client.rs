@@ -23,6 +23,7 @@ use crate::{
     http::{has_refused_body, may_become, redact},
     record::{Record, Text, Verdict, What, Word},
     rules::{HeaderEdit, HttpDenial, HttpVerdict},
+    steps::{self, Detail},
 };
 
 /// Maximum length of a generated frame, bytes: the value that every peer accepts.
@@ -333,6 +334,10 @@ impl Connection {
             return self.respond(open, refusal, block, cx, out);
         };
         let verdict = rules.evaluate(request, self.limits.paths, cx.scratch);
+        if steps::is_on(Detail::Debug) {
+            let set = cx.rules.source(cx.request().ruleset);
+            rules.explain(request, &cx.stream.about(), set, cx.scratch);
+        }
         let reported = verdict.map_err(|_: HttpDenial| Reason::AppDenied);
         self.report_request(request, reported, url, cx);
         if reported.is_err() {

@@ -13,7 +13,14 @@ use palisade_model::{
 use palisade_protocols::http1::{PathError, Request, resolved};
 
 use super::patterns::{DfaCache, Numbered, Patterns};
-use crate::Paths;
+use crate::{
+    Paths,
+    record::About,
+    steps::{self, Detail},
+};
+
+/// Number of alternatives that the debug log explains for one request.
+const EXPLAINED: usize = 8;
 
 /// Maximum number of rule sets for which a worker keeps DFA caches.
 const SETS_CACHED: usize = 16;
@@ -283,6 +290,39 @@ impl HttpRules {
         Ok(verdict)
     }
 
+    /// Takes a step of the debug log for each of the first alternatives: whether the last evaluated request matches it,
+    /// and what does not. `set`: the rule set of these rules.
+    pub(crate) fn explain(
+        &self,
+        request: &Request<'_>,
+        about: &About,
+        set: Option<&Arc<RuleSet>>,
+        scratch: &HttpScratch,
+    ) {
+        if !steps::is_on(Detail::Debug) {
+            return;
+        }
+        let path = request.path.as_bytes();
+        let facts = Facts {
+            request,
+            path: (!path.is_empty()).then_some(path),
+        };
+        // `prepare` takes the alternatives of these kinds in the same order.
+        let sources = set.into_iter().flat_map(|set| &set.alternatives);
+        let sources =
+            sources.filter(|source| matches!(source.matcher, Matcher::Everything | Matcher::Http(_)));
+        for (alternative, source) in self.alternatives.iter().zip(sources).take(EXPLAINED) {
+            steps::of(about, Detail::Debug, Some(alternative.rule), || {
+                alternative.explain(&source.matcher, &facts, &scratch.matched)
+            });
+        }
+        if let Some(more) = self.alternatives.len().checked_sub(EXPLAINED + 1) {
+            steps::of(about, Detail::Debug, None, || {
+                format!("{} further rules are not listed", more + 1)
+            });
+        }
+    }
+
     /// Matches the method, the host and the path as sent.
     fn match_parts(&self, request: &Request<'_>, caches: &mut SetCaches, matched: &mut Matched) {
         self.method
@@ -368,6 +408,37 @@ impl Field {
 }
 
 impl Alternative {
+    /// Returns a text about the requirements of the alternative that a request does not fulfil. `source` is its form in
+    /// the policy. Values of headers are not in the text, because they can be secrets.
+    fn explain(&self, source: &Matcher, facts: &Facts<'_>, matched: &Matched) -> String {
+        let Matcher::Http(rule) = source else {
+            return "the rule matches: it allows every request".to_owned();
+        };
+        let parts = [
+            ("path", self.path, &matched.path, &rule.path),
+            ("method", self.method, &matched.method, &rule.method),
+            ("host", self.host, &matched.host, &rule.host),
+        ];
+        let failed_parts = parts
+            .into_iter()
+            .filter(|(_, number, matched, _)| number.is_some_and(|number| !matched.contains(&number)))
+            .map(|(part, _, _, pattern)| format!("{part} {:?}", pattern.as_deref().unwrap_or_default()));
+        let failed_headers = self
+            .headers
+            .iter()
+            .filter(|test| !test.accepts(facts))
+            .map(|test| format!("header {}", test.name));
+        let failed: Vec<String> = failed_parts.chain(failed_headers).collect();
+        if failed.is_empty() {
+            "the rule matches the request".to_owned()
+        } else {
+            format!(
+                "the rule does not match the request: it requires {}",
+                failed.join(", ")
+            )
+        }
+    }
+
     fn holds(&self, facts: &Facts<'_>, matched: &Matched) -> bool {
         let among = |number: Option<u32>, numbers: &[u32]| {
             number.is_none_or(|number| numbers.binary_search(&number).is_ok())

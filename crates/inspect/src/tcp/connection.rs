@@ -28,6 +28,7 @@ use super::{
 use crate::{
     Millis, PacketView, Sink,
     record::{About, Record, Verdict, What},
+    steps::{self, Detail},
 };
 use phase::{Announcement, FIRST_TRY, Phase, TRIES};
 
@@ -84,6 +85,13 @@ impl<F> Connection<F> {
     /// Returns a connection that begins with the packet of `view`.
     pub(super) fn new(key: CtKey, view: &PacketView<'_>) -> Self {
         let serial = view.slot.serial;
+        let about = About::of(view);
+        steps::of(&about, Detail::Debug, Some(view.slot.rule), || {
+            format!(
+                "the inspection of a connection begins, rule set {}",
+                view.slot.ruleset
+            )
+        });
         // A conntrack entry that this packet has created holds no offload of an earlier connection.
         let is_known = view.slot.flags & punt_flags::NEW != 0;
         Self {
@@ -100,7 +108,7 @@ impl<F> Connection<F> {
             phase: Phase::Open,
             key,
             slot: *view.slot,
-            about: About::of(view),
+            about,
             is_shared: false,
             is_audit: false,
             windows: PerSide::default(),
@@ -471,11 +479,20 @@ impl<F> Connection<F> {
         // OFFLOAD and WINDOWS imply OPENED.
         self.opened = Announcement::Sent;
         if matches!(self.phase, Phase::Offloaded) {
+            steps::of(&self.about, Detail::Debug, None, || {
+                "the programs forward the rest of the connection without inspection".to_owned()
+            });
             cx.sink.release_with(frame, &self.flow_command(flow_op::OFFLOAD));
             return;
         }
         cx.shared.stats.windows += 1;
         let ([a, b], [c, d]) = (self.windows.client, self.windows.server);
+        steps::of(&self.about, Detail::Debug, None, || {
+            format!(
+                "the programs forward sequence numbers {a} to {b} of the client and {c} to {d} of the server without \
+                 inspection"
+            )
+        });
         let command = FlowCommand {
             windows: [a, b, c, d],
             ..self.flow_command(flow_op::WINDOWS)

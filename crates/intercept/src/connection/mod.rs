@@ -14,6 +14,7 @@ use palisade_abi::{Direction, Inspector, Reason};
 use palisade_inspect::{
     Millis, Side,
     record::{Verdict, What},
+    steps,
     stream::{StreamContext, evaluate_hello, text},
 };
 use palisade_model::snapshot::RuleSet;
@@ -197,6 +198,13 @@ impl Connection {
             (None, Some(_)) => Phase::Host(Box::default()),
             (None, None) => Phase::Connect(Retry::default()),
         };
+        steps::of_stream(&context, || {
+            format!(
+                "the proxy has accepted the connection, rule set {}: {}",
+                context.request.ruleset,
+                phase.text()
+            )
+        });
         let mut client = End::new(socket);
         let interest = Interest::READABLE | Interest::WRITABLE;
         registry
@@ -327,6 +335,7 @@ impl Connection {
     }
 
     fn set_phase(&mut self, phase: Phase, now: Millis) {
+        steps::of_stream(&self.context, || format!("the proxy: {}", phase.text()));
         self.phase = phase;
         self.phase_since = now;
         self.active = now;
