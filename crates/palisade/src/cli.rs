@@ -1,5 +1,7 @@
 //! The command line.
 
+pub(crate) mod log;
+
 use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
 
 use clap::{
@@ -143,6 +145,9 @@ Examples:
     /// Content of the BPF maps.
     #[command(subcommand)]
     Bpf(BpfCommand),
+    /// Levels of the daemon's log, and the inspection of connections step by step.
+    #[command(subcommand)]
+    Log(log::LogCommand),
     /// Show flows.
     #[command(after_help = "Examples:
   palisade observe                                          the last 20 flows

@@ -11,6 +11,7 @@ mod config;
 mod control;
 mod daemon;
 mod field_mask;
+mod log;
 mod table;
 mod text;
 mod trusted_path;

@@ -4,6 +4,7 @@ mod explain;
 mod flows;
 mod inspect;
 mod intercept;
+mod log;
 mod output;
 mod policy;
 mod recorded;
@@ -142,6 +143,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             }
         },
         Command::Explain(args) => explain::explain((&cli.config, cli.names_config()), socket, args),
+        Command::Log(command) => log::run(&socket()?, command),
         Command::Observe(args) => flows::observe(&socket()?, args),
         Command::Monitor {
             types,

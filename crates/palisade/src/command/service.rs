@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{self, IsTerminal as _, Write},
+    io::{self, Write},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -13,9 +13,6 @@ use anyhow::{Context as _, bail};
 use nix::unistd::geteuid;
 use palisade_flowlog::duration;
 use tracing::{Level, error};
-use tracing_subscriber::{
-    Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
-};
 
 use super::{
     inspect::endpoint_table,
@@ -28,7 +25,7 @@ use crate::{
         api::{PolicyFile, PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask, ask_within},
     },
-    daemon,
+    daemon, log,
     table::Table,
     text::count,
 };
@@ -46,18 +43,7 @@ pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
     let level = std::env::var("PALISADE_LOG")
         .ok()
         .and_then(|level| level.parse().ok());
-    let level: Level = level.unwrap_or(Level::INFO);
-    // No debug messages of libraries.
-    let targets = Targets::new()
-        .with_target("palisade", level)
-        .with_default(level.min(Level::INFO));
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false);
-    tracing_subscriber::registry()
-        .with(lines.with_filter(targets))
-        .init();
+    log::start(level.unwrap_or(Level::INFO));
     if !geteuid().is_root() {
         bail!("the daemon must run as root to load and attach BPF programs: use sudo or the systemd unit");
     }

@@ -77,6 +77,12 @@ pub(crate) enum Request {
     },
     /// Streams [`Answer::Flow`]s.
     Observe(ObserveRequest),
+    /// Sets levels of the log for a limited time. Returns the [`LogStatus`].
+    LogSet(LogSetRequest),
+    /// Ends the levels of the last [`Request::LogSet`]. Returns the [`LogStatus`].
+    LogReset,
+    /// Returns the [`LogStatus`].
+    LogGet,
 }
 
 /// Traffic of an endpoint that is intercepted.
@@ -269,6 +275,50 @@ pub(crate) struct ObserveRequest {
     pub follow: bool,
     /// Number of most recent matching flows to send; `None` for all.
     pub last: Option<usize>,
+}
+
+/// Levels of the log for a limited time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LogSetRequest {
+    /// Level by component.
+    pub levels: BTreeMap<String, String>,
+    /// Only connections of this endpoint: number, name or address.
+    #[serde(default)]
+    pub endpoint: Option<String>,
+    /// Only connections with this address as client or server.
+    #[serde(default)]
+    pub address: Option<std::net::IpAddr>,
+    /// Time after which the log has its usual levels again, s.
+    pub seconds: u64,
+}
+
+/// Levels of the log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LogStatus {
+    /// Level of each component.
+    pub components: Vec<LogComponent>,
+    /// Name of the only endpoint whose connections are logged; `None` for all.
+    pub endpoint: Option<String>,
+    /// The only address whose connections are logged; `None` for all.
+    pub address: Option<std::net::IpAddr>,
+    /// Time until the log has its usual levels again, s; `None` if it has them.
+    pub seconds_left: Option<u64>,
+    /// Number of steps of connections that were logged since the levels were set.
+    pub written: u64,
+    /// Number of steps that were not logged, because there were too many.
+    pub suppressed: u64,
+}
+
+/// Level of a component of the log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LogComponent {
+    /// Name of the component.
+    pub component: String,
+    /// `off`, `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: String,
+    /// Whether `palisade log set` has set the level.
+    pub is_set: bool,
 }
 
 /// Description of one packet.

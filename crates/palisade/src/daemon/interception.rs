@@ -514,6 +514,7 @@ struct Records {
 
 impl Reports for Records {
     fn record(&self, record: &Record) {
+        palisade_inspect::steps::record(record);
         if self.queue.push((SystemTime::now(), *record)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }

@@ -23,6 +23,7 @@ mod interception;
 mod interfaces;
 mod keeper;
 mod last_good;
+mod log_control;
 mod measured;
 mod message;
 mod metrics;

@@ -39,6 +39,7 @@ use super::{
     handlers::Handlers,
     interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
+    log_control::LogControl,
     measured::Measured,
     message::Message,
     metrics, netfilter,
@@ -324,6 +325,7 @@ fn serve(
         heartbeats: control.workers.heartbeats(),
         interception: Arc::clone(control.interception.view()),
         netfilter: netfilter::Place::new(&control.config),
+        log: LogControl::new(Arc::clone(&control.shared)),
         server: OnceLock::new(),
         measured: Arc::clone(&control.measured),
     });

@@ -24,6 +24,7 @@ use serde_json::Value;
 use super::{
     fqdn::FqdnManager,
     interception,
+    log_control::LogControl,
     measured::Measured,
     message::{ClientRequest, Message, Reply},
     netfilter,
@@ -70,6 +71,8 @@ pub(super) struct Handlers {
     pub(super) interception: Arc<interception::View>,
     /// The daemon's nftables table.
     pub(super) netfilter: netfilter::Place,
+    /// Levels of the log.
+    pub(super) log: LogControl,
     /// Counters of the control socket's server, set once it runs.
     pub(super) server: OnceLock<Arc<Counts>>,
     /// Values that the metrics need besides those of `status`.
@@ -110,6 +113,9 @@ impl Handler for Handlers {
                 name,
                 pattern,
             } => json(self.clean_names(endpoint, name, pattern)),
+            Request::LogSet(request) => json(self.set_log(&request)),
+            Request::LogReset => json(self.log.reset()),
+            Request::LogGet => json(Ok(self.log.get())),
             Request::InterceptConfig => json(self.intercept_config()),
             Request::InterceptClusters => json(self.intercept_clusters()),
             Request::InterceptCerts => json(Ok(self.intercept_certs())),
@@ -140,6 +146,13 @@ pub(super) fn map_error(error: MapError) -> String {
 }
 
 impl Handlers {
+    fn set_log(&self, request: &api::LogSetRequest) -> Result<api::LogStatus, String> {
+        let endpoint = request.endpoint.clone();
+        let endpoint = endpoint.map(|endpoint| self.endpoint(endpoint)).transpose()?;
+        self.log
+            .set(request, endpoint.map(|endpoint| (endpoint.id, endpoint.name)))
+    }
+
     /// Requests data from the control thread, within [`LOOKUP_DEADLINE`].
     pub(super) fn look_up<T>(&self, request: impl FnOnce(Reply<T>) -> ClientRequest) -> Result<T, String> {
         self.send(LOOKUP_DEADLINE, |reply| Message::Client(request(reply)))
