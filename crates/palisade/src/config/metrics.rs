@@ -1,6 +1,6 @@
 //! `[metrics]`: the HTTP server of metrics and health.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use palisade_metrics::HubbleMetric;
 
@@ -11,11 +11,24 @@ const DEFAULT_HUBBLE: [&str; 6] = ["dns", "drop", "tcp", "flow", "icmp", "http"]
 /// Largest value of `series_per_metric`.
 const MAX_SERIES: u64 = 1_000_000;
 
+/// Paths of the certificates of a TCP listener, PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CertificateFiles {
+    /// Certificate of the server, and the certificates up to its root.
+    pub certificate: PathBuf,
+    /// Private key of the certificate.
+    pub key: PathBuf,
+    /// Certificates of the authorities of clients; `None`: clients need no certificate.
+    pub client_ca: Option<PathBuf>,
+}
+
 /// `[metrics]`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Metrics {
     /// Address of the server; `None` for no server.
     pub listen: Option<SocketAddr>,
+    /// Certificates of the server; `None`: clear text.
+    pub tls: Option<CertificateFiles>,
     /// Metrics of Hubble.
     pub hubble: Vec<HubbleMetric>,
     /// Largest number of time series of one metric whose labels peers can choose.
@@ -23,8 +36,10 @@ pub(crate) struct Metrics {
 }
 
 pub(super) fn read(section: Section<'_, '_>) -> Metrics {
+    let tls = tls(&section);
     let metrics = Metrics {
-        listen: listen(&section),
+        listen: listen(&section, tls.is_some()),
+        tls,
         hubble: hubble(&section),
         series_per_metric: section
             .integer("series_per_metric", 1..MAX_SERIES + 1)
@@ -35,7 +50,30 @@ pub(super) fn read(section: Section<'_, '_>) -> Metrics {
     metrics
 }
 
-fn listen(section: &Section<'_, '_>) -> Option<SocketAddr> {
+fn tls(section: &Section<'_, '_>) -> Option<CertificateFiles> {
+    let certificate = section.absolute_path("tls_certificate");
+    let key = section.absolute_path("tls_key");
+    let client_ca = section.absolute_path("client_ca");
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => Some(CertificateFiles {
+            certificate,
+            key,
+            client_ca,
+        }),
+        (None, None) => {
+            if client_ca.is_some() {
+                section.error("metrics.client_ca needs metrics.tls_certificate and metrics.tls_key");
+            }
+            None
+        }
+        _ => {
+            section.error("metrics.tls_certificate and metrics.tls_key belong together: set both or none");
+            None
+        }
+    }
+}
+
+fn listen(section: &Section<'_, '_>, with_tls: bool) -> Option<SocketAddr> {
     let at = section.string("listen")?;
     let address = match at.value.parse::<SocketAddr>() {
         Ok(address) => address,
@@ -51,12 +89,12 @@ fn listen(section: &Section<'_, '_>) -> Option<SocketAddr> {
             return None;
         }
     };
-    if !address.ip().is_loopback() {
+    if !address.ip().is_loopback() && !with_tls {
         section.error_at(
             at.offset,
             format!(
                 "metrics.listen: {address} is not a loopback address, and names of policies, endpoints and peers would \
-                 cross the network in clear text; use 127.0.0.1 or [::1]"
+                 cross the network in clear text: set metrics.tls_certificate and metrics.tls_key, or use 127.0.0.1 or [::1]"
             ),
         );
         return None;
@@ -105,6 +143,8 @@ mod tests {
             assert_eq!((metrics.hubble.len(), metrics.series_per_metric), (6, 2_000));
         }
         assert!(parse("[metrics]\nhubble = []\n").hubble.is_empty());
+        let tls = "listen = \"0.0.0.0:1\"\ntls_certificate = \"/c\"\ntls_key = \"/k\"\n";
+        assert!(parse(&format!("[metrics]\n{tls}")).listen.is_some());
     }
 
     #[test]
@@ -138,6 +178,15 @@ mod tests {
                 "metrics.series_per_metric must be between 1 and 1000000",
             ),
             ("colour = 1", "colour"),
+            ("tls_key = \"/k\"", "belong together: set both or none"),
+            (
+                "client_ca = \"/c\"",
+                "metrics.client_ca needs metrics.tls_certificate",
+            ),
+            (
+                "tls_certificate = \"c\"",
+                "metrics.tls_certificate must be an absolute path",
+            ),
         ] {
             let errors = errors(&format!("[metrics]\n{line}\n"));
             assert!(

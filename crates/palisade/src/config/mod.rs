@@ -15,7 +15,7 @@ use std::{
 };
 
 pub(crate) use limit_option::{limit_hint, with_option};
-pub(crate) use metrics::Metrics;
+pub(crate) use metrics::{CertificateFiles, Metrics};
 pub(crate) use model::*;
 use read::read;
 pub(crate) use reader::ConfigError;

@@ -1,6 +1,7 @@
 //! Values that the threads of the daemon write for the metrics.
 
 use std::{
+    collections::BTreeMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -12,15 +13,15 @@ use palisade_metrics::{Histogram, own};
 pub(super) struct Measured {
     /// Times from the first event of a changed policy file to its enforcement.
     pub(super) enforcement: Mutex<Histogram>,
-    /// Why the server does not listen.
-    pub(super) problem: Mutex<Option<String>>,
+    /// Problems of the server by option of `[metrics]`.
+    problems: Mutex<BTreeMap<&'static str, String>>,
 }
 
 impl Default for Measured {
     fn default() -> Self {
         Self {
             enforcement: Mutex::new(Histogram::new(own::ENFORCEMENT_BOUNDS)),
-            problem: Mutex::default(),
+            problems: Mutex::default(),
         }
     }
 }
@@ -31,9 +32,20 @@ impl Measured {
         lock(&self.enforcement).observe(time.as_secs_f64());
     }
 
-    /// Returns why the server does not listen, for `status`.
-    pub(super) fn problem(&self) -> Option<String> {
-        lock(&self.problem).clone()
+    /// Sets or clears the problem of an option of `[metrics]`.
+    pub(super) fn set_problem(&self, option: &'static str, problem: Option<String>) {
+        let mut problems = lock(&self.problems);
+        match problem {
+            Some(problem) => problems.insert(option, problem),
+            None => problems.remove(option),
+        };
+    }
+
+    /// Returns the problems of the server, for `status`.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let problems = lock(&self.problems);
+        let shown = |(option, problem): (&&str, &String)| format!("[metrics] {option}: {problem}");
+        problems.iter().map(shown).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use nix::{errno::Errno, fcntl::Flock};
 use palisade_datapath::check_pin_dir;
 
 use crate::{
-    config::{Config, Node},
+    config::{CertificateFiles, Config, Node},
     control::server,
     trusted_path::{UnsafePath, is_own, lock_dir, private_dir, walk},
 };
@@ -124,6 +124,9 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
     }
     if let Err(error) = fs::read_dir(&config.policy.dir) {
         missing.push(format!("[policy] dir: {}: {error}", config.policy.dir.display()));
+    }
+    if let Some(Err(problem)) = config.metrics.tls.as_ref().map(CertificateFiles::read) {
+        missing.push(format!("[metrics] tls_certificate: {problem}"));
     }
     let interfaces = config.interfaces.iter().map(|interface| &interface.name);
     for name in interfaces.chain(config.endpoints.iter().map(|endpoint| &endpoint.interface)) {

@@ -108,6 +108,9 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("worker", "frames", restart!(worker.frames)),
     ("worker", "interface", restart!(worker.interface)),
     ("metrics", "listen", restart!(metrics.listen)),
+    ("metrics", "tls_certificate", restart!(metrics.tls)),
+    ("metrics", "tls_key", restart!(metrics.tls)),
+    ("metrics", "client_ca", restart!(metrics.tls)),
     ("metrics", "hubble", restart!(metrics.hubble)),
     (
         "metrics",

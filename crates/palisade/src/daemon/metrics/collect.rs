@@ -88,9 +88,9 @@ impl Collector {
         }
     }
 
-    /// Sets why the server does not listen.
-    pub(super) fn set_problem(&self, problem: Option<String>) {
-        *lock(&self.handlers.measured.problem) = problem;
+    /// Sets or clears the problem of an option of `[metrics]`, for `status`.
+    pub(super) fn set_problem(&self, option: &'static str, problem: Option<String>) {
+        self.handlers.measured.set_problem(option, problem);
     }
 
     /// Returns the metrics as text, at most [`MAX_AGE`] old.

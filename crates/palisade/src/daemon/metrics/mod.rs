@@ -23,5 +23,5 @@ pub(super) fn start(config: &Metrics, handlers: Arc<Handlers>) -> io::Result<()>
     let clients = Arc::<clients::Clients>::default();
     let collector =
         collect::Collector::new(handlers, counted, Arc::clone(&clients), config.series_per_metric);
-    server::run(address, Arc::new(collector), clients)
+    server::run(address, config.tls.clone(), Arc::new(collector), clients)
 }

@@ -27,16 +27,24 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use palisade_metrics::Format;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     runtime, time,
 };
+use tokio_rustls::TlsAcceptor;
 use tracing::{error, info, warn};
 
-use super::{clients::Clients, collect::Collector, health::Health};
+use super::{
+    super::certificate_files::{CHECK_INTERVAL, Certificates},
+    clients::Clients,
+    collect::Collector,
+    health::Health,
+};
+use crate::config::CertificateFiles;
 
 /// Largest number of threads that read values for answers.
 const MAX_READERS: usize = 2;
-/// Time within which a client must send a request head.
+/// Time for a TLS handshake, and for the head of a request.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest request head, bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -50,7 +58,12 @@ const LISTEN_RETRY: Duration = Duration::from_secs(5);
 
 /// Starts the thread of the server. If the address cannot be used, the thread tries it again until it can: a metrics
 /// server that does not listen must not keep the daemon from enforcing.
-pub(super) fn run(address: SocketAddr, collector: Arc<Collector>, clients: Arc<Clients>) -> io::Result<()> {
+pub(super) fn run(
+    address: SocketAddr,
+    tls: Option<CertificateFiles>,
+    collector: Arc<Collector>,
+    clients: Arc<Clients>,
+) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_READERS)
@@ -58,10 +71,14 @@ pub(super) fn run(address: SocketAddr, collector: Arc<Collector>, clients: Arc<C
         .build()?;
     thread::Builder::new().name("metrics".into()).spawn(move || {
         runtime.block_on(async {
+            let certificates = tls.map(|files| Arc::new(Certificates::new(files)));
+            if let Some(certificates) = &certificates {
+                tokio::spawn(watch(Arc::clone(certificates), Arc::clone(&collector)));
+            }
             let listener = listen(address, &collector).await;
             loop {
                 match listener.accept().await {
-                    Ok((stream, _)) => accept(stream, &collector, &clients),
+                    Ok((stream, _)) => accept(stream, certificates.as_ref(), &collector, &clients),
                     Err(error) => {
                         warn!(%error, "a client of the metrics server cannot be accepted");
                         // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn
@@ -80,7 +97,7 @@ async fn listen(address: SocketAddr, collector: &Collector) -> TcpListener {
     loop {
         match TcpListener::bind(address).await {
             Ok(listener) => {
-                collector.set_problem(None);
+                collector.set_problem("listen", None);
                 info!(%address, "metrics are served");
                 return listener;
             }
@@ -89,20 +106,51 @@ async fn listen(address: SocketAddr, collector: &Collector) -> TcpListener {
                     error!(%address, %error, "the metrics server cannot listen; it tries again");
                     reported = true;
                 }
-                let problem = format!("[metrics] listen: {address}: {error}; metrics are not served");
-                collector.set_problem(Some(problem));
+                let problem = format!("{address}: {error}; metrics are not served");
+                collector.set_problem("listen", Some(problem));
                 time::sleep(LISTEN_RETRY).await;
             }
         }
     }
 }
 
-fn accept(stream: TcpStream, collector: &Arc<Collector>, clients: &Arc<Clients>) {
-    let collector = Arc::clone(collector);
-    clients.admit(|is_busy| serve(stream, collector, is_busy));
+/// Reports problems of the certificates, and reads changed files.
+async fn watch(certificates: Arc<Certificates>, collector: Arc<Collector>) {
+    loop {
+        collector.set_problem("tls_certificate", certificates.problem());
+        time::sleep(CHECK_INTERVAL).await;
+        certificates.refresh();
+    }
 }
 
-async fn serve(stream: TcpStream, collector: Arc<Collector>, is_busy: Arc<AtomicBool>) {
+fn accept(
+    stream: TcpStream,
+    certificates: Option<&Arc<Certificates>>,
+    collector: &Arc<Collector>,
+    clients: &Arc<Clients>,
+) {
+    let collector = Arc::clone(collector);
+    let certificates = certificates.map(Arc::clone);
+    clients.admit(|is_busy| async move {
+        let Some(certificates) = certificates else {
+            serve(stream, collector, is_busy).await;
+            return;
+        };
+        // Without a usable certificate the connection is closed.
+        let Some(config) = certificates.config() else {
+            return;
+        };
+        let handshake = TlsAcceptor::from(config).accept(stream);
+        if let Ok(Ok(stream)) = time::timeout(HEAD_DEADLINE, handshake).await {
+            serve(stream, collector, is_busy).await;
+        }
+    });
+}
+
+async fn serve<S>(stream: S, collector: Arc<Collector>, is_busy: Arc<AtomicBool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let service = service_fn(|request| {
         let (collector, is_busy) = (Arc::clone(&collector), Arc::clone(&is_busy));
         async move {
