@@ -2,9 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs::{self, Permissions},
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream, UdpSocket},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -17,12 +18,16 @@ use palisade_testbed::{
     ns::{temp_dir, wait_until},
     output,
     process::output_with_input,
+    tls::Certificate,
     topology::{FAMILIES, Family},
     web::{Curl, curl},
 };
 use palisade_tests::{
     OPEN,
-    fixtures::apps::{Apps, apps, policy},
+    fixtures::{
+        apps::{Apps, apps, policy},
+        pki::{Authority, Validity},
+    },
     setup::{client_only_with, daemon_with, question, tables, webs},
 };
 use serde_json::Value;
@@ -533,4 +538,104 @@ fn an_address_in_use_is_a_warning_and_not_the_end_of_the_daemon() {
     drop(taken);
     wait_until("the end of the warning", OPEN, || !warned()).expect("no warning");
     scrape(node);
+}
+
+#[test]
+fn with_tls_only_clients_with_a_certificate_read_metrics_and_changed_files_are_read_again() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let dir = temp_dir("certificates").expect("a directory");
+    let [ours, theirs] =
+        ["ours", "theirs"].map(|name| Authority::root(dir.path(), name).expect("an authority"));
+    let host = "metrics.example";
+    let made = |authority: &Authority, name: &str| {
+        let made = authority
+            .server(name, &[host], Validity::Now, false)
+            .expect("a certificate");
+        fs::set_permissions(&made.key, Permissions::from_mode(0o600)).expect("permissions");
+        made
+    };
+    let (first, second) = (made(&ours, "first"), made(&ours, "second"));
+    let (client, stranger) = (made(&ours, "client"), made(&theirs, "stranger"));
+    let path = |name: &str| dir.path().join(name);
+    let put = |from: &Path, to: &str| {
+        fs::copy(from, path("new")).expect("a copy");
+        fs::rename(path("new"), path(to)).expect("a file");
+    };
+    put(&first.cert, "tls.crt");
+    put(&first.key, "tls.key");
+    let tls = format!(
+        "[metrics]\nlisten = \"[::]:9965\"\ntls_certificate = {:?}\ntls_key = {:?}\nclient_ca = {:?}\n",
+        path("tls.crt"),
+        path("tls.key"),
+        ours.cert
+    );
+    let daemon = client_only_with(&apps, &tables(&tls), &[WEB], RULES);
+    let ca = ours.cert.to_str().expect("a path");
+    let ask = |family: Family, certificate: Option<&Certificate>| {
+        let address = apps.topology.get("client").gateway(family);
+        let address = match family {
+            Family::V4 => address.to_string(),
+            Family::V6 => format!("[{address}]"),
+        };
+        let to = format!("{host}:9965:{address}:9965");
+        let url = format!("https://{host}:9965/metrics");
+        let mut args = vec!["--cacert", ca, "--connect-to", &to];
+        if let Some(certificate) = certificate {
+            args.extend(["--cert", certificate.cert.to_str().expect("a path")]);
+            args.extend(["--key", certificate.key.to_str().expect("a path")]);
+        }
+        args.extend(["-v", &url]);
+        curl(node, &args, OPEN).expect("curl")
+    };
+    for family in FAMILIES {
+        let got = ask(family, Some(&client));
+        assert!(
+            got.status == 200 && got.body.contains("palisade_ready 1"),
+            "{got:?}\n{}",
+            daemon.log()
+        );
+        for certificate in [None, Some(&stranger)] {
+            let got = ask(family, certificate);
+            assert!(got.status == 0 && got.body.is_empty(), "{got:?}");
+        }
+        // Clear text.
+        let got = curl(node, &["http://127.0.0.1:9965/metrics"], OPEN).expect("curl");
+        assert_eq!((got.status, got.body.as_str()), (0, ""), "{got:?}");
+    }
+    assert!(ask(Family::V4, Some(&client)).error.contains("CN=first"));
+
+    // A key that does not fit: the first certificate stays in use, and the status says why.
+    put(&second.key, "tls.key");
+    let warnings = || daemon.json(&["status"]).expect("status")["warnings"].to_string();
+    let warned = || warnings().contains("[metrics] tls_certificate: ");
+    wait_until("a warning", OPEN, warned).unwrap_or_else(|_| panic!("{}", warnings()));
+    assert!(
+        warnings().contains("the last good certificates stay in use"),
+        "{}",
+        warnings()
+    );
+    assert!(ask(Family::V4, Some(&client)).error.contains("CN=first"));
+    put(&second.cert, "tls.crt");
+    wait_until("the second certificate", OPEN, || {
+        ask(Family::V6, Some(&client)).error.contains("CN=second")
+    })
+    .expect("the second certificate");
+    wait_until("no warning", OPEN, || !warned()).expect("no warning");
+
+    // Clients that begin no handshake do not keep others from scraping.
+    let connect = || TcpStream::connect("127.0.0.1:9965").expect("a connection");
+    let idle: Vec<TcpStream> = node.enter(|| (0..200).map(|_| connect()).collect());
+    assert_eq!(ask(Family::V4, Some(&client)).status, 200);
+    drop(idle);
+
+    // --check-config names what is wrong with the files.
+    fs::set_permissions(path("tls.key"), Permissions::from_mode(0o644)).expect("permissions");
+    let config = daemon.config().display().to_string();
+    let out = daemon.try_cli(&["run", "--check-config"]).expect("palisade");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        said.contains("every user can use this private key (mode 0644)"),
+        "{config}: {said}"
+    );
 }
