@@ -53,7 +53,7 @@ pub(super) struct Enforcer {
     /// Granted selector sets, by endpoint; see [`Enforcer::grant`].
     granted: HashMap<EndpointId, HashSet<LearnedSet>>,
     /// Compiled selectors, keyed by the memory address of their source list.
-    compiled: HashMap<usize, (SelectorList, Arc<Selectors>)>,
+    compiled: CompiledSelectors,
     /// Why the maps do not hold the compiler's state.
     pub problem: Option<String>,
 }
@@ -447,39 +447,7 @@ impl Enforcer {
 
     /// Returns the part of the policies that concerns names, for every endpoint with name selectors.
     fn names_policy(&mut self) -> fqdn::Policy {
-        let snapshot = self.compiler.snapshot();
-        let mut policy = fqdn::Policy::default();
-        let mut compiled = HashMap::new();
-        for (endpoint, list) in &snapshot.fqdn {
-            let at = Arc::as_ptr(list).cast::<u8>() as usize;
-            let selectors = match compiled.get(&at).or_else(|| self.compiled.get(&at)) {
-                Some((_, selectors)) => Arc::clone(selectors),
-                None => {
-                    let numbered = list
-                        .iter()
-                        .map(|(number, pattern)| (SelectorId(*number), pattern));
-                    match Selectors::new(numbered) {
-                        Ok(selectors) => Arc::new(selectors),
-                        Err(problem) => {
-                            error!(endpoint, error = %problem, "the name selectors of an endpoint cannot be compiled");
-                            continue;
-                        }
-                    }
-                }
-            };
-            compiled.insert(at, (Arc::clone(list), Arc::clone(&selectors)));
-            policy.selectors.insert(*endpoint, selectors);
-            let denied = denied_patterns(&self.compiler, *endpoint);
-            let denied = list.iter().filter(|(_, pattern)| denied.contains(&pattern));
-            let denied: Vec<SelectorId> = denied.map(|(number, _)| SelectorId(*number)).collect();
-            policy
-                .denied
-                .extend(denied.iter().map(|selector| (*endpoint, *selector)));
-            let prefixes = listed_prefixes(&self.compiler, *endpoint);
-            policy
-                .listed
-                .insert(*endpoint, Arc::new(ListedPrefixes { prefixes, denied }));
-        }
+        let (policy, compiled) = names_policy(&self.compiler, &self.compiled);
         self.compiled = compiled;
         policy
     }
@@ -496,6 +464,51 @@ impl Enforcer {
         }
         names
     }
+}
+
+/// Compiled selectors, keyed by the memory address of their source list.
+pub(super) type CompiledSelectors = HashMap<usize, (SelectorList, Arc<Selectors>)>;
+
+/// Returns the part of the policies that concerns names, for every endpoint with name selectors, and the compiled
+/// selectors. Selectors in `known` are not compiled again.
+pub(super) fn names_policy(
+    compiler: &Compiler,
+    known: &CompiledSelectors,
+) -> (fqdn::Policy, CompiledSelectors) {
+    let snapshot = compiler.snapshot();
+    let mut policy = fqdn::Policy::default();
+    let mut compiled = HashMap::new();
+    for (endpoint, list) in &snapshot.fqdn {
+        let at = Arc::as_ptr(list).cast::<u8>() as usize;
+        let selectors = match compiled.get(&at).or_else(|| known.get(&at)) {
+            Some((_, selectors)) => Arc::clone(selectors),
+            None => {
+                let numbered = list
+                    .iter()
+                    .map(|(number, pattern)| (SelectorId(*number), pattern));
+                match Selectors::new(numbered) {
+                    Ok(selectors) => Arc::new(selectors),
+                    Err(problem) => {
+                        error!(endpoint, error = %problem, "the name selectors of an endpoint cannot be compiled");
+                        continue;
+                    }
+                }
+            }
+        };
+        compiled.insert(at, (Arc::clone(list), Arc::clone(&selectors)));
+        policy.selectors.insert(*endpoint, selectors);
+        let denied = denied_patterns(compiler, *endpoint);
+        let denied = list.iter().filter(|(_, pattern)| denied.contains(&pattern));
+        let denied: Vec<SelectorId> = denied.map(|(number, _)| SelectorId(*number)).collect();
+        policy
+            .denied
+            .extend(denied.iter().map(|selector| (*endpoint, *selector)));
+        let prefixes = listed_prefixes(compiler, *endpoint);
+        policy
+            .listed
+            .insert(*endpoint, Arc::new(ListedPrefixes { prefixes, denied }));
+    }
+    (policy, compiled)
 }
 
 /// Returns the names of endpoints by number.
