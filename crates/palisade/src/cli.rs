@@ -1,6 +1,7 @@
 //! The command line.
 
 pub(crate) mod log;
+mod replay;
 
 use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
 
@@ -14,6 +15,7 @@ use palisade_flowlog::{
     format::{Format, Printer},
 };
 
+pub(crate) use self::replay::{FlowOutput, ReplayArgs};
 use crate::config;
 
 const EXIT_CODES: &str = "\
@@ -161,6 +163,9 @@ Filters of one kind are alternatives, filters of different kinds must all match;
     /// and the smallest addition that would allow it.
     #[command(after_help = EXPLAIN_HELP)]
     Explain(Box<ExplainArgs>),
+    /// Show what policies decide about the packets of a capture file. Needs neither daemon nor root.
+    #[command(after_help = replay::HELP)]
+    Replay(ReplayArgs),
     /// Show each event of the programs as it arrives, one per line.
     #[command(after_help = "Examples:
   palisade monitor --type drop

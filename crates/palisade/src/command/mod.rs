@@ -8,6 +8,7 @@ mod log;
 mod output;
 mod policy;
 mod recorded;
+mod replay;
 mod service;
 
 use std::{
@@ -58,6 +59,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     let asked = match &cli.command {
         // These commands read the configuration themselves, or need none.
         Command::Run { .. }
+        | Command::Replay(_)
         | Command::Policy(
             PolicyCommand::Validate { .. } | PolicyCommand::Test { .. } | PolicyCommand::Trace(_),
         )
@@ -145,6 +147,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Explain(args) => explain::explain((&cli.config, cli.names_config()), socket, args),
         Command::Log(command) => log::run(&socket()?, command),
         Command::Observe(args) => flows::observe(&socket()?, args),
+        Command::Replay(args) => replay::replay(&cli.config, args),
         Command::Monitor {
             types,
             related_to,

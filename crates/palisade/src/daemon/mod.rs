@@ -36,6 +36,7 @@ mod private_dirs;
 mod proxy_link;
 mod record_queue;
 mod reload;
+mod replay;
 mod selector_text;
 mod startup;
 mod state;
@@ -56,6 +57,7 @@ use palisade_model::diagnostic::Diagnostic;
 use palisade_policy::compile::Compiler;
 use policies::Offers;
 pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
+pub(crate) use replay::Offline;
 use state::State;
 pub(crate) use watcher::policy_file_names;
 

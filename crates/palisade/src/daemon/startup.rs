@@ -426,7 +426,7 @@ fn keep_verifier_log(state_dir: &Path, log: &str) -> String {
 }
 
 /// Returns the limits and lifetimes of learned names.
-fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
+pub(super) fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
     let (dns, learned) = (&config.dns, config.limits.learned as usize);
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     palisade_fqdn::Config {
