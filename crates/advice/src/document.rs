@@ -28,6 +28,11 @@ impl Subject {
         Self::of(labels, LabelSelector::exact(labels, others))
     }
 
+    /// Returns the subject of a policy for the workload with these labels.
+    pub(crate) fn stable(labels: &Labels) -> Self {
+        Self::of(labels, LabelSelector::stable(labels))
+    }
+
     fn of(labels: &Labels, selector: LabelSelector) -> Self {
         let node = labels.has_reserved("host");
         Self {
@@ -87,12 +92,15 @@ pub(crate) enum PeerForm {
 pub(crate) enum Name {
     /// `matchName`.
     Exact(String),
+    /// `matchPattern`.
+    Pattern(String),
 }
 
 impl Name {
     pub(crate) fn yaml(&self) -> Yaml {
         match self {
             Self::Exact(name) => map([("matchName", name.as_str().into())]),
+            Self::Pattern(pattern) => map([("matchPattern", pattern.as_str().into())]),
         }
     }
 }
@@ -212,6 +220,10 @@ pub(crate) struct HttpForm {
 }
 
 impl L7Form {
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Returns the members of the entry of `toPorts`, beside `ports`.
     pub(crate) fn yaml(&self) -> Vec<(String, Yaml)> {
         let mut members = Vec::new();

@@ -1,5 +1,9 @@
-//! Answers about policies. [`explain`](explain::explain) says why a packet gets its verdict, which rules nearly match,
-//! and which addition would allow it.
+//! Answers about policies:
+//!
+//! - [`explain`](explain::explain) says why a packet gets its verdict, which rules nearly match, and which addition would
+//!   allow it.
+//! - [`Replay`](replay::Replay) shows which verdicts of recorded flows candidate policies would change.
+//! - [`Suggestion`](suggest::Suggestion) makes the policies that recorded flows need.
 //!
 //! Every addition and every policy that this crate returns has been parsed, compiled together with the policies in
 //! force, and evaluated again. Texts in them are emitted by [`yaml`]: names, labels and paths can come from the network.
@@ -17,4 +21,6 @@ mod labels;
 mod near;
 pub mod query;
 pub mod record;
+pub mod replay;
+pub mod suggest;
 pub mod yaml;

@@ -58,6 +58,8 @@ pub enum Happened {
     Unknown,
     /// It passed.
     Forwarded,
+    /// It passed, as a trace reports: the record does not show whether because of audit mode, or by an inspector.
+    Passed,
     /// It passed only because of audit mode.
     Audited,
     /// It was passed to an inspector.
@@ -112,7 +114,15 @@ struct Json<'a> {
     traffic_direction: Text<'a>,
     is_reply: Option<bool>,
     drop_reason_desc: Option<serde_json::Value>,
+    event_type: JsonEvent,
     palisade: JsonExtra<'a>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct JsonEvent {
+    #[serde(rename = "type")]
+    kind: i64,
 }
 
 type Text<'a> = Cow<'a, str>;
@@ -241,17 +251,13 @@ impl Recorded {
     /// # Errors
     /// The text of the error, with the column.
     pub fn parse(line: &str) -> Result<Option<Self>, String> {
-        let wrapped: Wrapped<'_> =
-            serde_json::from_str(line).map_err(|error| format!("column {}: {error}", error.column()))?;
-        if let Some(flow) = wrapped.flow {
+        let text = |error: serde_json::Error| format!("column {}: {error}", error.column());
+        let flow: Json<'_> = serde_json::from_str(line).map_err(text)?;
+        if !flow.verdict.is_empty() {
             return Ok(Some(flow.into()));
         }
-        let flow: Json<'_> =
-            serde_json::from_str(line).map_err(|error| format!("column {}: {error}", error.column()))?;
-        if flow.verdict.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(flow.into()))
+        let wrapped: Wrapped<'_> = serde_json::from_str(line).map_err(text)?;
+        Ok(wrapped.flow.map(Self::from))
     }
 
     /// Returns the evidence of a flow of Palisade's own ring.
@@ -275,7 +281,9 @@ impl Recorded {
 
 impl From<Json<'_>> for Recorded {
     fn from(json: Json<'_>) -> Self {
+        const TRACE: i64 = 4;
         let verdict = match &*json.verdict {
+            "FORWARDED" if json.event_type.kind == TRACE => Happened::Passed,
             "FORWARDED" | "TRACED" | "TRANSLATED" => Happened::Forwarded,
             "DROPPED" => Happened::Dropped,
             "AUDIT" => Happened::Audited,

@@ -328,10 +328,13 @@ effect, groups of prefixes that do not exist, secrets that are missing or cannot
         #[arg(short, long)]
         quiet: bool,
     },
-    /// Run case files, which are unit tests for policies. Needs neither daemon nor root.
+    /// Run case files, which are unit tests for policies, or replay recorded flows against candidate policies. Needs
+    /// neither daemon nor root.
     #[command(after_help = "Examples:
   palisade policy test cases.jsonl
   palisade policy test tests/cases/*.yaml
+  palisade policy test --flows flows.json --policies policies.new
+  palisade policy test --flows flows.json --policies policies.new --report-only -o json
 
 A case file has one JSON object a line, or YAML documents; docs/POLICY.md has all members:
 
@@ -352,12 +355,40 @@ A case file has one JSON object a line, or YAML documents; docs/POLICY.md has al
   - {subject: web, direction: ingress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny}
 
 Prints a line for each check that differs, with the
-deciding rule, then `N passed, M failed`, and exits 1 if a check failed.")]
+deciding rule, then `N passed, M failed`, and exits 1 if a check failed.
+
+With --flows, prints the flows whose verdict would change, with the deciding rules, and exits 1 if there are any. The
+file has JSON lines: `palisade observe -o json`, an exported file, or `hubble observe -o json`. The ends are identified
+by their recorded labels, or with --config also by its endpoints and peers.")]
     Test {
         /// Case files.
-        #[arg(required = true, value_name = "CASES")]
+        #[arg(
+            required_unless_present = "flows",
+            conflicts_with = "flows",
+            value_name = "CASES"
+        )]
         paths: Vec<PathBuf>,
+        /// File of recorded flows; - for the standard input.
+        #[arg(long, value_name = "FILE", requires = "policies")]
+        flows: Option<PathBuf>,
+        /// Candidate policies: files or folders.
+        #[arg(long, value_name = "PATH", num_args = 1.., requires = "flows")]
+        policies: Vec<PathBuf>,
+        /// Exit 0 also if verdicts would change.
+        #[arg(long, requires = "flows")]
+        report_only: bool,
+        #[command(flatten)]
+        output: OutputArgs,
     },
+    /// Propose the least policies that allow recorded flows.
+    #[command(after_help = "Examples:
+  palisade policy suggest > policies.d/suggested.yaml
+  palisade policy suggest --input-file flows.json
+  hubble observe -o json --last 10000 | palisade policy suggest --input-file -
+
+Without --input-file the flows are those of the daemon's ring. Only flows that passed count, also by audit mode. What is
+printed has been compiled, and allows all of these flows. Review it: it also allows what should not have passed.")]
+    Suggest(SuggestArgs),
     /// Explain the verdict on a packet and the rules that decide. Asks the daemon, or works off-line on the given
     /// policy files.
     #[command(after_help = "Examples:
@@ -454,6 +485,30 @@ pub(crate) struct ExplainArgs {
     pub policies: Vec<PathBuf>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Flags of `palisade policy suggest`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SuggestArgs {
+    /// File of recorded flows as JSON lines, Palisade's or Hubble's; - for the standard input.
+    #[arg(long, value_name = "FILE")]
+    pub input_file: Option<PathBuf>,
+    /// Also allow the flows that were dropped by policies.
+    #[arg(long)]
+    pub include_dropped: bool,
+    /// Output format.
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: SuggestOutput,
+}
+
+/// `-o` of `palisade policy suggest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
+pub(crate) enum SuggestOutput {
+    /// Policies as YAML documents.
+    #[default]
+    Yaml,
+    /// The policies and the numbers of flows as JSON.
+    Json,
 }
 
 /// Flags that describe a packet, besides its source and destination.

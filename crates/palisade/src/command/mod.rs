@@ -8,6 +8,7 @@ mod log;
 mod output;
 mod policy;
 mod recorded;
+mod recorded_policies;
 mod replay;
 mod service;
 
@@ -61,7 +62,10 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Run { .. }
         | Command::Replay(_)
         | Command::Policy(
-            PolicyCommand::Validate { .. } | PolicyCommand::Test { .. } | PolicyCommand::Trace(_),
+            PolicyCommand::Validate { .. }
+            | PolicyCommand::Test { .. }
+            | PolicyCommand::Trace(_)
+            | PolicyCommand::Suggest(_),
         )
         | Command::Explain(_) => None,
         _ => Some(socket(cli)?),
@@ -77,7 +81,21 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             PolicyCommand::Validate { paths, quiet } => {
                 policy::validate(paths, *quiet, cli.names_config().then_some(&*cli.config))
             }
-            PolicyCommand::Test { paths } => policy::test(paths),
+            PolicyCommand::Test {
+                flows: Some(flows),
+                policies,
+                report_only,
+                output,
+                ..
+            } => recorded_policies::test(
+                cli.names_config().then_some(&*cli.config),
+                flows,
+                policies,
+                *report_only,
+                output.output,
+            ),
+            PolicyCommand::Test { paths, .. } => policy::test(paths),
+            PolicyCommand::Suggest(args) => recorded_policies::suggest(socket, args),
             PolicyCommand::Trace(args) => {
                 let request = policy::trace_request(&args.from, args.to.as_deref(), &args.packet)?;
                 policy::trace(

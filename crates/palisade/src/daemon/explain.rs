@@ -90,7 +90,7 @@ fn of_record(
         ..question(&recorded, compiler.inventory())?
     };
     let happened = match recorded.verdict {
-        Happened::Forwarded => "FORWARDED",
+        Happened::Forwarded | Happened::Passed => "FORWARDED",
         Happened::Audited => "AUDIT",
         Happened::Inspected => "REDIRECTED",
         Happened::Dropped => "DROPPED",
@@ -125,7 +125,7 @@ fn of_question(
     if let Some((mut said, happened)) = recorded {
         let differs = match happened {
             Happened::Dropped => passes,
-            Happened::Forwarded | Happened::Inspected | Happened::Audited => !passes,
+            Happened::Forwarded | Happened::Passed | Happened::Inspected | Happened::Audited => !passes,
             Happened::Unknown => false,
         };
         if differs {

@@ -53,7 +53,7 @@ pub(crate) use explain::{explain_offline, explain_record};
 pub(crate) use last_good::find as last_good_config;
 pub(crate) use netfilter::Place as NetfilterTable;
 use network::Network;
-use palisade_model::diagnostic::Diagnostic;
+use palisade_model::{diagnostic::Diagnostic, inventory::Inventory};
 use palisade_policy::compile::Compiler;
 use policies::Offers;
 pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
@@ -96,6 +96,11 @@ pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<
         Ok(compiler) => compiler.snapshot().diagnostics.clone(),
         Err(problems) => problems,
     })
+}
+
+/// Returns the endpoints, peers and options of `config`.
+pub(crate) fn inventory_offline(config: &Config) -> anyhow::Result<Inventory> {
+    enforcer::inventory(config, &Network::default(), &mut State::<()>::default())
 }
 
 fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {

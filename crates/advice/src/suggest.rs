@@ -1,0 +1,793 @@
+//! Policies that recorded flows need.
+//!
+//! [`Suggestion::push`] collects the flows by subject, peer and port. [`Suggestion::policies`] makes the policies.
+//! Because a policy can turn out to deny one of the flows (a path that a server would resolve differently, rules of two
+//! protocols on one port), the caller replays the flows against it ([`Suggestion::replay`]) and returns those that it
+//! denies ([`Suggestion::widen`]), until none is denied.
+//!
+//! Every collection is bounded. A collection that is full is generalised: paths to shorter patterns, names to patterns of
+//! their domain, addresses to the world, ports to every port.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use palisade_abi::{Direction, protocol};
+use palisade_model::{labels::Labels, request::Request};
+use palisade_policy::{compile::FileContent, parse::parse};
+use palisade_protocols::http1::resolved;
+use serde::Serialize;
+
+use crate::{
+    document::{
+        HttpForm, L7Form, Name, PeerForm, PortForm, Subject, can_be_peer, entity, entry, resource_name,
+    },
+    labels::{LabelSelector, is_world, namespace},
+    record::{Happened, Recorded, RecordedEnd},
+    replay::{Candidate, Problems, Replay},
+    yaml::{Item, Yaml, comment, list, map},
+};
+
+/// Largest number of policies.
+const MAX_SUBJECTS: usize = 4_096;
+/// Largest number of different peers of one subject and direction.
+const MAX_PEERS: usize = 1_024;
+/// Largest number of addresses of the world of one subject and direction. More stand for the whole world.
+const MAX_ADDRESSES: usize = 32;
+/// Largest number of ports of one peer. More stand for every port.
+const MAX_PORTS: usize = 64;
+/// Largest number of application rules of one port before they are generalised.
+const MAX_RULES: usize = 32;
+/// Longest segment of a path that is taken over, bytes.
+const MAX_SEGMENT: usize = 64;
+/// Labels whose value names a workload, the most usual first.
+const NAMING: [&str; 5] = ["app.kubernetes.io/name", "app", "k8s-app", "name", "component"];
+/// Name of the file of the policies, in messages.
+const FILE: &str = "suggested.yaml";
+
+/// Collects recorded flows, and makes the policies that allow them.
+#[derive(Debug, Default)]
+pub struct Suggestion {
+    with_dropped: bool,
+    subjects: BTreeMap<Subject, [Direct; 2]>,
+    counts: Counts,
+}
+
+/// Numbers of flows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Flows for which there is a rule.
+    pub flows: u64,
+    /// Flows for which there is none, by the reason.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub skipped: BTreeMap<String, u64>,
+}
+
+/// Traffic of one subject and direction.
+#[derive(Debug, Default)]
+struct Direct {
+    peers: BTreeMap<PeerForm, Traffic>,
+    /// Whether all addresses of IPv4 and of IPv6 stand for the world.
+    all_addresses: [bool; 2],
+}
+
+/// Traffic between a subject and a peer.
+#[derive(Clone, Debug, Default)]
+struct Traffic {
+    flows: u64,
+    ports: BTreeMap<PortForm, PortTraffic>,
+    /// Whether every port is allowed.
+    any_port: bool,
+}
+
+/// Traffic at one port.
+#[derive(Clone, Debug, Default)]
+struct PortTraffic {
+    flows: u64,
+    requests: u64,
+    l7: L7Form,
+    /// How far paths are generalised.
+    path_level: usize,
+    /// Whether no application rule is made.
+    plain: bool,
+}
+
+impl Suggestion {
+    /// Creates an empty collection. `with_dropped`: whether flows that policies have dropped count as well.
+    #[must_use]
+    pub fn new(with_dropped: bool) -> Self {
+        Self {
+            with_dropped,
+            ..Self::default()
+        }
+    }
+
+    /// Adds a flow.
+    pub fn push(&mut self, flow: &Recorded) {
+        match self.add(flow) {
+            Ok(()) => self.counts.flows += 1,
+            Err(reason) => self.skip(reason),
+        }
+    }
+
+    /// Counts a line that is no flow, or a flow without a rule.
+    pub fn skip(&mut self, reason: &str) {
+        *self.counts.skipped.entry(reason.to_owned()).or_default() += 1;
+    }
+
+    /// Returns the numbers of flows.
+    #[must_use]
+    pub const fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Returns whether the flow counts: it passed, or dropped flows count as well.
+    ///
+    /// # Errors
+    /// The reason why it does not.
+    fn counts_flow(&self, flow: &Recorded) -> Result<(Direction, Subject), &'static str> {
+        if let Some(reason) = flow.unusable {
+            return Err(reason);
+        }
+        if flow.verdict == Happened::Dropped && !self.with_dropped {
+            return Err("dropped flows");
+        }
+        let (direction, own, _) = flow.ends().ok_or("records without a traffic direction")?;
+        let is_node = own.labels.has_reserved("host");
+        if is_world(&own.labels) || (namespace(&own.labels).is_none() && !is_node) {
+            return Err("flows whose endpoint has no labels of a workload");
+        }
+        Ok((direction, Subject::stable(&own.labels)))
+    }
+
+    fn add(&mut self, flow: &Recorded) -> Result<(), &'static str> {
+        let (direction, subject) = self.counts_flow(flow)?;
+        if self.subjects.len() >= MAX_SUBJECTS && !self.subjects.contains_key(&subject) {
+            return Err("flows of further workloads than can be handled at once");
+        }
+        let direct = &mut self.subjects.entry(subject).or_default()[direction as usize];
+        let peer = direct.peer(direction, flow)?;
+        let traffic = direct.peers.entry(peer).or_default();
+        traffic.flows += 1;
+        let port = PortForm {
+            protocol: flow.protocol,
+            port: flow.port,
+        };
+        if port.yaml().is_none() || (traffic.ports.len() >= MAX_PORTS && !traffic.ports.contains_key(&port)) {
+            traffic.any_port = true;
+            return Ok(());
+        }
+        traffic
+            .ports
+            .entry(port)
+            .or_default()
+            .add(direction, &flow.request);
+        Ok(())
+    }
+
+    /// Returns the policies as YAML documents; empty without flows.
+    #[must_use]
+    pub fn policies(&self) -> String {
+        let mut out = String::new();
+        let mut names: BTreeSet<(Option<String>, String)> = BTreeSet::new();
+        for (subject, directions) in &self.subjects {
+            let [ingress, egress] = [Direction::Ingress, Direction::Egress].map(|direction| {
+                directions[direction as usize].rules(direction, subject.namespace.as_deref())
+            });
+            if ingress.is_empty() && egress.is_empty() {
+                continue;
+            }
+            if !out.is_empty() {
+                out.push_str("---\n");
+            }
+            let flows: u64 = directions
+                .iter()
+                .flat_map(|direct| direct.peers.values())
+                .map(|traffic| traffic.flows)
+                .sum();
+            out.push_str(&comment(&count(flows, "recorded flow")));
+            if directions[Direction::Egress as usize].names_without_dns() {
+                out.push_str(&comment(
+                    "toFQDNs needs a rule with rules.dns for the resolver, and no query to one was recorded",
+                ));
+            }
+            let name = name_of(subject.selector.labels());
+            let numbered = (2..).map(|number: u32| format!("{name}-{number}"));
+            let name = std::iter::once(name.clone())
+                .chain(numbered)
+                .find(|name| names.insert((subject.namespace.clone(), name.clone())))
+                .unwrap_or(name);
+            out.push_str(&subject.policy(&name, ingress, egress).emit());
+        }
+        out
+    }
+
+    /// Returns a replay of flows against the policies. Add the same flows, and pass the replay to [`Self::widen`].
+    ///
+    /// # Errors
+    /// The policies are invalid.
+    pub fn replay<'e>(
+        &self,
+        evaluator: &'e dyn palisade_model::request::RequestEvaluator,
+    ) -> Result<Check<'e>, Problems> {
+        let parsed = parse(FILE, &self.policies());
+        if parsed.has_errors() {
+            return Err(parsed.diagnostics);
+        }
+        let content = FileContent {
+            policies: parsed.policies,
+            cidr_groups: parsed.cidr_groups,
+        };
+        let candidate = Candidate {
+            files: BTreeMap::from([(FILE.to_owned(), Some(content))]),
+            ..Candidate::default()
+        };
+        Ok(Check {
+            replay: Replay::new(candidate, evaluator).collecting(),
+        })
+    }
+
+    /// Widens the policies for the flows that they deny. Returns the number of groups of flows that they deny; 0 if they
+    /// allow all of them.
+    ///
+    /// # Errors
+    /// Errors of the policies, after all application rules have been dropped.
+    pub fn widen(&mut self, check: Check<'_>) -> Result<usize, Problems> {
+        match check.replay.denied() {
+            Ok(denied) => {
+                for flow in &denied {
+                    self.widen_for(flow);
+                }
+                Ok(denied.len())
+            }
+            // The application rules of overlapping peers contradict each other.
+            Err(problems) => {
+                let mut any = false;
+                for port in self
+                    .subjects
+                    .values_mut()
+                    .flatten()
+                    .flat_map(|direct| direct.peers.values_mut())
+                    .flat_map(|traffic| traffic.ports.values_mut())
+                {
+                    any |= !port.l7.is_empty();
+                    port.make_plain();
+                }
+                if any { Ok(1) } else { Err(problems) }
+            }
+        }
+    }
+
+    fn widen_for(&mut self, flow: &Recorded) {
+        let Ok((direction, subject)) = self.counts_flow(flow) else {
+            return;
+        };
+        let Some(directions) = self.subjects.get_mut(&subject) else {
+            return;
+        };
+        let direct = &mut directions[direction as usize];
+        let Ok(peer) = direct.peer(direction, flow) else {
+            return;
+        };
+        let port = PortForm {
+            protocol: flow.protocol,
+            port: flow.port,
+        };
+        let Some(traffic) = direct.peers.get_mut(&peer) else {
+            return;
+        };
+        match traffic.ports.get_mut(&port) {
+            Some(known) if !known.plain => known.make_plain(),
+            _ => {
+                // A name that no rule can express: the address remains.
+                if let (PeerForm::Names(_), Some(address)) = (&peer, flow.destination.address) {
+                    let copy = traffic.clone();
+                    direct.peers.insert(PeerForm::Address(address), copy);
+                } else {
+                    traffic.any_port = true;
+                }
+            }
+        }
+    }
+}
+
+/// A replay of the flows against the suggested policies.
+pub struct Check<'e> {
+    replay: Replay<'e>,
+}
+
+impl Check<'_> {
+    /// Adds a flow. Flows that do not count are ignored.
+    ///
+    /// # Errors
+    /// Errors of the policies.
+    pub fn push(&mut self, suggestion: &Suggestion, flow: &Recorded) -> Result<(), Problems> {
+        if suggestion.counts_flow(flow).is_ok() {
+            self.replay.push(flow)?;
+        }
+        Ok(())
+    }
+}
+
+impl Direct {
+    /// Returns the form of the other end of a flow.
+    fn peer(&mut self, direction: Direction, flow: &Recorded) -> Result<PeerForm, &'static str> {
+        let other: &RecordedEnd = match direction {
+            Direction::Ingress => &flow.source,
+            Direction::Egress => &flow.destination,
+        };
+        let peer = if !is_world(&other.labels) {
+            let selector = LabelSelector::stable(&other.labels);
+            match entity(&other.labels) {
+                Some(entity) => PeerForm::Entity(entity),
+                None if can_be_peer(&selector) => PeerForm::Labels(selector),
+                None => return Err("flows with a peer whose labels no selector of a policy selects"),
+            }
+        } else if direction == Direction::Egress
+            && let Some(name) = flow
+                .destination_names
+                .iter()
+                .map(|name| normal_name(name))
+                .filter(|name| is_name(name))
+                .min()
+        {
+            PeerForm::Names([Name::Exact(name)].into())
+        } else if let Some(address) = other.address {
+            let v6 = address.is_ipv6();
+            let known = PeerForm::Address(address);
+            let count = self
+                .peers
+                .keys()
+                .filter(|peer| matches!(peer, PeerForm::Address(known) if known.is_ipv6() == v6))
+                .count();
+            if count >= MAX_ADDRESSES && !self.peers.contains_key(&known) {
+                self.all_addresses[usize::from(v6)] = true;
+                self.join_addresses(v6);
+            }
+            if self.all_addresses[usize::from(v6)] {
+                PeerForm::Entity(if v6 { "world-ipv6" } else { "world-ipv4" })
+            } else {
+                known
+            }
+        } else {
+            return Err("flows of the world without an address");
+        };
+        if self.peers.len() >= MAX_PEERS && !self.peers.contains_key(&peer) {
+            return Err("flows with further peers than can be handled at once");
+        }
+        Ok(peer)
+    }
+
+    /// Replaces the addresses of a family by the world.
+    fn join_addresses(&mut self, v6: bool) {
+        let addresses: Vec<PeerForm> = self
+            .peers
+            .keys()
+            .filter(|peer| matches!(peer, PeerForm::Address(known) if known.is_ipv6() == v6))
+            .cloned()
+            .collect();
+        let mut all = Traffic::default();
+        for peer in addresses {
+            if let Some(traffic) = self.peers.remove(&peer) {
+                all.join(traffic);
+            }
+        }
+        self.peers
+            .entry(PeerForm::Entity(if v6 { "world-ipv6" } else { "world-ipv4" }))
+            .or_default()
+            .join(all);
+    }
+
+    /// Returns whether there are names, but no queries by which they could be learned.
+    fn names_without_dns(&self) -> bool {
+        let has_names = self.peers.keys().any(|peer| matches!(peer, PeerForm::Names(_)));
+        has_names
+            && !self
+                .peers
+                .values()
+                .any(|traffic| traffic.ports.keys().any(|port| port.port == 53))
+    }
+
+    /// Returns the rules: one for each peer, or for several names or addresses with the same ports.
+    fn rules(&self, direction: Direction, implied: Option<&str>) -> Vec<Item> {
+        let has_names = self.peers.keys().any(|peer| matches!(peer, PeerForm::Names(_)));
+        // Rules of two protocols on one port contradict each other if their peers overlap.
+        let mut kinds: BTreeMap<PortForm, BTreeSet<u8>> = BTreeMap::new();
+        for (port, traffic) in self.peers.values().flat_map(|traffic| &traffic.ports) {
+            kinds.entry(*port).or_default().extend(traffic.kind());
+        }
+        // Keyed by member, then by the ports: names and addresses with equal ports are one rule.
+        let mut rules: BTreeMap<(String, Vec<Yaml>), MergedRule> = BTreeMap::new();
+        for (peer, traffic) in &self.peers {
+            let mut entries = Vec::new();
+            let mut icmp = Vec::new();
+            let mut plain = Vec::new();
+            let mut requests = 0;
+            for (port, at) in &traffic.ports {
+                let Some(element) = port.yaml() else {
+                    continue;
+                };
+                requests += at.requests;
+                let mixed = kinds.get(port).is_some_and(|kinds| kinds.len() > 1);
+                let mut l7 = if mixed || at.plain {
+                    L7Form::default()
+                } else {
+                    at.l7.clone()
+                };
+                // Names are learned from the answers to inspected queries only.
+                let is_dns = port.port == 53 && matches!(port.protocol, protocol::UDP | protocol::TCP);
+                if has_names && is_dns && l7.is_empty() && !at.plain && !mixed {
+                    l7.dns.insert(Name::Pattern("*".into()));
+                }
+                if port.is_icmp() {
+                    icmp.push(element);
+                } else if l7.is_empty() {
+                    plain.push(element);
+                } else {
+                    entries.push(entry(vec![element], &l7));
+                }
+            }
+            if !plain.is_empty() {
+                entries.insert(0, entry(plain, &L7Form::default()));
+            }
+            let (member, peers) = peer.yaml(direction, implied);
+            let separate = match peer {
+                PeerForm::Names(_) | PeerForm::Address(_) => String::new(),
+                PeerForm::Labels(_) | PeerForm::Entity(_) => peers.emit(),
+            };
+            let mut put = |ports: Vec<Yaml>, flows: u64, requests: u64| {
+                let key = (format!("{member}\0{separate}"), ports);
+                let rule = rules.entry(key).or_default();
+                if let Yaml::List(items) = &peers {
+                    rule.peers.extend(items.iter().cloned());
+                }
+                rule.flows += flows;
+                rule.requests += requests;
+            };
+            let of = |wanted: bool| -> u64 {
+                let ports = traffic.ports.iter();
+                ports
+                    .filter(|(port, _)| port.is_icmp() == wanted)
+                    .map(|(_, at)| at.flows)
+                    .sum()
+            };
+            if traffic.any_port {
+                put(Vec::new(), traffic.flows, requests);
+                continue;
+            }
+            if !entries.is_empty() {
+                put(vec![map([("toPorts", list(entries))])], of(false), requests);
+            }
+            if !icmp.is_empty() {
+                put(
+                    vec![map([("icmps", list([map([("fields", list(icmp))])]))])],
+                    of(true),
+                    0,
+                );
+            }
+        }
+        rules
+            .into_iter()
+            .map(
+                |(
+                    (member, ports),
+                    MergedRule {
+                        peers,
+                        flows,
+                        requests,
+                    },
+                )| {
+                    let member = member.split('\0').next().unwrap_or_default().to_owned();
+                    let mut members = vec![(member, Yaml::List(peers))];
+                    let mut remark = count(flows, "flow");
+                    if requests > 0 {
+                        remark.push_str(&format!(", of them {}", count(requests, "request")));
+                    }
+                    if ports.is_empty() {
+                        remark.push_str(
+                        "; every port, since policies cannot name the protocol or there are too many ports",
+                    );
+                    }
+                    for part in ports {
+                        if let Yaml::Map(entries) = part {
+                            members.extend(entries);
+                        }
+                    }
+                    Item {
+                        comment: remark,
+                        value: Yaml::Map(members),
+                    }
+                },
+            )
+            .collect()
+    }
+}
+
+/// A rule for peers with the same ports.
+#[derive(Default)]
+struct MergedRule {
+    peers: Vec<Item>,
+    flows: u64,
+    requests: u64,
+}
+
+impl Traffic {
+    fn join(&mut self, other: Self) {
+        self.flows += other.flows;
+        self.any_port |= other.any_port;
+        for (port, traffic) in other.ports {
+            if self.ports.len() >= MAX_PORTS && !self.ports.contains_key(&port) {
+                self.any_port = true;
+                continue;
+            }
+            let known = self.ports.entry(port).or_default();
+            let fresh = known.flows == 0;
+            known.flows += traffic.flows;
+            known.requests += traffic.requests;
+            known.path_level = known.path_level.max(traffic.path_level);
+            known.plain |= traffic.plain;
+            known.l7.http.extend(traffic.l7.http);
+            known.l7.dns.extend(traffic.l7.dns);
+            known.l7.server_names.extend(traffic.l7.server_names);
+            known.l7.kafka.extend(traffic.l7.kafka);
+            if !fresh && known.kind().count() > 1 || known.plain {
+                known.make_plain();
+            }
+            known.bound();
+        }
+    }
+}
+
+impl PortTraffic {
+    fn make_plain(&mut self) {
+        self.plain = true;
+        self.l7 = L7Form::default();
+    }
+
+    /// Returns a number for each protocol of which there are rules.
+    fn kind(&self) -> impl Iterator<Item = u8> {
+        [
+            (0, !self.l7.http.is_empty()),
+            (1, !self.l7.dns.is_empty()),
+            (2, !self.l7.server_names.is_empty()),
+            (3, !self.l7.kafka.is_empty()),
+        ]
+        .into_iter()
+        .filter(|(_, there)| *there)
+        .map(|(kind, _)| kind)
+    }
+
+    fn add(&mut self, direction: Direction, request: &Request) {
+        self.flows += 1;
+        if request.is_empty() {
+            return;
+        }
+        self.requests += 1;
+        if self.plain {
+            return;
+        }
+        match request {
+            // Requests inside TLS need secrets, which no flow names.
+            Request {
+                http: Some(_),
+                tls: Some(_),
+                ..
+            } => self.make_plain(),
+            Request { http: Some(http), .. } => {
+                for path in path_patterns(&http.path, self.path_level) {
+                    self.l7.http.insert(HttpForm {
+                        method: regex::escape(&http.method),
+                        path,
+                        host: None,
+                    });
+                }
+            }
+            Request { dns: Some(name), .. } => {
+                let name = normal_name(name);
+                if direction == Direction::Egress && is_name(&name) {
+                    self.l7.dns.insert(Name::Exact(name));
+                } else {
+                    self.make_plain();
+                }
+            }
+            Request { tls: Some(name), .. } => {
+                let name = normal_name(name);
+                if is_name(&name) {
+                    self.l7.server_names.insert(name);
+                } else {
+                    self.make_plain();
+                }
+            }
+            Request {
+                kafka: Some(kafka), ..
+            } => {
+                let topics = kafka.topics.iter().map(|topic| Some(topic.clone()));
+                let none = kafka.topics.is_empty().then_some(None);
+                for topic in topics.chain(none) {
+                    self.l7.kafka.insert((kafka.api_key, topic, None));
+                }
+            }
+            _ => {}
+        }
+        if self.kind().count() > 1 {
+            self.make_plain();
+        }
+        self.bound();
+    }
+
+    /// Removes rules that others include, and generalises rules that are too many.
+    fn bound(&mut self) {
+        let with_query = |rule: &HttpForm| HttpForm {
+            path: rule.path.as_ref().map(|path| format!("{path}{QUERY}")),
+            ..rule.clone()
+        };
+        let included: Vec<HttpForm> = self
+            .l7
+            .http
+            .iter()
+            .filter(|rule| rule.path.is_some() && self.l7.http.contains(&with_query(rule)))
+            .cloned()
+            .collect();
+        for rule in included {
+            self.l7.http.remove(&rule);
+        }
+        while self.l7.http.len() > MAX_RULES && self.path_level < LAST_PATH_LEVEL {
+            self.path_level += 1;
+            let level = self.path_level;
+            self.l7.http = std::mem::take(&mut self.l7.http)
+                .into_iter()
+                .map(|rule| HttpForm {
+                    path: rule.path.map(|pattern| shorten(&pattern, level)),
+                    ..rule
+                })
+                .collect();
+        }
+        if self.l7.http.len() > MAX_RULES {
+            self.make_plain();
+        }
+        if self.l7.dns.len() > MAX_RULES {
+            self.l7.dns = generalised(self.l7.dns.iter());
+        }
+        if self.l7.server_names.len() > MAX_RULES {
+            let names: BTreeSet<Name> = self.l7.server_names.iter().cloned().map(Name::Exact).collect();
+            self.l7.server_names = generalised(names.iter())
+                .into_iter()
+                .map(|name| match name {
+                    Name::Exact(text) | Name::Pattern(text) => text,
+                })
+                .collect();
+        }
+        if self.l7.kafka.len() > MAX_RULES {
+            self.l7.kafka = self.l7.kafka.iter().map(|(key, ..)| (*key, None, None)).collect();
+        }
+    }
+}
+
+/// Last level of [`shorten`].
+const LAST_PATH_LEVEL: usize = 3;
+/// Pattern of an optional query.
+const QUERY: &str = "([?].*)?";
+
+/// Returns the patterns for a path: as sent and as a server would resolve it, since rules must allow both. `None` stands
+/// for a rule without a path.
+fn path_patterns(path: &str, level: usize) -> BTreeSet<Option<String>> {
+    if path.is_empty() {
+        return [None].into();
+    }
+    let mut buffer = Vec::new();
+    match resolved(path, &mut buffer) {
+        Ok(()) => [path.to_owned(), String::from_utf8_lossy(&buffer).into_owned()]
+            .into_iter()
+            .map(|path| Some(shorten(&path_pattern(&path), level)))
+            .collect(),
+        Err(_) => [None].into(),
+    }
+}
+
+/// Returns the pattern of a path: numbers, UUIDs and long hexadecimal numbers as segments stand for all of their kind.
+/// The query is not taken over, since its values can be secrets.
+fn path_pattern(path: &str) -> String {
+    let (path, query) = match path.split_once('?') {
+        Some((path, _)) => (path, QUERY),
+        None => (path, ""),
+    };
+    let segments: Vec<String> = path.split('/').map(segment_pattern).collect();
+    format!("{}{query}", segments.join("/"))
+}
+
+fn segment_pattern(segment: &str) -> String {
+    let is_hex = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let groups: Vec<&str> = segment.split('-').collect();
+    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
+    if !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit()) {
+        return "[0-9]+".into();
+    }
+    if lengths == [8, 4, 4, 4, 12] && groups.iter().all(|group| is_hex(group)) {
+        return "[0-9a-fA-F-]{36}".into();
+    }
+    if segment.len() >= 16 && is_hex(segment) {
+        return "[0-9a-fA-F]+".into();
+    }
+    if segment.len() > MAX_SEGMENT || segment.contains(char::REPLACEMENT_CHARACTER) {
+        return "[^/]+".into();
+    }
+    regex::escape(segment)
+}
+
+/// Shortens a pattern: level 1 keeps three segments, level 2 one, level 3 none.
+fn shorten(pattern: &str, level: usize) -> String {
+    let kept = match level {
+        0 => return pattern.to_owned(),
+        1 => 3,
+        2 => 1,
+        _ => return "/.*".into(),
+    };
+    let path = pattern.strip_suffix(QUERY).unwrap_or(pattern);
+    // The only slashes inside a class are those of `[^/]+`, which has no other one before it.
+    let segments: Vec<&str> = path.split('/').skip(1).collect();
+    if segments.len() <= kept || path.contains("[^/]") {
+        return if path.contains("[^/]") {
+            "/.*".into()
+        } else {
+            pattern.to_owned()
+        };
+    }
+    format!("/{}/.*", segments[..kept].join("/"))
+}
+
+/// Returns patterns for the domains of names, or the pattern of every name.
+fn generalised<'n>(names: impl Iterator<Item = &'n Name>) -> BTreeSet<Name> {
+    let patterns: BTreeSet<Name> = names
+        .map(|name| match name {
+            Name::Exact(name) => match name.split_once('.') {
+                Some((_, domain)) if domain.contains('.') => Name::Pattern(format!("*.{domain}")),
+                _ => Name::Exact(name.clone()),
+            },
+            Name::Pattern(pattern) => Name::Pattern(pattern.clone()),
+        })
+        .collect();
+    if patterns.len() > MAX_RULES {
+        [Name::Pattern("*".into())].into()
+    } else {
+        patterns
+    }
+}
+
+fn normal_name(name: &str) -> String {
+    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
+}
+
+/// Returns whether a policy can have the name as `matchName`.
+fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 253
+        && name.parse::<std::net::IpAddr>().is_err()
+        && name.split('.').all(|label| {
+            (1..=63).contains(&label.len())
+                && label.bytes().all(|byte| {
+                    byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
+                })
+        })
+}
+
+/// Returns the name of the policy of a workload.
+fn name_of(labels: &Labels) -> String {
+    let named = NAMING.iter().find_map(|key| labels.get("k8s", key));
+    let named = named.filter(|value| !value.is_empty());
+    let first = || {
+        labels
+            .iter()
+            .find(|label| {
+                label.source == "k8s" && label.key != crate::labels::NAMESPACE && !label.value.is_empty()
+            })
+            .map(|label| label.value.as_str())
+    };
+    let node = || labels.has_reserved("host").then_some("node");
+    resource_name(&[named.or_else(node).or_else(first).unwrap_or("workload")])
+}
+
+fn count(number: u64, what: &str) -> String {
+    if number == 1 {
+        format!("1 {what}")
+    } else {
+        format!("{number} {what}s")
+    }
+}
