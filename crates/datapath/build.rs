@@ -1,5 +1,5 @@
-//! Compiles `xdp/` for the BPF target: `OUT_DIR/palisade`, and with the feature `bench-object` also
-//! `OUT_DIR/palisade-bench`, which has the benchmark's programs too.
+//! Compiles `xdp/` for the BPF target: `OUT_DIR/palisade`; `OUT_DIR/palisade-capture`, whose programs copy packets for
+//! a capture; and with the feature `bench-object` also `OUT_DIR/palisade-bench`, which has the benchmark's programs.
 //!
 //! `PALISADE_BPF_TOOLCHAIN` names the toolchain for that target; the default is the one that `scripts/setup` builds
 //! from Debian's packages.
@@ -34,12 +34,17 @@ fn main() -> anyhow::Result<()> {
     // aya-build searches the package in the current directory.
     std::env::set_current_dir(root).with_context(|| format!("the BPF programs are not at {root}"))?;
     if std::env::var_os("CARGO_FEATURE_BENCH_OBJECT").is_some() {
-        build(root, &toolchain, &["bench"])?;
-        let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
-        std::fs::rename(out.join("palisade"), out.join("palisade-bench"))
-            .context("the benchmark's object")?;
+        build_as("palisade-bench", root, &toolchain, &["bench"])?;
     }
+    build_as("palisade-capture", root, &toolchain, &["capture"])?;
     build(root, &toolchain, &[])
+}
+
+/// Writes an object with features to `OUT_DIR`, under a name of its own.
+fn build_as(name: &str, root: &str, toolchain: &str, features: &[&str]) -> anyhow::Result<()> {
+    build(root, toolchain, features)?;
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
+    std::fs::rename(out.join("palisade"), out.join(name)).with_context(|| format!("the object {name}"))
 }
 
 /// Writes the object to `OUT_DIR/palisade`.

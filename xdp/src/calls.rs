@@ -31,4 +31,8 @@ pub trait Calls: Hook {
     fn punt(self, pkt: &mut PacketContext);
     /// Calls `event::send` if the budget allows it. `flow`: null, or the entry whose counters a trace reports.
     fn send(self, pkt: &PacketContext, what: u32, flow: *mut CtEntry);
+    /// Calls `capture::take` before a program changes the packet. Does nothing without the feature `capture`.
+    fn take(self, pkt: &mut PacketContext);
+    /// Calls `capture::report` after the verdict. Does nothing without the feature `capture`.
+    fn report_captured(self, pkt: &mut PacketContext);
 }

@@ -49,6 +49,7 @@ pub fn enforce_endpoint<C: Calls, const IN_PLACE: bool>(ctx: C, pkt: &mut Packet
         {
             if recheck_flow(ctx, pkt, entry) {
                 if entry.inspector() != 0 && !entry.is_offloaded() {
+                    ctx.take(pkt);
                     if icmp_error::cut(ctx, pkt) != 0 {
                         return pkt.set(Reason::UnrelatedIcmp);
                     }

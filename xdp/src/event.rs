@@ -56,7 +56,6 @@ pub fn may_send(pkt: &PacketContext, what: u32) -> bool {
 /// Writes an event about a packet to the ring buffer. `flow`: the entry whose counters a trace reports.
 #[inline(always)]
 pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>) {
-    let kind = what >> 8;
     let Some(mut record) = EVENTS.reserve_untyped::<Event>(0) else {
         if let Some(budget) = BUDGETS.get_ptr_mut(slot(pkt, what)) {
             // SAFETY: `budget` points to a value of a per-CPU map, which lives as long as the map; only the programs of
@@ -65,6 +64,46 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
         }
         return;
     };
+    let event = record.as_mut_ptr();
+    // SAFETY: `event` points to a reserved record of this type.
+    unsafe { describe(event, pkt, what) };
+    // SAFETY: `event` points to a reserved record of this type.
+    unsafe {
+        (*event).source_mac = [0; 6];
+        (*event).destination_mac = [0; 6];
+        if pkt.layer3 == 0
+            && let Some(mac) = ctx.bytes(false).array::<12>(0)
+        {
+            (*event).destination_mac = [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]];
+            (*event).source_mac = [mac[6], mac[7], mac[8], mac[9], mac[10], mac[11]];
+        }
+        if let Some(flow) = flow {
+            (*event).forward_packets = flow.forward_packets();
+            (*event).forward_bytes = flow.forward_bytes();
+            (*event).reply_packets = flow.reply_packets();
+            (*event).reply_bytes = flow.reply_bytes();
+        } else if what as u8 == TracePoint::Start as u8 {
+            (*event).forward_packets = 1;
+            (*event).forward_bytes = u64::from(pkt.headers.length);
+            (*event).reply_packets = 0;
+            (*event).reply_bytes = 0;
+        } else {
+            (*event).forward_packets = 0;
+            (*event).forward_bytes = 0;
+            (*event).reply_packets = 0;
+            (*event).reply_bytes = 0;
+        }
+    }
+    record.submit(0);
+}
+
+/// Writes the fields of an event other than the MAC addresses and the counters of a flow. The memory can hold an older
+/// record, so every field is written.
+///
+/// # Safety
+/// `event` points to writable memory of an event.
+#[inline(always)]
+pub unsafe fn describe(event: *mut Event, pkt: &PacketContext, what: u32) {
     let packet = &pkt.headers;
     // The packet path looks up only the peer's identity; the endpoint's identity is in its `EndpointState`.
     let own_identity = match ENDPOINTS.get(pkt.endpoint & 0xffff) {
@@ -81,9 +120,7 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
     if !pkt.is_ingress() {
         event_flags |= event_flags::EGRESS;
     }
-    let event = record.as_mut_ptr();
-    // SAFETY: `event` points to a reserved record of this type. Every field is written, because the ring's memory can
-    // hold an older record.
+    // SAFETY: the caller passes memory of an event.
     unsafe {
         (*event).time = bpf_ktime_get_ns();
         (*event).source = packet.source;
@@ -101,7 +138,7 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
         (*event).ifindex = pkt.ifindex;
         (*event).length = packet.length;
         (*event).endpoint = pkt.endpoint as u16;
-        (*event).kind = kind as u8;
+        (*event).kind = (what >> 8) as u8;
         (*event).reason = pkt.reason;
         (*event).flags = event_flags;
         (*event).protocol = packet.protocol;
@@ -114,30 +151,5 @@ pub fn send<H: Hook>(ctx: H, pkt: &PacketContext, what: u32, flow: Option<Entry>
         } else {
             0
         };
-        (*event).source_mac = [0; 6];
-        (*event).destination_mac = [0; 6];
-        if pkt.layer3 == 0
-            && let Some(mac) = ctx.bytes(false).array::<12>(0)
-        {
-            (*event).destination_mac = [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]];
-            (*event).source_mac = [mac[6], mac[7], mac[8], mac[9], mac[10], mac[11]];
-        }
-        if let Some(flow) = flow {
-            (*event).forward_packets = flow.forward_packets();
-            (*event).forward_bytes = flow.forward_bytes();
-            (*event).reply_packets = flow.reply_packets();
-            (*event).reply_bytes = flow.reply_bytes();
-        } else if what as u8 == TracePoint::Start as u8 {
-            (*event).forward_packets = 1;
-            (*event).forward_bytes = u64::from(packet.length);
-            (*event).reply_packets = 0;
-            (*event).reply_bytes = 0;
-        } else {
-            (*event).forward_packets = 0;
-            (*event).forward_bytes = 0;
-            (*event).reply_packets = 0;
-            (*event).reply_bytes = 0;
-        }
     }
-    record.submit(0);
 }

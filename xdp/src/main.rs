@@ -11,6 +11,8 @@
 #[cfg(feature = "bench")]
 mod bench;
 mod calls;
+#[cfg(feature = "capture")]
+mod capture;
 mod conntrack;
 mod counters;
 mod enforce;

@@ -83,3 +83,34 @@ pub static XSKS: XskMap<MAX_WORKERS> = XskMap::new();
 /// Listening sockets of the proxy, see [`palisade_abi::listener_slot`].
 #[btf_map]
 pub static PROXY_LISTENERS: SockMap<4> = SockMap::new();
+
+/// The maps of a capture.
+#[cfg(feature = "capture")]
+pub mod capture {
+    use aya_ebpf::btf_maps::{Array, PerCpuArray, RingBuf};
+    use aya_ebpf::macros::btf_map;
+    use palisade_abi::{CaptureHeader, CaptureSettings, MAX_CAPTURED};
+
+    /// A record under construction.
+    #[repr(C)]
+    pub struct Buffer {
+        /// Verdict and lengths.
+        pub header: CaptureHeader,
+        /// Bytes of the packet.
+        pub data: [u8; MAX_CAPTURED as usize],
+    }
+
+    #[btf_map]
+    pub static CAPTURE: Array<CaptureSettings, 1> = Array::new();
+
+    /// One buffer for each CPU. Values of a per-CPU array have at most 32 kB (`PCPU_MIN_UNIT_SIZE`), so the index is
+    /// the number of the CPU.
+    #[btf_map]
+    pub static CAPTURE_BUFFERS: Array<Buffer, 1> = Array::new();
+
+    #[btf_map]
+    pub static CAPTURED: RingBuf<(), 8_388_608> = RingBuf::new();
+
+    #[btf_map]
+    pub static CAPTURE_LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
+}

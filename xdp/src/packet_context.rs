@@ -96,6 +96,9 @@ pub struct PacketContext {
     pub opposite: u8,
     /// Whether the packet creates a flow and is in the reply direction of that flow.
     pub reversed: bool,
+    /// Whether the capture buffer of this CPU has the packet.
+    #[cfg(feature = "capture")]
+    pub captured: bool,
 }
 
 /// Results of the policy lookup for a flow in the direction opposite to that in which it is evaluated.
@@ -146,6 +149,8 @@ impl PacketContext {
             punt_flags: 0,
             opposite: opposite::NONE,
             reversed: false,
+            #[cfg(feature = "capture")]
+            captured: false,
         }
     }
 

@@ -42,6 +42,7 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
     if pkt.headers.is(flags::FRAGMENT_FIRST) {
         fragment::remember(&mut pkt);
     }
+    ctx.take(&mut pkt);
     let mut action = Action::Pass;
     if pkt.must_punt && !pkt.is_dropped() {
         ctx.punt(&mut pkt);
@@ -54,6 +55,7 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
         u32::from(pkt.direction & 1),
         pkt.headers.length,
     );
+    ctx.report_captured(&mut pkt);
     if !pkt.is_dropped() {
         return action;
     }

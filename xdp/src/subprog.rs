@@ -8,6 +8,8 @@ use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use palisade_abi::{CtEntry, TracePoint};
 
 use crate::calls::Calls;
+#[cfg(feature = "capture")]
+use crate::capture;
 use crate::entry::Entry;
 use crate::hook::{Skb, Xdp};
 use crate::packet_context::PacketContext;
@@ -16,13 +18,16 @@ use crate::{conntrack, enforce, event, link, pipeline, punt};
 /// Defines the global functions of one hook and implements [`Calls`] by calls of them.
 macro_rules! global_functions {
     ($hook:ident, $raw:ty, $decode:ident, $link:ident, $enforce_endpoint:ident, $admit_new_flow:ident,
-     $reevaluate_flow:ident, $match_icmp_error:ident, $trace:ident, $punt:ident, $send:ident) => {
+     $reevaluate_flow:ident, $match_icmp_error:ident, $trace:ident, $punt:ident, $send:ident,
+     $take:ident) => {
         global_functions!(@step $hook, $raw, $decode, pipeline::decode_frame);
         global_functions!(@step $hook, $raw, $link, link::check);
         global_functions!(@step $hook, $raw, $enforce_endpoint, enforce::enforce_endpoint::<$hook, false>);
         global_functions!(@step $hook, $raw, $admit_new_flow, enforce::admit_new_flow);
         global_functions!(@step $hook, $raw, $match_icmp_error, enforce::match_icmp_error);
         global_functions!(@step $hook, $raw, $punt, punt::punt);
+        #[cfg(feature = "capture")]
+        global_functions!(@step $hook, $raw, $take, capture::take);
 
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -105,6 +110,18 @@ macro_rules! global_functions {
                     $send(self.0, pkt, what, flow);
                 }
             }
+            #[inline(always)]
+            fn take(self, _pkt: &mut PacketContext) {
+                #[cfg(feature = "capture")]
+                $take(self.0, _pkt);
+            }
+            #[inline(always)]
+            fn report_captured(self, _pkt: &mut PacketContext) {
+                #[cfg(feature = "capture")]
+                if _pkt.captured {
+                    report_captured(_pkt);
+                }
+            }
         }
     };
     (@step $hook:ident, $raw:ty, $name:ident, $step:expr) => {
@@ -134,6 +151,18 @@ extern "C" fn set_protected(pkt: *const PacketContext, entry: *mut CtEntry) -> u
     0
 }
 
+/// The global function of `capture::report`, the same for both hooks.
+#[cfg(feature = "capture")]
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn report_captured(pkt: *mut PacketContext) -> u32 {
+    // SAFETY: `Calls::report_captured` passes a reference. The verifier requires the comparison with null.
+    if let Some(pkt) = unsafe { pkt.as_mut() } {
+        capture::report(pkt);
+    }
+    0
+}
+
 global_functions!(
     Xdp,
     xdp_md,
@@ -145,7 +174,8 @@ global_functions!(
     xdp_match_icmp_error,
     xdp_trace,
     xdp_punt,
-    xdp_send
+    xdp_send,
+    xdp_take
 );
 global_functions!(
     Skb,
@@ -158,5 +188,6 @@ global_functions!(
     tc_match_icmp_error,
     tc_trace,
     tc_punt,
-    tc_send
+    tc_send,
+    tc_take
 );

@@ -14,6 +14,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]
 
+mod capture;
 mod class;
 mod conntrack;
 mod event;
@@ -24,6 +25,9 @@ mod proxy;
 mod punt;
 mod reason;
 
+pub use capture::{
+    CaptureCondition, CaptureEnd, CaptureHeader, CaptureSettings, MAX_CAPTURED, capture_flags, captured_flags,
+};
 pub use class::{
     CLASS_ANY, CLASS_SLOTS, CLASS_UNKNOWN, Class, FIRST_DYNAMIC_CLASS, ICMP_SLOTS, PORT_SLOTS,
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
@@ -136,6 +140,17 @@ pub mod maps {
     pub const XSKS: &str = "XSKS";
     /// `SOCKMAP[4]` [`crate::listener_slot`] -> listening socket of the proxy.
     pub const PROXY_LISTENERS: &str = "PROXY_LISTENERS";
+
+    /// `ARRAY[1]` [`crate::CaptureSettings`]. This map and the following ones exist only while a capture runs, and are
+    /// not pinned.
+    pub const CAPTURE: &str = "CAPTURE";
+    /// `ARRAY` CPU -> [`crate::CaptureHeader`] and [`crate::MAX_CAPTURED`] bytes: the copy of the packet that a program
+    /// on this CPU processes.
+    pub const CAPTURE_BUFFERS: &str = "CAPTURE_BUFFERS";
+    /// `RINGBUF` of [`crate::CaptureHeader`], each followed by bytes of the packet.
+    pub const CAPTURED: &str = "CAPTURED";
+    /// `PERCPU_ARRAY[1]` `u64`: packets that did not fit in the ring.
+    pub const CAPTURE_LOST: &str = "CAPTURE_LOST";
 }
 
 /// Names of the programs in the object.

@@ -218,6 +218,10 @@ impl Datapath {
     }
 
     fn attach_xdp(&self, device: &Device, mode: XdpMode, tc: HookKind) -> Result<HookKind> {
+        let capturing = self.capturing().clone();
+        let program = capturing
+            .as_deref()
+            .map_or(&self.programs.xdp, |capture| &capture.xdp);
         let path = self.link_dir(device.ifindex).join(AttachPoint::Xdp.file());
         let syscall = |source| AttachError::Syscall {
             name: device.name.clone(),
@@ -233,7 +237,7 @@ impl Datapath {
                 XdpMode::NativeOrGeneric => true,
             };
             if fits {
-                bpf::link_update(link.as_fd(), self.programs.xdp.fd()).map_err(syscall)?;
+                bpf::link_update(link.as_fd(), program.fd()).map_err(syscall)?;
                 return Ok(if on_device.generic {
                     HookKind::XdpGeneric
                 } else {
@@ -254,7 +258,7 @@ impl Datapath {
         }
 
         let create = |flags| {
-            bpf::link_create(self.programs.xdp.fd(), device.ifindex, AttachType::Xdp, flags)
+            bpf::link_create(program.fd(), device.ifindex, AttachType::Xdp, flags)
                 .and_then(|link| bpf::pin(link.as_fd(), &path))
         };
         let native = |source| AttachError::NativeRefused {
@@ -279,9 +283,12 @@ impl Datapath {
     }
 
     fn attach_tc(&self, device: &Device, direction: Direction, kind: HookKind) -> Result<HookKind> {
-        let program = match direction {
-            Direction::Ingress => &self.programs.tc_ingress,
-            Direction::Egress => &self.programs.tc_egress,
+        let capturing = self.capturing().clone();
+        let program = match (direction, capturing.as_deref()) {
+            (Direction::Ingress, None) => &self.programs.tc_ingress,
+            (Direction::Ingress, Some(capture)) => &capture.tc_ingress,
+            (Direction::Egress, None) => &self.programs.tc_egress,
+            (Direction::Egress, Some(capture)) => &capture.tc_egress,
         };
         if kind == HookKind::Clsact {
             self.attach_clsact(device, direction, program)?;

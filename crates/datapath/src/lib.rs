@@ -23,6 +23,7 @@
 
 mod apply;
 mod attach;
+mod capture;
 mod clock;
 mod conntrack;
 mod counters;
@@ -49,6 +50,7 @@ mod sys;
 mod teardown;
 
 pub use apply::ApplyError;
+pub use capture::{Capture, CapturePrograms};
 pub use clock::{Clock, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
@@ -60,7 +62,7 @@ pub use maps::MapError;
 pub use netfilter::{Netfilter, NetfilterError, Rules};
 #[cfg(feature = "bench-object")]
 pub use object::BENCH_OBJECT;
-pub use object::OBJECT;
+pub use object::{CAPTURE_OBJECT, OBJECT};
 pub use open::Datapath;
 pub use options::{Limits, Options};
 pub use pin::check_pin_dir;

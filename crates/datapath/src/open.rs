@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 
 use palisade_abi::{
@@ -19,7 +20,7 @@ use crate::{
     object::OBJECT,
     options::check_limits,
     pin::{check_pin_dir, make_dir, remove_dir_of_pins, version_dir, version_dirs},
-    programs::{Program, Programs, load_programs},
+    programs::{Program, Programs, VerdictPrograms, load_programs},
     shares::{self, Shares, Sizes},
     sys::bpf::{self, map_type},
 };
@@ -31,6 +32,8 @@ type Result<T> = std::result::Result<T, OpenError>;
 pub struct Datapath {
     pub(crate) pin_dir: PathBuf,
     pub(crate) programs: Programs,
+    /// Programs of the capture that runs.
+    pub(crate) capture: Mutex<Option<Arc<VerdictPrograms>>>,
     pub(crate) interfaces: Map<u32, Interface>,
     pub(crate) endpoints: Endpoints,
     pub(crate) ipcache: Map<Addr, IpcacheEntry>,
@@ -121,6 +124,7 @@ impl Datapath {
         let datapath = Self {
             pin_dir: options.pin_dir.clone(),
             programs,
+            capture: Mutex::default(),
             interfaces: Map::new(take(names::INTERFACES)?)?,
             endpoints: Endpoints::new(take(names::ENDPOINTS)?)?,
             ipcache: Map::new(take(names::IPCACHE)?)?,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::{
-    EbpfLoader,
+    Ebpf, EbpfLoader,
     programs::{SchedClassifier, SkLookup, Xdp},
 };
 use palisade_abi::programs;
@@ -27,6 +27,14 @@ impl Program {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The programs that give verdicts.
+#[derive(Debug)]
+pub(crate) struct VerdictPrograms {
+    pub xdp: Program,
+    pub tc_ingress: Program,
+    pub tc_egress: Program,
 }
 
 /// All loaded programs.
@@ -52,24 +60,7 @@ pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> 
             .map_max_entries(name, map.info.max_entries);
     }
     let mut ebpf = loader.load(OBJECT)?;
-    // One thread for each program: most of the time is spent in the verifier, which is single-threaded per program.
-    let mut loaded = BTreeMap::new();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ebpf
-            .programs_mut()
-            .filter_map(|(name, program)| {
-                let name = programs::ALL.into_iter().find(|known| *known == name)?;
-                Some(scope.spawn(move || load_program(name, program)))
-            })
-            .collect();
-        for thread in threads {
-            let program = thread
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            loaded.insert(program.name, program);
-        }
-        Ok::<_, OpenError>(())
-    })?;
+    let mut loaded = load_named(&mut ebpf, &programs::ALL)?;
     let mut take = |name: &'static str| {
         loaded.remove(name).ok_or_else(|| OpenError::Missing {
             what: format!("program {name}"),
@@ -87,6 +78,29 @@ pub(crate) fn load_programs(map_dir: &Path, maps: &BTreeMap<String, RawMap>) -> 
         proxy_filter: take(programs::PROXY_FILTER)?,
         lookup: take(programs::LOOKUP)?,
     })
+}
+
+/// Loads programs of an object by their names.
+pub(crate) fn load_named(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<BTreeMap<&'static str, Program>> {
+    // One thread for each program: most of the time is spent in the verifier, which is single-threaded per program.
+    let mut loaded = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ebpf
+            .programs_mut()
+            .filter_map(|(name, program)| {
+                let name = names.iter().copied().find(|known| *known == name)?;
+                Some(scope.spawn(move || load_program(name, program)))
+            })
+            .collect();
+        for thread in threads {
+            let program = thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            loaded.insert(program.name, program);
+        }
+        Ok::<_, OpenError>(())
+    })?;
+    Ok(loaded)
 }
 
 fn load_program(name: &'static str, program: &mut aya::programs::Program) -> Result<Program> {

@@ -12,9 +12,9 @@ use program::{NIC, World};
 /// numbers (docs/VERIFIER.md), and far below those that take a second to load.
 const BOUND: u32 = 100_000;
 
-#[test]
-fn the_verifier_processes_few_instructions() {
-    let verified = World::new(NIC, 1).verified();
+/// Prints and checks the verified instructions of the programs that give verdicts.
+fn check_verified(object: &[u8]) {
+    let verified = World::of(object, NIC, 1, 1024).verified();
     for name in [programs::XDP_INGRESS, programs::TC_INGRESS, programs::TC_EGRESS] {
         let count = verified
             .iter()
@@ -23,6 +23,16 @@ fn the_verifier_processes_few_instructions() {
         println!("{name}: {count:?} instructions verified");
         assert!(count.is_some_and(|count| count < BOUND), "{name}: {count:?}");
     }
+}
+
+#[test]
+fn the_verifier_processes_few_instructions() {
+    check_verified(palisade_datapath::OBJECT);
+}
+
+#[test]
+fn the_verifier_processes_few_instructions_of_the_programs_for_captures() {
+    check_verified(palisade_datapath::CAPTURE_OBJECT);
 }
 
 #[test]
@@ -188,7 +198,16 @@ fn deepest(functions: &[Function], from: usize) -> (u32, Vec<usize>) {
 
 #[test]
 fn no_call_chain_exceeds_the_stack_of_the_oldest_kernel() {
-    let functions = functions(palisade_datapath::OBJECT);
+    check_chains(palisade_datapath::OBJECT);
+}
+
+#[test]
+fn no_call_chain_of_the_programs_for_captures_exceeds_the_stack_of_the_oldest_kernel() {
+    check_chains(palisade_datapath::CAPTURE_OBJECT);
+}
+
+fn check_chains(object: &[u8]) {
+    let functions = functions(object);
     for name in programs::ALL {
         let program = functions
             .iter()

@@ -117,4 +117,14 @@ pub trait Hook: Copy {
     fn redirect_marked(self, ifindex: u32, mark: u32) -> bool;
     /// Returns the number of the hook in [`palisade_abi::punt_hook`].
     fn number(self, egress: bool) -> u8;
+    /// Copies the first `length` bytes of the frame to `into`. Returns whether that succeeded.
+    ///
+    /// # Safety
+    /// `into` points to writable memory of at least `length` bytes.
+    #[cfg(feature = "capture")]
+    unsafe fn copy(self, into: *mut u8, length: u32) -> bool;
+    /// Returns TCI and EtherType of the VLAN tag that is in `skb->vlan_tci` and not in the frame; zeros if there is
+    /// none.
+    #[cfg(feature = "capture")]
+    fn removed_tag(self) -> (u16, u16);
 }

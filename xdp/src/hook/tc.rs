@@ -169,4 +169,25 @@ impl Hook for Skb {
             punt_hook::TC_INGRESS
         }
     }
+
+    #[cfg(feature = "capture")]
+    #[inline(always)]
+    unsafe fn copy(self, into: *mut u8, length: u32) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // caller passes memory of `length` bytes; the helper fills it or fails.
+        unsafe { bpf_skb_load_bytes(self.0.cast(), 0, into.cast(), length) == 0 }
+    }
+
+    #[cfg(feature = "capture")]
+    #[inline(always)]
+    fn removed_tag(self) -> (u16, u16) {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+        unsafe {
+            let skb = self.0;
+            if (*skb).vlan_present == 0 {
+                return (0, 0);
+            }
+            ((*skb).vlan_tci as u16, u16::from_be((*skb).vlan_proto as u16))
+        }
+    }
 }

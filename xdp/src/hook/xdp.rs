@@ -139,4 +139,18 @@ impl Hook for Xdp {
     fn number(self, _: bool) -> u8 {
         punt_hook::XDP_INGRESS
     }
+
+    #[cfg(feature = "capture")]
+    #[inline(always)]
+    unsafe fn copy(self, into: *mut u8, length: u32) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // caller passes memory of `length` bytes; the helper fills it or fails.
+        unsafe { bpf_xdp_load_bytes(self.0, 0, into.cast(), length) == 0 }
+    }
+
+    #[cfg(feature = "capture")]
+    #[inline(always)]
+    fn removed_tag(self) -> (u16, u16) {
+        (0, 0)
+    }
 }

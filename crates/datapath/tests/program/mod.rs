@@ -16,9 +16,9 @@ use aya::maps::{Map, RingBuf};
 use aya::programs::{Program, ProgramError, SchedClassifier, SkLookup, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
-    Addr, CLASS_SLOTS, Config, Counter, CtEntry, CtKey, Decision, Direction, EndpointState, Event, EventKind,
-    Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey, Reason, Share, budget_slot,
-    endpoint_flags, identity, maps, programs, role,
+    Addr, CLASS_SLOTS, CaptureHeader, CaptureSettings, Config, Counter, CtEntry, CtKey, Decision, Direction,
+    EndpointState, Event, EventKind, Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey,
+    Reason, Share, budget_slot, endpoint_flags, identity, maps, programs, role,
 };
 use palisade_datapath::Sizes;
 use zerocopy::{FromBytes, IntoBytes};
@@ -129,6 +129,7 @@ pub fn entry(decision: Decision, rule: u32) -> PolicyEntry {
 pub struct World {
     ebpf: Ebpf,
     events: RingBuf<aya::maps::MapData>,
+    captured: Option<RingBuf<aya::maps::MapData>>,
     counters: Vec<(u32, u64)>,
     /// Contents of POLICY and ENDPOINTS.
     rules: RefCell<HashMap<PolicyKey, PolicyEntry>>,
@@ -158,6 +159,7 @@ impl World {
             .map_max_entries(maps::IPCACHE, 4096)
             .map_max_entries(maps::PREFIXES, 4096)
             .map_max_entries(maps::RULES, 64)
+            .map_max_entries(maps::CAPTURE_BUFFERS, sys::possible_cpus() as u32)
             .load(object)
             .unwrap();
         for (_, program) in ebpf.programs_mut() {
@@ -179,6 +181,7 @@ impl World {
         let world = Self {
             ebpf,
             events,
+            captured: None,
             counters: Vec::new(),
             rules: RefCell::default(),
             states: RefCell::default(),
@@ -393,6 +396,26 @@ impl World {
         sys::delete(self.map(maps::POLICY), key.as_bytes()).unwrap();
         self.rules.borrow_mut().remove(&key);
         self.tell_all(key.policy);
+    }
+
+    /// Lets the programs of [`palisade_datapath::CAPTURE_OBJECT`] copy packets.
+    pub fn capture(&self, settings: &CaptureSettings) {
+        sys::update(self.map(maps::CAPTURE), 0u32.as_bytes(), settings.as_bytes()).unwrap();
+    }
+
+    /// Returns the copied packets that were not returned before.
+    pub fn take_captured(&mut self) -> Vec<(CaptureHeader, Vec<u8>)> {
+        if self.captured.is_none() {
+            let map = self.ebpf.take_map(maps::CAPTURED).unwrap();
+            self.captured = Some(RingBuf::try_from(map).unwrap());
+        }
+        let ring = self.captured.as_mut().unwrap();
+        let mut records = Vec::new();
+        while let Some(record) = ring.next() {
+            let (header, bytes) = CaptureHeader::read_from_prefix(&record).unwrap();
+            records.push((header, bytes.to_vec()));
+        }
+        records
     }
 
     pub fn forget_address(&self, addr: &str) {
