@@ -1,5 +1,6 @@
 //! The command line.
 
+mod capture;
 pub(crate) mod log;
 mod replay;
 
@@ -15,6 +16,7 @@ use palisade_flowlog::{
     format::{Format, Printer},
 };
 
+pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
 use crate::config;
 
@@ -166,6 +168,9 @@ Filters of one kind are alternatives, filters of different kinds must all match;
     /// Show what policies decide about the packets of a capture file. Needs neither daemon nor root.
     #[command(after_help = replay::HELP)]
     Replay(ReplayArgs),
+    /// Write packets of flows to a pcapng file, with verdict, reason and rule in each packet's comment.
+    #[command(after_help = CAPTURE_HELP)]
+    Capture(Box<CaptureArgs>),
     /// Show each event of the programs as it arrives, one per line.
     #[command(after_help = "Examples:
   palisade monitor --type drop

@@ -12,6 +12,7 @@ mod control;
 mod daemon;
 mod field_mask;
 mod log;
+mod pcapng;
 mod table;
 mod text;
 mod trusted_path;

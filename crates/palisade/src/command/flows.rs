@@ -97,7 +97,7 @@ fn stream(
                 out.flush()?;
                 eprintln!("palisade: {count} flows were overwritten before this command could read them");
             }
-            Some(Answer::Ok(_) | Answer::Alive) => return Ok(EXIT_OK),
+            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => return Ok(EXIT_OK),
             Some(Answer::Error(message)) => bail!(message),
             None if follow => {
                 bail!(

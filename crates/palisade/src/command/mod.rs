@@ -1,5 +1,6 @@
 //! Dispatch of the commands.
 
+mod capture;
 mod explain;
 mod flows;
 mod inspect;
@@ -166,6 +167,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Log(command) => log::run(&socket()?, command),
         Command::Observe(args) => flows::observe(&socket()?, args),
         Command::Replay(args) => replay::replay(&cli.config, args),
+        Command::Capture(args) => capture::capture(&socket()?, args),
         Command::Monitor {
             types,
             related_to,

@@ -83,6 +83,8 @@ pub(crate) enum Request {
     LogReset,
     /// Returns the [`LogStatus`].
     LogGet,
+    /// Streams [`Answer::Capture`]s, then returns a [`CaptureSummary`].
+    Capture(CaptureRequest),
 }
 
 /// Traffic of an endpoint that is intercepted.
@@ -321,6 +323,35 @@ pub(crate) struct LogComponent {
     pub is_set: bool,
 }
 
+/// Selection and limits of a capture.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CaptureRequest {
+    /// Flags of `palisade capture` that are filters, with their values, in the order of the command line.
+    pub filters: Vec<(String, String)>,
+    /// Bytes of each packet; `None` for headers only.
+    pub snap_length: Option<u32>,
+    /// Number of packets after which the capture ends.
+    pub count: Option<u64>,
+    /// Number of bytes that the capture does not exceed.
+    pub max_bytes: Option<u64>,
+    /// Time after which the capture ends, ms.
+    pub duration_ms: u64,
+}
+
+/// End of a capture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CaptureSummary {
+    /// Packets that were sent.
+    pub packets: u64,
+    /// Bytes of the pcapng blocks that were sent.
+    pub bytes: u64,
+    /// Packets that did not fit in the buffer, whether or not the filters accept them.
+    pub lost: u64,
+    /// Why the capture ended: `client`, `duration`, or `bound` (packets or bytes).
+    pub ended: String,
+}
+
 /// Description of one packet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -405,6 +436,8 @@ pub(crate) enum Answer {
     Flow(Box<Flow>),
     /// Number of flows that were overwritten before this client could read them.
     Lost(u64),
+    /// Whole pcapng blocks, in base64.
+    Capture(String),
     /// The stream continues, but there is no flow to send.
     Alive,
 }

@@ -173,6 +173,14 @@ impl Client {
         }
     }
 
+    /// Returns another handle of the connection.
+    ///
+    /// # Errors
+    /// The error of dup(2).
+    pub(crate) fn stream(&self) -> io::Result<UnixStream> {
+        self.reader.get_ref().try_clone()
+    }
+
     /// Returns the next line other than [`Answer::Alive`]; `None` once the daemon has closed the connection.
     pub(crate) fn next(&mut self) -> Result<Option<Answer>, ClientError> {
         loop {
@@ -221,9 +229,9 @@ impl Client {
                 serde_json::from_value(value).map_err(|error| ClientError::Broken(error.into()))
             }
             Some(Answer::Error(message)) => Err(ClientError::Refused(message)),
-            Some(Answer::Flow(_) | Answer::Lost(_) | Answer::Alive) => Err(ClientError::Broken(
-                io::Error::other("a stream came where one answer was expected"),
-            )),
+            Some(Answer::Flow(_) | Answer::Lost(_) | Answer::Capture(_) | Answer::Alive) => Err(
+                ClientError::Broken(io::Error::other("a stream came where one answer was expected")),
+            ),
             None => Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into())),
         }
     }

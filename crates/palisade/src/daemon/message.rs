@@ -5,6 +5,7 @@ use std::{
     sync::mpsc::{self, Receiver, SyncSender},
 };
 
+use palisade_datapath::CapturePrograms;
 use palisade_policy::compile::Compiler;
 use signal_hook::consts::SIGHUP;
 
@@ -85,6 +86,10 @@ pub(super) enum ClientRequest {
         options: BTreeMap<String, bool>,
         reply: Reply<BTreeMap<String, bool>>,
     },
+    /// Attaches the programs of a capture.
+    BeginCapture(CapturePrograms, Reply<()>),
+    /// Attaches the ordinary programs again.
+    EndCapture(Reply<()>),
 }
 
 /// The compiler with the policies in force, and the settings that decide about requests.

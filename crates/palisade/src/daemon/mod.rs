@@ -10,6 +10,7 @@
 //! workers (punt link) ──> records ─> flow ring; rules <── control thread
 //! ```
 
+mod capture;
 mod certificate_files;
 mod checked_file;
 mod control;

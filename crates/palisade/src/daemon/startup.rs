@@ -11,6 +11,7 @@ use std::{
     path::Path,
     sync::{
         Arc, OnceLock,
+        atomic::AtomicBool,
         mpsc::{self, Sender},
     },
     thread,
@@ -326,6 +327,7 @@ fn serve(
         interception: Arc::clone(control.interception.view()),
         netfilter: netfilter::Place::new(&control.config),
         log: LogControl::new(Arc::clone(&control.shared)),
+        capturing: AtomicBool::new(false),
         server: OnceLock::new(),
         measured: Arc::clone(&control.measured),
     });
@@ -340,6 +342,9 @@ fn serve(
 /// Writes the state and ends the workers. The programs stay attached, unless a client has requested to detach them.
 fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<()> {
     notify(&[NotifyState::Stopping]);
+    if let Err(problem) = control.datapath.end_capture() {
+        error!(error = %problem, "the programs of a capture could not be replaced; they enforce the policy");
+    }
     control.save();
     if let Err(problem) = control.state.keeper.flush() {
         error!(

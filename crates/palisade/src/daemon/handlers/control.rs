@@ -54,6 +54,14 @@ impl Control {
                 options,
                 reply,
             } => reply.send(self.configure_endpoint(&endpoint, options)),
+            ClientRequest::BeginCapture(programs, reply) => reply.send(
+                self.datapath
+                    .begin_capture(programs)
+                    .map_err(|error| error.to_string()),
+            ),
+            ClientRequest::EndCapture(reply) => {
+                reply.send(self.datapath.end_capture().map_err(|error| error.to_string()));
+            }
         }
     }
 

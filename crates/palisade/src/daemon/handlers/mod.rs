@@ -1,6 +1,7 @@
 //! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
 //! thread. This module dispatches the requests, and sends flows to `palisade observe`.
 
+mod capture;
 mod control;
 mod explain;
 mod intercept;
@@ -10,7 +11,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::AtomicU64,
+        atomic::{AtomicBool, AtomicU64},
         mpsc::{RecvTimeoutError, Sender},
     },
     time::{Duration, Instant, SystemTime},
@@ -73,6 +74,8 @@ pub(super) struct Handlers {
     pub(super) netfilter: netfilter::Place,
     /// Levels of the log.
     pub(super) log: LogControl,
+    /// Whether a capture runs.
+    pub(super) capturing: AtomicBool,
     /// Counters of the control socket's server, set once it runs.
     pub(super) server: OnceLock<Arc<Counts>>,
     /// Values that the metrics need besides those of `status`.
@@ -83,6 +86,7 @@ impl Handler for Handlers {
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
         let answer = match request {
             Request::Observe(request) => return self.observe(&request, sink),
+            Request::Capture(request) => return self.capture(&request, sink),
             Request::Ping => Ok(Value::Null),
             Request::Status => json(self.status()),
             Request::Stop { detach } => {

@@ -1,0 +1,371 @@
+//! Captures: turns the records of the programs into pcapng blocks, with the verdict in each packet's comment.
+//!
+//! Depends on `palisade-datapath` for the records and on `palisade-flowlog` for the filters. Start at [`Recorder`];
+//! `handlers/capture.rs` reads the ring and sends the blocks.
+
+mod headers;
+mod prefilter;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt::Write as _,
+    sync::Arc,
+};
+
+use palisade_abi::{
+    CaptureHeader, CaptureSettings, Inspector, MAX_CAPTURED, captured_flags, event_flags, punt_hook,
+};
+use palisade_flowlog::{Filters, Flow, filter::ApiFilters};
+
+use super::view::{EventNames, Shared};
+use crate::pcapng::{self, LinkType, Packet, Statistics, Writer};
+
+/// Most interfaces that one capture describes; packets of further interfaces count as lost. Interfaces can come and go
+/// while a capture runs, each with a new index.
+const MAX_INTERFACES: usize = 4_096;
+/// Bytes that are reserved for the statistics of each interface.
+const STATISTICS_BYTES: u64 = 256;
+
+/// Part of each packet that is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Snap {
+    /// Headers up to the transport header, no payload.
+    Headers,
+    /// So many bytes, whatever they are.
+    Bytes(u32),
+}
+
+impl Snap {
+    /// Returns the number of bytes that the programs copy.
+    fn copied(self) -> u32 {
+        match self {
+            Self::Headers => headers::MAX_BYTES,
+            Self::Bytes(bytes) => bytes.clamp(1, MAX_CAPTURED),
+        }
+    }
+}
+
+/// Limits of a capture.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Packets.
+    pub(super) packets: u64,
+    /// Bytes of all blocks.
+    pub(super) bytes: u64,
+}
+
+/// Returns the settings of the programs. `until`: ns of the monotonic clock.
+pub(super) fn settings(
+    filters: &ApiFilters,
+    snap: Snap,
+    until: u64,
+    ifindex: impl Fn(&str) -> Option<u32>,
+) -> CaptureSettings {
+    CaptureSettings {
+        conditions: prefilter::conditions(filters, ifindex),
+        ..CaptureSettings::all(until, snap.copied())
+    }
+}
+
+/// An interface that the capture has described.
+struct Interface {
+    number: u32,
+    packets: u64,
+}
+
+/// Writes blocks for the packets that the filters accept.
+pub(super) struct Recorder {
+    writer: Writer,
+    filters: Filters,
+    snap: Snap,
+    bounds: Bounds,
+    shared: Arc<Shared>,
+    names: EventNames,
+    /// By interface index and type of the first header.
+    interfaces: HashMap<(u32, bool), Interface>,
+    /// The wall clock minus the monotonic clock, ns.
+    clock_offset: i64,
+    /// ns since 1970.
+    started: u64,
+    /// Packets that were written.
+    packets: u64,
+    /// Bytes of all blocks that were written.
+    bytes: u64,
+    /// Packets that no interface description was left for.
+    undescribed: u64,
+    /// Whether a packet did not fit in the bounds.
+    full: bool,
+}
+
+impl Recorder {
+    /// Returns a recorder that has written the section header.
+    pub(super) fn new(
+        filters: Filters,
+        snap: Snap,
+        bounds: Bounds,
+        shared: Arc<Shared>,
+        clock_offset: i64,
+        description: &str,
+    ) -> Self {
+        let names = EventNames::new(shared.get());
+        let mut writer = Writer::default();
+        let os = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        writer.section(
+            std::env::consts::ARCH,
+            &format!("Linux {}", os.trim()),
+            concat!("palisade ", env!("CARGO_PKG_VERSION")),
+            description,
+        );
+        let bytes = writer.len() as u64;
+        Self {
+            writer,
+            filters,
+            snap,
+            bounds,
+            shared,
+            names,
+            interfaces: HashMap::new(),
+            clock_offset,
+            started: wall_clock(),
+            packets: 0,
+            bytes,
+            undescribed: 0,
+            full: false,
+        }
+    }
+
+    /// Follows changes of names and of the clock. Called before each batch of records.
+    pub(super) fn refresh(&mut self, clock_offset: i64) {
+        let view = self.shared.get();
+        if !self.names.is_of(&view) {
+            self.names = EventNames::new(view);
+        }
+        self.clock_offset = clock_offset;
+    }
+
+    /// Writes a packet, if the filters accept it and the bounds allow it.
+    pub(super) fn record(&mut self, header: &CaptureHeader, bytes: &[u8]) {
+        if self.is_full() {
+            return;
+        }
+        let mut event = header.event;
+        let is_layer3 = header.flags & captured_flags::LAYER3 != 0;
+        if !is_layer3 && let Some((macs, _)) = bytes.split_first_chunk::<12>() {
+            let [a, b, c, d, e, f, g, h, i, j, k, l] = *macs;
+            event.destination_mac = [a, b, c, d, e, f];
+            event.source_mac = [g, h, i, j, k, l];
+        }
+        let flow = Flow::from_event(&event, &self.names, self.clock_offset);
+        if !self.filters.matches(&flow) {
+            return;
+        }
+        let (frame, length) = frame(header, bytes, is_layer3);
+        let kept = match self.snap {
+            Snap::Headers => headers::length(&frame, length, is_layer3),
+            Snap::Bytes(snap) => snap,
+        };
+        let kept = frame.len().min(usize::try_from(kept).unwrap_or(usize::MAX));
+        let Some(interface) = self.interface(&flow, event.ifindex, is_layer3) else {
+            self.undescribed += 1;
+            return;
+        };
+        let comment = comment(&flow, header);
+        self.writer.packet(&Packet {
+            interface,
+            time: u64::try_from(flow.time.0).unwrap_or(0),
+            bytes: &frame[..kept],
+            length,
+            direction: if header.hook == punt_hook::TC_EGRESS {
+                pcapng::Direction::Outbound
+            } else {
+                pcapng::Direction::Inbound
+            },
+            id: self.packets,
+            comment: &comment,
+        });
+        self.packets += 1;
+        if let Some(interface) = self.interfaces.get_mut(&(event.ifindex, is_layer3)) {
+            interface.packets += 1;
+        }
+    }
+
+    /// Returns the number of an interface and describes it if it is new.
+    fn interface(&mut self, flow: &Flow, ifindex: u32, is_layer3: bool) -> Option<u32> {
+        let number = self.interfaces.len();
+        let (link_type, copied) = (
+            if is_layer3 {
+                LinkType::Raw
+            } else {
+                LinkType::Ethernet
+            },
+            self.snap.copied(),
+        );
+        match self.interfaces.entry((ifindex, is_layer3)) {
+            Entry::Occupied(known) => Some(known.get().number),
+            Entry::Vacant(_) if number >= MAX_INTERFACES => None,
+            Entry::Vacant(vacant) => {
+                let name = flow
+                    .interface
+                    .as_ref()
+                    .map(|interface| interface.name.to_string())
+                    .filter(|name| !name.is_empty())
+                    .unwrap_or_else(|| format!("interface {ifindex}"));
+                self.writer.interface(link_type, &name, "", copied);
+                let number = u32::try_from(number).ok()?;
+                vacant.insert(Interface { number, packets: 0 });
+                Some(number)
+            }
+        }
+    }
+
+    /// Returns the blocks that were written since the last call, as far as the bounds allow.
+    pub(super) fn take(&mut self) -> Vec<u8> {
+        let bytes = self.writer.take();
+        let reserved = self.reserved();
+        let left = self
+            .bounds
+            .bytes
+            .saturating_sub(self.bytes.saturating_add(reserved));
+        if bytes.len() as u64 <= left {
+            self.bytes += bytes.len() as u64;
+            return bytes;
+        }
+        // The last blocks exceed the limit. Descriptions of interfaces are kept, since the statistics refer to them.
+        let (mut whole, mut kept) = (Vec::new(), left);
+        for (kind, block) in pcapng::blocks(&bytes) {
+            if kind != pcapng::block_type::PACKET {
+                whole.extend_from_slice(block);
+            } else if block.len() as u64 <= kept && !self.full {
+                kept -= block.len() as u64;
+                whole.extend_from_slice(block);
+            } else {
+                self.full = true;
+                self.packets = self.packets.saturating_sub(1);
+            }
+        }
+        self.bytes += whole.len() as u64;
+        whole
+    }
+
+    /// Returns whether a bound is reached.
+    pub(super) fn is_full(&self) -> bool {
+        self.full || self.packets >= self.bounds.packets
+    }
+
+    /// Returns the bytes that the statistics need.
+    fn reserved(&self) -> u64 {
+        STATISTICS_BYTES * (self.interfaces.len() as u64 + 1)
+    }
+
+    /// Returns the number of packets and bytes that were written.
+    pub(super) fn written(&self) -> (u64, u64) {
+        (self.packets, self.bytes)
+    }
+
+    /// Returns the number of packets that could not be written because there were too many interfaces.
+    pub(super) fn undescribed(&self) -> u64 {
+        self.undescribed
+    }
+
+    /// Returns the blocks with the statistics of each interface. `lost`: packets that did not fit in the ring, at all
+    /// interfaces together.
+    pub(super) fn statistics(&mut self, lost: u64) -> Vec<u8> {
+        let comment = match lost {
+            0 => String::new(),
+            lost => format!("{lost} packets of all interfaces were lost: the buffer of the capture was full"),
+        };
+        let mut interfaces: Vec<&Interface> = self.interfaces.values().collect();
+        interfaces.sort_by_key(|interface| interface.number);
+        for interface in interfaces {
+            self.writer.statistics(&Statistics {
+                interface: interface.number,
+                start: self.started,
+                end: wall_clock(),
+                received: interface.packets,
+                // The programs count the lost packets of all interfaces together.
+                lost: (lost == 0).then_some(0),
+                comment: &comment,
+            });
+        }
+        let bytes = self.writer.take();
+        self.bytes += bytes.len() as u64;
+        bytes
+    }
+}
+
+/// Returns the frame as it came, as far as it was copied, and its length. A VLAN tag that the kernel has removed is put
+/// back.
+fn frame(header: &CaptureHeader, bytes: &[u8], is_layer3: bool) -> (Vec<u8>, u32) {
+    if header.vlan_protocol == 0 || is_layer3 {
+        return (bytes.to_vec(), header.frame_length);
+    }
+    let mut frame = bytes.to_vec();
+    if let Some(at) = (frame.len() >= 12).then_some(12..12) {
+        let [a, b] = header.vlan_protocol.to_be_bytes();
+        let [c, d] = header.vlan_tci.to_be_bytes();
+        frame.splice(at, [a, b, c, d]);
+    }
+    (frame, header.frame_length.saturating_add(4))
+}
+
+/// Returns the comment of a packet: verdict, reason, deciding rule with its place, direction, endpoint, hook.
+fn comment(flow: &Flow, header: &CaptureHeader) -> String {
+    let mut text = format!(
+        "verdict {}, reason {}",
+        flow.verdict.as_ref(),
+        flow.palisade.reason
+    );
+    // Writing to a string does not fail.
+    if header.flags & captured_flags::PUNTED != 0 {
+        let _ = write!(text, ", punted to {}", inspector(header.inspector));
+    }
+    if let Some(rule) = &flow.palisade.rule {
+        let _ = write!(text, ", {}", rule.text);
+        if !rule.location.is_empty() {
+            let _ = write!(text, " ({})", rule.location);
+        }
+    }
+    let is_egress = header.event.flags & event_flags::EGRESS != 0;
+    let own = if is_egress {
+        &flow.source
+    } else {
+        &flow.destination
+    };
+    if !own.pod_name.is_empty() {
+        let direction = if is_egress { "from" } else { "to" };
+        let namespace = match &*own.namespace {
+            "" => String::new(),
+            namespace => format!("{namespace}/"),
+        };
+        let _ = write!(text, ", {direction} endpoint {namespace}{}", own.pod_name);
+    }
+    if flow.is_reply == Some(true) {
+        text.push_str(", reply");
+    }
+    let hook = match header.hook {
+        punt_hook::XDP_INGRESS => "XDP",
+        punt_hook::TC_INGRESS => "tc ingress",
+        _ => "tc egress",
+    };
+    let _ = write!(text, ", at {hook}");
+    text
+}
+
+/// Returns the protocol of an inspector.
+fn inspector(number: u8) -> &'static str {
+    match number {
+        n if n == Inspector::Http as u8 => "http",
+        n if n == Inspector::Dns as u8 => "dns",
+        n if n == Inspector::Tls as u8 => "tls",
+        n if n == Inspector::Kafka as u8 => "kafka",
+        n if n == Inspector::TlsTerminate as u8 => "the proxy",
+        _ => "a worker",
+    }
+}
+
+/// Returns the time, ns since 1970.
+fn wall_clock() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
