@@ -4,7 +4,7 @@
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
-use palisade_abi::identity;
+use palisade_abi::{identity, protocol};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use strum::{AsRefStr, EnumString, VariantArray};
 
@@ -270,10 +270,14 @@ pub struct Flow {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ethernet: Option<Ethernet>,
     /// Network layer; absent for frames that are not IP.
-    #[serde(rename = "IP", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        rename = "IP",
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "foreign::ip"
+    )]
     pub ip: Option<Ip>,
     /// Transport layer; absent if the API has no type for the protocol or the packet has no transport header.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "foreign::layer4")]
     pub l4: Option<Layer4>,
     /// Sender of the packet.
     pub source: Endpoint,
@@ -347,6 +351,19 @@ impl Flow {
         self.flow_type == FlowType::L7
     }
 
+    /// Returns the IP protocol number; that of the transport layer in flows of other programs, 0 if unknown.
+    #[must_use]
+    pub fn protocol(&self) -> u8 {
+        match (self.palisade.protocol, self.l4) {
+            (0, Some(Layer4::Tcp { .. })) => protocol::TCP,
+            (0, Some(Layer4::Udp { .. })) => protocol::UDP,
+            (0, Some(Layer4::Sctp { .. })) => protocol::SCTP,
+            (0, Some(Layer4::Icmpv4 { .. })) => protocol::ICMP,
+            (0, Some(Layer4::Icmpv6 { .. })) => protocol::ICMPV6,
+            (known, _) => known,
+        }
+    }
+
     /// Returns the identifier of the distributed trace, if there is one.
     #[must_use]
     pub fn trace_id(&self) -> Option<&str> {
@@ -404,6 +421,9 @@ pub struct Extra {
     /// Whether the packet is an ICMP error about another flow.
     #[serde(skip_serializing_if = "is_default")]
     pub related: bool,
+    /// Whether a dropped packet is of the reply direction. The API reports the direction of drops as unknown.
+    #[serde(skip_serializing_if = "is_default")]
+    pub reply: bool,
     /// TLS ClientHello, for which the flow API has no type.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Box<Tls>>,
@@ -496,6 +516,9 @@ impl<'de> Deserialize<'de> for Mac {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Cow::<'de, str>::deserialize(deserializer)?;
         let mut mac = [0; 6];
+        if text.is_empty() {
+            return Ok(Self(mac));
+        }
         let mut parts = text.split(':');
         for byte in &mut mac {
             let part = parts
@@ -508,7 +531,7 @@ impl<'de> Deserialize<'de> for Mac {
 }
 
 /// Network layer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct Ip {
     /// Sender.
     pub source: IpAddr,
@@ -520,59 +543,58 @@ pub struct Ip {
 }
 
 /// Transport layer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub enum Layer4 {
     /// TCP.
     #[serde(rename = "TCP")]
     Tcp {
         /// Source port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         source_port: u16,
         /// Destination port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         destination_port: u16,
         /// Flags.
-        #[serde(default)]
         flags: TcpFlags,
     },
     /// UDP.
     #[serde(rename = "UDP")]
     Udp {
         /// Source port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         source_port: u16,
         /// Destination port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         destination_port: u16,
     },
     /// ICMP.
     #[serde(rename = "ICMPv4")]
     Icmpv4 {
         /// Type.
-        #[serde(rename = "type", default, skip_serializing_if = "is_default")]
+        #[serde(rename = "type", skip_serializing_if = "is_default")]
         kind: u8,
         /// Code.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         code: u8,
     },
     /// ICMPv6.
     #[serde(rename = "ICMPv6")]
     Icmpv6 {
         /// Type.
-        #[serde(rename = "type", default, skip_serializing_if = "is_default")]
+        #[serde(rename = "type", skip_serializing_if = "is_default")]
         kind: u8,
         /// Code.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         code: u8,
     },
     /// SCTP.
     #[serde(rename = "SCTP")]
     Sctp {
         /// Source port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         source_port: u16,
         /// Destination port.
-        #[serde(default, skip_serializing_if = "is_default")]
+        #[serde(skip_serializing_if = "is_default")]
         destination_port: u16,
     },
 }
@@ -752,7 +774,10 @@ pub struct Dns {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub query: String,
     /// First addresses of the answer.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "foreign::addresses"
+    )]
     pub ips: Vec<IpAddr>,
     /// Lowest TTL of the answer, s.
     #[serde(skip_serializing_if = "is_default")]
@@ -916,8 +941,113 @@ mod u64_text {
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-        std::borrow::Cow::<'de, str>::deserialize(deserializer)?
-            .parse()
-            .map_err(de::Error::custom)
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form<'a> {
+            Number(u64),
+            Text(std::borrow::Cow<'a, str>),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Number(number) => Ok(number),
+            Form::Text(text) => text.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
+/// Fields of flows that other programs wrote: values that [`Flow`] cannot hold are left out, instead of making the flow
+/// unreadable.
+mod foreign {
+    use std::net::IpAddr;
+
+    use serde::{Deserialize, Deserializer};
+
+    use super::{Ip, IpVersion, Layer4, TcpFlags};
+
+    #[derive(Deserialize, Default)]
+    #[serde(default)]
+    struct Addresses<'a> {
+        #[serde(borrow)]
+        source: std::borrow::Cow<'a, str>,
+        #[serde(borrow)]
+        destination: std::borrow::Cow<'a, str>,
+    }
+
+    pub(super) fn ip<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ip>, D::Error> {
+        let addresses = Option::<Addresses<'de>>::deserialize(deserializer)?.unwrap_or_default();
+        let ends = (addresses.source.parse(), addresses.destination.parse());
+        Ok(match ends {
+            (Ok(source), Ok(destination)) => Some(Ip {
+                source,
+                destination,
+                version: match source {
+                    IpAddr::V4(_) => IpVersion::V4,
+                    IpAddr::V6(_) => IpVersion::V6,
+                },
+            }),
+            _ => None,
+        })
+    }
+
+    #[derive(Deserialize, Default)]
+    #[serde(default)]
+    struct Ports {
+        source_port: u16,
+        destination_port: u16,
+        flags: TcpFlags,
+    }
+
+    #[derive(Deserialize, Default)]
+    #[serde(default)]
+    struct Icmp {
+        #[serde(rename = "type")]
+        kind: u8,
+        code: u8,
+    }
+
+    #[derive(Deserialize, Default)]
+    #[serde(default, rename_all = "UPPERCASE")]
+    struct Protocols {
+        tcp: Option<Ports>,
+        udp: Option<Ports>,
+        sctp: Option<Ports>,
+        #[serde(rename = "ICMPv4")]
+        icmpv4: Option<Icmp>,
+        #[serde(rename = "ICMPv6")]
+        icmpv6: Option<Icmp>,
+    }
+
+    pub(super) fn layer4<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Layer4>, D::Error> {
+        let protocols = Option::<Protocols>::deserialize(deserializer)?.unwrap_or_default();
+        let udp = |ports: Ports| Layer4::Udp {
+            source_port: ports.source_port,
+            destination_port: ports.destination_port,
+        };
+        let sctp = |ports: Ports| Layer4::Sctp {
+            source_port: ports.source_port,
+            destination_port: ports.destination_port,
+        };
+        let tcp = protocols.tcp.map(|tcp| Layer4::Tcp {
+            source_port: tcp.source_port,
+            destination_port: tcp.destination_port,
+            flags: tcp.flags,
+        });
+        let icmpv4 = protocols.icmpv4.map(|icmp| Layer4::Icmpv4 {
+            kind: icmp.kind,
+            code: icmp.code,
+        });
+        let icmpv6 = protocols.icmpv6.map(|icmp| Layer4::Icmpv6 {
+            kind: icmp.kind,
+            code: icmp.code,
+        });
+        Ok(tcp
+            .or(protocols.udp.map(udp))
+            .or(protocols.sctp.map(sctp))
+            .or(icmpv4)
+            .or(icmpv6))
+    }
+
+    pub(super) fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpAddr>, D::Error> {
+        let texts = Vec::<std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        Ok(texts.iter().filter_map(|text| text.parse().ok()).collect())
     }
 }

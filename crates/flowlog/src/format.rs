@@ -1,14 +1,16 @@
 //! Output of flows as text and as JSON.
 
-use std::{fmt::Write as _, net::IpAddr};
+use std::fmt::Write as _;
 
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::{
-    Timestamp,
+    DropReason, FieldMask, TimeFormat, Timestamp,
     flow::{
-        Endpoint, EventType, Flow, L7Type, Layer4, Layer7, Moment, TrafficDirection, Verdict, event_type,
-        reserved_name,
+        Endpoint, Flow, L7Type, Layer4, Layer7, Moment, Policy, TracePoint, TrafficDirection, Verdict,
+        event_type, reserved_name,
     },
 };
 
@@ -20,6 +22,8 @@ pub enum Format {
     Compact,
     /// One block of `KEY: value` lines per flow.
     Dict,
+    /// Columns.
+    Table,
     /// One JSON object per line, with `flow`, `node_name` and `time`.
     Json,
 }
@@ -37,24 +41,183 @@ pub struct Response<F> {
 }
 
 /// Formatter of flows.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Printer {
     /// Output format.
     pub format: Format,
-    /// Whether to use ANSI colours.
+    /// Whether to use ANSI colours; tables have none.
     pub colour: bool,
     /// Whether to write the name of the node.
     pub node: bool,
     /// Whether to write the deciding policy and rule with their location.
     pub rules: bool,
+    /// Whether to write the names of the policies that allow or deny, after the verdict of a policy.
+    pub policy_names: bool,
     /// Whether to write addresses instead of names.
     pub numeric: bool,
+    /// Format of times, except in JSON.
+    pub time: TimeFormat,
+    /// Time zone of times, except in JSON.
+    pub zone: TimeZone,
+    /// Fields of flows in JSON; all if it is empty.
+    pub mask: FieldMask,
 }
 
-/// ANSI colours by purpose.
+impl Default for Printer {
+    fn default() -> Self {
+        Self {
+            format: Format::default(),
+            colour: false,
+            node: false,
+            rules: false,
+            policy_names: false,
+            numeric: false,
+            time: TimeFormat::default(),
+            zone: TimeZone::UTC,
+            mask: FieldMask::default(),
+        }
+    }
+}
+
+/// Rows of a table that are aligned together. A longer table has several blocks, each with its own widths, so that the
+/// memory of a table is bounded.
+const TABLE_BLOCK: usize = 10_000;
+
+/// Text between the blocks of [`Format::Dict`].
+const DICT_SEPARATOR: &str = "------------\n";
+
+/// Output of several flows, with what is between them.
+#[derive(Debug)]
+pub struct Listing {
+    printer: Printer,
+    /// Whether something was written.
+    begun: bool,
+    rows: Vec<Vec<String>>,
+}
+
+impl Listing {
+    /// Returns an empty listing.
+    #[must_use]
+    pub const fn new(printer: Printer) -> Self {
+        Self {
+            printer,
+            begun: false,
+            rows: Vec::new(),
+        }
+    }
+
+    /// Returns the text of a flow; each line ends with a newline. `original`: the flow in JSON, if it comes from a file and
+    /// can have fields that [`Flow`] does not have. A table is returned by [`Listing::finish`] or in large blocks.
+    pub fn flow(&mut self, flow: &Flow, original: Option<&Value>) -> String {
+        match self.printer.format {
+            Format::Compact => self.printer.compact(flow),
+            Format::Dict => {
+                let block = self.printer.dict(flow);
+                self.block(block)
+            }
+            Format::Table => {
+                let row = self.printer.row(flow);
+                self.row(row)
+            }
+            Format::Json => match original {
+                Some(original) => self.printer.foreign_json(flow, original),
+                None => self.printer.json(flow),
+            },
+        }
+    }
+
+    /// Returns the text about flows that were lost. `source`: where, as the flow API names it.
+    pub fn lost(&mut self, source: &str, count: u64) -> String {
+        let source = clean(source);
+        let summary = format!("CPU(0) - {count}");
+        match self.printer.format {
+            Format::Compact => format!("EVENTS LOST: {source} CPU(0) {count}\n"),
+            Format::Dict => {
+                let node = if self.printer.node { "       NODE: \n" } else { "" };
+                self.block(format!(
+                    "  TIMESTAMP: \n{node}     SOURCE: {source}\n       TYPE: EVENTS LOST\n    VERDICT: \n    SUMMARY: {summary}\n"
+                ))
+            }
+            Format::Table => {
+                let mut row = vec![String::new()];
+                if self.printer.node {
+                    row.push(String::new());
+                }
+                row.extend([
+                    source,
+                    String::new(),
+                    "EVENTS LOST".into(),
+                    String::new(),
+                    summary,
+                ]);
+                self.row(row)
+            }
+            Format::Json => {
+                let lost = json!({"lost_events": {"source": source, "num_events_lost": count.to_string()}});
+                format!("{lost}\n")
+            }
+        }
+    }
+
+    /// Returns what is not written yet.
+    #[must_use]
+    pub fn finish(mut self) -> String {
+        self.table()
+    }
+
+    fn block(&mut self, block: String) -> String {
+        if std::mem::replace(&mut self.begun, true) {
+            format!("{DICT_SEPARATOR}{block}")
+        } else {
+            block
+        }
+    }
+
+    fn row(&mut self, row: Vec<String>) -> String {
+        if !std::mem::replace(&mut self.begun, true) {
+            let mut head = vec!["TIMESTAMP"];
+            if self.printer.node {
+                head.push("NODE");
+            }
+            head.extend(["SOURCE", "DESTINATION", "TYPE", "VERDICT", "SUMMARY"]);
+            self.rows.push(head.into_iter().map(str::to_owned).collect());
+        }
+        self.rows.push(row);
+        if self.rows.len() < TABLE_BLOCK {
+            return String::new();
+        }
+        self.table()
+    }
+
+    /// Returns the rows with aligned columns, three spaces between, as Go's `text/tabwriter` aligns them for Hubble.
+    fn table(&mut self) -> String {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or_default()
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let mut text = String::new();
+        for row in self.rows.drain(..) {
+            let last = row.len().saturating_sub(1);
+            for (column, cell) in row.iter().enumerate() {
+                if column == last {
+                    text.push_str(cell);
+                } else {
+                    let _ = write!(text, "{cell:0$}   ", widths[column]);
+                }
+            }
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// ANSI colours by purpose, as Hubble uses them.
 #[derive(Clone, Copy)]
 enum Paint {
     Host,
+    Port,
     Identity,
     Good,
     Bad,
@@ -69,20 +232,25 @@ impl Paint {
             Self::Identity => "35",
             Self::Good => "32",
             Self::Bad => "31",
-            Self::Warning => "33",
+            Self::Port | Self::Warning => "33",
             Self::Dim => "2",
         }
     }
 }
 
 impl Printer {
-    /// Returns a flow as text; each line ends with a newline.
+    /// Returns one flow as text; each line ends with a newline. [`Listing`] has what is between several flows.
     #[must_use]
     pub fn flow(&self, flow: &Flow) -> String {
         match self.format {
             Format::Compact => self.compact(flow),
             Format::Dict => self.dict(flow),
-            Format::Json => json(flow),
+            Format::Table => {
+                let mut listing = Listing::new(self.clone());
+                let begin = listing.flow(flow, None);
+                begin + &listing.finish()
+            }
+            Format::Json => self.json(flow),
         }
     }
 
@@ -98,20 +266,20 @@ impl Printer {
             }
         };
         let node = if self.node {
-            format!(" [{}]", flow.node_name)
+            format!(" [{}]", clean(&flow.node_name))
         } else {
             String::new()
         };
         let mut line = format!(
             "{}{node}: {} {} {arrow} {} {} {} {} ({})",
-            flow.time.stamp(),
+            self.time(flow),
             source.0,
             source.1,
             destination.0,
             destination.1,
             type_text(flow),
             self.verdict(flow),
-            flow.summary,
+            clean(&flow.summary),
         );
         if self.rules
             && let Some(why) = why(flow)
@@ -123,25 +291,75 @@ impl Printer {
     }
 
     fn dict(&self, flow: &Flow) -> String {
-        let mut block = format!("  TIMESTAMP: {}\n", flow.time.stamp());
+        let mut block = format!("  TIMESTAMP: {}\n", self.time(flow));
         let mut field = |name: &str, value: &str| {
             let _ = writeln!(block, "{name:>11}: {value}");
         };
         if self.node {
-            field("NODE", &flow.node_name);
+            field("NODE", &clean(&flow.node_name));
         }
         field("SOURCE", &self.host(flow, true));
         field("DESTINATION", &self.host(flow, false));
         field("TYPE", &type_text(flow));
         field("VERDICT", &self.verdict(flow));
-        field("SUMMARY", &flow.summary);
+        field("SUMMARY", &clean(&flow.summary));
         if self.rules
             && let Some(why) = why(flow)
         {
             field("RULE", &why);
         }
-        block.push_str("------------\n");
         block
+    }
+
+    /// Returns the cells of a row of a table.
+    fn row(&self, flow: &Flow) -> Vec<String> {
+        let plain = Self {
+            colour: false,
+            ..self.clone()
+        };
+        let mut row = vec![plain.time(flow)];
+        if self.node {
+            row.push(clean(&flow.node_name));
+        }
+        let mut summary = clean(&flow.summary);
+        if self.rules
+            && let Some(why) = why(flow)
+        {
+            let _ = write!(summary, " {why}");
+        }
+        row.extend([
+            plain.host(flow, true),
+            plain.host(flow, false),
+            type_text(flow),
+            plain.verdict(flow),
+            summary,
+        ]);
+        row
+    }
+
+    fn json(&self, flow: &Flow) -> String {
+        if self.mask.is_empty() {
+            return json(flow);
+        }
+        // The conversion never fails: serde_json fails only for map keys that are not strings.
+        let all = serde_json::to_value(flow).unwrap_or_default();
+        self.foreign_json(flow, &all)
+    }
+
+    /// Returns a flow with all fields of `original` that the mask names.
+    fn foreign_json(&self, flow: &Flow, original: &Value) -> String {
+        let mut masked = original.clone();
+        self.mask.apply(&mut masked);
+        let response = Response {
+            flow: masked,
+            node_name: flow.node_name.to_string(),
+            time: flow.time,
+        };
+        line(&response)
+    }
+
+    fn time(&self, flow: &Flow) -> String {
+        flow.time.text(self.time, &self.zone)
     }
 
     fn host(&self, flow: &Flow, source: bool) -> String {
@@ -152,14 +370,30 @@ impl Printer {
                 } else {
                     (&flow.destination, &flow.destination_names, ip.destination)
                 };
+                let host = if self.numeric {
+                    address.to_string()
+                } else if !end.pod_name.is_empty() {
+                    match &*end.namespace {
+                        "" => end.pod_name.to_string(),
+                        namespace => format!("{namespace}/{}", end.pod_name),
+                    }
+                } else if names.is_empty() {
+                    address.to_string()
+                } else {
+                    names.join(",")
+                };
+                let host = clean(&host);
                 let ports = flow.l4.and_then(Layer4::ports);
-                let port = ports.map(|(from, to)| if source { from } else { to });
-                match names.first().filter(|_| end.pod_name.is_empty() && !self.numeric) {
-                    Some(name) => match port {
-                        Some(port) => format!("{name}:{port}"),
-                        None => name.to_string(),
-                    },
-                    None => self.host_and_port(end, address, port),
+                match ports.map(|(from, to)| if source { from } else { to }) {
+                    None | Some(0) => host,
+                    Some(port) => {
+                        let port = self.paint(Paint::Port, &port.to_string());
+                        if host.contains(':') {
+                            format!("[{host}]:{port}")
+                        } else {
+                            format!("{host}:{port}")
+                        }
+                    }
                 }
             }
             (None, Some(ethernet)) => if source {
@@ -173,19 +407,6 @@ impl Printer {
         self.paint(Paint::Host, &text)
     }
 
-    fn host_and_port(&self, end: &Endpoint, address: IpAddr, port: Option<u16>) -> String {
-        let name = if self.numeric { "" } else { &*end.pod_name };
-        match (name, end.namespace.is_empty(), address, port) {
-            ("", _, _, None) => address.to_string(),
-            ("", _, IpAddr::V4(v4), Some(port)) => format!("{v4}:{port}"),
-            ("", _, IpAddr::V6(v6), Some(port)) => format!("[{v6}]:{port}"),
-            (name, true, _, None) => name.into(),
-            (name, true, _, Some(port)) => format!("{name}:{port}"),
-            (name, false, _, None) => format!("{}/{name}", end.namespace),
-            (name, false, _, Some(port)) => format!("{}/{name}:{port}", end.namespace),
-        }
-    }
-
     fn identity(&self, end: &Endpoint) -> String {
         let text = match reserved_name(end.identity) {
             Some(name) => format!("({name})"),
@@ -196,19 +417,42 @@ impl Printer {
 
     fn verdict(&self, flow: &Flow) -> String {
         let of_policy = flow.event_type.kind == event_type::POLICY_VERDICT;
-        let (text, paint) = match flow.verdict {
-            Verdict::Forwarded | Verdict::Redirected if of_policy => ("ALLOWED", Paint::Good),
-            Verdict::Dropped | Verdict::Error if of_policy => ("DENIED", Paint::Bad),
-            Verdict::Audit if of_policy => ("AUDITED", Paint::Warning),
-            Verdict::Dropped | Verdict::Error => (flow.verdict.as_ref(), Paint::Bad),
-            Verdict::Audit => (flow.verdict.as_ref(), Paint::Warning),
-            Verdict::Unknown
-            | Verdict::Forwarded
-            | Verdict::Redirected
-            | Verdict::Traced
-            | Verdict::Translated => (flow.verdict.as_ref(), Paint::Good),
+        let egress = flow.traffic_direction == TrafficDirection::Egress;
+        let (text, policies, paint) = match flow.verdict {
+            Verdict::Forwarded | Verdict::Redirected if of_policy => (
+                "ALLOWED",
+                if egress {
+                    &flow.egress_allowed_by
+                } else {
+                    &flow.ingress_allowed_by
+                },
+                Paint::Good,
+            ),
+            Verdict::Dropped | Verdict::Error if of_policy => (
+                "DENIED",
+                if egress {
+                    &flow.egress_denied_by
+                } else {
+                    &flow.ingress_denied_by
+                },
+                Paint::Bad,
+            ),
+            Verdict::Audit if of_policy => return self.paint(Paint::Warning, "AUDITED"),
+            Verdict::Unknown => return flow.verdict.as_ref().into(),
+            Verdict::Dropped | Verdict::Error => return self.paint(Paint::Bad, flow.verdict.as_ref()),
+            Verdict::Audit | Verdict::Traced | Verdict::Translated => {
+                return self.paint(Paint::Warning, flow.verdict.as_ref());
+            }
+            Verdict::Forwarded | Verdict::Redirected => {
+                return self.paint(Paint::Good, flow.verdict.as_ref());
+            }
         };
-        self.paint(paint, text)
+        let names = if self.policy_names {
+            policies_text(policies)
+        } else {
+            String::new()
+        };
+        self.paint(paint, &format!("{text}{names}"))
     }
 
     fn paint(&self, paint: Paint, text: &str) -> String {
@@ -220,33 +464,63 @@ impl Printer {
     }
 }
 
-/// Returns the part of a line between the two ends and the verdict: a trace point, a drop reason, the kind of match and
-/// direction of a policy verdict, or the kind of an application message.
-fn type_text(flow: &Flow) -> String {
-    match flow.event_type {
-        EventType {
-            kind: event_type::TRACE,
-            ..
-        } => flow.trace_observation_point.as_ref().into(),
-        EventType {
-            kind: event_type::DROP,
-            ..
-        } => flow.drop_reason_desc.text().into_owned(),
-        EventType {
-            kind: event_type::POLICY_VERDICT,
-            ..
-        } => {
-            format!(
-                "policy-verdict:{} {}",
-                match_text(flow.policy_match_type),
-                flow.traffic_direction.as_ref()
-            )
+/// Returns ` BY NAME (KIND), NAME (KIND)`, or nothing if no policy has a name and a kind.
+fn policies_text(policies: &[Policy]) -> String {
+    let named = policies
+        .iter()
+        .filter(|policy| !policy.name.is_empty() && !policy.kind.is_empty());
+    let names: Vec<_> = named
+        .map(|policy| format!("{} ({})", clean(&policy.name), clean(&policy.kind)))
+        .collect();
+    if names.is_empty() {
+        return String::new();
+    }
+    format!(" BY {}", names.join(", "))
+}
+
+/// Returns a text with its control characters escaped. Flows of files can contain any text, and control characters could
+/// forge lines or control the terminal.
+fn clean(text: &str) -> String {
+    if !text.contains(char::is_control) {
+        return text.to_owned();
+    }
+    let mut cleaned = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if c.is_control() {
+            cleaned.extend(c.escape_default());
+        } else {
+            cleaned.push(c);
         }
-        EventType {
-            kind: event_type::ACCESS_LOG,
-            ..
-        } => l7_text(flow),
-        EventType { kind, .. } => format!("event {kind}"),
+    }
+    cleaned
+}
+
+/// Returns the part of a line between the two ends and the verdict: the kind of an application message, a trace point, a
+/// drop reason, or the kind of match and direction of a policy verdict.
+fn type_text(flow: &Flow) -> String {
+    let sub_type = flow.event_type.sub_type;
+    match flow.event_type.kind {
+        _ if flow.l7.is_some() => l7_text(flow),
+        event_type::ACCESS_LOG => "l7".into(),
+        // Flows of other versions can have a trace point without a name here.
+        event_type::TRACE if flow.trace_observation_point == TracePoint::Unknown => {
+            let point = match sub_type {
+                0 => Some(TracePoint::ToEndpoint),
+                number => TracePoint::from_number(number.into()),
+            };
+            point.map_or_else(|| sub_type.to_string(), |point| point.as_ref().into())
+        }
+        event_type::TRACE => flow.trace_observation_point.as_ref().into(),
+        event_type::DROP => match u8::try_from(sub_type) {
+            Ok(reason) if reason != 0 => DropReason(reason).text().into_owned(),
+            _ => flow.drop_reason_desc.text().into_owned(),
+        },
+        event_type::POLICY_VERDICT => format!(
+            "policy-verdict:{} {}",
+            match_text(flow.policy_match_type),
+            flow.traffic_direction.as_ref()
+        ),
+        _ => "UNKNOWN".into(),
     }
 }
 
@@ -263,7 +537,7 @@ fn l7_text(flow: &Flow) -> String {
         L7Type::Unknown => "unknown_l7_type",
     };
     match &**l7 {
-        Layer7 { dns: Some(dns), .. } => format!("dns-{side} {}", dns.observation_source),
+        Layer7 { dns: Some(dns), .. } => format!("dns-{side} {}", clean(&dns.observation_source)),
         Layer7 { http: Some(_), .. } => format!("http-{side}"),
         Layer7 { kafka: Some(_), .. } => format!("kafka-{side}"),
         _ if flow.palisade.tls.is_some() => format!("tls-{side}"),
@@ -299,7 +573,7 @@ fn why(flow: &Flow) -> Option<String> {
     } else {
         format!(", {}", rule.location)
     };
-    Some(format!("[{text}{place}]"))
+    Some(clean(&format!("[{text}{place}]")))
 }
 
 /// Returns a flow as one line of JSON, with `flow`, `node_name` and `time`.
@@ -310,8 +584,12 @@ pub fn json(flow: &Flow) -> String {
         node_name: flow.node_name.to_string(),
         time: flow.time,
     };
+    line(&response)
+}
+
+fn line<F: Serialize>(response: &Response<F>) -> String {
     // The conversion never fails: serde_json fails only for I/O errors and for map keys that are not strings.
-    let mut line = serde_json::to_string(&response).unwrap_or_default();
+    let mut line = serde_json::to_string(response).unwrap_or_default();
     line.push('\n');
     line
 }
@@ -406,7 +684,7 @@ impl Flow {
     /// connection, or a reply of an ingress connection. A packet of unknown direction counts as an original packet.
     fn source_is_local(&self) -> bool {
         let egress = self.traffic_direction == TrafficDirection::Egress;
-        egress != (self.is_reply == Some(true))
+        egress != (self.is_reply == Some(true) || self.palisade.reply)
     }
 }
 

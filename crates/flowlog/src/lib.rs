@@ -13,9 +13,11 @@
 
 mod drop_reason;
 pub mod duration;
+mod field_mask;
 pub mod filter;
 pub mod flow;
 pub mod format;
+pub mod input;
 mod order;
 mod record;
 mod resolve;
@@ -24,10 +26,11 @@ mod time;
 mod uuid;
 
 pub use drop_reason::DropReason;
+pub use field_mask::FieldMask;
 pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::{Flow, Policy, TrafficDirection};
 pub use order::Ordered;
 pub use resolve::{FlowResolver, Owner, RuleInfo, icmp_text};
 pub use ring::{Cursor, Next, Raw, Resolver, Ring};
-pub use time::{ParseTimeError, Timestamp};
+pub use time::{ParseTimeError, TimeFormat, Timestamp};
 pub use uuid::Uuid;

@@ -86,6 +86,7 @@ impl Flow {
             EventKind::PolicyVerdict if dropped => Verdict::Dropped,
             EventKind::PolicyVerdict | EventKind::Trace => Verdict::Forwarded,
         };
+        let is_reply = is_reply(kind, verdict, event.flags);
         let is_ip = event.ether_type == 0;
         let own = names.endpoint(event.endpoint);
         let own_is_host = own.as_ref().is_some_and(|o| o.identity == identity::HOST);
@@ -132,7 +133,7 @@ impl Flow {
             flow_type: FlowType::L3L4,
             node_name: names.node(),
             node_labels: names.node_labels(),
-            is_reply: is_reply(kind, verdict, event.flags),
+            is_reply,
             event_type: match kind {
                 EventKind::Drop => EventType {
                     kind: event_type::DROP,
@@ -171,6 +172,7 @@ impl Flow {
                 length: event.length,
                 fragment: flag(event_flags::FRAGMENT),
                 related: flag(event_flags::RELATED),
+                reply: is_reply.is_none() && flag(event_flags::REPLY),
                 progress: progress(event, kind),
                 ..Extra::default()
             },

@@ -22,6 +22,9 @@ use palisade_inspect::record::Record;
 
 use crate::{Filters, Flow, FlowResolver, Timestamp, Uuid};
 
+/// Number of flows that a flow can be late in the ring, in [`Ring::first`].
+const FIRST_REORDERED: usize = 1_024;
+
 /// Resolver of the numbers in records.
 pub type Resolver = Arc<dyn FlowResolver + Send + Sync>;
 
@@ -238,7 +241,7 @@ impl Ring {
     /// Returns a cursor at the oldest flow.
     #[must_use]
     pub fn oldest(self: &Arc<Self>) -> Cursor {
-        self.cursor(self.first())
+        self.cursor(self.oldest_number())
     }
 
     /// Returns a cursor after the newest flow.
@@ -260,11 +263,36 @@ impl Ring {
         cursor
     }
 
+    /// Returns a cursor after the flow with this identifier, if the flow is or was in this ring.
+    #[must_use]
+    pub fn after(self: &Arc<Self>, uuid: &str) -> Option<Cursor> {
+        let number = Uuid::parse(uuid)?.number_of(self.key)?;
+        (number < self.seen()).then(|| self.cursor(number + 1))
+    }
+
+    /// Returns the first `count` flows that pass the filters, ordered by time.
+    #[must_use]
+    pub fn first(self: &Arc<Self>, count: usize, filters: &Filters) -> Vec<Arc<Flow>> {
+        // Flows reach the ring nearly in the order of their times. So the oldest flows are sought among some more.
+        let some_more = count.saturating_add(FIRST_REORDERED);
+        let numbers = self.oldest_number()..self.seen();
+        let flows = numbers.filter_map(|number| self.get(number));
+        let mut flows: Vec<_> = flows
+            .filter(|flow| filters.matches(flow))
+            .take(some_more)
+            .collect();
+        flows.sort_by_key(|flow| flow.time);
+        flows.truncate(count);
+        flows
+    }
+
     /// Returns the last `count` flows that pass the filters, the oldest first, and a cursor after the newest flow.
     #[must_use]
     pub fn last(self: &Arc<Self>, count: usize, filters: &Filters) -> (Vec<Arc<Flow>>, Cursor) {
         let end = self.seen();
-        let backwards = (self.first()..end).rev().filter_map(|number| self.get(number));
+        let backwards = (self.oldest_number()..end)
+            .rev()
+            .filter_map(|number| self.get(number));
         let mut flows: Vec<_> = backwards
             .filter(|flow| filters.matches(flow))
             .take(count)
@@ -280,7 +308,7 @@ impl Ring {
         }
     }
 
-    fn first(&self) -> u64 {
+    fn oldest_number(&self) -> u64 {
         self.seen().saturating_sub(self.slots.len() as u64)
     }
 
@@ -329,7 +357,7 @@ impl Cursor {
             if self.at >= end {
                 return None;
             }
-            let first = self.ring.first();
+            let first = self.ring.oldest_number();
             if self.at < first {
                 let lost = first - self.at;
                 self.at = first;
@@ -341,6 +369,13 @@ impl Cursor {
             }
             // The flow was overwritten after `first` was read; try again from the new first flow.
         }
+    }
+
+    /// Returns how many flows in the ring are after the cursor.
+    #[must_use]
+    pub fn behind(&self) -> u64 {
+        let end = self.ring.seen();
+        end.saturating_sub(self.at.max(self.ring.oldest_number()))
     }
 
     /// Waits for a flow after the cursor, at most for `timeout`. Returns whether there is such a flow.

@@ -67,6 +67,27 @@ impl Uuid {
         (Self::new(key, number) == *self).then_some(number)
     }
 
+    /// Returns the number of the flow in its ring, if this is a UUID that a ring made.
+    #[must_use]
+    pub const fn number(&self) -> Option<u64> {
+        match self {
+            // No truncation: the mask leaves 58 bits.
+            Self::Number(uuid) if *uuid >> 76 & 0xf == 8 => Some((*uuid & NUMBER_MASK) as u64),
+            _ => None,
+        }
+    }
+
+    /// Returns whether both are UUIDs of flows of one ring.
+    #[must_use]
+    pub fn same_ring(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Number(a), Self::Number(b)) => {
+                self.number().is_some() && a & !NUMBER_MASK == b & !NUMBER_MASK
+            }
+            _ => false,
+        }
+    }
+
     /// Returns whether there is no identifier.
     #[must_use]
     pub const fn is_none(&self) -> bool {
@@ -152,6 +173,8 @@ mod tests {
             prop_assert_eq!(Uuid::from(&*uuid.to_string()), uuid.clone());
             prop_assert_eq!(uuid.number_of(key), Some(number));
             prop_assert!(key == other || uuid.number_of(other).is_none());
+            prop_assert_eq!(uuid.number(), Some(number));
+            prop_assert_eq!(uuid.same_ring(&Uuid::new(other, 3)), key == other);
         }
     }
 }

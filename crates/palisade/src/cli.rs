@@ -2,21 +2,17 @@
 
 mod capture;
 pub(crate) mod log;
+mod observe;
 mod replay;
 
-use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use clap::{
-    Arg, ArgAction, ArgMatches, Args, ColorChoice, FromArgMatches, Parser, Subcommand, ValueEnum,
-    value_parser,
-};
-use palisade_flowlog::{
-    duration,
-    filter::FLAGS,
-    format::{Format, Printer},
-};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
+use self::observe::OBSERVE_HELP;
+pub(crate) use self::observe::ObserveArgs;
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
 use crate::config;
 
@@ -153,13 +149,7 @@ Examples:
     #[command(subcommand)]
     Log(log::LogCommand),
     /// Show flows.
-    #[command(after_help = "Examples:
-  palisade observe                                          the last 20 flows
-  palisade observe --follow --verdict dropped
-  palisade observe --since 5m --to-port 443 --not --from-ip 10.0.0.0/8
-  palisade observe --last 100 --label app=web -o json
-
-Filters of one kind are alternatives, filters of different kinds must all match; --not reverses the next one.")]
+    #[command(after_help = OBSERVE_HELP)]
     Observe(ObserveArgs),
     /// Explain the verdict on a recorded flow or a described packet: the deciding rules, the rules that nearly match,
     /// and the smallest addition that would allow it.
@@ -186,130 +176,6 @@ Filters of one kind are alternatives, filters of different kinds must all match;
         #[command(flatten)]
         output: OutputArgs,
     },
-}
-
-/// Flags of `palisade observe`. The filters are those of [`palisade_flowlog::filter::FLAGS`], in the order of the
-/// command line.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct ObserveArgs {
-    /// Filters and their values.
-    pub filters: Vec<(String, String)>,
-    /// Whether to continue with flows that arrive later.
-    pub follow: bool,
-    /// Number of most recent flows to show.
-    pub last: Option<usize>,
-    /// Whether to show all flows in the ring.
-    pub all: bool,
-    /// Printer of the chosen format.
-    pub printer: Printer,
-}
-
-impl FromArgMatches for ObserveArgs {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut filters = Vec::new();
-        for flag in FLAGS {
-            let values = matches.get_many::<String>(flag.name).into_iter().flatten();
-            let places = matches.indices_of(flag.name).into_iter().flatten();
-            filters.extend(
-                places
-                    .zip(values)
-                    .map(|(place, value)| (place, flag.name.to_owned(), value.clone())),
-            );
-        }
-        filters.sort();
-        let colour = match matches.get_one::<ColorChoice>("color") {
-            Some(ColorChoice::Always) => true,
-            Some(ColorChoice::Never) => false,
-            _ => std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
-        };
-        Ok(Self {
-            filters: filters
-                .into_iter()
-                .map(|(_, flag, value)| (flag, value))
-                .collect(),
-            follow: matches.get_flag("follow"),
-            last: matches.get_one("last").copied(),
-            all: matches.get_flag("all"),
-            printer: Printer {
-                format: match matches.get_one::<String>("output").map(String::as_str) {
-                    Some("dict") => Format::Dict,
-                    Some("json" | "jsonpb") => Format::Json,
-                    _ => Format::Compact,
-                },
-                colour,
-                node: matches.get_flag("print-node-name"),
-                rules: matches.get_flag("rules"),
-                numeric: matches.get_flag("numeric"),
-            },
-        })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
-impl Args for ObserveArgs {
-    fn augment_args(mut command: clap::Command) -> clap::Command {
-        let switch = |name: &'static str, help: &'static str| {
-            Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
-        };
-        command = command
-            .arg(switch("follow", "Go on with what comes").short('f'))
-            .arg(
-                Arg::new("last")
-                    .long("last")
-                    .value_name("COUNT")
-                    .value_parser(value_parser!(usize))
-                    .help("The last so many that pass the filters [default: 20, or 0 with --follow]"),
-            )
-            .arg(switch("all", "All flows that are still known").conflicts_with("last"))
-            .arg(
-                Arg::new("output")
-                    .short('o')
-                    .long("output")
-                    .value_name("FORMAT")
-                    .value_parser(["compact", "dict", "json", "jsonpb"])
-                    .default_value("compact")
-                    .help("How they are written"),
-            )
-            .arg(
-                Arg::new("color")
-                    .long("color")
-                    .value_name("WHEN")
-                    .value_parser(value_parser!(ColorChoice))
-                    .default_value("auto")
-                    .help("With colours"),
-            )
-            .arg(switch("print-node-name", "With the node's name"))
-            .arg(switch(
-                "rules",
-                "With the rule that decided, and where it is written",
-            ))
-            .arg(switch("numeric", "Addresses only, no names"));
-        for flag in FLAGS {
-            let mut arg = Arg::new(flag.name)
-                .long(flag.name)
-                .help(flag.help)
-                .help_heading("Filters")
-                .action(ArgAction::Append);
-            if let Some(short) = flag.short {
-                arg = arg.short(short);
-            }
-            arg = if flag.value.is_empty() {
-                arg.num_args(0).default_missing_value("")
-            } else {
-                arg.value_name(flag.value)
-            };
-            command = command.arg(arg);
-        }
-        command
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_args(command)
-    }
 }
 
 /// `palisade policy`.
@@ -751,57 +617,6 @@ mod tests {
     #[test]
     fn the_command_definition_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    fn observe(args: &[&str]) -> Result<ObserveArgs, clap::Error> {
-        let all = ["palisade", "observe"].iter().chain(args);
-        let Command::Observe(args) = Cli::try_parse_from(all)?.command else {
-            panic!("another command");
-        };
-        Ok(args)
-    }
-
-    #[test]
-    fn filters_keep_their_order() {
-        let args = observe(&[
-            "--not",
-            "--to-port",
-            "80",
-            "-f",
-            "--from-ip",
-            "10.0.0.1",
-            "--not",
-            "--to-port=443",
-        ])
-        .unwrap();
-        let filters: Vec<_> = args
-            .filters
-            .iter()
-            .map(|(flag, value)| (flag.as_str(), value.as_str()))
-            .collect();
-        assert_eq!(
-            filters,
-            [
-                ("not", ""),
-                ("to-port", "80"),
-                ("from-ip", "10.0.0.1"),
-                ("not", ""),
-                ("to-port", "443")
-            ]
-        );
-        assert!(args.follow);
-    }
-
-    #[test]
-    fn wrong_flags_of_observe_are_refused() {
-        assert!(
-            observe(&["--to-prt", "80"])
-                .unwrap_err()
-                .to_string()
-                .contains("--to-port")
-        );
-        assert!(observe(&["--last", "x"]).is_err());
-        assert!(observe(&["-o", "xml"]).is_err());
     }
 
     /// Returns the commands that a text names: in backquotes, at the start of a line, or as a path of the installed

@@ -10,7 +10,6 @@ mod command;
 mod config;
 mod control;
 mod daemon;
-mod field_mask;
 mod log;
 mod pcapng;
 mod table;

@@ -1,5 +1,7 @@
 //! Construction of filters from command-line flags.
 
+use jiff::tz::TimeZone;
+
 use super::{
     api::{ApiFilter, ApiFilters, InterfaceFilter},
     compile::FilterError,
@@ -35,6 +37,7 @@ enum Side {
 #[derive(Clone, Debug)]
 pub struct FilterBuilder {
     now: Timestamp,
+    zone: TimeZone,
     since: Option<Timestamp>,
     until: Option<Timestamp>,
     allow: Pair,
@@ -63,6 +66,7 @@ impl FilterBuilder {
     pub fn new(now: Timestamp) -> Self {
         Self {
             now,
+            zone: TimeZone::UTC,
             since: None,
             until: None,
             allow: Pair::default(),
@@ -70,6 +74,13 @@ impl FilterBuilder {
             raw: ApiFilters::default(),
             negate: false,
         }
+    }
+
+    /// Sets the time zone of times without an offset; UTC if this is not called.
+    #[must_use]
+    pub fn in_zone(mut self, zone: TimeZone) -> Self {
+        self.zone = zone;
+        self
     }
 
     /// Adds a flag, one of [`FLAGS`], with its value. A value can be a comma-separated list, except for flags whose
@@ -95,7 +106,7 @@ impl FilterBuilder {
             }
             "since" | "until" => {
                 self.refuse_not(flag)?;
-                let time = Some(parse::time(value, self.now).map_err(bad)?);
+                let time = Some(parse::time(value, self.now, &self.zone).map_err(bad)?);
                 if flag == "since" {
                     self.since = time;
                 } else {

@@ -30,6 +30,9 @@ pub enum FilterError {
         /// Description of the problem, with a valid example.
         problem: ValueError,
     },
+    /// Too many regular expressions.
+    #[error("{0} regular expressions in one request; at most {MAX_PATTERNS} are possible: join some with |")]
+    TooManyPatterns(usize),
     /// No such flag.
     #[error("--{0} is not a filter")]
     Unknown(String),
@@ -45,6 +48,10 @@ pub enum FilterError {
     )]
     NotReversible(String),
 }
+
+/// Largest number of regular expressions in the filters of one request. Each can take
+/// [`PATTERN_SIZE`](super::parse::PATTERN_SIZE) bytes, and the daemon compiles those of every client.
+const MAX_PATTERNS: usize = 64;
 
 const NO_SERVICES: &str =
     "Palisade has no Kubernetes services; use the address, the name or the labels of the endpoints";
@@ -85,6 +92,10 @@ impl FlowFilter {
             filter.experimental.cel_expression.first(),
             NO_CEL,
         )?;
+        let patterns = patterns(filter);
+        if patterns > MAX_PATTERNS {
+            return Err(FilterError::TooManyPatterns(patterns));
+        }
         let texts = |field, values: &[String]| all(field, values, |text| parse::name(text));
         Ok(Self {
             uuid: all("uuid", &filter.uuid, |text| {
@@ -175,6 +186,11 @@ impl Filters {
     /// # Errors
     /// As [`FlowFilter::compile`].
     pub fn compile(filters: &ApiFilters) -> Result<Self, FilterError> {
+        let all = filters.allowlist.iter().chain(&filters.denylist);
+        let patterns = all.map(patterns).sum();
+        if patterns > MAX_PATTERNS {
+            return Err(FilterError::TooManyPatterns(patterns));
+        }
         let compile = |list: &[ApiFilter]| list.iter().map(FlowFilter::compile).collect::<Result<_, _>>();
         Ok(Self {
             whitelist: compile(&filters.allowlist)?,
@@ -183,6 +199,11 @@ impl Filters {
             until: filters.until,
         })
     }
+}
+
+/// Returns the number of regular expressions of a filter.
+fn patterns(filter: &ApiFilter) -> usize {
+    filter.dns_query.len() + filter.http_path.len() + filter.http_url.len()
 }
 
 /// Compiles the values of a field.

@@ -33,7 +33,11 @@ const fn short(name: &'static str, short: char, value: &'static str, help: &'sta
 
 /// Every flag that [`FilterBuilder::flag`](super::FilterBuilder::flag) accepts.
 pub const FLAGS: &[Flag] = &[
-    flag("not", "", "Reverse the next filter: hide the flows that match it"),
+    flag(
+        "not",
+        "",
+        "Reverse the next filter: hide the flows that match it; several hide those that match all of them",
+    ),
     flag(
         "ip",
         "ADDRESS",
@@ -260,7 +264,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "since",
         "TIME",
-        "Flows from a time on: RFC 3339, a date, or a duration before now (5m, 1h30m)",
+        "Flows from a time on: how long ago (5m, 1h30m), RFC 3339, a date, or a time as it is printed ('Apr 28 03:04:16.656')",
     ),
     flag("until", "TIME", "Flows up to a time, written as for --since"),
     flag(

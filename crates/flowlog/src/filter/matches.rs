@@ -47,7 +47,7 @@ impl FlowFilter {
             && any(&self.traffic_direction, |want| *want == flow.traffic_direction)
             && any(&self.reply, |want| Some(*want) == flow.is_reply)
             && any(&self.protocol, |want| match want {
-                ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.palisade.protocol,
+                ProtocolFilter::Ip(number) => flow.ip.is_some() && *number == flow.protocol(),
                 ProtocolFilter::Dns => dns.is_some(),
                 ProtocolFilter::Http => http.is_some(),
                 ProtocolFilter::Kafka => flow.l7.as_ref().is_some_and(|l7| l7.kafka.is_some()),
@@ -149,16 +149,33 @@ fn any<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
     wanted.is_empty() || wanted.iter().any(matches)
 }
 
+/// Returns whether the text matches a pattern with `*` for any text, in a time linear in both lengths' product: only the
+/// last `*` is tried at further places, which is enough, since earlier ones match as early as possible.
 fn matches_pattern(pattern: &str, text: &str) -> bool {
-    let Some((head, tail)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(rest) = text.strip_prefix(head) else {
-        return false;
-    };
-    (0..=rest.len())
-        .filter(|at| rest.is_char_boundary(*at))
-        .any(|at| matches_pattern(tail, &rest[at..]))
+    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
+    let (mut at, mut read) = (0, 0);
+    // Place after the last `*`, and the place in the text from which it was tried.
+    let mut star = None;
+    while read < text.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                at += 1;
+                star = Some((at, read));
+            }
+            Some(byte) if *byte == text[read] => {
+                at += 1;
+                read += 1;
+            }
+            _ => match star {
+                Some((after, from)) => {
+                    star = Some((after, from + 1));
+                    (at, read) = (after, from + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|byte| *byte == b'*')
 }
 
 impl EndpointName {
@@ -223,5 +240,32 @@ impl Requirement {
 impl<T> Sided<T> {
     fn matches<H: Copy>(&self, source: H, destination: H, test: impl Fn(&T, H) -> bool) -> bool {
         any(&self.source, |want| test(want, source)) && any(&self.destination, |want| test(want, destination))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_texts() {
+        for (pattern, text, expected) in [
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("", "", true),
+            ("*", "", true),
+            ("*", "x.y", true),
+            ("*.example.com", "a.b.example.com", true),
+            ("*.example.com", "example.com", false),
+            ("a*b*c", "abbbxbc", true),
+            ("a*b*c", "abbbxb", false),
+            ("a**c", "ac", true),
+            ("*é", "aé", true),
+        ] {
+            assert_eq!(matches_pattern(pattern, text), expected, "{pattern} {text}");
+        }
+        // With a search of every combination of places this would not end.
+        let pattern = "*a".repeat(100) + "b";
+        assert!(!matches_pattern(&pattern, &"a".repeat(250)));
     }
 }

@@ -3,6 +3,7 @@
 use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
+use jiff::tz::TimeZone;
 use palisade_abi::{identity, protocol};
 use regex::RegexBuilder;
 use strum::VariantArray as _;
@@ -244,12 +245,16 @@ fn one_of<T: Into<String>>(names: impl Iterator<Item = T>) -> ValueError {
     format!("none of {}", names.join(", ")).into()
 }
 
-/// Parses a time in RFC 3339, a date, or a duration, which is subtracted from `now`.
-pub(super) fn time(text: &str, now: Timestamp) -> Result<Timestamp> {
+/// Parses a time as [`Timestamp::parse_in`], or a duration, which is subtracted from `now`.
+pub(super) fn time(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timestamp> {
     let relative = || duration::parse(text).map(|ago| now.before(ago));
-    text.parse().or_else(|_| relative()).map_err(|_| {
-        "neither a time such as 2026-04-28T01:04:16Z nor how long ago, such as 30s, 5m, 1h30m or 2d".into()
-    })
+    Timestamp::parse_in(text, now, zone)
+        .or_else(|_| relative())
+        .map_err(|_| {
+            "neither how long ago, such as 30s, 5m, 1h30m or 2d, nor a time such as 2026-04-28T01:04:16Z, 2026-04-28 \
+             01:04 or 'Apr 28 01:04:16.656'"
+                .into()
+        })
 }
 
 impl LabelSelector {
@@ -343,4 +348,4 @@ impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
 }
 
 /// Size limit of a compiled pattern, bytes: the daemon compiles the patterns of every client of the control socket.
-const PATTERN_SIZE: usize = 1 << 20;
+pub(super) const PATTERN_SIZE: usize = 1 << 20;

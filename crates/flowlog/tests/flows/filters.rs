@@ -432,6 +432,21 @@ fn flags_for_either_end_exclude_those_for_one_end() {
 }
 
 #[test]
+fn the_regular_expressions_of_a_request_are_bounded() {
+    let mut filters = ApiFilters::default();
+    for _ in 0..2 {
+        filters.denylist.push(ApiFilter {
+            http_path: vec!["a".into(); 40],
+            ..ApiFilter::default()
+        });
+    }
+    let error = Filters::compile(&filters).expect_err("too many").to_string();
+    assert!(error.contains("80") && error.contains("64"), "{error}");
+    filters.denylist.pop();
+    assert!(Filters::compile(&filters).is_ok());
+}
+
+#[test]
 fn fields_that_a_node_cannot_know_are_refused_by_name() {
     for (field, value) in [
         ("source_ip_xlated", r#"["192.0.2.1"]"#),

@@ -233,7 +233,6 @@ DESTINATION: 151.101.3.5:80
     VERDICT: DROPPED
     SUMMARY: TCP Flags: SYN
        RULE: [default deny of egress by policy shop/allow-web and 1 other, shop.yaml:1]
-------------
 "
     );
 }
@@ -338,6 +337,18 @@ fn monitor_lines() {
         monitor(&flow(&denied(EventKind::Drop))),
         "xx drop (Policy denied) flow 0x0 to endpoint 0, ifindex 5, identity 23217->world: 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
     );
+    // A denied answer: the local end is still the web server.
+    let answer = Event {
+        source: event().destination,
+        destination: event().source,
+        source_identity: event().destination_identity,
+        destination_identity: event().source_identity,
+        flags: event_flags::EGRESS | event_flags::REPLY,
+        reason: Reason::PolicyDenied as u8,
+        ..event()
+    };
+    assert!(flow(&answer).is_reply.is_none() && flow(&answer).palisade.reply);
+    assert!(monitor(&flow(&answer)).contains("local EP ID 12, remote ID 23217"));
     let trace = Event {
         kind: EventKind::Trace as u8,
         trace_point: TracePoint::Start as u8,

@@ -1,6 +1,7 @@
 //! Tests of the public interface of the crate.
 
 mod filters;
+mod golden;
 mod http;
 mod lines;
 mod records;

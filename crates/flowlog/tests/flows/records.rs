@@ -227,7 +227,10 @@ fn addresses_have_their_resolved_names() {
     };
     let flow_out = Flow::from_event(&to_world, &World, OFFSET);
     let line = Printer::default().flow(&flow_out);
-    assert!(line.contains("<> ifconfig.me:80 (world) Policy denied"), "{line}");
+    assert!(
+        line.contains("<> ifconfig.me,other.example:80 (world) Policy denied"),
+        "{line}"
+    );
     let numeric = Printer {
         numeric: true,
         ..Printer::default()

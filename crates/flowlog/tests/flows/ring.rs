@@ -376,3 +376,44 @@ fn identifiers_find_their_flows_while_these_are_in_the_ring() {
     assert!(ring.get_by_uuid(&uuids[0]).is_none(), "overwritten");
     assert!(ring.get_by_uuid("x").is_none());
 }
+
+#[test]
+fn a_reader_continues_after_a_flow() {
+    let ring = Ring::new(4);
+    let mut uuids = Vec::new();
+    for n in 0..3 {
+        ring.push(numbered(n));
+        let (last, _) = ring.last(1, &Filters::default());
+        uuids.push(last[0].uuid.to_string());
+    }
+    let mut cursor = ring.after(&uuids[0]).expect("a cursor");
+    assert_eq!(drain(&mut cursor), (vec![1, 2], 0));
+    assert_eq!(drain(&mut ring.after(&uuids[2]).expect("a cursor")), (vec![], 0));
+    for n in 3..9 {
+        ring.push(numbered(n));
+    }
+    // Flows 1 to 4 are overwritten.
+    assert_eq!(
+        drain(&mut ring.after(&uuids[0]).expect("a cursor")),
+        (vec![5, 6, 7, 8], 4)
+    );
+    assert!(Ring::new(4).after(&uuids[0]).is_none(), "of another ring");
+    let future = palisade_flowlog::Uuid::parse(&uuids[2]).and_then(|uuid| uuid.number());
+    assert_eq!(future, Some(2));
+    assert!(ring.after("").is_none());
+}
+
+#[test]
+fn the_first_flows_are_the_oldest() {
+    let ring = Ring::new(8);
+    for n in [2, 1, 4, 3, 6, 5] {
+        ring.push(numbered(n));
+    }
+    let first = |count| -> Vec<u64> {
+        let flows = ring.first(count, &Filters::default());
+        flows.iter().map(|flow| number(flow)).collect()
+    };
+    assert_eq!(first(3), [1, 2, 3]);
+    assert!(first(0).is_empty());
+    assert_eq!(first(usize::MAX), [1, 2, 3, 4, 5, 6]);
+}

@@ -1,48 +1,93 @@
 //! `palisade observe` and `palisade monitor`.
 
 use std::{
-    io::{self, Write as _},
+    collections::{HashSet, VecDeque},
+    fs::File,
+    io::{self, BufRead, BufReader, Read as _, StdoutLock, Write as _},
     path::Path,
-    time::SystemTime,
+    thread,
+    time::Duration,
 };
 
-use anyhow::bail;
-use palisade_flowlog::{FilterBuilder, Timestamp, format};
+use anyhow::{Context as _, bail};
+use palisade_flowlog::{
+    FilterBuilder, Filters, Flow, Timestamp, Uuid,
+    filter::{ApiFilter, ApiFilters},
+    format::{self, Listing},
+    input::{self, Line},
+};
 
-use super::output::EXIT_OK;
+use super::output::{EXIT_NO, EXIT_OK};
 use crate::{
     cli::{ObserveArgs, Output},
     control::{
         api::{Answer, ObserveRequest, Request},
-        client::Client,
+        client::{Client, ClientError},
     },
 };
 
 /// Flows shown without `--last`.
 const DEFAULT_COUNT: usize = 20;
+/// Longest line of a flow file, bytes. Flows of Palisade have a few KiB.
+const MAX_LINE: u64 = 1 << 20;
+/// First and longest wait before the next attempt to reach the daemon while following.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Number of received flows that are remembered while following.
+const MAX_RECENT: usize = 16_384;
+/// Time before the newest flow in which a flow that was recorded earlier can still be missing, ns. The daemon sorts flows
+/// within a much shorter time.
+const LATE_NS: i64 = 1_000_000_000;
+/// Where a flow was lost, as the flow API names it: the reader was slower than the ring.
+const RING: &str = "HUBBLE_RING_BUFFER";
 
-/// Runs `palisade observe`.
-pub(super) fn observe(socket: &Path, args: &ObserveArgs) -> anyhow::Result<u8> {
-    // The daemon builds the filters from the flags. The command builds the filters too, so that errors are reported
-    // without a daemon.
-    let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
-    for (flag, value) in &args.filters {
-        builder.flag(flag, value)?;
+/// Runs `palisade observe`. `socket` returns the path of the control socket; it is not called if no daemon is needed.
+pub(super) fn observe<S: AsRef<Path>>(
+    socket: impl FnOnce() -> anyhow::Result<S>,
+    args: &ObserveArgs,
+) -> anyhow::Result<u8> {
+    let query = args.query.clone();
+    let mut output = Printed {
+        out: io::stdout().lock(),
+        listing: Some(Listing::new(args.printer.clone())),
+        silent: args.silent,
+    };
+    if args.print_raw_filters {
+        output.out.write_all(raw_filters(&query)?.as_bytes())?;
+        return Ok(EXIT_OK);
     }
-    builder.finish()?;
-    let in_time = args.filters.iter().any(|(flag, _)| flag == "since");
+    if let Some(path) = &args.input_file {
+        return read_file(path, args, &Filters::compile(&query)?, output);
+    }
+    let in_time = query.since.is_some() || query.until.is_some();
     let last = match args.last {
         Some(last) => Some(last),
-        None if args.all || in_time => None,
+        None if args.all || in_time || args.first.is_some() => None,
         None if args.follow => Some(0),
         None => Some(DEFAULT_COUNT),
     };
     let request = ObserveRequest {
-        filters: args.filters.clone(),
+        query,
         follow: args.follow,
+        first: args.first,
         last,
+        after: None,
     };
-    stream(socket, request, |flow| args.printer.flow(flow))
+    let socket = socket()?;
+    if args.follow {
+        return follow(socket.as_ref(), request, args.now, output);
+    }
+    let mut client = Client::send(socket.as_ref(), &Request::Observe(request))?;
+    loop {
+        match client.next()? {
+            Some(Answer::Flow(flow)) => output.flow(&flow, None)?,
+            Some(Answer::Lost(count)) => output.lost(RING, count)?,
+            Some(Answer::Ok(_) | Answer::Alive) => break,
+            Some(Answer::Error(message)) => bail!(message),
+            None => bail!("the daemon closed the connection before the end of the answer"),
+        }
+    }
+    output.finish()?;
+    Ok(EXIT_OK)
 }
 
 /// Runs `palisade monitor`.
@@ -59,52 +104,351 @@ pub(super) fn monitor(
         };
         let _: crate::control::api::Endpoint = crate::control::client::ask(socket, &request)?;
     }
-    let mut filters: Vec<(String, String)> = Vec::new();
-    filters.extend(types.iter().map(|kind| ("type".to_owned(), kind.clone())));
-    filters.extend(related_to.map(|endpoint| ("endpoint".to_owned(), endpoint.to_owned())));
+    let mut builder = FilterBuilder::new(Timestamp::default());
+    for kind in types {
+        builder.flag("type", kind)?;
+    }
+    if let Some(endpoint) = related_to {
+        builder.flag("endpoint", endpoint)?;
+    }
     let request = ObserveRequest {
-        filters,
+        query: builder.finish_api()?,
         follow: true,
         last: Some(0),
+        ..ObserveRequest::default()
     };
-    stream(socket, request, |flow| match output {
-        Output::Table => format::monitor(flow),
-        Output::Json => format::json(flow),
-    })
-}
-
-fn stream(
-    socket: &Path,
-    request: ObserveRequest,
-    write: impl Fn(&palisade_flowlog::Flow) -> String,
-) -> anyhow::Result<u8> {
-    let follow = request.follow;
     let mut client = Client::send(socket, &Request::Observe(request))?;
     let mut out = io::stdout().lock();
     loop {
         match client.next()? {
             Some(Answer::Flow(flow)) => {
-                let text = write(&flow);
+                let text = match output {
+                    Output::Table => format::monitor(&flow),
+                    Output::Json => format::json(&flow),
+                };
                 out.write_all(text.as_bytes())?;
-                if !text.ends_with('\n') {
-                    out.write_all(b"\n")?;
-                }
-                if follow {
-                    out.flush()?;
-                }
+                out.flush()?;
             }
             Some(Answer::Lost(count)) => {
-                out.flush()?;
                 eprintln!("palisade: {count} flows were overwritten before this command could read them");
             }
             Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => return Ok(EXIT_OK),
             Some(Answer::Error(message)) => bail!(message),
-            None if follow => {
-                bail!(
-                    "the daemon has ended, or has disconnected this command because it did not read fast enough"
-                )
-            }
-            None => bail!("the daemon closed the connection before the end of the answer"),
+            None => bail!(
+                "the daemon has ended, or has disconnected this command because it did not read fast enough"
+            ),
         }
+    }
+}
+
+/// The output of `palisade observe`.
+struct Printed {
+    out: StdoutLock<'static>,
+    /// `None` after the end.
+    listing: Option<Listing>,
+    /// Whether to print no warnings.
+    silent: bool,
+}
+
+impl Printed {
+    fn flow(&mut self, flow: &Flow, original: Option<&serde_json::Value>) -> io::Result<()> {
+        let text = self.listing.as_mut().map(|listing| listing.flow(flow, original));
+        self.out.write_all(text.unwrap_or_default().as_bytes())
+    }
+
+    fn lost(&mut self, source: &str, count: u64) -> io::Result<()> {
+        if self.silent {
+            return Ok(());
+        }
+        let text = self.listing.as_mut().map(|listing| listing.lost(source, count));
+        self.out.write_all(text.unwrap_or_default().as_bytes())
+    }
+
+    fn warn(&self, text: &str) {
+        if !self.silent {
+            eprintln!("palisade: {text}");
+        }
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        let text = self.listing.take().map(Listing::finish).unwrap_or_default();
+        self.out.write_all(text.as_bytes())?;
+        self.out.flush()
+    }
+}
+
+/// Prints flows as they arrive. When the daemon ends, waits for the next one and continues after the last flow.
+fn follow(
+    socket: &Path,
+    mut request: ObserveRequest,
+    begun: Timestamp,
+    mut output: Printed,
+) -> anyhow::Result<u8> {
+    let mut recent = Recent::default();
+    let mut client = Client::send(socket, &Request::Observe(request.clone()))?;
+    loop {
+        let why = match follow_once(&mut client, &mut recent, &mut output)? {
+            None => return Ok(EXIT_OK),
+            Some(why) => why,
+        };
+        output.warn(&format!(
+            "the connection to the daemon has ended ({why}); waiting for the daemon"
+        ));
+        request.after = Some(recent.resume().map_or_else(String::new, |uuid| uuid.to_string()));
+        // Without a flow to continue after, the flows since the begin of this command are those to show.
+        if recent.last.is_none() {
+            request.query.since = request.query.since.max(Some(begun));
+        }
+        client = reconnect(socket, &request)?;
+        output.warn("the daemon answers again");
+        recent.reconnected = true;
+    }
+}
+
+/// Prints flows until the connection ends, and returns why; `None` if the daemon has sent everything.
+fn follow_once(
+    client: &mut Client,
+    recent: &mut Recent,
+    output: &mut Printed,
+) -> anyhow::Result<Option<String>> {
+    loop {
+        match client.next() {
+            Ok(Some(Answer::Flow(flow))) => {
+                if std::mem::take(&mut recent.reconnected) && recent.is_other_ring(&flow.uuid) {
+                    output.warn("the daemon was restarted: flows that it had not sent before are lost");
+                }
+                if recent.insert(&flow) {
+                    output.flow(&flow, None)?;
+                    output.out.flush()?;
+                }
+            }
+            Ok(Some(Answer::Lost(count))) => {
+                output.lost(RING, count)?;
+                output.out.flush()?;
+            }
+            Ok(Some(Answer::Ok(_) | Answer::Alive)) => return Ok(None),
+            Ok(Some(Answer::Error(message))) => bail!(message),
+            Ok(None) => return Ok(Some("the daemon closed it".to_owned())),
+            Err(ClientError::Broken(error)) => return Ok(Some(error.to_string())),
+            Err(error @ ClientError::Hangs { .. }) => {
+                output.warn(&error.to_string());
+                return Ok(Some("no answer".to_owned()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Sends the request as soon as a daemon runs.
+fn reconnect(socket: &Path, request: &ObserveRequest) -> anyhow::Result<Client> {
+    let (mut wait, longest) = RETRY;
+    loop {
+        thread::sleep(wait);
+        match Client::send(socket, &Request::Observe(request.clone())) {
+            Ok(client) => return Ok(client),
+            Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        wait = (wait * 2).min(longest);
+    }
+}
+
+/// The flows that a follower has received last. They are not printed again after a reconnection.
+#[derive(Default)]
+struct Recent {
+    order: VecDeque<(Timestamp, Uuid)>,
+    known: HashSet<Uuid>,
+    last: Option<Uuid>,
+    reconnected: bool,
+}
+
+impl Recent {
+    /// Returns whether the flow is new.
+    fn insert(&mut self, flow: &Flow) -> bool {
+        if flow.uuid.is_none() {
+            return true;
+        }
+        if !self.known.insert(flow.uuid.clone()) {
+            return false;
+        }
+        self.order.push_back((flow.time, flow.uuid.clone()));
+        self.last = Some(flow.uuid.clone());
+        if self.order.len() > MAX_RECENT
+            && let Some((_, oldest)) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        true
+    }
+
+    fn is_other_ring(&self, uuid: &Uuid) -> bool {
+        self.last.as_ref().is_some_and(|last| !last.same_ring(uuid))
+    }
+
+    /// Returns the flow after which to continue: all flows before it were received. Flows are sorted by time within a short
+    /// window, so a flow that was recorded shortly before the last one can be missing.
+    fn resume(&self) -> Option<&Uuid> {
+        let last = self.last.as_ref()?;
+        let newest = self.order.iter().map(|(time, _)| time.0).max()?;
+        let late = self
+            .order
+            .iter()
+            .filter(|(time, uuid)| time.0 >= newest.saturating_sub(LATE_NS) && uuid.same_ring(last));
+        late.map(|(_, uuid)| uuid)
+            .min_by_key(|uuid| uuid.number())
+            .or(Some(last))
+    }
+}
+
+/// Prints the flows of a file that pass the filters, in the order of the file.
+fn read_file(path: &Path, args: &ObserveArgs, filters: &Filters, mut output: Printed) -> anyhow::Result<u8> {
+    let (name, mut reader): (String, Box<dyn BufRead>) = if path == Path::new("-") {
+        ("standard input".to_owned(), Box::new(io::stdin().lock()))
+    } else {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        (path.display().to_string(), Box::new(BufReader::new(file)))
+    };
+    let mut bad = 0_u64;
+    let mut shown = 0;
+    // The last flows of `--last`.
+    let mut last = VecDeque::new();
+    let mut number = 0_u64;
+    let mut line = Vec::new();
+    while args.first != Some(shown) {
+        line.clear();
+        number += 1;
+        let read = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line);
+        if read.with_context(|| name.clone())? == 0 {
+            break;
+        }
+        let parsed = if line.len() as u64 == MAX_LINE && !line.ends_with(b"\n") {
+            skip_line(&mut reader).with_context(|| name.clone())?;
+            Err(format!("longer than {MAX_LINE} bytes"))
+        } else {
+            match std::str::from_utf8(&line) {
+                Ok(text) if text.trim().is_empty() => continue,
+                Ok(text) => input::line(text).map_err(|error| error.to_string()),
+                Err(_) => Err("not UTF-8".to_owned()),
+            }
+        };
+        match parsed {
+            Ok(Line::Flow { flow, json }) if filters.matches(&flow) => match args.last {
+                Some(0) => {}
+                Some(count) => {
+                    if last.len() == count {
+                        last.pop_front();
+                    }
+                    last.push_back((flow, json));
+                }
+                None => {
+                    output.flow(&flow, Some(&json))?;
+                    shown += 1;
+                }
+            },
+            Ok(Line::Flow { .. } | Line::Other) => {}
+            Ok(Line::Lost { source, count }) => output.lost(&source, count)?,
+            Err(why) => {
+                bad += 1;
+                output.warn(&format!("{name}:{number}: not a flow in JSON: {why}"));
+            }
+        }
+    }
+    for (flow, json) in last {
+        output.flow(&flow, Some(&json))?;
+    }
+    output.finish()?;
+    Ok(if bad == 0 { EXIT_OK } else { EXIT_NO })
+}
+
+/// Reads up to the end of the line.
+fn skip_line(reader: &mut dyn BufRead) -> io::Result<()> {
+    loop {
+        let bytes = reader.fill_buf()?;
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(bytes.len(), |end| end + 1);
+        reader.consume(taken);
+        if end.is_some() || taken == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// Returns the filters as YAML, each filter as JSON in single quotes: the form in which Hubble prints them, and in which
+/// the configuration of its exporter accepts them.
+fn raw_filters(query: &ApiFilters) -> anyhow::Result<String> {
+    let mut text = String::new();
+    let mut list = |name: &str, filters: &[ApiFilter]| -> anyhow::Result<()> {
+        if !filters.is_empty() {
+            text.push_str(name);
+            text.push_str(":\n");
+        }
+        for filter in filters {
+            let filter = serde_json::to_string(filter)?.replace('\'', "''");
+            text.push_str(&format!("    - '{filter}'\n"));
+        }
+        Ok(())
+    };
+    list("allowlist", &query.allowlist)?;
+    list("denylist", &query.denylist)?;
+    if text.is_empty() {
+        text.push_str("{}\n");
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(key: u64, number: u64, time: i64) -> Flow {
+        Flow {
+            uuid: Uuid::new(key, number),
+            time: Timestamp(time),
+            ..Flow::default()
+        }
+    }
+
+    #[test]
+    fn flows_are_not_printed_twice_and_none_is_skipped() {
+        let mut recent = Recent::default();
+        assert!(recent.resume().is_none());
+        let second = 1_000_000_000;
+        for (number, time) in [
+            (1, second),
+            (5, 10 * second),
+            (4, 10 * second + 1),
+            (7, 10 * second + 2),
+        ] {
+            assert!(recent.insert(&flow(1, number, time)));
+        }
+        assert!(!recent.insert(&flow(1, 4, 10 * second + 1)));
+        // 6 can still be missing, and 3 is older than every flow that can.
+        assert_eq!(recent.resume().and_then(Uuid::number), Some(4));
+        assert!(!recent.is_other_ring(&Uuid::new(1, 9)) && recent.is_other_ring(&Uuid::new(2, 9)));
+        // After a restart of the daemon, flows of the new ring count.
+        assert!(recent.insert(&flow(2, 4, 10 * second + 3)));
+        assert_eq!(recent.resume(), Some(&Uuid::new(2, 4)));
+    }
+
+    #[test]
+    fn the_memory_of_a_follower_is_bounded() {
+        let mut recent = Recent::default();
+        for number in 0..MAX_RECENT as u64 + 10 {
+            recent.insert(&flow(1, number, 0));
+        }
+        assert_eq!((recent.order.len(), recent.known.len()), (MAX_RECENT, MAX_RECENT));
+    }
+
+    #[test]
+    fn raw_filters_are_yaml_with_json() {
+        let mut builder = FilterBuilder::new(Timestamp(0));
+        builder.flag("from-label", "app in ('a')").unwrap();
+        builder.flag("not", "").unwrap();
+        builder.flag("verdict", "dropped").unwrap();
+        assert_eq!(
+            raw_filters(&builder.finish_api().unwrap()).unwrap(),
+            "allowlist:\n    - '{\"source_label\":[\"app in (''a'')\"]}'\ndenylist:\n    - '{\"verdict\":[\"DROPPED\"]}'\n"
+        );
+        assert_eq!(raw_filters(&ApiFilters::default()).unwrap(), "{}\n");
     }
 }

@@ -68,7 +68,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             | PolicyCommand::Trace(_)
             | PolicyCommand::Suggest(_),
         )
-        | Command::Explain(_) => None,
+        | Command::Explain(_)
+        | Command::Observe(_) => None,
         _ => Some(socket(cli)?),
     };
     let socket = || asked.clone().map_or_else(|| socket(cli), Ok);
@@ -165,9 +166,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         },
         Command::Explain(args) => explain::explain((&cli.config, cli.names_config()), socket, args),
         Command::Log(command) => log::run(&socket()?, command),
-        Command::Observe(args) => flows::observe(&socket()?, args),
         Command::Replay(args) => replay::replay(&cli.config, args),
         Command::Capture(args) => capture::capture(&socket()?, args),
+        Command::Observe(args) => flows::observe(socket, args),
         Command::Monitor {
             types,
             related_to,

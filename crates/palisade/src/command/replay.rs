@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use palisade_abi::Reason;
-use palisade_flowlog::{Flow, Timestamp, format::Printer};
+use palisade_flowlog::{Flow, Timestamp, format::Listing};
 use palisade_replay::{Reader, Replay, Report, Summary};
 use serde_json::json;
 
@@ -58,7 +58,7 @@ pub(super) fn replay(config: &Path, args: &ReplayArgs) -> anyhow::Result<u8> {
     let mut run = Run {
         offline,
         replay,
-        printer: args.printer(),
+        listing: Listing::new(args.printer()),
         out: BufWriter::with_capacity(1 << 16, io::stdout().lock()),
         shows_flows: !args.summary,
         progress: Progress::new(io::stderr().is_terminal() && args.file.as_os_str() != "-"),
@@ -89,7 +89,7 @@ pub(super) fn replay(config: &Path, args: &ReplayArgs) -> anyhow::Result<u8> {
 struct Run<'a> {
     offline: Offline,
     replay: Replay,
-    printer: Printer,
+    listing: Listing,
     out: BufWriter<io::StdoutLock<'a>>,
     shows_flows: bool,
     progress: Progress,
@@ -140,7 +140,7 @@ impl Run<'_> {
                     Flow::from_record(record, &names, time)
                 }
             };
-            let text = self.printer.flow(&flow);
+            let text = self.listing.flow(&flow, None);
             self.out.write_all(text.as_bytes())?;
             if !text.ends_with('\n') {
                 self.out.write_all(b"\n")?;

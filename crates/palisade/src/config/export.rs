@@ -9,7 +9,7 @@ use super::{
     model::Export,
     reader::{Reader, Section},
 };
-use crate::field_mask::FieldMask;
+use palisade_flowlog::FieldMask;
 
 /// Maximum number of exports. Each has a thread and a buffer.
 const MAX_EXPORTS: usize = 16;

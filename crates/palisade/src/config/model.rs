@@ -19,7 +19,7 @@ use palisade_model::{
 use palisade_protocols::http1;
 use palisade_worker::Mode;
 
-use crate::field_mask::FieldMask;
+use palisade_flowlog::FieldMask;
 
 /// Path of the configuration without `--config`.
 pub(crate) const DEFAULT_PATH: &str = "/etc/palisade/palisade.toml";

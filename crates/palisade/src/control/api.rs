@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_flowlog::Flow;
+use palisade_flowlog::{Flow, filter::ApiFilters};
 use serde::{Deserialize, Serialize};
 
 /// A request.
@@ -271,10 +271,15 @@ pub(crate) struct CheckStep {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ObserveRequest {
-    /// Flags of `palisade observe` with their values, in the order of the command line.
-    pub filters: Vec<(String, String)>,
+    /// Filters and range of times.
+    pub query: ApiFilters,
     /// Whether to continue with flows that arrive later.
     pub follow: bool,
+    /// Number of oldest matching flows to send, instead of `last`.
+    pub first: Option<usize>,
+    /// Identifier of a flow after which to continue; if the daemon does not know the flow, with its oldest one. Replaces
+    /// `last`.
+    pub after: Option<String>,
     /// Number of most recent matching flows to send; `None` for all.
     pub last: Option<usize>,
 }

@@ -376,7 +376,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::field_mask::FieldMask;
+    use palisade_flowlog::FieldMask;
 
     const TIMEOUT: Duration = Duration::from_secs(30);
 

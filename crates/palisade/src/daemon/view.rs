@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
 use ipnet::IpNet;
@@ -32,6 +32,8 @@ pub(super) struct View {
     revision: u64,
     /// Labels of the node, `key=value`.
     node_labels: Arc<[Arc<str>]>,
+    /// Kinds of policies by their names, made at the first use.
+    kinds: OnceLock<HashMap<Arc<str>, PolicyKind>>,
     owners: HashMap<u16, Owner>,
     addresses: HashMap<IpAddr, Owner>,
 }
@@ -104,6 +106,7 @@ impl View {
             learned,
             revision,
             node_labels: node_labels(inventory),
+            kinds: OnceLock::new(),
             owners,
             addresses,
         }
@@ -115,6 +118,18 @@ impl View {
         labels.map_or_else(Vec::new, |labels| {
             labels.iter().map(ToString::to_string).collect()
         })
+    }
+
+    /// Returns the kind of a policy, if a rule of this policy is or was in force.
+    fn kind_of(&self, policy: &str) -> Option<PolicyKind> {
+        let kinds = self.kinds.get_or_init(|| {
+            let places = self.snapshot.rules.values().filter_map(|rule| match &rule.key {
+                RuleKey::Rule(place) => Some((Arc::clone(&place.policy), place.kind)),
+                _ => None,
+            });
+            places.collect()
+        });
+        kinds.get(policy).copied()
     }
 
     /// Returns the text of a rule.
@@ -201,7 +216,7 @@ impl FlowResolver for EventNames {
         if let Some(known) = lock(&self.rules).get(&id) {
             return Some(known.clone());
         }
-        let rule = flow_rule(self.view.snapshot.rules.get(&id)?, self.view.revision);
+        let rule = flow_rule(self.view.snapshot.rules.get(&id)?, &self.view);
         lock(&self.rules).insert(id, rule.clone());
         Some(rule)
     }
@@ -238,14 +253,14 @@ fn node_labels(inventory: &Inventory) -> Arc<[Arc<str>]> {
         .collect()
 }
 
-fn flow_rule(rule: &RuleInfo, revision: u64) -> FlowRule {
+fn flow_rule(rule: &RuleInfo, view: &View) -> FlowRule {
     let policy = |qualified: &str, kind: &str| {
         let (namespace, name) = qualified.split_once('/').unwrap_or(("", qualified));
         FlowPolicy {
             name: name.into(),
             namespace: namespace.into(),
             kind: kind.into(),
-            revision,
+            revision: view.revision,
             ..FlowPolicy::default()
         }
     };
@@ -256,7 +271,7 @@ fn flow_rule(rule: &RuleInfo, revision: u64) -> FlowRule {
     let policies = match &rule.key {
         RuleKey::Rule(place) => vec![policy(&place.policy, kind_name(place.kind))],
         RuleKey::DefaultDeny { policy: name, .. } | RuleKey::DefaultAllow { policy: name, .. } => {
-            vec![policy(name, "")]
+            vec![policy(name, view.kind_of(name).map_or("", kind_name))]
         }
         RuleKey::AlwaysEnforced { .. }
         | RuleKey::NotEnforced { .. }

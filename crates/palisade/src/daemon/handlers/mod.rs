@@ -1,11 +1,13 @@
 //! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
-//! thread. This module dispatches the requests, and sends flows to `palisade observe`.
+//! thread. Module `observe` sends flows. This module
+//! dispatches the requests.
 
 mod capture;
 mod control;
 mod explain;
 mod intercept;
 mod maps;
+mod observe;
 
 use std::{
     io,
@@ -14,11 +16,11 @@ use std::{
         atomic::{AtomicBool, AtomicU64},
         mpsc::{RecvTimeoutError, Sender},
     },
-    time::{Duration, Instant, SystemTime},
+    time::Duration,
 };
 
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
-use palisade_flowlog::{FilterBuilder, Next, Ordered, Ring, Timestamp};
+use palisade_flowlog::Ring;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -35,8 +37,7 @@ use super::{
 use crate::{
     config::with_option,
     control::{
-        ALIVE_INTERVAL,
-        api::{self, ObserveRequest, Request},
+        api::{self, Request},
         server::{Counts, Handler, Sink},
     },
 };
@@ -45,15 +46,6 @@ use crate::{
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest wait for a lookup by the control thread.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
-/// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
-const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// Time for which followed flows are held back so that they can be sorted. Records of workers and events of the
-/// programs can reach the ring in the wrong order; their times then differ by at most a tick of the coarse clock plus
-/// the scheduling delay of the threads.
-const REORDER_WINDOW: Duration = Duration::from_millis(50);
-/// Largest number of flows that are held back for sorting.
-const MAX_REORDERED_FLOWS: usize = 4_096;
-
 /// Answers clients, each on a thread of its own. Requests that the published view or the maps can answer do not involve
 /// the control thread, which can be busy with a compilation.
 pub(super) struct Handlers {
@@ -85,8 +77,8 @@ pub(super) struct Handlers {
 impl Handler for Handlers {
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
         let answer = match request {
-            Request::Observe(request) => return self.observe(&request, sink),
             Request::Capture(request) => return self.capture(&request, sink),
+            Request::Observe(request) => return observe::observe(&self.ring, &request, sink),
             Request::Ping => Ok(Value::Null),
             Request::Status => json(self.status()),
             Request::Stop { detach } => {
@@ -168,7 +160,11 @@ impl Handlers {
     }
 
     /// Sends a message to the control thread and waits for the answer.
-    fn send<T>(&self, deadline: Duration, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, String> {
+    pub(super) fn send<T>(
+        &self,
+        deadline: Duration,
+        message: impl FnOnce(Reply<T>) -> Message,
+    ) -> Result<T, String> {
         let (reply, receiver) = Reply::channel();
         let gone = || "the daemon is ending".to_owned();
         self.control.send(message(reply)).map_err(|_| gone())?;
@@ -187,59 +183,6 @@ impl Handlers {
                 ))
             }
             Err(RecvTimeoutError::Disconnected) => Err(gone()),
-        }
-    }
-
-    fn observe(&self, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
-        let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
-        let built = request
-            .filters
-            .iter()
-            .try_for_each(|(flag, value)| builder.flag(flag, value))
-            .and_then(|()| builder.finish());
-        let filters = match built {
-            Ok(filters) => filters,
-            Err(error) => return sink.send(&api::Answer::Error(error.to_string())),
-        };
-        let (mut flows, mut cursor) = self.ring.last(request.last.unwrap_or(usize::MAX), &filters);
-        flows.sort_by_key(|flow| flow.time);
-        for flow in flows {
-            sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
-        }
-        sink.flush()?;
-        if !request.follow {
-            return sink.send(&api::Answer::Ok(Value::Null));
-        }
-        if !sink.follow() {
-            let why = "too many clients follow flows at the same time; end one of them".to_owned();
-            return sink.send(&api::Answer::Error(why));
-        }
-        let mut said = Instant::now();
-        let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
-        loop {
-            while let Some(next) = cursor.read() {
-                match next {
-                    Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
-                    Next::Flow(_) => {}
-                    Next::Lost(count) => sink.queue(&api::Answer::Lost(count))?,
-                }
-            }
-            while let Some(flow) = ordered.due(Instant::now()) {
-                sink.queue(&api::Answer::Flow(Box::new((*flow).clone())))?;
-            }
-            sink.flush()?;
-            let timeout = if ordered.is_empty() {
-                FOLLOW_POLL_INTERVAL
-            } else {
-                REORDER_WINDOW
-            };
-            if !cursor.wait(timeout) && sink.closed() {
-                return Ok(());
-            }
-            if said.elapsed() >= ALIVE_INTERVAL {
-                sink.send(&api::Answer::Alive)?;
-                said = Instant::now();
-            }
         }
     }
 }

@@ -3,7 +3,6 @@
 
 mod clients;
 mod collect;
-mod control_part;
 mod flows;
 mod health;
 mod process;

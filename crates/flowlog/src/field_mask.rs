@@ -114,14 +114,14 @@ struct Node {
 
 /// Fields of a flow to keep.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct FieldMask(Node);
+pub struct FieldMask(Node);
 
 impl FieldMask {
     /// Adds a path to the mask.
     ///
     /// # Errors
     /// A text if a flow has no such field.
-    pub(crate) fn add(&mut self, path: &str) -> Result<(), String> {
+    pub fn add(&mut self, path: &str) -> Result<(), String> {
         check(path)?;
         let mut node = &mut self.0;
         for part in path.split('.') {
@@ -135,13 +135,22 @@ impl FieldMask {
         Ok(())
     }
 
+    /// Adds paths with commas between.
+    ///
+    /// # Errors
+    /// A text if a flow has no such field.
+    pub fn add_list(&mut self, paths: &str) -> Result<(), String> {
+        paths.split(',').try_for_each(|path| self.add(path.trim()))
+    }
+
     /// Returns whether the mask selects no field, which stands for all fields.
-    pub(crate) fn is_empty(&self) -> bool {
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         self.0.below.is_empty()
     }
 
     /// Removes the fields that the mask does not select from the JSON form of a flow.
-    pub(crate) fn apply(&self, flow: &mut Value) {
+    pub fn apply(&self, flow: &mut Value) {
         if !self.is_empty() {
             keep(&self.0, flow);
         }

@@ -1,0 +1,95 @@
+//! Flows for `palisade observe` and `palisade monitor`.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use palisade_flowlog::{Cursor, Filters, Flow, Next, Ordered, Ring};
+use serde_json::Value;
+
+use crate::control::{
+    ALIVE_INTERVAL,
+    api::{Answer, ObserveRequest},
+    server::Sink,
+};
+
+/// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
+const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
+/// Time for which followed flows are held back so that they can be sorted. Records of workers and events of the
+/// programs can reach the ring in the wrong order; their times then differ by at most a tick of the coarse clock plus
+/// the scheduling delay of the threads.
+const REORDER_WINDOW: Duration = Duration::from_millis(50);
+/// Largest number of flows that are held back for sorting.
+const MAX_REORDERED_FLOWS: usize = 4_096;
+
+/// Sends the flows of a request.
+pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
+    let filters = match Filters::compile(&request.query) {
+        Ok(filters) => filters,
+        Err(error) => return sink.send(&Answer::Error(error.to_string())),
+    };
+    let (mut flows, mut cursor) = match (&request.after, request.first) {
+        (Some(uuid), _) => {
+            let mut cursor = ring.after(uuid).unwrap_or_else(|| ring.oldest());
+            (recorded(&mut cursor, &filters, sink)?, cursor)
+        }
+        (None, Some(count)) => (ring.first(count, &filters), ring.follow()),
+        (None, None) => ring.last(request.last.unwrap_or(usize::MAX), &filters),
+    };
+    flows.sort_by_key(|flow| flow.time);
+    for flow in flows {
+        sink.queue(&Answer::Flow(Box::new((*flow).clone())))?;
+    }
+    sink.flush()?;
+    if !request.follow {
+        return sink.send(&Answer::Ok(Value::Null));
+    }
+    if !sink.follow() {
+        let why = "too many clients follow flows at the same time; end one of them".to_owned();
+        return sink.send(&Answer::Error(why));
+    }
+    let mut said = Instant::now();
+    let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
+    loop {
+        while let Some(next) = cursor.read() {
+            match next {
+                Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
+                Next::Flow(_) => {}
+                Next::Lost(count) => sink.queue(&Answer::Lost(count))?,
+            }
+        }
+        while let Some(flow) = ordered.due(Instant::now()) {
+            sink.queue(&Answer::Flow(Box::new((*flow).clone())))?;
+        }
+        sink.flush()?;
+        let timeout = if ordered.is_empty() {
+            FOLLOW_POLL_INTERVAL
+        } else {
+            REORDER_WINDOW
+        };
+        if !cursor.wait(timeout) && sink.closed() {
+            return Ok(());
+        }
+        if said.elapsed() >= ALIVE_INTERVAL {
+            sink.send(&Answer::Alive)?;
+            said = Instant::now();
+        }
+    }
+}
+
+/// Returns the flows from the cursor on that pass the filters, at most as many as the ring has, and reports lost ones.
+fn recorded(cursor: &mut Cursor, filters: &Filters, sink: &mut dyn Sink) -> io::Result<Vec<Arc<Flow>>> {
+    let mut flows = Vec::new();
+    // One read more, since lost flows take one. Flows that arrive meanwhile are left to the loop of the caller.
+    for _ in 0..=cursor.behind() {
+        match cursor.read() {
+            Some(Next::Flow(flow)) if filters.matches(&flow) => flows.push(flow),
+            Some(Next::Flow(_)) => {}
+            Some(Next::Lost(count)) => sink.queue(&Answer::Lost(count))?,
+            None => break,
+        }
+    }
+    Ok(flows)
+}
