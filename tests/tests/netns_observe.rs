@@ -535,3 +535,201 @@ fn list_commands_show_the_current_state() {
         .to_string();
     assert_ne!(before, after);
 }
+
+/// Returns the flows of JSON lines, without other lines.
+fn json_flows(text: &str) -> Vec<serde_json::Value> {
+    let lines = text.lines().filter(|line| line.starts_with('{'));
+    let values = lines.map(|line| serde_json::from_str::<serde_json::Value>(line).expect(line));
+    values
+        .map(|mut value| value["flow"].take())
+        .filter(|flow| !flow.is_null())
+        .collect()
+}
+
+fn uuid(flow: &serde_json::Value) -> String {
+    flow["uuid"].as_str().expect("a uuid").to_owned()
+}
+
+#[test]
+fn flows_are_chosen_by_number_time_and_identifier_and_read_from_a_file() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("p.yaml", POLICIES)])
+        .expect("daemon");
+    world.expect(
+        &daemon,
+        "front -> back tcp/80 open
+         far -> back tcp/80 drop
+         far -> back udp/53 drop",
+    );
+    flows::expect(&daemon, &world, ("far", "back"), 53, "DROPPED", None);
+    let observe = |daemon: &palisade_testbed::Daemon, args: &[&str]| {
+        let all = [&["observe"], args].concat();
+        daemon.cli(&all).expect("observe")
+    };
+
+    // The oldest ones, in the order of their times.
+    let all = json_flows(&observe(&daemon, &["--all", "-o", "json"]));
+    let first = json_flows(&observe(&daemon, &["--first", "3", "-o", "jsonpb"]));
+    let ids = |flows: &[serde_json::Value]| flows.iter().map(uuid).collect::<Vec<_>>();
+    assert_eq!(ids(&first), ids(&all[..3]));
+    // With all digits of the fraction, times are sorted as texts are.
+    let padded = |flow: &serde_json::Value| {
+        let time = flow["time"].as_str().expect("a time").trim_end_matches('Z');
+        let (seconds, fraction) = time.split_once('.').unwrap_or((time, ""));
+        format!("{seconds}.{fraction:0<9}")
+    };
+    let times: Vec<_> = all.iter().map(padded).collect();
+    assert!(times.is_sorted(), "{times:?}");
+
+    // One by its identifier, as JSON and as a line. Both families have flows.
+    for family in FAMILIES {
+        let back = world.addr("back", family).to_string();
+        let dropped = daemon
+            .wait_flows(&["--to-ip", &back, "--verdict", "DROPPED"], "drops", |flows| {
+                !flows.is_empty()
+            })
+            .expect("flows");
+        let one = &dropped[0];
+        assert_eq!(one["destination"]["workloads"][0]["name"], "back", "{one:#}");
+        assert!(one["drop_reason_desc"].is_string(), "{one:#}");
+        let found = daemon.flows(&["--uuid", &uuid(one)]).expect("flows");
+        assert!(found.len() == 1 && found[0] == *one, "{found:#?}");
+        let line = observe(&daemon, &["--uuid", &uuid(one)]);
+        assert!(line.contains("default/back:"), "{line}");
+
+        // From the printed time on, in local time and in UTC.
+        for zone in [&[][..], &["--utc"]] {
+            let printed = observe(&daemon, &[&["--uuid", &uuid(one)], zone].concat());
+            let stamp = &printed[.."Apr 28 01:04:16.656".len()];
+            let since = [&["--since", stamp, "-o", "json"], zone].concat();
+            let since = json_flows(&observe(&daemon, &since));
+            assert!(ids(&since).contains(&uuid(one)), "{stamp}: {since:#?}");
+            let until = [&["--until", stamp, "-o", "json"], zone].concat();
+            let until = json_flows(&observe(&daemon, &until));
+            assert!(!ids(&until).contains(&uuid(one)) || one["time"].to_string().contains(".000Z"));
+        }
+    }
+
+    // A saved listing is read without a daemon, with the same lines and filters.
+    let last = uuid(all.last().expect("a flow"));
+    let saved = observe(&daemon, &["--all", "-o", "json"]);
+    let file = world.topology.dir().join("flows.json");
+    std::fs::write(&file, &saved).expect("write");
+    let file = file.to_str().expect("UTF-8");
+    let drops = ["--verdict", "DROPPED", "--protocol", "udp"];
+    let live = observe(&daemon, &[&["--all"], &drops[..]].concat());
+    daemon.terminate().expect("end");
+    let read = observe(&daemon, &[&["--input-file", file], &drops[..]].concat());
+    assert!(!read.is_empty() && live.starts_with(&read), "{live}\n{read}");
+    let again = observe(&daemon, &["--input-file", file, "-o", "json"]);
+    assert_eq!(json_flows(&again), json_flows(&saved));
+    let one = observe(&daemon, &["--input-file", file, "--uuid", &last, "-o", "table"]);
+    assert!(one.starts_with("TIMESTAMP ") && one.lines().count() == 2, "{one}");
+    let masked = observe(
+        &daemon,
+        &[
+            "--input-file",
+            file,
+            "--last",
+            "1",
+            "-o",
+            "json",
+            "--field-mask",
+            "verdict",
+        ],
+    );
+    assert_eq!(
+        json_flows(&masked)[0].as_object().map(serde_json::Map::len),
+        Some(1),
+        "{masked}"
+    );
+    let filters = observe(&daemon, &["--pod", "shop/web", "--print-raw-filters"]);
+    assert_eq!(
+        filters,
+        "allowlist:\n    - '{\"source_pod\":[\"shop/web\"]}'\n    - '{\"destination_pod\":[\"shop/web\"]}'\n"
+    );
+
+    // A line that is no flow is named.
+    std::fs::write(world.topology.dir().join("bad.json"), format!("{saved}{{\n")).expect("write");
+    let bad = world.topology.dir().join("bad.json");
+    let bad = daemon
+        .try_cli(&[
+            "observe",
+            "--input-file",
+            bad.to_str().expect("UTF-8"),
+            "-o",
+            "json",
+        ])
+        .expect("observe");
+    let errors = String::from_utf8_lossy(&bad.stderr);
+    let line = saved.lines().count() + 1;
+    assert!(
+        bad.status.code() == Some(1) && errors.contains(&format!("bad.json:{line}:")),
+        "{errors}"
+    );
+    assert_eq!(
+        json_flows(&String::from_utf8_lossy(&bad.stdout)),
+        json_flows(&saved)
+    );
+    for (args, why) in [
+        (&["--service", "shop/web"][..], "Kubernetes services"),
+        (
+            &["--allowlist", "{\"source_cluster_name\":[\"prod\"]}"],
+            "source_cluster_name",
+        ),
+    ] {
+        let refused = daemon.try_cli(&[&["observe"], args].concat()).expect("observe");
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && text.contains(why), "{text}");
+    }
+}
+
+#[test]
+fn a_follower_continues_after_a_restart_of_the_daemon() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("p.yaml", POLICIES)])
+        .expect("daemon");
+    let dir = world.topology.dir();
+    let follow = Process::spawn(
+        "observe",
+        daemon.command(&["observe", "--follow", "--verdict", "DROPPED", "-o", "json"]),
+        dir,
+    )
+    .expect("observe");
+    let drops = || {
+        let flows = json_flows(&follow.log());
+        flows.iter().map(uuid).collect::<Vec<_>>()
+    };
+    let cause = || world.check("far -> back tcp/80 drop").map(drop).expect("check");
+    wait_until("the follower shows a drop", OPEN, || {
+        cause();
+        !drops().is_empty()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", follow.log()));
+    daemon.restart().expect("restart");
+    wait_until(
+        "the follower has said that the daemon was gone and is there again",
+        OPEN,
+        || {
+            let log = follow.log();
+            log.contains("waiting for the daemon") && log.contains("the daemon answers again")
+        },
+    )
+    .unwrap_or_else(|error| panic!("{error:#}: {}", follow.log()));
+    cause();
+    // The follower has what the new daemon has recorded, each flow once.
+    wait_until("the follower shows the drops of the new daemon", OPEN, || {
+        let recorded = daemon.flows(&["--verdict", "DROPPED"]).unwrap_or_default();
+        let shown = drops();
+        !recorded.is_empty() && recorded.iter().all(|flow| shown.contains(&uuid(flow)))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", follow.log()));
+    let mut once = drops();
+    let count = once.len();
+    once.sort();
+    once.dedup();
+    assert_eq!(once.len(), count, "a flow was printed twice: {}", follow.log());
+    assert!(follow.log().contains("was restarted"), "{}", follow.log());
+}
