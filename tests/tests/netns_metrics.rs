@@ -384,6 +384,25 @@ fn a_prometheus_scrapes_the_daemon_and_answers_a_query() {
             daemon.report()
         );
     }
+    // Prometheus understands every expression of the dashboard.
+    let dashboard = fs::read_to_string(repository("config/grafana/palisade.json")).expect("file");
+    let mut panels = 0;
+    for line in dashboard
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("\"expr\": "))
+    {
+        let expression: String = serde_json::from_str(line.trim_end_matches(',')).expect("a text");
+        let expression = expression
+            .replace("$__rate_interval", "1m")
+            .replace("$instance", ".*");
+        let query = format!("query={expression}");
+        let url = "http://127.0.0.1:9091/api/v1/query";
+        let got = curl(node, &["--data-urlencode", &query, url], OPEN).expect("curl");
+        let answer: Value = serde_json::from_str(&got.body).unwrap_or_default();
+        assert_eq!(answer["status"], "success", "{expression}: {got:?}");
+        panels += 1;
+    }
+    assert!(panels > 50, "{panels}");
     let targets = ask("targets");
     assert_eq!(
         targets["data"]["activeTargets"][0]["lastError"], "",

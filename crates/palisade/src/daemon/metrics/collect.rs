@@ -11,6 +11,7 @@ use std::{
 };
 
 use palisade_abi::{Direction, EventKind};
+use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::DropReason;
 use palisade_metrics::{Format, Lost, Report, Table, Value, encode, own};
 use palisade_model::snapshot::{RuleInfo, RuleKey};
@@ -20,8 +21,10 @@ use super::{
         handlers::Handlers,
         measured::lock,
         message::{ClientRequest, Message},
+        watchdog::hanging,
     },
     clients::Clients,
+    control_part::ControlPart,
     flows::Counted,
     health::{self, Health},
     process,
@@ -53,15 +56,13 @@ pub(super) struct Collector {
     counted: Arc<Mutex<Counted>>,
     clients: Arc<Clients>,
     series_per_metric: usize,
+    /// Not part of the state of scrapes, so that `/readyz` does not wait for a scrape.
+    control: Mutex<ControlPart>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// The last answer of the control thread.
-    status: Option<Status>,
-    /// Whether the last request to the control thread was answered, and why not.
-    control: Option<(Instant, Result<(), String>)>,
     /// Text of the last scrape in each format.
     texts: HashMap<Format, (Instant, Arc<str>)>,
     /// Time that the last read of all values took.
@@ -82,6 +83,7 @@ impl Collector {
             counted,
             clients,
             series_per_metric,
+            control: Mutex::default(),
             state: Mutex::default(),
         }
     }
@@ -120,47 +122,45 @@ impl Collector {
 
     /// Returns whether everything is attached and in force, at most [`MAX_AGE`] ago.
     pub(super) fn ready(&self) -> Health {
-        let mut state = lock(&self.state);
-        match self.ask_control(&mut state) {
-            Err(problem) => health::ready(vec![problem]),
-            Ok(()) => health::ready(state.status.as_ref().map_or_else(Vec::new, |status| {
-                let mut missing = status.missing.clone();
-                if !status.ready && missing.is_empty() {
-                    missing.push("the daemon is not ready".to_owned());
-                }
-                missing
-            })),
-        }
+        let (status, outcome) = self.ask_control();
+        let missing = match (status, outcome) {
+            (_, Err(problem)) => vec![problem],
+            (Some(status), Ok(())) => status.missing,
+            (None, Ok(())) => vec!["the daemon has no status".to_owned()],
+        };
+        health::ready(missing)
     }
 
-    /// Asks the control thread for its part of the status, unless it was asked recently. The answer is in
-    /// [`State::status`].
-    fn ask_control(&self, state: &mut State) -> Result<(), String> {
-        if let Some((at, outcome)) = &state.control
-            && at.elapsed() < MAX_AGE
-        {
-            return outcome.clone();
-        }
-        let answer = self.handlers.send(CONTROL_DEADLINE, |reply| {
-            Message::Client(ClientRequest::Status(reply))
-        });
-        let outcome = answer.map(|status| state.status = Some(status));
-        state.control = Some((Instant::now(), outcome.clone()));
-        outcome
+    /// Returns the last answer of the control thread, and whether the thread has answered recently or why not. Asks the
+    /// thread unless it was asked recently.
+    fn ask_control(&self) -> (Option<Status>, Result<(), String>) {
+        let handlers = &*self.handlers;
+        let send = |reply| {
+            let message = Message::Client(ClientRequest::Status(reply));
+            handlers.control.send(message).is_ok()
+        };
+        let busy = || {
+            let heartbeats = handlers.heartbeats.as_deref();
+            hanging(&handlers.activity, heartbeats, Duration::ZERO, monotonic_coarse())
+                .unwrap_or_else(|| "the control thread is busy".to_owned())
+        };
+        let mut control = lock(&self.control);
+        let outcome = control.ask(MAX_AGE, CONTROL_DEADLINE, send, busy);
+        (control.status.clone(), outcome)
     }
 
     fn report(&self, state: &mut State) -> Report {
         let handlers = &*self.handlers;
         let mut report = Report::default();
         report.info(&own::BUILD, &[env!("CARGO_PKG_VERSION")]);
-        let control = self.ask_control(state);
-        report.add(&own::CONTROL_UP, &[], control.is_ok());
+        let (status, outcome) = self.ask_control();
+        report.add(&own::CONTROL_UP, &[], outcome.is_ok());
         let busy = handlers
             .activity
             .busy()
             .map_or(0.0, |(time, _)| time.as_secs_f64());
         report.add(&own::CONTROL_BUSY, &[], busy);
-        if let Some(status) = &state.status {
+        if let Some(status) = &status {
             of_control(status, &mut report);
             // An error means that a map cannot be read. The metrics of all maps are then missing from the scrape, and
             // an alert on their absence fires.
@@ -178,10 +178,7 @@ impl Collector {
         self.servers(&mut report);
         {
             let counted = lock(&self.counted);
-            let workers = state
-                .status
-                .as_ref()
-                .map_or(&[][..], |status| &status.workers.workers);
+            let workers = status.as_ref().map_or(&[][..], |status| &status.workers.workers);
             let lost_by_workers: u64 = workers.iter().map(|worker| worker.records_lost).sum();
             let unsent = handlers.datapath.counters().unsent_events().unwrap_or_default();
             let lost = Lost {
@@ -508,5 +505,25 @@ const fn direction_name(direction: Direction) -> &'static str {
 impl State {
     fn overflow(&mut self, table: &Table) {
         *self.overflows.entry(table.name()).or_default() += table.overflowed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use palisade_inspect::Stats;
+
+    use super::*;
+
+    #[test]
+    fn the_values_that_are_gauges_are_those_of_the_inspectors() {
+        let (mut gauges, mut counters) = (BTreeSet::new(), BTreeSet::new());
+        Stats::default().visit(&mut |metric, _| {
+            let names = if metric.now { &mut gauges } else { &mut counters };
+            names.insert(metric.name);
+        });
+        assert_eq!(gauges, BTreeSet::from(ITEMS));
+        assert!(gauges.is_disjoint(&counters));
     }
 }

@@ -3,6 +3,7 @@
 
 mod clients;
 mod collect;
+mod control_part;
 mod flows;
 mod health;
 mod process;
