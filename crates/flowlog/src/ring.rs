@@ -308,7 +308,9 @@ impl Ring {
         }
     }
 
-    fn oldest_number(&self) -> u64 {
+    /// Returns the number of the oldest flow.
+    #[must_use]
+    pub fn oldest_number(&self) -> u64 {
         self.seen().saturating_sub(self.slots.len() as u64)
     }
 
@@ -326,7 +328,9 @@ impl Ring {
         }
     }
 
-    fn get(&self, number: u64) -> Option<Arc<Flow>> {
+    /// Returns the flow with a number, if the flow is still in the ring.
+    #[must_use]
+    pub fn get(&self, number: u64) -> Option<Arc<Flow>> {
         self.entry(number).map(|entry| entry.flow())
     }
 }

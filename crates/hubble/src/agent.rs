@@ -1,0 +1,255 @@
+//! Events of the daemon: changes of policies, endpoints and the ipcache. A bounded ring keeps the most recent ones.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use palisade_flowlog::Timestamp;
+
+use crate::{
+    convert::{encode, time},
+    proto::{
+        flow::{self as pb, AgentEventType, agent_event::Notification},
+        observer::GetAgentEventsResponse,
+    },
+    range::Source,
+    wire::Encoded,
+};
+
+/// Number of events that are kept.
+const CAPACITY: usize = 4_096;
+
+/// Event of the daemon.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum AgentEvent {
+    /// The daemon has started.
+    Started,
+    /// Policies have changed.
+    PolicyUpdated {
+        /// Names of the policies, or of the file.
+        labels: Vec<String>,
+        /// Revision of the policies.
+        revision: u64,
+        /// Number of rules.
+        rules: u64,
+    },
+    /// Policies were removed.
+    PolicyDeleted {
+        /// Names of the policies, or of the file.
+        labels: Vec<String>,
+        /// Revision of the policies.
+        revision: u64,
+        /// Number of rules.
+        rules: u64,
+    },
+    /// An endpoint has a new policy.
+    EndpointRegenerated {
+        /// Number of the endpoint.
+        id: u16,
+        /// Labels of its identity.
+        labels: Vec<String>,
+        /// Why the policy is not in force; `None` if it is.
+        error: Option<String>,
+    },
+    /// An endpoint has appeared.
+    EndpointCreated(EndpointName),
+    /// An endpoint has gone.
+    EndpointDeleted(EndpointName),
+    /// An address or prefix has an identity.
+    IpcacheUpserted(IpcacheChange),
+    /// An address or prefix has lost its identity.
+    IpcacheDeleted(IpcacheChange),
+}
+
+/// Endpoint in an event.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct EndpointName {
+    /// Number.
+    pub id: u16,
+    /// Labels of its identity.
+    pub labels: Vec<String>,
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+}
+
+/// Change of the identity of an address or prefix.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct IpcacheChange {
+    /// Address or prefix, with its length.
+    pub cidr: String,
+    /// Identity now, or the last one.
+    pub identity: u32,
+    /// Identity before.
+    pub old_identity: Option<u32>,
+    /// Name of the endpoint or peer, or the DNS name of a learned address.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+}
+
+fn message(event: AgentEvent, at: Timestamp) -> pb::AgentEvent {
+    let endpoint = |name: EndpointName| {
+        Notification::EndpointUpdate(pb::EndpointUpdateNotification {
+            id: name.id.into(),
+            labels: name.labels,
+            error: String::new(),
+            pod_name: name.name,
+            namespace: name.namespace,
+        })
+    };
+    let ipcache = |change: IpcacheChange| {
+        Notification::IpcacheUpdate(pb::IpCacheNotification {
+            cidr: change.cidr,
+            identity: change.identity,
+            old_identity: change.old_identity,
+            namespace: change.namespace,
+            pod_name: change.name,
+            ..pb::IpCacheNotification::default()
+        })
+    };
+    let policy = |labels, revision, rules| {
+        Notification::PolicyUpdate(pb::PolicyUpdateNotification {
+            labels,
+            revision,
+            rule_count: i64::try_from(rules).unwrap_or(i64::MAX),
+        })
+    };
+    let (kind, notification) = match event {
+        AgentEvent::Started => (
+            AgentEventType::AgentStarted,
+            Notification::AgentStart(pb::TimeNotification { time: Some(time(at)) }),
+        ),
+        AgentEvent::PolicyUpdated {
+            labels,
+            revision,
+            rules,
+        } => (AgentEventType::PolicyUpdated, policy(labels, revision, rules)),
+        AgentEvent::PolicyDeleted {
+            labels,
+            revision,
+            rules,
+        } => (AgentEventType::PolicyDeleted, policy(labels, revision, rules)),
+        AgentEvent::EndpointRegenerated { id, labels, error } => (
+            if error.is_some() {
+                AgentEventType::EndpointRegenerateFailure
+            } else {
+                AgentEventType::EndpointRegenerateSuccess
+            },
+            Notification::EndpointRegenerate(pb::EndpointRegenNotification {
+                id: id.into(),
+                labels,
+                error: error.unwrap_or_default(),
+            }),
+        ),
+        AgentEvent::EndpointCreated(name) => (AgentEventType::EndpointCreated, endpoint(name)),
+        AgentEvent::EndpointDeleted(name) => (AgentEventType::EndpointDeleted, endpoint(name)),
+        AgentEvent::IpcacheUpserted(change) => (AgentEventType::IpcacheUpserted, ipcache(change)),
+        AgentEvent::IpcacheDeleted(change) => (AgentEventType::IpcacheDeleted, ipcache(change)),
+    };
+    pb::AgentEvent {
+        r#type: kind.into(),
+        notification: Some(notification),
+    }
+}
+
+/// The most recent events.
+#[derive(Debug, Default)]
+pub(crate) struct AgentRing(Mutex<Content>);
+
+#[derive(Debug, Default)]
+struct Content {
+    /// Number of the oldest event.
+    first: u64,
+    events: VecDeque<(Timestamp, Encoded)>,
+}
+
+impl AgentRing {
+    /// Adds an event; a full ring drops the oldest one.
+    pub(crate) fn push(&self, event: AgentEvent, node: &str, at: Timestamp) {
+        let encoded = encode(&GetAgentEventsResponse {
+            agent_event: Some(message(event, at)),
+            node_name: node.to_owned(),
+            time: Some(time(at)),
+        });
+        let mut content = self.content();
+        if content.events.len() >= CAPACITY {
+            content.events.pop_front();
+            content.first += 1;
+        }
+        content.events.push_back((at, encoded));
+    }
+
+    fn content(&self) -> MutexGuard<'_, Content> {
+        // A poisoned lock is used all the same: no code under it leaves the ring half changed if it panics.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Source for AgentRing {
+    type Event = (Timestamp, Encoded);
+
+    fn first(&self) -> u64 {
+        self.content().first
+    }
+
+    fn next(&self) -> u64 {
+        let content = self.content();
+        content.first + content.events.len() as u64
+    }
+
+    fn get(&self, number: u64) -> Option<Self::Event> {
+        let content = self.content();
+        let at = usize::try_from(number.checked_sub(content.first)?).ok()?;
+        content.events.get(at).cloned()
+    }
+
+    fn time(event: &Self::Event) -> Timestamp {
+        event.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn the_ring_keeps_the_newest_events_with_their_numbers() {
+        let ring = AgentRing::default();
+        for id in 0..=u16::try_from(CAPACITY).unwrap() {
+            let created = AgentEvent::EndpointCreated(EndpointName {
+                id,
+                name: "web".into(),
+                ..EndpointName::default()
+            });
+            ring.push(created, "node", Timestamp(7));
+        }
+        assert_eq!((ring.first(), ring.next()), (1, CAPACITY as u64 + 1));
+        assert!(ring.get(0).is_none());
+        let (at, encoded) = ring.get(1).unwrap();
+        assert_eq!(at, Timestamp(7));
+        let said = GetAgentEventsResponse::decode(encoded.0).unwrap();
+        assert_eq!(said.node_name, "node");
+        let event = said.agent_event.unwrap();
+        assert_eq!(event.r#type(), AgentEventType::EndpointCreated);
+        let Some(Notification::EndpointUpdate(update)) = event.notification else {
+            panic!("{event:?}");
+        };
+        assert_eq!((update.id, &*update.pod_name), (1, "web"));
+    }
+
+    #[test]
+    fn a_failed_regeneration_is_a_failure() {
+        let failed = AgentEvent::EndpointRegenerated {
+            id: 3,
+            labels: vec!["k8s:app=web".into()],
+            error: Some("the policy map is full".into()),
+        };
+        let event = message(failed, Timestamp(0));
+        assert_eq!(event.r#type(), AgentEventType::EndpointRegenerateFailure);
+    }
+}

@@ -1,0 +1,34 @@
+//! The flow API: the observer, peer and health services over gRPC, with the names and numbers of the public
+//! definitions, so that existing clients can read the flows of this node.
+//!
+//! The crate opens no sockets. The daemon makes an [`Api`] of the flow ring and passes connections to [`serve`]. A
+//! reader of flows is a stream over the ring that converts a flow when the connection has room for the flow: a reader
+//! that is slow, or that stopped reading, delays no other reader and no writer, and its memory is bounded.
+//!
+//! Depends on `palisade-flowlog` (flows, ring, filters). Start at [`Api`], then [`server`].
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub)]
+
+pub mod agent;
+mod authority;
+mod connection;
+mod convert;
+mod filter;
+mod health;
+mod mask;
+mod namespaces;
+mod observer;
+mod peer;
+pub mod proto;
+mod range;
+mod readers;
+mod schema;
+mod server;
+mod stream;
+mod wake;
+pub mod wire;
+
+pub use connection::{Connection, ConnectionId};
+pub use readers::Counts;
+pub use server::{Api, Limits, Node, serve};

@@ -1,0 +1,295 @@
+//! The server: state that all services share, and the dispatch of requests to services.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant, SystemTime},
+};
+
+use palisade_flowlog::{Ring, Timestamp};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_stream::Stream;
+use tonic::{
+    Status,
+    body::Body,
+    codegen::{Service, http},
+    transport::{Server, server::Connected},
+};
+
+use crate::{
+    agent::{AgentEvent, AgentRing},
+    connection::ConnectionId,
+    namespaces::Namespaces,
+    proto::services::{
+        health_server::HealthServer, observer_server::ObserverServer, peer_server::PeerServer,
+    },
+    readers::{Counts, Readers},
+    stream::Shared as SharedResponses,
+    wake::Wake,
+};
+
+/// Longest request, bytes.
+const MAX_REQUEST_BYTES: usize = 256 << 10;
+/// Longest list of header fields of a request, bytes.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// Maximum number of concurrent requests of one connection.
+const MAX_STREAMS_PER_CONNECTION: u32 = 64;
+/// Maximum number of streams that only wait for changes: of health and of peers.
+const MAX_WATCHERS: usize = 256;
+/// Interval of HTTP/2 pings, and the time within which a client must answer one.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// Flows that [`Api::find_namespaces`] looks at before it lets other tasks run.
+const TURN_FLOWS: usize = 512;
+
+/// Name and address of this node.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    /// Name.
+    pub name: Arc<str>,
+    /// Version, such as `0.1.0`.
+    pub version: String,
+    /// Address of the API for other nodes: `HOST:PORT` or `unix://PATH`.
+    pub address: String,
+    /// Name in the certificate of the server; `None` without TLS.
+    pub tls_name: Option<String>,
+}
+
+impl Node {
+    pub(crate) fn long_version(&self) -> String {
+        format!("palisade v{}", self.version)
+    }
+}
+
+/// Limits of the server.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Maximum number of streams of flows and events.
+    pub readers: usize,
+}
+
+struct Shared {
+    node: Node,
+    ring: Arc<Ring>,
+    agent: Arc<AgentRing>,
+    readers: Arc<Readers>,
+    watchers: Arc<AtomicUsize>,
+    wake: Arc<Wake>,
+    namespaces: Arc<Namespaces>,
+    responses: Arc<SharedResponses>,
+    /// Serializes searches for namespaces.
+    search: tokio::sync::Mutex<()>,
+    started: Instant,
+}
+
+/// The services, and what they share.
+#[derive(Clone)]
+pub struct Api(Arc<Shared>);
+
+impl Api {
+    /// Returns the services over a ring of flows.
+    ///
+    /// # Errors
+    /// Fails if the thread that waits for the ring cannot be started.
+    pub fn new(ring: Arc<Ring>, node: Node, limits: Limits) -> io::Result<Self> {
+        let readers = Readers::new(limits.readers);
+        Ok(Self(Arc::new(Shared {
+            wake: Wake::start(&ring, &readers)?,
+            node,
+            ring,
+            agent: Arc::default(),
+            readers,
+            watchers: Arc::default(),
+            namespaces: Arc::default(),
+            responses: Arc::default(),
+            search: tokio::sync::Mutex::default(),
+            started: Instant::now(),
+        })))
+    }
+
+    /// Adds an event of the daemon.
+    pub fn report(&self, event: AgentEvent) {
+        let now = Timestamp::from_system_time(SystemTime::now());
+        self.0.agent.push(event, &self.0.node.name, now);
+        self.0.wake.notify().notify_waiters();
+    }
+
+    /// Returns the counters of readers.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.0.readers.counts()
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.0.node
+    }
+
+    pub(crate) fn ring(&self) -> &Arc<Ring> {
+        &self.0.ring
+    }
+
+    pub(crate) fn agent_ring(&self) -> &Arc<AgentRing> {
+        &self.0.agent
+    }
+
+    pub(crate) fn readers(&self) -> &Arc<Readers> {
+        &self.0.readers
+    }
+
+    pub(crate) fn wake(&self) -> &Arc<Wake> {
+        &self.0.wake
+    }
+
+    pub(crate) fn namespaces(&self) -> &Arc<Namespaces> {
+        &self.0.namespaces
+    }
+
+    pub(crate) fn shared_responses(&self) -> &Arc<SharedResponses> {
+        &self.0.responses
+    }
+
+    pub(crate) fn uptime_ns(&self) -> u64 {
+        u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Returns the place of a stream that only waits for changes.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED` if there are too many.
+    pub(crate) fn watcher(&self) -> Result<Watcher, Status> {
+        let watcher = Watcher(Arc::clone(&self.0.watchers));
+        // The value counts itself, so that every early return releases the place.
+        if watcher.0.fetch_add(1, Ordering::SeqCst) >= MAX_WATCHERS {
+            return Err(Status::resource_exhausted(format!(
+                "{MAX_WATCHERS} clients watch already; end one of them"
+            )));
+        }
+        Ok(watcher)
+    }
+
+    /// Notes the namespaces of all flows in the ring.
+    pub(crate) async fn find_namespaces(&self) {
+        let _turn = self.0.search.lock().await;
+        let ring = &self.0.ring;
+        let numbers = ring.oldest_number()..ring.seen();
+        for (number, looked) in numbers.zip(1_usize..) {
+            if let Some(flow) = ring.get(number) {
+                self.0.namespaces.note(&flow);
+            }
+            if looked.is_multiple_of(TURN_FLOWS) {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// The place of one stream that waits for changes; given back when the value is dropped.
+pub(crate) struct Watcher(Arc<AtomicUsize>);
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Stream of one message, which then stays open without another one: what the message says does not change while the
+/// server runs.
+pub(crate) struct Held<T> {
+    first: Option<T>,
+    _watcher: Watcher,
+}
+
+impl<T> Held<T> {
+    pub(crate) const fn new(first: T, watcher: Watcher) -> Self {
+        Self {
+            first: Some(first),
+            _watcher: watcher,
+        }
+    }
+}
+
+impl<T: Unpin> Stream for Held<T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        // The task is woken when the client closes the stream.
+        self.first
+            .take()
+            .map_or(Poll::Pending, |first| Poll::Ready(Some(Ok(first))))
+    }
+}
+
+/// Serves connections until `shutdown` is ready.
+///
+/// # Errors
+/// Fails if the server cannot be set up. Errors of single connections end these only.
+pub async fn serve<I, C>(
+    api: Api,
+    connections: I,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), tonic::transport::Error>
+where
+    I: Stream<Item = io::Result<C>> + Send,
+    C: AsyncRead + AsyncWrite + Connected<ConnectInfo = ConnectionId> + Unpin + Send + 'static,
+{
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .serve_with_incoming_shutdown(Dispatch::new(&api), connections, shutdown)
+        .await
+}
+
+/// Passes requests to the service that their path names.
+#[derive(Clone)]
+struct Dispatch {
+    observer: ObserverServer<Api>,
+    peer: PeerServer<Api>,
+    health: HealthServer<Api>,
+    version: http::HeaderValue,
+}
+
+impl Dispatch {
+    fn new(api: &Api) -> Self {
+        let version = http::HeaderValue::from_str(&api.node().version);
+        Self {
+            observer: ObserverServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
+            peer: PeerServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
+            health: HealthServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
+            version: version.unwrap_or_else(|_| http::HeaderValue::from_static("unknown")),
+        }
+    }
+}
+
+impl Service<http::Request<Body>> for Dispatch {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = request.uri().path().trim_start_matches('/').split('/').next();
+        let response: Self::Future = match service {
+            Some("observer.Observer") => self.observer.call(request),
+            Some("peer.Peer") => self.peer.call(request),
+            Some("grpc.health.v1.Health") => self.health.call(request),
+            _ => Box::pin(async { Ok(Status::unimplemented("no such service").into_http()) }),
+        };
+        let version = self.version.clone();
+        Box::pin(async move {
+            let mut response = response.await?;
+            response.headers_mut().insert("hubble-server-version", version);
+            Ok(response)
+        })
+    }
+}
