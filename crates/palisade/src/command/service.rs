@@ -22,7 +22,7 @@ use crate::{
     cli::Output,
     config::{Config, DEFAULT_PIN_DIR},
     control::{
-        api::{PolicyFile, PolicyFileState, Request, Status, Workers},
+        api::{HubbleStatus, PolicyFile, PolicyFileState, Request, Status, Workers},
         client::{Client, ClientError, ask, ask_within},
     },
     daemon, log,
@@ -393,6 +393,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         "Events:      {} read, {} suppressed by the rate limit, {} lost because the ring was full, {} slow clients cut off",
         events.read, events.suppressed, events.lost, events.slow_clients
     )?;
+    writeln!(out, "{}", hubble_text(&status.hubble))?;
     let names = &status.names;
     writeln!(
         out,
@@ -474,6 +475,24 @@ fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io
         writeln!(out, "  {line}")?;
     }
     Ok(())
+}
+
+fn hubble_text(hubble: &HubbleStatus) -> String {
+    let tls = if hubble.tls { " (TLS)" } else { "" };
+    let listen = hubble.listen.as_ref().map(|listen| format!("{listen}{tls}"));
+    let places: Vec<String> = hubble.socket.clone().into_iter().chain(listen).collect();
+    let places = if places.is_empty() {
+        "not served".to_owned()
+    } else {
+        places.join(", ")
+    };
+    format!(
+        "Flow API:    {places}; {}, {} flows lost by slow ones, {} refused, {} cut off",
+        count(hubble.readers, "reader", "readers"),
+        hubble.lost,
+        hubble.refused,
+        hubble.cut
+    )
 }
 
 /// Prints the state of the workers.

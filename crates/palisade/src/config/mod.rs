@@ -1,6 +1,7 @@
 //! The configuration: `/etc/palisade/palisade.toml`.
 
 mod export;
+mod hubble;
 mod labels;
 mod limit_option;
 mod metrics;
@@ -14,6 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use hubble::Hubble;
 pub(crate) use limit_option::{limit_hint, with_option};
 pub(crate) use metrics::{CertificateFiles, Metrics};
 pub(crate) use model::*;

@@ -57,6 +57,8 @@ pub(crate) struct Config {
     pub worker: Worker,
     /// `[metrics]`.
     pub metrics: super::Metrics,
+    /// `[hubble]`.
+    pub hubble: super::Hubble,
     /// `[[interface]]`.
     pub interfaces: Vec<Interface>,
     /// `[[endpoint]]`.

@@ -21,6 +21,7 @@ use palisade_worker::Mode;
 use toml::de::DeTable;
 
 use super::{
+    hubble::hubble,
     labels::{dns_name, namespace_labels, namespace_of, namespaces, own_labels, valid_name},
     model::{
         Attachment, Config, DEFAULT_PIN_DIR, DEFAULT_SOCKET, DEFAULT_STATE_DIR, DenyAnswer, Dns, Endpoint,
@@ -37,10 +38,12 @@ const DEFAULT_ETHER_TYPES: [u16; 2] = [0x88f7, 0x888e];
 
 pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Config {
     let root = Section::root(reader, table);
+    let node = node(root.table("node"));
     let mut config = Config {
         path: path.to_owned(),
         text: Arc::default(),
-        node: node(root.table("node")),
+        hubble: hubble(root.table("hubble"), &node.socket),
+        node,
         policy: policy(root.table("policy"), path),
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),

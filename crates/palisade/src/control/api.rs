@@ -496,6 +496,9 @@ pub(crate) struct Status {
     /// Learned names.
     #[serde(default)]
     pub names: NamesStatus,
+    /// The flow API.
+    #[serde(default)]
+    pub hubble: HubbleStatus,
     /// Packets dropped since the maps were made.
     pub drops: Vec<DropCount>,
 }
@@ -519,6 +522,25 @@ pub(crate) struct ExportStatus {
     pub rotations: u64,
     /// Why the last write failed, or why old files could not be removed.
     pub problem: Option<String>,
+}
+
+/// State of the flow API.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HubbleStatus {
+    /// Path of the unix socket, if it is served.
+    pub socket: Option<String>,
+    /// Address of the TCP listener, if it is served.
+    pub listen: Option<String>,
+    /// Whether the TCP listener uses TLS.
+    pub tls: bool,
+    /// Clients that read flows or events.
+    pub readers: usize,
+    /// Flows and events that clients have lost because they were too slow.
+    pub lost: u64,
+    /// Clients that were refused.
+    pub refused: u64,
+    /// Clients that were disconnected because they did not read.
+    pub cut: u64,
 }
 
 /// Attachment of a configured interface.

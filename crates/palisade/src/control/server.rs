@@ -27,7 +27,7 @@ use nix::{
         AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv, socket,
         sockopt::PeerCredentials,
     },
-    unistd::geteuid,
+    unistd::{Gid, geteuid},
 };
 use tracing::{debug, warn};
 
@@ -102,8 +102,9 @@ pub(crate) struct Claim {
 /// # Errors
 /// Fails if another process has the right or listens at the path, if another user could replace the socket, or if the
 /// path cannot be used for another reason.
-pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
-    let shown = || format!("[node] socket {}", path.display());
+/// `setting`: the option that error messages name.
+pub(crate) fn claim(path: &Path, setting: &str) -> anyhow::Result<Claim> {
+    let shown = || format!("{setting} {}", path.display());
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         bail!("{}: not a path of a socket", shown());
     };
@@ -126,7 +127,7 @@ pub(crate) fn claim(path: &Path) -> anyhow::Result<Claim> {
             lock.display()
         );
     }
-    let lock = lock_file(file, &lock, "[node] socket")?;
+    let lock = lock_file(file, &lock, setting)?;
     match fs::symlink_metadata(&path) {
         Ok(metadata) if !metadata.file_type().is_socket() => {
             bail!("{}: is there already and is not a socket", shown());
@@ -159,12 +160,18 @@ fn is_alive(path: &Path) -> bool {
     !matches!(connected, Err(Errno::ECONNREFUSED | Errno::ENOENT))
 }
 
-/// The listening socket. It is removed when the value is dropped.
+/// The socket at the path of a claim. It is removed when the value is dropped.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub(crate) struct Bound {
     claim: Claim,
     /// Device and inode of the socket.
     made: (u64, u64),
+}
+
+/// The listening socket. It is removed when the value is dropped.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    _bound: Bound,
     /// Counters of the server.
     pub counts: Arc<Counts>,
 }
@@ -180,7 +187,7 @@ impl Socket {
     }
 }
 
-impl Drop for Socket {
+impl Drop for Bound {
     fn drop(&mut self) {
         // If another process has bound a new socket at this path, that socket must stay.
         let there = fs::symlink_metadata(&self.claim.path);
@@ -190,20 +197,33 @@ impl Drop for Socket {
     }
 }
 
-/// Listens at the path of the claim and starts the thread that accepts clients.
-pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
+/// Makes the socket at the path of the claim. Only root and the members of `group` can connect to it.
+pub(crate) fn bind(claim: Claim, group: Option<Gid>) -> io::Result<(UnixListener, Bound)> {
     // The socket is bound under a temporary name, made private and then renamed, so that no other user can ever
     // connect.
     let private = claim.path.with_extension(format!("{}", std::process::id()));
     let _ = fs::remove_file(&private);
     let listener = UnixListener::bind(&private)?;
     fs::set_permissions(&private, fs::Permissions::from_mode(0o600))?;
+    if let Some(group) = group {
+        std::os::unix::fs::chown(&private, None, Some(group.as_raw()))?;
+        fs::set_permissions(&private, fs::Permissions::from_mode(0o660))?;
+    }
     let made = fs::symlink_metadata(&private)?;
     fs::rename(&private, &claim.path)?;
-    let counts = Arc::new(Counts::default());
-    let socket = Socket {
+    let bound = Bound {
         claim,
         made: (made.dev(), made.ino()),
+    };
+    Ok((listener, bound))
+}
+
+/// Listens at the path of the claim and starts the thread that accepts clients.
+pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Socket> {
+    let (listener, bound) = bind(claim, None)?;
+    let counts = Arc::new(Counts::default());
+    let socket = Socket {
+        _bound: bound,
         counts: Arc::clone(&counts),
     };
     thread::Builder::new().name("control".into()).spawn(move || {
@@ -413,6 +433,7 @@ mod tests {
 
     /// Limit for steps that need only CPU time, on a machine under load.
     const LONG: Duration = Duration::from_secs(60);
+    const SETTING: &str = "[node] socket";
 
     struct Echo(Mutex<Vec<Request>>);
 
@@ -435,7 +456,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("palisade.sock");
         let handler = Arc::new(Echo(Mutex::default()));
-        let socket = listen(claim(&path).unwrap(), Arc::clone(&handler)).unwrap();
+        let socket = listen(claim(&path, SETTING).unwrap(), Arc::clone(&handler)).unwrap();
         (dir, path, handler, socket)
     }
 
@@ -557,14 +578,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("precious");
         fs::write(&path, "data").unwrap();
-        assert!(claim(&path).is_err());
+        assert!(claim(&path, SETTING).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"data");
     }
 
     #[test]
     fn only_a_dead_socket_is_replaced() {
         let (_dir, path, _handler, socket) = server();
-        let error = claim(&path).unwrap_err().to_string();
+        let error = claim(&path, SETTING).unwrap_err().to_string();
         assert!(error.contains("another palisade daemon"), "{error}");
         client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
         drop(socket);
@@ -572,13 +593,13 @@ mod tests {
         // A listener that has not taken the lock, first with space in its queue, then with a full queue.
         let listener = UnixListener::bind(&path).unwrap();
         for _ in 0..3 {
-            let error = claim(&path).unwrap_err().to_string();
+            let error = claim(&path, SETTING).unwrap_err().to_string();
             assert!(error.contains("a process listens there already"), "{error}");
             nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
         }
         drop(listener);
         assert!(path.exists());
-        claim(&path).unwrap();
+        claim(&path, SETTING).unwrap();
     }
 
     #[test]

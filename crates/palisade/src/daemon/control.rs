@@ -15,6 +15,7 @@ use std::{
 use ipnet::IpNet;
 use palisade_abi::{Config as DatapathConfig, Direction, EndpointState, identity};
 use palisade_datapath::{Datapath, Rules};
+use palisade_hubble::agent::AgentEvent;
 use palisade_model::inventory::Enforcement;
 use palisade_policy::compile::CompilerState;
 use signal_hook::consts::SIGHUP;
@@ -24,6 +25,7 @@ use super::{
     enforcer::{Enforcer, endpoint_names, inventory},
     export::Exports,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
+    hubble::AgentEvents,
     interception::{InspectorRules, Interception},
     interfaces::Interfaces,
     last_good,
@@ -76,6 +78,8 @@ pub(super) struct Control {
     pub(super) exports: Exports,
     pub(super) activity: Arc<ControlActivity>,
     pub(super) measured: Arc<Measured>,
+    /// Takes the events that the flow API reports.
+    pub(super) agent_events: AgentEvents,
     pub(super) started: Instant,
     /// Number of changes that were put in force.
     pub(super) changes: u64,
@@ -256,6 +260,20 @@ impl Control {
         self.changed();
     }
 
+    /// Reports the policies of the start as agent events.
+    pub(super) fn report_first_policies(&mut self) {
+        let rules = self.enforcer.compiler.snapshot().rules.len() as u64;
+        for news in self.files.take_news() {
+            if news.event != Event::Refused {
+                self.agent_events.report(AgentEvent::PolicyUpdated {
+                    labels: news.policies.to_vec(),
+                    revision: self.changes,
+                    rules,
+                });
+            }
+        }
+    }
+
     /// Logs one line for each changed policy file. These lines are the audit trail of policy changes.
     pub(super) fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
         let news = self.files.take_news();
@@ -265,7 +283,25 @@ impl Control {
         let endpoints = self.touched(before);
         let milliseconds = begun.elapsed().as_secs_f64() * 1_000.0;
         let problem = self.enforcer.problem.as_deref();
+        let rules = self.enforcer.compiler.snapshot().rules.len() as u64;
         for news in news {
+            let labels = news.policies.to_vec();
+            match (news.event, problem) {
+                (Event::Applied | Event::Changed, None) => {
+                    self.agent_events.report(AgentEvent::PolicyUpdated {
+                        labels,
+                        revision: self.changes,
+                        rules,
+                    });
+                }
+                (Event::Removed, None) => self.agent_events.report(AgentEvent::PolicyDeleted {
+                    labels,
+                    revision: self.changes,
+                    rules,
+                }),
+                (Event::Refused, _) => {}
+                (_, Some(problem)) => self.agent_events.failed(before.keys().copied(), problem),
+            }
             let (file, policies) = (news.file, news.policies.join(","));
             let revision = self.changes;
             match (news.event, problem) {
@@ -460,6 +496,7 @@ impl Control {
             Some(Arc::clone(&self.names)),
             self.changes,
         ));
+        self.agent_events.view_published();
     }
 
     pub(super) fn attach(&mut self) {

@@ -6,7 +6,7 @@
 //! network (rtnetlink) ┤
 //! nftables (netlink) ─┼─ Message ─> control thread ─ publishes ─> View <─ events, clients
 //! signals, clients  ──┘              compile, plan, apply, attach
-//! events (BPF ring) ──> flow ring <── clients (observe), exports (files)        sweeper ──> conntrack map
+//! events (BPF ring) ──> flow ring <── clients (observe, flow API), exports        sweeper ──> conntrack map
 //! workers (punt link) ──> records ─> flow ring; rules <── control thread
 //! ```
 
@@ -21,6 +21,7 @@ mod export;
 mod files;
 mod fqdn;
 mod handlers;
+mod hubble;
 mod interception;
 mod interfaces;
 mod keeper;

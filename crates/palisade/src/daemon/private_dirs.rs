@@ -43,7 +43,7 @@ pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
     let pins = private_dir(&node.pin_dir, "[node] pin_dir")?;
     let pins = lock_dir(&pins, "pin_dir")?;
     Ok(PrivateDirs {
-        socket: server::claim(&node.socket)?,
+        socket: server::claim(&node.socket, "[node] socket")?,
         state_problem,
         _pins: Some(pins),
         _state: state,
@@ -64,7 +64,7 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
     Ok(PrivateDirs {
         _state: lock(&node.state_dir, "state_dir")?,
         _pins: lock(&node.pin_dir, "pin_dir")?,
-        socket: server::claim(&node.socket)?,
+        socket: server::claim(&node.socket, "[node] socket")?,
         state_problem: None,
     })
 }

@@ -38,6 +38,7 @@ use super::{
     export::Exports,
     fqdn::FqdnManager,
     handlers::Handlers,
+    hubble::{AgentEvents, AgentQueue, Hubble},
     interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
     log_control::LogControl,
@@ -75,11 +76,12 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let dirs = private_dirs::take(&config.node)?;
     let opened = open(&config, dirs.state_problem.as_deref())?;
     let watched = watch(&config, &sender)?;
-    let (mut control, records) = fill(config, opened, watched, started, &sender)?;
+    let (agent_events, agent_queue) = AgentEvents::new();
+    let (mut control, records) = fill(config, opened, watched, started, &sender, agent_events)?;
     control.reload_problem = replaced;
     attach(&mut control);
-    let socket = serve(&mut control, records, dirs.socket, sender)?;
-    control.files.take_news(); // The next line counts them.
+    let socket = serve(&mut control, records, dirs.socket, sender, agent_queue)?;
+    control.report_first_policies(); // The next line counts them.
     info!(
         ready_after = ?started.elapsed(),
         "the daemon runs with {} in force",
@@ -177,6 +179,7 @@ fn fill(
     watched: Watched,
     started: Instant,
     sender: &Sender<Message>,
+    agent_events: AgentEvents,
 ) -> anyhow::Result<(Control, RecordQueues)> {
     let Opened {
         mut state,
@@ -246,6 +249,7 @@ fn fill(
         exports: Exports::default(),
         activity: Arc::<ControlActivity>::default(),
         measured: Arc::<Measured>::default(),
+        agent_events,
         started,
         changes: 0,
         last_change: Duration::ZERO,
@@ -296,6 +300,7 @@ fn serve(
     (records, intercepted): RecordQueues,
     claim: server::Claim,
     sender: Sender<Message>,
+    agent_queue: AgentQueue,
 ) -> anyhow::Result<Socket> {
     let ring = Ring::new(control.config.limits.flows as usize);
     let datapath = Arc::clone(&control.datapath);
@@ -315,7 +320,9 @@ fn serve(
         Arc::clone(&shared),
         Arc::clone(&names),
     )?;
+    let hubble = Hubble::start(&control.config, &ring, &shared, agent_queue);
     let handlers = Arc::new(Handlers {
+        hubble,
         control: sender,
         datapath,
         shared,

@@ -231,6 +231,9 @@ impl Handlers {
                 "learned addresses cannot be written, so DNS answers with them are withheld: {problem}"
             ));
         }
+        let (hubble, problems) = self.hubble.status();
+        status.hubble = hubble;
+        status.warnings.extend(problems);
         status.events.read = self.events.load(Ordering::Relaxed);
         status.events.slow_clients = self
             .server

@@ -112,6 +112,16 @@ impl View {
         }
     }
 
+    /// Returns the owner of an endpoint number.
+    pub(super) fn owner(&self, endpoint: u16) -> Option<&Owner> {
+        self.owners.get(&endpoint)
+    }
+
+    /// Returns the owner of an address.
+    pub(super) fn owner_of(&self, address: IpAddr) -> Option<&Owner> {
+        self.addresses.get(&address)
+    }
+
     /// Returns the labels of an identity as `source:key=value`.
     pub(super) fn labels(&self, identity: Identity) -> Vec<String> {
         let labels = self.snapshot.identities.get(&identity);

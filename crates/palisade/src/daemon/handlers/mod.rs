@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use super::{
     fqdn::FqdnManager,
+    hubble::Hubble,
     interception,
     log_control::LogControl,
     measured::Measured,
@@ -54,6 +55,8 @@ pub(super) struct Handlers {
     pub(super) shared: Arc<Shared>,
     pub(super) names: Arc<FqdnManager>,
     pub(super) ring: Arc<Ring>,
+    /// The flow API.
+    pub(super) hubble: Hubble,
     /// Number of events read.
     pub(super) events: Arc<AtomicU64>,
     /// Current task of the control thread.

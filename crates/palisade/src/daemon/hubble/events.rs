@@ -1,0 +1,207 @@
+//! Events of the daemon for the flow API. The control thread only says that something has changed, and never waits; a
+//! thread of the API compares the published views.
+
+use std::{
+    collections::HashMap,
+    fmt::Display,
+    hash::Hash,
+    io,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+};
+
+use ipnet::IpNet;
+use palisade_abi::{EndpointState, IpcacheEntry};
+use palisade_hubble::{
+    Api,
+    agent::{AgentEvent, EndpointName, IpcacheChange},
+};
+use tracing::warn;
+
+use super::{
+    super::view::{Shared, View, prefix_text},
+    threads::lower_priority,
+};
+
+/// Notices that wait for the thread of the API.
+const QUEUED_NOTICES: usize = 256;
+
+#[derive(Debug)]
+enum Notice {
+    /// A new view was published.
+    View,
+    /// An event that is complete.
+    Event(Box<AgentEvent>),
+}
+
+/// Takes notices of the control thread and of the FQDN manager.
+#[derive(Clone, Debug)]
+pub(crate) struct AgentEvents {
+    notices: SyncSender<Notice>,
+    /// Notices for which the queue had no room.
+    lost: Arc<AtomicU64>,
+}
+
+/// The other end of [`AgentEvents`].
+#[derive(Debug)]
+pub(crate) struct AgentQueue {
+    notices: Receiver<Notice>,
+    lost: Arc<AtomicU64>,
+}
+
+impl AgentEvents {
+    pub(crate) fn new() -> (Self, AgentQueue) {
+        let (sender, notices) = sync_channel(QUEUED_NOTICES);
+        let lost = Arc::<AtomicU64>::default();
+        let queue = AgentQueue {
+            notices,
+            lost: Arc::clone(&lost),
+        };
+        (
+            Self {
+                notices: sender,
+                lost,
+            },
+            queue,
+        )
+    }
+
+    /// Says that a new view was published. If the queue is full, the thread will compare the newest view anyway.
+    pub(crate) fn view_published(&self) {
+        let _ = self.notices.try_send(Notice::View);
+    }
+
+    /// Reports an event. Never waits: the event is lost if the queue is full.
+    pub(crate) fn report(&self, event: AgentEvent) {
+        if let Err(TrySendError::Full(_)) = self.notices.try_send(Notice::Event(Box::new(event))) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Reports that a change of the policies is not in force.
+    pub(crate) fn failed(&self, endpoints: impl Iterator<Item = u16>, problem: &str) {
+        for id in endpoints {
+            self.report(AgentEvent::EndpointRegenerated {
+                id,
+                labels: Vec::new(),
+                error: Some(problem.to_owned()),
+            });
+        }
+    }
+}
+
+impl AgentQueue {
+    /// Starts the thread that takes the notices.
+    pub(super) fn serve(self, api: Api, shared: Arc<Shared>) -> io::Result<()> {
+        thread::Builder::new()
+            .name("hubble-events".into())
+            .spawn(move || {
+                lower_priority();
+                api.report(AgentEvent::Started);
+                let mut known = Arc::<View>::default();
+                let mut lost = 0;
+                for notice in self.notices {
+                    match notice {
+                        Notice::View => {
+                            let now = shared.get();
+                            if !Arc::ptr_eq(&known, &now) {
+                                changes(&known, &now, |event| api.report(event));
+                                known = now;
+                            }
+                        }
+                        Notice::Event(event) => api.report(*event),
+                    }
+                    let now_lost = self.lost.load(Ordering::Relaxed);
+                    if now_lost != lost {
+                        warn!(count = now_lost - lost, "agent events of the flow API were lost");
+                        lost = now_lost;
+                    }
+                }
+            })
+            .map(drop)
+    }
+}
+
+/// Reports the differences between two views: endpoints, then the ipcache.
+fn changes(before: &View, now: &View, mut report: impl FnMut(AgentEvent)) {
+    let name = |view: &View, id: u16, state: &EndpointState| {
+        let owner = view.owner(id);
+        EndpointName {
+            id,
+            labels: view.labels(state.identity),
+            name: owner.map(|owner| owner.name.to_string()).unwrap_or_default(),
+            namespace: owner.map(|owner| owner.namespace.to_string()).unwrap_or_default(),
+        }
+    };
+    let (old, new) = (&before.snapshot.endpoints, &now.snapshot.endpoints);
+    for (id, state) in old.iter().filter(|(id, _)| !new.contains_key(id)) {
+        report(AgentEvent::EndpointDeleted(name(before, *id, state)));
+    }
+    for (id, state) in new {
+        let known = old.get(id);
+        if known.is_none() {
+            report(AgentEvent::EndpointCreated(name(now, *id, state)));
+        }
+        if known != Some(state) {
+            report(AgentEvent::EndpointRegenerated {
+                id: *id,
+                labels: now.labels(state.identity),
+                error: None,
+            });
+        }
+    }
+    let address = |address: &palisade_abi::Addr| IpNet::from(IpAddr::from(*address));
+    if !Arc::ptr_eq(&before.snapshot.addresses, &now.snapshot.addresses) {
+        let entries = (&*before.snapshot.addresses, &*now.snapshot.addresses);
+        ipcache((before, now), entries, address, &mut report);
+    }
+    if !Arc::ptr_eq(&before.snapshot.prefixes, &now.snapshot.prefixes) {
+        let entries = (&*before.snapshot.prefixes, &*now.snapshot.prefixes);
+        ipcache((before, now), entries, |key| prefix_text(*key), &mut report);
+    }
+}
+
+fn ipcache<K: Eq + Hash, T: Display>(
+    (before, now): (&View, &View),
+    (old, new): (&HashMap<K, IpcacheEntry>, &HashMap<K, IpcacheEntry>),
+    text: impl Fn(&K) -> T,
+    mut report: impl FnMut(AgentEvent),
+) {
+    let change = |view: &View, key: &K, identity: u32, old_identity: Option<u32>| {
+        let cidr = text(key).to_string();
+        let net = cidr.parse::<IpNet>().ok();
+        let address = net.filter(|net| net.prefix_len() == net.max_prefix_len());
+        let owner = address.and_then(|net| view.owner_of(net.addr()));
+        IpcacheChange {
+            cidr,
+            identity,
+            old_identity,
+            name: owner.map(|owner| owner.name.to_string()).unwrap_or_default(),
+            namespace: owner.map(|owner| owner.namespace.to_string()).unwrap_or_default(),
+        }
+    };
+    for (key, entry) in old.iter().filter(|(key, _)| !new.contains_key(key)) {
+        report(AgentEvent::IpcacheDeleted(change(
+            before,
+            key,
+            entry.identity,
+            None,
+        )));
+    }
+    for (key, entry) in new {
+        let known = old.get(key).map(|entry| entry.identity);
+        if known != Some(entry.identity) {
+            report(AgentEvent::IpcacheUpserted(change(
+                now,
+                key,
+                entry.identity,
+                known,
+            )));
+        }
+    }
+}

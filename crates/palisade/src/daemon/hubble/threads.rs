@@ -1,0 +1,14 @@
+//! Priority of the threads of the flow API.
+
+use tracing::warn;
+
+/// Added to the nice value (setpriority(2)) of the API's threads.
+const NICE: i32 = 10;
+
+/// Lowers the priority of the calling thread.
+pub(super) fn lower_priority() {
+    // Linux has a nice value for each thread. Without it the API only competes with other threads as an equal.
+    if let Err(problem) = rustix::process::nice(NICE) {
+        warn!(error = %problem, "the priority of a thread of the flow API cannot be lowered");
+    }
+}

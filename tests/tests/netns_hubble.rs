@@ -1,0 +1,835 @@
+//! The flow API, read by a client in another language that has the public definitions.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    path::Path,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use palisade_testbed::{
+    Daemon,
+    daemon::Settings,
+    ns::wait_until,
+    output,
+    topology::{FAMILIES, Family},
+};
+use palisade_tests::{
+    World,
+    fixtures::{
+        apps::{Apps, apps},
+        hubble::{Reply, call, calls, credentials, replies, socket, start},
+        pki::{Authority, Validity},
+    },
+    setup::{daemon_with, question, request, tables, webs},
+    world,
+};
+use serde_json::{Value, json};
+
+const LONG: Duration = Duration::from_secs(60);
+
+const POLICIES: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: allow-front}
+spec:
+  endpointSelector: {matchLabels: {app: back}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+    toPorts:
+    - ports: [{port: \"80\", protocol: TCP}, {port: \"53\", protocol: UDP}]
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: no-db}
+spec:
+  endpointSelector: {matchLabels: {app: back}}
+  ingressDeny:
+  - fromEndpoints: [{matchLabels: {app: db}}]
+    toPorts:
+    - ports: [{port: \"80\", protocol: TCP}]
+";
+
+/// Makes calls to the unix socket of a daemon.
+#[track_caller]
+fn ask(daemon: &Daemon, ns: &palisade_testbed::Ns, list: &[Value]) -> HashMap<String, Reply> {
+    calls(ns, &socket(daemon), None, list).unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+}
+
+/// A value at a path such as `source.labels`; the JSON form leaves out default values.
+fn at<'a>(flow: &'a Value, path: &str) -> &'a Value {
+    path.split('.').fold(flow, |value, key| &value[key])
+}
+
+fn text<'a>(flow: &'a Value, path: &str) -> &'a str {
+    at(flow, path).as_str().unwrap_or_default()
+}
+
+fn number(flow: &Value, path: &str) -> u64 {
+    at(flow, path).as_u64().unwrap_or_default()
+}
+
+fn list<'a>(flow: &'a Value, path: &str) -> Vec<&'a str> {
+    let values = at(flow, path).as_array();
+    values.into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+fn port(flow: &Value, end: &str) -> u64 {
+    let key = format!("{end}_port");
+    let l4 = flow["l4"].as_object();
+    l4.and_then(|l4| l4.values().next())
+        .and_then(|transport| transport[&key].as_u64())
+        .unwrap_or_default()
+}
+
+fn uuids<'a>(flows: impl IntoIterator<Item = &'a Value>) -> BTreeSet<String> {
+    flows
+        .into_iter()
+        .map(|flow| text(flow, "uuid").to_owned())
+        .collect()
+}
+
+type Predicate = Box<dyn Fn(&Value) -> bool>;
+
+/// A filter, and what its flows have in common.
+fn case(filter: Value, wanted: impl Fn(&Value) -> bool + 'static) -> (Value, Predicate) {
+    (filter, Box::new(wanted))
+}
+
+/// Checks that the server chooses, by each filter, exactly the flows that the predicate chooses among all flows.
+#[track_caller]
+fn check_filters(daemon: &Daemon, ns: &palisade_testbed::Ns, cases: &[(Value, Predicate)]) {
+    let all = &ask(daemon, ns, &[call("all", "GetFlows", json!({}))])["all"];
+    assert_eq!(all.code, "OK", "{all:?}");
+    let last = all
+        .responses
+        .last()
+        .map(|last| last["time"].clone())
+        .expect("flows");
+    // Later flows do not count.
+    let until = json!({"until": last});
+    let mut list = vec![call("all", "GetFlows", until.clone())];
+    for (index, (filter, _)) in cases.iter().enumerate() {
+        for side in ["whitelist", "blacklist"] {
+            let mut asked = until.clone();
+            asked[side] = json!([filter]);
+            list.push(call(&format!("{side} {index}"), "GetFlows", asked));
+        }
+    }
+    let said = ask(daemon, ns, &list);
+    let all = said["all"].flows();
+    for (index, (filter, wanted)) in cases.iter().enumerate() {
+        let (chosen, others): (Vec<&Value>, Vec<&Value>) = all.iter().partition(|flow| wanted(flow));
+        assert!(!chosen.is_empty(), "no flow for {filter}: {all:#?}");
+        assert!(!others.is_empty(), "{filter} chooses every flow");
+        for (side, flows) in [("whitelist", chosen), ("blacklist", others)] {
+            let reply = &said[&format!("{side} {index}")];
+            assert_eq!(reply.code, "OK", "{filter}: {}", reply.details);
+            let (have, want) = (uuids(reply.flows()), uuids(flows));
+            let wrong: Vec<_> = have.symmetric_difference(&want).collect();
+            let shown: Vec<_> = all
+                .iter()
+                .filter(|flow| wrong.contains(&&text(flow, "uuid").to_owned()))
+                .collect();
+            assert!(wrong.is_empty(), "{side} {filter}: {shown:#?}");
+        }
+    }
+}
+
+fn daemon_of(world: &World, settings: Settings) -> Daemon {
+    world
+        .daemon(settings, &[("p.yaml", POLICIES)])
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+const TRAFFIC: &str = "front -> back tcp/80 open
+     front -> back udp/53 open
+     db -> back tcp/80 drop
+     far -> back tcp/80 drop
+     far -> back ping drop
+     front -> far tcp/80 open
+     pfront -> far ping open";
+
+#[test]
+fn every_filter_of_packets_chooses_its_flows() {
+    let world = world();
+    let daemon = daemon_of(&world, Settings::default());
+    world.expect(&daemon, TRAFFIC);
+    let flows = daemon.wait_flows(&["--protocol", "icmp"], "pings", |flows| !flows.is_empty());
+    flows.expect("flows");
+    let back = world.addr("back", Family::V4).to_string();
+    let far = world.addr("far", Family::V6).to_string();
+    let all = &ask(&daemon, world.ns("node"), &[call("all", "GetFlows", json!({}))])["all"];
+    let one = (*all.flows().first().expect("flows")).clone();
+    let identity = |flow: &Value| number(flow, "source.identity");
+    let front = all
+        .flows()
+        .into_iter()
+        .find(|flow| text(flow, "source.pod_name") == "front");
+    let front = identity(front.expect("a flow of front"));
+    let interface = text(&one, "interface.name").to_owned();
+    let named = interface.clone();
+    let uuid = text(&one, "uuid").to_owned();
+    let cases = vec![
+        case(json!({"uuid": [&uuid]}), move |flow| text(flow, "uuid") == uuid),
+        case(json!({"source_ip": [&back]}), {
+            let back = back.clone();
+            move |flow| text(flow, "IP.source") == back
+        }),
+        case(json!({"destination_ip": [format!("{far}/128")]}), move |flow| {
+            text(flow, "IP.destination") == far
+        }),
+        case(json!({"source_pod": ["default/fro"]}), |flow| {
+            text(flow, "source.pod_name").starts_with("fro") && text(flow, "source.namespace") == "default"
+        }),
+        case(json!({"destination_pod": ["default/back"]}), |flow| {
+            text(flow, "destination.pod_name") == "back"
+        }),
+        case(json!({"source_pod": ["prod/"]}), |flow| {
+            text(flow, "source.namespace") == "prod"
+        }),
+        case(json!({"source_label": ["app in (front)"]}), |flow| {
+            list(flow, "source.labels").contains(&"k8s:app=front")
+        }),
+        case(json!({"destination_label": ["k8s:app=back"]}), |flow| {
+            list(flow, "destination.labels").contains(&"k8s:app=back")
+        }),
+        case(json!({"source_workload": [{"name": "db"}]}), |flow| {
+            flow["source"]["workloads"][0]["name"] == "db"
+        }),
+        case(
+            json!({"destination_workload": [{"name": "back", "kind": "Pod"}]}),
+            |flow| flow["destination"]["workloads"][0]["name"] == "back",
+        ),
+        case(json!({"source_identity": [front]}), move |flow| {
+            identity(flow) == front
+        }),
+        case(json!({"destination_identity": [front]}), move |flow| {
+            number(flow, "destination.identity") == front
+        }),
+        case(json!({"traffic_direction": [2]}), |flow| {
+            number(flow, "traffic_direction") == 2
+        }),
+        case(json!({"verdict": [2]}), |flow| number(flow, "verdict") == 2),
+        case(json!({"drop_reason_desc": [181]}), |flow| {
+            number(flow, "drop_reason_desc") == 181
+        }),
+        case(json!({"event_type": [{"type": 5}]}), |flow| {
+            number(flow, "event_type.type") == 5
+        }),
+        case(
+            json!({"event_type": [{"type": 1, "match_sub_type": true, "sub_type": 133}]}),
+            |flow| number(flow, "event_type.type") == 1 && number(flow, "event_type.sub_type") == 133,
+        ),
+        case(json!({"protocol": ["udp"]}), |flow| {
+            flow["l4"].get("UDP").is_some()
+        }),
+        case(json!({"protocol": ["icmp"]}), |flow| {
+            flow["l4"].get("ICMPv4").is_some() || flow["l4"].get("ICMPv6").is_some()
+        }),
+        case(json!({"source_port": ["80"]}), |flow| port(flow, "source") == 80),
+        case(json!({"destination_port": ["53", "81"]}), |flow| {
+            [53, 81].contains(&port(flow, "destination"))
+        }),
+        case(json!({"reply": [true]}), |flow| flow["is_reply"] == true),
+        case(json!({"tcp_flags": [{"FIN": true, "ACK": true}]}), |flow| {
+            at(flow, "l4.TCP.flags.FIN") == true && at(flow, "l4.TCP.flags.ACK") == true
+        }),
+        case(json!({"ip_version": [2]}), |flow| {
+            number(flow, "IP.ipVersion") == 2
+        }),
+        case(json!({"interface": [{"name": named}]}), move |flow| {
+            text(flow, "interface.name") == interface
+        }),
+        // All fields of one filter must match, and one value of each.
+        case(
+            json!({"source_pod": ["front", "db"], "destination_port": ["80"], "ip_version": [1], "verdict": [1, 2]}),
+            |flow| {
+                ["front", "db"].contains(&text(flow, "source.pod_name"))
+                    && text(flow, "source.namespace") == "default"
+                    && port(flow, "destination") == 80
+                    && number(flow, "IP.ipVersion") == 1
+                    && [1, 2].contains(&number(flow, "verdict"))
+            },
+        ),
+    ];
+    check_filters(&daemon, world.ns("node"), &cases);
+}
+
+const L7_RULES: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: web}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: \"80\", protocol: TCP}]
+      rules:
+        http: [{method: GET, path: /public.*}]
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: \"53\", protocol: UDP}]
+      rules:
+        dns: [{matchPattern: \"*.example\"}]
+";
+
+fn l7_daemon(apps: &Apps) -> Daemon {
+    daemon_with(&apps.topology, &Settings::default(), &[("web.yaml", L7_RULES)])
+}
+
+#[test]
+fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
+    let apps = apps();
+    let _webs = webs(&apps, ["internet"], &[80], &[]);
+    let daemon = l7_daemon(&apps);
+    for family in FAMILIES {
+        wait_until("an allowed request", LONG, || {
+            request(&apps, family, "/public/a?x=1") == Some(200)
+        })
+        .expect("200");
+        assert_eq!(request(&apps, family, "/secret"), Some(403));
+        let _ = question(&apps, family, "www.denied.test");
+        let _ = question(&apps, family, "api.web.example");
+    }
+    for protocol in ["http", "dns"] {
+        let filters = ["--protocol", protocol, "--verdict", "dropped"];
+        daemon
+            .wait_flows(&filters, protocol, |flows| flows.len() >= 2)
+            .expect("records");
+    }
+    let http = |flow: &Value| flow["l7"].get("http").cloned().unwrap_or_default();
+    let cases = vec![
+        case(json!({"protocol": ["http"]}), move |flow| http(flow).is_object()),
+        case(json!({"protocol": ["dns"]}), |flow| {
+            flow["l7"].get("dns").is_some()
+        }),
+        case(json!({"dns_query": ["^www\\.denied"]}), |flow| {
+            text(flow, "l7.dns.query").starts_with("www.denied")
+        }),
+        case(json!({"http_status_code": ["200"]}), |flow| {
+            number(flow, "l7.http.code") == 200
+        }),
+        case(json!({"http_status_code": ["2+"]}), |flow| {
+            number(flow, "l7.http.code") / 100 == 2
+        }),
+        case(json!({"http_method": ["get"]}), |flow| {
+            text(flow, "l7.http.method") == "GET"
+        }),
+        case(json!({"http_path": ["^/public/[a-z]$"]}), |flow| {
+            text(flow, "l7.http.url").contains("/public/a")
+        }),
+        case(json!({"http_url": ["/secret$"]}), |flow| {
+            text(flow, "l7.http.url").ends_with("/secret")
+        }),
+        case(json!({"event_type": [{"type": 129}]}), |flow| {
+            number(flow, "Type") == 2
+        }),
+    ];
+    check_filters(&daemon, apps.ns("node"), &cases);
+    let all = &ask(&daemon, apps.ns("node"), &[call("all", "GetFlows", json!({}))])["all"];
+    let denied = all
+        .flows()
+        .into_iter()
+        .find(|flow| text(flow, "l7.http.url").ends_with("/secret") && number(flow, "l7.type") == 1);
+    let denied = denied.expect("the denied request");
+    assert_eq!(number(denied, "verdict"), 2, "{denied:#}");
+    assert_eq!(text(denied, "l7.http.protocol"), "HTTP/1.1", "{denied:#}");
+    assert_eq!(denied["egress_denied_by"][0]["name"], "web", "{denied:#}");
+    assert!(text(denied, "Summary").contains("GET"), "{denied:#}");
+    let answer = all
+        .flows()
+        .into_iter()
+        .find(|flow| number(flow, "l7.http.code") == 200)
+        .expect("the response");
+    assert!(text(answer, "Summary").contains(" 200 "), "{answer:#}");
+    assert_eq!(answer["is_reply"], true, "{answer:#}");
+    let query = all
+        .flows()
+        .into_iter()
+        .find(|flow| text(flow, "l7.dns.query") == "api.web.example.");
+    assert_eq!(list(query.expect("the query"), "l7.dns.qtypes"), ["A"]);
+}
+
+#[test]
+fn packets_have_all_fields_and_the_other_methods_answer() {
+    let world = world();
+    let daemon = daemon_of(&world, Settings::default());
+    world.expect(&daemon, TRAFFIC);
+    let mut status = call("status", "ServerStatus", json!({}));
+    status["metadata"] = json!(true);
+    let mut watch = call("watch", "Watch", json!({"service": ""}));
+    let mut peers = call("peers", "Notify", json!({}));
+    (watch["count"], peers["count"]) = (json!(1), json!(1));
+    let said = ask(
+        &daemon,
+        world.ns("node"),
+        &[
+            call("flows", "GetFlows", json!({})),
+            status,
+            call("nodes", "GetNodes", json!({})),
+            call("namespaces", "GetNamespaces", json!({})),
+            call("events", "GetAgentEvents", json!({})),
+            call("debug", "GetDebugEvents", json!({})),
+            call("health", "Check", json!({"service": "hubble.server.Observer"})),
+            call("unknown service", "Check", json!({"service": "x"})),
+            watch,
+            peers,
+            call("nonsense", "Nonsense", json!({})),
+        ],
+    );
+    assert_eq!(said["flows"].code, "OK", "{:?}", said["flows"]);
+    let flows = said["flows"].flows();
+    for family in FAMILIES {
+        let (source, destination) = (
+            world.addr("db", family).to_string(),
+            world.addr("back", family).to_string(),
+        );
+        let of = |event: u64| {
+            let mut flows = flows.iter().filter(|flow| {
+                text(flow, "IP.source") == source
+                    && text(flow, "IP.destination") == destination
+                    && number(flow, "event_type.type") == event
+                    && number(flow, "drop_reason_desc") == 181
+            });
+            *flows
+                .next()
+                .unwrap_or_else(|| panic!("no event {event} of {source} in {flows:#?}"))
+        };
+        for flow in [of(1), of(5)] {
+            assert_eq!(number(flow, "verdict"), 2, "{flow:#}");
+            assert_eq!(number(flow, "drop_reason"), 181, "{flow:#}");
+            assert_eq!(flow["node_name"], "node1", "{flow:#}");
+            assert_eq!(flow["ingress_denied_by"][0]["name"], "no-db", "{flow:#}");
+            assert_eq!(flow["ingress_denied_by"][0]["namespace"], "default", "{flow:#}");
+            assert_eq!(
+                flow["ingress_denied_by"][0]["kind"], "CiliumNetworkPolicy",
+                "{flow:#}"
+            );
+            assert_eq!(number(flow, "traffic_direction"), 1, "{flow:#}");
+            assert_eq!(port(flow, "destination"), 80, "{flow:#}");
+            assert_eq!(at(flow, "l4.TCP.flags"), &json!({"SYN": true}), "{flow:#}");
+            assert_eq!(text(flow, "source.pod_name"), "db", "{flow:#}");
+            assert!(list(flow, "source.labels").contains(&"k8s:app=db"), "{flow:#}");
+            assert!(
+                number(flow, "destination.ID") > 0 && number(flow, "source.identity") > 255,
+                "{flow:#}"
+            );
+            assert!(
+                !text(flow, "ethernet.source").is_empty() && !text(flow, "interface.name").is_empty(),
+                "{flow:#}"
+            );
+            assert_eq!(text(flow, "Summary"), "TCP Flags: SYN", "{flow:#}");
+            assert_eq!(text(flow, "uuid").len(), 36, "{flow:#}");
+        }
+        let trace = flows.iter().find(|flow| {
+            text(flow, "IP.source") == world.addr("front", family).to_string()
+                && number(flow, "event_type.type") == 4
+                && port(flow, "destination") == 80
+        });
+        let trace = trace.expect("a trace");
+        assert_eq!(
+            (number(trace, "verdict"), &trace["is_reply"]),
+            (1, &json!(false)),
+            "{trace:#}"
+        );
+        assert!(
+            number(trace, "trace_observation_point") > 0 && number(trace, "trace_reason") > 0,
+            "{trace:#}"
+        );
+    }
+    let status = &said["status"];
+    assert_eq!(
+        status.metadata["hubble-server-version"],
+        env!("CARGO_PKG_VERSION")
+    );
+    let counts = &status.responses[0];
+    let count = |key: &str| text(counts, key).parse::<usize>().unwrap_or_default();
+    assert!(
+        count("num_flows") >= flows.len() && count("seen_flows") >= flows.len(),
+        "{counts}"
+    );
+    assert_eq!(count("max_flows"), 16_384, "{counts}");
+    assert!(
+        count("uptime_ns") > 0 && counts["flows_rate"].as_f64().unwrap_or_default() > 0.0,
+        "{counts}"
+    );
+    assert_eq!(counts["num_connected_nodes"], 1, "{counts}");
+    assert!(text(counts, "version").starts_with("palisade v"), "{counts}");
+    assert_eq!(said["nodes"].responses[0]["nodes"][0]["name"], "node1");
+    let namespaces = &said["namespaces"].responses[0]["namespaces"];
+    assert_eq!(
+        namespaces,
+        &json!([{"namespace": "default"}, {"namespace": "prod"}])
+    );
+    let kinds: Vec<u64> = said["events"]
+        .responses
+        .iter()
+        .map(|response| number(response, "agent_event.type"))
+        .collect();
+    for kind in [2, 3, 5, 7, 9] {
+        assert!(
+            kinds.contains(&kind),
+            "no event of type {kind}: {:#?}",
+            said["events"].responses
+        );
+    }
+    let created = said["events"]
+        .responses
+        .iter()
+        .find(|response| text(response, "agent_event.endpoint_update.pod_name") == "back");
+    assert!(created.is_some(), "{:#?}", said["events"].responses);
+    assert!(said["debug"].responses.is_empty() && said["debug"].code == "OK");
+    assert_eq!(said["health"].responses[0]["status"], 1);
+    assert_eq!(said["unknown service"].code, "NOT_FOUND");
+    assert_eq!(said["watch"].responses[0]["status"], 1);
+    assert_eq!(said["peers"].responses[0]["name"], "node1");
+    assert_eq!(said["peers"].responses[0]["type"], 1);
+    assert_eq!(said["nonsense"].code, "UNIMPLEMENTED");
+}
+
+#[test]
+fn ranges_masks_and_errors_are_those_of_the_api() {
+    let world = world();
+    let daemon = daemon_of(&world, Settings::default());
+    world.expect(&daemon, TRAFFIC);
+    let ns = world.ns("node");
+    let all = &ask(&daemon, ns, &[call("all", "GetFlows", json!({}))])["all"];
+    let (flows, count) = (all.flows(), all.responses.len());
+    assert!(count > 10, "{all:?}");
+    let (since, until) = (&flows[3]["time"], &flows[8]["time"]);
+    let mask = json!({"paths": "verdict,source.pod_name"});
+    let filter = |field: &str, value: Value| json!({"whitelist": [{field: value}]});
+    let said = ask(
+        &daemon,
+        ns,
+        &[
+            call("first", "GetFlows", json!({"number": "4", "first": true})),
+            call("last", "GetFlows", json!({"number": "4"})),
+            call("between", "GetFlows", json!({"since": since, "until": until})),
+            call(
+                "since and number",
+                "GetFlows",
+                json!({"since": since, "number": "2"}),
+            ),
+            call(
+                "masked",
+                "GetFlows",
+                json!({"number": "1", "first": true, "field_mask": "verdict,source.podName"}),
+            ),
+            call(
+                "whole",
+                "GetFlows",
+                json!({"number": "1", "first": true, "field_mask": "source,time"}),
+            ),
+            call(
+                "experimental",
+                "GetFlows",
+                json!({"number": "1", "first": true, "experimental": {"field_mask": "verdict"}}),
+            ),
+            call("bad mask", "GetFlows", json!({"field_mask": "colour"})),
+            call(
+                "first and follow",
+                "GetFlows",
+                json!({"first": true, "follow": true}),
+            ),
+            call(
+                "later filter",
+                "GetFlows",
+                filter("of_a_later_version", json!(["x"])),
+            ),
+            call("later field", "GetFlows", json!({"of_a_later_version": "x"})),
+            call("service", "GetFlows", filter("source_service", json!(["x"]))),
+            call("address", "GetFlows", filter("source_ip", json!(["10.0.0"]))),
+            call("regex", "GetFlows", filter("dns_query", json!(["("]))),
+        ],
+    );
+    let same = |id: &str, want: &[&Value]| {
+        assert_eq!(said[id].flows(), want, "{id}: {:?}", said[id]);
+    };
+    same("first", &flows[..4]);
+    same("last", &flows[count - 4..]);
+    let time = |flow: &Value| text(flow, "time").to_owned();
+    // Flows can be out of order by some microseconds.
+    let within: Vec<&Value> = flows
+        .iter()
+        .copied()
+        .filter(|flow| time(flow) >= time(flows[3]) && time(flow) <= time(flows[8]))
+        .collect();
+    same("between", &within);
+    assert_eq!(said["since and number"].flows().len(), 2);
+    let masked = said["masked"].flows()[0];
+    let keys: Vec<&String> = masked.as_object().expect("an object").keys().collect();
+    assert!(
+        keys.iter()
+            .all(|key| ["verdict", "source"].contains(&key.as_str())),
+        "{masked} {mask}"
+    );
+    assert_eq!(masked["verdict"], flows[0]["verdict"]);
+    let whole = said["whole"].flows()[0];
+    assert_eq!(
+        (&whole["source"], whole.get("Summary")),
+        (&flows[0]["source"], None)
+    );
+    assert_eq!(
+        said["experimental"].flows()[0],
+        &json!({"verdict": flows[0]["verdict"]})
+    );
+    for (id, named) in [
+        ("bad mask", "'colour'"),
+        ("first and follow", "follow"),
+        ("later filter", "field 900 of flow.FlowFilter"),
+        ("later field", "field 900 of observer.GetFlowsRequest"),
+        ("service", "source_service"),
+        ("address", "source_ip"),
+        ("regex", "dns_query"),
+    ] {
+        let reply = &said[id];
+        assert_eq!(reply.code, "INVALID_ARGUMENT", "{id}: {reply:?}");
+        assert!(reply.details.contains(named), "{id}: {reply:?}");
+    }
+}
+
+#[test]
+fn followers_get_every_flow_while_slow_ones_are_told_their_losses_and_stopped_ones_hurt_nobody() {
+    let world = world();
+    let daemon = daemon_of(
+        &world,
+        tables("[limits]\nflows = 64\nevents_per_second = 100000\n"),
+    );
+    let (ns, target) = (world.ns("node"), socket(&daemon));
+    let follow =
+        json!({"follow": true, "whitelist": [{"destination_port": ["80"], "tcp_flags": [{"SYN": true}]}]});
+    let fast = start(ns, &target, &[call("fast", "GetFlows", follow)]).expect("client");
+    let stopped = start(
+        ns,
+        &target,
+        &[call(
+            "stopped",
+            "GetFlows",
+            json!({"follow": true, "number": "1"}),
+        )],
+    )
+    .expect("client");
+    let slow = start(
+        ns,
+        &target,
+        &[call("slow", "GetFlows", json!({"follow": true, "number": "1"}))],
+    )
+    .expect("client");
+    let heard = |script: &palisade_tests::fixtures::python::Script, id: &str| {
+        replies(&script.log()).remove(id).unwrap_or_default()
+    };
+    wait_until("readers", LONG, || {
+        world
+            .check("front -> back tcp/80 open")
+            .is_ok_and(|wrong| wrong.is_empty())
+            && [(&fast, "fast"), (&stopped, "stopped"), (&slow, "slow")]
+                .into_iter()
+                .all(|(script, id)| !heard(script, id).responses.is_empty())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    let signal = |script: &palisade_tests::fixtures::python::Script, signal| {
+        kill(
+            Pid::from_raw(i32::try_from(script.pid()).expect("a process id")),
+            signal,
+        )
+        .expect("a signal");
+    };
+    signal(&stopped, Signal::SIGSTOP);
+    signal(&slow, Signal::SIGSTOP);
+    // Much more than the ring and the buffers of a connection have room for.
+    let before = heard(&fast, "fast").responses.len();
+    let flood = format!(
+        "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nfor p in range(1, 60000): s.sendto(b'x', ('{}', p))",
+        world.addr("far", Family::V4)
+    );
+    let out = output(world.ns("front").command("python3").args(["-c", &flood]), LONG).expect("python3");
+    assert!(out.status.success(), "{out:?}");
+    for family in FAMILIES {
+        let (source, line) = (
+            world.addr("front", family).to_string(),
+            "front -> back tcp/80 open",
+        );
+        wait_until("the fast reader's flow", LONG, || {
+            assert!(world.check(line).is_ok_and(|wrong| wrong.is_empty()));
+            let said = heard(&fast, "fast");
+            said.flows()
+                .iter()
+                .skip(before)
+                .any(|flow| text(flow, "IP.source") == source)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{:?}", heard(&fast, "fast")));
+    }
+    signal(&slow, Signal::SIGCONT);
+    wait_until("the report of losses", LONG, || {
+        heard(&slow, "slow").responses.iter().any(|response| {
+            number(response, "lost_events.source") == 3
+                && text(response, "lost_events.num_events_lost")
+                    .parse::<u64>()
+                    .is_ok_and(|lost| lost > 0)
+        })
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", slow.log()));
+    let status = daemon.status().expect("status");
+    assert!(
+        number(&status, "hubble.readers") >= 2 && number(&status, "hubble.lost") > 0,
+        "{status:#}"
+    );
+    signal(&stopped, Signal::SIGCONT);
+}
+
+#[test]
+fn only_root_and_the_group_can_use_the_socket() {
+    const GROUP: &str = "daemon";
+    let world = world();
+    let connects = |daemon: &Daemon, who: &[&str]| {
+        let path = daemon.socket().with_file_name("hubble.sock");
+        let script = format!(
+            "import socket; socket.socket(socket.AF_UNIX).connect('{}')",
+            path.display()
+        );
+        let mut command = world.ns("node").command("setpriv");
+        command.args(who).args(["/usr/bin/python3", "-c", &script]);
+        let out = output(&mut command, LONG).expect("setpriv");
+        let refused = String::from_utf8_lossy(&out.stderr).contains("PermissionError");
+        assert!(out.status.success() || refused, "{who:?}: {out:?}");
+        out.status.success()
+    };
+    let root = ["--reuid=0"];
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let member = ["--reuid=65534", "--regid=65534", &format!("--groups={GROUP}")];
+    for (section, group) in [
+        (String::new(), false),
+        (format!("[hubble]\ngroup = \"{GROUP}\"\n"), true),
+    ] {
+        let daemon = daemon_of(&world, tables(&section));
+        // The directory of the testbed is private.
+        let dir = daemon.socket();
+        let dir = dir.parent().expect("a directory");
+        fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("open");
+        let path = daemon.socket().with_file_name("hubble.sock");
+        wait_until("the socket", LONG, || path.exists()).expect("the socket");
+        assert!(connects(&daemon, &root));
+        assert!(!connects(&daemon, &nobody));
+        assert_eq!(connects(&daemon, &member), group);
+    }
+}
+
+#[test]
+fn tcp_needs_tls_off_the_loopback_and_clients_a_certificate_if_configured() {
+    let world = world();
+    let dir = tempfile::tempdir().expect("a directory");
+    let ca = Authority::root(dir.path(), "ca").expect("an authority");
+    let other = Authority::root(dir.path(), "other").expect("an authority");
+    let own = ca
+        .server("node1", &["node1"], Validity::Now, true)
+        .expect("a certificate");
+    let client = ca
+        .server("client", &["client"], Validity::Now, true)
+        .expect("a certificate");
+    let stranger = other
+        .server("client", &["client"], Validity::Now, true)
+        .expect("a certificate");
+    let (cert, key) = (dir.path().join("tls.crt"), dir.path().join("tls.key"));
+    let install = |from: (&Path, &Path)| {
+        fs::copy(from.0, &cert).expect("copied");
+        fs::copy(from.1, &key).expect("copied");
+        fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("private");
+    };
+    install((&own.cert, &own.key));
+    let (v4, v6) = (
+        world.at("node", Family::V4, 4244),
+        world.at("node", Family::V6, 4244),
+    );
+    let section = format!(
+        "[hubble]\nlisten = \"[::]:4244\"\ntls_certificate = {cert:?}\ntls_key = {key:?}\nclient_ca = {:?}\n",
+        ca.cert
+    );
+    let daemon = daemon_of(&world, tables(&section));
+    let ask = |at: std::net::SocketAddr, ca: &Path, own: Option<(&Path, &Path)>| {
+        let credentials = credentials("node1", ca, own);
+        let list = [
+            call("status", "ServerStatus", json!({})),
+            call("peers", "GetNodes", json!({})),
+        ];
+        calls(world.ns("far"), &at.to_string(), Some(&credentials), &list).expect("the client")["status"]
+            .clone()
+    };
+    let mine = Some((&*client.cert, &*client.key));
+    wait_until("the listener", LONG, || ask(v4, &ca.cert, mine).code == "OK")
+        .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", ask(v4, &ca.cert, mine), daemon.report()));
+    assert_eq!(ask(v6, &ca.cert, mine).code, "OK");
+    for own in [None, Some((&*stranger.cert, &*stranger.key))] {
+        assert_eq!(ask(v4, &ca.cert, own).code, "UNAVAILABLE");
+    }
+    let plain = calls(
+        world.ns("far"),
+        &v4.to_string(),
+        None,
+        &[call("x", "ServerStatus", json!({}))],
+    )
+    .expect("client");
+    assert_eq!(plain["x"].code, "UNAVAILABLE");
+
+    // A new certificate, of another authority.
+    let new = other
+        .server("node1", &["node1"], Validity::Now, true)
+        .expect("a certificate");
+    install((&new.cert, &new.key));
+    wait_until("the new certificate", LONG, || {
+        ask(v4, &other.cert, mine).code == "OK"
+    })
+    .expect("read again");
+    // A broken one: the last good one stays, with a warning.
+    fs::write(
+        &cert,
+        "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    )
+    .expect("written");
+    let status = daemon.wait_status("a warning", |status| {
+        list(status, "warnings")
+            .iter()
+            .any(|warning| warning.contains("tls_certificate"))
+    });
+    let status = status.expect("the warning");
+    assert_eq!(ask(v4, &other.cert, mine).code, "OK");
+    assert_eq!(status["hubble"]["tls"], true);
+    assert_eq!(status["ready"], true);
+
+    // Without TLS.
+    let config = dir.path().join("plain.toml");
+    for (address, valid) in [
+        ("127.0.0.1:4245", true),
+        ("[::1]:4245", true),
+        ("0.0.0.0:4245", false),
+        ("[::]:4245", false),
+    ] {
+        fs::write(&config, format!("[hubble]\nlisten = \"{address}\"\n")).expect("written");
+        let mut command = daemon.command(&["run", "--check-config"]);
+        let position = command
+            .get_args()
+            .position(|argument| argument == "--config")
+            .expect("--config");
+        let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        let mut again = std::process::Command::new(command.get_program());
+        for (index, argument) in arguments.iter().enumerate() {
+            again.arg(if index == position + 1 {
+                config.as_os_str()
+            } else {
+                argument
+            });
+        }
+        command = again;
+        let out = command.output().expect("palisade");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.success(), valid, "{address}: {said}");
+        assert!(
+            valid || said.contains("plain.toml:2:") && said.contains("without TLS"),
+            "{said}"
+        );
+    }
+}
