@@ -52,6 +52,25 @@ fn raw_headers(flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame(kind::HEADERS, flags, stream, payload)
 }
 
+const ITEM: [(&str, &str); 4] = [
+    (":method", "GET"),
+    (":scheme", "https"),
+    (":path", "/public/a"),
+    (":authority", "a.test"),
+];
+
+/// Returns a request with a further field in this representation.
+fn raw_field(stream: u32, field: &[u8]) -> Vec<u8> {
+    let block = [&block(&ITEM), field].concat();
+    raw_headers(flags::END_HEADERS | flags::END_STREAM, stream, &block)
+}
+
+/// Returns a request with a field whose value is a Huffman code.
+fn huffman(code: &[u8]) -> Vec<u8> {
+    let length = 0x80 | code.len() as u8;
+    raw_field(1, &[&[0, 1, b'x', length], code].concat())
+}
+
 #[test]
 fn invalid_frames_of_the_client_get_the_error_of_rfc_9113() {
     let priority = |stream: u32, payload: &[u8]| frame(kind::PRIORITY, 0, stream, payload);
@@ -152,6 +171,11 @@ fn invalid_frames_of_the_client_get_the_error_of_rfc_9113() {
         (
             "5.1 closed by reset: WINDOW_UPDATE",
             vec![open(1), reset(1, ErrorCode::Cancel), window(1, 1)],
+            Nothing,
+        ),
+        (
+            "5.1.1 PRIORITY of a higher stream",
+            vec![priority(3, &[0, 0, 0, 0, 255]), get(1, "/public/a")],
             Nothing,
         ),
         ("5.1.1 even stream", vec![open(2)], Goaway(ProtocolError)),
@@ -371,6 +395,202 @@ fn invalid_frames_of_the_client_get_the_error_of_rfc_9113() {
             vec![raw_headers(end_headers, 1, &[0xc6])],
             Goaway(CompressionError),
         ),
+        (
+            "5.1 half-closed: CONTINUATION",
+            vec![
+                get(1, "/public/a"),
+                frame(kind::CONTINUATION, end_headers, 1, &[0x82]),
+            ],
+            Goaway(ProtocolError),
+        ),
+        (
+            "5.1 half-closed: PRIORITY",
+            vec![get(1, "/public/a"), priority(1, &[0, 0, 0, 3, 1])],
+            Nothing,
+        ),
+        (
+            "5.1 half-closed: RST_STREAM",
+            vec![get(1, "/public/a"), reset(1, ErrorCode::Cancel)],
+            Nothing,
+        ),
+        (
+            "5.1 closed by reset: CONTINUATION",
+            vec![
+                open(1),
+                reset(1, ErrorCode::Cancel),
+                frame(kind::CONTINUATION, end_headers, 1, &[0x82]),
+            ],
+            Goaway(ProtocolError),
+        ),
+        (
+            "6.1 several DATA",
+            vec![open(1), data(1, 5, false), data(1, 0, false), data(1, 5, true)],
+            Nothing,
+        ),
+        (
+            "6.1 DATA with padding",
+            vec![
+                open(1),
+                frame(kind::DATA, flags::PADDED | flags::END_STREAM, 1, &[3, 1, 0, 0, 0]),
+            ],
+            Nothing,
+        ),
+        (
+            "6.3 PRIORITY with weight 1",
+            vec![open(1), priority(1, &[0, 0, 0, 0, 0])],
+            Nothing,
+        ),
+        (
+            "6.3 PRIORITY with weight 256",
+            vec![open(1), priority(1, &[0, 0, 0, 0, 255])],
+            Nothing,
+        ),
+        (
+            "6.3 exclusive PRIORITY",
+            vec![open(1), priority(1, &[0x80, 0, 0, 3, 15])],
+            Nothing,
+        ),
+        (
+            "6.9.1 window of the connection beyond its maximum: the server refuses the update",
+            vec![window(0, 0x7fff_ffff), window(0, 0x7fff_ffff)],
+            Nothing,
+        ),
+        (
+            "6.10 CONTINUATION after a CONTINUATION with END_HEADERS",
+            vec![
+                raw_headers(0, 1, &block(&ITEM)),
+                frame(kind::CONTINUATION, end_headers, 1, &[]),
+                frame(kind::CONTINUATION, end_headers, 1, &[0x82]),
+            ],
+            Goaway(ProtocolError),
+        ),
+        (
+            "6.10 CONTINUATION after DATA",
+            vec![
+                open(1),
+                data(1, 1, false),
+                frame(kind::CONTINUATION, end_headers, 1, &[0x82]),
+            ],
+            Goaway(ProtocolError),
+        ),
+        (
+            "7 GOAWAY with an unknown code",
+            vec![frame(kind::GOAWAY, 0, 0, &[0, 0, 0, 0, 0, 0, 0, 0xff])],
+            Nothing,
+        ),
+        (
+            "7 RST_STREAM with an unknown code",
+            vec![open(1), frame(kind::RST_STREAM, 0, 1, &[0, 0, 0, 0xff])],
+            Nothing,
+        ),
+        (
+            "8.3.1 no scheme",
+            vec![headers(
+                1,
+                true,
+                &[(":method", "GET"), (":path", "/public/a"), (":authority", "a")],
+            )],
+            Reset(ProtocolError),
+        ),
+        (
+            "8.3.1 no path",
+            vec![headers(
+                1,
+                true,
+                &[(":method", "GET"), (":scheme", "https"), (":authority", "a")],
+            )],
+            Reset(ProtocolError),
+        ),
+        (
+            "8.3.1 two methods",
+            vec![headers(
+                1,
+                true,
+                &[
+                    (":method", "GET"),
+                    (":method", "GET"),
+                    (":scheme", "https"),
+                    (":path", "/public/a"),
+                    (":authority", "a"),
+                ],
+            )],
+            Reset(ProtocolError),
+        ),
+        (
+            "8.3.1 two schemes",
+            vec![headers(
+                1,
+                true,
+                &[
+                    (":method", "GET"),
+                    (":scheme", "https"),
+                    (":scheme", "https"),
+                    (":path", "/public/a"),
+                    (":authority", "a"),
+                ],
+            )],
+            Reset(ProtocolError),
+        ),
+        (
+            "8.3.1 two paths",
+            vec![headers(
+                1,
+                true,
+                &[
+                    (":method", "GET"),
+                    (":scheme", "https"),
+                    (":path", "/public/a"),
+                    (":path", "/public/a"),
+                    (":authority", "a"),
+                ],
+            )],
+            Reset(ProtocolError),
+        ),
+        (
+            "8.1.1 length of several DATA differs",
+            vec![
+                request(1, false, "POST", "/public/a", &[("content-length", "9")]),
+                data(1, 4, false),
+                data(1, 4, true),
+            ],
+            Reset(ProtocolError),
+        ),
+        (
+            "RFC 7541 2.3.3 index of a name beyond the tables",
+            vec![raw_headers(end_headers, 1, &[0x7f, 7, 0])],
+            Goaway(CompressionError),
+        ),
+        (
+            "RFC 7541 5.2 padding of more than 7 bits",
+            vec![huffman(&[0x07, 0xff])],
+            Goaway(CompressionError),
+        ),
+        (
+            "RFC 7541 5.2 padding of zeros",
+            vec![huffman(&[0])],
+            Goaway(CompressionError),
+        ),
+        (
+            "RFC 7541 5.2 end of string",
+            vec![huffman(&[0xff; 4])],
+            Goaway(CompressionError),
+        ),
+        ("RFC 7541 5.2 Huffman", vec![huffman(&[0x07])], Nothing),
+        (
+            "RFC 7541 6.1 index 0",
+            vec![raw_headers(end_headers, 1, &[0x80])],
+            Goaway(CompressionError),
+        ),
+        (
+            "RFC 7541 6.2.1 literal with incremental indexing, used again",
+            vec![raw_field(1, &[0x40, 1, b'x', 1, b'y']), raw_field(3, &[0xbe])],
+            Nothing,
+        ),
+        (
+            "RFC 7541 6.2.2 literal without indexing",
+            vec![raw_field(1, &[0, 1, b'x', 1, b'y'])],
+            Nothing,
+        ),
     ];
     for (name, frames, expected) in cases {
         let mut link = Link::new();
@@ -439,6 +659,10 @@ fn a_stream_that_both_peers_have_ended_is_closed() {
     let mut link = ended();
     assert!(link.client(&get(1, "/public/a")).is_err());
     assert_eq!(got(&link.client_gets()), Goaway(StreamClosed));
+    let mut link = ended();
+    let more = frame(kind::CONTINUATION, flags::END_HEADERS, 1, &[0x82]);
+    assert!(link.client(&more).is_err());
+    assert_eq!(got(&link.client_gets()), Goaway(ProtocolError));
     for harmless in [
         window(1, 1),
         reset(1, ErrorCode::Cancel),

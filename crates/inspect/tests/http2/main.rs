@@ -3,6 +3,7 @@
 mod attacks;
 
 mod conformance;
+mod h2spec;
 mod link;
 mod peers;
 mod requests;
