@@ -10,7 +10,7 @@ use palisade_tests::{
     OPEN,
     fixtures::{
         apps::{Apps, PAIRS, apps, policy},
-        kafka::{Broker, Teller, client, ids},
+        kafka::{Broker, Mock, Teller, client, ids},
         python::packages,
     },
     setup::{XDP_AND_CLSACT, XDP_AT_THE_NIC, client_only, daemon_with, on_all_pairs, tables},
@@ -116,6 +116,62 @@ fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
             daemon.report()
         );
     }
+}
+
+/// The broker of the other tests answers kcat's request for versions in a form that kcat's librdkafka (2.0.2) refuses.
+#[test]
+fn kcat_uses_the_allowed_topic_and_gets_an_error_for_others() {
+    let apps = apps();
+    let (internet, client) = (apps.ns("internet"), apps.ns("client"));
+    let places = FAMILIES.map(|family| apps.at("internet", family, PORT));
+    let mock = Mock::start(internet, &places).expect("broker");
+    let daemon = client_only(&apps, &[PORT], RULES);
+    let said = |at: SocketAddr, args: &[&str], input: &str| {
+        mock.kcat(client, Some(at), args, input)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+    };
+    let consume = ["-C", "-o", "beginning", "-e", "-q", "-t"];
+    for (count, at) in places.into_iter().enumerate() {
+        assert_eq!(
+            said(at, &["-P", "-t", "orders"], "hello\n"),
+            "",
+            "{at}\n{}",
+            daemon.report()
+        );
+        assert_eq!(
+            said(at, &[&consume[..], &["orders"]].concat(), ""),
+            "hello\n".repeat(count + 1),
+            "{at}\n{}",
+            daemon.report()
+        );
+        for args in [&["-P", "-t", "secret"][..], &[&consume[..], &["secret"]].concat()] {
+            let text = said(at, args, "hello\n");
+            assert!(
+                text.contains("Topic authorization failed") && !text.contains("hello"),
+                "{at} {args:?}: {text}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    let filters = ["--protocol", "kafka", "--verdict", "dropped"];
+    let flows = daemon.wait_flows(&filters, "denied requests of both families", |flows| {
+        let of_secret = |flow: &&serde_json::Value| {
+            let kafka = &flow["l7"]["kafka"];
+            (kafka["topic"].as_str(), kafka["error_code"].as_i64()) == (Some("secret"), Some(29))
+        };
+        let of = |version: &str| {
+            flows
+                .iter()
+                .filter(of_secret)
+                .any(|flow| flow["IP"]["ipVersion"] == version)
+        };
+        of("IPv4") && of("IPv6")
+    });
+    flows.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    // Nothing of the denied topic has reached the broker.
+    let read = |topic: &str| mock.kcat(internet, None, &[&consume[..], &[topic]].concat(), "");
+    assert_eq!(read("orders").expect("kcat"), "hello\nhello\n");
+    assert!(!read("secret").expect("kcat").contains("hello"));
 }
 
 /// Returns a policy for egress of `client`: for each list of ports a rule that allows the topic `orders`.
