@@ -280,4 +280,46 @@ mod tests {
             assert_eq!(Format::of_accept(accept), format, "{accept}");
         }
     }
+
+    /// Returns the value of a label between its quotation marks. There must be no quotation mark without an escape.
+    fn unescaped(text: &str) -> String {
+        let mut value = String::new();
+        let mut rest = text.chars();
+        while let Some(character) = rest.next() {
+            value.push(match character {
+                '\\' => match rest.next() {
+                    Some('n') => '\n',
+                    Some(escaped @ ('\\' | '"')) => escaped,
+                    other => panic!("{other:?} is escaped in {text}"),
+                },
+                '"' => panic!("{text}"),
+                other => other,
+            });
+        }
+        value
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_value_of_a_label_adds_a_line_or_ends_its_quotation(values in proptest::collection::vec("(?s).*", 1..4)) {
+            let mut report = Report::default();
+            for value in &values {
+                report.add(&HITS, &[value], 1_u64);
+            }
+            let all = report.into_families().into_iter().filter(|family| !family.rows.is_empty());
+            let text = encode(all.collect(), Format::Text);
+            let lines: Vec<&str> = text.split_terminator('\n').collect();
+            assert_eq!(lines.len(), 2 + values.len(), "{text}");
+            for (line, value) in lines[2..].iter().zip(&values) {
+                let quoted = line.strip_prefix("hits_total{name=\"").and_then(|line| line.strip_suffix("\"} 1"));
+                let quoted = quoted.unwrap_or_else(|| panic!("{line}"));
+                assert_eq!(&unescaped(quoted), value);
+            }
+        }
+
+        #[test]
+        fn any_accept_field_has_a_format(accept in "(?s).*") {
+            let _ = Format::of_accept(&accept);
+        }
+    }
 }

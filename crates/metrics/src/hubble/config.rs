@@ -256,4 +256,12 @@ mod tests {
         assert_eq!(all(&["dns", "http", "httpV2"]).unwrap_err().0, 2);
         assert_eq!(all(&["dns", "dns:query"]).unwrap_err().0, 1);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_of_a_configuration_panics(text in "[a-z2V:;=|,. -]{0,60}") {
+            let _ = parse(&text);
+            let _ = parse(&format!("dns:{text}"));
+        }
+    }
 }

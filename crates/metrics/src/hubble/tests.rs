@@ -19,6 +19,7 @@ impl FlowResolver for Names {
         match identity {
             300 => Some(["k8s:app=web".into(), "k8s:env=prod".into()].into()),
             2 => Some(["reserved:world".into()].into()),
+            10 => Some(["reserved:world-ipv6".into()].into()),
             1 => Some(["reserved:host".into()].into()),
             _ => None,
         }
@@ -506,6 +507,12 @@ fn flows_to_the_world_leave_out_replies_and_faults() {
     );
     assert_eq!(
         counted(&["flows-to-world:syn-only"], &flows),
+        ["flows_to_world_total{protocol=TCP,verdict=FORWARDED} 1"]
+    );
+    let mut by_version = event(EventKind::Trace, Reason::Allowed, protocol::TCP);
+    by_version.destination_identity = 10;
+    assert_eq!(
+        counted(&["flows-to-world"], &[flow(&by_version)]),
         ["flows_to_world_total{protocol=TCP,verdict=FORWARDED} 1"]
     );
     assert!(hubble(&["flows-to-world"], 1).needs_names());

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hyper::body::Bytes;
 use palisade_abi::{Direction, EventKind};
 use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::DropReason;
@@ -64,7 +65,7 @@ pub(super) struct Collector {
 #[derive(Default)]
 struct State {
     /// Text of the last scrape in each format.
-    texts: HashMap<Format, (Instant, Arc<str>)>,
+    texts: HashMap<Format, (Instant, Bytes)>,
     /// Time that the last read of all values took.
     read_in: Duration,
     /// Number of time series beyond the limit, by metrics that are collected at a scrape.
@@ -94,12 +95,12 @@ impl Collector {
     }
 
     /// Returns the metrics as text, at most [`MAX_AGE`] old.
-    pub(super) fn scrape(&self, format: Format) -> Arc<str> {
+    pub(super) fn scrape(&self, format: Format) -> Bytes {
         let mut state = lock(&self.state);
         if let Some((at, text)) = state.texts.get(&format)
             && at.elapsed() < state.read_in.saturating_mul(MAX_AGE_OF_READS).max(MAX_AGE)
         {
-            return Arc::clone(text);
+            return text.clone();
         }
         let begun = Instant::now();
         let mut report = self.report(&mut state);
@@ -110,8 +111,8 @@ impl Collector {
             let counted = lock(&self.counted);
             families.extend(counted.hubble.families());
         }
-        let text: Arc<str> = encode(families, format).into();
-        state.texts.insert(format, (Instant::now(), Arc::clone(&text)));
+        let text = Bytes::from(encode(families, format));
+        state.texts.insert(format, (Instant::now(), text.clone()));
         text
     }
 
@@ -223,7 +224,7 @@ impl Collector {
             let labels = [
                 rule.to_string().into(),
                 known.map_or("", |rule| policy_of(&rule.key)).into(),
-                known.map(|rule| description(rule)).unwrap_or_default().into(),
+                known.map_or_else(|| unknown(rule), |rule| description(rule).into()),
             ];
             packets.add(&labels, count.packets);
             bytes.add(&labels, count.bytes);
@@ -493,6 +494,14 @@ fn description(rule: &RuleInfo) -> String {
         ..rule.clone()
     }
     .to_string()
+}
+
+/// Returns the description of a rule number without a rule.
+const fn unknown(rule: u32) -> Cow<'static, str> {
+    Cow::Borrowed(match rule {
+        0 => "all rules beyond [limits] rules",
+        _ => "no rule of the present policies",
+    })
 }
 
 const fn direction_name(direction: Direction) -> &'static str {

@@ -8,6 +8,7 @@ mod flows;
 mod health;
 mod process;
 mod server;
+mod write_deadline;
 
 use std::{io, sync::Arc};
 

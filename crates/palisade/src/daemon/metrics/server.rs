@@ -39,6 +39,7 @@ use super::{
     clients::Clients,
     collect::Collector,
     health::Health,
+    write_deadline::WriteDeadline,
 };
 use crate::config::CertificateFiles;
 
@@ -50,8 +51,9 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_HEAD: usize = 16 * 1024;
 /// Time within which an answer must be ready.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(15);
-/// Life of a connection after which it ends with its present answer. Also ends connections whose clients do not read
-/// answers.
+/// Time without any progress after which a client counts as not reading its answer.
+const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+/// Life of a connection after which it ends with its present answer.
 const MAX_LIFETIME: Duration = Duration::from_secs(600);
 /// Interval between two attempts to listen.
 const LISTEN_RETRY: Duration = Duration::from_secs(5);
@@ -164,7 +166,7 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(WriteDeadline::new(stream, WRITE_DEADLINE)), service);
     tokio::pin!(connection);
     // An error means that the client broke the protocol, was slow or has gone; the connection ends in each case.
     if time::timeout(MAX_LIFETIME, connection.as_mut()).await.is_err() {
@@ -205,11 +207,7 @@ async fn answer(request: &Request<Incoming>, collector: Arc<Collector>) -> Answe
                 .collect();
             let format = Format::of_accept(&accept.join(","));
             match read(move || collector.scrape(format)).await {
-                Some(metrics) => response(
-                    StatusCode::OK,
-                    format.content_type(),
-                    Bytes::copy_from_slice(metrics.as_bytes()),
-                ),
+                Some(metrics) => response(StatusCode::OK, format.content_type(), metrics),
                 None => late(),
             }
         }
