@@ -81,7 +81,7 @@ pub(super) fn observe<S: AsRef<Path>>(
         match client.next()? {
             Some(Answer::Flow(flow)) => output.flow(&flow, None)?,
             Some(Answer::Lost(count)) => output.lost(RING, count)?,
-            Some(Answer::Ok(_) | Answer::Alive) => break,
+            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => break,
             Some(Answer::Error(message)) => bail!(message),
             None => bail!("the daemon closed the connection before the end of the answer"),
         }
@@ -226,7 +226,7 @@ fn follow_once(
                 output.lost(RING, count)?;
                 output.out.flush()?;
             }
-            Ok(Some(Answer::Ok(_) | Answer::Alive)) => return Ok(None),
+            Ok(Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive)) => return Ok(None),
             Ok(Some(Answer::Error(message))) => bail!(message),
             Ok(None) => return Ok(Some("the daemon closed it".to_owned())),
             Err(ClientError::Broken(error)) => return Ok(Some(error.to_string())),
