@@ -259,4 +259,28 @@ fn suggested_rules_for_requests_allow_the_recorded_ones() {
         assert_eq!(request(&apps, family, "/items/8"), Some(200));
         assert_eq!(request(&apps, family, "/secret"), Some(403));
     }
+    // The denied request, explained by its record, gets a rule for itself.
+    let filters = ["--type", "l7", "--verdict", "DROPPED"];
+    let denied = daemon
+        .wait_flows(&filters, "a denied request", |flows| !flows.is_empty())
+        .expect("flows");
+    let uuid = denied[0]["uuid"].as_str().expect("a uuid");
+    let output = daemon.try_cli(&["explain", uuid, "-o", "json"]).expect("explain");
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(
+        answer["details"][0]["nearly"][0]["failed"][0]["requirement"], "path",
+        "{answer:#}"
+    );
+    let addition = answer["addition"]["yaml"].as_str().expect("an addition");
+    assert!(addition.contains("path: \"/secret\""), "{addition}");
+    daemon
+        .apply(&[("client.yaml", &yaml), ("addition.yaml", addition)])
+        .expect("the addition");
+    let family = if denied[0]["IP"]["ipVersion"] == "IPv6" {
+        Family::V6
+    } else {
+        Family::V4
+    };
+    assert_eq!(request(&apps, family, "/secret"), Some(200));
+    assert_eq!(request(&apps, family, "/secret2"), Some(403));
 }

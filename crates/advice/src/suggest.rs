@@ -11,16 +11,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Direction, protocol};
-use palisade_model::{labels::Labels, request::Request};
+use palisade_model::{labels::Labels, request::Request, rule::Label};
 use palisade_policy::{compile::FileContent, parse::parse};
-use palisade_protocols::http1::resolved;
+use palisade_protocols::{http1::resolved, kafka::api_name};
 use serde::Serialize;
 
 use crate::{
     document::{
         HttpForm, L7Form, Name, PeerForm, PortForm, Subject, can_be_peer, entity, entry, resource_name,
     },
-    labels::{LabelSelector, is_world, namespace},
+    labels::{LabelSelector, is_world, namespace, stable},
     record::{Happened, Recorded, RecordedEnd},
     replay::{Candidate, Problems, Replay},
     yaml::{Item, Yaml, comment, list, map},
@@ -32,6 +32,10 @@ const MAX_SUBJECTS: usize = 4_096;
 const MAX_PEERS: usize = 1_024;
 /// Largest number of addresses of the world of one subject and direction. More stand for the whole world.
 const MAX_ADDRESSES: usize = 32;
+/// Largest number of learned names of one subject, before new names are generalised.
+const MAX_NAMES: usize = 64;
+/// Longest pattern of a path, bytes. Regular expressions have a bounded cost.
+const MAX_PATTERN: usize = 512;
 /// Largest number of ports of one peer. More stand for every port.
 const MAX_PORTS: usize = 64;
 /// Largest number of application rules of one port before they are generalised.
@@ -134,6 +138,11 @@ impl Suggestion {
         let is_node = own.labels.has_reserved("host");
         if is_world(&own.labels) || (namespace(&own.labels).is_none() && !is_node) {
             return Err("flows whose endpoint has no labels of a workload");
+        }
+        let can_select =
+            |end: &RecordedEnd| is_world(&end.labels) || stable(&end.labels).iter().all(is_expressible);
+        if !can_select(&flow.source) || !can_select(&flow.destination) {
+            return Err("flows with labels that no policy can select");
         }
         Ok((direction, Subject::stable(&own.labels)))
     }
@@ -326,19 +335,18 @@ impl Direct {
                 .destination_names
                 .iter()
                 .map(|name| normal_name(name))
-                .filter(|name| is_name(name))
+                .filter(|name| looks_like_a_name(name))
                 .min()
+            && let Some(peer) = self.name_peer(name)
         {
-            PeerForm::Names([Name::Exact(name)].into())
+            peer
         } else if let Some(address) = other.address {
             let v6 = address.is_ipv6();
             let known = PeerForm::Address(address);
-            let count = self
-                .peers
-                .keys()
-                .filter(|peer| matches!(peer, PeerForm::Address(known) if known.is_ipv6() == v6))
-                .count();
-            if count >= MAX_ADDRESSES && !self.peers.contains_key(&known) {
+            let is_new = !self.all_addresses[usize::from(v6)] && !self.peers.contains_key(&known);
+            let of_family =
+                |peer: &&PeerForm| matches!(peer, PeerForm::Address(known) if known.is_ipv6() == v6);
+            if is_new && self.peers.keys().filter(of_family).count() >= MAX_ADDRESSES {
                 self.all_addresses[usize::from(v6)] = true;
                 self.join_addresses(v6);
             }
@@ -354,6 +362,28 @@ impl Direct {
             return Err("flows with further peers than can be handled at once");
         }
         Ok(peer)
+    }
+
+    /// Returns the form of a learned name. If there are many, new names are generalised: first to their domain, then to
+    /// every name. Returns `None` if no policy can have the name.
+    fn name_peer(&self, name: String) -> Option<PeerForm> {
+        let exact = PeerForm::Names([Name::Exact(name.clone())].into());
+        if self.peers.contains_key(&exact) {
+            return Some(exact);
+        }
+        let names = self
+            .peers
+            .keys()
+            .filter(|peer| matches!(peer, PeerForm::Names(_)))
+            .count();
+        if names < MAX_NAMES {
+            return is_name(&name).then_some(exact);
+        }
+        let pattern = match domain_pattern(&name) {
+            Some(pattern) if names < 2 * MAX_NAMES => pattern,
+            _ => Name::Pattern("*".into()),
+        };
+        Some(PeerForm::Names([pattern].into()))
     }
 
     /// Replaces the addresses of a family by the world.
@@ -573,36 +603,43 @@ impl PortTraffic {
             } => self.make_plain(),
             Request { http: Some(http), .. } => {
                 for path in path_patterns(&http.path, self.path_level) {
-                    self.l7.http.insert(HttpForm {
+                    let rule = HttpForm {
                         method: regex::escape(&http.method),
                         path,
                         host: None,
-                    });
+                    };
+                    self.put(rule, |l7| &mut l7.http);
                 }
             }
             Request { dns: Some(name), .. } => {
                 let name = normal_name(name);
-                if direction == Direction::Egress && is_name(&name) {
-                    self.l7.dns.insert(Name::Exact(name));
+                let covered = domain_pattern(&name).is_some_and(|pattern| self.l7.dns.contains(&pattern))
+                    || self.l7.dns.contains(&Name::Pattern("*".into()));
+                if direction == Direction::Egress && covered {
+                } else if direction == Direction::Egress && looks_like_a_name(&name) {
+                    self.put(Name::Exact(name), |l7| &mut l7.dns);
                 } else {
                     self.make_plain();
                 }
             }
             Request { tls: Some(name), .. } => {
                 let name = normal_name(name);
-                if is_name(&name) {
-                    self.l7.server_names.insert(name);
+                if looks_like_a_name(&name) {
+                    self.put(name, |l7| &mut l7.server_names);
                 } else {
                     self.make_plain();
                 }
             }
             Request {
                 kafka: Some(kafka), ..
+            } if api_name(kafka.api_key).is_none() => self.make_plain(),
+            Request {
+                kafka: Some(kafka), ..
             } => {
                 let topics = kafka.topics.iter().map(|topic| Some(topic.clone()));
                 let none = kafka.topics.is_empty().then_some(None);
                 for topic in topics.chain(none) {
-                    self.l7.kafka.insert((kafka.api_key, topic, None));
+                    self.put((kafka.api_key, topic, None), |l7| &mut l7.kafka);
                 }
             }
             _ => {}
@@ -611,6 +648,20 @@ impl PortTraffic {
             self.make_plain();
         }
         self.bound();
+    }
+
+    /// Adds a rule. If no policy can have the rule, the port gets no application rules.
+    fn put<T: Ord + Clone>(&mut self, rule: T, set: impl Fn(&mut L7Form) -> &mut BTreeSet<T>) {
+        if self.plain || set(&mut self.l7).contains(&rule) {
+            return;
+        }
+        let mut alone = L7Form::default();
+        set(&mut alone).insert(rule.clone());
+        if is_valid(&alone) {
+            set(&mut self.l7).insert(rule);
+        } else {
+            self.make_plain();
+        }
     }
 
     /// Removes rules that others include, and generalises rules that are too many.
@@ -690,7 +741,11 @@ fn path_pattern(path: &str) -> String {
         None => (path, ""),
     };
     let segments: Vec<String> = path.split('/').map(segment_pattern).collect();
-    format!("{}{query}", segments.join("/"))
+    let pattern = format!("{}{query}", segments.join("/"));
+    if pattern.len() > MAX_PATTERN {
+        return shorten(&pattern, LAST_PATH_LEVEL);
+    }
+    pattern
 }
 
 fn segment_pattern(segment: &str) -> String {
@@ -737,10 +792,7 @@ fn shorten(pattern: &str, level: usize) -> String {
 fn generalised<'n>(names: impl Iterator<Item = &'n Name>) -> BTreeSet<Name> {
     let patterns: BTreeSet<Name> = names
         .map(|name| match name {
-            Name::Exact(name) => match name.split_once('.') {
-                Some((_, domain)) if domain.contains('.') => Name::Pattern(format!("*.{domain}")),
-                _ => Name::Exact(name.clone()),
-            },
+            Name::Exact(exact) => domain_pattern(exact).unwrap_or_else(|| name.clone()),
             Name::Pattern(pattern) => Name::Pattern(pattern.clone()),
         })
         .collect();
@@ -751,12 +803,70 @@ fn generalised<'n>(names: impl Iterator<Item = &'n Name>) -> BTreeSet<Name> {
     }
 }
 
+/// Returns the pattern for all names of the domain of a name; `None` if the domain is a top-level one.
+fn domain_pattern(name: &str) -> Option<Name> {
+    let (_, domain) = name.split_once('.')?;
+    domain.contains('.').then(|| Name::Pattern(format!("*.{domain}")))
+}
+
 fn normal_name(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
+/// Returns whether a selector can have the label, by the rules of Kubernetes.
+fn is_expressible(label: &Label) -> bool {
+    let is_text = |text: &str| {
+        let ends = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let bytes = text.as_bytes();
+        bytes.len() <= 63
+            && ends(bytes.first())
+            && ends(bytes.last())
+            && bytes
+                .iter()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+    };
+    let (prefix, name) = label.key.rsplit_once('/').unwrap_or(("", &label.key));
+    is_text(name)
+        && prefix.len() <= 240
+        && (prefix.is_empty()
+            || prefix
+                .split('.')
+                .all(|part| is_text(part) && !part.bytes().any(|b| b.is_ascii_uppercase())))
+        && (label.value.is_empty() || is_text(&label.value))
+        && label.source.bytes().all(|byte| byte.is_ascii_alphanumeric())
+}
+
+/// Returns whether a policy can have these application rules. A peer has chosen the texts in them: without this check
+/// one request could make the whole proposal invalid.
+fn is_valid(l7: &L7Form) -> bool {
+    let port = map([("port", "80".into()), ("protocol", "TCP".into())]);
+    let rule = map([
+        ("toEntities", list(["all".into()])),
+        ("toPorts", list([entry(vec![port], l7)])),
+    ]);
+    let subject = Subject::stable(&Labels::default());
+    let rules = vec![Item {
+        comment: String::new(),
+        value: rule,
+    }];
+    !parse(FILE, &subject.policy("check", Vec::new(), rules).emit()).has_errors()
+}
+
 /// Returns whether a policy can have the name as `matchName`.
 fn is_name(name: &str) -> bool {
+    looks_like_a_name(name) && {
+        let names = [Name::Exact(name.to_owned())].into();
+        let (member, peers) = PeerForm::Names(names).yaml(Direction::Egress, None);
+        let rules = vec![Item {
+            comment: String::new(),
+            value: Yaml::Map(vec![(member, peers)]),
+        }];
+        let subject = Subject::stable(&Labels::default());
+        !parse(FILE, &subject.policy("check", Vec::new(), rules).emit()).has_errors()
+    }
+}
+
+fn looks_like_a_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 253
         && name.parse::<std::net::IpAddr>().is_err()

@@ -444,10 +444,59 @@ fn text_of_a_peer_cannot_break_out() {
     assert_eq!(yaml.matches("\nkind:").count(), 1, "{yaml}");
     let mut label = line(false, "front", "back", 80);
     label.from.1.push("k8s:a\n- b: {=x\ny".into());
+    // A flow with a label that no policy can have gets no rule, and does not spoil the others.
     let mut suggestion = Suggestion::default();
     suggestion.push(&label.recorded());
-    // A label that no policy can have is refused, not printed.
-    assert!(suggestion.replay(&Inspectors::default()).is_err());
+    suggestion.push(&line(false, "front", "back", 80).recorded());
+    assert_eq!(
+        suggestion.counts().skipped["flows with labels that no policy can select"],
+        1
+    );
+    assert!(suggestion.replay(&Inspectors::default()).is_ok());
+    assert_eq!(suggestion.counts().flows, 1);
+}
+
+#[test]
+fn requests_that_no_rule_can_express_do_not_spoil_the_proposal() {
+    let kafka = |topic: &str, port: u16| {
+        let mut flow = line(false, "front", "back", port);
+        flow.l7 = json!({"kafka": {"api_key": "fetch", "api_version": 8, "topic": topic}});
+        flow
+    };
+    let query = |name: &str| {
+        let mut flow = line(true, "front", "dns", 53);
+        flow.l7 = json!({"dns": {"query": name}});
+        flow
+    };
+    let long = format!("http://a/{}", "x/".repeat(5_000));
+    let yaml = suggest(&[
+        kafka("a b\u{1}}", 9092),
+        kafka("orders", 9093),
+        query("-_-."),
+        query(&"a.".repeat(200)),
+        line(false, "front", "back", 80).http("GET", &long),
+        line(false, "front", "back", 81).http("G*T)(", "http://a/(((["),
+        line(false, "front", "back", 82).http("GET", "http://a/%zz"),
+    ]);
+    assert!(yaml.contains("topic: orders") && yaml.len() < 4_000, "{yaml}");
+}
+
+#[test]
+fn many_names_are_generalised() {
+    let mut flows = Vec::new();
+    for number in 0..300 {
+        let name = Box::leak(format!("h{number}.example.com").into_boxed_str());
+        flows.push(Line {
+            to: ("203.0.113.7", world(false)),
+            names: vec![name],
+            ..line(true, "front", "x", 443)
+        });
+    }
+    let yaml = suggest(&flows);
+    assert!(
+        yaml.contains("matchPattern: \"*.example.com\"") && yaml.lines().count() < 150,
+        "{yaml}"
+    );
 }
 
 #[test]
