@@ -168,24 +168,32 @@ impl Ring {
     }
 
     /// Adds a flow; a full ring overwrites the oldest flow. Returns the number of the new flow.
-    pub fn push(&self, mut flow: Flow) -> u64 {
+    pub fn push(&self, flow: Flow) -> u64 {
+        // Allocated before the lock is taken.
+        let mut flow = Arc::new(flow);
         self.put(|uuid| {
-            flow.uuid = uuid;
-            Entry::Flow(Arc::new(flow))
+            if let Some(flow) = Arc::get_mut(&mut flow) {
+                flow.uuid = uuid;
+            }
+            Entry::Flow(flow)
         })
     }
 
     /// Adds a record of an inspector. Its flow is made at the first read or by [`Ring::settle`], whichever is first,
     /// with the names that `names` returns at that time. Returns the number of the flow.
     pub fn push_record(&self, record: &Record, names: &Resolver, time: Timestamp) -> u64 {
+        let mut deferred = Arc::new(Deferred {
+            record: *record,
+            time,
+            uuid: Uuid::None,
+            names: Arc::clone(names),
+            flow: OnceLock::new(),
+        });
         self.put(|uuid| {
-            Entry::Record(Arc::new(Deferred {
-                record: *record,
-                time,
-                uuid,
-                names: Arc::clone(names),
-                flow: OnceLock::new(),
-            }))
+            if let Some(deferred) = Arc::get_mut(&mut deferred) {
+                deferred.uuid = uuid;
+            }
+            Entry::Record(deferred)
         })
     }
 

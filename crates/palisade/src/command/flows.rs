@@ -30,6 +30,8 @@ use crate::{
 const DEFAULT_COUNT: usize = 20;
 /// Longest line of a flow file, bytes. Flows of Palisade have a few KiB.
 const MAX_LINE: u64 = 1 << 20;
+/// Largest `--last` with `--input-file`.
+const MAX_LAST_OF_FILE: usize = 1_000_000;
 /// First and longest wait before the next attempt to reach the daemon while following.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Number of received flows that are remembered while following.
@@ -56,6 +58,11 @@ pub(super) fn observe<S: AsRef<Path>>(
         return Ok(EXIT_OK);
     }
     if let Some(path) = &args.input_file {
+        if args.last.is_some_and(|last| last > MAX_LAST_OF_FILE) {
+            bail!(
+                "--last of --input-file is at most {MAX_LAST_OF_FILE}, since these flows are kept in memory: use --since"
+            );
+        }
         return read_file(path, args, &Filters::compile(&query)?, output);
     }
     let in_time = query.since.is_some() || query.until.is_some();
