@@ -49,6 +49,12 @@ fn is_denied(what: &str, got: &Curl, daemon: &Daemon) {
     );
 }
 
+/// Starts the server that notes its requests, in the internet.
+fn peer_at(lab: &Lab, port: u16) -> Peer {
+    let addresses = lab.apps.both("internet");
+    Peer::start_tls(lab.apps.ns("internet"), port, &addresses, &lab.server).expect("peer")
+}
+
 /// Asserts that a request has failed at the server's side, and that the client, flows, `clusters` and log name the reason.
 #[track_caller]
 fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[&str]) {
@@ -510,8 +516,8 @@ fn openssl_clients_see_the_shown_certificate_and_the_servers_choice() {
 #[test]
 fn messages_of_every_kind_pass_in_both_directions() {
     let lab = lab();
-    let (internet, client) = (lab.apps.ns("internet"), lab.apps.ns("client"));
-    let peer = Peer::start_tls(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    let client = lab.apps.ns("client");
+    let peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
     let body = lab.apps.topology.dir().join("body");
     random_file(&body, 700_000).expect("file");
@@ -609,13 +615,7 @@ fn messages_of_every_kind_pass_in_both_directions() {
 fn python_requests_keeps_its_session() {
     packages().expect("the packages");
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
     for family in FAMILIES {
         let at = lab.apps.at("internet", family, HTTPS);
@@ -670,13 +670,7 @@ fn large_transfers_are_complete_in_both_directions() {
 #[test]
 fn sessions_are_resumed_and_early_data_is_not_taken() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
     let dir = lab.apps.topology.dir();
     let (session, early) = (dir.join("session").display().to_string(), dir.join("early"));
@@ -784,13 +778,7 @@ fn a_client_certificate_of_the_policy_is_shown_to_the_server() {
 #[test]
 fn generated_certificates_name_what_the_client_asks_for() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     let authority = palisade_testbed::tls::Certificate {
         cert: lab.ours.cert.clone(),
         key: lab.ours.key.clone(),
@@ -849,13 +837,7 @@ fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
 #[test]
 fn header_actions_reach_the_server() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     lab.secrets
         .write("token", "value", b"of the secret")
         .expect("secret");
@@ -1067,13 +1049,7 @@ fn a_server_that_stalls_is_reported() {
 #[test]
 fn clients_without_tls_without_a_name_or_that_break_off() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
     let client = lab.apps.ns("client");
     let hello = palisade_testbed::tls::Hello::to("www.web.example").bytes();
@@ -1117,20 +1093,8 @@ fn clients_without_tls_without_a_name_or_that_break_off() {
 #[test]
 fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
-    let broken = Peer::start_tls(
-        lab.apps.ns("internet"),
-        OTHER,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
+    let broken = peer_at(&lab, OTHER);
     lab.secrets
         .write("broken", "tls.crt", b"no certificate")
         .expect("secret");
@@ -1254,7 +1218,7 @@ fn shown(lab: &Lab, at: SocketAddr) -> String {
 fn certificates_are_replaced_while_traffic_runs() {
     let lab = lab();
     let internet = lab.apps.ns("internet");
-    let _first = Peer::start_tls(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    let _first = peer_at(&lab, HTTPS);
     // The second server has a certificate that the secret does not trust yet.
     let late = Authority::root(lab.apps.topology.dir(), "late").expect("authority");
     let certificate = late
@@ -1310,13 +1274,7 @@ fn certificates_are_replaced_while_traffic_runs() {
 #[test]
 fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepted() {
     let lab = lab();
-    let _peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let _peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
     let at = lab.apps.at("internet", Family::V4, HTTPS);
     let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients");
@@ -1351,13 +1309,7 @@ fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepte
 #[test]
 fn an_idle_connection_ends_when_a_new_policy_denies_its_server_name() {
     let lab = lab();
-    let _peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let _peer = peer_at(&lab, HTTPS);
     let rules = |name: &str| {
         let (tls, _) = RULES.split_once("rules:").expect("the http rules");
         format!("{tls}serverNames: [\"{name}\"]\n")
@@ -1464,13 +1416,7 @@ fn h2load_over_http_1_1_loses_no_request() {
 #[test]
 fn nothing_denied_gets_through_while_the_daemon_is_killed() {
     let lab = lab();
-    let peer = Peer::start_tls(
-        lab.apps.ns("internet"),
-        HTTPS,
-        &lab.apps.both("internet"),
-        &lab.server,
-    )
-    .expect("peer");
+    let peer = peer_at(&lab, HTTPS);
     let mut daemon = lab.client_only(&[HTTPS], RULES);
     let loads = FAMILIES.map(|family| {
         let at = lab.apps.at("internet", family, HTTPS);

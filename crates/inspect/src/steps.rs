@@ -196,7 +196,7 @@ pub(crate) fn of(about: &About, detail: Detail, rule: Option<u32>, text: impl Fn
 #[inline]
 pub(crate) fn action(about: &About, side: Side, bytes: usize, action: &Action) {
     let detail = match action {
-        Action::NeedMore | Action::AwaitPeer | Action::ForwardUnjudged(_) => Detail::Trace,
+        Action::NeedMore | Action::AwaitPeer | Action::ForwardUndecided(_) => Detail::Trace,
         _ => Detail::Debug,
     };
     of(about, detail, None, || action_text(side, bytes, action));
@@ -210,7 +210,7 @@ fn action_text(side: Side, bytes: usize, action: &Action) -> String {
     let decision = match action {
         Action::NeedMore => "held, more are needed for a verdict".to_owned(),
         Action::AwaitPeer => "held until the other side has sent".to_owned(),
-        Action::ForwardUnjudged(n) => format!("{n} forwarded, the rest held for a verdict"),
+        Action::ForwardUndecided(n) => format!("{n} forwarded, the rest held for a verdict"),
         Action::Forward(0) if bytes == 0 => return format!("the end of the {side}'s stream is forwarded"),
         Action::Forward(n) => format!("{n} forwarded"),
         Action::Bypass(n) if *n > u64::from(u32::MAX) => {

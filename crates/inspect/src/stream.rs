@@ -54,7 +54,7 @@ impl From<Action> for StreamAction {
         match action {
             Action::NeedMore => Self::NeedMore,
             Action::AwaitPeer => Self::AwaitPeer,
-            Action::Forward(n) | Action::ForwardUnjudged(n) => Self::Forward(n),
+            Action::Forward(n) | Action::ForwardUndecided(n) => Self::Forward(n),
             Action::Bypass(n) => Self::Bypass(n),
             Action::Offload => Self::Offload,
             Action::Abort(reason) => Self::Abort(reason),

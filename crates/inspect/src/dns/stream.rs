@@ -303,7 +303,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             Ok(Some(message)) => message,
             Ok(None) if end => return self.refuse("stream ends within a message", cx),
             // Some clients send the length in a segment of its own and wait for its acknowledgement.
-            Ok(None) if bytes.len() <= PREFIX => return Action::ForwardUnjudged(bytes.len()),
+            Ok(None) if bytes.len() <= PREFIX => return Action::ForwardUndecided(bytes.len()),
             Ok(None) => return Action::NeedMore,
             Err(refusal) => return self.malformed(refusal, cx),
         };
@@ -455,7 +455,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             .answers
             .front()
             .map(|judged| (judged.end - flow.forwarded) as usize - 1);
-        Action::ForwardUnjudged(last.unwrap_or(bytes.len()))
+        Action::ForwardUndecided(last.unwrap_or(bytes.len()))
     }
 
     /// Inspects a message of the server. Returns false if the call is not for a packet of the server; the message is

@@ -52,13 +52,10 @@ impl Connection {
             Piece::Frame(header, payload) => match header.kind {
                 kind::HEADERS => self.client_headers(header, payload, cx, out),
                 kind::CONTINUATION => {
-                    if payload.is_empty() {
-                        self.client.control(cx.now)?;
-                    }
-                    self.client.continue_block(payload, self.limits.block)?;
+                    self.client.continue_block(payload, self.limits.block, cx.now)?;
                     self.client_block(header.has(flags::END_HEADERS), cx, out)
                 }
-                kind::SETTINGS => self.client_settings(header, payload, cx, out),
+                kind::SETTINGS => self.settings_of(Side::Client, header, payload, cx, out),
                 kind::PUSH_PROMISE => Err(ParseError::Push),
                 kind::RST_STREAM => self.client_reset(header, payload, cx, out),
                 _ => self.client_control(header, payload, cx, out),
@@ -510,29 +507,47 @@ impl Connection {
         Ok(())
     }
 
-    fn client_settings(
+    /// Handles SETTINGS of either peer: forwards an acknowledgement, or the settings in the form that the filter can
+    /// follow.
+    pub(super) fn settings_of(
         &mut self,
+        side: Side,
         header: FrameHeader,
         payload: &[u8],
         cx: &Context<'_>,
         out: &mut Output,
     ) -> Result<(), ParseError> {
         check_settings(header, payload)?;
-        self.client.control(cx.now)?;
+        let (from, to, decoder, out) = match side {
+            Side::Client => (
+                &mut self.client,
+                &mut self.server,
+                &mut self.requests,
+                &mut out.to_server,
+            ),
+            Side::Server => (
+                &mut self.server,
+                &mut self.client,
+                &mut self.responses,
+                &mut out.to_client,
+            ),
+        };
+        from.control(cx.now)?;
         if header.has(flags::ACK) {
-            if self.client.announced.is_none() {
+            if from.announced.is_none() {
                 return Err(ParseError::NoSettings);
             }
-            self.server.acknowledge(&mut self.requests)?;
-            header.write(&mut out.to_server);
+            to.acknowledge(decoder)?;
+            header.write(out);
             return Ok(());
         }
         let mut rewritten = Vec::new();
         let settings = Settings::parse(payload)?;
-        let before = self.client.announced;
-        let (announced, least) = settings::rewrite(settings, true, before, &self.limits, &mut rewritten)?;
-        self.client.announce(announced, least)?;
-        header.write_with(&rewritten, &mut out.to_server);
+        let is_client = side == Side::Client;
+        let (announced, least) =
+            settings::rewrite(settings, is_client, from.announced, &self.limits, &mut rewritten)?;
+        from.announce(announced, least)?;
+        header.write_with(&rewritten, out);
         Ok(())
     }
 

@@ -131,8 +131,16 @@ impl Peer {
         });
     }
 
-    /// Adds a CONTINUATION to the header block.
-    pub(super) fn continue_block(&mut self, fragment: &[u8], max: u32) -> Result<(), ParseError> {
+    /// Adds a CONTINUATION to the header block. An empty one counts as a frame without content.
+    pub(super) fn continue_block(
+        &mut self,
+        fragment: &[u8],
+        max: u32,
+        now: Millis,
+    ) -> Result<(), ParseError> {
+        if fragment.is_empty() {
+            self.control(now)?;
+        }
         let open = self.open.as_mut().ok_or(ParseError::Continuation)?;
         open.continuations += 1;
         if open.continuations > MAX_CONTINUATIONS || self.block.len() + fragment.len() > max as usize {

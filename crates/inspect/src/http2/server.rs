@@ -2,15 +2,12 @@
 //! streams.
 
 use palisade_abi::Reason;
-use palisade_protocols::http2::{
-    FrameHeader, ParseError, Piece, Settings, flags, fragment_of, kind, response,
-};
+use palisade_protocols::http2::{FrameHeader, ParseError, Piece, flags, fragment_of, kind, response};
 
 use super::{
-    client::{check_connection_frame, check_length, check_settings, increment_of},
+    client::{check_connection_frame, check_length, increment_of},
     connection::{Connection, KEPT_CAPACITY},
     context::{Context, Output},
-    settings,
     streams::{Report, Stream},
 };
 use crate::{
@@ -49,10 +46,7 @@ impl Connection {
                     self.server_block(header, payload, cx, out)
                 }
                 kind::CONTINUATION => {
-                    if payload.is_empty() {
-                        self.server.control(cx.now)?;
-                    }
-                    self.server.continue_block(payload, self.limits.block)?;
+                    self.server.continue_block(payload, self.limits.block, cx.now)?;
                     self.server_block(header, payload, cx, out)
                 }
                 kind::SETTINGS => self.server_settings(header, payload, cx, out),
@@ -209,23 +203,11 @@ impl Connection {
         cx: &Context<'_>,
         out: &mut Output,
     ) -> Result<(), ParseError> {
-        check_settings(header, payload)?;
-        self.server.control(cx.now)?;
-        if header.has(flags::ACK) {
-            if self.server.announced.is_none() {
-                return Err(ParseError::NoSettings);
-            }
-            self.client.acknowledge(&mut self.responses)?;
-            header.write(&mut out.to_client);
-            return Ok(());
+        self.settings_of(Side::Server, header, payload, cx, out)?;
+        if !header.has(flags::ACK) {
+            // Generated responses wait for the first SETTINGS of the server.
+            out.to_client.append(&mut self.client.waiting);
         }
-        let mut rewritten = Vec::new();
-        let settings = Settings::parse(payload)?;
-        let before = self.server.announced;
-        let (announced, least) = settings::rewrite(settings, false, before, &self.limits, &mut rewritten)?;
-        self.server.announce(announced, least)?;
-        header.write_with(&rewritten, &mut out.to_client);
-        out.to_client.append(&mut self.client.waiting);
         Ok(())
     }
 

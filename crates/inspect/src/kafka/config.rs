@@ -9,7 +9,7 @@ use crate::tcp::{TcpLimits, TcpStats};
 pub struct KafkaLimits {
     /// Limits of Kafka connections. Their deadline is that of an incomplete request.
     pub tcp: TcpLimits,
-    /// Longest request that is judged by its topics, bytes, and longest Metadata response whose topic ids are learned.
+    /// Longest request whose topics get a verdict, bytes, and longest Metadata response whose topic ids are learned.
     pub max_request: usize,
     /// Whether the name of a topic id that one server tells counts at other servers under the same rules, except servers in
     /// the world.

@@ -46,7 +46,7 @@ struct Pending {
     session: Option<SessionTopics>,
 }
 
-/// A denied request. Its bytes stay unjudged, and the response is made from them when its turn comes.
+/// A denied request. Its bytes are not allowed, and the response is made from them when its turn comes.
 #[derive(Clone, Copy)]
 struct Refused {
     error: Option<i16>,
@@ -129,7 +129,7 @@ struct Facts {
 }
 
 /// Verdict on the topics of a request.
-enum Judged {
+enum Decided {
     /// Each is allowed; the last one by this rule.
     Allowed(u32),
     /// One is denied, or the request is about all topics. The response has this error code, if not the usual one.
@@ -297,8 +297,8 @@ impl KafkaStream<'_> {
         if arrived.is_complete {
             let mut facts = Facts::default();
             return match self.judge_topics(&arrived.request, rules, rule, &mut facts) {
-                Ok(Judged::Allowed(rule)) => self.forward(arrived, facts, rule, Verdict::Forwarded, cx),
-                Ok(Judged::Denied(error)) => self.denied(arrived, facts, error, cx),
+                Ok(Decided::Allowed(rule)) => self.forward(arrived, facts, rule, Verdict::Forwarded, cx),
+                Ok(Decided::Denied(error)) => self.denied(arrived, facts, error, cx),
                 Err(error) => self.malformed(error, cx),
             };
         }
@@ -319,7 +319,7 @@ impl KafkaStream<'_> {
         if arrived.end {
             return self.malformed(ParseError::StreamEnds, cx);
         }
-        Action::ForwardUnjudged(SIZE + arrived.bytes.len())
+        Action::ForwardUndecided(SIZE + arrived.bytes.len())
     }
 
     /// Forwards an incomplete Produce request if its last topic has arrived and all are allowed: no further byte can
@@ -374,7 +374,7 @@ impl KafkaStream<'_> {
         rules: &KafkaRules,
         rule: u32,
         facts: &mut Facts,
-    ) -> Result<Judged, ParseError> {
+    ) -> Result<Decided, ParseError> {
         let header = &request.header;
         let (mut denied, mut unknown, mut allowed) = (None, None, rule);
         let owner = self.owner();
@@ -428,7 +428,7 @@ impl KafkaStream<'_> {
         // A denied name stays denied, so the client must not ask for the names of the ids and try again.
         if let Some(topic) = denied {
             facts.topic = topic;
-            return Ok(Judged::Denied(None));
+            return Ok(Decided::Denied(None));
         }
         if let Some(topic) = unknown {
             facts.topic = topic;
@@ -437,7 +437,7 @@ impl KafkaStream<'_> {
             } else {
                 UNKNOWN_TOPIC_ID
             };
-            return Ok(Judged::Denied(Some(error)));
+            return Ok(Decided::Denied(Some(error)));
         }
         if let Some((id, epoch)) = facts.session
             && !matches!(epoch, 0 | -1)
@@ -445,12 +445,12 @@ impl KafkaStream<'_> {
             let known = self.flow.session.as_mut().filter(|session| session.id == id);
             let Some(session) = known else {
                 self.stats.unknown_sessions += 1;
-                return Ok(Judged::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
+                return Ok(Decided::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
             };
             if let Some(topic) = session.denied_topic(rules, header) {
                 facts.topic = Text::from(topic);
                 self.stats.unknown_sessions += 1;
-                return Ok(Judged::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
+                return Ok(Decided::Denied(Some(FETCH_SESSION_ID_NOT_FOUND)));
             }
             if facts.topic.bytes().is_empty()
                 && let Some(topic) = session.topics().first()
@@ -458,7 +458,7 @@ impl KafkaStream<'_> {
                 facts.topic = Text::from(topic);
             }
         }
-        Ok(Judged::Allowed(allowed))
+        Ok(Decided::Allowed(allowed))
     }
 
     /// Records a request and forwards it.
@@ -499,9 +499,9 @@ impl KafkaStream<'_> {
             });
         }
         // The bytes that the verdict depends on are not bypassed: otherwise a retransmission could have others.
-        let judged = arrived.whole.min(SIZE + arrived.bytes.len());
-        self.flow.rest = (arrived.whole - judged) as u64;
-        Action::Forward(judged)
+        let inspected = arrived.whole.min(SIZE + arrived.bytes.len());
+        self.flow.rest = (arrived.whole - inspected) as u64;
+        Action::Forward(inspected)
     }
 
     /// Forgets the fetch session of the connection, also one that an awaited response may begin.
@@ -625,7 +625,7 @@ impl KafkaStream<'_> {
                     return self.malformed(ParseError::StreamEnds, cx);
                 }
                 // The client uses the ids when it has the last byte. They are learned before.
-                return Action::ForwardUnjudged(bytes.len());
+                return Action::ForwardUndecided(bytes.len());
             }
             let version = pending.version;
             let rules = cx.rules.kafka(self.slot.ruleset);

@@ -82,7 +82,7 @@ impl Session {
         &self.topics
     }
 
-    /// Returns a topic that a request with this header must not name. The topics are judged again only if the rules or
+    /// Returns a topic that a request with this header must not name. The topics get a verdict again only if the rules or
     /// the header have changed, because a client can send continuing requests at a high rate.
     pub(super) fn denied_topic(&mut self, rules: &KafkaRules, header: &Header<'_>) -> Option<&[u8]> {
         if self.allowed.as_ref().is_some_and(|basis| basis.is(rules, header)) {

@@ -1,5 +1,5 @@
 //! One direction of a connection: which bytes of the sender have arrived, are allowed, were forwarded and are
-//! acknowledged. Names of this module call a byte judged once the inspector has allowed it.
+//! acknowledged.
 
 use std::collections::VecDeque;
 
@@ -193,7 +193,7 @@ pub(super) struct Half<F> {
     /// Position below which all bytes have arrived or were skipped.
     pub(super) next: Position,
     /// Position below which the inspector has allowed all bytes.
-    pub(super) judged: Position,
+    pub(super) allowed: Position,
     /// Position below which all bytes may be forwarded, even before the inspector has allowed them.
     pub(super) ahead: Position,
     /// Position after the last byte that was forwarded (SND.NXT as the receiver sees it).
@@ -245,7 +245,7 @@ impl<F> Half<F> {
             latest: 0,
             window: 0,
             next: FIRST,
-            judged: FIRST,
+            allowed: FIRST,
             ahead: FIRST,
             sent: FIRST,
             highest: FIRST,
@@ -297,7 +297,7 @@ impl<F> Half<F> {
     }
 
     fn forget(&mut self) {
-        let unneeded = self.acked.min(self.judged).min(self.next);
+        let unneeded = self.acked.min(self.allowed).min(self.next);
         while self.pieces.get(1).is_some_and(|second| second.start <= unneeded) {
             self.pieces.pop_front();
         }
@@ -395,9 +395,9 @@ impl<F> Half<F> {
     /// Returns the start and end of the allowed bytes of the first held packet that were not forwarded yet, if the rest
     /// of that packet has no verdict.
     pub(super) fn part(&self) -> Option<(Position, Position)> {
-        let held = self.held.front().filter(|held| held.end > self.judged)?;
+        let held = self.held.front().filter(|held| held.end > self.allowed)?;
         let from = held.start.max(self.sent);
-        (from < self.judged).then_some((from, self.judged))
+        (from < self.allowed).then_some((from, self.allowed))
     }
 
     /// Returns the kept bytes of a range, up to the end of the piece in which `from` lies.
@@ -479,7 +479,7 @@ impl<F> Half<F> {
     pub(super) fn clear(&mut self) {
         self.held = VecDeque::new();
         self.pieces = VecDeque::from([Piece::at(self.next)]);
-        self.judged = self.next;
+        self.allowed = self.next;
         self.since = None;
         self.ack_at = None;
         self.again = None;
@@ -494,10 +494,10 @@ impl<F> Half<F> {
     }
 
     /// Returns the bytes without a verdict, up to the first byte that has not arrived.
-    pub(super) fn unjudged(&self) -> &[u8] {
+    pub(super) fn undecided(&self) -> &[u8] {
         match self.pieces.back() {
-            Some(piece) if self.judged < self.next && piece.start <= self.judged => {
-                piece.slice(self.judged, self.next)
+            Some(piece) if self.allowed < self.next && piece.start <= self.allowed => {
+                piece.slice(self.allowed, self.next)
             }
             _ => &[],
         }
@@ -515,7 +515,7 @@ impl<F> Half<F> {
 
     /// Marks the next `n` bytes as allowed. They are kept for comparison until they are acknowledged.
     pub(super) fn pass(&mut self, n: u64) {
-        self.judged += n;
+        self.allowed += n;
         self.forget();
     }
 
@@ -526,7 +526,7 @@ impl<F> Half<F> {
             self.pass(n);
             return false;
         }
-        let end = self.judged.saturating_add(n);
+        let end = self.allowed.saturating_add(n);
         let Some(piece) = self.pieces.back_mut() else {
             return false;
         };
@@ -537,9 +537,9 @@ impl<F> Half<F> {
                 rest.store(from, piece.slice(from, to));
             }
         }
-        piece.cut(self.judged);
+        piece.cut(self.allowed);
         self.pieces.push_back(rest);
-        self.judged = end;
+        self.allowed = end;
         self.next = self.next.max(end);
         self.sent = self.sent.max(end);
         // `highest` does not change: the range can extend beyond the end of the stream, and a FIN in it is valid.
@@ -559,7 +559,7 @@ impl<F> Half<F> {
 
     /// Returns the position below which bytes may be forwarded.
     pub(super) fn forward_limit(&self) -> Position {
-        self.judged.max(self.ahead)
+        self.allowed.max(self.ahead)
     }
 
     /// Removes and returns the next held packet that may be forwarded.

@@ -15,7 +15,7 @@ pub(crate) enum Action {
     AwaitPeer,
     /// The first `n` bytes are forwarded before their verdict and are shown to the inspector again. Used for a message
     /// that gets a verdict only as a whole: only the end of the message is held.
-    ForwardUnjudged(usize),
+    ForwardUndecided(usize),
     /// The first `n` bytes are allowed and forwarded.
     Forward(usize),
     /// The next `n` bytes are forwarded without inspection, and their retransmissions need not be compared with an

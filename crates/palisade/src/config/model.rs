@@ -208,7 +208,7 @@ pub(crate) struct Http {
 /// `[kafka]`: policies on Kafka requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Kafka {
-    /// Longest request that is judged by its topics, bytes.
+    /// Longest request whose topics get a verdict, bytes.
     pub max_request: usize,
     /// Time within which a request must be complete.
     pub request_timeout: Duration,

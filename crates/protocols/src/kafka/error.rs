@@ -8,7 +8,7 @@ pub enum ParseError {
     /// A size that no Kafka message has: the stream is TLS, HTTP or another protocol.
     #[strum(serialize = "not Kafka")]
     NotKafka,
-    /// A request that is judged by its topics and longer than the limit.
+    /// A request whose topics get a verdict and that is longer than the limit.
     #[strum(serialize = "request too long")]
     TooLong,
     /// The message ends within a field.

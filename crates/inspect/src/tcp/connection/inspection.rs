@@ -35,7 +35,7 @@ impl<F> Connection<F> {
             return;
         }
         self.remove_old_windows();
-        let judged = (self.halves.client.judged, self.halves.server.judged);
+        let allowed = (self.halves.client.allowed, self.halves.server.allowed);
         let mut again = true;
         while std::mem::take(&mut again) {
             for side in Side::BOTH {
@@ -45,10 +45,10 @@ impl<F> Connection<F> {
                 self.flush(side, cx);
             }
         }
-        for (half, judged) in self.halves.both_mut().into_iter().zip([judged.0, judged.1]) {
-            if half.unjudged().is_empty() {
+        for (half, allowed) in self.halves.both_mut().into_iter().zip([allowed.0, allowed.1]) {
+            if half.undecided().is_empty() {
                 half.since = None;
-            } else if half.since.is_none() || half.judged > judged {
+            } else if half.since.is_none() || half.allowed > allowed {
                 half.since = Some(cx.now);
             }
         }
@@ -59,7 +59,7 @@ impl<F> Connection<F> {
     fn remove_old_windows(&mut self) {
         for side in Side::BOTH {
             if let Some(end) = self.window_ends[side]
-                && self.halves[side].judged > end
+                && self.halves[side].allowed > end
             {
                 self.windows[side] = [0; 2];
                 self.command = true;
@@ -77,9 +77,9 @@ impl<F> Connection<F> {
     ) -> bool {
         let half = &mut self.halves[side];
         let is_whole = half.is_whole();
-        let bytes = half.unjudged();
+        let bytes = half.undecided();
         let available = bytes.len();
-        if available == 0 && (!is_whole || half.end_read || half.judged > half.next) {
+        if available == 0 && (!is_whole || half.end_read || half.allowed > half.next) {
             return false;
         }
         let action = match std::mem::take(&mut self.rest[side]) {
@@ -95,15 +95,15 @@ impl<F> Connection<F> {
         half.awaits_peer = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
         match action {
             Action::NeedMore | Action::AwaitPeer => false,
-            Action::ForwardUnjudged(n) => {
-                half.ahead = half.judged + n.min(available) as u64;
+            Action::ForwardUndecided(n) => {
+                half.ahead = half.allowed + n.min(available) as u64;
                 false
             }
             Action::Forward(n) => {
                 half.pass(n.min(available) as u64);
                 if available == 0 {
                     half.end_read = true;
-                    half.judged += 1;
+                    half.allowed += 1;
                     return true;
                 }
                 n > 0
@@ -134,7 +134,7 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Forwards what is judged, and responds to `side` once the other end's earlier bytes have arrived.
+    /// Forwards what is allowed, and responds to `side` once the other end's earlier bytes have arrived.
     fn begin_response<S: Sink<F>>(
         &mut self,
         side: Side,
@@ -155,7 +155,7 @@ impl<F> Connection<F> {
     fn skip(&mut self, side: Side, n: u64, available: u64, shared: &Shared) {
         let half = &mut self.halves[side];
         // Bytes that were acknowledged on behalf of the receiver must be kept until they are delivered.
-        let undelivered = half.proxy_acked.saturating_sub(half.judged).min(n);
+        let undelivered = half.proxy_acked.saturating_sub(half.allowed).min(n);
         if undelivered > 0 {
             half.pass(undelivered);
             self.rest[side] = n - undelivered;
@@ -166,15 +166,15 @@ impl<F> Connection<F> {
             half.pass(n);
             return;
         }
-        let from = half.seq(half.judged);
+        let from = half.seq(half.allowed);
         let is_skipped = half.skip(taken);
         self.rest[side] = n - taken;
         // Acknowledgements of bytes in an offload window are not punted, so no window is set while bytes acknowledged
         // on behalf of the receiver wait for one.
         if is_skipped && n - available >= shared.limits.window && self.is_drained() {
             let half = &self.halves[side];
-            self.windows[side] = [from, half.seq(half.judged)];
-            self.window_ends[side] = Some(half.judged + WINDOW_AGE);
+            self.windows[side] = [from, half.seq(half.allowed)];
+            self.window_ends[side] = Some(half.allowed + WINDOW_AGE);
             self.command = true;
         }
     }
@@ -201,7 +201,7 @@ impl<F> Connection<F> {
     fn flush_all<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
         for side in Side::BOTH {
             let half = &mut self.halves[side];
-            half.judged = half.judged.max(half.proxy_acked);
+            half.allowed = half.allowed.max(half.proxy_acked);
             self.deliver(side, cx);
         }
         let is_drained = self.is_drained();

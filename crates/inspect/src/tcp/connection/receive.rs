@@ -257,7 +257,7 @@ impl<F> Connection<F> {
             self.release(frame, cx);
             return Ok(true);
         }
-        self.send_judged_part(side, at, segment.payload, is_new, cx);
+        self.send_allowed_part(side, at, segment.payload, is_new, cx);
         if !is_new {
             return Err((Reason::TcpHeld, frame));
         }
@@ -273,7 +273,7 @@ impl<F> Connection<F> {
     /// Forwards, in generated packets, the allowed bytes at the beginning of a segment whose last bytes have no verdict
     /// yet. Bytes that are still kept are forwarded by [`Connection::split`]; this function forwards them again only if
     /// the sender retransmits them.
-    fn send_judged_part<S: Sink<F>>(
+    fn send_allowed_part<S: Sink<F>>(
         &mut self,
         side: Side,
         at: Extent,
@@ -283,10 +283,10 @@ impl<F> Connection<F> {
     ) {
         let own = &self.halves[side];
         let is_kept = !own.bytes(at.start, at.end).is_empty();
-        if self.is_shared || at.start >= own.judged || (is_kept && (is_new || own.sent <= at.start)) {
+        if self.is_shared || at.start >= own.allowed || (is_kept && (is_new || own.sent <= at.start)) {
             return;
         }
-        let length = (own.judged - at.start) as usize;
+        let length = (own.allowed - at.start) as usize;
         self.send_part(side, at.start, payload.get(..length).unwrap_or(payload), cx);
     }
 

@@ -19,7 +19,7 @@ impl<F> Connection<F> {
         if let Phase::Responding(response) = &self.phase {
             let before = &self.halves[response.to.other()];
             // Allowed bytes that have not arrived yet belong to a message before the response.
-            if before.acked < before.sent || before.judged > before.next {
+            if before.acked < before.sent || before.allowed > before.next {
                 return;
             }
             // The allowed bytes from the receiver of the response are delivered first, because they are not
@@ -63,7 +63,7 @@ impl<F> Connection<F> {
             Phase::Responding(response) if response.again <= cx.now => {
                 let before = &self.halves[response.to.other()];
                 // The response would continue the message before it.
-                if before.judged > before.next {
+                if before.allowed > before.next {
                     self.abort(response.reason, cx);
                 } else {
                     self.respond(response, cx);
