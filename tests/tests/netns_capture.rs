@@ -405,6 +405,46 @@ fn a_killed_client_or_daemon_leaves_no_capture() {
 }
 
 #[test]
+fn an_interface_that_comes_back_is_captured() {
+    let mut world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("p.yaml", POLICIES)])
+        .expect("daemon");
+    let interface = world.topology.get("db").interface.clone();
+    let mut capturing = Capturing::start(&daemon, &["--interface", &interface]);
+    world.topology.unplug("db").expect("unplug");
+    let guarded = |status: &Value| {
+        let interfaces = status["interfaces"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        interfaces.iter().filter(|i| i["ingress"].is_string()).count()
+    };
+    daemon
+        .wait_status("the interface is gone", |status| guarded(status) == 4)
+        .expect("status");
+    world.topology.plug("db").expect("plug");
+    daemon
+        .wait_status("the interface is guarded", |status| guarded(status) == 5)
+        .expect("status");
+    // The neighbours on the new link must be resolved first.
+    world.expect(&daemon, "db -> back tcp/80 drop");
+    world.expect(&daemon, "db -> back tcp/80 drop");
+    capturing.end();
+    expect_nothing_left(&daemon);
+    world.expect(&daemon, "db -> back tcp/80 drop");
+    let packets = capturing.packets();
+    for family in FAMILIES {
+        let sent = between(&packets, &world, ("db", "back"), family, "80");
+        assert!(!sent.is_empty(), "{packets:#?}");
+    }
+    assert!(
+        packets.iter().all(|packet| packet.interface == interface),
+        "{packets:#?}"
+    );
+}
+
+#[test]
 fn bounds_hold_and_payload_is_written_only_on_request() {
     let world = world();
     let daemon = world

@@ -270,6 +270,11 @@ pub(crate) fn blocks(bytes: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
     })
 }
 
+/// Returns the number of the interface in a packet block.
+pub(crate) fn interface_of(packet: &[u8]) -> Option<u32> {
+    Some(u32::from_ne_bytes(packet.get(8..12)?.try_into().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,6 +329,7 @@ mod tests {
         let block = writer.take();
         let word = |at: usize| u32::from_ne_bytes(block[at..at + 4].try_into().unwrap());
         assert_eq!(word(0), block_type::PACKET);
+        assert_eq!(interface_of(&block), Some(0));
         assert_eq!((word(12), word(16)), (0x0123_4567, 0x89ab_cdef));
         assert_eq!((word(20), word(24)), (5, 1500));
         assert_eq!(

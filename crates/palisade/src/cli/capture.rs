@@ -15,6 +15,9 @@ Examples:
 
 Filters are those of `palisade observe`. Without --snaplen only headers are written, no payload.";
 
+/// Longest capture. The daemon has the same limit.
+const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
+
 /// Arguments of `palisade capture`. The filters are those of `palisade observe`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CaptureArgs {
@@ -132,7 +135,7 @@ impl Args for CaptureArgs {
                     "DURATION",
                     "End after this time, at most 24h [default: 10m]",
                 )
-                .value_parser(duration::parse),
+                .value_parser(time),
             )
             .arg(
                 option(
@@ -191,6 +194,14 @@ fn bytes(text: &str) -> Result<u64, String> {
         ));
     }
     Ok(bytes)
+}
+
+/// Parses the duration of a capture.
+fn time(text: &str) -> Result<Duration, String> {
+    match duration::parse(text) {
+        Ok(time) if time.is_zero() || time > MAX_DURATION => Err(format!("'{text}' is not a time up to 24h")),
+        other => other.map_err(|error| error.to_string()),
+    }
 }
 
 /// Parses the number of files of a ring.
@@ -260,6 +271,8 @@ mod tests {
                 "2 to 10000",
             ),
             (&["-w", "a", "--since", "5m"], "--duration"),
+            (&["-w", "a", "--duration", "25h"], "24h"),
+            (&["-w", "a", "--duration", "0s"], "24h"),
         ] {
             let error = parse(wrong).unwrap_err().to_string();
             assert!(error.contains(why), "{wrong:?}: {error}");

@@ -213,7 +213,7 @@ impl Output {
             }
             Target::Ring(ring) => {
                 for (kind, block) in blocks(bytes) {
-                    ring.write(&self.head, block)?;
+                    ring.write(&self.head, block, kind == block_type::PACKET)?;
                     if matches!(kind, block_type::SECTION | block_type::INTERFACE) {
                         self.head.extend_from_slice(block);
                     }
@@ -251,12 +251,15 @@ impl Ring {
         self.path.with_file_name(format!("{stem}_{number:05}{extension}"))
     }
 
-    fn write(&mut self, head: &[u8], block: &[u8]) -> anyhow::Result<()> {
+    /// Writes a block. Only a packet begins another file, so that each file has packets: descriptions of interfaces and
+    /// the statistics at the end are appended to the current one.
+    fn write(&mut self, head: &[u8], block: &[u8], is_packet: bool) -> anyhow::Result<()> {
         let length = block.len() as u64;
-        // A file gets at least one block, however long that is.
-        let is_full = self.current.as_ref().is_some_and(|(_, written)| {
-            *written > head.len() as u64 && written.saturating_add(length) > self.bytes
-        });
+        // A file gets at least one packet, however long that is.
+        let is_full = is_packet
+            && self.current.as_ref().is_some_and(|(_, written)| {
+                *written > head.len() as u64 && written.saturating_add(length) > self.bytes
+            });
         if self.current.is_none() || is_full {
             if let Some((mut file, _)) = self.current.take() {
                 file.flush()?;

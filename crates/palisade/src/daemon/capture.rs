@@ -134,13 +134,16 @@ impl Recorder {
         }
     }
 
-    /// Follows changes of names and of the clock. Called before each batch of records.
-    pub(super) fn refresh(&mut self, clock_offset: i64) {
-        let view = self.shared.get();
-        if !self.names.is_of(&view) {
-            self.names = EventNames::new(view);
-        }
+    /// Follows changes of names and of the clock. Called before each batch of records. Returns whether names have
+    /// changed.
+    pub(super) fn refresh(&mut self, clock_offset: i64) -> bool {
         self.clock_offset = clock_offset;
+        let view = self.shared.get();
+        if self.names.is_of(&view) {
+            return false;
+        }
+        self.names = EventNames::new(view);
+        true
     }
 
     /// Writes a packet, if the filters accept it and the bounds allow it.
@@ -241,6 +244,11 @@ impl Recorder {
             } else {
                 self.full = true;
                 self.packets = self.packets.saturating_sub(1);
+                let number = pcapng::interface_of(block);
+                let counted = self.interfaces.values_mut().find(|i| Some(i.number) == number);
+                if let Some(interface) = counted {
+                    interface.packets = interface.packets.saturating_sub(1);
+                }
             }
         }
         self.bytes += whole.len() as u64;

@@ -107,8 +107,9 @@ impl Handlers {
         }
         let snap = request.snap_length.map_or(Snap::Headers, Snap::Bytes);
         let duration = Duration::from_millis(request.duration_ms).min(MAX_DURATION);
-        let view = self.shared.get();
+        let node = Arc::clone(&self.shared.get().node);
         let ifindex = |name: &str| {
+            let view = self.shared.get();
             let found = view.interfaces.iter().find(|(_, known)| &***known == name);
             found.map(|(ifindex, _)| *ifindex)
         };
@@ -119,6 +120,8 @@ impl Handlers {
             .datapath
             .prepare_capture(&wanted, RING_BYTES)
             .map_err(|error| Failure::Refused(error.to_string()))?;
+        // The verifier can take seconds, and the control thread can be busy: the client must not give up.
+        sink.send(&Answer::Alive)?;
         // From here on the programs can be attached, even if the answer comes too late.
         running.attached = true;
         let programs = capture.programs();
@@ -126,7 +129,7 @@ impl Handlers {
             .map_err(Failure::Refused)?;
         info!(filters = ?request.filters, ?snap, ?duration, "a capture begins");
 
-        let description = format!("palisade capture on {}", view.node);
+        let description = format!("palisade capture on {node}");
         let bounds = Bounds {
             packets: request.count.unwrap_or(u64::MAX),
             bytes: request.max_bytes.unwrap_or(u64::MAX),
@@ -149,7 +152,13 @@ impl Handlers {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(Failure::Refused(format!("the ring cannot be polled: {error}"))),
             }
-            recorder.refresh(clock_offset());
+            if recorder.refresh(clock_offset()) {
+                // An interface that was recreated has another index.
+                wanted = settings(&api_filters, snap, until, ifindex);
+                if let Err(problem) = capture.set(&wanted) {
+                    return Err(Failure::Refused(problem.to_string()));
+                }
+            }
             capture.drain(MAX_BATCH, |header, bytes| recorder.record(header, bytes));
             let blocks = recorder.take();
             if !blocks.is_empty() {
