@@ -523,6 +523,58 @@ fn readyz_reports_broken_policies_and_missing_interfaces() {
 }
 
 #[test]
+fn the_ends_of_flows_are_labels_and_flows_that_were_overwritten_are_counted_as_lost() {
+    let apps = apps();
+    let node = apps.ns("node");
+    // A ring of 16 flows, and a limit of events that no burst of this test reaches.
+    let settings = tables(
+        "[limits]\nflows = 16\nevents_per_second = 100000\n\
+         [metrics]\nlisten = \"127.0.0.1:9965\"\nseries_per_metric = 2\nhubble = [\n  \
+         \"drop:sourceContext=pod;destinationContext=dns|reserved-identity|ip;labelsContext=source_app,traffic_direction\",\n  \
+         \"flow\", \"flows-to-world:port\",\n]\n",
+    );
+    let daemon = client_only_with(&apps, &settings, &[WEB], RULES);
+    for family in FAMILIES {
+        datagrams(&apps, family, 4_000, 2);
+    }
+    let common = r#"reason="POLICY_DENIED",protocol="UDP",source_app="client",traffic_direction="egress",source="default/client""#;
+    let by_family = ["reserved:world-ipv4", "reserved:world-ipv6"]
+        .map(|world| format!("hubble_drop_total{{{common},destination=\"{world}\"}}"));
+    let mut wanted: Vec<(&str, f64)> = by_family.iter().map(|name| (name.as_str(), 4.0)).collect();
+    wanted.push((
+        r#"hubble_flows_to_world_total{protocol="UDP",verdict="DROPPED",port="4000"}"#,
+        8.0,
+    ));
+    expect(&daemon, node, &wanted);
+
+    // More ports than time series; and more flows at a time than the ring holds.
+    for port in 5_000..5_010 {
+        datagrams(&apps, Family::V4, port, 300);
+    }
+    let (sent, made) = (10.0 * 300.0, "palisade_flows_recorded_total");
+    let lost = r#"hubble_lost_events_total{source="hubble_ring_buffer"}"#;
+    let mut last = BTreeMap::new();
+    let met = wait_until("all flows", OPEN, || {
+        last = scrape(node);
+        let counted = sum(&last, "hubble_flows_processed_total{");
+        last[lost] > 0.0 && last[made] >= 2.0 * sent && counted + last[lost] == last[made]
+    });
+    assert!(met.is_ok(), "{last:#?}");
+    assert_eq!(
+        last[r#"palisade_drop_packets_total{reason="POLICY_DENIED",direction="egress"}"#],
+        sent + 4.0
+    );
+    let overflow = r#"hubble_flows_to_world_total{protocol="UDP",verdict="DROPPED",port="_overflow"}"#;
+    let overflows = last[r#"palisade_metrics_overflows_total{metric="hubble_flows_to_world_total"}"#];
+    assert!(overflows > 0.0 && last[overflow] == overflows, "{last:#?}");
+    let series = last
+        .keys()
+        .filter(|name| name.starts_with("hubble_flows_to_world_total{"))
+        .count();
+    assert_eq!(series, 3);
+}
+
+#[test]
 fn an_address_in_use_is_a_warning_and_not_the_end_of_the_daemon() {
     let apps = apps();
     let node = apps.ns("node");

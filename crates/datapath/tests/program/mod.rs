@@ -21,6 +21,7 @@ use palisade_abi::{
     Reason, Share, budget_slot, endpoint_flags, identity, maps, programs, role,
 };
 use palisade_datapath::Sizes;
+use palisade_model::snapshot::Snapshot;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// BPF_PROG_TEST_RUN uses the loopback device for every packet.
@@ -416,6 +417,32 @@ impl World {
             records.push((header, bytes.to_vec()));
         }
         records
+    }
+
+    /// Writes compiled policies, with their endpoints and identities, instead of those of [`Self::new`].
+    pub fn load(&self, snapshot: &Snapshot) {
+        for (addr, entry) in snapshot.addresses.iter() {
+            sys::update(self.map(maps::IPCACHE), addr.as_bytes(), entry.as_bytes()).unwrap();
+        }
+        for (key, entry) in snapshot.prefixes.iter() {
+            sys::update(self.map(maps::PREFIXES), key.as_bytes(), entry.as_bytes()).unwrap();
+        }
+        sys::update(
+            self.map(maps::CLASSES),
+            0u32.as_bytes(),
+            snapshot.classes.as_bytes(),
+        )
+        .unwrap();
+        for (policy, table) in &snapshot.tables {
+            for (key, entry) in &table.entries {
+                let key = key.with_policy(*policy);
+                sys::update(self.map(maps::POLICY), key.as_bytes(), entry.as_bytes()).unwrap();
+            }
+        }
+        for (endpoint, state) in &snapshot.endpoints {
+            let number = u32::from(*endpoint);
+            sys::update(self.map(maps::ENDPOINTS), number.as_bytes(), state.as_bytes()).unwrap();
+        }
     }
 
     pub fn forget_address(&self, addr: &str) {
