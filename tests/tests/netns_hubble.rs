@@ -706,7 +706,7 @@ fn only_root_and_the_group_can_use_the_socket() {
         (String::new(), false),
         (format!("[hubble]\ngroup = \"{GROUP}\"\n"), true),
     ] {
-        let daemon = daemon_of(&world, tables(&section));
+        let mut daemon = daemon_of(&world, tables(&section));
         // The directory of the testbed is private.
         let dir = daemon.socket();
         let dir = dir.parent().expect("a directory");
@@ -716,6 +716,8 @@ fn only_root_and_the_group_can_use_the_socket() {
         assert!(connects(&daemon, &root));
         assert!(!connects(&daemon, &nobody));
         assert_eq!(connects(&daemon, &member), group);
+        daemon.terminate().expect("the end of the daemon");
+        assert!(!path.exists());
     }
 }
 

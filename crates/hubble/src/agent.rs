@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -60,6 +61,15 @@ pub enum AgentEvent {
     IpcacheUpserted(IpcacheChange),
     /// An address or prefix has lost its identity.
     IpcacheDeleted(IpcacheChange),
+    /// An endpoint has learned an address by a DNS name. The API has no type for this event.
+    NameLearned {
+        /// Number of the endpoint.
+        endpoint: u16,
+        /// Name of the question.
+        name: String,
+        /// Address in the answer.
+        address: IpAddr,
+    },
 }
 
 /// Endpoint in an event.
@@ -148,6 +158,17 @@ fn message(event: AgentEvent, at: Timestamp) -> pb::AgentEvent {
         AgentEvent::EndpointDeleted(name) => (AgentEventType::EndpointDeleted, endpoint(name)),
         AgentEvent::IpcacheUpserted(change) => (AgentEventType::IpcacheUpserted, ipcache(change)),
         AgentEvent::IpcacheDeleted(change) => (AgentEventType::IpcacheDeleted, ipcache(change)),
+        AgentEvent::NameLearned {
+            endpoint,
+            name,
+            address,
+        } => (
+            AgentEventType::AgentEventUnknown,
+            Notification::Unknown(pb::AgentEventUnknown {
+                r#type: "name-learned".to_owned(),
+                notification: format!("endpoint {endpoint} has learned {address} by the name {name}"),
+            }),
+        ),
     };
     pb::AgentEvent {
         r#type: kind.into(),

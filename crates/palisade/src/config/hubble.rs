@@ -29,6 +29,19 @@ pub(crate) struct Hubble {
     pub max_readers: usize,
 }
 
+impl Hubble {
+    /// Returns a warning if every client that reaches the TCP listener from the network can read the flows.
+    pub(crate) fn open_to_all(&self) -> Option<String> {
+        let listen = self.listen?;
+        (self.client_ca.is_none() && !listen.ip().to_canonical().is_loopback()).then(|| {
+            format!(
+                "[hubble] listen: every client that reaches {listen} can read the flows: set hubble.client_ca to require \
+                 certificates"
+            )
+        })
+    }
+}
+
 /// Reads the section. `control_socket`: path of the control socket.
 pub(super) fn hubble(section: Section<'_, '_>, control_socket: &Path) -> Hubble {
     let listen = section.string("listen").and_then(|at| {

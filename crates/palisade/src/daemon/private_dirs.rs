@@ -119,6 +119,7 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
         }
     }
     missing.extend(writable_by_others(config));
+    missing.extend(config.hubble.open_to_all());
     if let Err(problem) = check_pin_dir(&node.pin_dir) {
         missing.push(format!("[node] pin_dir: {problem}"));
     }

@@ -22,6 +22,7 @@ use anyhow::{Context as _, bail};
 use palisade_datapath::{Datapath, Options, detach_all};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, SniAddressIndex, Special};
+use palisade_hubble::agent::AgentEvent;
 use palisade_policy::compile::{Compiler, CompilerState};
 use palisade_worker::{Receiver, TimedRecord};
 use sd_notify::NotifyState;
@@ -80,7 +81,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let (mut control, records) = fill(config, opened, watched, started, &sender, agent_events)?;
     control.reload_problem = replaced;
     attach(&mut control);
-    let socket = serve(&mut control, records, dirs.socket, sender, agent_queue)?;
+    let (socket, hubble) = serve(&mut control, records, dirs.socket, sender, agent_queue)?;
     control.report_first_policies(); // The next line counts them.
     info!(
         ready_after = ?started.elapsed(),
@@ -93,6 +94,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     // The start has succeeded with this configuration, so it is kept for a later start that finds the file broken.
     control.keep_config();
     let end = control.serve(&messages);
+    hubble.close();
     shut_down(control, socket, end)
 }
 
@@ -208,6 +210,14 @@ fn fill(
         error!(error = %problem, "the journal of learned names cannot be begun");
         notes.push(note);
     }
+    let learned = agent_events.clone();
+    names.report_to(move |endpoint, name, address| {
+        learned.report(AgentEvent::NameLearned {
+            endpoint,
+            name: name.to_owned(),
+            address,
+        });
+    });
     let names = Arc::new(names);
     let ended = sender.clone();
     let shared = Arc::<Shared>::default();
@@ -301,7 +311,7 @@ fn serve(
     claim: server::Claim,
     sender: Sender<Message>,
     agent_queue: AgentQueue,
-) -> anyhow::Result<Socket> {
+) -> anyhow::Result<(Socket, Arc<Hubble>)> {
     let ring = Ring::new(control.config.limits.flows as usize);
     let datapath = Arc::clone(&control.datapath);
     let (shared, names) = (Arc::clone(&control.shared), Arc::clone(&control.names));
@@ -320,7 +330,8 @@ fn serve(
         Arc::clone(&shared),
         Arc::clone(&names),
     )?;
-    let hubble = Hubble::start(&control.config, &ring, &shared, agent_queue);
+    let hubble = Arc::new(Hubble::start(&control.config, &ring, &shared, agent_queue));
+    let api = Arc::clone(&hubble);
     let handlers = Arc::new(Handlers {
         hubble,
         control: sender,
@@ -343,7 +354,7 @@ fn serve(
     // The cell is new, so it cannot be set already.
     let _ = handlers.server.set(Arc::clone(&socket.counts));
     metrics::start(&control.config.metrics, handlers).context("the threads of the metrics")?;
-    Ok(socket)
+    Ok((socket, api))
 }
 
 /// Writes the state and ends the workers. The programs stay attached, unless a client has requested to detach them.

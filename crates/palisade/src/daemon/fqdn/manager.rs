@@ -56,6 +56,9 @@ const TIMEOUT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest sleep of the names thread while no answer waits.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Takes endpoint, name and address of each address that an endpoint has newly learned.
+type OnLearned = Box<dyn Fn(EndpointId, &str, IpAddr) + Send + Sync>;
+
 /// Resolver of the policy in force.
 pub(super) type View = Arc<dyn IdentityResolver + Send + Sync>;
 
@@ -106,6 +109,8 @@ pub(crate) struct FqdnManager {
     answers: Answers,
     /// Epoch of the leases of committed answers.
     epoch: OnceLock<Epoch>,
+    /// Takes reports of learned addresses.
+    on_learned: OnceLock<OnLearned>,
 }
 
 /// Counters of answers.
@@ -236,6 +241,7 @@ impl FqdnManager {
             start: Instant::now(),
             answers: Answers::default(),
             epoch: OnceLock::new(),
+            on_learned: OnceLock::new(),
         }
     }
 
@@ -522,6 +528,12 @@ impl FqdnManager {
         }
     }
 
+    /// Sets the function that takes reports of addresses that are learned from now on. It must not wait.
+    pub(crate) fn report_to(&self, on_learned: impl Fn(EndpointId, &str, IpAddr) + Send + Sync + 'static) {
+        // A second call has no effect.
+        let _ = self.on_learned.set(Box::new(on_learned));
+    }
+
     /// Notes the latest name by which an endpoint has learned addresses, for reports.
     fn known_as(
         &self,
@@ -546,6 +558,9 @@ impl FqdnManager {
                 }
                 std::collections::hash_map::Entry::Vacant(place) => {
                     let mut names = names;
+                    if let Some(on_learned) = self.on_learned.get() {
+                        on_learned(endpoint, name, address);
+                    }
                     place.insert(KnownAs {
                         names: names(),
                         source,

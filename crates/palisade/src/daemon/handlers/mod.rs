@@ -56,7 +56,7 @@ pub(super) struct Handlers {
     pub(super) names: Arc<FqdnManager>,
     pub(super) ring: Arc<Ring>,
     /// The flow API.
-    pub(super) hubble: Hubble,
+    pub(super) hubble: Arc<Hubble>,
     /// Number of events read.
     pub(super) events: Arc<AtomicU64>,
     /// Current task of the control thread.

@@ -13,6 +13,7 @@ use std::{
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
@@ -28,6 +29,8 @@ use super::{
     threads::lower_priority,
 };
 
+/// Shortest time between two messages about lost events.
+const LOSS_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Notices that wait for the thread of the API.
 const QUEUED_NOTICES: usize = 256;
 
@@ -105,6 +108,7 @@ impl AgentQueue {
                 api.report(AgentEvent::Started);
                 let mut known = Arc::<View>::default();
                 let mut lost = 0;
+                let mut warned = None;
                 for notice in self.notices {
                     match notice {
                         Notice::View => {
@@ -117,7 +121,10 @@ impl AgentQueue {
                         Notice::Event(event) => api.report(*event),
                     }
                     let now_lost = self.lost.load(Ordering::Relaxed);
-                    if now_lost != lost {
+                    // DNS servers choose how many names are learned, so the message is limited.
+                    let due = warned.is_none_or(|at: Instant| at.elapsed() > LOSS_LOG_INTERVAL);
+                    if now_lost != lost && due {
+                        warned = Some(Instant::now());
                         warn!(count = now_lost - lost, "agent events of the flow API were lost");
                         lost = now_lost;
                     }

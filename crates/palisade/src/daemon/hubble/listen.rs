@@ -102,13 +102,15 @@ pub(super) async fn run(
         tokio::spawn(accept_tcp(address, certificates, door()));
     }
     drop(clients);
-    let ended = async {
-        // An error means that the other end was dropped, which ends the API, too.
-        let _ = ended.await;
-    };
-    // Without a listener the stream of clients ends, and the server with it; the ring of events is served all the same.
-    if let Err(problem) = serve(api, ReceiverStream::new(served), ended).await {
-        error!(error = %problem, "the flow API has ended");
+    // Without a listener the stream of clients ends, and the server with it; agent events are collected all the same.
+    // Connections of clients that follow flows do not end by themselves, so the server is not asked to end, but dropped.
+    tokio::select! {
+        result = serve(api, ReceiverStream::new(served), std::future::pending()) => {
+            if let Err(problem) = result {
+                error!(error = %problem, "the flow API has ended");
+            }
+        }
+        _ = ended => {}
     }
 }
 

@@ -9,7 +9,15 @@ mod report;
 mod threads;
 mod tls;
 
-use std::{io, sync::Arc, thread};
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver},
+    },
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use palisade_flowlog::Ring;
@@ -25,6 +33,8 @@ use crate::{
     control::{api::HubbleStatus, server},
 };
 
+/// Longest wait for the end of the listeners.
+const CLOSE_GRACE_PERIOD: Duration = Duration::from_millis(300);
 /// Threads that serve connections. More would take CPU time from the packet path.
 const THREADS: usize = 2;
 
@@ -33,8 +43,12 @@ pub(super) struct Hubble {
     api: Option<Api>,
     reports: Arc<Reports>,
     tls: bool,
-    /// Ends the threads when it is dropped.
-    _end: oneshot::Sender<()>,
+    /// A warning if clients need no certificate.
+    open_to: Option<String>,
+    /// Ends the threads; `None` once they end.
+    end: Mutex<Option<oneshot::Sender<()>>>,
+    /// Disconnected when the sockets are closed.
+    closed: Mutex<Option<Receiver<()>>>,
 }
 
 impl Hubble {
@@ -42,19 +56,31 @@ impl Hubble {
     pub(super) fn start(config: &Config, ring: &Arc<Ring>, shared: &Arc<Shared>, queue: AgentQueue) -> Self {
         let reports = Arc::<Reports>::default();
         let (end, ended) = oneshot::channel();
-        let api = match serve(config, ring, shared, queue, &reports, ended) {
-            Ok(api) => Some(api),
+        let (api, closed) = match serve(config, ring, shared, queue, &reports, ended) {
+            Ok((api, closed)) => (Some(api), Some(closed)),
             Err(problem) => {
                 error!(error = format!("{problem:#}"), "the flow API cannot be served");
                 reports.get().problems.push(("threads", format!("{problem:#}")));
-                None
+                (None, None)
             }
         };
         Self {
             api,
             reports,
             tls: config.hubble.tls_certificate.is_some(),
-            _end: end,
+            open_to: config.hubble.open_to_all(),
+            end: Mutex::new(Some(end)),
+            closed: Mutex::new(closed),
+        }
+    }
+
+    /// Closes the sockets, and removes the unix socket. Waits at most [`CLOSE_GRACE_PERIOD`].
+    pub(super) fn close(&self) {
+        drop(self.end.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(closed) = closed {
+            // The result is an error in each case: nothing is ever sent.
+            let _ = closed.recv_timeout(CLOSE_GRACE_PERIOD);
         }
     }
 
@@ -72,8 +98,11 @@ impl Hubble {
             cut: counts.cut,
         };
         let problems = report.problems.iter();
-        let problems = problems.map(|(part, problem)| format!("[hubble] {part}: {problem}"));
-        (status, problems.collect())
+        let mut problems: Vec<String> = problems
+            .map(|(part, problem)| format!("[hubble] {part}: {problem}"))
+            .collect();
+        problems.extend(self.open_to.clone());
+        (status, problems)
     }
 }
 
@@ -84,7 +113,7 @@ fn serve(
     queue: AgentQueue,
     reports: &Arc<Reports>,
     ended: oneshot::Receiver<()>,
-) -> anyhow::Result<Api> {
+) -> anyhow::Result<(Api, Receiver<()>)> {
     let options = &config.hubble;
     let limits = Limits {
         readers: options.max_readers,
@@ -103,16 +132,18 @@ fn serve(
         .build()
         .context("the threads that serve connections")?;
     let (options, reports, of_thread) = (options.clone(), Arc::clone(reports), api.clone());
+    let (open, closed) = mpsc::channel();
     thread::Builder::new()
         .name("hubble-main".into())
         .spawn(move || {
             lower_priority();
             runtime.block_on(listen::run(of_thread, socket, options, reports, ended));
+            drop(open);
             // Connections of clients that follow flows do not end by themselves.
             runtime.shutdown_background();
         })
         .context("the thread of the listeners")?;
-    Ok(api)
+    Ok((api, closed))
 }
 
 fn node(config: &Config) -> Node {
