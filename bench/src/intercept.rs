@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::{
     Effort, progress,
     report::{Goal, Measure, Samples, Table, number},
-    tls_path::{CONNECTIONS, H2_CONNECTIONS, OWN, PATTERNS, Path, STREAMS, own_name},
+    tls_path::{CONNECTIONS, H2_CONNECTIONS, OWN, PATTERNS, Path, Purpose, STREAMS, own_name},
     web::{self, Between, DENIED, ITEM, Load},
 };
 
@@ -93,7 +93,7 @@ fn reported(what: String, ratio: f64) -> Goal {
 pub fn measure(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((3, 1), (9, 3));
     let blob: u64 = effort.pick(64 << 20, 1 << 30);
-    let (idle_rounds, idle) = effort.pick((1, 2_000), (3, 2_000));
+    let (idle_rounds, idle, busy) = effort.pick((1, 2_000, 200), (3, 2_000, 200));
     // Children inherit the limit.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
@@ -111,6 +111,10 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             ));
         }
     }
+    let mut skipped = |what: &str, problem: &anyhow::Error| {
+        progress(format_args!("intercept: {what} was not measured: {problem:#}"));
+        notes.push(format!("**{what} was not measured**: {problem:#}."));
+    };
     progress(format_args!(
         "intercept: {rounds} rounds of {seconds} s, {} variants",
         variants.len()
@@ -118,23 +122,55 @@ pub fn measure(effort: Effort) -> Result<Measure> {
 
     // Before the other rows, and with new processes: memory that a load has left behind would be used again.
     let mut memory = Table::new(
-        "Resident memory for an idle connection",
-        &["between client and server", "KiB", "Palisade against it"],
+        "Resident memory for a connection",
+        &[
+            "between client and server",
+            "idle, KiB",
+            "Palisade against it",
+            "busy, KiB",
+            "Palisade against it",
+        ],
     );
-    let mut sizes: Vec<_> = variants.iter().map(|_| Samples::new()).collect();
+    let mut sizes: Vec<_> = variants
+        .iter()
+        .map(|_| (Samples::new(), Samples::new()))
+        .collect();
     for _ in 0..idle_rounds {
-        for (between, sizes) in variants.iter().zip(&mut sizes).skip(1) {
-            sizes.push(Path::new(*between, 1 << 20)?.memory(idle)? / 1024.0);
+        for (between, (of_idle, of_busy)) in variants.iter().zip(&mut sizes).skip(1) {
+            let path = || Path::new(*between, Purpose::Web(64 << 20));
+            of_idle.push(path()?.idle_memory(idle)? / 1024.0);
+            of_busy.push(path()?.busy_memory(busy)? / 1024.0);
         }
     }
-    for (between, of) in variants.iter().zip(&sizes).skip(1) {
-        memory.row(own_name(*between), &[of.median(), sizes[1].against(of).median()]);
+    for (between, (of_idle, of_busy)) in variants.iter().zip(&sizes).skip(1) {
+        let figures = [
+            of_idle.median(),
+            sizes[1].0.against(of_idle).median(),
+            of_busy.median(),
+            sizes[1].1.against(of_busy).median(),
+        ];
+        memory.row(own_name(*between), &figures);
     }
 
-    let paths = variants
+    let all = |purpose, variants: &[Between]| -> Result<Vec<Path>> {
+        let path = |between: &Between| Path::new(*between, purpose).with_context(|| between.name());
+        variants.iter().map(path).collect()
+    };
+    let paths = all(Purpose::Web(blob), &variants)?;
+    let names = Path::new(Between::Palisade, Purpose::NewNames)?;
+    let mitmproxy = web::mitmproxy().and_then(|_| Path::new(Between::Mitmproxy, Purpose::Web(1 << 20)));
+    let mitmproxy = mitmproxy
+        .inspect_err(|problem| skipped("mitmproxy", problem))
+        .ok();
+    let callers: Vec<Between> = variants
         .iter()
-        .map(|between| Path::new(*between, blob).with_context(|| between.name()))
-        .collect::<Result<Vec<_>>>()?;
+        .copied()
+        .filter(|between| *between != Between::Haproxy)
+        .collect();
+    let callees = web::grpcio().and_then(|_| all(Purpose::Calls, &callers));
+    let callees = callees
+        .inspect_err(|problem| skipped("gRPC", problem))
+        .unwrap_or_default();
     let rows = || -> Vec<Figures> {
         paths
             .iter()
@@ -142,8 +178,15 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             .collect()
     };
     let (mut requests, mut allowed, mut denied, mut bodies) = (rows(), rows(), rows(), rows());
+    let mut calls: Vec<_> = callers
+        .iter()
+        .map(|between| Figures::of(between.name()))
+        .collect();
+    let mut fresh = [Figures::of("the same name"), Figures::of("new names")];
+    requests.extend(mitmproxy.iter().map(|path| Figures::of(path.between.name())));
     let targets: Vec<(&Path, u16)> = paths
         .iter()
+        .chain(&mitmproxy)
         .flat_map(|path| path.ports().iter().map(move |port| (path, *port)))
         .collect();
     let mut handshakes: Vec<_> = targets
@@ -172,7 +215,20 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             let load = client.handshakes(Duration::from_secs(seconds.into()));
             keep(row, load.with_context(|| path.report())?);
         }
-        for (path, row) in paths.iter().zip(&mut requests) {
+        let duration = Duration::from_secs(seconds.into());
+        let client = names.client(web::HTTPS)?;
+        keep(
+            &mut fresh[0],
+            client.handshakes(duration).with_context(|| names.report())?,
+        );
+        keep(
+            &mut fresh[1],
+            client.new_names(duration).with_context(|| names.report())?,
+        );
+        for (path, row) in callees.iter().zip(&mut calls) {
+            keep(row, only_rate(path.calls(seconds)?));
+        }
+        for (path, row) in paths.iter().chain(&mitmproxy).zip(&mut requests) {
             keep(row, path.requests(seconds)?);
         }
         for (path, row) in paths.iter().zip(&mut allowed) {
@@ -205,14 +261,15 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         }
     }
     let against = |rows: &[Figures], at: usize| rows[1].rate.against(&rows[at].rate).median();
-    for (at, between) in variants.iter().enumerate() {
+    let mitmproxy = mitmproxy.map(|path| path.between);
+    for (at, between) in variants.iter().chain(&mitmproxy).enumerate() {
         let name = between.name();
         let ratio = against(&requests, at);
         let what = format!("keep-alive requests/s over intercepted TLS, Palisade against {name}");
         let latency = requests[1].p99.against(&requests[at].p99).median();
         match between {
             Between::Palisade => {}
-            Between::Nothing => goals.push(reported(what, ratio)),
+            Between::Nothing | Between::Mitmproxy => goals.push(reported(what, ratio)),
             Between::Envoy | Between::Haproxy => {
                 goals.push(Goal::at_least(what, 1.0, ratio, " ×"));
                 goals.push(Goal::at_most("the same, p99", 1.0, latency, " ×"));
@@ -230,7 +287,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             Between::Palisade => {}
             Between::Nothing => goals.push(Goal::at_least(what, 0.6, ratio, " ×")),
             Between::Envoy => goals.push(Goal::at_least(what, 1.0, ratio, " ×")),
-            Between::Haproxy => goals.push(reported(what, ratio)),
+            Between::Haproxy | Between::Mitmproxy => goals.push(reported(what, ratio)),
         }
     }
     for (at, between) in variants.iter().enumerate() {
@@ -242,9 +299,27 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         match between {
             Between::Palisade => {}
             Between::Envoy => goals.push(Goal::at_least(what, 1.0, ratio, " ×")),
-            Between::Nothing | Between::Haproxy => goals.push(reported(what, ratio)),
+            Between::Nothing | Between::Haproxy | Between::Mitmproxy => goals.push(reported(what, ratio)),
         }
     }
+    if !callees.is_empty() {
+        for (at, between) in callers.iter().enumerate().filter(|(at, _)| *at != 1) {
+            let what = format!(
+                "gRPC unary calls/s over intercepted TLS, Palisade against {}",
+                between.name()
+            );
+            let ratio = against(&calls, at);
+            goals.push(if *between == Between::Envoy {
+                Goal::at_least(what, 1.0, ratio, " ×")
+            } else {
+                reported(what, ratio)
+            });
+        }
+    }
+    goals.push(Goal::reported(
+        "certificates made for new names, with a handshake for each",
+        format!("{}/s", number(fresh[1].rate.median())),
+    ));
     goals.push(Goal::at_least(
         "HTTP/2 requests/s, denied against allowed, Palisade",
         1.0,
@@ -253,33 +328,49 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     ));
     goals.push(Goal::reported(
         "memory for an idle intercepted connection",
-        format!("{} KiB", number(sizes[1].median())),
+        format!("{} KiB", number(sizes[1].0.median())),
     ));
+    goals.push(Goal::reported(
+        "memory for a busy intercepted connection",
+        format!("{} KiB", number(sizes[1].1.median())),
+    ));
+    let mut made = Table::new(
+        "Palisade with an interception CA: full handshakes of TLS 1.3 with one GET each",
+        &["certificates", "connections/s", "against the same name"],
+    );
+    for row in &fresh {
+        let ratio = row.rate.against(&fresh[0].rate).median();
+        made.row(&row.name, &[row.rate.median(), ratio]);
+    }
+    let mut tables = vec![
+        loads(
+            "Full handshakes of TLS 1.3 with one GET each",
+            "connections/s",
+            &handshakes,
+        ),
+        made,
+        loads("Connections that are kept, HTTP/1.1", "requests/s", &requests),
+        rates("HTTP/2, allowed by policy", "requests/s", &allowed),
+        rates(
+            "HTTP/2, denied by policy (served by the server where there is no firewall)",
+            "requests/s",
+            &denied,
+        ),
+    ];
+    if !callees.is_empty() {
+        tables.push(rates("gRPC, unary calls", "calls/s", &calls));
+    }
+    tables.extend([rates("Download", "MB/s", &bodies), memory]);
 
     Ok(Measure {
         name: "intercept",
         title: "TLS interception",
         method: format!(
-            "A client in a workload, nginx with TLS 1.3 and without session tickets behind the NIC. Palisade intercepts what the workload sends (`terminatingTLS`, `originatingTLS`), with {PATTERNS} patterns of paths, the last of which matches; Envoy (an RBAC filter) and haproxy (a list of `path_reg`) run on the node, with their default number of threads, terminate TLS and open TLS to the server with the client's version of HTTP. The client connects to their address, and to that of the server otherwise; it trusts only the certificate that it should get. Every variant passes an allowed request and refuses another, by HTTP/1.1 and HTTP/2, before it is measured. \"One server connection for each client\" means: without a pool of connections to the server, as Palisade, which keeps the addresses and ports of both ends; otherwise the proxies share their connections among clients and need no handshake with the server. Handshakes: {CONNECTIONS} threads, each of which connects, makes a full handshake of TLS 1.3, gets an item, and reads until the server closes. Requests: wrk, {CONNECTIONS} connections, HTTP/1.1. Streams: h2load, {H2_CONNECTIONS} connections with {STREAMS} streams each. Download: curl, {} MiB, HTTP/1.1. {rounds} rounds of {seconds} s, the variants in turn. Memory: growth of VmRSS over {idle} idle connections with a request each, median of {idle_rounds} new processes, without the kernel's memory for sockets.",
+            "A client in a workload, nginx with TLS 1.3 and without session tickets behind the NIC. Palisade intercepts what the workload sends (`terminatingTLS`, `originatingTLS`), with {PATTERNS} patterns of paths, the last of which matches; Envoy (an RBAC filter) and haproxy (a list of `path_reg`) run on the node, with their default number of threads, terminate TLS and open TLS to the server with the client's version of HTTP. The client connects to their address, and to that of the server otherwise; it trusts only the certificate that it should get. Every variant passes an allowed request and refuses another, by HTTP/1.1 and HTTP/2, before it is measured. \"One server connection for each client\" means: without a pool of connections to the server, as Palisade, which keeps the addresses and ports of both ends; otherwise the proxies share their connections among clients and need no handshake with the server. Handshakes: {CONNECTIONS} threads, each of which connects, makes a full handshake of TLS 1.3, gets an item, and reads until the server closes. Requests: wrk, {CONNECTIONS} connections, HTTP/1.1. Streams: h2load, {H2_CONNECTIONS} connections with {STREAMS} streams each. gRPC: as the streams, with POST of a message of 16 bytes, to a server of grpcio, which is the same for all variants and uses most of the CPU time. mitmproxy: reverse mode, an addon with the patterns. New names: an interception CA makes a certificate for the server name of each connection. Download: curl, {} MiB, HTTP/1.1. {rounds} rounds of {seconds} s, the variants in turn. Memory: growth of VmRSS over {idle} idle connections with a request each, and over {busy} connections whose clients have stopped to read a large response, median of {idle_rounds} new processes, without the kernel's memory for sockets.",
             blob >> 20
         ),
         goals,
-        tables: vec![
-            loads(
-                "Full handshakes of TLS 1.3 with one GET each",
-                "connections/s",
-                &handshakes,
-            ),
-            loads("Connections that are kept, HTTP/1.1", "requests/s", &requests),
-            rates("HTTP/2, allowed by policy", "requests/s", &allowed),
-            rates(
-                "HTTP/2, denied by policy (served by the server where there is no firewall)",
-                "requests/s",
-                &denied,
-            ),
-            rates("Download", "MB/s", &bodies),
-            memory,
-        ],
+        tables,
         plot: None,
         notes,
     })

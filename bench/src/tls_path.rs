@@ -8,12 +8,16 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path as FilePath, PathBuf},
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::socket::{setsockopt, sockopt::RcvBuf};
 use palisade_testbed::{
     Ns, Topology,
     daemon::{Daemon, Settings},
@@ -45,6 +49,18 @@ pub(crate) const H2_CONNECTIONS: usize = 4;
 pub(crate) const STREAMS: usize = 100;
 /// Body of an allowed response.
 const BODY: &str = "an item\n";
+/// Method of the gRPC server: an allowed path.
+const METHOD: &str = "/api/v1/items/call";
+/// A message of gRPC: not compressed, 16 bytes.
+const MESSAGE: &[u8] = b"\0\0\0\0\x10sixteen bytes ok";
+/// Options of curl and h2load for the fields of a call.
+const CALL_FIELDS: [&str; 4] = ["-H", "content-type: application/grpc", "-H", "te: trailers"];
+/// The gRPC server.
+const CALL_SERVER: &str = include_str!("call_server.py");
+/// The addon of mitmproxy that refuses requests.
+const REFUSE: &str = include_str!("refuse.py");
+/// Bytes of the body that a client of a busy connection reads before it stops.
+const READ: usize = 256 << 10;
 /// Timeout of one exchange.
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -54,12 +70,14 @@ pub(crate) const fn own_name(between: Between) -> &'static str {
         Between::Nothing | Between::Palisade => between.name(),
         Between::Envoy => "Envoy, one server connection for each client",
         Between::Haproxy => "haproxy, one server connection for each client",
+        Between::Mitmproxy => between.name(),
     }
 }
 
 /// A certificate authority and a certificate of the server's name that it has signed.
 struct Pki {
     authority: rcgen::Certificate,
+    authority_key: String,
     certificate: String,
     key: String,
 }
@@ -71,12 +89,14 @@ impl Pki {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate()?;
         let authority = params.self_signed(&key)?;
+        let authority_key = key.serialize_pem();
         let issuer = Issuer::new(params, key);
-        let mut params = CertificateParams::new(vec![NAME.to_owned()])?;
+        let mut params = CertificateParams::new(vec![NAME.to_owned(), format!("*.{NAME}")])?;
         params.distinguished_name.push(DnType::CommonName, NAME);
         let key = KeyPair::generate()?;
         Ok(Self {
             authority,
+            authority_key,
             certificate: params.signed_by(&key, &issuer)?.pem(),
             key: key.serialize_pem(),
         })
@@ -97,11 +117,18 @@ fn private(path: &FilePath, contents: &str) -> Result<()> {
 }
 
 /// Writes the secrets `default/shown` and `default/trusted`. Returns their folder.
-fn secrets(dir: &FilePath, world: &Pki, shown: &Pki) -> Result<PathBuf> {
+/// With `made`, `shown` is the authority.
+fn secrets(dir: &FilePath, world: &Pki, shown: &Pki, made: bool) -> Result<PathBuf> {
     let folder = dir.join("secrets");
+    let authority = shown.authority.pem();
+    let (certificate, key) = if made {
+        (&authority, &shown.authority_key)
+    } else {
+        (&shown.certificate, &shown.key)
+    };
     let files = [
-        ("shown", "tls.crt", &shown.certificate),
-        ("shown", "tls.key", &shown.key),
+        ("shown", "tls.crt", certificate),
+        ("shown", "tls.key", key),
         ("trusted", "ca.crt", &world.authority.pem()),
     ];
     for (secret, file, contents) in files {
@@ -257,6 +284,26 @@ backend {pool}-{name}
     text
 }
 
+/// Starts the gRPC server.
+fn call_server(ns: &Ns, dir: &FilePath, world: &Pki) -> Result<Program> {
+    let file = |name: &str| dir.join(name).display().to_string();
+    private(&dir.join("server.crt"), &world.certificate)?;
+    private(&dir.join("server.key"), &world.key)?;
+    fs::write(file("call_server.py"), CALL_SERVER)?;
+    let python = web::grpcio()?.display().to_string();
+    let (address, port) = (INTERNET_V4.to_string(), HTTPS.to_string());
+    let args = [
+        &file("call_server.py"),
+        &file("server.crt"),
+        &file("server.key"),
+        &address,
+        &port,
+    ];
+    let args = [&args.map(String::as_str)[..], &[METHOD]].concat();
+    let at = Some(SocketAddr::new(INTERNET_V4.into(), HTTPS));
+    Program::start(ns, &python, &args, at).context("the gRPC server")
+}
+
 fn nginx(ns: &Ns, dir: &FilePath, world: &Pki, blob: u64) -> Result<Program> {
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
     // nginx closes an HTTP/2 connection that opens more than twice `http2_max_concurrent_streams` in one turn of its event
@@ -304,6 +351,48 @@ http {{
     )
 }
 
+/// Starts mitmproxy in front of the server.
+fn mitmproxy(ns: &Ns, dir: &FilePath) -> Result<Program> {
+    let file = |name: &str| dir.join(name).display().to_string();
+    fs::write(file("refuse.py"), REFUSE)?;
+    let list: Vec<String> = patterns(PATTERNS).collect();
+    let variable = format!("PALISADE_BENCH_PATTERNS={}", list.join("\n"));
+    let program = web::mitmproxy()?.display().to_string();
+    let (server, certificate) = (
+        format!("reverse:https://{INTERNET_V4}:{HTTPS}"),
+        format!("certs=*={}", file("shown.pem")),
+    );
+    let (trusted, state) = (
+        format!("ssl_verify_upstream_trusted_ca={}", file("world.pem")),
+        format!("confdir={}", file("mitmproxy")),
+    );
+    let (address, port) = (NODE_V4.to_string(), HTTPS.to_string());
+    let args = [
+        &variable,
+        &program,
+        "-q",
+        "--mode",
+        &server,
+        "--listen-host",
+        &address,
+        "--listen-port",
+        &port,
+        "--set",
+        &certificate,
+        "--set",
+        &trusted,
+        "--set",
+        &state,
+        "--set",
+        "keep_host_header=true",
+        "--set",
+        "stream_large_bodies=1m",
+        "-s",
+        &file("refuse.py"),
+    ];
+    Program::start(ns, "env", &args, Some(SocketAddr::new(NODE_V4.into(), HTTPS)))
+}
+
 /// A client of TLS 1.3 that resumes no session and checks the certificate.
 #[derive(Clone)]
 pub(crate) struct Client {
@@ -328,15 +417,32 @@ impl Client {
         })
     }
 
-    /// Connects and gets one item. With `close`, reads to the end of the connection, which the server closes. The calling
-    /// thread must be in the client's namespace.
-    fn exchange(&self, close: bool) -> Result<StreamOwned<ClientConnection, TcpStream>> {
+    /// Connects. The calling thread must be in the client's namespace.
+    fn connect(&self, name: String) -> Result<StreamOwned<ClientConnection, TcpStream>> {
         let socket = TcpStream::connect_timeout(&self.at, WAIT)?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(WAIT))?;
         socket.set_write_timeout(Some(WAIT))?;
-        let tls = ClientConnection::new(Arc::clone(&self.tls), ServerName::try_from(NAME)?)?;
-        let mut stream = StreamOwned::new(tls, socket);
+        let tls = ClientConnection::new(Arc::clone(&self.tls), ServerName::try_from(name)?)?;
+        Ok(StreamOwned::new(tls, socket))
+    }
+
+    /// Connects, requests the large file, and stops after the first bytes of its body.
+    fn stall(&self) -> Result<StreamOwned<ClientConnection, TcpStream>> {
+        let mut stream = self.connect(NAME.to_owned())?;
+        // The kernel's memory does not count, so little of it is needed.
+        setsockopt(&stream.sock, RcvBuf, &(64 << 10))?;
+        write!(stream, "GET {BLOB} HTTP/1.1\r\nHost: {NAME}\r\n\r\n")?;
+        let mut body = vec![0; READ];
+        stream.read_exact(&mut body)?;
+        ensure!(body.starts_with(b"HTTP/1.1 200"), "not the large file");
+        Ok(stream)
+    }
+
+    /// Connects and gets one item. With `close`, reads to the end of the connection, which the server closes. The calling
+    /// thread must be in the client's namespace.
+    fn exchange(&self, name: String, close: bool) -> Result<StreamOwned<ClientConnection, TcpStream>> {
+        let mut stream = self.connect(name)?;
         let connection = if close { "close" } else { "keep-alive" };
         write!(
             stream,
@@ -387,12 +493,23 @@ impl Client {
 
     /// Makes full handshakes with one request each, [`CONNECTIONS`] at a time.
     pub(crate) fn handshakes(&self, duration: Duration) -> Result<Load> {
+        self.handshakes_with(duration, || NAME.to_owned())
+    }
+
+    /// As [`Self::handshakes`], but each connection is for a name of its own.
+    pub(crate) fn new_names(&self, duration: Duration) -> Result<Load> {
+        // A proxy that has seen names in an earlier round keeps their certificates.
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        self.handshakes_with(duration, || format!("{}.{NAME}", NEXT.fetch_add(1, Relaxed)))
+    }
+
+    fn handshakes_with(&self, duration: Duration, name: impl Fn() -> String + Sync) -> Result<Load> {
         let begin = Instant::now();
         let times = self.threads(CONNECTIONS, || {
             let mut times = Vec::new();
             while begin.elapsed() < duration {
                 let begin = Instant::now();
-                self.exchange(true)?;
+                self.exchange(name(), true)?;
                 times.push(begin.elapsed().as_secs_f64() * 1e6);
             }
             Ok(times)
@@ -409,10 +526,17 @@ impl Client {
 
     /// Opens connections, gets an item on each, and leaves them open.
     fn idle(&self, count: usize) -> Result<Vec<StreamOwned<ClientConnection, TcpStream>>> {
+        self.open(count, || self.exchange(NAME.to_owned(), false))
+    }
+
+    /// Opens connections on each of which a response waits for its client.
+    fn busy(&self, count: usize) -> Result<Vec<StreamOwned<ClientConnection, TcpStream>>> {
+        self.open(count, || self.stall())
+    }
+
+    fn open<T: Send>(&self, count: usize, one: impl Fn() -> Result<T> + Sync) -> Result<Vec<T>> {
         const THREADS: usize = 8;
-        self.threads(THREADS, || {
-            (0..count / THREADS).map(|_| self.exchange(false)).collect()
-        })
+        self.threads(THREADS, || (0..count / THREADS).map(|_| one()).collect())
     }
 }
 
@@ -444,20 +568,31 @@ fn streams(text: &str, class: &str, seconds: u32) -> Result<f64> {
     rate.filter(|rate| *rate > 0.0).context("no request")
 }
 
+/// What a path is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Purpose {
+    /// nginx with a large file of this size.
+    Web(u64),
+    /// nginx. Palisade makes a certificate for each name.
+    NewNames,
+    /// A gRPC server.
+    Calls,
+}
+
 /// A client in a workload, a server behind the NIC, and what is between them.
 pub(crate) struct Path {
     pub(crate) between: Between,
     topology: Topology,
     daemon: Option<Daemon>,
     proxy: Option<Program>,
-    nginx: Program,
+    server: Program,
     trusted: Pki,
-    blob: u64,
+    purpose: Purpose,
     dir: TempDir,
 }
 
 impl Path {
-    pub(crate) fn new(between: Between, blob: u64) -> Result<Self> {
+    pub(crate) fn new(between: Between, purpose: Purpose) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("client").label("app", "client"))?;
         topology.meet()?;
         for ns in [&topology.get("client").ns, &topology.node] {
@@ -467,7 +602,11 @@ impl Path {
         }
         let dir = temp_dir("intercept")?;
         let (world, shown) = (Pki::new("world")?, Pki::new("interception")?);
-        let nginx = nginx(&topology.internet, dir.path(), &world, blob)?;
+        let server = match purpose {
+            Purpose::Web(blob) => nginx(&topology.internet, dir.path(), &world, blob)?,
+            Purpose::NewNames => nginx(&topology.internet, dir.path(), &world, 1)?,
+            Purpose::Calls => call_server(&topology.internet, dir.path(), &world)?,
+        };
         let file = |name: &str| dir.path().join(name);
         fs::write(file("world.pem"), world.authority.pem())?;
         private(&file("shown.pem"), &(shown.certificate.clone() + &shown.key))?;
@@ -478,10 +617,16 @@ impl Path {
         match between {
             Between::Nothing => {}
             Between::Palisade => {
-                let folder = secrets(dir.path(), &world, &shown)?;
+                let made = purpose == Purpose::NewNames;
+                let folder = secrets(dir.path(), &world, &shown, made)?;
+                let authority = if made {
+                    "interception_ca = \"default/shown\"\n"
+                } else {
+                    ""
+                };
                 let settings = Settings {
                     nic: false,
-                    tables: format!("[tls]\nsecrets_dir = {folder:?}\n"),
+                    tables: format!("[tls]\nsecrets_dir = {folder:?}\n{authority}"),
                     ..Settings::default()
                 };
                 daemon = Some(Daemon::start(
@@ -501,6 +646,9 @@ impl Path {
                 let args = ["-db", "-f", &name];
                 proxy = Some(Program::start(&topology.node, "haproxy", &args, at).context("haproxy")?);
             }
+            Between::Mitmproxy => {
+                proxy = Some(mitmproxy(&topology.node, dir.path()).context("mitmproxy")?);
+            }
         }
         // The client trusts only the certificate of this variant, so a response proves that this variant has sent it.
         let trusted = if between == Between::Nothing { world } else { shown };
@@ -510,9 +658,9 @@ impl Path {
             topology,
             daemon,
             proxy,
-            nginx,
+            server,
             trusted,
-            blob,
+            purpose,
             dir,
         };
         fs::write(
@@ -527,16 +675,15 @@ impl Path {
     fn target(&self) -> Ipv4Addr {
         match self.between {
             Between::Nothing | Between::Palisade => INTERNET_V4,
-            Between::Envoy | Between::Haproxy => NODE_V4,
+            Between::Envoy | Between::Haproxy | Between::Mitmproxy => NODE_V4,
         }
     }
 
     /// Returns the ports at which the variant serves.
     pub(crate) fn ports(&self) -> &'static [u16] {
-        if self.proxy.is_some() {
-            &[HTTPS, OWN]
-        } else {
-            &[HTTPS]
+        match self.between {
+            Between::Envoy | Between::Haproxy => &[HTTPS, OWN],
+            Between::Nothing | Between::Palisade | Between::Mitmproxy => &[HTTPS],
         }
     }
 
@@ -558,6 +705,9 @@ impl Path {
 
     /// Fails unless an allowed request passes and a denied one is refused, by both versions of HTTP.
     fn check(&self) -> Result<()> {
+        if self.purpose == Purpose::Calls {
+            return self.check_call();
+        }
         let refused = if self.between == Between::Nothing {
             200
         } else {
@@ -588,7 +738,7 @@ impl Path {
             .proxy
             .as_ref()
             .map_or_else(String::new, |proxy| proxy.process.log());
-        let server = self.nginx.process.log();
+        let server = self.server.process.log();
         format!("{}: {palisade}{proxy}{server}", self.between.name())
     }
 
@@ -614,13 +764,46 @@ impl Path {
 
     /// Runs h2load. Returns requests a second, all of which must have a status of this class.
     pub(crate) fn streams(&self, path: &str, class: &str, seconds: u32) -> Result<f64> {
+        self.load_streams(path, class, seconds, &[])
+    }
+
+    fn load_streams(&self, path: &str, class: &str, seconds: u32, more: &[&str]) -> Result<f64> {
         let mut command = self.with_hosts();
         command
             .args(["h2load", "-t", "1", "-c", &H2_CONNECTIONS.to_string()])
             .args(["-m", &STREAMS.to_string(), "-D", &seconds.to_string()])
+            .args(more)
             .arg(format!("https://{NAME}{path}"));
         let text = run(&mut command).with_context(|| self.report())?;
         streams(&text, class, seconds).with_context(|| format!("{text}\n{}", self.report()))
+    }
+
+    /// Fails unless a call of the gRPC server succeeds.
+    fn check_call(&self) -> Result<()> {
+        let file = |name: &str| self.dir.path().join(name).display().to_string();
+        fs::write(file("message"), MESSAGE)?;
+        let (data, heads) = (format!("@{}", file("message")), file("heads"));
+        let args = [
+            &["--http2", "-m", "10", "-D", &heads][..],
+            &CALL_FIELDS,
+            &["--data-binary", &data, "-w", "%{size_download}"],
+        ]
+        .concat();
+        let size = self.curl(HTTPS, METHOD, &args)?;
+        let fields = fs::read_to_string(&heads)?;
+        // In the trailers.
+        let has_succeeded = fields.lines().any(|line| line.trim() == "grpc-status: 0");
+        ensure!(
+            size == MESSAGE.len().to_string() && has_succeeded,
+            "not an answer of gRPC: {size} bytes, {fields}"
+        );
+        Ok(())
+    }
+
+    /// Runs h2load with unary calls. Returns calls a second.
+    pub(crate) fn calls(&self, seconds: u32) -> Result<f64> {
+        let data = format!("--data={}", self.dir.path().join("message").display());
+        self.load_streams(METHOD, "2xx", seconds, &[&CALL_FIELDS[..], &[&data]].concat())
     }
 
     /// Downloads the large file. Returns bytes per second.
@@ -629,23 +812,37 @@ impl Path {
         let text = self
             .curl(HTTPS, BLOB, &["--http1.1", "-m", "300", "-w", format])
             .with_context(|| self.report())?;
-        let speed = text.strip_prefix(&format!("200 {} ", self.blob));
-        let speed = speed.with_context(|| format!("{text}: not all {} bytes", self.blob))?;
+        let Purpose::Web(blob) = self.purpose else {
+            bail!("there is no large file");
+        };
+        let speed = text.strip_prefix(&format!("200 {blob} "));
+        let speed = speed.with_context(|| format!("{text}: not all {blob} bytes"))?;
         Ok(speed.parse()?)
     }
 
     /// Returns bytes of resident memory for an idle connection.
-    pub(crate) fn memory(&self, connections: usize) -> Result<f64> {
+    pub(crate) fn idle_memory(&self, connections: usize) -> Result<f64> {
+        self.memory(connections, Client::idle)
+    }
+
+    /// Returns bytes of resident memory for a connection whose client does not read the rest of a response.
+    pub(crate) fn busy_memory(&self, connections: usize) -> Result<f64> {
+        self.memory(connections, Client::busy)
+    }
+
+    fn memory<T>(&self, connections: usize, open: impl Fn(&Client, usize) -> Result<Vec<T>>) -> Result<f64> {
         let daemon = self.daemon.as_ref().and_then(Daemon::pid);
         let proxy = self.proxy.as_ref().map(|proxy| proxy.process.pid());
         let pid = daemon.or(proxy).context("nothing is between")?;
         let client = self.client(*self.ports().last().context("no port")?)?;
-        let open = |count| client.idle(count).with_context(|| self.report());
+        let open = |count| open(&client, count).with_context(|| self.report());
         // Memory that is in use after the first connections does not belong to a connection.
         drop(open(64)?);
         let before = resident(pid)?;
-        let idle = open(connections)?;
-        Ok((resident(pid)? - before) / idle.len() as f64)
+        let held = open(connections)?;
+        // Until the proxy has taken what it takes.
+        thread::sleep(Duration::from_millis(500));
+        Ok((resident(pid)? - before) / held.len() as f64)
     }
 }
 

