@@ -2,13 +2,16 @@
 
 use std::{io::IsTerminal as _, net::IpAddr, path::PathBuf};
 
-use clap::{Args, ColorChoice, ValueEnum};
-use palisade_flowlog::format::{Format, Printer};
+use clap::{Arg, ArgAction, ArgMatches, Args, ColorChoice, FromArgMatches, ValueEnum};
+use palisade_flowlog::{
+    filter::FLAGS,
+    format::{Format, Printer},
+};
 
 /// Text after the options of `palisade replay --help`.
 pub(super) const HELP: &str = "Examples:
   palisade replay trace.pcap --policy policies.d --config palisade.toml
-  palisade replay trace.pcapng --policy new.yaml --rules
+  palisade replay trace.pcapng --policy new.yaml --verdict dropped --rules
   tcpdump -i eth0 -w - | palisade replay - --policy policies.d --summary
   palisade replay trace.pcap -o json > flows.json
 
@@ -43,8 +46,11 @@ pub(crate) struct ReplayArgs {
     #[arg(long = "node-address", value_name = "ADDRESS")]
     pub node_addresses: Vec<IpAddr>,
     /// Configured interface that the capture was made at, if the file does not name it.
-    #[arg(long, value_name = "NAME")]
-    pub interface: Option<String>,
+    #[arg(long = "captured-at", value_name = "INTERFACE")]
+    pub captured_at: Option<String>,
+    /// Filters of the flows, as those of `observe`.
+    #[command(flatten)]
+    pub filters: FilterArgs,
     /// Write only the summary, to the standard output.
     #[arg(long)]
     pub summary: bool,
@@ -60,6 +66,56 @@ pub(crate) struct ReplayArgs {
     /// Addresses only, no names.
     #[arg(long)]
     pub numeric: bool,
+}
+
+/// Filters and their values, in the order of the command line: the flags of [`FLAGS`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FilterArgs(pub Vec<(String, String)>);
+
+impl FromArgMatches for FilterArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut filters = Vec::new();
+        for flag in FLAGS {
+            let values = matches.get_many::<String>(flag.name).into_iter().flatten();
+            let places = matches.indices_of(flag.name).into_iter().flatten();
+            let found = places.zip(values);
+            filters.extend(found.map(|(place, value)| (place, flag.name.to_owned(), value.clone())));
+        }
+        filters.sort();
+        let filters = filters.into_iter();
+        Ok(Self(filters.map(|(_, flag, value)| (flag, value)).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for FilterArgs {
+    fn augment_args(mut command: clap::Command) -> clap::Command {
+        for flag in FLAGS {
+            let mut arg = Arg::new(flag.name)
+                .long(flag.name)
+                .help(flag.help)
+                .help_heading("Filters")
+                .action(ArgAction::Append);
+            if let Some(short) = flag.short {
+                arg = arg.short(short);
+            }
+            arg = if flag.value.is_empty() {
+                arg.num_args(0).default_missing_value("")
+            } else {
+                arg.value_name(flag.value)
+            };
+            command = command.arg(arg);
+        }
+        command
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
 }
 
 impl ReplayArgs {

@@ -2,14 +2,15 @@
 
 use std::{
     fs::File,
+    hash::{BuildHasher as _, RandomState},
     io::{self, BufWriter, IsTerminal as _, Read, Write},
     path::Path,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, bail};
 use palisade_abi::Reason;
-use palisade_flowlog::{Flow, Timestamp, format::Listing};
+use palisade_flowlog::{FilterBuilder, Filters, Flow, Timestamp, Uuid, format::Listing};
 use palisade_replay::{Reader, Replay, Report, Summary};
 use serde_json::json;
 
@@ -39,15 +40,20 @@ pub(super) fn replay(config: &Path, args: &ReplayArgs) -> anyhow::Result<u8> {
         &args.policies
     };
     let files = policy::policy_files(policies)?;
-    if let Some(name) = &args.interface
+    if let Some(name) = &args.captured_at
         && !config.interfaces.iter().any(|nic| nic.name == *name)
         && !config
             .endpoints
             .iter()
             .any(|endpoint| endpoint.interface == *name)
     {
-        bail!("--interface {name}: the configuration has no such interface");
+        bail!("--captured-at {name}: the configuration has no such interface");
     }
+    let mut builder = FilterBuilder::new(Timestamp::from_system_time(SystemTime::now()));
+    for (flag, value) in &args.filters.0 {
+        builder.flag(flag, value)?;
+    }
+    let filters = builder.finish()?;
     let (offline, replay) = Offline::new(&config, files, &args.node_addresses)?;
     let shown = args.file.display();
     let source: Box<dyn Read> = if args.file.as_os_str() == "-" {
@@ -61,10 +67,13 @@ pub(super) fn replay(config: &Path, args: &ReplayArgs) -> anyhow::Result<u8> {
         listing: Listing::new(args.printer()),
         out: BufWriter::with_capacity(1 << 16, io::stdout().lock()),
         shows_flows: !args.summary,
+        filters,
+        key: RandomState::new().hash_one(0),
+        number: 0,
         progress: Progress::new(io::stderr().is_terminal() && args.file.as_os_str() != "-"),
         reports: Vec::new(),
     };
-    let outcome = run.read(Reader::new(source), args.interface.as_deref())?;
+    let outcome = run.read(Reader::new(source), args.captured_at.as_deref())?;
     let summary = run.replay.summary();
     if !args.summary {
         run.out.flush()?;
@@ -92,6 +101,10 @@ struct Run<'a> {
     listing: Listing,
     out: BufWriter<io::StdoutLock<'a>>,
     shows_flows: bool,
+    filters: Filters,
+    /// Random key of the identifiers of the flows, and number of the next flow.
+    key: u64,
+    number: u64,
     progress: Progress,
     reports: Vec<Report>,
 }
@@ -133,13 +146,18 @@ impl Run<'_> {
         }
         let names = self.offline.names(&self.replay);
         for report in &self.reports {
-            let flow = match report {
+            let mut flow = match report {
                 Report::Event(event) => Flow::from_event(event, &names, 0),
                 Report::Record { time, record } => {
                     let time = Timestamp(i64::try_from(*time).unwrap_or(i64::MAX));
                     Flow::from_record(record, &names, time)
                 }
             };
+            if !self.filters.matches(&flow) {
+                continue;
+            }
+            flow.uuid = Uuid::new(self.key, self.number);
+            self.number += 1;
             let text = self.listing.flow(&flow, None);
             self.out.write_all(text.as_bytes())?;
             if !text.ends_with('\n') {
