@@ -20,11 +20,7 @@ use std::{
 
 use palisade_abi::Direction;
 
-use crate::{
-    record::{About, Record, Verdict, What},
-    stream::StreamContext,
-    tcp::{Action, Side},
-};
+use crate::record::{About, Record, Verdict, What};
 
 /// No steps are taken.
 const OFF: u8 = 0;
@@ -170,62 +166,12 @@ struct Subject {
     server: SocketAddr,
 }
 
-/// Takes a step of a connection that a proxy terminates.
-#[inline]
-pub fn of_stream(context: &StreamContext, text: impl FnOnce() -> String) {
-    if is_on(Detail::Debug) {
-        let about = Subject {
-            endpoint: context.request.endpoint,
-            direction: context.direction,
-            client: context.client,
-            server: context.server,
-        };
-        take(&about, None, text);
-    }
-}
-
 /// Takes a step of the connection of a packet of the client. `rule`: number of the rule that the text is about.
 #[inline]
 pub(crate) fn of(about: &About, detail: Detail, rule: Option<u32>, text: impl FnOnce() -> String) {
     if is_on(detail) {
         take(&about.subject(), rule, text);
     }
-}
-
-/// Takes a step for the decision of an inspector about the bytes of one side.
-#[inline]
-pub(crate) fn action(about: &About, side: Side, bytes: usize, action: &Action) {
-    let detail = match action {
-        Action::NeedMore | Action::AwaitPeer | Action::ForwardUndecided(_) => Detail::Trace,
-        _ => Detail::Debug,
-    };
-    of(about, detail, None, || action_text(side, bytes, action));
-}
-
-fn action_text(side: Side, bytes: usize, action: &Action) -> String {
-    let side = match side {
-        Side::Client => "client",
-        Side::Server => "server",
-    };
-    let decision = match action {
-        Action::NeedMore => "held, more are needed for a verdict".to_owned(),
-        Action::AwaitPeer => "held until the other side has sent".to_owned(),
-        Action::ForwardUndecided(n) => format!("{n} forwarded, the rest held for a verdict"),
-        Action::Forward(0) if bytes == 0 => return format!("the end of the {side}'s stream is forwarded"),
-        Action::Forward(n) => format!("{n} forwarded"),
-        Action::Bypass(n) if *n > u64::from(u32::MAX) => {
-            "everything forwarded without inspection until the connection ends".to_owned()
-        }
-        Action::Bypass(n) => format!("the next {n} forwarded without inspection"),
-        Action::Offload => "the inspection ends, the rest is forwarded".to_owned(),
-        Action::Abort(reason) => format!("the connection is reset ({})", reason.text()),
-        Action::Respond(reason, response) | Action::RespondThenEnd(reason, response) => format!(
-            "the {side} gets a response of {} bytes in the other side's place ({})",
-            response.len(),
-            reason.text()
-        ),
-    };
-    format!("{bytes} bytes of the {side} to inspect: {decision}")
 }
 
 /// Takes a step for a record: a message that was read, and its verdict.

@@ -16,8 +16,8 @@ use crate::{
     frames::Spare,
     http::{Flow, HttpStream, edited},
     record::{About, Record, Text, Verdict, What},
-    steps,
-    tcp::{Action, StreamInspector},
+    steps::{self, Detail},
+    tcp::{Action, StreamInspector, log_action},
     tls,
 };
 
@@ -90,6 +90,14 @@ impl StreamContext {
             (self.server.ip().into(), self.server.port()),
             self.ifindex,
         )
+    }
+
+    /// Takes a step of the debug log about the connection.
+    #[inline]
+    pub fn step(&self, text: impl FnOnce() -> String) {
+        if steps::is_on(Detail::Debug) {
+            steps::of(&self.about(), Detail::Debug, None, text);
+        }
     }
 
     /// Returns whether audit mode forwards what the application rules deny.
@@ -185,7 +193,7 @@ impl HttpSession {
         let is_head = side == Side::Client && stream.flow.is_at_request();
         let action = StreamInspector::<()>::read(&mut stream, side, bytes, end, &mut cx);
         if let Some(about) = &self.flow.about {
-            steps::action(about, side, bytes.len(), &action);
+            log_action(about, side, bytes.len(), &action);
         }
         match action {
             Action::Forward(length) if is_head && length > 0 && !scratch.http.edits().is_empty() => {

@@ -3,7 +3,12 @@
 use palisade_abi::Reason;
 
 use super::side::Side;
-use crate::{Sink, context::Cx};
+use crate::{
+    Sink,
+    context::Cx,
+    record::About,
+    steps::{self, Detail},
+};
 
 /// Decision of an inspector about the bytes that it was shown.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,4 +55,40 @@ pub(crate) trait StreamInspector<F> {
 
     /// Reports, before each `read`, how many bytes of the stream of `side` have been forwarded.
     fn sent(&mut self, _side: Side, _to: u64) {}
+}
+
+/// Takes a step for the decision of an inspector about the bytes of one side.
+#[inline]
+pub(crate) fn log_action(about: &About, side: Side, bytes: usize, action: &Action) {
+    let detail = match action {
+        Action::NeedMore | Action::AwaitPeer | Action::ForwardUndecided(_) => Detail::Trace,
+        _ => Detail::Debug,
+    };
+    steps::of(about, detail, None, || action_text(side, bytes, action));
+}
+
+fn action_text(side: Side, bytes: usize, action: &Action) -> String {
+    let side = match side {
+        Side::Client => "client",
+        Side::Server => "server",
+    };
+    let decision = match action {
+        Action::NeedMore => "held, more are needed for a verdict".to_owned(),
+        Action::AwaitPeer => "held until the other side has sent".to_owned(),
+        Action::ForwardUndecided(n) => format!("{n} forwarded, the rest held for a verdict"),
+        Action::Forward(0) if bytes == 0 => return format!("the end of the {side}'s stream is forwarded"),
+        Action::Forward(n) => format!("{n} forwarded"),
+        Action::Bypass(n) if *n > u64::from(u32::MAX) => {
+            "everything forwarded without inspection until the connection ends".to_owned()
+        }
+        Action::Bypass(n) => format!("the next {n} forwarded without inspection"),
+        Action::Offload => "the inspection ends, the rest is forwarded".to_owned(),
+        Action::Abort(reason) => format!("the connection is reset ({})", reason.text()),
+        Action::Respond(reason, response) | Action::RespondThenEnd(reason, response) => format!(
+            "the {side} gets a response of {} bytes in the other side's place ({})",
+            response.len(),
+            reason.text()
+        ),
+    };
+    format!("{bytes} bytes of the {side} to inspect: {decision}")
 }

@@ -14,7 +14,6 @@ use palisade_abi::{Direction, Inspector, Reason};
 use palisade_inspect::{
     Millis, Side,
     record::{Verdict, What},
-    steps,
     stream::{StreamContext, evaluate_hello, text},
 };
 use palisade_model::snapshot::RuleSet;
@@ -198,7 +197,7 @@ impl Connection {
             (None, Some(_)) => Phase::Host(Box::default()),
             (None, None) => Phase::Connect(Retry::default()),
         };
-        steps::of_stream(&context, || {
+        context.step(|| {
             format!(
                 "the proxy has accepted the connection, rule set {}: {}",
                 context.request.ruleset,
@@ -335,7 +334,7 @@ impl Connection {
     }
 
     fn set_phase(&mut self, phase: Phase, now: Millis) {
-        steps::of_stream(&self.context, || format!("the proxy: {}", phase.text()));
+        self.context.step(|| format!("the proxy: {}", phase.text()));
         self.phase = phase;
         self.phase_since = now;
         self.active = now;

@@ -5,14 +5,14 @@ use palisade_abi::Reason;
 use super::{
     super::{
         half::START,
-        inspector::{Action, StreamInspector},
+        inspector::{Action, StreamInspector, log_action},
         shared::{Shared, TcpCx},
         side::Side,
     },
     Connection, Phase,
     phase::Response,
 };
-use crate::{Sink, steps};
+use crate::Sink;
 
 /// Maximum length of an offload window, bytes. Sequence numbers have 32 bits, so a comparison is valid only within 2^31
 /// bytes.
@@ -89,7 +89,7 @@ impl<F> Connection<F> {
             }
             rest => Action::Bypass(rest),
         };
-        steps::action(&self.about, side, available, &action);
+        log_action(&self.about, side, available, &action);
         // If two policies inspect the connection, the allowed part of a held packet is not forwarded in a packet of its
         // own. The other side can be waiting for that part, so the deadline must run.
         half.awaits_peer = matches!(action, Action::AwaitPeer) && !(self.is_shared && half.part().is_some());
