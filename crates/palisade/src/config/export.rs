@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, collections::HashMap, path::PathBuf};
 
-use palisade_flowlog::Timestamp;
+use palisade_flowlog::{Filters, FlowFilter, Timestamp, filter::ApiFilter};
 
 use super::{
     labels::dns_name,
@@ -42,6 +42,8 @@ pub(super) fn read(sections: Vec<Section<'_, '_>>, reader: &Reader<'_>) -> Vec<E
                 section.error_at(file.offset, format!("export {other} writes this file already"));
             }
         }
+        let allow = filters(&section, "allow");
+        let deny = filters(&section, "deny");
         let mask = RefCell::new(FieldMask::default());
         let wanted = "a list of fields: [\"time\", \"verdict\", \"source.pod_name\"]";
         section.list("field_mask", wanted, |path| mask.borrow_mut().add(path));
@@ -59,6 +61,11 @@ pub(super) fn read(sections: Vec<Section<'_, '_>>, reader: &Reader<'_>) -> Vec<E
             exports.push(Export {
                 name: name.value,
                 file: file.value.into(),
+                filters: Filters {
+                    whitelist: allow,
+                    blacklist: deny,
+                    ..Filters::default()
+                },
                 field_mask: mask.into_inner(),
                 max_size: max_size * MIB,
                 max_backups: usize::try_from(max_backups).unwrap_or(usize::MAX),
@@ -67,6 +74,18 @@ pub(super) fn read(sections: Vec<Section<'_, '_>>, reader: &Reader<'_>) -> Vec<E
         }
     }
     exports
+}
+
+/// Returns the filters of a list, each in the JSON form of the flow API.
+fn filters(section: &Section<'_, '_>, key: &'static str) -> Vec<FlowFilter> {
+    let wanted = "a list of filters in JSON: ['{\"verdict\":[\"DROPPED\"]}']";
+    let compiled = section.list(key, wanted, |text| {
+        let filter: ApiFilter = serde_json::from_str(text).map_err(|error| {
+            format!("'{text}' is no filter ({error}); write for example {{\"verdict\":[\"DROPPED\"]}}")
+        })?;
+        FlowFilter::compile(&filter).map_err(|error| error.to_string())
+    });
+    compiled.into_iter().flatten().map(|at| at.value).collect()
 }
 
 #[cfg(test)]
@@ -121,6 +140,14 @@ mod tests {
             (
                 "[[export]]\nname = \"a\"\nfile = \"/f\"\nfield_mask = [\"verdict\", \"pod\"]",
                 "/p.toml:6:26: export.field_mask: a flow has no field 'pod'",
+            ),
+            (
+                "[[export]]\nname = \"a\"\nfile = \"/f\"\nallow = ['{\"verdit\":[]}']",
+                "/p.toml:6:10: export.allow: '{\"verdit\":[]}' is no filter (unknown field `verdit`",
+            ),
+            (
+                "[[export]]\nname = \"a\"\nfile = \"/f\"\ndeny = ['{\"source_ip\":[\"x\"]}']",
+                "/p.toml:6:9: export.deny: ",
             ),
             (
                 "[[export]]\nname = \"a\"\nfile = \"/f\"\nmax_size = 0",

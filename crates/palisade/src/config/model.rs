@@ -9,7 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::ETHER_TYPES;
-use palisade_flowlog::Timestamp;
+use palisade_flowlog::{Filters, Timestamp};
 use palisade_inspect::{Ech, GetBodies, Paths};
 use palisade_model::{
     inventory::{Enforcement, NamedPorts},
@@ -329,6 +329,8 @@ pub(crate) struct Export {
     pub name: String,
     /// Path of the file.
     pub file: PathBuf,
+    /// Which flows are written.
+    pub filters: Filters,
     /// Fields of the flows that are written.
     pub field_mask: FieldMask,
     /// Size at which the file is renamed, bytes.

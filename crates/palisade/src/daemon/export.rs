@@ -264,7 +264,8 @@ impl Exporter {
             match self.cursor.read() {
                 None => return false,
                 Some(Next::Flow(flow)) => {
-                    if self.config.end.is_none_or(|end| flow.time < end) {
+                    let is_in_time = self.config.end.is_none_or(|end| flow.time < end);
+                    if is_in_time && self.config.filters.matches(&flow) {
                         self.flow(&flow);
                     }
                 }
@@ -372,7 +373,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 mod tests {
     use std::{fs, path::Path};
 
-    use palisade_flowlog::Flow;
+    use palisade_flowlog::{Filters, Flow, FlowFilter, filter::ApiFilter, flow::Verdict};
     use serde_json::Value;
 
     use super::*;
@@ -384,6 +385,7 @@ mod tests {
         config::Export {
             name: name.to_owned(),
             file: file.to_owned(),
+            filters: Filters::default(),
             field_mask: FieldMask::default(),
             max_size: 1 << 20,
             max_backups: 2,
@@ -461,6 +463,43 @@ mod tests {
         push(&ring, 4);
         exports.end();
         assert_eq!(lines(&path).len(), 1);
+    }
+
+    #[test]
+    fn only_flows_that_the_filters_choose_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flows.log");
+        let ring = Ring::new(100);
+        let filter = |text: &str| {
+            let filter: ApiFilter = serde_json::from_str(text).unwrap();
+            vec![FlowFilter::compile(&filter).unwrap()]
+        };
+        let mut chosen = export("chosen", &path);
+        chosen.filters = Filters {
+            whitelist: filter("{\"verdict\":[\"DROPPED\"]}"),
+            blacklist: filter("{\"node_name\":[\"quiet\"]}"),
+            ..Filters::default()
+        };
+        let mut exports = Exports::new(Arc::clone(&ring));
+        exports.update(&[chosen], "n");
+        for (verdict, node) in [
+            (Verdict::Forwarded, "n"),
+            (Verdict::Dropped, "quiet"),
+            (Verdict::Dropped, "n"),
+        ] {
+            ring.push(Flow {
+                verdict,
+                node_name: node.into(),
+                ..Flow::default()
+            });
+        }
+        exports.end();
+        let lines = lines(&path);
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert_eq!(
+            (&lines[0]["flow"]["verdict"], &lines[0]["node_name"]),
+            (&"DROPPED".into(), &"n".into())
+        );
     }
 
     #[test]

@@ -149,6 +149,8 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("peer", "labels", Effect::Reload),
     ("export", "name", Effect::Reload),
     ("export", "file", Effect::Reload),
+    ("export", "allow", Effect::Reload),
+    ("export", "deny", Effect::Reload),
     ("export", "field_mask", Effect::Reload),
     ("export", "max_size", Effect::Reload),
     ("export", "max_backups", Effect::Reload),
