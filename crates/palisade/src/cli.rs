@@ -3,17 +3,21 @@
 mod capture;
 pub(crate) mod log;
 mod observe;
+mod output;
 mod replay;
+pub(crate) mod top;
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
 use self::observe::OBSERVE_HELP;
 pub(crate) use self::observe::ObserveArgs;
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
+pub(crate) use output::{Output, OutputArgs};
+
 use crate::config;
 
 const EXIT_CODES: &str = "\
@@ -51,16 +55,6 @@ impl Cli {
     }
 }
 
-/// Format of a listing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
-pub(crate) enum Output {
-    /// Table for reading.
-    #[default]
-    Table,
-    /// JSON for programs.
-    Json,
-}
-
 /// Format of policies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Default)]
 pub(crate) enum PolicyOutput {
@@ -71,14 +65,6 @@ pub(crate) enum PolicyOutput {
     Json,
     /// YAML of one policy in force.
     Yaml,
-}
-
-/// `-o` of the listings.
-#[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct OutputArgs {
-    /// Output format.
-    #[arg(short, long, value_enum, default_value_t)]
-    pub output: Output,
 }
 
 /// The commands.
@@ -145,6 +131,14 @@ Examples:
     /// Content of the BPF maps.
     #[command(subcommand)]
     Bpf(BpfCommand),
+    /// Show flows per second, verdicts, talkers, rules, drops and workers, as they change.
+    #[command(after_help = "Examples:
+  palisade top
+  palisade top --interval 5s
+  palisade top --once
+
+Talkers are counted since the command began, or since key r. NO_COLOR=1 turns colours off.")]
+    Top(top::TopArgs),
     /// Levels of the daemon's log, and the inspection of connections step by step.
     #[command(subcommand)]
     Log(log::LogCommand),

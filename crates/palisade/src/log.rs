@@ -55,6 +55,10 @@ pub(crate) const COMPONENTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("export", &["palisade::daemon::export"]),
+    (
+        "flows",
+        &["palisade_flowlog", "palisade_hubble", "palisade::daemon::hubble"],
+    ),
     ("fqdn", &["palisade::daemon::fqdn", "palisade_fqdn"]),
     ("inspect", &[INSPECT_TARGET, "palisade_inspect"]),
     (
@@ -64,6 +68,14 @@ pub(crate) const COMPONENTS: &[(&str, &[&str])] = &[
             "palisade_secrets",
             "palisade::daemon::interception",
             "palisade::daemon::proxy_link",
+        ],
+    ),
+    (
+        "metrics",
+        &[
+            "palisade_metrics",
+            "palisade::daemon::metrics",
+            "palisade::daemon::measured",
         ],
     ),
     (

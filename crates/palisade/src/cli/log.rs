@@ -5,7 +5,7 @@ use std::{net::IpAddr, time::Duration};
 use clap::Subcommand;
 use palisade_flowlog::duration;
 
-use super::OutputArgs;
+use super::output::OutputArgs;
 
 /// `palisade log`.
 #[derive(Debug, Subcommand)]

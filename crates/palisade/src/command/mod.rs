@@ -12,6 +12,7 @@ mod recorded;
 mod recorded_policies;
 mod replay;
 mod service;
+mod top;
 
 use std::{
     fs,
@@ -169,6 +170,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Replay(args) => replay::replay(&cli.config, args),
         Command::Capture(args) => capture::capture(&socket()?, args),
         Command::Observe(args) => flows::observe(socket, args),
+        Command::Top(args) => top::run(&socket()?, args),
         Command::Monitor {
             types,
             related_to,
