@@ -301,6 +301,14 @@ fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
             .wait_flows(&filters, protocol, |flows| flows.len() >= 2)
             .expect("records");
     }
+    let all = &ask(&daemon, apps.ns("node"), &[call("all", "GetFlows", json!({}))])["all"];
+    let headers = all
+        .flows()
+        .into_iter()
+        .filter_map(|flow| flow["l7"]["http"]["headers"].as_array());
+    let agent = headers.flatten().find(|header| header["key"] == "user-agent");
+    let agent = agent.expect("a user agent")["value"].clone();
+    let same_agent = agent.clone();
     let http = |flow: &Value| flow["l7"].get("http").cloned().unwrap_or_default();
     let cases = vec![
         case(json!({"protocol": ["http"]}), move |flow| http(flow).is_object()),
@@ -325,6 +333,14 @@ fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
         case(json!({"http_url": ["/secret$"]}), |flow| {
             text(flow, "l7.http.url").ends_with("/secret")
         }),
+        case(
+            json!({"http_header": [{"key": "User-Agent", "value": agent}]}),
+            move |flow| {
+                let headers = flow["l7"]["http"]["headers"].as_array();
+                let mut headers = headers.into_iter().flatten();
+                headers.any(|header| header["key"] == "user-agent" && header["value"] == same_agent)
+            },
+        ),
         case(json!({"event_type": [{"type": 129}]}), |flow| {
             number(flow, "Type") == 2
         }),
@@ -542,6 +558,13 @@ fn ranges_masks_and_errors_are_those_of_the_api() {
                 filter("of_a_later_version", json!(["x"])),
             ),
             call("later field", "GetFlows", json!({"of_a_later_version": "x"})),
+            call("node", "GetFlows", filter("node_name", json!(["nod*"]))),
+            call("other node", "GetFlows", filter("node_name", json!(["x*"]))),
+            call(
+                "node labels",
+                "GetFlows",
+                filter("node_labels", json!(["!absent"])),
+            ),
             call("service", "GetFlows", filter("source_service", json!(["x"]))),
             call("address", "GetFlows", filter("source_ip", json!(["10.0.0"]))),
             call("regex", "GetFlows", filter("dns_query", json!(["("]))),
@@ -577,6 +600,11 @@ fn ranges_masks_and_errors_are_those_of_the_api() {
     assert_eq!(
         said["experimental"].flows()[0],
         &json!({"verdict": flows[0]["verdict"]})
+    );
+    assert!(said["node"].flows().len() >= count && said["node labels"].flows().len() >= count);
+    assert_eq!(
+        (&*said["other node"].code, said["other node"].flows().len()),
+        ("OK", 0)
     );
     for (id, named) in [
         ("bad mask", "'colour'"),

@@ -127,8 +127,7 @@ async fn read(path: &std::path::Path) -> (u32, u64) {
             }
         }
     }
-    drop(client);
-    let _ = driver.await;
+    driver.abort();
     (messages, bytes)
 }
 
