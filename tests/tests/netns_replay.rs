@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -93,9 +93,8 @@ fn without_latency(summary: &str) -> String {
     let words = summary.split(' ');
     let kept: Vec<&str> = words
         .filter(|word| {
-            !word
-                .strip_suffix("ms")
-                .is_some_and(|number| number.parse::<u64>().is_ok())
+            word.strip_suffix("ms")
+                .is_none_or(|number| number.parse::<u64>().is_err())
         })
         .collect();
     kept.join(" ")
@@ -108,7 +107,7 @@ fn keys<'a>(flows: impl IntoIterator<Item = &'a Value>, of: [IpAddr; 2]) -> BTre
 
 /// Replays a capture without the daemon, and compares the result with what the daemon has reported.
 #[track_caller]
-fn assert_replayed(daemon: &Daemon, file: &PathBuf, client: [IpAddr; 2], at_least: usize) {
+fn assert_replayed(daemon: &Daemon, file: &Path, client: [IpAddr; 2], at_least: usize) {
     let live = keys(&daemon.flows(&[]).expect("flows"), client);
     let policies = daemon.policies();
     let out = daemon
