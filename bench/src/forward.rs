@@ -203,7 +203,7 @@ impl Path {
     }
 }
 
-fn packets_received(ns: &Ns, interface: &str) -> Result<u64> {
+pub(crate) fn packets_received(ns: &Ns, interface: &str) -> Result<u64> {
     let table = ns.enter(|| fs::read_to_string("/proc/thread-self/net/dev"))?;
     let line = table
         .lines()

@@ -26,6 +26,7 @@ pub mod punt;
 pub mod report;
 mod tls_path;
 pub mod traffic;
+pub mod visibility;
 pub mod web;
 pub mod wire;
 

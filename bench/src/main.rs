@@ -14,6 +14,7 @@ use palisade_bench::{
     memory::Counting,
     parsers, program, progress, punt,
     report::{Measure, Report},
+    visibility,
 };
 use palisade_flowlog::Timestamp;
 
@@ -43,6 +44,9 @@ const MEASURES: &[Entry] = &[
     ("tls", http::tls),
     ("kafka", kafka::measure),
     ("intercept", intercept::measure),
+    ("visibility", visibility::cost),
+    ("flow-memory", visibility::memory),
+    ("replay", visibility::replay),
 ];
 
 /// What the packet path, inspection and the policy compiler cost.

@@ -471,6 +471,11 @@ pub struct Path {
 impl Path {
     /// Sets up a path with this many path patterns and a large file.
     pub fn new(between: Between, patterns: usize, blob: u64) -> Result<Self> {
+        Self::configured(between, patterns, blob, "")
+    }
+
+    /// Sets up a path as [`Path::new`] does; `tables` are further tables of the daemon's configuration, in TOML.
+    pub fn configured(between: Between, patterns: usize, blob: u64, tables: &str) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         topology.meet()?;
         let server = topology.get("server");
@@ -481,6 +486,7 @@ impl Path {
             .then(|| {
                 let unguarded_nic = Settings {
                     nic: false,
+                    tables: tables.to_owned(),
                     ..Settings::default()
                 };
                 Daemon::start(&topology, &unguarded_nic, &[("web.yaml", &policy(patterns))])
