@@ -791,7 +791,7 @@ impl Path {
         .concat();
         let size = self.curl(HTTPS, METHOD, &args)?;
         let fields = fs::read_to_string(&heads)?;
-        // In the trailers.
+        // gRPC sends its status in the trailers.
         let has_succeeded = fields.lines().any(|line| line.trim() == "grpc-status: 0");
         ensure!(
             size == MESSAGE.len().to_string() && has_succeeded,
@@ -840,7 +840,7 @@ impl Path {
         drop(open(64)?);
         let before = resident(pid)?;
         let held = open(connections)?;
-        // Until the proxy has taken what it takes.
+        // The buffers of the proxy fill up first.
         thread::sleep(Duration::from_millis(500));
         Ok((resident(pid)? - before) / held.len() as f64)
     }

@@ -45,8 +45,8 @@ const METRICS: &str = "http://127.0.0.1:9965/metrics";
 const PORT: u16 = 5_000;
 /// Flows of the traffic with established flows.
 const ESTABLISHED_FLOWS: u16 = 64;
-/// Flows of the traffic with new flows. The conntrack map of that measure has fewer entries, so a flow is gone before
-/// its next packet.
+/// Flows of the traffic with new flows. The conntrack map of that measure has fewer entries, so a flow is evicted
+/// before its next packet.
 const NEW_FLOWS: u16 = 40_000;
 /// Limit of the conntrack map for new flows.
 const SMALL_CONNTRACK: &str = "conntrack = 4096\n";

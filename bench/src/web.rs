@@ -57,7 +57,7 @@ pub enum Between {
     Envoy,
     /// haproxy on the node with a list of paths.
     Haproxy,
-    /// mitmproxy on the node with an addon that knows the paths. Only between TLS connections.
+    /// mitmproxy on the node with an addon that has the patterns of the paths. Only for intercepted TLS.
     Mitmproxy,
 }
 

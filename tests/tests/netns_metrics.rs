@@ -115,7 +115,7 @@ fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-/// Sends single datagrams, which nobody retransmits.
+/// Sends single datagrams, which are never retransmitted.
 fn datagrams(apps: &Apps, family: Family, port: u16, count: usize) {
     let to = apps.at("internet", family, port);
     let any = match family {

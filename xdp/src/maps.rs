@@ -103,7 +103,7 @@ pub mod capture {
     #[btf_map]
     pub static CAPTURE: Array<CaptureSettings, 1> = Array::new();
 
-    /// One buffer for each CPU. Values of a per-CPU array have at most 32 kB (`PCPU_MIN_UNIT_SIZE`), so the index is
+    /// One buffer for each CPU. Values of a per-CPU array have at most 32 KiB (`PCPU_MIN_UNIT_SIZE`), so the index is
     /// the number of the CPU.
     #[btf_map]
     pub static CAPTURE_BUFFERS: Array<Buffer, 1> = Array::new();

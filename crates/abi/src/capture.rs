@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{Addr, Event};
 
-/// Most bytes of a packet that a capture can copy.
+/// Largest number of bytes of a packet that a capture can copy.
 pub const MAX_CAPTURED: u32 = 65_536;
 
 /// Flags of [`CaptureCondition`].
@@ -92,7 +92,7 @@ pub struct CaptureSettings {
     /// Time at which the capture ends, ns of the coarse monotonic clock. The programs then copy nothing, even if no
     /// process ends the capture.
     pub until: u64,
-    /// Most bytes that are copied of a packet, from 1 to [`MAX_CAPTURED`].
+    /// Largest number of bytes that are copied of a packet, from 1 to [`MAX_CAPTURED`].
     pub snap_length: u32,
     /// Zero.
     pub zero: u32,
@@ -121,7 +121,7 @@ pub mod captured_flags {
     pub const LAYER3: u8 = 2;
 }
 
-/// Begin of a record of the CAPTURED ring. [`Self::captured`] bytes of the packet follow.
+/// First part of a record of the CAPTURED ring. [`Self::captured`] bytes of the packet follow.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct CaptureHeader {

@@ -148,7 +148,7 @@ impl LabelSelector {
 /// Returns the key of a label in a selector.
 fn key(source: &str, key: &str) -> String {
     match (source, key) {
-        // Readers know this label with its source.
+        // Kubernetes policies are usually written with the source of this label.
         ("k8s", NAMESPACE) => format!("k8s:{NAMESPACE}"),
         // Without a source the label of any source matches, which is how policies are written by hand.
         ("k8s", key) => key.to_owned(),

@@ -25,7 +25,7 @@ use serde::Serialize;
 const MAX_RULES: usize = 5;
 /// Largest number of texts of a list in one message.
 const MAX_LISTED: usize = 4;
-/// Rules that are farther from matching are left out.
+/// Largest distance ([`Failed::distance`]) of a rule that is reported.
 const MAX_DISTANCE: u32 = 7;
 
 /// A rule that nearly matches a packet.
@@ -35,7 +35,7 @@ pub struct NearMiss {
     pub rule: String,
     /// Requirements that the packet does not meet.
     pub failed: Vec<Failed>,
-    /// Measure of the difference, for the order: 1 for one part of a request.
+    /// Sum of the distances of the failed requirements, by which the rules are sorted.
     pub distance: u32,
 }
 
@@ -55,7 +55,7 @@ impl Failed {
         Self { requirement, text }
     }
 
-    /// Returns the part of the distance: a wrong part of a request is closest, another workload farthest.
+    /// Returns the distance: 1 for a part of a request, up to 4 for another workload.
     fn distance(&self) -> u32 {
         match self.requirement {
             "subject" | "peers" => 4,

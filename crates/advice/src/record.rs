@@ -1,7 +1,7 @@
 //! Recorded flows as evidence for policies: those of Palisade's ring, exported files, and the JSON of Hubble.
 //!
 //! JSON is read more tolerantly than by `palisade-flowlog`, because a newer Cilium has enumeration values and members
-//! that this crate need not know. Control characters in texts become U+FFFD: the texts are printed.
+//! that this crate does not need. Control characters in texts become U+FFFD: the texts are printed.
 
 use std::{borrow::Cow, net::IpAddr};
 

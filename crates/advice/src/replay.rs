@@ -177,7 +177,8 @@ struct EndKey {
 
 impl EndKey {
     fn of(end: &RecordedEnd, is_known: bool) -> Self {
-        // Without labels, or if the configuration can have the end, its address counts.
+        // Labels do not identify an end without labels or in the world; and the configuration can have the end by its
+        // address.
         let by_address = is_world(&end.labels) || is_known;
         Self {
             labels: end.labels.clone(),

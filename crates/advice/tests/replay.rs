@@ -444,7 +444,7 @@ fn text_of_a_peer_cannot_break_out() {
     assert_eq!(yaml.matches("\nkind:").count(), 1, "{yaml}");
     let mut label = line(false, "front", "back", 80);
     label.from.1.push("k8s:a\n- b: {=x\ny".into());
-    // A flow with a label that no policy can have gets no rule, and does not spoil the others.
+    // A flow with a label that no policy can have gets no rule, and does not make the others invalid.
     let mut suggestion = Suggestion::default();
     suggestion.push(&label.recorded());
     suggestion.push(&line(false, "front", "back", 80).recorded());

@@ -218,8 +218,9 @@ impl Flow {
     }
 }
 
-/// Returns whether the packet is of the reply direction, as Hubble reports it: the direction of a dropped or denied packet
-/// counts as unknown. A packet that a policy allows is the first one of its flow, unless the programs know better.
+/// Returns whether the packet is of the reply direction, as Hubble reports it: the direction of a dropped or denied
+/// packet counts as unknown. A packet that a policy allows is of the original direction unless the event has the flag
+/// REPLY.
 const fn is_reply(kind: EventKind, verdict: Verdict, flags: u8) -> Option<bool> {
     match (kind, verdict) {
         (EventKind::Drop, _) | (EventKind::PolicyVerdict, Verdict::Dropped) => None,

@@ -22,7 +22,7 @@ use palisade_inspect::record::Record;
 
 use crate::{Filters, Flow, FlowResolver, Timestamp, Uuid};
 
-/// Number of flows that a flow can be late in the ring, in [`Ring::first`].
+/// Largest number of positions in the ring by which a flow can be late, for [`Ring::first`].
 const FIRST_REORDERED: usize = 1_024;
 
 /// Resolver of the numbers in records.

@@ -27,13 +27,13 @@ pub(crate) struct Repair {
     waiting: BytesMut,
     /// Bytes that can be passed on.
     ready: BytesMut,
-    /// Number of next bytes that are passed on without a look at them: the connection preface, and the payload of
+    /// Number of next bytes that are passed on without being parsed: the connection preface, and the payload of
     /// frames without header fields.
     plain: usize,
 }
 
 impl Repair {
-    /// Returns the state at the begin of a connection. `preface`: length of the connection preface, bytes.
+    /// Returns the state at the start of a connection. `preface`: length of the connection preface, bytes.
     pub(crate) fn new(preface: usize) -> Self {
         Self {
             waiting: BytesMut::new(),
@@ -103,7 +103,8 @@ fn repair_payload(flags: u8, mut payload: &mut [u8]) {
     }
 }
 
-/// Repairs one field of a header block (RFC 7541, section 6) if it is `:authority`. Returns the place of the next field.
+/// Repairs one field of a header block (RFC 7541, section 6) if it is `:authority`. Returns the offset of the next
+/// field.
 fn repair_field(block: &mut [u8], at: usize) -> Option<usize> {
     let first = *block.get(at)?;
     // Indexed field, or a change of the size of the dynamic table: a number alone.
@@ -132,7 +133,7 @@ fn repair_field(block: &mut [u8], at: usize) -> Option<usize> {
     Some(end)
 }
 
-/// Decodes an integer with a prefix of some bits (RFC 7541, section 5.1). Returns the number and the next place.
+/// Decodes an integer with a prefix of some bits (RFC 7541, section 5.1). Returns the number and the offset after it.
 fn integer(block: &[u8], mut at: usize, prefix: u32) -> Option<(usize, usize)> {
     let mask = (1_usize << prefix) - 1;
     let mut value = usize::from(*block.get(at)?) & mask;
@@ -152,7 +153,8 @@ fn integer(block: &[u8], mut at: usize, prefix: u32) -> Option<(usize, usize)> {
     None
 }
 
-/// Returns whether a string is Huffman-encoded, and its begin and end (RFC 7541, section 5.2).
+/// Returns whether a string is Huffman-encoded, and the offsets of its first byte and after its last one (RFC 7541,
+/// section 5.2).
 fn string(block: &[u8], at: usize) -> Option<(bool, usize, usize)> {
     let encoded = block.get(at)? & 0x80 != 0;
     let (length, begin) = integer(block, at, 7)?;

@@ -6,12 +6,12 @@
 //! - otherwise a reader goes back from the newest event, until `number` events match, or until the events are older
 //!   than `since`; without both, to the oldest event.
 //! - A reader that does not follow ends after `number` events, or at the event that was the newest at the request.
-//! - `since` has precedence over `number` and `first` for the begin.
+//! - `since` has precedence over `number` and `first` for the event at which a reader begins.
 
 use palisade_flowlog::Timestamp;
 use tonic::Status;
 
-/// Largest difference by which events can be out of order, ns. Events reach the ring by several threads.
+/// Largest difference by which events can be out of order, ns. Several threads write to the ring.
 const DISORDER_NS: i64 = 1_000_000_000;
 
 /// Ring of numbered events.
@@ -99,7 +99,7 @@ pub(crate) struct Reader {
     at: u64,
     /// Number at which a reader that does not follow ends.
     end: u64,
-    /// Matching events found on the way back; `None` once the begin is known.
+    /// Matching events found on the way back; `None` once the first event to return is known.
     back: Option<u64>,
     /// Events that were returned.
     sent: u64,
@@ -189,7 +189,8 @@ impl Reader {
         }
     }
 
-    /// Goes back by one event. Returns the number of matching events so far; `None` if the begin is reached.
+    /// Goes back by one event. Returns the number of matching events so far; `None` once the first event to
+    /// return is known.
     fn step_back<S: Source>(
         &mut self,
         source: &S,

@@ -1,4 +1,5 @@
-//! The streams that are open: their number is bounded, and a stream that is not read for a long time loses its place.
+//! The streams that are open. Their number is bounded, and a stream that is not read for `STALL_DEADLINE` does not
+//! count any more: it has lost its place.
 
 use std::{
     sync::{
@@ -137,7 +138,7 @@ impl Readers {
     }
 }
 
-/// The place of one stream among the open ones; given back when the value is dropped.
+/// The place of one stream among those that count; free again when the value is dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
     readers: Arc<Readers>,

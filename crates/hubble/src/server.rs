@@ -189,7 +189,7 @@ impl Api {
     }
 }
 
-/// The place of one stream that waits for changes; given back when the value is dropped.
+/// The place of one stream that waits for changes; free again when the value is dropped.
 pub(crate) struct Watcher(Arc<AtomicUsize>);
 
 impl Drop for Watcher {

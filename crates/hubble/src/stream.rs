@@ -127,8 +127,8 @@ impl<S: Source, R: Responses<S>> Stream for Events<S, R> {
     }
 }
 
-/// Responses with the flows that were sent last, so that a flow is encoded once for all readers at about the same place
-/// of the ring.
+/// Responses with the flows that were sent last, so that a flow is encoded once for all readers at about the same
+/// position in the ring.
 #[derive(Debug)]
 pub(crate) struct Shared(Box<[Mutex<(Uuid, Encoded)>]>);
 

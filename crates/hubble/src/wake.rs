@@ -1,7 +1,7 @@
 //! Wakes streams when the ring has new flows, and measures the rate of flows.
 //!
-//! The ring notifies threads, not tasks. One thread waits for the ring, and only while streams wait. It sleeps after each
-//! notification, so that the writers of the ring notify it at most [`BATCH_INTERVAL`] apart.
+//! The ring notifies threads, not tasks. One thread waits for the ring, and only while streams wait. It sleeps after
+//! each notification, so that the writers of the ring notify it at most once per [`BATCH_INTERVAL`].
 
 use std::{
     collections::VecDeque,
@@ -97,7 +97,7 @@ impl Wake {
     }
 }
 
-/// Keeps the notifications coming.
+/// While a value exists, the thread waits for the ring and notifies streams.
 #[derive(Debug)]
 pub(crate) struct Follower(Arc<Wake>);
 

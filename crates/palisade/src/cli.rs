@@ -23,7 +23,8 @@ use crate::config;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done; for validate, test and --check-config: nothing wrong
-  1  the answer is no: errors in a file, failed checks, not ready in time, denied (trace)
+  1  the answer is no: errors in a file, failed checks, not ready in time, denied (trace, explain), changed
+     verdicts (test --flows), nothing to propose (suggest)
   2  the command line cannot be understood
   3  the daemon is not running, or cannot be asked
   4  something else failed";
@@ -219,8 +220,8 @@ A case file has one JSON object a line, or YAML documents; docs/POLICY.md has al
   - {subject: web, direction: ingress, peer: front, protocol: TCP, port: 80, expect: allow}
   - {subject: web, direction: ingress, peer: 192.0.2.1, protocol: TCP, port: 80, expect: deny}
 
-Prints a line for each check that differs, with the
-deciding rule, then `N passed, M failed`, and exits 1 if a check failed.
+Prints a line for each check that differs, with the deciding rule, then `N passed, M failed`, and exits 1 if a check
+failed.
 
 With --flows, prints the flows whose verdict would change, with the deciding rules, and exits 1 if there are any. The
 file has JSON lines: `palisade observe -o json`, an exported file, or `hubble observe -o json`. The ends are identified
@@ -245,14 +246,15 @@ by their recorded labels, or with --config also by its endpoints and peers.")]
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Propose the least policies that allow recorded flows.
+    /// Propose policies that allow recorded flows.
     #[command(after_help = "Examples:
   palisade policy suggest > policies.d/suggested.yaml
   palisade policy suggest --input-file flows.json
   hubble observe -o json --last 10000 | palisade policy suggest --input-file -
 
-Without --input-file the flows are those of the daemon's ring. Only flows that passed count, also by audit mode. What is
-printed has been compiled, and allows all of these flows. Review it: it also allows what should not have passed.")]
+Without --input-file the flows are those of the daemon's ring. Only flows that passed count, those that passed
+only because of audit mode included. The policies have been compiled, and allow all of these flows. Review them: they
+also allow flows that should not have passed.")]
     Suggest(SuggestArgs),
     /// Explain the verdict on a packet and the rules that decide. Asks the daemon, or works off-line on the given
     /// policy files.
@@ -332,7 +334,7 @@ pub(crate) struct ExplainArgs {
     /// UUID of a recorded flow.
     #[arg(value_name = "UUID", required_unless_present = "from", conflicts_with_all = ["from", "to", "to_fqdn"])]
     pub flow: Option<String>,
-    /// Search the flow in this file of JSON lines (of Palisade or of Hubble), not in the daemon.
+    /// Take the flow from this file of JSON lines (of Palisade or of Hubble), not from the daemon.
     #[arg(long, value_name = "FILE", requires = "flow")]
     pub input_file: Option<PathBuf>,
     /// Source of the packet.

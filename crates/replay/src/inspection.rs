@@ -23,9 +23,9 @@ use slab::Slab;
 
 use crate::capture::{Frame, Network};
 
-/// Maximum number of packets of the inspectors that are remembered until the capture shows them.
+/// Maximum number of generated packets that are kept until the capture shows them.
 const MAX_GENERATED: usize = 65_536;
-/// Maximum number of connections that are remembered as not inspected.
+/// Maximum number of connections that are kept as not inspected.
 const MAX_UNDECIDED: usize = 1 << 20;
 
 /// Rule sets by number.

@@ -2,9 +2,9 @@
 //!
 //! The crate does no I/O but reading the capture, and takes all times from the capture. [`Reader`] returns the packets
 //! of a pcap or pcapng file. [`Replay`] gives each packet its verdicts: `sites.rs` determines at which interfaces the
-//! packet path would have seen it, `path` is the model of the BPF programs, `inspection.rs` runs the inspectors,
-//! `names.rs` learns the DNS answers. The results are [`Report`]s: the events and records of the packet path, from which
-//! `palisade-flowlog` makes flows.
+//! packet path would have processed it, `path` is the model of the BPF programs, `inspection.rs` runs the inspectors,
+//! `names.rs` learns the DNS answers. The results are [`Report`]s: the events and records of the packet path, from
+//! which `palisade-flowlog` makes flows.
 //!
 //! Depends on `palisade-policy` (compiled policies), `palisade-packet` (decoder), `palisade-inspect` (engine),
 //! `palisade-worker` (preparation of packets), `palisade-fqdn` (names) and `pcap-parser`. Start at [`Replay::packet`].

@@ -1,4 +1,4 @@
-//! Ties the parts together: one packet after the other through decoder, path and inspectors.
+//! The replay: passes each packet through decoder, path and inspectors.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -207,8 +207,8 @@ impl Replay {
         }
     }
 
-    /// Gives a packet its verdicts. [`Self::reports`] returns what there is to report. `interface`: name of
-    /// the configured interface that saw the packet, if the capture does not name it.
+    /// Gives a packet its verdicts. [`Self::reports`] returns the events and records about it. `interface`: name of the
+    /// configured interface at which the packet was captured, if the capture does not name it.
     pub fn packet(&mut self, captured: &Captured<'_>, interface: Option<&str>) {
         self.summary.packets += 1;
         self.summary.bytes += u64::from(captured.length);
@@ -357,7 +357,7 @@ impl Replay {
         }
     }
 
-    /// Returns what the packets so far have led to, and forgets it.
+    /// Returns the reports about the packets so far, and removes them.
     pub fn reports(&mut self) -> std::vec::Drain<'_, Report> {
         self.reports.drain(..)
     }
@@ -402,7 +402,7 @@ impl Replay {
     }
 }
 
-/// Returns the configured interface that saw a packet.
+/// Returns the configured interface at which a packet was captured.
 fn configured<'a>(
     known: &'a mut Vec<Option<Option<Interface>>>,
     captured: &Captured<'_>,

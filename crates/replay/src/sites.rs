@@ -1,4 +1,4 @@
-//! Where the packet path would have seen a packet of a capture.
+//! Sites: the interfaces and hooks at which the packet path would have processed a packet of a capture.
 //!
 //! If the capture names an interface of the configuration, that interface is the site. Otherwise the addresses decide:
 //! a packet is egress of the endpoint that has its source address, and ingress of the endpoint that has its destination

@@ -316,7 +316,7 @@ fn answers_of_the_capture_are_learned_and_expire() {
         );
         assert_eq!(world.replay.name_of(A, address).as_deref(), Some("a.test"));
         assert_eq!(connect(&mut world, 4001), []);
-        // The answer counts for nobody else, and for the answered name only.
+        // The answer counts for the client of its query and for the answered name only.
         let other = query(8, "b.test", kind);
         world.send(&udp(end(a, 5000), end(server, 53), &other));
         let elsewhere = ["198.51.100.8", "2001:db8:9::8"][family].parse().unwrap();
@@ -357,7 +357,7 @@ fn denied_and_unsolicited_dns_is_reported() {
         (0, 1),
         "{own:?}"
     );
-    // An answer that nobody has asked for.
+    // An unsolicited answer.
     let stray = answer(&query(9, "a.test", 1), 1, "198.51.100.7".parse().unwrap(), 60);
     let stray = world.send(&udp(server, client, &stray));
     assert_eq!(stray.records[0].verdict, Verdict::Dropped);

@@ -174,7 +174,7 @@ impl Play {
                 self.is_changed |= !self.wire.is_empty() && number > 0;
                 drop(self.wire.drain(..number.min(self.wire.len())));
             }
-            // Bytes of somebody else, now or between the peer's bytes.
+            // Bytes that the peer has not sent, now or between the peer's bytes.
             4 => {
                 self.is_changed |= !bytes.is_empty();
                 self.feed(bytes);

@@ -65,7 +65,7 @@ impl FlowFilter {
     /// Compiles a filter.
     ///
     /// # Errors
-    /// [`FilterError::Field`] with the name of the field, if a value is invalid or a node cannot know the property.
+    /// [`FilterError::Field`] with the name of the field, if a value is invalid or a node cannot evaluate the property.
     pub fn compile(filter: &ApiFilter) -> Result<Self, FilterError> {
         refuse("source_service", filter.source_service.first(), NO_SERVICES)?;
         refuse(

@@ -149,8 +149,9 @@ fn any<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
     wanted.is_empty() || wanted.iter().any(matches)
 }
 
-/// Returns whether the text matches a pattern with `*` for any text, in a time linear in both lengths' product: only the
-/// last `*` is tried at further places, which is enough, since earlier ones match as early as possible.
+/// Returns whether the text matches a pattern with `*` for any text, in a time proportional to the product of the
+/// lengths: only the last `*` is tried at further places, which is enough, since earlier ones match as early as
+/// possible.
 fn matches_pattern(pattern: &str, text: &str) -> bool {
     let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut at, mut read) = (0, 0);

@@ -1,3 +1,5 @@
+//! Tests of the metrics of flow records: labels, contexts, limits, and what is counted.
+
 use std::{net::IpAddr, sync::Arc};
 
 use palisade_abi::{Decision, Event, EventKind, MatchKind, Reason, event_flags, protocol};

@@ -13,12 +13,13 @@ Examples:
   palisade capture -w - --ip 10.0.1.10 --port 80 --snaplen 1500 | wireshark -k -i -
   palisade capture -w ring.pcapng --ring-files 10 --ring-bytes 10M --duration 24h --interface eth0
 
-Filters are those of `palisade observe`. Without --snaplen only headers are written, no payload.";
+Filters are those of `palisade observe`, except --since, --until and --uuid. Without --snaplen only headers are
+written, no payload.";
 
 /// Longest capture. The daemon has the same limit.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
 
-/// Arguments of `palisade capture`. The filters are those of `palisade observe`.
+/// Arguments of `palisade capture`. The filters are those of `palisade observe` that select packets.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CaptureArgs {
     /// Filters and their values, in the order of the command line.
@@ -113,12 +114,12 @@ impl Args for CaptureArgs {
                 option(
                     "snaplen",
                     "BYTES",
-                    "So many bytes of each packet, with their payload [default: headers only]",
+                    "Write at most this many bytes of each packet, payload included [default: headers only]",
                 )
                 .value_parser(value_parser!(u32).range(1..=i64::from(MAX_CAPTURED))),
             )
             .arg(
-                option("count", "PACKETS", "End after so many packets")
+                option("count", "PACKETS", "End after this many packets")
                     .value_parser(value_parser!(u64).range(1..)),
             )
             .arg(
@@ -141,7 +142,7 @@ impl Args for CaptureArgs {
                 option(
                     "ring-files",
                     "FILES",
-                    "Write FILE_00001 and so on, and keep only the newest so many",
+                    "Write NAME_00001.EXT and so on, and keep only this many files, the newest",
                 )
                 .requires("ring-bytes")
                 .value_parser(files),

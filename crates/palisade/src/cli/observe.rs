@@ -28,9 +28,9 @@ Examples:
   palisade observe --last 100 -o json --field-mask time,source.pod_name,verdict
   palisade observe --uuid 8a3c5e10-7f2b-8c41-9000-00000000002a -o dict --rules
 
-Values of one option are alternatives; different options must all match. An option for either end, such as --pod or --port,
-matches the source or the destination, and all options of this kind must match at the same end. Options after --not
-together hide the flows that match all of them. Lists have commas: --to-port 80,443.
+Values of one option are alternatives; different options must all match. An option for either end, such as --pod or
+--port, matches the source or the destination, and all options of this kind must match at the same end. Options after
+--not together hide the flows that match all of them. Lists have commas: --to-port 80,443.
 
 Times are in local time; --utc prints and reads them in UTC. In JSON they are always in UTC.
 --input-file reads what `palisade observe -o json`, `hubble observe -o jsonpb` and the exporters write, one flow per line,

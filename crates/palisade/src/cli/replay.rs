@@ -16,7 +16,7 @@ pub(super) const HELP: &str = "Examples:
   palisade replay trace.pcap -o json > flows.json
 
 Flows are written to the standard output, the summary to the standard error. docs/REPLAY.md says at which interface a
-packet counts as seen, and what a capture cannot show. The exit code is 1 if the file is malformed; what was decided
+packet gets its verdict, and what a capture cannot show. The exit code is 1 if the file is malformed; what was decided
 before the error is written.";
 
 /// Format of the flows.
@@ -57,13 +57,13 @@ pub(crate) struct ReplayArgs {
     /// Format of the flows, or of the summary.
     #[arg(short, long, value_enum, default_value_t)]
     pub output: FlowOutput,
-    /// With colours.
+    /// Use colours; auto: if the output is a terminal and NO_COLOR is not set.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
-    /// With the rule that decided, and where it is written.
+    /// Print the deciding rule and its place in a file.
     #[arg(long)]
     pub rules: bool,
-    /// Addresses only, no names.
+    /// Print addresses only, no names.
     #[arg(long)]
     pub numeric: bool,
 }

@@ -133,7 +133,7 @@ fn end_on_signals(client: &Client) -> anyhow::Result<()> {
 /// Where blocks are written.
 struct Output {
     target: Target,
-    /// Section header and interface descriptions so far; the begin of every file.
+    /// Section header and interface descriptions so far, with which every file begins.
     head: Vec<u8>,
 }
 

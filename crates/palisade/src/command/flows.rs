@@ -34,7 +34,7 @@ const MAX_LINE: u64 = 1 << 20;
 const MAX_LAST_OF_FILE: usize = 1_000_000;
 /// First and longest wait before the next attempt to reach the daemon while following.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Number of received flows that are remembered while following.
+/// Number of received flows whose identifiers are kept while following.
 const MAX_RECENT: usize = 16_384;
 /// Time before the newest flow in which a flow that was recorded earlier can still be missing, ns. The daemon sorts flows
 /// within a much shorter time.
@@ -202,7 +202,7 @@ fn follow(
             "the connection to the daemon has ended ({why}); waiting for the daemon"
         ));
         request.after = Some(recent.resume().map_or_else(String::new, |uuid| uuid.to_string()));
-        // Without a flow to continue after, the flows since the begin of this command are those to show.
+        // Without a flow to continue after, the flows since the start of this command are to be shown.
         if recent.last.is_none() {
             request.query.since = request.query.since.max(Some(begun));
         }

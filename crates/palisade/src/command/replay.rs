@@ -24,7 +24,7 @@ use crate::{
     text::count,
 };
 
-/// Packets between two looks at the clock.
+/// Number of packets between two reads of the clock.
 const PROGRESS_PACKETS: u64 = 65_536;
 /// Interval between two progress reports.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -88,7 +88,7 @@ pub(super) fn replay(config: &Path, args: &ReplayArgs) -> anyhow::Result<u8> {
     match outcome {
         None => Ok(EXIT_OK),
         Some(error) => {
-            eprintln!("palisade: {shown}: {error}; the packets before it are decided");
+            eprintln!("palisade: {shown}: {error}; the packets before it have their verdicts");
             Ok(EXIT_NO)
         }
     }
@@ -205,7 +205,7 @@ impl Progress {
     }
 }
 
-/// Writes the counters for reading.
+/// Writes the counters as text.
 fn write_summary(summary: &Summary, out: &mut impl Write) -> io::Result<()> {
     let (number, inspected) = (numbers(summary), &summary.inspected);
     writeln!(
@@ -308,7 +308,7 @@ fn numbers(summary: &Summary) -> Vec<(&'static str, u64)> {
     ]
 }
 
-/// Returns the counters for programs.
+/// Returns the counters as JSON.
 fn as_json(summary: &Summary) -> serde_json::Value {
     let drops = |drops: &std::collections::BTreeMap<Reason, u64>| {
         let list = drops.iter();

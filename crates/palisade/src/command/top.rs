@@ -1,7 +1,7 @@
 //! `palisade top`: flows per second, verdicts, talkers, rules, drops and workers, as they change.
 //!
-//! A thread follows the flows of the daemon and counts them (`model`); the command's own thread asks for the status and
-//! draws the screen (`screen`).
+//! A thread follows the flows of the daemon and counts them (`model`); the command's own thread requests the status
+//! and draws the screen (`screen`).
 
 mod model;
 mod screen;
@@ -39,7 +39,7 @@ use crate::{
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest time until a signal is handled.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(200);
-/// Wait before a new connection to a daemon that has gone.
+/// Wait before a new connection to a daemon that has ended.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Size of the screen of `--once`.
 const ONCE_SIZE: (u16, u16) = (80, 24);
@@ -171,7 +171,7 @@ impl Top {
         }
     }
 
-    /// Handles a key. Returns whether the command goes on.
+    /// Handles a key. Returns whether the command continues.
     fn key(&mut self, key: KeyEvent) -> bool {
         let is_control = key.modifiers.contains(KeyModifiers::CONTROL);
         match key.code {
@@ -198,7 +198,7 @@ impl Top {
         self.model.sort(sort, &lock(&self.counts));
     }
 
-    /// Begins to count anew.
+    /// Sets all counts to zero.
     fn reset(&mut self, naming: Naming) {
         *lock(&self.counts) = Counts::new(naming);
         self.model.reset(naming);

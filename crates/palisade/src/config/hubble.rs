@@ -25,7 +25,7 @@ pub(crate) struct Hubble {
     pub tls_key: Option<PathBuf>,
     /// CAs of the certificates that clients must have, PEM.
     pub client_ca: Option<PathBuf>,
-    /// Maximum number of clients that read flows or events.
+    /// Maximum number of streams of flows or events that clients read.
     pub max_readers: usize,
 }
 

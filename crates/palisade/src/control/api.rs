@@ -277,7 +277,7 @@ pub(crate) struct ObserveRequest {
     pub follow: bool,
     /// Number of oldest matching flows to send, instead of `last`.
     pub first: Option<usize>,
-    /// Identifier of a flow after which to continue; if the daemon does not know the flow, with its oldest one. Replaces
+    /// Identifier of a flow after which to continue; if the ring does not have the flow, with its oldest one. Replaces
     /// `last`.
     pub after: Option<String>,
     /// Number of most recent matching flows to send; `None` for all.
@@ -533,7 +533,7 @@ pub(crate) struct HubbleStatus {
     pub listen: Option<String>,
     /// Whether the TCP listener uses TLS.
     pub tls: bool,
-    /// Clients that read flows or events.
+    /// Streams of flows or events that clients read.
     pub readers: usize,
     /// Flows and events that clients have lost because they were too slow.
     pub lost: u64,

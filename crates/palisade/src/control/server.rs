@@ -232,7 +232,7 @@ pub(crate) fn listen(claim: Claim, handler: Arc<impl Handler>) -> io::Result<Soc
                 Ok(stream) => accept(stream, &handler, &counts),
                 Err(error) => {
                     warn!(%error, "a client cannot be accepted");
-                    // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn CPU.
+                    // The process probably has no free file descriptor (EMFILE). An immediate retry would fail too.
                     thread::sleep(Duration::from_millis(100));
                 }
             }

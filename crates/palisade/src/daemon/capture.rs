@@ -20,8 +20,8 @@ use palisade_flowlog::{Filters, Flow, filter::ApiFilters};
 use super::view::{EventNames, Shared};
 use crate::pcapng::{self, LinkType, Packet, Statistics, Writer};
 
-/// Most interfaces that one capture describes; packets of further interfaces count as lost. Interfaces can come and go
-/// while a capture runs, each with a new index.
+/// Largest number of interfaces that one capture describes; packets of further interfaces count as lost. Interfaces can
+/// come and go while a capture runs, each with a new index.
 const MAX_INTERFACES: usize = 4_096;
 /// Bytes that are reserved for the statistics of each interface.
 const STATISTICS_BYTES: u64 = 256;
@@ -31,7 +31,7 @@ const STATISTICS_BYTES: u64 = 256;
 pub(super) enum Snap {
     /// Headers up to the transport header, no payload.
     Headers,
-    /// So many bytes, whatever they are.
+    /// At most this number of bytes, payload included.
     Bytes(u32),
 }
 
@@ -48,9 +48,9 @@ impl Snap {
 /// Limits of a capture.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Packets.
+    /// Largest number of packets.
     pub(super) packets: u64,
-    /// Bytes of all blocks.
+    /// Largest total length of the blocks, bytes.
     pub(super) bytes: u64,
 }
 
@@ -85,7 +85,7 @@ pub(super) struct Recorder {
     interfaces: HashMap<(u32, bool), Interface>,
     /// The wall clock minus the monotonic clock, ns.
     clock_offset: i64,
-    /// ns since 1970.
+    /// Start of the capture, ns since 1970.
     started: u64,
     /// Packets that were written.
     packets: u64,

@@ -140,7 +140,7 @@ impl CertificateFiles {
         let mut config = builder
             .with_single_cert(certificates(&self.certificate)?, private)
             .map_err(|error| format!("{} and {}: {error}", self.certificate.display(), key.display()))?;
-        // Without tickets every client proves anew that it has a certificate.
+        // Without tickets no session is resumed, so each handshake checks the client's certificate anew.
         config.send_tls13_tickets = 0;
         Ok(config)
     }

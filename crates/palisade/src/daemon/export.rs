@@ -3,8 +3,8 @@
 //! `{"lost_events":{…},"node_name":"…","time":"…"}` for flows that were overwritten before the thread could read them.
 //!
 //! A thread that cannot write (a full disk, a missing directory, a file system that does not answer) keeps at most one
-//! buffer of lines and its place in the ring, and tries again; the ring goes on without it. Nothing else waits for the
-//! thread: the control thread only sends it a request to end.
+//! buffer of lines and its position in the ring, and tries again; flows that the ring overwrites meanwhile are lost to
+//! it. Nothing else waits for the thread: the control thread only sends it a request to end.
 //!
 //! Start at [`Exports::update`] and [`Exporter::run`]; the file is in `file`.
 
@@ -82,8 +82,8 @@ impl Exports {
         }
     }
 
-    /// Starts, replaces and ends exports so that the given ones run. An export that has changed goes on at the flow
-    /// where the previous thread has ended.
+    /// Starts, replaces and ends exports so that the given ones run. An export that has changed continues at the
+    /// position at which the previous thread has ended.
     pub(super) fn update(&mut self, wanted: &[config::Export], node_name: &str) {
         let Some(ring) = self.ring.clone() else {
             return;
@@ -215,7 +215,7 @@ struct Exporter {
 }
 
 impl Exporter {
-    /// Writes flows until the export ends. Returns the place in the ring after the last flow that was read.
+    /// Writes flows until the export ends. Returns the position in the ring after the last flow that was read.
     fn run(mut self) -> Cursor {
         let mut retry_delay = MIN_RETRY_DELAY;
         loop {

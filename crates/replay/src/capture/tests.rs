@@ -1,3 +1,5 @@
+//! Tests of capture files in both byte orders: pcap, pcapng, link types, and malformed files.
+
 use std::io;
 
 use super::*;

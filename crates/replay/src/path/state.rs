@@ -43,7 +43,7 @@ impl HookPoint {
     }
 }
 
-/// Where the packet path would have seen a packet.
+/// Interface and hook at which the packet path would have processed a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Site {
     /// Index of the interface; 0 if it is not known.

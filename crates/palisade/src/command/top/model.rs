@@ -248,7 +248,7 @@ impl Model {
         self.talkers = counts.talkers(sort, TALKERS);
     }
 
-    /// Forgets the counts of flow records.
+    /// Sets the counts of flow records to zero.
     pub(super) fn reset(&mut self, naming: Naming) {
         self.naming = naming;
         self.talkers = Vec::new();

@@ -3,7 +3,7 @@
 use palisade_abi::protocol;
 use palisade_packet::{Bytes, Packet, Start, decode, flags};
 
-/// Most bytes of headers that are written. Longer chains of extension headers are cut.
+/// Largest number of bytes of headers that are written. Longer chains of extension headers are cut.
 pub(super) const MAX_BYTES: u32 = 512;
 /// Bytes that are written of a packet that cannot be decoded: an Ethernet and an IPv6 header.
 const UNDECODED_BYTES: u32 = 54;

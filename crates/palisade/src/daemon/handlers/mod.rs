@@ -1,6 +1,5 @@
 //! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
-//! thread. Module `observe` sends flows. This module
-//! dispatches the requests.
+//! thread. Module `observe` sends flows. This module dispatches the requests.
 
 mod capture;
 mod control;

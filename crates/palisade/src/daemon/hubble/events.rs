@@ -1,5 +1,5 @@
-//! Events of the daemon for the flow API. The control thread only says that something has changed, and never waits; a
-//! thread of the API compares the published views.
+//! Events of the daemon for the flow API. The control thread only notifies a thread of the API that a view was
+//! published, and never waits; the thread of the API compares the published views.
 
 use std::{
     collections::HashMap,
@@ -74,7 +74,8 @@ impl AgentEvents {
         )
     }
 
-    /// Says that a new view was published. If the queue is full, the thread will compare the newest view anyway.
+    /// Notifies the thread that a new view was published. If the queue is full, the thread compares the newest view
+    /// anyway.
     pub(crate) fn view_published(&self) {
         let _ = self.notices.try_send(Notice::View);
     }

@@ -1,4 +1,4 @@
-//! The listeners of the flow API: who may connect, how many, and within which time.
+//! The listeners of the flow API: which clients can connect, how many, and within which time.
 
 use std::{
     future::Future, io, net::SocketAddr, os::unix::net::UnixListener as StdUnixListener, pin::Pin, sync::Arc,
@@ -61,7 +61,7 @@ impl Door {
     }
 }
 
-/// Serves the API until `ended`.
+/// Serves the API until `ended` is ready.
 pub(super) async fn run(
     api: Api,
     socket: anyhow::Result<(StdUnixListener, Bound)>,
@@ -103,7 +103,7 @@ pub(super) async fn run(
     }
     drop(clients);
     // Without a listener the stream of clients ends, and the server with it; agent events are collected all the same.
-    // Connections of clients that follow flows do not end by themselves, so the server is not asked to end, but dropped.
+    // Connections of clients that follow flows do not end by themselves, so the server is dropped instead of shut down.
     tokio::select! {
         result = serve(api, ReceiverStream::new(served), std::future::pending()) => {
             if let Err(problem) = result {
@@ -114,7 +114,7 @@ pub(super) async fn run(
     }
 }
 
-/// Accepts clients of the unix socket. `anybody`: whether the mode of the socket alone decides who can connect.
+/// Accepts clients of the unix socket. `anybody`: whether only the mode of the socket limits access.
 async fn accept_unix(listener: UnixListener, anybody: bool, door: Door) {
     loop {
         match listener.accept().await {
@@ -202,6 +202,6 @@ async fn bind(address: SocketAddr, reports: &Reports) -> TcpListener {
 
 async fn pause(listener: &str, problem: &io::Error) {
     error!(listener, error = %problem, "a client of the flow API cannot be accepted");
-    // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn CPU.
+    // The process probably has no free file descriptor (EMFILE). An immediate retry would fail too.
     sleep(RETRY_INTERVAL).await;
 }

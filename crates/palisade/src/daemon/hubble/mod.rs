@@ -171,7 +171,7 @@ fn node(config: &Config) -> Node {
     }
 }
 
-/// Makes the unix socket. Nobody can connect to it with other rights than those that the configuration grants.
+/// Makes the unix socket. Only root, and the members of the configured group, can connect to it.
 fn unix_socket(options: &Options) -> anyhow::Result<(std::os::unix::net::UnixListener, server::Bound)> {
     let group = options
         .group

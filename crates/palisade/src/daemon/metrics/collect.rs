@@ -94,7 +94,7 @@ impl Collector {
         self.handlers.measured.set_problem(option, problem);
     }
 
-    /// Returns the metrics as text, at most [`MAX_AGE`] old.
+    /// Returns the metrics as text, at most [`MAX_AGE`] old, or [`MAX_AGE_OF_READS`] times the duration of a read.
     pub(super) fn scrape(&self, format: Format) -> Bytes {
         let mut state = lock(&self.state);
         if let Some((at, text)) = state.texts.get(&format)
@@ -132,8 +132,8 @@ impl Collector {
         health::ready(missing)
     }
 
-    /// Returns the last answer of the control thread, and whether the thread has answered recently or why not. Asks the
-    /// thread unless it was asked recently.
+    /// Returns the last answer of the control thread, and the outcome of the last request: why the thread has not
+    /// answered it, if so. Sends a request unless the last one was sent within [`MAX_AGE`].
     fn ask_control(&self) -> (Option<Status>, Result<(), String>) {
         let handlers = &*self.handlers;
         let send = |reply| {
@@ -163,8 +163,7 @@ impl Collector {
         report.add(&own::CONTROL_BUSY, &[], busy);
         if let Some(status) = &status {
             of_control(status, &mut report);
-            // An error means that a map cannot be read. The metrics of all maps are then missing from the scrape, and
-            // an alert on their absence fires.
+            // An error means that a map cannot be read. The metrics of all maps are then missing from the scrape.
             if let Ok(status) = handlers.with_counters(status.clone()) {
                 of_counters(&status, &mut report);
             }

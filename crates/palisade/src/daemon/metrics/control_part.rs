@@ -21,8 +21,8 @@ pub(super) struct ControlPart {
 }
 
 impl ControlPart {
-    /// Asks the control thread, unless it was asked less than `max_age` ago. `send` sends a request, `busy` returns why
-    /// the thread does not answer.
+    /// Sends a request to the control thread, unless the last one was sent less than `max_age` ago. `send` sends a
+    /// request, `busy` returns why the thread does not answer.
     ///
     /// # Errors
     /// The reason for which there is no new answer. [`Self::status`] is then the last one.

@@ -1,8 +1,8 @@
 //! HTTP server (`hyper`) of `/metrics`, `/healthz` and `/readyz`, on a thread of its own.
 //!
-//! Clients are not trusted to behave: the number of connections is bounded, a request head must arrive in time, and when
-//! all places are taken, a new connection takes the place of the one that has been without a request for the longest
-//! time. Values are read on at most [`MAX_READERS`] further threads, so a slow read does not delay the other answers.
+//! Clients are not trusted to behave: the number of connections is bounded, a request head must arrive in time, and
+//! when the limit is reached, the oldest connection without a request is closed for a new one. Values are read on at
+//! most [`MAX_READERS`] further threads, so a slow read does not delay the other answers.
 
 use std::{
     convert::Infallible,
@@ -83,8 +83,7 @@ pub(super) fn run(
                     Ok((stream, _)) => accept(stream, certificates.as_ref(), &collector, &clients),
                     Err(error) => {
                         warn!(%error, "a client of the metrics server cannot be accepted");
-                        // The process probably has no free file descriptor (EMFILE). Retrying at once would only burn
-                        // CPU.
+                        // The process probably has no free file descriptor (EMFILE). An immediate retry would fail too.
                         time::sleep(Duration::from_millis(100)).await;
                     }
                 }
