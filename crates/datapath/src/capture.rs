@@ -8,7 +8,7 @@
 use std::{
     os::fd::{AsFd, BorrowedFd},
     path::Path,
-    sync::{Arc, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use aya::{
@@ -24,7 +24,7 @@ use crate::{
     maps::{Map, PerCpuArray, RawMap, possible_cpus},
     object::CAPTURE_OBJECT,
     pin::{pinned_link, version_dir},
-    present::{attached_points, recorded_interfaces},
+    present::{present, recorded_interfaces},
     programs::{VerdictPrograms, load_named},
     sys::{bpf, clsact, link::Device},
 };
@@ -97,42 +97,62 @@ impl Datapath {
     /// [`Self::attach`] adds later get them too.
     ///
     /// # Errors
-    /// [`AttachError`]. The ordinary programs are attached again then, as far as possible.
+    /// [`AttachError`]. The ordinary programs are attached again then. If that fails too,
+    /// [`Self::replacement_problem`] returns the second error.
     pub fn begin_capture(&self, programs: CapturePrograms) -> Result<(), AttachError> {
         *self.capturing() = Some(programs.0);
         self.replace_programs().inspect_err(|_| {
-            // The caller gets the first error.
+            // The caller gets the first error; the second one is kept until a replacement succeeds.
             let _ = self.end_capture();
         })
     }
 
-    /// Attaches the ordinary programs again. Does nothing if no capture runs.
+    /// Attaches the ordinary programs again. Does nothing if no capture runs and no earlier replacement has failed.
     ///
     /// # Errors
     /// [`AttachError`] of the first interface at which that failed; the others have their programs.
+    /// [`Self::retry_replacement`] tries again.
     pub fn end_capture(&self) -> Result<(), AttachError> {
         let ended = self.capturing().take();
         if ended.is_some() {
-            self.replace_programs()?;
+            return self.replace_programs();
         }
-        Ok(())
+        self.retry_replacement()
+    }
+
+    /// Replaces the programs again if the last replacement has failed at a hook.
+    ///
+    /// # Errors
+    /// [`AttachError`] of the first interface at which that failed; the others have their programs.
+    pub fn retry_replacement(&self) -> Result<(), AttachError> {
+        if self.replacement_problem().is_none() {
+            return Ok(());
+        }
+        self.replace_programs()
+    }
+
+    /// Returns the error of the last replacement of programs at the begin or end of a capture, or `None`. After an
+    /// error, programs of a capture that has ended can still be attached; they enforce the policy.
+    #[must_use]
+    pub fn replacement_problem(&self) -> Option<String> {
+        lock(&self.replacement_problem).clone()
     }
 
     /// Returns the programs to attach: those of the capture that runs, or `None` for the ordinary ones.
     pub(crate) fn capturing(&self) -> MutexGuard<'_, Option<Arc<VerdictPrograms>>> {
-        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.capture)
     }
 
     /// Replaces the programs at all hooks by those that [`Self::attach`] would attach now.
     fn replace_programs(&self) -> Result<(), AttachError> {
-        let mut first = Ok(());
-        for ifindex in recorded_interfaces(&self.pin_dir)? {
-            if let Some(device) = find_device(ifindex)? {
-                let replaced = self.replace_at(&device);
-                first = first.and(replaced);
-            }
-        }
-        first
+        let replaced = recorded_interfaces(&self.pin_dir).and_then(|found| {
+            first_error(found.into_iter().map(|ifindex| match find_device(ifindex)? {
+                Some(device) => self.replace_at(&device),
+                None => Ok(()),
+            }))
+        });
+        *lock(&self.replacement_problem) = replaced.as_ref().err().map(ToString::to_string);
+        replaced
     }
 
     fn replace_at(&self, device: &Device) -> Result<(), AttachError> {
@@ -148,14 +168,16 @@ impl Datapath {
             .map_or((&ours.xdp, &ours.tc_ingress, &ours.tc_egress), |capture| {
                 (&capture.xdp, &capture.tc_ingress, &capture.tc_egress)
             });
-        let mut first = Ok(());
-        for point in attached_points(&dir, device)? {
+        first_error(AttachPoint::ALL.into_iter().map(|point| {
+            if present(&dir, device, point)?.is_none() {
+                return Ok(());
+            }
             let program = match (point, point.direction()) {
                 (AttachPoint::Xdp, _) => xdp,
                 (_, Direction::Ingress) => tc_ingress,
                 (_, Direction::Egress) => tc_egress,
             };
-            let replaced = match point {
+            match point {
                 AttachPoint::Clsact(direction) => {
                     clsact::set_filter(device.ifindex, direction, program.fd(), program.name).map_err(syscall)
                 }
@@ -165,10 +187,8 @@ impl Datapath {
                         None => Ok(()),
                     }
                 }
-            };
-            first = first.and(replaced);
-        }
-        first
+            }
+        }))
     }
 }
 
@@ -226,6 +246,17 @@ impl std::fmt::Debug for Capture {
     }
 }
 
+/// Returns the first error of the results, all of which are computed: an error at one hook must not keep the programs
+/// at the others from being replaced.
+fn first_error<E>(results: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
+    results.fold(Ok(()), Result::and)
+}
+
+/// Locks the mutex. A poisoned mutex is used too, because each value is replaced as a whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Returns name, path and number of entries of every pinned map.
 fn pinned_maps(dir: &Path) -> Result<Vec<(String, std::path::PathBuf, u32)>, OpenError> {
     let io = |source| OpenError::Io {
@@ -254,4 +285,21 @@ fn raw(name: &str, map: &AyaMap) -> Result<RawMap, OpenError> {
         });
     };
     Ok(RawMap::new(name, bpf::duplicate(data.fd())?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_at_one_hook_does_not_end_the_replacement_at_the_others() {
+        let mut replaced = Vec::new();
+        let results = [Ok(()), Err("second"), Ok(()), Err("fourth"), Ok(())];
+        let first = first_error(results.into_iter().enumerate().map(|(hook, result)| {
+            replaced.push(hook);
+            result
+        }));
+        assert_eq!(first, Err("second"));
+        assert_eq!(replaced, [0, 1, 2, 3, 4]);
+    }
 }

@@ -34,6 +34,8 @@ pub struct Datapath {
     pub(crate) programs: Programs,
     /// Programs of the capture that runs.
     pub(crate) capture: Mutex<Option<Arc<VerdictPrograms>>>,
+    /// Error of the last replacement of the programs at the begin or end of a capture; `None` if it succeeded.
+    pub(crate) replacement_problem: Mutex<Option<String>>,
     pub(crate) interfaces: Map<u32, Interface>,
     pub(crate) endpoints: Endpoints,
     pub(crate) ipcache: Map<Addr, IpcacheEntry>,
@@ -125,6 +127,7 @@ impl Datapath {
             pin_dir: options.pin_dir.clone(),
             programs,
             capture: Mutex::default(),
+            replacement_problem: Mutex::default(),
             interfaces: Map::new(take(names::INTERFACES)?)?,
             endpoints: Endpoints::new(take(names::ENDPOINTS)?)?,
             ipcache: Map::new(take(names::IPCACHE)?)?,

@@ -95,7 +95,7 @@ pub(crate) fn recorded_interfaces(pin_dir: &Path) -> Result<Vec<u32>> {
 }
 
 /// Returns how the program of Palisade at an attach point is attached; `None` if there is no such program.
-fn present(dir: &Path, device: &Device, point: AttachPoint) -> Result<Option<HookKind>> {
+pub(crate) fn present(dir: &Path, device: &Device, point: AttachPoint) -> Result<Option<HookKind>> {
     let path = dir.join(point.file());
     let syscall = |source| AttachError::Syscall {
         name: device.name.clone(),

@@ -198,8 +198,10 @@ impl Control {
             let quiet = SAVE_DEBOUNCE.saturating_sub(last.elapsed());
             quiet.min(SAVE_MAX_DELAY.saturating_sub(first.elapsed()))
         });
-        let failed =
-            self.enforcer.problem.is_some() || self.interfaces.has_failures() || self.netfilter.has_failed();
+        let failed = self.enforcer.problem.is_some()
+            || self.interfaces.has_failures()
+            || self.netfilter.has_failed()
+            || self.datapath.replacement_problem().is_some();
         let again = failed.then_some(RETRY_INTERVAL);
         [save, again]
             .into_iter()
@@ -224,6 +226,24 @@ impl Control {
         }
         self.repair_links();
         self.attach();
+        self.retry_replacement();
+    }
+
+    /// Attaches the ordinary programs where that failed at the end of a capture. [`Self::attach`] does not replace the
+    /// programs of a guarded interface.
+    fn retry_replacement(&self) {
+        let Some(known) = self.datapath.replacement_problem() else {
+            return;
+        };
+        match self.datapath.retry_replacement() {
+            Ok(()) => info!("the programs that a capture had left are replaced"),
+            // The same failure is not logged at every attempt.
+            Err(problem) if problem.to_string() == known => {}
+            Err(problem) => error!(
+                error = %problem,
+                "the programs of a capture could not be replaced; they enforce the policy, and the replacement is retried"
+            ),
+        }
     }
 
     fn policies_changed(&mut self, changes: &Changes) {

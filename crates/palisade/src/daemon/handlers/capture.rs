@@ -13,7 +13,8 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use palisade_datapath::monotonic_coarse;
+use palisade_abi::CaptureSettings;
+use palisade_datapath::{Capture, monotonic_coarse};
 use palisade_flowlog::{FilterBuilder, Filters, Timestamp};
 use tracing::{error, info};
 
@@ -45,12 +46,17 @@ const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
 struct Running<'a> {
     handlers: &'a Handlers,
     place: &'a AtomicBool,
-    attached: bool,
+    /// The capture, once its programs can be attached.
+    capture: Option<Capture>,
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.attached {
+        if let Some(capture) = &self.capture {
+            // If the programs cannot be replaced, they must not copy packets into a ring that has no reader.
+            if let Err(problem) = capture.set(&CaptureSettings::all(0, 1)) {
+                error!(error = %problem, "the programs cannot be told that a capture has ended");
+            }
             let (reply, receiver) = Reply::channel();
             let request = Message::Client(ClientRequest::EndCapture(reply));
             // Without a control thread the daemon is ending, which ends the capture too.
@@ -59,7 +65,8 @@ impl Drop for Running<'_> {
                     Ok(Ok(())) => {}
                     Ok(Err(problem)) => error!(
                         error = problem,
-                        "the programs of a capture could not be replaced; they enforce the policy and copy nothing"
+                        "the programs of a capture could not be replaced; they enforce the policy and copy nothing, and the \
+                         replacement is retried"
                     ),
                     Err(problem) => error!(error = %problem, "the end of a capture was not confirmed"),
                 }
@@ -99,7 +106,7 @@ impl Handlers {
         let mut running = Running {
             handlers: self,
             place: &self.capturing,
-            attached: false,
+            capture: None,
         };
         if !sink.follow() {
             return Err(refused(
@@ -117,14 +124,15 @@ impl Handlers {
         let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let until = monotonic_coarse().saturating_add(nanoseconds);
         let mut wanted = settings(&api_filters, snap, until, ifindex);
-        let mut capture = self
+        // The verifier can take seconds, and the control thread can be busy: the client must not give up.
+        sink.send(&Answer::Alive)?;
+        let capture = self
             .datapath
             .prepare_capture(&wanted, RING_BYTES)
             .map_err(|error| Failure::Refused(error.to_string()))?;
-        // The verifier can take seconds, and the control thread can be busy: the client must not give up.
         sink.send(&Answer::Alive)?;
         // From here on the programs can be attached, even if the answer comes too late.
-        running.attached = true;
+        let capture = running.capture.insert(capture);
         let programs = capture.programs();
         self.change(|reply| ClientRequest::BeginCapture(programs, reply))
             .map_err(Failure::Refused)?;

@@ -14,7 +14,7 @@ use palisade_model::{
 };
 use palisade_policy::parse::yaml_to_json;
 use serde_json::Value;
-use tracing::info;
+use tracing::{error, info};
 
 use super::super::{
     control::Control,
@@ -54,11 +54,19 @@ impl Control {
                 options,
                 reply,
             } => reply.send(self.configure_endpoint(&endpoint, options)),
-            ClientRequest::BeginCapture(programs, reply) => reply.send(
-                self.datapath
-                    .begin_capture(programs)
-                    .map_err(|error| error.to_string()),
-            ),
+            ClientRequest::BeginCapture(programs, reply) => {
+                let begun = self.datapath.begin_capture(programs);
+                if begun.is_err()
+                    && let Some(problem) = self.datapath.replacement_problem()
+                {
+                    error!(
+                        error = problem,
+                        "the programs of a capture that failed to begin could not be replaced; they enforce the policy, and \
+                         the replacement is retried"
+                    );
+                }
+                reply.send(begun.map_err(|error| error.to_string()));
+            }
             ClientRequest::EndCapture(reply) => {
                 reply.send(self.datapath.end_capture().map_err(|error| error.to_string()));
             }
