@@ -27,8 +27,8 @@ use super::{
 
 /// Longest wait for a connection, and for each part of an answer unless [`CHANGE_TIMEOUT`] applies.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for each part of the answer to a stop, a reload or a change of options. The daemon itself gives up
-/// after a minute.
+/// Longest wait for each part of the answer to a stop, a reload, a change of options or a capture, whose programs the
+/// control thread attaches. The daemon itself gives up after a minute.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
 /// Lower limit of the wait for a daemon, even if the caller asks for less.
 const MIN_TIMEOUT: Duration = Duration::from_millis(500);
@@ -95,7 +95,7 @@ impl Client {
     pub(crate) fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
         let changes = matches!(
             request,
-            Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. }
+            Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. } | Request::Capture(_)
         );
         if changes {
             // A ping shows within `READ_TIMEOUT` whether the daemon hangs, before the longer wait for a change.
