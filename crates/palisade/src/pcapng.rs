@@ -110,11 +110,6 @@ impl Writer {
         std::mem::take(&mut self.buffer)
     }
 
-    /// Returns the length of the blocks that were not taken yet, bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.buffer.len()
-    }
-
     /// Writes the header of the section.
     pub(crate) fn section(&mut self, hardware: &str, os: &str, application: &str, comment: &str) {
         self.block(block_type::SECTION, |block| {

@@ -89,7 +89,7 @@ pub(super) struct Recorder {
     started: u64,
     /// Packets that were written.
     packets: u64,
-    /// Bytes of all blocks that were written.
+    /// Bytes of all blocks that [`Self::take`] and [`Self::statistics`] have returned.
     bytes: u64,
     /// Packets that no interface description was left for.
     undescribed: u64,
@@ -116,7 +116,6 @@ impl Recorder {
             concat!("palisade ", env!("CARGO_PKG_VERSION")),
             description,
         );
-        let bytes = writer.len() as u64;
         Self {
             writer,
             filters,
@@ -128,7 +127,7 @@ impl Recorder {
             clock_offset,
             started: wall_clock(),
             packets: 0,
-            bytes,
+            bytes: 0,
             undescribed: 0,
             full: false,
         }
@@ -376,4 +375,23 @@ fn wall_clock() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_written_bytes_are_those_of_the_returned_blocks() {
+        let filters = Filters::compile(&ApiFilters::default()).unwrap();
+        let bounds = Bounds {
+            packets: 10,
+            bytes: 10_000,
+        };
+        let mut recorder = Recorder::new(filters, Snap::Headers, bounds, Arc::default(), 0, "a test");
+        let mut returned = recorder.take().len();
+        assert!(returned > 0);
+        returned += recorder.statistics(0).len();
+        assert_eq!(recorder.written(), (0, returned as u64));
+    }
 }
