@@ -171,15 +171,19 @@ impl Output {
                 check_free(&args.write, args.force)?;
                 Target::File(args.write.clone(), args.force, None)
             }
-            (_, Some((files, bytes))) => Target::Ring(Ring {
-                path: args.write.clone(),
-                force: args.force,
-                files,
-                bytes,
-                number: 0,
-                kept: VecDeque::new(),
-                current: None,
-            }),
+            (_, Some((files, bytes))) => {
+                let ring = Ring {
+                    path: args.write.clone(),
+                    force: args.force,
+                    files,
+                    bytes,
+                    number: 0,
+                    kept: VecDeque::new(),
+                    current: None,
+                };
+                check_free(&ring.file(1), args.force)?;
+                Target::Ring(ring)
+            }
         };
         Ok(Self {
             target,
@@ -266,8 +270,9 @@ impl Ring {
             }
             while self.kept.len() >= self.files {
                 if let Some(oldest) = self.kept.pop_front() {
-                    // Only files that this process has made are in the list.
-                    fs::remove_file(&oldest).with_context(|| oldest.display().to_string())?;
+                    // Only files that this process has made are in the list. A file that another process has removed
+                    // or moved needs no removal.
+                    remove(&oldest)?;
                 }
             }
             self.number += 1;
@@ -296,7 +301,28 @@ fn check_free(path: &Path, force: bool) -> anyhow::Result<()> {
         }
         Ok(_) if force => Ok(()),
         Ok(_) => bail!("{}: exists already; --force replaces it", path.display()),
-        Err(_) => Ok(()),
+        Err(_) => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            if let Some(parent) = parent
+                && !parent.is_dir()
+            {
+                bail!(
+                    "{}: is not a directory; create it before the capture",
+                    parent.display()
+                );
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Removes a file if it exists.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| path.display().to_string())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -304,11 +330,8 @@ fn check_free(path: &Path, force: bool) -> anyhow::Result<()> {
 /// written to, its owner could read the packets. A symbolic link is never followed.
 fn create(path: &Path, force: bool) -> anyhow::Result<File> {
     check_free(path, force)?;
-    if force
-        && let Err(error) = fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(error).with_context(|| path.display().to_string());
+    if force {
+        remove(path)?;
     }
     OpenOptions::new()
         .write(true)
@@ -409,5 +432,30 @@ mod tests {
             assert_eq!(kinds[..3], [block_type::SECTION, 1, 6], "{file:?}");
         }
         assert!(!dir.path().join("ring_00001.pcapng").exists());
+    }
+
+    #[test]
+    fn a_ring_goes_on_after_another_process_has_removed_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ring.pcapng");
+        let mut output = Output::new(&args(path, Some((2, 400)))).unwrap();
+        output.write(&section(1)).unwrap();
+        fs::remove_file(dir.path().join("ring_00001.pcapng")).unwrap();
+        output.write(&section(9)).unwrap();
+        output.flush().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_ring_whose_first_file_cannot_be_made_is_refused_before_the_capture() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ring.pcapng");
+        fs::write(dir.path().join("ring_00001.pcapng"), "precious").unwrap();
+        let ring = args(path, Some((2, 400)));
+        let error = Output::new(&ring).err().unwrap().to_string();
+        assert!(error.contains("exists already; --force"), "{error}");
+        let ring = args(dir.path().join("none/ring.pcapng"), Some((2, 400)));
+        let error = Output::new(&ring).err().unwrap().to_string();
+        assert!(error.contains("is not a directory"), "{error}");
     }
 }
