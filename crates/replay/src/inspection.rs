@@ -85,12 +85,17 @@ struct Generated {
 }
 
 impl Generated {
-    fn hash(&self, packet: &Packet, payload: &[u8]) -> u64 {
+    /// Returns a hash of flow, flags, payload and, for TCP, sequence number. Without the sequence number, a segment of
+    /// the server with the bytes of a refusal would be taken for the refusal.
+    fn hash(&self, frame: &[u8], packet: &Packet, payload: &[u8]) -> u64 {
         let mut hasher = self.hasher.build_hasher();
         packet.source.hash(&mut hasher);
         packet.destination.hash(&mut hasher);
         (packet.source_port, packet.destination_port, packet.protocol).hash(&mut hasher);
         (packet.tcp_flags & (tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST)).hash(&mut hasher);
+        if packet.protocol == protocol::TCP {
+            sequence(frame, packet).hash(&mut hasher);
+        }
         payload.hash(&mut hasher);
         hasher.finish()
     }
@@ -104,7 +109,7 @@ impl Generated {
         let payload = payload(frame, &packet);
         // A bare acknowledgment looks like any other acknowledgment of the connection.
         let is_bare = payload.is_empty() && packet.tcp_flags & (tcp_flags::RST | tcp_flags::FIN) == 0;
-        let hash = self.hash(&packet, payload);
+        let hash = self.hash(frame, &packet, payload);
         if !is_bare && self.known.insert(hash) {
             self.order.push_back(hash);
             if self.order.len() > MAX_GENERATED
@@ -115,9 +120,21 @@ impl Generated {
         }
     }
 
-    fn contains(&self, packet: &Packet, payload: &[u8]) -> bool {
-        !self.known.is_empty() && self.known.contains(&self.hash(packet, payload))
+    fn contains(&self, frame: &[u8], packet: &Packet) -> bool {
+        !self.known.is_empty()
+            && self
+                .known
+                .contains(&self.hash(frame, packet, payload(frame, packet)))
     }
+}
+
+/// Returns the sequence number of a TCP segment; `None` if the frame ends before it.
+fn sequence(frame: &[u8], packet: &Packet) -> Option<u32> {
+    let at = usize::from(packet.transport_offset) + 4;
+    frame
+        .get(at..)?
+        .first_chunk()
+        .map(|bytes| u32::from_be_bytes(*bytes))
 }
 
 fn payload<'a>(frame: &'a [u8], packet: &Packet) -> &'a [u8] {
@@ -328,9 +345,7 @@ impl Inspection {
         };
         let is_generated = {
             let frame = self.buffer.get(prepared.start..).unwrap_or_default();
-            self.effects
-                .generated
-                .contains(&prepared.packet, payload(frame, &prepared.packet))
+            self.effects.generated.contains(frame, &prepared.packet)
         };
         if is_generated {
             self.counts.generated += 1;
@@ -628,4 +643,35 @@ fn opens(packet: &Packet) -> bool {
     packet.protocol == protocol::TCP
         && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
         && !packet.is(flags::FRAGMENT_LATER)
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::PacketBuilder;
+
+    use super::*;
+
+    /// Returns a segment of a server with data, and its headers.
+    fn segment(seq: u32) -> (Vec<u8>, Packet) {
+        let mut frame = Vec::new();
+        PacketBuilder::ethernet2([2; 6], [4; 6])
+            .ipv4([192, 0, 2, 7], [10, 0, 1, 10], 64)
+            .tcp(80, 4000, seq, 4096)
+            .ack(1)
+            .write(&mut frame, b"HTTP/1.1 403 Forbidden")
+            .unwrap();
+        let mut packet = Packet::default();
+        decode(&*frame, Start::Ethernet { tags_removed: 0 }, &mut packet).unwrap();
+        (frame, packet)
+    }
+
+    #[test]
+    fn a_segment_with_the_bytes_of_a_generated_one_and_another_sequence_number_is_not_generated() {
+        let mut generated = Generated::default();
+        let (own, own_headers) = segment(1_000);
+        generated.remember(&own);
+        assert!(generated.contains(&own, &own_headers));
+        let (other, other_headers) = segment(2_000);
+        assert!(!generated.contains(&other, &other_headers));
+    }
 }

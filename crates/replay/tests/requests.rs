@@ -210,6 +210,23 @@ fn the_own_response_in_a_capture_is_recognised() {
 }
 
 #[test]
+fn the_own_fin_in_a_capture_is_recognised_by_its_sequence_number() {
+    let mut world = World::new(HTTP);
+    let mut connection = Connection::open(&mut world, end(AS[0], 4000), end(WORLDS[0], 80));
+    let begin = connection.next[0];
+    connection.client(&mut world, BAD);
+    // The client's own FIN follows the request. The worker's FIN takes the place of the request, which the server does
+    // not get.
+    let own = connection.frame(From::Client, "FA", b"");
+    world.send(&own);
+    assert_eq!(world.replay.summary().inspected.generated, 0);
+    connection.next[0] = begin;
+    let built = connection.frame(From::Client, "FA", b"");
+    world.send(&built);
+    assert_eq!(world.replay.summary().inspected.generated, 1);
+}
+
+#[test]
 fn a_connection_is_not_inspected_from_its_middle_or_beyond_a_truncated_packet() {
     let mut world = World::new(HTTP);
     let mut middle = Connection {
