@@ -84,6 +84,34 @@ fn replies_and_errors_belong_to_their_flow() {
 }
 
 #[test]
+fn an_error_about_an_inspected_flow_that_the_programs_cannot_cut_is_dropped() {
+    const HTTP: &[(&str, &str, &str)] = &[(
+        "http",
+        "a",
+        "  egress: [{toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}]}}]}]",
+    )];
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let syn = tcp((a, 4000), (server, 80), SYN);
+        assert_eq!(world.send(&syn).verdicts(), [(A, Reason::Allowed)]);
+        assert_eq!(world.send(&unreachable(server, a, &syn)).drops(), []);
+        // The quoted header has options (IPv4), or a destination options header follows it (IPv6).
+        let mut quoted = syn.clone();
+        if a.contains(':') {
+            quoted[14 + 6] = 60;
+            quoted.splice(14 + 40..14 + 40, [6, 0, 1, 4, 0, 0, 0, 0]);
+        } else {
+            quoted[14] = 0x46;
+            quoted.splice(14 + 20..14 + 20, [1, 1, 1, 1]);
+        }
+        assert_eq!(
+            world.send(&unreachable(server, a, &quoted)).drops(),
+            [(A, Reason::UnrelatedIcmp)]
+        );
+    }
+}
+
+#[test]
 fn flows_expire_in_the_time_of_the_capture() {
     let dns = "  egress: [{toCIDR: [192.0.2.0/24], toPorts: [{ports: [{port: '53', protocol: UDP}]}]}]\n  ingress: [{fromEntities: [all]}]";
     let mut world = World::new(&[("dns", "a", dns), ("none", "b", "  ingress: [{}]")]);

@@ -42,6 +42,10 @@ pub(super) fn enforce_endpoint(cx: &mut Cx, flows: &mut Flows, pkt: &mut PacketS
             && let Some(entry) = flows.find(&pkt.key, pkt.now)
         {
             if recheck_flow(cx, pkt, entry) {
+                if entry.inspector != 0 && !entry.is_offloaded() && !can_be_cut(pkt) {
+                    pkt.reason = Reason::UnrelatedIcmp;
+                    return;
+                }
                 // A worker that inspects a TCP connection gets the errors about it. Here the error says nothing that
                 // changes a verdict, so it passes.
                 pkt.flow_flags = entry.flags;
@@ -556,6 +560,24 @@ fn match_icmp_error(cx: &Cx, pkt: &mut PacketState<'_>) {
     // The quoted packet has the opposite direction.
     pkt.key = conntrack::key(pkt.endpoint, !pkt.ingress, Ends::from(&quote));
     pkt.reason = Reason::Related;
+}
+
+/// Returns whether an ICMP error about an inspected flow can be truncated to the quoted network header and eight bytes,
+/// as `xdp/src/icmp_error.rs::cut` does. The programs drop other errors: fragments, and errors that quote IPv4 options,
+/// IPv6 extension headers or too few bytes.
+fn can_be_cut(pkt: &PacketState<'_>) -> bool {
+    const HEADER: u32 = 8;
+    let packet = &pkt.headers;
+    let quoted = u32::from(packet.transport_offset) + HEADER;
+    let (network_header, is_plain) = if packet.is(flags::IPV6) {
+        let next_header: Option<&[u8; 1]> = pkt.frame.array(quoted + 6);
+        (40, next_header == Some(&[pkt.key.protocol]))
+    } else {
+        let version_and_length: Option<&[u8; 1]> = pkt.frame.array(quoted);
+        (20, version_and_length == Some(&[0x45]))
+    };
+    let needed = quoted + network_header + HEADER - u32::from(packet.network_offset);
+    is_plain && !packet.is(flags::FRAGMENT_FIRST) && packet.length >= needed
 }
 
 /// Requests a punt of a packet that belongs to a live flow with an inspector.
