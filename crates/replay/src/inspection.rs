@@ -137,6 +137,14 @@ fn sequence(frame: &[u8], packet: &Packet) -> Option<u32> {
         .map(|bytes| u32::from_be_bytes(*bytes))
 }
 
+/// Returns the frame without the bytes after the end of its IP packet. The limits of the engine do not count these
+/// bytes, and a file can have many of them behind each packet.
+fn trimmed<'a>(frame: &'a [u8], packet: &Packet) -> &'a [u8] {
+    let length = usize::try_from(packet.length).unwrap_or(usize::MAX);
+    let end = usize::from(packet.network_offset).saturating_add(length);
+    frame.get(..end).unwrap_or(frame)
+}
+
 fn payload<'a>(frame: &'a [u8], packet: &Packet) -> &'a [u8] {
     let slot = PuntRequest::default();
     let prepared = Prepared {
@@ -366,7 +374,7 @@ impl Inspection {
         let frame = self.buffer.get(prepared.start..).unwrap_or_default();
         let handle = self.held.insert(Held {
             segment,
-            second: (second.endpoint != 0).then(|| (second, frame.to_vec())),
+            second: (second.endpoint != 0).then(|| (second, trimmed(frame, &prepared.packet).to_vec())),
             ifindex: punted.ifindex,
             hook: punted.hook,
         });
@@ -673,5 +681,16 @@ mod tests {
         assert!(generated.contains(&own, &own_headers));
         let (other, other_headers) = segment(2_000);
         assert!(!generated.contains(&other, &other_headers));
+    }
+
+    #[test]
+    fn bytes_after_the_ip_packet_are_not_kept() {
+        let packet = Packet {
+            network_offset: 14,
+            length: 40,
+            ..Packet::default()
+        };
+        assert_eq!(trimmed(&[0; 60_000], &packet).len(), 54);
+        assert_eq!(trimmed(&[0; 20], &packet).len(), 20);
     }
 }

@@ -73,13 +73,24 @@ impl Flows {
                 self.evicted += 1;
             }
         }
-        if self.order.len() >= self.limit.saturating_mul(2) {
-            let entries = &self.entries;
-            self.order
-                .retain(|(key, serial)| entries.get(key).is_some_and(|entry| entry.serial == *serial));
-        }
-        self.order.push_back((key, entry.serial));
+        self.append(key, entry.serial);
         self.entries.insert(key, entry);
+    }
+
+    /// Appends a flow to the order. Flows that have ended are removed from the order before it gets longer than twice
+    /// the limit of the table.
+    fn append(&mut self, key: CtKey, serial: u32) {
+        if self.order.len() >= self.limit.saturating_mul(2) {
+            self.prune();
+        }
+        self.order.push_back((key, serial));
+    }
+
+    /// Removes the flows that have ended from the order.
+    fn prune(&mut self) {
+        let entries = &self.entries;
+        self.order
+            .retain(|(key, serial)| entries.get(key).is_some_and(|entry| entry.serial == *serial));
     }
 
     /// Removes the flows that have expired at `now`, and calls `ended` with each of them.
@@ -90,9 +101,7 @@ impl Flows {
             }
             entry.expires > now
         });
-        let entries = &self.entries;
-        self.order
-            .retain(|(key, serial)| entries.get(key).is_some_and(|entry| entry.serial == *serial));
+        self.prune();
     }
 
     /// Returns the peers of all live flows, each with the endpoint of the flow.
@@ -123,7 +132,7 @@ impl Flows {
                 entry.reply_tcp = tcp_flags::SYN | tcp_flags::ACK;
                 entry.flags &= !(ct_flags::MIDSTREAM | ct_flags::SEEDED | ct_flags::CLOSED);
                 entry.expires = now.saturating_add(timeouts.tcp_opening);
-                self.order.push_back((command.key, command.windows[0]));
+                self.append(command.key, command.windows[0]);
             }
             _ if entry.ruleset != command.ruleset || u32::from(entry.punt_flags) != command.punt_flags => {
                 return false;
@@ -358,4 +367,43 @@ pub(super) const fn direction_flags(entry: &CtEntry, ingress: bool) -> u8 {
         out |= event_flags::AUDIT;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replaced_flows_do_not_make_the_order_grow() {
+        let timeouts = Timeouts {
+            tcp_opening: 60,
+            tcp_established: 60,
+            tcp_closing: 60,
+            udp: 60,
+            other: 60,
+            fragment: 60,
+            trace_interval: 0,
+            sweep: 60,
+        };
+        let mut flows = Flows::new(4);
+        let key = CtKey::default();
+        let entry = CtEntry {
+            serial: 1,
+            expires: 60,
+            ..CtEntry::default()
+        };
+        flows.insert(key, entry);
+        for serial in 1..100 {
+            let command = FlowCommand {
+                key,
+                serial,
+                op: flow_op::REPLACE,
+                windows: [serial + 1; 4],
+                ..FlowCommand::default()
+            };
+            assert!(flows.apply(&command, 0, &timeouts));
+        }
+        assert!(flows.order.len() <= 8, "{}", flows.order.len());
+        assert_eq!(flows.len(), 1);
+    }
 }
