@@ -179,6 +179,31 @@ fn later_fragments_get_the_ports_of_the_first() {
 }
 
 #[test]
+fn fragments_at_different_interfaces_belong_to_different_datagrams() {
+    let rule = "  egress: [{toPorts: [{ports: [{port: '53', protocol: UDP}]}]}]";
+    let compiled = |settings: &mut palisade_replay::Settings| {
+        let nic = settings.interfaces[0].clone();
+        settings.interfaces.push(palisade_replay::Interface {
+            name: "eth1".into(),
+            index: 4,
+            ..nic
+        });
+    };
+    let mut world = World::of(replay_with(&[("dns", "a", rule)], compiled));
+    let later = fragment(WORLDS[0], HOSTS[0], 17, 8, 3, false, &[0; 16]);
+    let mut payload = 4000_u16.to_be_bytes().to_vec();
+    payload.extend([0, 53, 0, 40, 0, 0]);
+    payload.resize(24, 0);
+    let first = fragment(WORLDS[0], HOSTS[0], 17, 8, 0, true, &payload);
+    world.send_at("eth0", PathHint::Inbound, &first);
+    let ports = |outcome: Outcome| outcome.events.iter().map(|event| event.destination_port).max();
+    let known = world.send_at("eth0", PathHint::Inbound, &later);
+    assert_eq!(ports(known), None, "the flow is known");
+    let unknown = world.send_at("eth1", PathHint::Inbound, &later);
+    assert_eq!(ports(unknown), Some(0));
+}
+
+#[test]
 fn the_node_is_an_endpoint_too() {
     for ((a, host), world_address) in AS.into_iter().zip(HOSTS).zip(WORLDS) {
         let mut world = World::new(WEB);

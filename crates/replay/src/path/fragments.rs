@@ -11,6 +11,9 @@ use super::state::PacketState;
 /// Number of the IPv6 fragment header, the protocol in the key of every IPv6 datagram.
 const IPV6_FRAGMENT: u32 = 44;
 
+/// Bit of the key that is in no index of an interface.
+const UNKNOWN_INTERFACE: u32 = 1 << 30;
+
 /// The ports of datagrams whose first fragment was seen.
 #[derive(Debug)]
 pub(crate) struct Fragments {
@@ -20,14 +23,19 @@ pub(crate) struct Fragments {
     limit: usize,
 }
 
+/// Returns the key of a fragment's datagram. If the index of the interface is not known, the number of the endpoint
+/// with [`UNKNOWN_INTERFACE`] is in its place.
 fn key(pkt: &PacketState<'_>) -> FragmentKey {
     let packet = &pkt.headers;
+    let interface = match pkt.site.ifindex {
+        0 => UNKNOWN_INTERFACE | u32::from(pkt.site.endpoint),
+        ifindex => ifindex,
+    };
     FragmentKey {
         source: packet.source,
         destination: packet.destination,
         id: packet.fragment_id,
-        // The endpoint stands for the interface, whose index can be unknown.
-        hook: u32::from(pkt.site.endpoint) << 1 | u32::from(pkt.site.point.is_egress_hook()),
+        hook: interface << 1 | u32::from(pkt.site.point.is_egress_hook()),
         protocol: if packet.is(flags::IPV6) {
             IPV6_FRAGMENT
         } else {

@@ -195,7 +195,7 @@ impl World {
     /// Replays an Ethernet frame at an interface.
     pub fn send_at(&mut self, interface: &str, hint: PathHint, frame: &[u8]) -> Outcome {
         self.now += 1_000_000;
-        let number = ["", "eth0", "veth-a", "veth-b"]
+        let number = ["", "eth0", "veth-a", "veth-b", "eth1"]
             .iter()
             .position(|name| *name == interface)
             .unwrap();
