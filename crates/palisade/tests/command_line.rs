@@ -433,6 +433,7 @@ fn listings_without_a_daemon_name_the_start_command() {
         );
     }
     let (code, _, error) = texts(&palisade(dir.path(), &["observe", "--to-port", "http"]));
-    assert_eq!(code, Some(4));
+    // A wrong value of a filter is wrong usage, as a wrong option is.
+    assert_eq!(code, Some(2));
     assert!(error.contains("to-port"), "{error}");
 }
