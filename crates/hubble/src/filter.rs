@@ -11,11 +11,14 @@ use palisade_flowlog::{
 };
 use tonic::Status;
 
-use crate::proto::{flow as pb, observer::GetFlowsRequest};
+use crate::{
+    proto::{flow as pb, observer::GetFlowsRequest},
+    schema,
+};
 
 /// Maximum number of filters of a request.
-const MAX_FILTERS: usize = 256;
-/// Maximum number of regular expressions of a request. A compiled expression can have a size of 1 MiB.
+const MAX_FILTERS: usize = schema::MAX_MESSAGES_PER_FIELD;
+/// Maximum number of regular expressions of a request.
 const MAX_PATTERNS: usize = 32;
 
 /// Returns the filters of a request, without its times.

@@ -29,6 +29,11 @@ static MESSAGES: &[Message] = include!(concat!(env!("OUT_DIR"), "/schema.rs"));
 
 /// Longest chain of messages within messages in a request. No message of the API needs more.
 const MAX_DEPTH: usize = 16;
+/// Maximum number of messages in one field of a request, such as of filters in `whitelist`. An empty filter has 2 bytes
+/// encoded and about 1 KiB decoded.
+pub(crate) const MAX_MESSAGES_PER_FIELD: usize = 256;
+/// Maximum number of messages within a request, at all depths.
+const MAX_MESSAGES: usize = 4_096;
 
 impl Message {
     /// Returns the message with a full name.
@@ -36,8 +41,10 @@ impl Message {
         MESSAGES.iter().find(|message| message.name == name)
     }
 
-    pub(crate) fn field(&self, number: u32) -> Option<&'static Field> {
-        self.fields.iter().find(|field| field.number == number)
+    /// Returns the field with a number, and its place in the description.
+    pub(crate) fn field(&self, number: u32) -> Option<(usize, &'static Field)> {
+        let mut fields = self.fields.iter().enumerate();
+        fields.find(|(_, field)| field.number == number)
     }
 
     pub(crate) fn field_by_name(&self, name: &str) -> Option<&'static Field> {
@@ -110,34 +117,57 @@ fn take<'a>(rest: &mut &'a [u8], length: u64) -> Result<&'a [u8], Broken> {
     Ok(content)
 }
 
-/// Returns a text that names the first field of an encoded message that this server does not know; `None` if it knows
-/// all of them.
+/// Returns why an encoded message is refused before it is decoded: it has a field that this server does not know, or so
+/// many messages within it that they would take hundreds of times its length when decoded. `None` if it is accepted.
 ///
 /// # Errors
 /// Fails if the bytes are not an encoded message.
-pub(crate) fn unknown_field(message: &Message, bytes: &[u8]) -> Result<Option<String>, Broken> {
-    unknown_below(message, bytes, MAX_DEPTH)
+pub(crate) fn refusal(message: &Message, bytes: &[u8]) -> Result<Option<String>, Broken> {
+    let mut messages = 0;
+    Ok(check(message, bytes, MAX_DEPTH, &mut messages)?.err())
 }
 
-fn unknown_below(message: &Message, bytes: &[u8], depth: usize) -> Result<Option<String>, Broken> {
+/// `messages` counts the messages within the request. The inner result says why the message is refused.
+fn check(
+    message: &Message,
+    bytes: &[u8],
+    depth: usize,
+    messages: &mut usize,
+) -> Result<Result<(), String>, Broken> {
     if depth == 0 {
-        return Ok(Some(format!(
-            "{}: messages within messages, too deep",
+        return Ok(Err(format!(
+            "{}: more than {MAX_DEPTH} messages within each other",
             message.name
         )));
     }
+    let mut counts = vec![0_usize; message.fields.len()];
     for part in parts(bytes) {
         let part = part?;
-        let Some(field) = message.field(part.number) else {
-            return Ok(Some(format!("field {} of {}", part.number, message.name)));
+        let Some((at, field)) = message.field(part.number) else {
+            return Ok(Err(format!(
+                "field {} of {} is not known to this server",
+                part.number, message.name
+            )));
         };
-        if let (Some(inner), Some(content)) = (field.inner(), part.content)
-            && let Some(unknown) = unknown_below(inner, content, depth - 1)?
-        {
-            return Ok(Some(unknown));
+        let (Some(inner), Some(content)) = (field.inner(), part.content) else {
+            continue;
+        };
+        counts[at] += 1;
+        *messages += 1;
+        if counts[at] > MAX_MESSAGES_PER_FIELD {
+            return Ok(Err(format!(
+                "field {} of {} has more than {MAX_MESSAGES_PER_FIELD} messages",
+                field.name, message.name
+            )));
+        }
+        if *messages > MAX_MESSAGES {
+            return Ok(Err(format!("more than {MAX_MESSAGES} messages in one request")));
+        }
+        if let Err(reason) = check(inner, content, depth - 1, messages)? {
+            return Ok(Err(reason));
         }
     }
-    Ok(None)
+    Ok(Ok(()))
 }
 
 #[cfg(test)]
@@ -160,8 +190,8 @@ mod tests {
         ] {
             assert_eq!(flow.field_by_name(name).unwrap().number, number, "{name}");
         }
-        assert_eq!(flow.field(8).unwrap().inner().unwrap().name, "flow.Endpoint");
-        assert!(flow.field(13).unwrap().repeated);
+        assert_eq!(flow.field(8).unwrap().1.inner().unwrap().name, "flow.Endpoint");
+        assert!(flow.field(13).unwrap().1.repeated);
     }
 
     #[test]
@@ -175,15 +205,41 @@ mod tests {
             source_ip: vec!["10.0.0.1".into()],
             ..Default::default()
         });
-        assert_eq!(unknown_field(request, &known.encode_to_vec()).unwrap(), None);
+        assert_eq!(refusal(request, &known.encode_to_vec()).unwrap(), None);
         // Field 77 of the message itself, then of a filter in its whitelist (field 6).
         let top = [0xe8, 0x04, 1];
-        let said = unknown_field(request, &top).unwrap().unwrap();
-        assert_eq!(said, "field 77 of observer.GetFlowsRequest");
+        let said = refusal(request, &top).unwrap().unwrap();
+        assert_eq!(
+            said,
+            "field 77 of observer.GetFlowsRequest is not known to this server"
+        );
         let inner = [&[0x32, 3][..], &top].concat();
-        let said = unknown_field(request, &inner).unwrap().unwrap();
-        assert_eq!(said, "field 77 of flow.FlowFilter");
-        assert!(unknown_field(request, &[0x32, 9, 0]).is_err());
-        assert!(unknown_field(request, &[0x33]).is_err());
+        let said = refusal(request, &inner).unwrap().unwrap();
+        assert_eq!(said, "field 77 of flow.FlowFilter is not known to this server");
+        assert!(refusal(request, &[0x32, 9, 0]).is_err());
+        assert!(refusal(request, &[0x33]).is_err());
+    }
+
+    #[test]
+    fn the_messages_of_a_request_are_counted_before_they_are_decoded() {
+        let request = Message::of("observer.GetFlowsRequest").unwrap();
+        // Empty filters in the whitelist (field 6).
+        let filters = |count| [0x32, 0].repeat(count);
+        assert_eq!(refusal(request, &filters(MAX_MESSAGES_PER_FIELD)).unwrap(), None);
+        let said = refusal(request, &filters(MAX_MESSAGES_PER_FIELD + 1))
+            .unwrap()
+            .unwrap();
+        assert!(said.contains("whitelist") && said.contains("256"), "{said}");
+        // Each filter has as many event types as it may have.
+        let filter = flow::FlowFilter {
+            event_type: vec![flow::EventTypeFilter::default(); MAX_MESSAGES_PER_FIELD],
+            ..Default::default()
+        };
+        let many = observer::GetFlowsRequest {
+            blacklist: vec![filter; 20],
+            ..Default::default()
+        };
+        let said = refusal(request, &many.encode_to_vec()).unwrap().unwrap();
+        assert!(said.contains("4096"), "{said}");
     }
 }

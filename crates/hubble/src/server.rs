@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Longest request, bytes.
-const MAX_REQUEST_BYTES: usize = 256 << 10;
+const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Longest list of header fields of a request, bytes.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// Maximum number of concurrent requests of one connection.

@@ -45,7 +45,7 @@ pub trait Incoming: Sized + Send + 'static {
     /// Decodes a message.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT` if the bytes are not such a message or contain unknown fields.
+    /// `INVALID_ARGUMENT` if the bytes are not such a message, contain unknown fields or too many messages.
     fn read(bytes: Bytes) -> Result<Self, Status>;
 }
 
@@ -56,10 +56,8 @@ impl<M: Message + prost::Name + Default + 'static> Incoming for M {
         };
         let known = schema::Message::of(&M::full_name())
             .ok_or_else(|| Status::internal(format!("no definition of {}", M::full_name())))?;
-        if let Some(unknown) = schema::unknown_field(known, &bytes).map_err(|error| bad(&error))? {
-            return Err(Status::invalid_argument(format!(
-                "{unknown} is not known to this server"
-            )));
+        if let Some(reason) = schema::refusal(known, &bytes).map_err(|error| bad(&error))? {
+            return Err(Status::invalid_argument(reason));
         }
         Self::decode(bytes).map_err(|error| bad(&error))
     }
