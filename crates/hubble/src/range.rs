@@ -8,6 +8,8 @@
 //! - A reader that does not follow ends after `number` events, or at the event that was the newest at the request.
 //! - `since` has precedence over `number` and `first` for the event at which a reader begins.
 
+use std::time::{Duration, Instant};
+
 use palisade_flowlog::Timestamp;
 use tonic::Status;
 
@@ -88,8 +90,36 @@ pub(crate) enum Step<E> {
     Wait,
     /// No more events.
     End,
-    /// The budget is used up.
+    /// The turn is over.
     Busy,
+}
+
+/// Work that a reader may do before it lets other tasks run.
+pub(crate) struct Turn {
+    events: usize,
+    end: Instant,
+    begun: bool,
+}
+
+impl Turn {
+    /// Returns a turn of so many events, and of so much time except for the first event.
+    pub(crate) fn new(events: usize, time: Duration) -> Self {
+        Self {
+            events,
+            end: Instant::now() + time,
+            begun: false,
+        }
+    }
+
+    /// Returns whether the turn includes another event.
+    fn goes_on(&mut self) -> bool {
+        if self.events == 0 || (self.begun && Instant::now() >= self.end) {
+            return false;
+        }
+        self.begun = true;
+        self.events -= 1;
+        true
+    }
 }
 
 /// Position of a request in a ring.
@@ -131,19 +161,18 @@ impl Reader {
         }
     }
 
-    /// Returns the next event that matches. Looks at no more than `budget` events.
+    /// Returns the next event that matches; [`Step::Busy`] if the turn ends before one is found.
     pub(crate) fn step<S: Source>(
         &mut self,
         source: &S,
         now: Timestamp,
-        mut budget: usize,
+        mut turn: Turn,
         matches: impl Fn(&S::Event) -> bool,
     ) -> Step<S::Event> {
         while let Some(found) = self.back {
-            if budget == 0 {
+            if !turn.goes_on() {
                 return Step::Busy;
             }
-            budget -= 1;
             self.back = self.step_back(source, found, &matches);
         }
         let late = |time: Timestamp, until: Timestamp| time.0 > until.0.saturating_add(DISORDER_NS);
@@ -157,10 +186,9 @@ impl Reader {
                 let over = self.range.until.is_some_and(|until| late(now, until));
                 return if over { Step::End } else { Step::Wait };
             }
-            if budget == 0 {
+            if !turn.goes_on() {
                 return Step::Busy;
             }
-            budget -= 1;
             let first = source.first();
             if self.at < first {
                 let lost = first - self.at;
@@ -249,7 +277,8 @@ mod tests {
         let mut reader = Reader::new(ring, range);
         let mut events = Vec::new();
         loop {
-            match reader.step(ring, second(100), 2, |event| event % 3 == 0) {
+            let turn = Turn::new(2, Duration::from_secs(60));
+            match reader.step(ring, second(100), turn, |event| event % 3 == 0) {
                 Step::Event(event) => events.push(event),
                 Step::Busy => {}
                 other => return (events, other),
@@ -337,7 +366,8 @@ mod tests {
         let later = Numbers { first: 25, next: 45 };
         let mut steps = Vec::new();
         loop {
-            match reader.step(&later, second(100), 9, |_| true) {
+            let turn = Turn::new(9, Duration::from_secs(60));
+            match reader.step(&later, second(100), turn, |_| true) {
                 Step::End => break,
                 step => steps.push(step),
             }
@@ -365,5 +395,19 @@ mod tests {
         }
         let far = Range::new(0, false, false, time(253_402_300_799, 0), None).unwrap();
         assert_eq!(far.since, Some(Timestamp::MAX));
+    }
+
+    #[test]
+    fn a_turn_ends_by_time_too_but_not_without_progress() {
+        let range = Range::new(0, false, false, None, None).unwrap();
+        let mut reader = Reader::new(&RING, range);
+        let looked = std::cell::Cell::new(0);
+        let none = |_: &u64| {
+            looked.set(looked.get() + 1);
+            false
+        };
+        let turn = Turn::new(1_000, Duration::ZERO);
+        assert_eq!(reader.step(&RING, second(100), turn, none), Step::Busy);
+        assert_eq!(looked.get(), 1);
     }
 }

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use crate::{
     convert,
     mask::Mask,
     namespaces::Namespaces,
-    range::{Range, Reader, Source, Step},
+    range::{Range, Reader, Source, Step, Turn},
     readers::Place,
     wake::{Follower, Wake},
     wire::Encoded,
@@ -30,6 +30,8 @@ use crate::{
 const SHARED_FLOWS: usize = 1_024;
 /// Events that a stream looks at before it lets other tasks run.
 const TURN_EVENTS: usize = 256;
+/// Time after which a stream lets other tasks run: filters choose the cost of an event.
+const TURN_TIME: Duration = Duration::from_millis(1);
 
 impl Source for Ring {
     type Event = Arc<Flow>;
@@ -105,9 +107,10 @@ impl<S: Source, R: Responses<S>> Stream for Events<S, R> {
             let waiting = Arc::clone(this.wake.notify()).notified_owned();
             let now = Timestamp::from_system_time(SystemTime::now());
             let responses = &this.responses;
+            let turn = Turn::new(TURN_EVENTS, TURN_TIME);
             let step = this
                 .reader
-                .step(&*this.source, now, TURN_EVENTS, |event| responses.wants(event));
+                .step(&*this.source, now, turn, |event| responses.wants(event));
             match step {
                 Step::Event(event) => return Poll::Ready(Some(Ok(this.responses.event(event)))),
                 Step::Lost(count) => {

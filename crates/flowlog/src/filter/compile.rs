@@ -1,7 +1,7 @@
 //! Compilation of filters: every value is checked, and every field that is set is either evaluated or refused.
 
 use super::{
-    api::{ApiFilter, ApiFilters},
+    api::{ApiFilter, ApiFilters, Experimental, PalisadeFilter},
     model::{EndpointName, Filters, FlowFilter, LabelSelector, Pattern, Sided},
     parse::{self, Result as Parsed, ValueError},
 };
@@ -33,6 +33,12 @@ pub enum FilterError {
     /// Too many regular expressions.
     #[error("{0} regular expressions in one request; at most {MAX_PATTERNS} are possible: join some with |")]
     TooManyPatterns(usize),
+    /// Too many values.
+    #[error(
+        "{0} values in the filters of one request; at most {MAX_VALUES} are possible. Each requirement of a label \
+         selector and each item of a list counts as one"
+    )]
+    TooManyValues(usize),
     /// No such flag.
     #[error("--{0} is not a filter")]
     Unknown(String),
@@ -52,6 +58,13 @@ pub enum FilterError {
 /// Largest number of regular expressions in the filters of one request. Each can take
 /// [`PATTERN_SIZE`](super::parse::PATTERN_SIZE) bytes, and the daemon compiles those of every client.
 const MAX_PATTERNS: usize = 64;
+
+/// Largest number of values in the filters of one request, with the requirements of label selectors. Every flow can be
+/// compared with every value.
+const MAX_VALUES: usize = 1_024;
+
+/// Longest value that an error repeats, characters.
+const MAX_ECHO_CHARS: usize = 100;
 
 const NO_SERVICES: &str =
     "Palisade has no Kubernetes services; use the address, the name or the labels of the endpoints";
@@ -92,10 +105,7 @@ impl FlowFilter {
             filter.experimental.cel_expression.first(),
             NO_CEL,
         )?;
-        let patterns = patterns(filter);
-        if patterns > MAX_PATTERNS {
-            return Err(FilterError::TooManyPatterns(patterns));
-        }
+        check_counts(std::slice::from_ref(filter).iter())?;
         let texts = |field, values: &[String]| all(field, values, |text| parse::name(text));
         Ok(Self {
             uuid: all("uuid", &filter.uuid, |text| {
@@ -186,11 +196,7 @@ impl Filters {
     /// # Errors
     /// As [`FlowFilter::compile`].
     pub fn compile(filters: &ApiFilters) -> Result<Self, FilterError> {
-        let all = filters.allowlist.iter().chain(&filters.denylist);
-        let patterns = all.map(patterns).sum();
-        if patterns > MAX_PATTERNS {
-            return Err(FilterError::TooManyPatterns(patterns));
-        }
+        check_counts(filters.allowlist.iter().chain(&filters.denylist))?;
         let compile = |list: &[ApiFilter]| list.iter().map(FlowFilter::compile).collect::<Result<_, _>>();
         Ok(Self {
             whitelist: compile(&filters.allowlist)?,
@@ -199,6 +205,120 @@ impl Filters {
             until: filters.until,
         })
     }
+}
+
+/// # Errors
+/// Fails if filters have too many regular expressions or values.
+fn check_counts<'a>(filters: impl Iterator<Item = &'a ApiFilter> + Clone) -> Result<(), FilterError> {
+    let patterns = filters.clone().map(patterns).sum();
+    if patterns > MAX_PATTERNS {
+        return Err(FilterError::TooManyPatterns(patterns));
+    }
+    let values = filters.map(values).sum();
+    if values > MAX_VALUES {
+        return Err(FilterError::TooManyValues(values));
+    }
+    Ok(())
+}
+
+/// Returns the number of values of a filter. Every field is named, so that a field that is added is not forgotten.
+fn values(filter: &ApiFilter) -> usize {
+    let ApiFilter {
+        uuid,
+        source_ip,
+        source_ip_xlated,
+        source_pod,
+        source_fqdn,
+        source_label,
+        source_service,
+        source_workload,
+        source_cluster_name,
+        destination_ip,
+        destination_pod,
+        destination_fqdn,
+        destination_label,
+        destination_service,
+        destination_workload,
+        destination_cluster_name,
+        traffic_direction,
+        verdict,
+        drop_reason_desc,
+        interface,
+        event_type,
+        http_status_code,
+        protocol,
+        source_port,
+        destination_port,
+        reply,
+        dns_query,
+        source_identity,
+        destination_identity,
+        http_method,
+        http_path,
+        http_url,
+        http_header,
+        tcp_flags,
+        node_name,
+        node_labels,
+        ip_version,
+        trace_id,
+        ip_trace_id,
+        ip_trace_option,
+        encrypted,
+        palisade:
+            PalisadeFilter {
+                source_endpoint,
+                destination_endpoint,
+                sni,
+            },
+        experimental: Experimental { cel_expression },
+    } = filter;
+    // Requirements and their values have commas between them.
+    let lists = [source_label, destination_label, node_labels, protocol];
+    let in_lists = lists.into_iter().flatten().map(|list| list.split(',').count());
+    let texts = [
+        uuid,
+        source_ip,
+        source_ip_xlated,
+        source_pod,
+        source_fqdn,
+        source_service,
+        source_cluster_name,
+        destination_ip,
+        destination_pod,
+        destination_fqdn,
+        destination_service,
+        destination_cluster_name,
+        http_status_code,
+        source_port,
+        destination_port,
+        dns_query,
+        http_method,
+        http_path,
+        http_url,
+        node_name,
+        trace_id,
+        source_endpoint,
+        destination_endpoint,
+        sni,
+        cel_expression,
+    ];
+    let enums = [traffic_direction, verdict, drop_reason_desc, ip_version];
+    in_lists.sum::<usize>()
+        + texts.map(Vec::len).iter().sum::<usize>()
+        + enums.map(Vec::len).iter().sum::<usize>()
+        + source_workload.len()
+        + destination_workload.len()
+        + interface.len()
+        + event_type.len()
+        + reply.len()
+        + source_identity.len()
+        + destination_identity.len()
+        + http_header.len()
+        + tcp_flags.len()
+        + ip_trace_id.len()
+        + ip_trace_option.len()
+        + encrypted.len()
 }
 
 /// Returns the number of regular expressions of a filter.
@@ -215,7 +335,7 @@ fn all<V: std::fmt::Debug, T>(
     let one = |value: &V| {
         parse(value).map_err(|problem| FilterError::Field {
             field,
-            value: format!("{value:?}"),
+            value: echo(value),
             problem,
         })
     };
@@ -231,11 +351,21 @@ fn refuse<V: std::fmt::Debug>(
     match value {
         Some(value) => Err(FilterError::Field {
             field,
-            value: format!("{value:?}"),
+            value: echo(value),
             problem: why.into(),
         }),
         None => Ok(()),
     }
+}
+
+/// Returns a value as an error repeats it: a long one only from its beginning, since a client chooses the length.
+fn echo(value: &impl std::fmt::Debug) -> String {
+    let mut text = format!("{value:?}");
+    if let Some((end, _)) = text.char_indices().nth(MAX_ECHO_CHARS) {
+        text.truncate(end);
+        text.push_str("...");
+    }
+    text
 }
 
 /// Parses `[NAMESPACE/]PREFIX` as the flow API defines it: without a namespace it is `default`, an empty one means any.
@@ -269,9 +399,9 @@ fn endpoint(text: &str) -> EndpointName {
 fn node_name(text: &str) -> Parsed<String> {
     match text.split_once('/') {
         None if text.is_empty() => Err("a name is missing".into()),
-        None => Ok(text.to_owned()),
+        None => parse::bounded_name(text.to_owned()),
         Some(("" | "*" | "default", "")) => Ok("*".into()),
-        Some(("" | "*" | "default", name)) => Ok(name.to_owned()),
+        Some(("" | "*" | "default", name)) => parse::bounded_name(name.to_owned()),
         Some(_) => Err(NO_CLUSTER.into()),
     }
 }

@@ -152,6 +152,21 @@ pub(super) fn name(text: &str) -> Result<String> {
     if name.is_empty() {
         return Err("a name is missing".into());
     }
+    bounded_name(name)
+}
+
+/// Returns a name or a pattern of names. The time of a match grows with the product of the lengths of pattern and name.
+///
+/// # Errors
+/// Fails if the name is longer than any name can be.
+pub(super) fn bounded_name(name: String) -> Result<String> {
+    if name.len() > MAX_NAME_BYTES {
+        return Err(format!(
+            "a name of {} bytes; at most {MAX_NAME_BYTES} are possible",
+            name.len()
+        )
+        .into());
+    }
     Ok(name)
 }
 
@@ -340,6 +355,7 @@ impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
         let regex = RegexBuilder::new(text)
             .case_insensitive(IGNORE_CASE)
             .size_limit(PATTERN_SIZE)
+            .dfa_size_limit(PATTERN_CACHE_SIZE)
             .build();
         regex
             .map(Self)
@@ -347,5 +363,9 @@ impl<const IGNORE_CASE: bool> Pattern<IGNORE_CASE> {
     }
 }
 
-/// Size limit of a compiled pattern, bytes: the daemon compiles the patterns of every client of the control socket.
-pub(super) const PATTERN_SIZE: usize = 1 << 20;
+/// Size limit of a compiled pattern, bytes: the daemon compiles the patterns of every client.
+pub(super) const PATTERN_SIZE: usize = 64 << 10;
+/// Size limit of the states of a pattern that are computed while texts are searched, bytes for each thread.
+const PATTERN_CACHE_SIZE: usize = 256 << 10;
+/// Longest name in a filter, bytes: that of a domain name (RFC 1035, section 2.3.4), also enough for names of nodes.
+const MAX_NAME_BYTES: usize = 255;

@@ -447,6 +447,58 @@ fn the_regular_expressions_of_a_request_are_bounded() {
 }
 
 #[test]
+fn the_values_of_a_request_are_bounded() {
+    let of = |filter: ApiFilter| ApiFilters {
+        allowlist: vec![filter],
+        ..ApiFilters::default()
+    };
+    let label = |count| {
+        of(ApiFilter {
+            source_label: vec![vec!["!a"; count].join(",")],
+            ..ApiFilter::default()
+        })
+    };
+    assert!(Filters::compile(&label(1_024)).is_ok());
+    let mut filters = label(1_000);
+    filters.denylist.push(ApiFilter {
+        destination_port: vec!["80".into(); 25],
+        ..ApiFilter::default()
+    });
+    for filters in [filters, label(1_025)] {
+        let error = Filters::compile(&filters).expect_err("too many").to_string();
+        assert!(error.contains("1025") && error.contains("1024"), "{error}");
+    }
+    for long in [
+        ApiFilter {
+            node_name: vec!["*a".repeat(128)],
+            ..ApiFilter::default()
+        },
+        ApiFilter {
+            source_fqdn: vec!["*a".repeat(128)],
+            ..ApiFilter::default()
+        },
+    ] {
+        let error = Filters::compile(&of(long)).expect_err("too long").to_string();
+        assert!(error.contains("256") && error.contains("255"), "{error}");
+    }
+}
+
+#[test]
+fn a_regular_expression_is_bounded_and_errors_repeat_only_the_beginning_of_a_value() {
+    let of = |pattern: &str| ApiFilters {
+        allowlist: vec![ApiFilter {
+            http_url: vec![pattern.into()],
+            ..ApiFilter::default()
+        }],
+        ..ApiFilters::default()
+    };
+    assert!(Filters::compile(&of(r"^https?://[\w.-]+/(api|v[0-9]+)/\d+$")).is_ok());
+    assert!(Filters::compile(&of("[a-z]{4000}")).is_err());
+    let error = Filters::compile(&of(&"(".repeat(10_000))).expect_err("invalid");
+    assert!(error.to_string().len() < 400, "{error}");
+}
+
+#[test]
 fn fields_that_a_node_cannot_know_are_refused_by_name() {
     for (field, value) in [
         ("source_ip_xlated", r#"["192.0.2.1"]"#),
