@@ -43,6 +43,8 @@ impl Observer for Api {
                 "extensions of GetFlowsRequest are not known to this server",
             ));
         }
+        // The place comes first: regular expressions take memory and time while they are compiled.
+        let place = self.readers().enter(connection)?;
         let range = Range::new(
             request.number,
             request.first,
@@ -55,7 +57,6 @@ impl Observer for Api {
         let asked = request.field_mask.filter(|mask| !mask.paths.is_empty());
         let paths = asked.or(experimental).unwrap_or_default().paths;
         let mask = Mask::new(&paths).map_err(Status::invalid_argument)?;
-        let place = self.readers().enter(connection)?;
         let flows = Flows {
             filters,
             mask,
