@@ -15,6 +15,7 @@ use crate::{
     context::Cx,
     record::{About, Record, Text, Verdict, What, Word},
     rules::{HttpDenial, HttpScratch, HttpVerdict},
+    steps::{self, Detail},
     tcp::{Action, Offloadable, Side, StreamInspector},
 };
 
@@ -344,7 +345,9 @@ impl HttpStream<'_> {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
         let verdict = rules.evaluate(request, self.limits.paths, self.scratch);
-        if let Some(about) = &self.flow.about {
+        if let Some(about) = &self.flow.about
+            && steps::is_on(Detail::Debug)
+        {
             rules.explain(request, about, cx.rules.source(self.slot.ruleset), self.scratch);
         }
         let audit = self.is_audit();
