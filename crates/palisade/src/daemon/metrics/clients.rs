@@ -28,9 +28,17 @@ pub(super) struct Clients {
 #[derive(Debug)]
 struct Client {
     serial: u64,
-    /// Whether a request of the client is being answered.
-    is_busy: Arc<AtomicBool>,
+    activity: Arc<Activity>,
     task: AbortHandle,
+}
+
+/// What a connection does at present; decides which connection makes a place for a new one.
+#[derive(Debug, Default)]
+pub(super) struct Activity {
+    /// Whether the TLS handshake is complete; true at once without TLS.
+    pub(super) is_established: AtomicBool,
+    /// Whether a request is being answered, until the peer has accepted the whole answer.
+    pub(super) is_busy: AtomicBool,
 }
 
 impl Clients {
@@ -47,17 +55,17 @@ impl Clients {
         )
     }
 
-    /// Serves a connection on a task of its own, if there is a place. `serve` gets a flag that it must set while a request
-    /// is being answered.
-    pub(super) fn admit<F>(self: &Arc<Self>, serve: impl FnOnce(Arc<AtomicBool>) -> F)
+    /// Serves a connection on a task of its own, if there is a place. `serve` must keep the given
+    /// activity up to date.
+    pub(super) fn admit<F>(self: &Arc<Self>, serve: impl FnOnce(Arc<Activity>) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         if !self.make_place() {
             return;
         }
-        let is_busy = Arc::<AtomicBool>::default();
-        let served = serve(Arc::clone(&is_busy));
+        let activity = Arc::<Activity>::default();
+        let served = serve(Arc::clone(&activity));
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let place = Place {
             clients: Arc::clone(self),
@@ -71,21 +79,22 @@ impl Clients {
         });
         open.push_back(Client {
             serial,
-            is_busy,
+            activity,
             task: task.abort_handle(),
         });
     }
 
-    /// Makes a place for a connection: if there is none, by closing the oldest connection that has no request. Returns
-    /// whether there is a place.
+    /// Makes a place for a connection: if there is none, by closing the oldest connection whose TLS handshake is not
+    /// complete, or else the oldest connection that has no request. So peers without a certificate close each other's
+    /// connections first. Returns whether there is a place.
     fn make_place(&self) -> bool {
         let mut open = lock(&self.open);
         if open.len() < MAX_CLIENTS {
             return true;
         }
-        let idle = open
-            .iter()
-            .position(|client| !client.is_busy.load(Ordering::SeqCst));
+        let first = |matches: fn(&Activity) -> bool| open.iter().position(|client| matches(&client.activity));
+        let idle = first(|activity| !activity.is_established.load(Ordering::SeqCst))
+            .or_else(|| first(|activity| !activity.is_busy.load(Ordering::SeqCst)));
         match idle.and_then(|index| open.remove(index)) {
             Some(client) => {
                 client.task.abort();

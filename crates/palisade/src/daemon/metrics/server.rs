@@ -8,10 +8,7 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     thread,
     time::Duration,
 };
@@ -29,14 +26,16 @@ use palisade_metrics::Format;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    runtime, time,
+    runtime,
+    sync::Semaphore,
+    time,
 };
 use tokio_rustls::TlsAcceptor;
 use tracing::{error, info, warn};
 
 use super::{
     super::certificate_files::{CHECK_INTERVAL, Certificates},
-    clients::Clients,
+    clients::{Activity, Clients},
     collect::Collector,
     health::Health,
     write_deadline::WriteDeadline,
@@ -51,8 +50,9 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_HEAD: usize = 16 * 1024;
 /// Time within which an answer must be ready.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(15);
-/// Time without any progress after which a client counts as not reading its answer.
-const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+/// Time within which a client must accept a whole answer. It also bounds how long a slow client keeps the text of an
+/// old scrape in memory.
+const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 /// Life of a connection after which it ends with its present answer.
 const MAX_LIFETIME: Duration = Duration::from_secs(600);
 /// Interval between two attempts to listen.
@@ -132,9 +132,9 @@ fn accept(
 ) {
     let collector = Arc::clone(collector);
     let certificates = certificates.map(Arc::clone);
-    clients.admit(|is_busy| async move {
+    clients.admit(|activity| async move {
         let Some(certificates) = certificates else {
-            serve(stream, collector, is_busy).await;
+            serve(stream, collector, activity).await;
             return;
         };
         // Without a usable certificate the connection is closed.
@@ -143,29 +143,30 @@ fn accept(
         };
         let handshake = TlsAcceptor::from(config).accept(stream);
         if let Ok(Ok(stream)) = time::timeout(HEAD_DEADLINE, handshake).await {
-            serve(stream, collector, is_busy).await;
+            serve(stream, collector, activity).await;
         }
     });
 }
 
-async fn serve<S>(stream: S, collector: Arc<Collector>, is_busy: Arc<AtomicBool>)
+async fn serve<S>(stream: S, collector: Arc<Collector>, activity: Arc<Activity>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    activity.is_established.store(true, Ordering::SeqCst);
     let service = service_fn(|request| {
-        let (collector, is_busy) = (Arc::clone(&collector), Arc::clone(&is_busy));
+        let (collector, activity) = (Arc::clone(&collector), Arc::clone(&activity));
         async move {
-            is_busy.store(true, Ordering::SeqCst);
-            let response = answer(&request, collector).await;
-            is_busy.store(false, Ordering::SeqCst);
-            Ok::<_, Infallible>(response)
+            // Cleared by the stream when the peer has accepted the answer.
+            activity.is_busy.store(true, Ordering::SeqCst);
+            Ok::<_, Infallible>(answer(&request, collector).await)
         }
     });
+    let stream = WriteDeadline::new(stream, WRITE_DEADLINE, Arc::clone(&activity));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(WriteDeadline::new(stream, WRITE_DEADLINE)), service);
+        .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     // An error means that the client broke the protocol, was slow or has gone; the connection ends in each case.
     if time::timeout(MAX_LIFETIME, connection.as_mut()).await.is_err() {
@@ -205,12 +206,25 @@ async fn answer(request: &Request<Incoming>, collector: Arc<Collector>) -> Answe
                 .filter_map(|value| value.to_str().ok())
                 .collect();
             let format = Format::of_accept(&accept.join(","));
-            match read(move || collector.scrape(format)).await {
+            match scrape(collector, format).await {
                 Some(metrics) => response(StatusCode::OK, format.content_type(), metrics),
                 None => late(),
             }
         }
     }
+}
+
+/// Returns the metrics as text. Reads them for one client at a time, so that scrapes never occupy all of the
+/// [`MAX_READERS`] threads and `/readyz` is answered meanwhile.
+async fn scrape(collector: Arc<Collector>, format: Format) -> Option<Bytes> {
+    static TURN: Semaphore = Semaphore::const_new(1);
+    let turn = time::timeout(ANSWER_DEADLINE, TURN.acquire()).await.ok()?.ok()?;
+    read(move || {
+        // Held until the values are read, also if the client does not wait for them.
+        let _turn = turn;
+        collector.scrape(format)
+    })
+    .await
 }
 
 /// Runs a function that can wait, on another thread. Returns `None` if its result is late.

@@ -3,6 +3,7 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
     time::Duration,
 };
@@ -12,31 +13,38 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-/// Fails writes that the peer has not accepted for a time. A client that reads no answers would otherwise keep the text
-/// of its scrape in memory.
+use super::clients::Activity;
+
+/// Fails writes if the peer has not accepted all bytes up to a flush in time. A client that reads its answer slowly or
+/// not at all would otherwise keep the text of its scrape in memory.
 #[derive(Debug)]
 pub(super) struct WriteDeadline<S> {
     stream: S,
     limit: Duration,
     timer: Pin<Box<Sleep>>,
-    /// Whether a write waits for the peer.
+    /// Whether the timer runs, from the first write that had to wait for the peer to the next complete flush.
     is_waiting: bool,
+    /// Whether bytes were written since the last complete flush.
+    has_written: bool,
+    /// The connection is not busy any more when what was written is flushed.
+    activity: Arc<Activity>,
 }
 
 impl<S> WriteDeadline<S> {
-    pub(super) fn new(stream: S, limit: Duration) -> Self {
+    pub(super) fn new(stream: S, limit: Duration, activity: Arc<Activity>) -> Self {
         Self {
             stream,
             limit,
             timer: Box::pin(sleep(limit)),
             is_waiting: false,
+            has_written: false,
+            activity,
         }
     }
 
-    /// Returns the result of a write, or an error if the peer has been silent for too long.
+    /// Returns the result of a write, or an error if the peer has taken too long.
     fn checked<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
-            self.is_waiting = false;
             return written;
         }
         if !self.is_waiting {
@@ -67,6 +75,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.has_written |= written.is_ready();
         self.checked(context, written)
     }
 
@@ -76,6 +85,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.has_written |= written.is_ready();
         self.checked(context, written)
     }
 
@@ -85,6 +95,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        if flushed.is_ready() && self.has_written {
+            self.has_written = false;
+            self.is_waiting = false;
+            self.activity.is_busy.store(false, Ordering::SeqCst);
+        }
         self.checked(context, flushed)
     }
 
@@ -109,12 +124,27 @@ mod tests {
         runtime.block_on(async {
             let limit = Duration::from_millis(20);
             let (near, far) = tokio::io::duplex(64);
-            let error = WriteDeadline::new(near, limit)
+            let error = WriteDeadline::new(near, limit, Arc::default())
                 .write_all(&[0; 1_000])
                 .await
                 .unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             drop(far);
+
+            // A byte now and then does not prolong the time.
+            let (near, mut far) = tokio::io::duplex(64);
+            let mut near = WriteDeadline::new(near, Duration::from_millis(50), Arc::default());
+            let trickle = async {
+                let mut byte = [0];
+                while far.read(&mut byte).await.is_ok_and(|read| read > 0) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            let error = tokio::select! {
+                written = near.write_all(&[0; 100_000]) => written.unwrap_err(),
+                () = trickle => unreachable!("the writer is open"),
+            };
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
 
             let (near, mut far) = tokio::io::duplex(64);
             let reader = async {
@@ -123,8 +153,17 @@ mod tests {
                 read.len()
             };
             let writer = async {
-                let mut near = WriteDeadline::new(near, Duration::from_secs(60));
+                let activity = Arc::<Activity>::default();
+                activity.is_busy.store(true, Ordering::SeqCst);
+                let mut near = WriteDeadline::new(near, Duration::from_secs(60), Arc::clone(&activity));
+                near.flush().await.unwrap();
                 near.write_all(&[0; 1_000]).await.unwrap();
+                assert!(
+                    activity.is_busy.load(Ordering::SeqCst),
+                    "the answer is not flushed"
+                );
+                near.flush().await.unwrap();
+                assert!(!activity.is_busy.load(Ordering::SeqCst));
                 near.shutdown().await.unwrap();
             };
             assert_eq!(tokio::join!(reader, writer).0, 1_000);
