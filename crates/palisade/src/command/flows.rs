@@ -22,7 +22,7 @@ use crate::{
     cli::{ObserveArgs, Output},
     control::{
         api::{Answer, ObserveRequest, Request},
-        client::{Client, ClientError},
+        client::{Client, ClientError, ask},
     },
 };
 
@@ -109,7 +109,7 @@ pub(super) fn monitor(
         let request = Request::EndpointGet {
             endpoint: endpoint.trim().to_owned(),
         };
-        let _: crate::control::api::Endpoint = crate::control::client::ask(socket, &request)?;
+        let _: crate::control::api::Endpoint = ask(socket, &request)?;
     }
     let mut builder = FilterBuilder::new(Timestamp::default());
     for kind in types {
@@ -246,12 +246,15 @@ fn follow_once(
     }
 }
 
-/// Sends the request as soon as a daemon runs.
+/// Sends the request as soon as a daemon answers. The kernel also connects clients to a daemon that hangs, as long as the
+/// queue of its socket is not full, so an answer is required first.
 fn reconnect(socket: &Path, request: &ObserveRequest) -> anyhow::Result<Client> {
     let (mut wait, longest) = RETRY;
     loop {
         thread::sleep(wait);
-        match Client::send(socket, &Request::Observe(request.clone())) {
+        let sent = ask::<serde_json::Value>(socket, &Request::Ping)
+            .and_then(|_| Client::send(socket, &Request::Observe(request.clone())));
+        match sent {
             Ok(client) => return Ok(client),
             Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. }) => {}
             Err(error) => return Err(error.into()),
