@@ -20,6 +20,10 @@ use crate::{
 
 /// Number of events that are kept.
 const CAPACITY: usize = 4_096;
+/// Maximum number of labels of an event, apart from the text that says how many others there are.
+const MAX_LABELS: usize = 64;
+/// Longest text of an error in an event, bytes.
+const MAX_ERROR_BYTES: usize = 1 << 10;
 
 /// Event of the daemon.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -70,6 +74,39 @@ pub enum AgentEvent {
         /// Address in the answer.
         address: IpAddr,
     },
+}
+
+impl AgentEvent {
+    /// Returns the event with a bounded length: policies choose the number of their names and the texts of errors, and
+    /// the events that are kept are bounded by their number only.
+    #[must_use]
+    pub fn bounded(mut self) -> Self {
+        match &mut self {
+            Self::PolicyUpdated { labels, .. } | Self::PolicyDeleted { labels, .. } => bound_labels(labels),
+            Self::EndpointRegenerated { labels, error, .. } => {
+                bound_labels(labels);
+                if let Some(error) = error
+                    && error.len() > MAX_ERROR_BYTES
+                {
+                    error.truncate(error.floor_char_boundary(MAX_ERROR_BYTES));
+                    error.shrink_to_fit();
+                }
+            }
+            Self::EndpointCreated(name) | Self::EndpointDeleted(name) => bound_labels(&mut name.labels),
+            Self::Started | Self::IpcacheUpserted(_) | Self::IpcacheDeleted(_) | Self::NameLearned { .. } => {
+            }
+        }
+        self
+    }
+}
+
+fn bound_labels(labels: &mut Vec<String>) {
+    let others = labels.len().saturating_sub(MAX_LABELS);
+    if others > 0 {
+        labels.truncate(MAX_LABELS);
+        labels.push(format!("and {others} others"));
+        labels.shrink_to_fit();
+    }
 }
 
 /// Endpoint in an event.
@@ -191,7 +228,7 @@ impl AgentRing {
     /// Adds an event; a full ring drops the oldest one.
     pub(crate) fn push(&self, event: AgentEvent, node: &str, at: Timestamp) {
         let encoded = encode(&GetAgentEventsResponse {
-            agent_event: Some(message(event, at)),
+            agent_event: Some(message(event.bounded(), at)),
             node_name: node.to_owned(),
             time: Some(time(at)),
         });
@@ -272,5 +309,28 @@ mod tests {
         };
         let event = message(failed, Timestamp(0));
         assert_eq!(event.r#type(), AgentEventType::EndpointRegenerateFailure);
+    }
+
+    #[test]
+    fn labels_and_errors_of_events_are_bounded() {
+        let updated = AgentEvent::PolicyUpdated {
+            labels: vec!["shop/web".into(); MAX_LABELS + 7],
+            revision: 1,
+            rules: 1,
+        };
+        let AgentEvent::PolicyUpdated { labels, .. } = updated.bounded() else {
+            unreachable!()
+        };
+        assert_eq!(labels.len(), MAX_LABELS + 1);
+        assert_eq!(labels[MAX_LABELS], "and 7 others");
+        let failed = AgentEvent::EndpointRegenerated {
+            id: 3,
+            labels: Vec::new(),
+            error: Some("é".repeat(MAX_ERROR_BYTES)),
+        };
+        let AgentEvent::EndpointRegenerated { error, .. } = failed.bounded() else {
+            unreachable!()
+        };
+        assert_eq!(error.unwrap().len(), MAX_ERROR_BYTES);
     }
 }

@@ -74,15 +74,15 @@ impl AgentEvents {
         )
     }
 
-    /// Notifies the thread that a new view was published. If the queue is full, the thread compares the newest view
-    /// anyway.
+    /// Notifies the thread that a new view was published. If the queue is full, the thread compares the newest view after
+    /// one of the notices that it contains.
     pub(crate) fn view_published(&self) {
         let _ = self.notices.try_send(Notice::View);
     }
 
     /// Reports an event. Never waits: the event is lost if the queue is full.
     pub(crate) fn report(&self, event: AgentEvent) {
-        if let Err(TrySendError::Full(_)) = self.notices.try_send(Notice::Event(Box::new(event))) {
+        if let Err(TrySendError::Full(_)) = self.notices.try_send(Notice::Event(Box::new(event.bounded()))) {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -111,15 +111,14 @@ impl AgentQueue {
                 let mut lost = 0;
                 let mut warned = None;
                 for notice in self.notices {
-                    match notice {
-                        Notice::View => {
-                            let now = shared.get();
-                            if !Arc::ptr_eq(&known, &now) {
-                                changes(&known, &now, |event| api.report(event));
-                                known = now;
-                            }
-                        }
-                        Notice::Event(event) => api.report(*event),
+                    if let Notice::Event(event) = notice {
+                        api.report(*event);
+                    }
+                    // After each notice, since that of a view is lost if the queue is full.
+                    let now = shared.get();
+                    if !Arc::ptr_eq(&known, &now) {
+                        changes(&known, &now, |event| api.report(event));
+                        known = now;
                     }
                     let now_lost = self.lost.load(Ordering::Relaxed);
                     // DNS servers choose how many names are learned, so the message is limited.
