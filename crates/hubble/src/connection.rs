@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
     time::Duration,
@@ -36,11 +36,15 @@ pub struct ConnectionId(Arc<State>);
 struct State {
     closed: AtomicBool,
     waker: Mutex<Option<Waker>>,
+    /// Requests in progress, and streams that have not ended.
+    streams: AtomicUsize,
+    /// Streams that only wait for changes.
+    watchers: AtomicUsize,
 }
 
 impl ConnectionId {
     /// Closes the connection.
-    pub(crate) fn close(&self) {
+    pub fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
         let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(waker) = waker {
@@ -51,6 +55,27 @@ impl ConnectionId {
     /// Returns whether the connection was closed by [`Self::close`].
     pub(crate) fn is_closed(&self) -> bool {
         self.0.closed.load(Ordering::SeqCst)
+    }
+
+    /// Returns a value that counts as an open stream of this connection until it is dropped.
+    pub(crate) fn open(&self) -> OpenStream {
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
+        OpenStream(self.clone())
+    }
+
+    /// Returns whether no stream is open.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.0.streams.load(Ordering::SeqCst) == 0
+    }
+
+    /// Returns the number of streams of this connection that only wait for changes.
+    pub(crate) fn watchers(&self) -> &AtomicUsize {
+        &self.0.watchers
+    }
+
+    /// Returns whether both are handles of the same connection.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// # Errors
@@ -66,10 +91,20 @@ impl ConnectionId {
         if self.is_closed() {
             return Err(io::Error::new(
                 io::ErrorKind::ConnectionAborted,
-                "the client does not read",
+                "the server has closed the connection",
             ));
         }
         Ok(())
+    }
+}
+
+/// Open stream of a connection, until the value is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenStream(ConnectionId);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.0.streams.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -95,11 +130,11 @@ pub trait Guard: Send + std::fmt::Debug {}
 impl<T: Send + std::fmt::Debug> Guard for T {}
 
 impl<C> Connection<C> {
-    /// Returns the connection over a stream. `guard` is dropped when the connection ends.
-    pub fn new(inner: C, guard: Option<Box<dyn Guard>>) -> Self {
+    /// Returns the connection over a stream, with its handle. `guard` is dropped when the connection ends.
+    pub fn new(inner: C, id: ConnectionId, guard: Option<Box<dyn Guard>>) -> Self {
         Self {
             inner,
-            id: ConnectionId::default(),
+            id,
             preface: PREFACE_BYTES,
             repair: Repair::new(PREFACE_BYTES),
             read_deadline: Box::pin(sleep(PREFACE_DEADLINE)),

@@ -24,7 +24,10 @@ impl Health for Api {
     ) -> Result<Response<HealthCheckResponse>, Status> {
         let service = request.into_inner().service;
         if !SERVICES.contains(&&*service) {
-            return Err(Status::not_found(format!("service '{service}' is not known")));
+            return Err(Status::not_found(format!(
+                "service '{}' is not known",
+                crate::echo(&service)
+            )));
         }
         Ok(Response::new(HealthCheckResponse {
             status: ServingStatus::Serving.into(),
@@ -37,7 +40,7 @@ impl Health for Api {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let held = self.watcher()?;
+        let held = self.watcher(request.extensions().get().cloned())?;
         let known = SERVICES.contains(&&*request.into_inner().service);
         let status = if known {
             ServingStatus::Serving

@@ -20,6 +20,7 @@ mod mask;
 mod namespaces;
 mod observer;
 mod peer;
+mod places;
 pub mod proto;
 mod range;
 mod readers;
@@ -30,5 +31,15 @@ mod wake;
 pub mod wire;
 
 pub use connection::{Connection, ConnectionId};
+pub use places::{ConnectionPlace, Places};
 pub use readers::Counts;
 pub use server::{Api, Limits, Node, serve};
+
+/// Longest text of a request that an error repeats, characters.
+const MAX_ECHO_CHARS: usize = 100;
+
+/// Returns the beginning of a text of a request, for an error: the client chooses the length.
+fn echo(text: &str) -> &str {
+    let end = text.char_indices().nth(MAX_ECHO_CHARS).map(|(end, _)| end);
+    &text[..end.unwrap_or(text.len())]
+}

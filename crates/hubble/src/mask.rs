@@ -4,7 +4,10 @@
 use bytes::{BufMut as _, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint};
 
-use crate::schema::{Message, parts};
+use crate::{
+    echo,
+    schema::{Message, parts},
+};
 
 /// Wanted fields of one message, with the wanted fields below each; `None` for the whole field.
 #[derive(Debug, Default)]
@@ -29,9 +32,10 @@ impl Mask {
             Some((name, below)) => (name, Some(below)),
             None => (rest, None),
         };
-        let field = message
-            .field_by_name(name)
-            .ok_or_else(|| format!("field mask: '{path}': {} has no field '{name}'", message.name))?;
+        let field = message.field_by_name(name).ok_or_else(|| {
+            let (path, name) = (echo(path), echo(name));
+            format!("field mask: '{path}': {} has no field '{name}'", message.name)
+        })?;
         let at = self.0.iter().position(|(number, _)| *number == field.number);
         let Some(below) = below else {
             match at {
@@ -40,10 +44,10 @@ impl Mask {
             }
             return Ok(());
         };
-        let inner = field
-            .inner()
-            .filter(|_| !field.repeated)
-            .ok_or_else(|| format!("field mask: '{path}': '{name}' of {} has no fields", message.name))?;
+        let inner = field.inner().filter(|_| !field.repeated).ok_or_else(|| {
+            let path = echo(path);
+            format!("field mask: '{path}': '{name}' of {} has no fields", message.name)
+        })?;
         let at = at.unwrap_or_else(|| {
             self.0.push((field.number, Some(Self::default())));
             self.0.len() - 1

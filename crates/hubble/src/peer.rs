@@ -17,8 +17,8 @@ use crate::{
 impl Peer for Api {
     type NotifyStream = Pin<Box<dyn Stream<Item = Result<ChangeNotification, Status>> + Send>>;
 
-    async fn notify(&self, _: Request<NotifyRequest>) -> Result<Response<Self::NotifyStream>, Status> {
-        let held = self.watcher()?;
+    async fn notify(&self, request: Request<NotifyRequest>) -> Result<Response<Self::NotifyStream>, Status> {
+        let held = self.watcher(request.extensions().get().cloned())?;
         let node = self.node();
         let itself = ChangeNotification {
             name: node.name.to_string(),

@@ -11,7 +11,7 @@ use std::{
 
 use tonic::Status;
 
-use crate::connection::ConnectionId;
+use crate::connection::{ConnectionId, OpenStream};
 
 /// Time without any progress after which a stream counts as abandoned.
 const STALL_DEADLINE: Duration = Duration::from_secs(60);
@@ -36,6 +36,8 @@ struct Entry {
     /// Whether the stream has lost its place.
     cut: AtomicBool,
     connection: Option<ConnectionId>,
+    /// Held until the stream ends.
+    _open: Option<OpenStream>,
 }
 
 #[derive(Debug, Default)]
@@ -85,6 +87,7 @@ impl Readers {
         let entry = Arc::new(Entry {
             progress: AtomicU64::new(self.elapsed(Instant::now())),
             cut: AtomicBool::new(false),
+            _open: connection.as_ref().map(ConnectionId::open),
             connection,
         });
         lists.active.push(Arc::clone(&entry));

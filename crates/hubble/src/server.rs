@@ -25,7 +25,7 @@ use tonic::{
 
 use crate::{
     agent::{AgentEvent, AgentRing},
-    connection::ConnectionId,
+    connection::{ConnectionId, OpenStream},
     namespaces::Namespaces,
     proto::services::{
         health_server::HealthServer, observer_server::ObserverServer, peer_server::PeerServer,
@@ -40,11 +40,19 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Longest list of header fields of a request, bytes.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// Maximum number of concurrent requests of one connection.
-const MAX_STREAMS_PER_CONNECTION: u32 = 64;
+const MAX_STREAMS_PER_CONNECTION: u32 = 16;
+/// Time within which a request must be complete. Until then its bytes are kept.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes that a client can send before the server reads them, of one request and of all requests of a connection.
+const RECEIVE_WINDOWS: (u32, u32) = (16 << 10, 128 << 10);
 /// Maximum number of streams that only wait for changes: of health and of peers.
 const MAX_WATCHERS: usize = 256;
+/// Maximum number of such streams of one connection.
+const MAX_WATCHERS_PER_CONNECTION: usize = 8;
 /// Interval of HTTP/2 pings, and the time within which a client must answer one.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// Shortest time between two searches for namespaces in the ring.
+const SEARCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Flows that [`Api::find_namespaces`] looks at before it lets other tasks run.
 const TURN_FLOWS: usize = 512;
 
@@ -83,8 +91,8 @@ struct Shared {
     wake: Arc<Wake>,
     namespaces: Arc<Namespaces>,
     responses: Arc<SharedResponses>,
-    /// Serializes searches for namespaces.
-    search: tokio::sync::Mutex<()>,
+    /// Time of the last search for namespaces. The lock serializes the searches.
+    search: tokio::sync::Mutex<Option<Instant>>,
     started: Instant,
 }
 
@@ -161,11 +169,24 @@ impl Api {
     /// Returns the place of a stream that only waits for changes.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED` if there are too many.
-    pub(crate) fn watcher(&self) -> Result<Watcher, Status> {
-        let watcher = Watcher(Arc::clone(&self.0.watchers));
+    /// `RESOURCE_EXHAUSTED` if there are too many, of the connection or of all.
+    pub(crate) fn watcher(&self, connection: Option<ConnectionId>) -> Result<Watcher, Status> {
+        let watcher = Watcher {
+            all: Arc::clone(&self.0.watchers),
+            _open: connection.as_ref().map(ConnectionId::open),
+            connection,
+        };
         // The value counts itself, so that every early return releases the place.
-        if watcher.0.fetch_add(1, Ordering::SeqCst) >= MAX_WATCHERS {
+        let all = watcher.all.fetch_add(1, Ordering::SeqCst);
+        let of_connection = watcher.connection.as_ref().map_or(0, |connection| {
+            connection.watchers().fetch_add(1, Ordering::SeqCst)
+        });
+        if of_connection >= MAX_WATCHERS_PER_CONNECTION {
+            return Err(Status::resource_exhausted(format!(
+                "{MAX_WATCHERS_PER_CONNECTION} streams of this connection watch already; end one of them"
+            )));
+        }
+        if all >= MAX_WATCHERS {
             return Err(Status::resource_exhausted(format!(
                 "{MAX_WATCHERS} clients watch already; end one of them"
             )));
@@ -173,9 +194,12 @@ impl Api {
         Ok(watcher)
     }
 
-    /// Notes the namespaces of all flows in the ring.
+    /// Notes the namespaces of all flows in the ring, unless that was done within [`SEARCH_INTERVAL`].
     pub(crate) async fn find_namespaces(&self) {
-        let _turn = self.0.search.lock().await;
+        let mut last = self.0.search.lock().await;
+        if last.is_some_and(|last| last.elapsed() < SEARCH_INTERVAL) {
+            return;
+        }
         let ring = &self.0.ring;
         let numbers = ring.oldest_number()..ring.seen();
         for (number, looked) in numbers.zip(1_usize..) {
@@ -186,15 +210,23 @@ impl Api {
                 tokio::task::yield_now().await;
             }
         }
+        *last = Some(Instant::now());
     }
 }
 
 /// The place of one stream that waits for changes; free again when the value is dropped.
-pub(crate) struct Watcher(Arc<AtomicUsize>);
+pub(crate) struct Watcher {
+    all: Arc<AtomicUsize>,
+    connection: Option<ConnectionId>,
+    _open: Option<OpenStream>,
+}
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        self.all.fetch_sub(1, Ordering::SeqCst);
+        if let Some(connection) = &self.connection {
+            connection.watchers().fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }
 
@@ -243,6 +275,8 @@ where
         .http2_keepalive_timeout(Some(KEEPALIVE.1))
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .initial_stream_window_size(RECEIVE_WINDOWS.0)
+        .initial_connection_window_size(RECEIVE_WINDOWS.1)
         .serve_with_incoming_shutdown(Dispatch::new(&api), connections, shutdown)
         .await
 }
@@ -253,6 +287,8 @@ struct Dispatch {
     observer: ObserverServer<Api>,
     peer: PeerServer<Api>,
     health: HealthServer<Api>,
+    /// Time within which a request must be complete.
+    deadline: Duration,
     version: http::HeaderValue,
 }
 
@@ -263,6 +299,7 @@ impl Dispatch {
             observer: ObserverServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
             peer: PeerServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
             health: HealthServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
+            deadline: REQUEST_DEADLINE,
             version: version.unwrap_or_else(|_| http::HeaderValue::from_static("unknown")),
         }
     }
@@ -278,6 +315,7 @@ impl Service<http::Request<Body>> for Dispatch {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let open = request.extensions().get().map(ConnectionId::open);
         let service = request.uri().path().trim_start_matches('/').split('/').next();
         let response: Self::Future = match service {
             Some("observer.Observer") => self.observer.call(request),
@@ -285,11 +323,77 @@ impl Service<http::Request<Body>> for Dispatch {
             Some("grpc.health.v1.Health") => self.health.call(request),
             _ => Box::pin(async { Ok(Status::unimplemented("no such service").into_http()) }),
         };
-        let version = self.version.clone();
+        let (version, deadline) = (self.version.clone(), self.deadline);
         Box::pin(async move {
-            let mut response = response.await?;
+            // The response begins when the request is complete. Its messages follow, without a deadline.
+            let mut response = match tokio::time::timeout(deadline, response).await {
+                Ok(response) => response?,
+                Err(_) => Status::deadline_exceeded(format!(
+                    "the request is not complete after {} s",
+                    deadline.as_secs()
+                ))
+                .into_http(),
+            };
+            drop(open);
             response.headers_mut().insert("hubble-server-version", version);
             Ok(response)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::{Code, codec::EncodeBody};
+
+    use super::*;
+    use crate::wire::{Encoded, Encoder};
+
+    fn api() -> Api {
+        Api::new(Ring::new(16), Node::default(), Limits { readers: 2 }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_request_that_does_not_end_is_ended() {
+        let mut dispatch = Dispatch::new(&api());
+        dispatch.deadline = Duration::from_millis(20);
+        let endless = tokio_stream::pending::<Result<Encoded, Status>>();
+        let body = EncodeBody::new_client(Encoder::default(), endless, None, None);
+        let connection = ConnectionId::default();
+        let request = http::Request::post("/observer.Observer/GetFlows")
+            .extension(connection.clone())
+            .body(Body::new(body))
+            .unwrap();
+        let response = dispatch.call(request);
+        assert!(!connection.is_idle());
+        let response = tokio::time::timeout(Duration::from_secs(60), response).await;
+        let response = response.unwrap().unwrap();
+        let status = Status::from_header_map(response.headers()).unwrap();
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert!(connection.is_idle());
+    }
+
+    #[tokio::test]
+    async fn the_watchers_of_a_connection_and_of_all_are_bounded() {
+        let api = api();
+        let connection = ConnectionId::default();
+        let watch = || api.watcher(Some(connection.clone()));
+        let mut held: Vec<_> = (0..MAX_WATCHERS_PER_CONNECTION)
+            .map(|_| watch().unwrap())
+            .collect();
+        let refused = watch().err().unwrap();
+        assert!(
+            refused.message().contains("8 streams of this connection"),
+            "{refused}"
+        );
+        assert!(!connection.is_idle());
+        held.pop();
+        held.push(watch().unwrap());
+        while held.len() < MAX_WATCHERS {
+            held.push(api.watcher(None).unwrap());
+        }
+        assert!(api.watcher(None).is_err());
+        drop(held);
+        assert!(connection.is_idle());
+        assert!(watch().is_ok());
     }
 }

@@ -98,6 +98,12 @@ impl<T: Outgoing, U: Incoming> tonic::codec::Codec for Codec<T, U> {
 #[derive(Debug)]
 pub struct Encoder<T>(PhantomData<T>);
 
+impl<T> Default for Encoder<T> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
 impl<T: Outgoing> tonic::codec::Encoder for Encoder<T> {
     type Item = T;
     type Error = Status;

@@ -9,18 +9,19 @@ use std::{sync::Arc, time::Duration};
 
 use palisade_flowlog::{
     Flow, Ring, Timestamp,
-    flow::{EventType, FlowType, Ip, IpVersion, Layer4, TcpFlags, Verdict},
+    flow::{Endpoint, EventType, FlowType, Ip, IpVersion, Layer4, TcpFlags, Verdict},
 };
 use palisade_hubble::{
     Api, Limits, Node,
     agent::AgentEvent,
     proto::{
         flow::{FlowFilter, LostEventSource, layer4::Protocol},
+        grpc::health::v1::HealthCheckRequest,
         observer::{
             GetAgentEventsRequest, GetAgentEventsResponse, GetFlowsRequest, GetFlowsResponse,
-            get_flows_request::Experimental, get_flows_response::ResponseTypes,
+            GetNamespacesRequest, get_flows_request::Experimental, get_flows_response::ResponseTypes,
         },
-        services::observer_server::Observer,
+        services::{health_server::Health, observer_server::Observer},
     },
     wire::Encoded,
 };
@@ -256,4 +257,65 @@ async fn agent_events_are_sent_in_order() {
         .map(|response| response.agent_event.unwrap().r#type)
         .collect();
     assert_eq!(kinds, [2, 3]);
+}
+
+#[tokio::test]
+async fn errors_repeat_only_the_beginning_of_a_request() {
+    let (_ring, api) = api(16, 2);
+    let bad = GetFlowsRequest {
+        field_mask: Some(prost_types::FieldMask {
+            paths: vec!["x".repeat(10_000)],
+        }),
+        ..GetFlowsRequest::default()
+    };
+    let refused = api.get_flows(Request::new(bad)).await.err().unwrap();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().len() < 400, "{refused}");
+    let service = "x".repeat(10_000);
+    let unknown = Request::new(HealthCheckRequest { service });
+    let refused = api.check(unknown).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert!(refused.message().len() < 400, "{refused}");
+}
+
+#[tokio::test]
+async fn a_refused_reader_is_refused_before_its_filters_are_compiled() {
+    let (_ring, api) = api(16, 1);
+    let _one = get(&api, GetFlowsRequest::default()).await;
+    let bad = FlowFilter {
+        http_path: vec!["(".into()],
+        ..FlowFilter::default()
+    };
+    let request = GetFlowsRequest {
+        whitelist: vec![bad],
+        ..GetFlowsRequest::default()
+    };
+    let refused = api.get_flows(Request::new(request)).await.err().unwrap();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn the_ring_is_searched_for_namespaces_once_in_a_while() {
+    let (ring, api) = api(16, 2);
+    let of = |namespace: &str| Flow {
+        source: Endpoint {
+            namespace: namespace.into(),
+            ..Endpoint::default()
+        },
+        time: Timestamp::from_system_time(std::time::SystemTime::now()),
+        ..flow(1)
+    };
+    let names = async || -> Vec<String> {
+        let response = api
+            .get_namespaces(Request::new(GetNamespacesRequest::default()))
+            .await;
+        let namespaces = response.unwrap().into_inner().namespaces.into_iter();
+        namespaces.map(|namespace| namespace.namespace).collect()
+    };
+    ring.push(of("shop"));
+    assert_eq!(names().await, ["shop"]);
+    ring.push(of("db"));
+    assert_eq!(names().await, ["shop"]);
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    assert_eq!(names().await, ["db", "shop"]);
 }

@@ -12,7 +12,7 @@ use palisade_flowlog::{
         TracePoint, TrafficDirection, Verdict,
     },
 };
-use palisade_hubble::{Api, Connection, Limits, Node, proto::observer::GetFlowsRequest, serve};
+use palisade_hubble::{Api, Connection, ConnectionId, Limits, Node, proto::observer::GetFlowsRequest, serve};
 use prost::Message as _;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -159,7 +159,8 @@ fn flows_per_second() {
         tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let _ = sender.send(io::Result::Ok(Connection::new(stream, None))).await;
+                let connection = Connection::new(stream, ConnectionId::default(), None);
+                let _ = sender.send(io::Result::Ok(connection)).await;
             }
         });
         serve(api, ReceiverStream::new(receiver), std::future::pending())

@@ -1,27 +1,35 @@
 //! The listeners of the flow API: which clients can connect, how many, and within which time.
 
 use std::{
-    future::Future, io, net::SocketAddr, os::unix::net::UnixListener as StdUnixListener, pin::Pin, sync::Arc,
-    time::Duration,
+    collections::VecDeque, future::Future, io, net::SocketAddr,
+    os::unix::net::UnixListener as StdUnixListener, pin::Pin, sync::Arc, time::Duration,
 };
 
 use nix::unistd::geteuid;
-use palisade_hubble::{Api, Connection, serve};
+use palisade_hubble::{Api, Connection, ConnectionId, Places, serve};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     time::{sleep, timeout},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, error, info};
 
-use super::{report::Reports, tls::Certificates};
-use crate::{config::Hubble as Options, control::server::Bound};
+use super::{
+    report::Reports,
+    tls::{Certificates, Chain},
+};
+use crate::{
+    config::{CertificateFiles, Hubble as Options},
+    control::server::Bound,
+};
 
 /// Maximum number of connections of each listener. One connection carries several requests.
 const MAX_CONNECTIONS: usize = 64;
+/// Maximum number of connections in a TLS handshake.
+const MAX_HANDSHAKES: usize = 64;
 /// Connections that are accepted and not yet served.
 const ACCEPT_BACKLOG: usize = 8;
 /// Longest TLS handshake.
@@ -40,24 +48,50 @@ type Client = Connection<Pin<Box<dyn Bytes>>>;
 #[derive(Clone)]
 struct Door {
     clients: mpsc::Sender<io::Result<Client>>,
-    places: Arc<Semaphore>,
+    places: Arc<Places<Chain>>,
     reports: Arc<Reports>,
 }
 
 impl Door {
-    /// Returns the place of a new connection; `None` if there are too many.
-    fn place(&self) -> Option<OwnedSemaphorePermit> {
-        let place = Arc::clone(&self.places).try_acquire_owned().ok();
-        if place.is_none() {
-            self.reports.get().refused += 1;
+    fn new(clients: &mpsc::Sender<io::Result<Client>>, reports: &Arc<Reports>) -> Self {
+        Self {
+            clients: clients.clone(),
+            places: Places::new(MAX_CONNECTIONS),
+            reports: Arc::clone(reports),
         }
-        place
     }
 
-    async fn enter(&self, stream: impl Bytes + 'static, place: OwnedSemaphorePermit) {
-        let client = Connection::new(Box::pin(stream) as Pin<Box<dyn Bytes>>, Some(Box::new(place)));
+    /// Passes a connection to the server, unless all places have clients with requests. `accepted` decides when the
+    /// client has its place: from then on a change of the certificates closes the connection.
+    async fn enter(&self, stream: impl Bytes + 'static, chain: Chain, accepted: impl Fn(&Chain) -> bool) {
+        let id = ConnectionId::default();
+        let place = self.places.enter(&id, chain.clone());
+        let Some(place) = place.filter(|_| accepted(&chain)) else {
+            self.reports.get().refused += 1;
+            return;
+        };
+        let stream = Box::pin(stream) as Pin<Box<dyn Bytes>>;
+        let client = Connection::new(stream, id, Some(Box::new(place)));
         // Sending fails only when the server ends.
         let _ = self.clients.send(Ok(client)).await;
+    }
+}
+
+/// Connections in a TLS handshake. A client that does not end its handshake takes no place of the server, and the oldest
+/// handshake ends when there are too many.
+#[derive(Default)]
+struct Handshakes(VecDeque<oneshot::Sender<()>>);
+
+impl Handshakes {
+    /// Returns a receiver that is ready when the handshake must end. It is dropped when the handshake has ended.
+    fn begin(&mut self) -> oneshot::Receiver<()> {
+        self.0.retain(|handshake| !handshake.is_closed());
+        if self.0.len() >= MAX_HANDSHAKES {
+            self.0.pop_front();
+        }
+        let (sender, evicted) = oneshot::channel();
+        self.0.push_back(sender);
+        evicted
     }
 }
 
@@ -70,18 +104,13 @@ pub(super) async fn run(
     ended: oneshot::Receiver<()>,
 ) {
     let (clients, served) = mpsc::channel(ACCEPT_BACKLOG);
-    let door = || Door {
-        clients: clients.clone(),
-        places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        reports: Arc::clone(&reports),
-    };
     // The socket is removed when this value is dropped.
     let _bound = match socket.and_then(|(listener, bound)| Ok((UnixListener::from_std(listener)?, bound))) {
         Ok((listener, bound)) => {
             info!(socket = %options.socket.display(), "the flow API is served");
             reports.get().socket = Some(options.socket.display().to_string());
             let anybody = options.group.is_some();
-            tokio::spawn(accept_unix(listener, anybody, door()));
+            tokio::spawn(accept_unix(listener, anybody, Door::new(&clients, &reports)));
             Some(bound)
         }
         Err(problem) => {
@@ -90,16 +119,19 @@ pub(super) async fn run(
         }
     };
     if let Some(address) = options.listen {
-        let certificates = options
-            .tls_certificate
-            .as_ref()
-            .zip(options.tls_key.as_ref())
-            .map(|(chain, key)| {
-                let certificates = Certificates::new(chain, key, options.client_ca.as_deref(), &reports);
-                tokio::spawn(Arc::clone(&certificates).watch());
-                certificates
-            });
-        tokio::spawn(accept_tcp(address, certificates, door()));
+        let door = Door::new(&clients, &reports);
+        let files = options.tls_certificate.zip(options.tls_key);
+        let certificates = files.map(|(certificate, key)| {
+            let files = CertificateFiles {
+                certificate,
+                key,
+                client_ca: options.client_ca,
+            };
+            let certificates = Certificates::new(files, &reports);
+            tokio::spawn(Arc::clone(&certificates).watch(Arc::clone(&door.places)));
+            certificates
+        });
+        tokio::spawn(accept_tcp(address, certificates, door));
     }
     drop(clients);
     // Without a listener the stream of clients ends, and the server with it; agent events are collected all the same.
@@ -108,6 +140,10 @@ pub(super) async fn run(
         result = serve(api, ReceiverStream::new(served), std::future::pending()) => {
             if let Err(problem) = result {
                 error!(error = %problem, "the flow API has ended");
+                reports.set_problem("server", Some(format!("the flow API has ended: {problem}; restart the daemon")));
+                let mut report = reports.get();
+                report.socket = None;
+                report.listen = None;
             }
         }
         _ = ended => {}
@@ -123,9 +159,7 @@ async fn accept_unix(listener: UnixListener, anybody: bool, door: Door) {
                     door.reports.get().refused += 1;
                     continue;
                 }
-                if let Some(place) = door.place() {
-                    door.enter(stream, place).await;
-                }
+                door.enter(stream, Chain::new(), |_| true).await;
             }
             Err(problem) => pause("socket", &problem).await,
         }
@@ -145,19 +179,29 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
     let listener = bind(address, &door.reports).await;
     info!(%address, tls = certificates.is_some(), "the flow API is served");
     door.reports.get().listen = Some(address.to_string());
+    let mut handshakes = Handshakes::default();
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let Some(place) = door.place() else { continue };
                 // Flows are sent as they happen.
                 let _ = stream.set_nodelay(true);
                 match &certificates {
-                    None => door.enter(stream, place).await,
+                    None => door.enter(stream, Chain::new(), |_| true).await,
                     Some(certificates) => {
                         let (certificates, door) = (Arc::clone(certificates), door.clone());
+                        let evicted = handshakes.begin();
                         tokio::spawn(async move {
-                            match handshake(stream, &certificates).await {
-                                Ok(stream) => door.enter(stream, place).await,
+                            let result = tokio::select! {
+                                result = handshake(stream, &certificates) => result,
+                                _ = evicted => Err(io::Error::other("too many newer handshakes")),
+                            };
+                            match result {
+                                Ok(stream) => {
+                                    let chain = stream.get_ref().1.peer_certificates();
+                                    let chain = chain.map(<[_]>::to_vec).unwrap_or_default();
+                                    door.enter(stream, chain, |chain| certificates.accepts(chain))
+                                        .await;
+                                }
                                 Err(problem) => {
                                     door.reports.get().refused += 1;
                                     debug!(%peer, %problem, "a TLS handshake failed");
@@ -175,7 +219,7 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
 fn handshake(
     stream: TcpStream,
     certificates: &Certificates,
-) -> impl Future<Output = io::Result<impl Bytes + use<>>> + use<> {
+) -> impl Future<Output = io::Result<TlsStream<TcpStream>>> + use<> {
     let config = certificates.config();
     async move {
         let config = config.ok_or_else(|| io::Error::other("no usable certificate"))?;
@@ -204,4 +248,22 @@ async fn pause(listener: &str, problem: &io::Error) {
     error!(listener, error = %problem, "a client of the flow API cannot be accepted");
     // The process probably has no free file descriptor (EMFILE). An immediate retry would fail too.
     sleep(RETRY_INTERVAL).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_of_too_many_handshakes_ends() {
+        let mut handshakes = Handshakes::default();
+        let mut first = handshakes.begin();
+        let mut others: Vec<_> = (1..MAX_HANDSHAKES).map(|_| handshakes.begin()).collect();
+        // One has ended, so there is room.
+        others.pop();
+        let _new = handshakes.begin();
+        assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        let _newer = handshakes.begin();
+        assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
 }
