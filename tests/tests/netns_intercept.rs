@@ -77,6 +77,8 @@ fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[
 /// Asserts that flows, `clusters` and log name the failure of a server.
 #[track_caller]
 fn is_noted(daemon: &Daemon, name: &str, told: &dyn Fn(&str) -> bool) {
+    // A thread of the proxy logs at most ten failures per second.
+    std::thread::sleep(Duration::from_millis(100));
     let about = |text: &str| text.contains(name) && told(text);
     let flows = daemon.wait_flows(&["--type", "l7"], "a flow that says why", |flows| {
         flows.iter().any(|flow| about(&flow.to_string()))
