@@ -13,8 +13,10 @@ fn has_test(source: &str, name: &str) -> bool {
     let start = format!("fn {name}(");
     let mut is_test = false;
     source.lines().map(str::trim).any(|line| {
-        let found = is_test && line.starts_with(&start);
-        is_test = line == "#[test]" || (is_test && (line.starts_with("#[") || line.starts_with("//")));
+        let found = is_test && line.strip_prefix("async ").unwrap_or(line).starts_with(&start);
+        is_test = line == "#[test]"
+            || line == "#[tokio::test]"
+            || (is_test && (line.starts_with("#[") || line.starts_with("//")));
         found
     })
 }
