@@ -49,8 +49,8 @@ pub struct Detail {
     pub nearly: Vec<NearMiss>,
 }
 
-/// Explains the verdict on the packet that `question` describes. If the traffic is inspected, `evaluator` decides about
-/// the request of the question.
+/// Returns the explanation of the verdict on the packet that `question` describes. If the traffic is inspected,
+/// `evaluator` decides about the request of the question.
 ///
 /// # Errors
 /// A message if there can be no verdict, for example because the source or the destination is unknown.

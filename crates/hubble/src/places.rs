@@ -25,7 +25,7 @@ pub struct ConnectionPlace<T: Send + Debug> {
 }
 
 impl<T: Send + Debug> Places<T> {
-    /// Returns so many places.
+    /// Returns a table of at most `most` connections.
     #[must_use]
     pub fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {

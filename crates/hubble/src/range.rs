@@ -102,7 +102,7 @@ pub(crate) struct Turn {
 }
 
 impl Turn {
-    /// Returns a turn of so many events, and of so much time except for the first event.
+    /// Returns a turn that ends after `events` events, or after `time` if at least one event was read.
     pub(crate) fn new(events: usize, time: Duration) -> Self {
         Self {
             events,

@@ -357,7 +357,7 @@ mod tests {
         }
     }
 
-    /// Returns the blocks of a capture with so many packets.
+    /// Returns the blocks of a capture: a section, an interface and `packets` packets.
     fn section(packets: u64) -> Vec<u8> {
         let mut writer = Writer::default();
         writer.section("x", "y", "z", "");
