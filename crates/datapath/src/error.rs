@@ -147,7 +147,7 @@ fn refusal(error: &ProgramError) -> String {
     )
 }
 
-/// Kernel releases on which the programs have been tested (docs/OPERATION.md, "Limits").
+/// Kernel releases on which the programs have been tested (docs/OPERATIONS.md, "Limits").
 const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
 
 impl OpenError {
