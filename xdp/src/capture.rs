@@ -72,7 +72,7 @@ pub fn report(pkt: &mut PacketContext) {
     let (Some(settings), Some(buffer)) = (CAPTURE.get(0), buffer()) else {
         return;
     };
-    // A packet that had to be punted was copied because the punt could have failed.
+    // A packet that had to be punted, or a related ICMP error, was copied because it could have been dropped later.
     let [first, second] = &settings.conditions;
     if first.flags & second.flags & capture_flags::DROPS_ONLY != 0 && !pkt.is_dropped() {
         return;
@@ -142,8 +142,12 @@ fn is_wanted(settings: &CaptureSettings, pkt: &PacketContext) -> bool {
 #[inline(always)]
 fn satisfies(condition: &CaptureCondition, pkt: &PacketContext) -> bool {
     let packet = &pkt.headers;
-    // The reason of a punted packet can still become a drop.
-    (condition.flags & capture_flags::DROPS_ONLY == 0 || pkt.is_dropped() || pkt.must_punt)
+    // The reason of a punted packet can still become a drop. So can that of a related ICMP error, which
+    // `icmp_error::cut` truncates before its punt can fail or the second policy can drop it.
+    (condition.flags & capture_flags::DROPS_ONLY == 0
+        || pkt.is_dropped()
+        || pkt.must_punt
+        || pkt.reason == Reason::Related as u8)
         && (condition.ifindex == 0 || condition.ifindex == pkt.ifindex)
         && (condition.protocol == 0 || condition.protocol == u32::from(packet.protocol) + 1)
         && condition.source.has_addr(&packet.source)

@@ -208,6 +208,34 @@ fn an_icmp_error_is_captured_before_it_is_cut() {
 }
 
 #[test]
+fn a_capture_of_drops_has_an_icmp_error_as_it_was_before_it_was_cut() {
+    for (client, server) in [(WORLD_V4, HOST_V4), (WORLD_V6, HOST_V6)] {
+        for run in [XDP, IN] {
+            let mut world = world(CAPTURE_OBJECT, NIC, HOST, inspected());
+            world.capture(&only(CaptureCondition {
+                flags: capture_flags::DROPS_ONLY,
+                ..CaptureCondition::ANY
+            }));
+            let (from, to) = ((client, 4000), (server, 80));
+            assert!(run(&mut world, &tcp(from, to, SYN)).carried);
+            let error = unreachable(client, server, &segment(to, from, ACK, &[9; 100]));
+            assert!(run(&mut world, &error).carried);
+            assert!(world.take_captured().is_empty(), "nothing was dropped");
+            // Without a worker, the error is dropped after it was cut.
+            world.beat(0);
+            let got = run(&mut world, &error);
+            assert_eq!(got.reason, Reason::NoWorker);
+            let records = world.take_captured();
+            let [(header, bytes)] = &records[..] else {
+                panic!("one record for one drop: {}", records.len());
+            };
+            assert_eq!(header.event.reason, Reason::NoWorker as u8);
+            assert_eq!(*bytes, error);
+        }
+    }
+}
+
+#[test]
 fn a_punt_that_fails_is_captured_as_a_drop() {
     let mut world = world(CAPTURE_OBJECT, NIC, HOST, inspected());
     world.capture(&everything());
