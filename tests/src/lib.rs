@@ -19,6 +19,7 @@
 pub mod evasion;
 pub mod fixtures;
 pub mod flows;
+pub mod guide;
 pub mod opaque_tls;
 pub mod setup;
 

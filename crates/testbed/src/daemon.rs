@@ -484,7 +484,7 @@ impl Drop for Daemon {
 
 /// Returns the path of the `palisade` binary: `PALISADE_BIN`, or the one in the target directory of the running test.
 /// Builds the latter if it does not exist.
-fn binary() -> Result<PathBuf> {
+pub fn binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PALISADE_BIN") {
         return Ok(path.into());
     }
