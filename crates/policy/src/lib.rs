@@ -67,6 +67,7 @@
 pub mod cases;
 pub mod classes;
 pub mod compile;
+pub mod cuts;
 pub mod identity;
 pub mod l7;
 pub mod parse;

@@ -189,43 +189,14 @@ pub fn ends<'c>(compiler: &'c Compiler, question: &Question) -> Result<Ends<'c>,
             source.name
         )
     })?;
-    // If the combination of selectors has no identity yet, a copy of the compiler creates one.
     let mut compiler = Cow::Borrowed(compiler);
-    let snapshot = compiler.snapshot();
-    let names_match = |pattern: &FqdnPattern| {
-        name_matches(pattern, name) || question.more_names.iter().any(|name| name_matches(pattern, name))
-    };
-    let selectors: Vec<SelectorNumber> = snapshot
-        .fqdn
-        .get(&endpoint)
-        .into_iter()
-        .flat_map(|list| list.iter())
-        .filter(|(_, pattern)| names_match(pattern))
-        .map(|(number, _)| *number)
+    let names: Vec<&str> = std::iter::once(name)
+        .chain(&question.more_names)
+        .map(String::as_str)
         .collect();
-    let names = snapshot.names.clone();
-    let learn = |names: &LearnedIdentities| match question.destination.as_str() {
-        // Without an address, assume an IPv4 address outside all prefixes of policies and peers.
-        "" => names.identity_in_world(&selectors),
-        _ => names.identity(address, &selectors),
-    };
-    if learn(&names).is_none() {
-        let set = match question.destination.as_str() {
-            "" => names.set_in_world(&selectors),
-            _ => names.set(address, &selectors),
-        };
-        let mut wanted = compiler.wanted().clone();
-        wanted.extend(set);
-        compiler.to_mut().learned(&wanted).map_err(|errors| {
-            errors
-                .iter()
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join("\n")
-        })?;
-    }
+    let known = (!question.destination.is_empty()).then_some(address);
+    let identity = learned_identity(&mut compiler, endpoint, known, &names)?;
     let snapshot = compiler.snapshot();
-    let identity = learn(&snapshot.names).ok_or_else(|| format!("{name} has no identity"))?;
     let destination = End {
         name: match question.destination.as_str() {
             "" => name.clone(),
@@ -243,6 +214,51 @@ pub fn ends<'c>(compiler: &'c Compiler, question: &Question) -> Result<Ends<'c>,
         source,
         destination,
     })
+}
+
+/// Returns the identity of an address that an endpoint has learned by the names. `address`: `None` for an IPv4 address
+/// outside all prefixes of policies and peers. If the combination of selectors has no identity yet, a copy of the compiler
+/// creates one.
+///
+/// # Errors
+/// A message if there is no identity left.
+pub(crate) fn learned_identity(
+    compiler: &mut Cow<'_, Compiler>,
+    endpoint: u16,
+    address: Option<IpAddr>,
+    names: &[&str],
+) -> Result<Identity, String> {
+    let snapshot = compiler.snapshot();
+    let names_match = |pattern: &FqdnPattern| names.iter().any(|name| name_matches(pattern, name));
+    let selectors: Vec<SelectorNumber> = snapshot
+        .fqdn
+        .get(&endpoint)
+        .into_iter()
+        .flat_map(|list| list.iter())
+        .filter(|(_, pattern)| names_match(pattern))
+        .map(|(number, _)| *number)
+        .collect();
+    let known = snapshot.names.clone();
+    let learn = |known: &LearnedIdentities| match address {
+        None => known.identity_in_world(&selectors),
+        Some(address) => known.identity(address, &selectors),
+    };
+    if learn(&known).is_none() {
+        let set = match address {
+            None => known.set_in_world(&selectors),
+            Some(address) => known.set(address, &selectors),
+        };
+        let mut wanted = compiler.wanted().clone();
+        wanted.extend(set);
+        compiler.to_mut().learned(&wanted).map_err(|errors| {
+            errors
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join("\n")
+        })?;
+    }
+    learn(&compiler.snapshot().names).ok_or_else(|| format!("{} has no identity", names.join(", ")))
 }
 
 /// Explains the verdict on the packet that `question` describes, between ends that [`ends`] has returned.

@@ -25,6 +25,8 @@ pub(crate) enum Request {
     PolicyTrace(TraceRequest),
     /// Returns an [`ExplainAnswer`].
     Explain { request: ExplainRequest },
+    /// Returns [`WouldCut`]: the live connections that a change of policy files would cut. Nothing is put in force.
+    WouldCut(WouldCutRequest),
     /// Returns all [`Endpoint`]s.
     EndpointList,
     /// Returns an [`Endpoint`], by number, name or address.
@@ -85,6 +87,52 @@ pub(crate) enum Request {
     LogGet,
     /// Streams [`Answer::Capture`]s, then returns a [`CaptureSummary`].
     Capture(CaptureRequest),
+}
+
+/// A change of policy files that is not put in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct WouldCutRequest {
+    /// New text of files, by file name in the policy folder; `None` for a file that would be removed.
+    pub files: BTreeMap<String, Option<String>>,
+    /// Whether the files in force that `files` does not name would be removed.
+    pub replace_all: bool,
+}
+
+/// The live connections that a change of policy files would cut.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WouldCut {
+    /// The connections, at most 1,000: first those that peers have opened to the node, then other TCP connections.
+    pub connections: Vec<CutRow>,
+    /// Number of all connections that would be cut.
+    pub total: usize,
+    /// Number of live connections of the node and its workloads.
+    pub live: usize,
+    /// Warnings of the compiler about the policies as they would be.
+    pub warnings: Vec<String>,
+}
+
+/// A live connection that would be cut.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CutRow {
+    /// Number of the endpoint whose policy cuts.
+    pub endpoint: u16,
+    /// Name of the endpoint.
+    pub endpoint_name: String,
+    /// Whether the endpoint is the node.
+    pub is_node: bool,
+    /// `ingress` if the peer opened the connection, `egress` if the endpoint did.
+    pub direction: String,
+    /// Protocol: `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// Address and port that opened the connection.
+    pub source: String,
+    /// Address and port to which the connection was opened.
+    pub destination: String,
+    /// `denied`: its packets would be dropped. `reset`: its inspection would begin in its middle.
+    pub effect: String,
+    /// The rule or policy that decides, with `FILE:LINE`.
+    pub decided_by: String,
 }
 
 /// Traffic of an endpoint that is intercepted.

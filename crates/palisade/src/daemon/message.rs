@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::mpsc::{self, Receiver, SyncSender},
 };
 
@@ -71,7 +72,7 @@ pub(super) enum ClientRequest {
     Selectors(Reply<Vec<SelectorRow>>),
     /// Explains the verdict on a packet that a client describes.
     Trace(TraceRequest, Reply<TraceAnswer>),
-    /// A copy of the compiler, for an explanation on the client's own thread.
+    /// A copy of the compiler, for a compilation on the client's own thread.
     Compiler(Reply<Box<CompilerCopy>>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),
@@ -96,6 +97,8 @@ pub(super) enum ClientRequest {
 pub(super) struct CompilerCopy {
     pub(super) compiler: Compiler,
     pub(super) http: config::Http,
+    /// Folder of the policy files.
+    pub(super) policy_dir: PathBuf,
 }
 
 /// Sender of one answer.

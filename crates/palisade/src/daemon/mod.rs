@@ -14,6 +14,7 @@ mod capture;
 mod certificate_files;
 mod checked_file;
 mod control;
+mod cuts;
 mod enforcer;
 mod events;
 mod explain;

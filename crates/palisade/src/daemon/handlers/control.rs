@@ -43,6 +43,7 @@ impl Control {
             ClientRequest::Compiler(reply) => reply.send(Ok(Box::new(CompilerCopy {
                 compiler: self.enforcer.compiler.clone(),
                 http: self.config.http.clone(),
+                policy_dir: self.config.policy.dir.clone(),
             }))),
             ClientRequest::Endpoints(reply) => reply.send(Ok(self.endpoints())),
             ClientRequest::Endpoint { endpoint, reply } => reply.send(

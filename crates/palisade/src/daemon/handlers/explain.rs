@@ -11,8 +11,8 @@ use crate::{
     daemon::{explain, message::ClientRequest},
 };
 
-/// Allows one explanation at a time, which bounds the memory of the copies.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Allows one copy of the compiler at a time, which bounds the memory of the copies.
+pub(super) static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 impl Handlers {
     pub(super) fn explain(&self, request: ExplainRequest) -> Result<ExplainAnswer, String> {

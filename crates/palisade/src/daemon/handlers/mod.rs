@@ -7,6 +7,7 @@ mod explain;
 mod intercept;
 mod maps;
 mod observe;
+mod would_cut;
 
 use std::{
     io,
@@ -91,6 +92,7 @@ impl Handler for Handlers {
             Request::PolicySelectors => json(self.look_up(ClientRequest::Selectors)),
             Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
             Request::Explain { request } => json(self.explain(request)),
+            Request::WouldCut(request) => json(self.would_cut(request)),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
             Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
             Request::EndpointConfig { endpoint, options } => {
