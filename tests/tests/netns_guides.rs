@@ -265,6 +265,31 @@ fn the_commands_for_users_of_cilium_work() {
 }
 
 #[test]
+fn workloads_on_a_bridge_are_guarded_as_the_page_says() {
+    let machines = Machines::new();
+    let node = &machines.node;
+    node.ip(
+        "link add docker0 type bridge\naddr add 10.0.3.1/24 dev docker0\nlink set docker0 up\n\
+         addr flush dev veth-web\naddr flush dev veth-db\nlink set veth-web master docker0\nlink set veth-db master docker0",
+    )
+    .expect("bridge");
+    for (workload, address) in [(&machines.web, "10.0.3.10/24"), (&machines.db, "10.0.3.20/24")] {
+        workload
+            .ip(&format!(
+                "addr flush dev eth0\naddr add {address} dev eth0\nroute add default via 10.0.3.1"
+            ))
+            .expect("addresses");
+    }
+    node.nft(
+        "table ip nat {\n\
+         chain prerouting { type nat hook prerouting priority dstnat; iifname \"eth0\" tcp dport 8888 dnat to 10.0.3.10:80; }\n\
+         chain postrouting { type nat hook postrouting priority srcnat; ip saddr 10.0.3.0/24 oifname \"eth0\" masquerade; }\n}",
+    )
+    .expect("nat");
+    machines.follow("INTERFACES.md");
+}
+
+#[test]
 fn the_symptoms_of_troubleshooting_look_as_printed() {
     Machines::new().follow("TROUBLESHOOTING.md");
 }
