@@ -102,7 +102,8 @@ Examples:
     },
     /// Make the daemon read the configuration and all policies again. A configuration with errors changes nothing.
     #[command(
-        after_help = "The same as SIGHUP, but prints errors. `palisade status` names changed options that need a restart."
+        after_help = "The same as SIGHUP, but prints errors, also those of policy files; exits 1 if there are any. `palisade status` names
+changed options that need a restart."
     )]
     Reload,
     /// End the daemon. Its programs go on enforcing the last policy unless --detach is given.

@@ -267,6 +267,19 @@ fn a_reload_applies_a_valid_configuration_and_no_broken_one() {
     assert!(error.contains("did you mean 'policy'?"), "{error}");
     assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
 
+    daemon.write("web.yaml", "spec: *x\n").unwrap();
+    fs::write(daemon.config(), &good).unwrap();
+    let out = daemon.try_cli(&["reload"]).unwrap();
+    let error = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{error}");
+    let lines = [
+        "web.yaml:1:7: ",
+        "web.yaml is broken: its last good content stays in force",
+    ];
+    assert!(lines.iter().all(|line| error.contains(line)), "{error}");
+    assert_eq!(node.reach(80, Family::V4), Outcome::TimedOut);
+    daemon.write("web.yaml", &policy("nobody", 80)).unwrap();
+
     fs::write(daemon.config(), good.replace("audit = false", "audit = true")).unwrap();
     daemon.cli(&["reload"]).unwrap();
     assert_eq!(daemon.status().unwrap()["audit"], true);

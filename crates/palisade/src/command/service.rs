@@ -22,7 +22,7 @@ use crate::{
     cli::Output,
     config::{Config, DEFAULT_PIN_DIR},
     control::{
-        api::{HubbleStatus, PolicyFile, PolicyFileState, Request, Status, Workers},
+        api::{HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer, Request, Status, Workers},
         client::{Client, ClientError, ask, ask_within},
     },
     daemon, log,
@@ -163,12 +163,19 @@ pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
     }
-    match ask::<Option<Vec<String>>>(socket, &Request::Reload) {
-        Ok(notes) => {
-            for note in notes.unwrap_or_default() {
+    match ask::<ReloadAnswer>(socket, &Request::Reload) {
+        Ok(answer) => {
+            for note in answer.notes {
                 eprintln!("palisade: {note}");
             }
-            Ok(EXIT_OK)
+            for problem in &answer.broken {
+                eprintln!("{problem}");
+            }
+            Ok(if answer.broken.is_empty() {
+                EXIT_OK
+            } else {
+                EXIT_NO
+            })
         }
         Err(ClientError::Refused(problem)) => {
             eprintln!("palisade: {problem}");

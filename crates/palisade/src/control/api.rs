@@ -656,6 +656,15 @@ pub(crate) struct PolicyFile {
     pub diagnostics: Vec<String>,
 }
 
+/// What a reload has found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ReloadAnswer {
+    /// Remarks for the operator, for example changed options that need a restart.
+    pub notes: Vec<String>,
+    /// The errors of broken policy files, and what is in force instead.
+    pub broken: Vec<String>,
+}
+
 /// Whether the present content of a file is in force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -301,7 +301,7 @@ impl Control {
             return;
         }
         let endpoints = self.touched(before);
-        let milliseconds = begun.elapsed().as_secs_f64() * 1_000.0;
+        let milliseconds = crate::text::milliseconds(begun.elapsed());
         let problem = self.enforcer.problem.as_deref();
         let rules = self.enforcer.compiler.snapshot().rules.len() as u64;
         for news in news {

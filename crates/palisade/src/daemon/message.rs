@@ -13,7 +13,7 @@ use signal_hook::consts::SIGHUP;
 use super::{fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
 use crate::{
     config,
-    control::api::{Endpoint, PolicySummary, SelectorRow, Status, TraceAnswer, TraceRequest},
+    control::api::{Endpoint, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer, TraceRequest},
 };
 
 /// A message to the control thread.
@@ -61,8 +61,8 @@ impl Message {
 pub(super) enum ClientRequest {
     /// The part of the status that the control thread has.
     Status(Reply<Status>),
-    /// Reads the configuration and the policies again. The answer lists the changed options that need a restart.
-    Reload(Reply<Vec<String>>),
+    /// Reads the configuration and the policies again.
+    Reload(Reply<ReloadAnswer>),
     /// One policy, or all.
     Policies {
         name: Option<String>,

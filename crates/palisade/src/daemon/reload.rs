@@ -7,7 +7,8 @@ use tracing::{error, info, warn};
 use super::{control::Control, watcher::Changes};
 use crate::{
     config::{Config, enforcement_name},
-    text::chain,
+    control::api::{PolicyFile, PolicyFileState, ReloadAnswer},
+    text::{chain, milliseconds},
 };
 
 /// When a changed option takes effect.
@@ -171,12 +172,28 @@ fn keep_running_values(running: &Config, new: &mut Config) -> Vec<String> {
     kept
 }
 
+/// Returns the diagnostics of broken policy files, each file followed by what is in force instead of its content.
+fn broken_files(files: &[PolicyFile]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for file in files {
+        let instead = match file.state {
+            PolicyFileState::InForce => continue,
+            PolicyFileState::LastGood => "its last good content stays in force",
+            PolicyFileState::Unused => "it never was good, and nothing of it is in force",
+        };
+        lines.extend(file.diagnostics.iter().cloned());
+        lines.push(format!("{} is broken: {instead}", file.file));
+    }
+    lines
+}
+
 impl Control {
-    /// Reads the configuration and the policies again. Returns the changed options that need a restart.
+    /// Reads the configuration and the policies again. Returns the changed options that need a restart, and the errors
+    /// of broken policy files.
     ///
     /// # Errors
     /// The configuration has errors, and nothing has changed; or the new configuration could not be put in force.
-    pub(super) fn reload(&mut self) -> Result<Vec<String>, String> {
+    pub(super) fn reload(&mut self) -> Result<ReloadAnswer, String> {
         let begun = Instant::now();
         let mut config = Config::load(&self.config.path).map_err(|errors| {
             let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -231,11 +248,14 @@ impl Control {
             event = "reload",
             revision = self.changes,
             endpoints = self.touched(&before),
-            enforced_after_ms = begun.elapsed().as_secs_f64() * 1_000.0,
+            enforced_after_ms = milliseconds(begun.elapsed()),
             "the configuration was read again"
         );
         self.keep_config();
-        Ok(self.notes.clone())
+        Ok(ReloadAnswer {
+            notes: self.notes.clone(),
+            broken: broken_files(&self.files.report()),
+        })
     }
 }
 

@@ -61,7 +61,7 @@ use super::{
 use crate::{
     config::{Config, with_option},
     control::server::{self, Socket},
-    text::count,
+    text::{count, milliseconds},
 };
 
 /// Runs the daemon until a signal or a client ends it. `replaced`: why `config` is the last good copy of the file;
@@ -84,7 +84,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let (socket, hubble) = serve(&mut control, records, dirs.socket, sender, agent_queue)?;
     control.report_first_policies(); // The next line counts them.
     info!(
-        ready_after = ?started.elapsed(),
+        ready_after_ms = milliseconds(started.elapsed()),
         "the daemon runs with {} in force",
         count(control.policy_count(), "policy", "policies"),
     );

@@ -28,7 +28,7 @@ use crate::{
         Endpoint, InterfaceStatus, PolicyFileState, PolicySummary, RuleSummary, SelectorRow, TraceAnswer,
         TraceRequest,
     },
-    text::chain,
+    text::{chain, milliseconds},
 };
 
 impl Control {
@@ -334,7 +334,7 @@ impl Control {
                 endpoints = name,
                 audit,
                 revision = self.changes,
-                enforced_after_ms = begun.elapsed().as_secs_f64() * 1_000.0,
+                enforced_after_ms = milliseconds(begun.elapsed()),
                 "PolicyAuditMode was switched"
             );
         }
