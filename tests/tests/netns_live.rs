@@ -9,140 +9,15 @@ use std::{
 use palisade_testbed::{
     Daemon, Outcome,
     daemon::{Hooks, Settings},
-    load::{Leak, TcpLoad, UdpLoad},
+    load::Leak,
     probe::{exchange, open},
     topology::{FAMILIES, Family, INNER},
 };
-use palisade_tests::{CLOSED, OPEN, World, flows, world};
-
-const PACE: Duration = Duration::from_millis(1);
-const TCP_LOAD: u16 = 7001;
-const UDP_LOAD: u16 = 7002;
-const DENIED: u16 = 9;
-
-/// Allowed loads of one address family, and attempts that must never succeed.
-struct Traffic {
-    tcp: TcpLoad,
-    udp: UdpLoad,
-    back: UdpLoad,
-    from_outside: UdpLoad,
-    leak: Leak,
-    leak_outside: Leak,
-}
-
-impl Traffic {
-    fn start(world: &World, family: Family) -> Self {
-        let t = &world.topology;
-        let at = |name, port| world.at(name, family, port);
-        let (front, back) = (t.ns("front"), t.ns("back"));
-        Self {
-            tcp: TcpLoad::start(front, back, at("back", TCP_LOAD), PACE).expect("tcp load"),
-            udp: UdpLoad::start(front, back, at("back", UDP_LOAD), PACE).expect("udp load"),
-            back: UdpLoad::start(back, front, at("front", UDP_LOAD), PACE).expect("udp load"),
-            from_outside: UdpLoad::start(&t.internet, back, at("back", UDP_LOAD + 1), PACE)
-                .expect("udp load"),
-            leak: Leak::start(
-                front,
-                world.addr("front", family),
-                (back, INNER),
-                at("back", DENIED),
-                2 * PACE,
-            )
-            .expect("leak prober"),
-            leak_outside: Leak::start(
-                &t.internet,
-                world.addr("far", family),
-                (back, INNER),
-                at("back", TCP_LOAD),
-                2 * PACE,
-            )
-            .expect("leak prober"),
-        }
-    }
-
-    #[track_caller]
-    fn moves(&self, daemon: &Daemon) {
-        let all = self.tcp.moves(100, OPEN)
-            && self.udp.moves(100, OPEN)
-            && self.back.moves(100, OPEN)
-            && self.from_outside.moves(100, OPEN);
-        assert!(all, "traffic stands still\n{}", daemon.report());
-        self.leak.keep_trying(50, OPEN).expect("attempts");
-        self.leak_outside.keep_trying(50, OPEN).expect("attempts");
-    }
-
-    #[track_caller]
-    fn finish(self, what: &str) {
-        let tcp = self.tcp.finish(OPEN);
-        assert!(tcp.whole(), "{what}: {tcp:?}");
-        for udp in [self.udp.finish(), self.back.finish(), self.from_outside.finish()] {
-            assert_eq!(
-                (udp.lost(), udp.duplicated, udp.changed),
-                (0, 0, 0),
-                "{what}: {udp:?}"
-            );
-        }
-        for leak in [self.leak.finish(), self.leak_outside.finish()] {
-            assert_eq!(leak.leaked, 0, "{what}: {leak:?}");
-        }
-    }
-}
-
-/// Returns one of several policies with the same effect; ports, prefixes and selectors differ, so that port classes,
-/// identities and tables change with each.
-fn policy(n: usize) -> String {
-    let (first, last) = (TCP_LOAD - 1 - (n % 7) as u16, UDP_LOAD + 1 + (n % 5) as u16);
-    let front = if n.is_multiple_of(2) {
-        "matchLabels: {app: front}".to_owned()
-    } else {
-        format!("matchExpressions: [{{key: app, operator: In, values: [front, other{n}]}}]")
-    };
-    format!(
-        "
-apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {{name: loads-{n}}}
-spec:
-  endpointSelector: {{matchLabels: {{app: back}}}}
-  ingress:
-  - fromEndpoints:
-    - {front}
-    toPorts:
-    - ports:
-      - {{port: \"{first}\", endPort: {last}, protocol: ANY}}
-  - fromCIDRSet:
-    - cidr: 198.51.100.0/{}
-      except: [198.51.100.{}/32]
-    - cidr: 2001:db8:f::/{}
-    toPorts:
-    - ports:
-      - {{port: \"{}\", protocol: UDP}}
-  - fromCIDR: [203.0.113.{}/32]
-    toPorts:
-    - ports:
-      - {{port: \"{}\", protocol: TCP}}
----
-apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {{name: front-{n}}}
-spec:
-  endpointSelector: {{matchLabels: {{app: front}}}}
-  egress:
-  - toEntities: [all]
-  egressDeny:
-  - toCIDR: [203.0.113.{}/32]
-  ingress:
-  - fromEndpoints: [{{}}]
-",
-        24 + n % 6,
-        3 + n % 4,
-        48 + n % 16,
-        UDP_LOAD + 1,
-        100 + n % 100,
-        4000 + n,
-        100 + n % 100,
-    )
-}
+use palisade_tests::{
+    CLOSED, OPEN,
+    fixtures::traffic::{DENIED, PACE, Traffic, policy},
+    flows, world,
+};
 
 fn reload_under_load(hooks: Hooks) {
     let world = world();

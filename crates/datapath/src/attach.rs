@@ -45,6 +45,7 @@ impl Datapath {
     /// flow, and the node would be cut off.
     pub fn attach(&self, wanted: &Attachment) -> Result<Attached> {
         let ifindex = wanted.ifindex;
+        self.commit().map_err(Box::new)?;
         let device = find_device(ifindex)?.ok_or(AttachError::NoSuchInterface { ifindex })?;
         let dir = self.link_dir(ifindex);
         let before = attached_points(&dir, &device)?;

@@ -66,21 +66,6 @@ impl Datapath {
             shares: &self.shares,
         }
     }
-
-    /// Copies the flows that have not expired from the conntrack map that [`Self::open`] has replaced by one of another
-    /// size. Programs that were attached before write to the old map until their interface is attached again, so this
-    /// function is called after each attachment.
-    pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
-        if let Some(old) = &self.old_conntrack {
-            let now = crate::monotonic_coarse();
-            for (key, entry) in old.entries()? {
-                if entry.expires > now {
-                    self.conntrack.insert_new(&key, &entry)?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Conntrack<'_> {
@@ -157,8 +142,13 @@ impl Conntrack<'_> {
         }
         // `protect` has also counted flows that already had an entry. The walk of `remove_if` corrects the counts.
         self.remove_if(|_, _| false)?;
-        self.add(counter_slot::CONNTRACK_SEEDED, seeded as u64)?;
+        self.count_seeded(seeded)?;
         Ok(seeded)
+    }
+
+    /// Counts entries that come from the kernel's own tables or from an earlier conntrack table.
+    pub(crate) fn count_seeded(&self, entries: usize) -> Result<(), MapError> {
+        self.add(counter_slot::CONNTRACK_SEEDED, entries as u64)
     }
 
     /// Creates the entry of an intercepted flow that the daemon opens itself, so that the programs forward its packets

@@ -68,6 +68,19 @@ pub enum OpenError {
         /// Type, sizes and flags of the map in the BPF object.
         wanted: String,
     },
+    /// There are maps of a later version.
+    #[error(
+        "{path}: maps of a later version of Palisade ({version}, this program has {}); its programs are attached, and the \
+         last policy stays enforced: start the later version again, or end all enforcement with `palisade stop --detach` \
+         before this version is started",
+        palisade_abi::VERSION
+    )]
+    Newer {
+        /// Directory of the maps.
+        path: PathBuf,
+        /// The later version.
+        version: u32,
+    },
     /// A resized map would not hold the entries of the present map.
     #[error(
         "{map} map of {limit} entries: the map of the running node holds {present} entries, and the new size must not be smaller"
@@ -148,7 +161,7 @@ fn refusal(error: &ProgramError) -> String {
 }
 
 /// Kernel releases on which the programs have been tested (docs/OPERATIONS.md, "Limits").
-const TESTED: &str = "6.1, 6.12, 6.16 and 6.18";
+const TESTED: &str = "6.1, 6.12, 6.16, 6.18 and 7.3";
 
 impl OpenError {
     /// Returns the map whose configured size is too small; `None` if the error has another cause.

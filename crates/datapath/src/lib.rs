@@ -48,6 +48,7 @@ mod shares;
 mod support;
 mod sys;
 mod teardown;
+mod upgrade;
 
 pub use apply::ApplyError;
 pub use capture::{Capture, CapturePrograms};

@@ -23,6 +23,7 @@ use crate::{
     programs::{Program, Programs, VerdictPrograms, load_programs},
     shares::{self, Shares, Sizes},
     sys::bpf::{self, map_type},
+    upgrade::{OldConntrack, Pinned, copy_from_earlier, earlier_flows},
 };
 
 type Result<T> = std::result::Result<T, OpenError>;
@@ -52,9 +53,13 @@ pub struct Datapath {
     pub(crate) workers: RawMap,
     pub(crate) sockets: RawMap,
     pub(crate) listeners: RawMap,
-    /// Pinned conntrack map that [`Datapath::open`] has replaced by one of another size. Programs that were attached
-    /// before write to the old map until their interface is attached again.
-    pub(crate) old_conntrack: Option<Map<CtKey, CtEntry>>,
+    /// Pinned conntrack map of another size or of an earlier version. Programs that were attached before write to it
+    /// until their interface is attached again.
+    pub(crate) old_conntrack: Mutex<Option<OldConntrack>>,
+    /// Whether the directory of the maps is still to be renamed, see [`Datapath::commit`].
+    pub(crate) staged: Mutex<bool>,
+    /// Earlier version whose maps existed at the start.
+    pub(crate) earlier: Option<u32>,
     pub(crate) shares: Shares,
     pub(crate) sizes: Sizes,
     fresh: bool,
@@ -65,14 +70,19 @@ impl Datapath {
     /// Opens the pinned maps or creates them, and loads the programs. Attached programs are not replaced.
     ///
     /// A pinned map with the right layout but another size is replaced by a copy of the new size. Programs that are
-    /// attached use the old map until [`Self::attach`].
+    /// attached use the old map until [`Self::attach`]. Beside maps of an earlier version, new maps are made; see
+    /// [`Self::take_over_flows`] and [`Self::commit`].
     ///
     /// # Errors
     /// [`OpenError`]. Attached programs stay attached.
     pub fn open(options: &Options) -> Result<Self> {
         check_limits(&options.limits)?;
         check_pin_dir(&options.pin_dir)?;
-        let map_dir = version_dir(&options.pin_dir);
+        let Pinned {
+            map_dir,
+            staged,
+            earlier,
+        } = Pinned::find(&options.pin_dir)?;
         make_dir(&map_dir)?;
         lift_memlock();
 
@@ -101,13 +111,23 @@ impl Datapath {
                         resized.push(name.clone());
                     }
                     if name == names::CONNTRACK {
-                        old_conntrack = Some(Map::new(old)?);
+                        old_conntrack = Some(OldConntrack::resized(Map::new(old)?));
                     }
                 }
+            }
+            if staged && let Some(version) = earlier {
+                copy_from_earlier(&options.pin_dir, version, &map)?;
             }
             maps.insert(name.clone(), map);
         }
 
+        // With maps of another size and of an earlier version, no attached program uses the former: the flows of the
+        // latter are older, and a later flow with the same key is never replaced.
+        if let Some(version) = earlier
+            && old_conntrack.is_none()
+        {
+            old_conntrack = earlier_flows(&options.pin_dir, version)?;
+        }
         let programs = load_programs(&map_dir, &maps)?;
         let mut take = |name: &str| {
             maps.remove(name).ok_or_else(|| OpenError::Missing {
@@ -144,7 +164,9 @@ impl Datapath {
             workers: take(names::WORKERS)?,
             sockets: take(names::XSKS)?,
             listeners: take(names::PROXY_LISTENERS)?,
-            old_conntrack,
+            old_conntrack: Mutex::new(old_conntrack),
+            staged: Mutex::new(staged),
+            earlier,
             shares,
             sizes,
             fresh,
@@ -156,8 +178,9 @@ impl Datapath {
         Ok(datapath)
     }
 
-    /// Returns whether no pinned map existed before [`Self::open`]: this version has attached no program before, or
-    /// everything was detached.
+    /// Returns whether no pinned map of this version existed before [`Self::open`]: this version has attached no
+    /// program before, or everything was detached. Programs of an earlier version ([`Self::earlier_version`]) can be
+    /// attached.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         self.fresh
@@ -221,8 +244,10 @@ impl Datapath {
     /// programs to every interface: programs of other versions use those maps.
     ///
     /// # Errors
-    /// [`OpenError::Io`] if a directory cannot be read or removed.
+    /// [`OpenError::Io`] if a directory cannot be read or removed, [`OpenError::Map`] if the last flows of the old
+    /// conntrack table cannot be copied.
     pub fn retire_other_versions(&self) -> Result<()> {
+        self.leave_old_conntrack()?;
         let own = version_dir(&self.pin_dir);
         for dir in version_dirs(&self.pin_dir)? {
             if dir != own {

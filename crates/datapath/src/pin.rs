@@ -21,6 +21,16 @@ pub(crate) fn version_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("v{}", palisade_abi::VERSION))
 }
 
+/// Returns the number of every directory `v<number>` of a pin directory, in ascending order.
+pub(crate) fn versions(pin_dir: &Path) -> Result<Vec<u32>> {
+    let mut found: Vec<u32> = version_dirs(pin_dir)?
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix('v')?.parse().ok())
+        .collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
 /// Returns every directory `v<number>` of a pin directory.
 pub(crate) fn version_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
     let io = |source| OpenError::Io {

@@ -15,6 +15,7 @@ use crate::{
     proxy_link::remove_proxy_links,
     punt_link::remove_punt_link,
     sys::{bpf, clsact, link::Device},
+    upgrade::staging_dir,
 };
 
 type Result<T> = std::result::Result<T, AttachError>;
@@ -137,7 +138,9 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
     }
     note(remove_punt_link(pin_dir));
     note(remove_proxy_links(pin_dir));
-    for dir in version_dirs(pin_dir).map_err(Box::new)? {
+    let mut map_dirs = version_dirs(pin_dir).map_err(Box::new)?;
+    map_dirs.extend(Some(staging_dir(pin_dir)).filter(|dir| dir.exists()));
+    for dir in map_dirs {
         note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
     }
     for dir in [links_dir(pin_dir), pin_dir.to_owned()] {

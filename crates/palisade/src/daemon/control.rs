@@ -523,6 +523,12 @@ impl Control {
         let inventory = self.enforcer.compiler.inventory();
         self.interfaces
             .reconcile(&self.datapath, &self.network, &self.config, inventory);
+        // An interface that could not be attached keeps the programs and maps of the earlier version until then.
+        if !self.interfaces.has_failures()
+            && let Err(problem) = self.datapath.retire_other_versions()
+        {
+            warn!(error = %problem, "maps of another version cannot be removed");
+        }
         self.workers.set_attached(self.interfaces.attached());
         self.netfilter_due = true;
     }

@@ -106,8 +106,23 @@ impl Interfaces {
             // The packets of an existing connection do not show which end opened it, so existing connections are seeded
             // before the programs see the first packet. There is no second seeding while the maps exist: every later
             // connection begins under the policy, and workloads can forge the socket lists from which seeds are made.
-            if datapath.is_fresh() {
-                seed(datapath, config, inventory);
+            // For the same reason the flows of an earlier version are taken over, and if their layout is not known,
+            // only the node's own tables are read.
+            match datapath.take_over_flows() {
+                Ok(Some(flows)) => info!(flows, "flows are taken over"),
+                Ok(None) if datapath.is_fresh() => {
+                    let earlier = datapath.earlier_version();
+                    if let Some(version) = earlier {
+                        warn!(
+                            version,
+                            "flows of an earlier version cannot be read; connections continue if the node's own tables \
+                             have them, or if the policy allows the direction of their next packet"
+                        );
+                    }
+                    seed(datapath, config, inventory, earlier.is_none());
+                }
+                Ok(None) => {}
+                Err(error) => warn!(%error, "flows of an earlier start cannot be taken over"),
             }
         }
         // Workload interfaces come first, because the programs of a NIC do not forward packets that entered by an
@@ -459,13 +474,14 @@ fn hook_text(kind: Option<HookKind>) -> String {
     kind.map_or_else(|| "nothing".to_owned(), hook_name)
 }
 
-/// Makes conntrack entries from the connections of the kernel's own tables.
-fn seed(datapath: &Datapath, config: &Config, inventory: &Inventory) {
+/// Makes conntrack entries from the connections of the kernel's own tables. `workloads`: also from those of the network
+/// namespaces of workloads, which root in a workload can forge.
+fn seed(datapath: &Datapath, config: &Config, inventory: &Inventory, workloads: bool) {
     let mut found = connections(NODE).unwrap_or_else(|problem| {
         warn!(error = %problem, "existing connections of the node are not seeded; their next packet decides");
         Vec::new()
     });
-    for endpoint in &config.endpoints {
+    for endpoint in config.endpoints.iter().filter(|_| workloads) {
         let Some(netns) = &endpoint.netns else { continue };
         let same = |known: &&palisade_model::inventory::Endpoint| {
             (&known.name, &known.namespace) == (&endpoint.name, &endpoint.namespace)

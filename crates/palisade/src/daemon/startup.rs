@@ -126,7 +126,13 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
         info!(maps = datapath.resized().join(", "), "maps are resized");
     }
     let enforcer = Enforcer::new(Compiler::new(&state.state.compiler), &datapath)?;
-    if !datapath.is_fresh() {
+    if let Some(version) = datapath.earlier_version() {
+        info!(
+            from = version,
+            to = palisade_abi::VERSION,
+            "the layout of the maps is upgraded; the programs of the earlier version enforce until they are replaced"
+        );
+    } else if !datapath.is_fresh() {
         info!("found programs of a previous run; they enforce the last policy until the first update");
     }
     Ok(Opened {
@@ -295,12 +301,6 @@ fn attach(control: &mut Control) {
     control.write_netfilter();
     for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
         warn!(%limited, "the MTU of an interface exceeds the longest punted frame");
-    }
-    // The maps of another version are in use until every interface has the programs of this version.
-    if !control.interfaces.has_failures()
-        && let Err(problem) = control.datapath.retire_other_versions()
-    {
-        warn!(error = %problem, "maps of another version cannot be removed");
     }
 }
 
