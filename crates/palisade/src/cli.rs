@@ -172,6 +172,28 @@ Talkers are counted since the command began, or since key r. NO_COLOR=1 turns co
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Print the completion script for a shell. Needs neither daemon nor root.
+    #[command(after_help = "The Debian package installs the scripts for bash, zsh and fish.
+
+Examples:
+  palisade completion bash > /etc/bash_completion.d/palisade
+  palisade completion zsh > /usr/local/share/zsh/site-functions/_palisade
+  palisade completion fish > /etc/fish/completions/palisade.fish")]
+    Completion {
+        /// Shell that reads the script.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of the commands and of the configuration to a folder.
+    #[command(hide = true)]
+    Manual {
+        /// Folder, which must exist.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+        /// Date in the header of the pages.
+        #[arg(long, value_name = "YYYY-MM-DD", default_value = "")]
+        date: String,
+    },
 }
 
 /// `palisade policy`.

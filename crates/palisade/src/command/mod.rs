@@ -6,6 +6,7 @@ mod flows;
 mod inspect;
 mod intercept;
 mod log;
+mod manual;
 mod output;
 mod policy;
 mod recorded;
@@ -62,6 +63,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     let asked = match &cli.command {
         // These commands read the configuration themselves, or need none.
         Command::Run { .. }
+        | Command::Completion { .. }
+        | Command::Manual { .. }
         | Command::Replay(_)
         | Command::Policy(
             PolicyCommand::Validate { .. }
@@ -78,6 +81,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Run { check_config: true } => check_config(&cli.config),
         Command::Run { check_config: false } => service::run(&cli.config),
         Command::Status { wait, output } => service::status(&cli.config, &socket()?, *wait, output.output),
+        Command::Completion { shell } => manual::completion(*shell),
+        Command::Manual { dir, date } => manual::write(dir, date),
         Command::Reload => service::reload(&cli.config, &socket()?),
         Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
         Command::Policy(command) => match command {
