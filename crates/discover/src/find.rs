@@ -1,0 +1,537 @@
+//! Makes endpoints of workloads. What conflicts is left out, so its interface stays closed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use palisade_model::{labels::Labels, rule::Label};
+
+use crate::{
+    label::{check_key, check_value, shown},
+    template::Subject,
+    workload::{Found, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload},
+};
+
+/// Names, interfaces and addresses that belong to the configuration. The values say to what, for messages.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// `namespace/name` of static endpoints and of peers.
+    pub names: BTreeSet<String>,
+    /// Interfaces of the configuration.
+    pub interfaces: BTreeMap<String, String>,
+    /// Addresses of the node and of static endpoints.
+    pub addresses: BTreeMap<IpAddr, String>,
+    /// Prefixes of peers.
+    pub networks: Vec<(IpNet, String)>,
+}
+
+/// Why a workload is no endpoint. Its interfaces stay closed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Source of the workload: `netns:web`.
+    pub source: String,
+    /// Description.
+    pub message: String,
+    /// Whether the workload is only incomplete, for example without an address, which is normal while it starts.
+    pub is_pending: bool,
+}
+
+/// Result of [`find`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Endpoints, by `namespace/name`.
+    pub found: BTreeMap<String, Found>,
+    /// Workloads that are no endpoints.
+    pub problems: BTreeSet<Problem>,
+}
+
+/// Returns the endpoints that result from `workloads`, at most `limit`.
+///
+/// `before` is the previous result. An endpoint in it keeps its name, interface and addresses against a workload that
+/// claims them later; otherwise a new workload could take the address, and so the identity, of a running one. Among
+/// the others the order of the rules counts, then that of the names. The configuration (`taken`) always wins.
+#[must_use]
+pub fn find(
+    rules: &[Rule],
+    workloads: &[Workload],
+    taken: &Taken,
+    before: &BTreeMap<String, Found>,
+    limit: usize,
+) -> Outcome {
+    let mut outcome = Outcome::default();
+    let mut claims = Vec::new();
+    for workload in workloads {
+        let Some(rule) = rules.get(workload.rule) else { continue };
+        match claims_of(rule, workload) {
+            Ok(of_workload) => claims.extend(of_workload.into_iter().map(|found| (workload.rule, found))),
+            Err((message, is_pending)) => {
+                outcome.problems.insert(Problem {
+                    source: source(rule, workload),
+                    message,
+                    is_pending,
+                });
+            }
+        }
+    }
+    let holds = |found: &Found| {
+        before
+            .get(&found.qualified_name())
+            .is_some_and(|known| known.is_same_run(found))
+    };
+    claims.sort_by(|(a_rule, a), (b_rule, b)| {
+        let key = |rule: &usize, found: &Found| (!holds(found), *rule, found.qualified_name(), found.ifindex);
+        key(a_rule, a).cmp(&key(b_rule, b))
+    });
+    let mut interfaces: BTreeMap<String, String> = BTreeMap::new();
+    let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
+    for (_, found) in claims {
+        let name = found.qualified_name();
+        let conflict = conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses).or_else(|| {
+            (outcome.found.len() >= limit)
+                .then(|| format!("there are {limit} endpoints of this kind already: raise [limits] discovered"))
+        });
+        if let Some(message) = conflict {
+            outcome.problems.insert(Problem {
+                source: found.source(),
+                message: format!("{message}; {} stays denied", found.interface),
+                is_pending: false,
+            });
+            continue;
+        }
+        let by = format!("{name} ({})", found.source());
+        interfaces.insert(found.interface.clone(), by.clone());
+        addresses.extend(found.addresses.iter().map(|address| (*address, by.clone())));
+        outcome.found.insert(name, found);
+    }
+    outcome
+}
+
+fn conflict(
+    found: &Found,
+    name: &str,
+    taken: &Taken,
+    accepted: &BTreeMap<String, Found>,
+    interfaces: &BTreeMap<String, String>,
+    addresses: &BTreeMap<IpAddr, String>,
+) -> Option<String> {
+    if taken.names.contains(name) {
+        return Some(format!("the configuration has another {name}"));
+    }
+    if let Some(other) = accepted.get(name) {
+        return Some(format!("the name {name} belongs to {} already", other.source()));
+    }
+    let of = |map: &BTreeMap<String, String>| map.get(&found.interface).cloned();
+    if let Some(other) = of(&taken.interfaces).or_else(|| of(interfaces)) {
+        return Some(format!("interface {} belongs to {other} already", found.interface));
+    }
+    found.addresses.iter().find_map(|address| {
+        let network = || {
+            let networks = taken.networks.iter();
+            networks
+                .filter(|(network, _)| network.contains(address))
+                .map(|(_, by)| by)
+                .next()
+        };
+        let other = taken
+            .addresses
+            .get(address)
+            .or_else(|| addresses.get(address))
+            .or_else(network)?;
+        Some(format!("address {address} belongs to {other} already"))
+    })
+}
+
+fn source(rule: &Rule, workload: &Workload) -> String {
+    let id = workload.container.as_deref().unwrap_or(&workload.name);
+    let id = match rule.kind {
+        "netns" => shown(id),
+        _ => shown(id.get(..12).unwrap_or(id)),
+    };
+    format!("{}:{id}", rule.kind)
+}
+
+/// Returns the endpoints of one workload: one for each interface that leads to it. The error says why there is none,
+/// and whether that is normal while a workload starts.
+fn claims_of(rule: &Rule, workload: &Workload) -> Result<Vec<Found>, (String, bool)> {
+    if let Some(problem) = &workload.problem {
+        return Err((problem.clone(), false));
+    }
+    let refused = |message: String| (message, false);
+    let pattern = rule.names.iter().find_map(|names| names.captures(&workload.name));
+    let stars = pattern.ok_or_else(|| refused("no pattern of names matches".to_owned()))?;
+    let subject = Subject {
+        name: &workload.name,
+        id: workload.container.as_deref(),
+        image: workload.image.as_deref(),
+        stars: &stars,
+        labels: &workload.labels,
+    };
+    let name = rule
+        .name
+        .render(&subject)
+        .ok_or_else(|| refused("the container lacks a label that its name is made of".to_owned()))?;
+    if !is_name(&name) {
+        return Err(refused(format!(
+            "'{}' cannot be a name: letters, digits, '-', '_' and '.', at most 253 of them",
+            shown(&name)
+        )));
+    }
+    let labels = labels(rule, workload, &subject).map_err(refused)?;
+    let (inside, outside): (Vec<&Link>, Vec<&Link>) = workload.links.iter().partition(|link| {
+        rule.interfaces
+            .iter()
+            .any(|pattern| pattern.matches(&link.interface))
+    });
+    if let Some(link) = outside.first() {
+        let patterns: Vec<String> = rule.interfaces.iter().map(ToString::to_string).collect();
+        return Err(refused(format!(
+            "interface {} is not among interfaces = [{}]: what it sends before the workload is found would pass; rename it \
+             or add it there",
+            link.interface,
+            patterns.join(", ")
+        )));
+    }
+    if inside.is_empty() {
+        return Err(("no interface of the node leads to it".to_owned(), true));
+    }
+    let mut links = inside;
+    links.sort_by_key(|link| link.inner);
+    let mut found = Vec::new();
+    for (n, link) in links.iter().enumerate() {
+        let addresses = addresses(rule, workload, link, links.len() == 1).map_err(refused)?;
+        if addresses.is_empty() {
+            continue;
+        }
+        let name = match n {
+            0 => name.clone(),
+            _ => format!("{name}.if{}", link.inner),
+        };
+        found.push(Found {
+            name,
+            namespace: rule.namespace.clone(),
+            interface: link.interface.clone(),
+            ifindex: link.ifindex,
+            addresses,
+            labels: labels.clone(),
+            kind: rule.kind.to_owned(),
+            id: workload
+                .container
+                .clone()
+                .unwrap_or_else(|| workload.name.clone()),
+            netns: workload.netns,
+        });
+    }
+    if found.is_empty() {
+        let of = if rule.addresses.is_empty() {
+            ""
+        } else {
+            " in `addresses` of its [[discover]]"
+        };
+        return Err((format!("it has no address{of} yet"), true));
+    }
+    Ok(found)
+}
+
+fn labels(rule: &Rule, workload: &Workload, subject: &Subject<'_>) -> Result<Labels, String> {
+    let mut all = rule.namespace_labels.clone();
+    let own = workload
+        .labels
+        .iter()
+        .filter(|(key, _)| rule.container_labels.iter().any(|keys| keys.matches(key)));
+    for (n, (key, value)) in own.enumerate() {
+        if n >= MAX_LABELS {
+            return Err(format!(
+                "it has more than {MAX_LABELS} labels that container_labels matches"
+            ));
+        }
+        check_key(key)?;
+        check_value(value)?;
+        // The source is fixed, so a container cannot give itself labels of another source.
+        all.push(Label {
+            source: "container".to_owned(),
+            key: key.clone(),
+            value: value.clone(),
+        });
+    }
+    for label in &rule.labels {
+        let Some(value) = label.value.render(subject) else { continue };
+        check_value(&value).map_err(|problem| format!("label {}: {problem}", label.key))?;
+        all.push(Label {
+            source: label.source.clone(),
+            key: label.key.clone(),
+            value,
+        });
+    }
+    Ok(Labels::new(all))
+}
+
+/// Returns the addresses of the endpoint at one link.
+fn addresses(rule: &Rule, workload: &Workload, link: &Link, is_only: bool) -> Result<Vec<IpAddr>, String> {
+    let reported = match &workload.addresses {
+        None => link.addresses.clone(),
+        Some(reported) if is_only => reported.clone(),
+        Some(reported) => reported
+            .iter()
+            .copied()
+            .filter(|address| link.addresses.contains(address))
+            .collect(),
+    };
+    let fits = |address: &IpAddr| {
+        is_unicast(address)
+            && (rule.addresses.is_empty() || rule.addresses.iter().any(|prefix| prefix.contains(address)))
+    };
+    let unique: BTreeSet<IpAddr> = reported
+        .iter()
+        .map(IpAddr::to_canonical)
+        .filter(|address| fits(address))
+        .collect();
+    if unique.len() > MAX_ADDRESSES {
+        return Err(format!(
+            "it has {} addresses, at most {MAX_ADDRESSES} are possible",
+            unique.len()
+        ));
+    }
+    Ok(unique.into_iter().collect())
+}
+
+/// Returns whether an address can identify one workload: it is neither a loopback, link-local, unspecified, multicast
+/// nor broadcast address.
+fn is_unicast(address: &IpAddr) -> bool {
+    let is_link_local = match address {
+        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    !is_link_local && !address.is_loopback() && !address.is_unspecified() && !address.is_multicast()
+}
+
+/// Returns whether a text can be a name in `namespace/name`.
+fn is_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=253).contains(&name.len()) && name.chars().all(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{InterfacePattern, LabelTemplate, Template, Wildcard};
+
+    fn rule(kind: &'static str, name: &str) -> Rule {
+        let is_container = kind != "netns";
+        Rule {
+            kind,
+            names: vec![Wildcard::parse("*").unwrap()],
+            interfaces: vec![InterfacePattern::parse("veth*").unwrap()],
+            name: Template::parse(name, 1, is_container).unwrap(),
+            namespace: "default".to_owned(),
+            namespace_labels: Vec::new(),
+            labels: vec![LabelTemplate {
+                source: "k8s".to_owned(),
+                key: "app".to_owned(),
+                value: Template::parse("{name}", 1, is_container).unwrap(),
+            }],
+            container_labels: vec![Wildcard::parse("*").unwrap()],
+            addresses: vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
+        }
+    }
+
+    fn workload(name: &str, ifindex: u32, addresses: &[&str]) -> Workload {
+        Workload {
+            name: name.to_owned(),
+            netns: u64::from(ifindex),
+            links: vec![Link {
+                interface: format!("veth{ifindex}"),
+                ifindex,
+                inner: 2,
+                addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            }],
+            ..Workload::default()
+        }
+    }
+
+    fn run(rules: &[Rule], workloads: &[Workload], before: &Outcome) -> Outcome {
+        find(rules, workloads, &Taken::default(), &before.found, 100)
+    }
+
+    fn message(outcome: &Outcome) -> String {
+        let all: Vec<&str> = outcome.problems.iter().map(|p| p.message.as_str()).collect();
+        all.join("\n")
+    }
+
+    #[test]
+    fn a_namespace_becomes_an_endpoint_with_mapped_labels() {
+        let web = workload("web", 7, &["10.0.0.2", "fe80::1", "192.0.2.1", "::ffff:10.0.0.3", "fd00::2"]);
+        let outcome = run(&[rule("netns", "{name}-x")], &[web], &Outcome::default());
+        let found = &outcome.found["default/web-x"];
+        assert_eq!(found.labels.to_string(), "k8s:app=web");
+        assert_eq!((found.interface.as_str(), found.ifindex), ("veth7", 7));
+        let addresses: Vec<String> = found.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["10.0.0.2", "10.0.0.3", "fd00::2"]);
+        assert_eq!(found.source(), "netns:web");
+        assert!(outcome.problems.is_empty());
+    }
+
+    #[test]
+    fn a_running_workload_keeps_its_address_against_a_later_one() {
+        let rules = [rule("netns", "{name}")];
+        let old = workload("zzz", 7, &["10.0.0.2"]);
+        let before = run(&rules, std::slice::from_ref(&old), &Outcome::default());
+        let thief = workload("aaa", 8, &["10.0.0.3", "10.0.0.2"]);
+        let outcome = run(&rules, &[thief.clone(), old], &before);
+        assert_eq!(outcome.found, before.found);
+        assert!(
+            message(&outcome).contains("10.0.0.2 belongs to default/zzz (netns:zzz) already; veth8 stays denied")
+        );
+        // Once the holder is gone, the address is free.
+        let outcome = run(&rules, &[thief], &outcome);
+        assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/aaa"]);
+    }
+
+    #[test]
+    fn another_run_under_the_same_name_does_not_hold_the_address() {
+        let rules = [rule("netns", "{name}")];
+        let before = run(&rules, &[workload("web", 7, &["10.0.0.2"])], &Outcome::default());
+        let again = run(&rules, &[workload("web", 9, &["10.0.0.2"])], &before);
+        assert!(!again.found["default/web"].is_same_run(&before.found["default/web"]));
+    }
+
+    #[test]
+    fn the_configuration_wins_against_workloads() {
+        let taken = Taken {
+            names: ["default/a".to_owned()].into(),
+            interfaces: [("veth2".to_owned(), "endpoint x".to_owned())].into(),
+            addresses: [("10.0.0.3".parse().unwrap(), "the node".to_owned())].into(),
+            networks: vec![("10.9.0.0/16".parse().unwrap(), "peer db".to_owned())],
+        };
+        let workloads = [
+            workload("a", 1, &["10.0.0.1"]),
+            workload("b", 2, &["10.0.0.2"]),
+            workload("c", 3, &["10.0.0.3"]),
+            workload("d", 4, &["10.9.0.4"]),
+            workload("e", 5, &["10.0.0.5"]),
+        ];
+        let rules = [rule("netns", "{name}")];
+        let free = run(&rules, &workloads, &Outcome::default());
+        assert_eq!(free.found.len(), 5);
+        // Even if they were there before.
+        let outcome = find(&rules, &workloads, &taken, &free.found, 100);
+        assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/e"]);
+        for part in ["another default/a", "veth2 belongs to endpoint x", "the node", "peer db"] {
+            assert!(message(&outcome).contains(part), "{part}: {outcome:?}");
+        }
+    }
+
+    #[test]
+    fn labels_of_a_container_have_the_source_container_whatever_their_key() {
+        let mut web = workload("web", 7, &["10.0.0.2"]);
+        web.container = Some("0123456789abcdef".to_owned());
+        web.labels = [("k8s/app", "db"), ("host", "")]
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .into();
+        let rules = [rule("docker", "{name}")];
+        let outcome = run(&rules, &[web.clone()], &Outcome::default());
+        let found = &outcome.found["default/web"];
+        assert_eq!(
+            found.labels.to_string(),
+            "container:host,container:k8s/app=db,k8s:app=web"
+        );
+        assert_eq!(found.source(), "docker:0123456789ab");
+        for (key, value) in [
+            ("reserved:host", ""),
+            ("app", "x,k8s:role=admin"),
+            ("a=b", "c"),
+            ("", "x"),
+        ] {
+            web.labels = [(key.to_owned(), value.to_owned())].into();
+            let outcome = run(&rules, &[web.clone()], &Outcome::default());
+            assert!(outcome.found.is_empty(), "{key}={value}");
+            assert!(message(&outcome).contains("of a label"), "{outcome:?}");
+        }
+        web.labels = (0..=MAX_LABELS).map(|n| (format!("l{n}"), String::new())).collect();
+        let outcome = run(&rules, &[web], &Outcome::default());
+        assert!(message(&outcome).contains("more than 64 labels"));
+    }
+
+    #[test]
+    fn a_workload_without_interface_or_address_is_pending() {
+        let rules = [rule("netns", "{name}")];
+        let mut bare = workload("bare", 7, &["fe80::1", "127.0.0.1"]);
+        let pending = |workload: &Workload| {
+            let outcome = run(&rules, std::slice::from_ref(workload), &Outcome::default());
+            outcome.problems.iter().all(|p| p.is_pending) && outcome.problems.len() == 1
+        };
+        assert!(pending(&bare));
+        bare.links.clear();
+        assert!(pending(&bare));
+        bare.links = workload("x", 1, &["10.0.0.1"]).links;
+        bare.links[0].interface = "eth9".to_owned();
+        let outcome = run(&rules, &[bare], &Outcome::default());
+        assert!(message(&outcome).contains("interfaces = [veth*]"));
+    }
+
+    #[test]
+    fn each_further_interface_is_an_endpoint_of_its_own() {
+        let mut web = workload("web", 7, &["10.0.0.2"]);
+        web.links.push(Link {
+            interface: "veth3".to_owned(),
+            ifindex: 3,
+            inner: 5,
+            addresses: vec!["10.1.0.2".parse().unwrap()],
+        });
+        web.addresses = Some(vec!["10.1.0.2".parse().unwrap(), "10.0.0.2".parse().unwrap()]);
+        let outcome = run(&[rule("docker", "{name}")], &[web], &Outcome::default());
+        let found: Vec<(&str, &str)> = outcome
+            .found
+            .iter()
+            .map(|(name, found)| (name.as_str(), found.interface.as_str()))
+            .collect();
+        assert_eq!(found, [("default/web", "veth7"), ("default/web.if5", "veth3")]);
+        assert_eq!(outcome.found["default/web"].addresses.len(), 1);
+    }
+
+    #[test]
+    fn the_number_of_endpoints_is_limited_and_those_that_run_stay() {
+        let rules = [rule("netns", "{name}")];
+        let of = |n: u32| workload(&format!("w{n}"), n, &[&format!("10.0.{}.{}", n / 256, n % 256)]);
+        let some: Vec<_> = (50..60).map(of).collect();
+        let before = find(&rules, &some, &Taken::default(), &BTreeMap::new(), 10);
+        let all: Vec<_> = (1..=10_000).map(of).collect();
+        let outcome = find(&rules, &all, &Taken::default(), &before.found, 10);
+        assert_eq!(outcome.found, before.found);
+        assert!(message(&outcome).contains("raise [limits] discovered"));
+    }
+
+    fn any_workload() -> impl Strategy<Value = Workload> {
+        (0..3_usize, "[ab.:]{1,3}", 1..5_u32, 1..5_u8).prop_map(|(rule, name, ifindex, address)| Workload {
+            rule,
+            ..workload(&name, ifindex, &[&format!("10.0.0.{address}")])
+        })
+    }
+
+    proptest! {
+        /// Whatever sources report: no name, interface or address belongs to two endpoints, and an endpoint that is
+        /// still reported unchanged is never lost to another one.
+        #[test]
+        fn nothing_belongs_to_two_endpoints(
+            first in prop::collection::vec(any_workload(), 0..6),
+            second in prop::collection::vec(any_workload(), 0..6),
+        ) {
+            let rules = [rule("netns", "{name}"), rule("docker", "x{1}")];
+            let before = run(&rules, &first, &Outcome::default());
+            let mut all = second;
+            all.extend(first);
+            let outcome = run(&rules, &all, &before);
+            let interfaces: BTreeSet<&str> = outcome.found.values().map(|f| f.interface.as_str()).collect();
+            let addresses: BTreeSet<IpAddr> = outcome.found.values().flat_map(|f| f.addresses.clone()).collect();
+            prop_assert_eq!(interfaces.len(), outcome.found.len());
+            prop_assert_eq!(addresses.len(), outcome.found.len());
+            for (name, found) in &before.found {
+                let now = outcome.found.get(name);
+                prop_assert!(now.is_some_and(|now| now.ifindex == found.ifindex), "{name}");
+            }
+        }
+    }
+}

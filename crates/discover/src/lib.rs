@@ -1,0 +1,24 @@
+//! Workloads that are found without an `[[endpoint]]` of the configuration: what sources report (named network
+//! namespaces, Docker, CNI) becomes endpoints with labels. No I/O: the daemon reads the sources and the interfaces.
+//!
+//! ```text
+//! /run/netns, Docker, CNI ──> Workload ─ find ─ Rule (mapping), Taken (configuration) ──> Found, Problem
+//! ```
+//!
+//! Start at [`find`]. [`Wildcard`], [`InterfacePattern`] and [`Template`] are options of `[[discover]]`.
+
+#![forbid(unsafe_code)]
+
+mod find;
+mod interface_pattern;
+mod label;
+mod template;
+mod wildcard;
+mod workload;
+
+pub use find::{Outcome, Problem, Taken, find};
+pub use interface_pattern::InterfacePattern;
+pub use label::{MAX_KEY_BYTES, MAX_VALUE_BYTES, check_key, check_value};
+pub use template::{Subject, Template};
+pub use wildcard::Wildcard;
+pub use workload::{Found, LabelTemplate, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload};
