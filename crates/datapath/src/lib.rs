@@ -60,7 +60,7 @@ pub use error::OpenError;
 pub use events::EventReader;
 pub use hook::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode};
 pub use maps::MapError;
-pub use netfilter::{Netfilter, NetfilterError, Rules};
+pub use netfilter::{NamePattern, Netfilter, NetfilterError, Rules};
 #[cfg(feature = "bench-object")]
 pub use object::BENCH_OBJECT;
 pub use object::{CAPTURE_OBJECT, OBJECT};

@@ -34,6 +34,7 @@ const LONGEST_NOTE: usize = 120;
 /// Comments of rules.
 const DISCOVERY: &str = "neighbour discovery";
 const UNGUARDED: &str = "219: configured and not guarded";
+const UNFOUND: &str = "219: an interface of a workload that is not found";
 
 const UNGUARDED_IN: &str = "unguarded_in";
 const UNGUARDED_OUT: &str = "unguarded_out";
@@ -63,6 +64,10 @@ pub struct Rules {
     /// Names of configured interfaces. Packets of such an interface, except neighbour discovery, are dropped unless its
     /// index is in `enforced`.
     pub names: BTreeSet<String>,
+    /// Names of interfaces that belong to workloads, whether these are known or not. Packets of such an interface,
+    /// except neighbour discovery, are dropped unless its index is in `enforced`, also if they entered by an interface
+    /// with programs.
+    pub patterns: BTreeSet<NamePattern>,
     /// Addresses of workloads: the node accepts a packet with such a source only from an interface in `workloads` or
     /// from the loopback.
     pub endpoints: BTreeSet<IpAddr>,
@@ -82,16 +87,39 @@ pub struct Rules {
     pub has_bridge: bool,
 }
 
+/// Names of interfaces: one name, or all with the same beginning.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum NamePattern {
+    /// This name.
+    Name(String),
+    /// Every name with this beginning.
+    Prefix(String),
+}
+
+impl NamePattern {
+    /// Returns the expression that compares the loaded name. The kernel pads names with zero bytes, and a comparison
+    /// that is shorter than the register compares its beginning.
+    fn expression(&self) -> Expression {
+        let mut bytes = match self {
+            Self::Name(text) | Self::Prefix(text) => text.as_bytes().to_vec(),
+        };
+        if matches!(self, Self::Name(_)) {
+            bytes.push(0);
+        }
+        Expression::Compare(Comparison::Equal, bytes)
+    }
+}
+
 impl Rules {
     /// Returns whether no table is needed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.names.is_empty() && self.endpoints.is_empty() && !self.is_enforced
+        self.names.is_empty() && self.patterns.is_empty() && self.endpoints.is_empty() && !self.is_enforced
     }
 
     /// Returns whether the table has a chain for forwarded packets.
     fn closes_forwarding(&self) -> bool {
-        self.forwards && !self.endpoints.is_empty()
+        self.forwards && !(self.endpoints.is_empty() && self.patterns.is_empty())
     }
 }
 
@@ -455,7 +483,7 @@ fn steps(
             bridge.chain(chain, hook, priority),
         );
     }
-    for (chain, expressions, note) in bridge_rules() {
+    for (chain, expressions, note) in bridge_rules(&rules.patterns) {
         add(
             Part::Bridge,
             "a rule of bridges",
@@ -523,7 +551,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
             "219: an address of a workload by an interface that is not guarded",
         );
     }
-    for (chain, expressions, note) in unguarded_rules(rules.closes_forwarding()) {
+    for (chain, expressions, note) in unguarded_rules(&rules.patterns, rules.closes_forwarding()) {
         all.push((Part::Base, chain, expressions, note));
     }
     if !rules.is_enforced {
@@ -602,7 +630,7 @@ fn inet_rules(rules: &Rules) -> Vec<(Part, &'static str, Vec<Expression>, &'stat
 
 /// Returns rules that drop the frames of a bridge which enter or leave by a port that is a configured interface without
 /// programs.
-fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
+fn bridge_rules(patterns: &BTreeSet<NamePattern>) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Count, Drop, In, Meta as Of};
     let mut all = Vec::new();
     for (chain, index, name, counter) in [
@@ -611,6 +639,13 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     ] {
         all.push((chain, vec![Of(index), In(ENFORCED), Accept], ""));
         all.push((chain, vec![Of(name), In(NAMES), Count(counter), Drop], UNGUARDED));
+        for pattern in patterns {
+            all.push((
+                chain,
+                vec![Of(name), pattern.expression(), Count(counter), Drop],
+                UNFOUND,
+            ));
+        }
     }
     all
 }
@@ -618,7 +653,10 @@ fn bridge_rules() -> Vec<(&'static str, Vec<Expression>, &'static str)> {
 /// Returns rules that drop packets which enter or leave by a configured interface without programs: packets that the
 /// node receives or sends and, with `forwards`, packets that it forwards. For a packet that enters by an interface with
 /// programs, the programs check the output interface (`xdp/src/link.rs`), so such a packet costs one lookup here.
-fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
+fn unguarded_rules(
+    patterns: &BTreeSet<NamePattern>,
+    forwards: bool,
+) -> Vec<(&'static str, Vec<Expression>, &'static str)> {
     use Expression::{Accept, Compare, Count, Drop, In, Meta as Of, Network, NotIn, Transport};
     // These rules accept neighbour solicitations and advertisements with hop limit 255, which no router has forwarded
     // (RFC 4861, section 7.1). Without the rules, the first packets of a new interface would wait a second for the next
@@ -649,6 +687,16 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
         expressions.push(Accept);
         expressions
     };
+    let unfound = |index: Meta, name: Meta, counter: &'static str, pattern: &NamePattern| {
+        vec![
+            Of(index),
+            NotIn(ENFORCED),
+            Of(name),
+            pattern.expression(),
+            Count(counter),
+            Drop,
+        ]
+    };
     let unguarded = |index: Meta, name: Meta, counter: &'static str| {
         vec![
             Of(index),
@@ -673,7 +721,19 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
             UNGUARDED,
         ),
     ];
+    for pattern in patterns {
+        let enters = unfound(Meta::InIndex, Meta::InName, UNGUARDED_IN, pattern);
+        let leaves = unfound(Meta::OutIndex, Meta::OutName, UNGUARDED_OUT, pattern);
+        all.push(("input", enters, UNFOUND));
+        all.push(("output", leaves, UNFOUND));
+    }
     if forwards {
+        // These rules come before the one that accepts what entered by an interface with programs, because the programs
+        // do not know the addresses behind an interface of a workload that is not found.
+        for pattern in patterns {
+            let leaves = unfound(Meta::OutIndex, Meta::OutName, UNGUARDED_OUT, pattern);
+            all.push(("forward", leaves, UNFOUND));
+        }
         all.extend([
             ("forward", vec![Of(Meta::InIndex), In(ENFORCED), Accept], ""),
             (
@@ -687,6 +747,10 @@ fn unguarded_rules(forwards: bool) -> Vec<(&'static str, Vec<Expression>, &'stat
                 UNGUARDED,
             ),
         ]);
+        for pattern in patterns {
+            let enters = unfound(Meta::InIndex, Meta::InName, UNGUARDED_IN, pattern);
+            all.push(("forward", enters, UNFOUND));
+        }
     }
     all
 }

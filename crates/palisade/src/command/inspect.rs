@@ -184,6 +184,7 @@ pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
         "IPv4",
         "STATUS",
         "NAME",
+        "SOURCE",
     ]);
     for endpoint in endpoints {
         let (v6, v4): (Vec<_>, Vec<_>) = endpoint
@@ -200,6 +201,7 @@ pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
             lines(&v4),
             endpoint.state.clone(),
             endpoint.name.clone(),
+            endpoint.source.clone(),
         ]);
     }
     table
@@ -213,6 +215,7 @@ pub(super) fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow:
     show(&answer, output, |endpoint, out| {
         writeln!(out, "Endpoint:    {}", endpoint.id)?;
         writeln!(out, "Name:        {}", endpoint.name)?;
+        writeln!(out, "Source:      {}", endpoint.source)?;
         writeln!(out, "Status:      {}", endpoint.state)?;
         writeln!(
             out,

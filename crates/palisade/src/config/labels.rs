@@ -68,25 +68,32 @@ pub(super) fn namespace_of(section: &Section<'_, '_>) -> Option<String> {
 pub(super) fn own_labels(section: &Section<'_, '_>) -> Vec<Label> {
     let mut list = Vec::new();
     for (name, value) in section.strings("labels") {
-        let label = labels::parse_label(&format!("{}={}", name.value, value.value));
-        if name.value.is_empty() || label.key.is_empty() || name.value.contains(['=', ' ']) {
-            section.error_at(
-                name.offset,
-                format!("'{}' cannot be the key of a label", name.value),
-            );
-        } else if RESERVED_SOURCES.contains(&label.source.as_str()) {
-            section.error_at(
-                name.offset,
-                format!(
-                    "labels of source '{}' are given by Palisade and cannot be configured",
-                    label.source
-                ),
-            );
-        } else {
-            list.push(label);
-        }
+        list.extend(label(section, &name, &value));
     }
     list
+}
+
+/// Returns one label of a section; `None` after an error.
+pub(super) fn label(section: &Section<'_, '_>, name: &At<String>, value: &At<String>) -> Option<Label> {
+    let label = labels::parse_label(&format!("{}={}", name.value, value.value));
+    if name.value.is_empty() || label.key.is_empty() || name.value.contains(['=', ' ']) {
+        section.error_at(
+            name.offset,
+            format!("'{}' cannot be the key of a label", name.value),
+        );
+        return None;
+    }
+    if RESERVED_SOURCES.contains(&label.source.as_str()) {
+        section.error_at(
+            name.offset,
+            format!(
+                "labels of source '{}' are given by Palisade and cannot be configured",
+                label.source
+            ),
+        );
+        return None;
+    }
+    Some(label)
 }
 
 /// Returns the labels that an endpoint has from its namespace.

@@ -1,5 +1,6 @@
 //! The configuration: `/etc/palisade/palisade.toml`.
 
+mod discover;
 mod export;
 mod hubble;
 mod labels;
@@ -15,6 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use discover::{Discover, Source as DiscoverSource};
 pub(crate) use hubble::Hubble;
 pub(crate) use limit_option::{limit_hint, with_option};
 pub(crate) use metrics::{CertificateFiles, Metrics};
@@ -96,7 +98,7 @@ impl Config {
 /// Returns every option that the configuration has, as `section.option`.
 #[cfg(test)]
 pub(crate) fn option_names() -> std::collections::BTreeSet<String> {
-    let text = "[[namespace]]\n[[interface]]\n[[endpoint]]\n[[peer]]\n[[export]]\n";
+    let text = "[[namespace]]\n[[interface]]\n[[endpoint]]\n[[peer]]\n[[discover]]\n[[export]]\n";
     let reader = Reader::new("p.toml", text);
     let (table, _) = DeTable::parse_recoverable(text);
     read(Path::new("p.toml"), &reader, table.get_ref());

@@ -65,6 +65,8 @@ pub(crate) struct Config {
     pub endpoints: Vec<Endpoint>,
     /// `[[peer]]`.
     pub peers: Vec<Peer>,
+    /// `[[discover]]`.
+    pub discover: Vec<super::Discover>,
     /// `[[export]]`.
     pub exports: Vec<Export>,
 }
@@ -131,6 +133,8 @@ pub(crate) struct Limits {
     pub events_per_second: u32,
     /// Flows kept for `observe`.
     pub flows: u32,
+    /// Endpoints that are found.
+    pub discovered: u32,
 }
 
 /// `[timeouts]`: lifetimes of conntrack entries and intervals.
@@ -287,6 +291,15 @@ pub(crate) struct Attachment {
     pub xdp_mode: XdpMode,
     /// Kind of tc attachment.
     pub tc: TcHook,
+}
+
+impl Attachment {
+    /// The attachment without options.
+    pub(crate) const AUTO: Self = Self {
+        ingress: IngressHook::Auto,
+        xdp_mode: XdpMode::Native,
+        tc: TcHook::Auto,
+    };
 }
 
 /// Hook at ingress.

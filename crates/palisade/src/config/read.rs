@@ -56,6 +56,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         interfaces: Vec::new(),
         endpoints: Vec::new(),
         peers: Vec::new(),
+        discover: Vec::new(),
         exports: Vec::new(),
     };
     let namespaces = namespaces(root.tables("namespace"));
@@ -87,6 +88,16 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     for section in root.tables("peer") {
         config.peers.extend(peer(section, &namespaces, &mut taken));
     }
+    let links = ["0", "1", "pi", "pe"].map(|end| format!("{}{end}", config.worker.interface));
+    let links = links
+        .into_iter()
+        .map(|name| (name, "a link of Palisade's own".to_owned()));
+    let nics = config
+        .interfaces
+        .iter()
+        .map(|interface| (interface.name.clone(), "an [[interface]]".to_owned()));
+    let reserved: Vec<(String, String)> = nics.chain(links).collect();
+    config.discover = super::discover::read(root.tables("discover"), &namespaces, &reserved);
     config.exports = super::export::read(root.tables("export"), reader);
     root.finish();
     config
@@ -196,6 +207,9 @@ fn policy(section: Section<'_, '_>, config: &Path) -> Policy {
     policy
 }
 
+/// Maximum of `[limits] discovered`: endpoint numbers have 16 bits.
+const MAX_DISCOVERED: u64 = 60_000;
+
 fn limits(section: Section<'_, '_>) -> Limits {
     let entries = |key, default: u32, least: u64| {
         let asked = section.integer(key, least..(1 << 27));
@@ -210,6 +224,10 @@ fn limits(section: Section<'_, '_>) -> Limits {
         fragments: entries("fragments", 8_192, 16),
         events_per_second: entries("events_per_second", 1_000, 1),
         flows: entries("flows", 16_384, 16),
+        discovered: section
+            .integer("discovered", 1..MAX_DISCOVERED + 1)
+            .and_then(|n| u32::try_from(n).ok())
+            .unwrap_or(4_096),
     };
     section.finish();
     limits

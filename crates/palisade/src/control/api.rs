@@ -639,6 +639,9 @@ pub(crate) struct Endpoint {
     pub policies: Vec<String>,
     /// `ready`, or what the endpoint waits for.
     pub state: String,
+    /// Where the endpoint comes from: `config`, or what it was found by, `netns:NAME`.
+    #[serde(default)]
+    pub source: String,
     /// Options by name.
     pub options: BTreeMap<String, bool>,
 }

@@ -22,6 +22,7 @@ use signal_hook::consts::SIGHUP;
 use tracing::{debug, error, info, warn};
 
 use super::{
+    discover::Discovery,
     enforcer::{Enforcer, endpoint_names, inventory},
     export::Exports,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
@@ -61,6 +62,7 @@ pub(super) struct Control {
     pub(super) files: PolicyFiles,
     pub(super) interfaces: Interfaces,
     pub(super) network: Network,
+    pub(super) discovery: Discovery,
     pub(super) netfilter: netfilter::Keeper,
     /// Whether this node translates addresses.
     pub(super) translates: bool,
@@ -135,6 +137,7 @@ impl Control {
             match message {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Network(network) => self.network_changed(network),
+                Message::Workloads(report) => self.workloads_reported(report),
                 Message::Netfilter(change) => {
                     if change.touched || change.may_be_touched {
                         self.netfilter.was_touched(change.touched);
@@ -393,6 +396,8 @@ impl Control {
             return;
         }
         if addresses {
+            // An address that the node has now can be that of a workload.
+            self.drop_workloads();
             if let Err(problem) = self.update_inventory(begun) {
                 error!(
                     error = format!("{problem:#}"),
@@ -403,6 +408,7 @@ impl Control {
             self.publish();
         }
         self.attach();
+        self.find_workloads();
     }
 
     fn repair_links(&mut self) {
@@ -493,7 +499,7 @@ impl Control {
 
     /// Removes the conntrack entries of endpoints. Otherwise a new endpoint that gets one of their numbers would
     /// inherit them.
-    fn forget_connections(&self, endpoints: &[u16]) {
+    pub(super) fn forget_connections(&self, endpoints: &[u16]) {
         if endpoints.is_empty() {
             return;
         }
@@ -542,7 +548,9 @@ impl Control {
         }
         let enforced = |direction| self.enforcer.node_enforces(direction);
         let (ingress, egress) = (enforced(Direction::Ingress), enforced(Direction::Egress));
-        let mut guarded = self.interfaces.rules(&self.network, ingress || egress);
+        let mut guarded = self
+            .interfaces
+            .rules(&self.network, &self.config, ingress || egress);
         // If a forwarded packet enters or leaves by an interface with programs, these programs check it (reason 219).
         // Only a packet between two interfaces without programs needs the forward chain, so the chain is written only
         // if an interface has no programs.

@@ -616,7 +616,22 @@ pub(super) fn inventory<C>(
         .iter()
         .map(crate::config::Endpoint::qualified_name)
         .collect();
+    let names: BTreeSet<String> = names.into_iter().chain(state.discovered.keys().cloned()).collect();
     let mut endpoints = Vec::new();
+    for (name, found) in state.discovered.clone() {
+        let id = state
+            .endpoint(&name, |known| names.contains(known))
+            .context("there are more endpoints than numbers for them (65,534)")?;
+        endpoints.push(Endpoint {
+            id,
+            audit: state.audit.contains(&name),
+            name: found.name,
+            namespace: found.namespace,
+            labels: found.labels,
+            named_ports: NamedPorts::new(),
+            addresses: found.addresses,
+        });
+    }
     for endpoint in &config.endpoints {
         let name = endpoint.qualified_name();
         let id = state

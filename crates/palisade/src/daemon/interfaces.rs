@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Addr, ETHER_TYPES, role};
 use palisade_datapath::{
-    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, Role, Rules, TcMode, XdpMode,
+    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, NamePattern, Role, Rules, TcMode, XdpMode,
     connections, connections_of_netns, monotonic_coarse, seeds,
 };
+use palisade_discover::InterfacePattern;
 use palisade_model::inventory::Inventory;
 use tracing::{error, info, warn};
 
@@ -25,6 +26,8 @@ use crate::{
 struct Wanted {
     role: Role,
     endpoint: u16,
+    /// Index of the interface of a found workload. An interface of the same name and another index is another one.
+    ifindex: Option<u32>,
     ether_types: [u16; ETHER_TYPES],
     how: config::Attachment,
 }
@@ -64,6 +67,7 @@ impl Interfaces {
             let wanted = Wanted {
                 role: Role::Host,
                 endpoint: NODE,
+                ifindex: None,
                 ether_types: interface.ether_types,
                 how: interface.attachment,
             };
@@ -76,10 +80,24 @@ impl Interfaces {
             let wanted = Wanted {
                 role: Role::Endpoint,
                 endpoint: *id,
+                ifindex: None,
                 ether_types: [0; ETHER_TYPES],
                 how: endpoint.attachment,
             };
             self.wanted.insert(endpoint.interface.clone(), wanted);
+        }
+        for (name, found) in &state.discovered {
+            let Some(id) = state.endpoints.get(name) else {
+                continue;
+            };
+            let wanted = Wanted {
+                role: Role::Endpoint,
+                endpoint: *id,
+                ifindex: Some(found.ifindex),
+                ether_types: [0; ETHER_TYPES],
+                how: config::Attachment::AUTO,
+            };
+            self.wanted.insert(found.interface.clone(), wanted);
         }
     }
 
@@ -206,12 +224,17 @@ impl Interfaces {
     fn find(&self, network: &Network, kernel: &[Attached]) -> BTreeMap<String, u32> {
         let mut found: BTreeMap<String, u32> = self
             .wanted
-            .keys()
-            .filter_map(|name| Some((name.clone(), network.ifindex(name)?)))
+            .iter()
+            .filter_map(|(name, wanted)| match wanted.ifindex {
+                None => Some((name.clone(), network.ifindex(name)?)),
+                Some(ifindex) => {
+                    (network.links.get(name) == Some(&ifindex)).then(|| (name.clone(), ifindex))
+                }
+            })
             .collect();
         let mut taken: BTreeSet<u32> = found.values().copied().collect();
         for (name, wanted) in &self.wanted {
-            if found.contains_key(name) {
+            if found.contains_key(name) || wanted.ifindex.is_some() {
                 continue;
             }
             let known = match self.outcomes.get(name) {
@@ -260,6 +283,8 @@ impl Interfaces {
             .links
             .iter()
             .filter(|(name, ifindex)| !wanted.contains(ifindex) && !proxy_links.contains(name))
+            // An interface of a workload that is not found yet stays outside the table, so nothing is forwarded from it.
+            .filter(|(name, _)| !is_of_workload(config, name))
             .map(|(_, ifindex)| (*ifindex, above.contains(ifindex)))
             .collect();
         if self.others.as_ref() != Some(&others) {
@@ -320,7 +345,7 @@ impl Interfaces {
     ///
     /// The table does not stop traffic of a NIC at which attaching failed, so that an operator can still reach the
     /// node; `status` reports the failure.
-    pub(super) fn rules(&mut self, network: &Network, nics: bool) -> Rules {
+    pub(super) fn rules(&mut self, network: &Network, config: &Config, nics: bool) -> Rules {
         let (mut enforced, mut workloads) = (BTreeSet::new(), BTreeSet::new());
         let mut names = BTreeSet::new();
         let mut forwards = false;
@@ -350,16 +375,30 @@ impl Interfaces {
             let index = network.alternatives.get(name);
             let first = network.links.iter().find(|(_, link)| Some(*link) == index);
             names.extend(first.map(|(first, _)| first.clone()));
-            names.insert(name.clone());
+            // The names of found workloads match a pattern.
+            if wanted.ifindex.is_none() {
+                names.insert(name.clone());
+            }
         }
+        let patterns: BTreeSet<NamePattern> = patterns(config)
+            .map(|pattern| match pattern {
+                InterfacePattern::Name(name) => NamePattern::Name(name.clone()),
+                InterfacePattern::Prefix(prefix) => NamePattern::Prefix(prefix.clone()),
+            })
+            .collect();
+        // An interface of a workload can appear, also as a port of a bridge, while no daemon runs or before the daemon
+        // is notified, so the chains for forwarded packets and for bridges exist before it.
+        let has_patterns = !patterns.is_empty();
+        forwards |= has_patterns;
         enforced.extend(network.above(&enforced));
         workloads.extend(network.above(&workloads));
         Rules {
             enforced,
             workloads,
             names,
+            patterns,
             forwards,
-            has_bridge: self.had_bridge,
+            has_bridge: self.had_bridge || has_patterns,
             ..Rules::default()
         }
     }
@@ -405,6 +444,16 @@ impl Interfaces {
         });
         report.collect()
     }
+}
+
+/// Returns the patterns of the interfaces that belong to workloads.
+fn patterns(config: &Config) -> impl Iterator<Item = &InterfacePattern> {
+    config.discover.iter().flat_map(|section| &section.rule.interfaces)
+}
+
+/// Returns whether an interface of this name belongs to a workload that can be found.
+fn is_of_workload(config: &Config, name: &str) -> bool {
+    patterns(config).any(|pattern| pattern.matches(name))
 }
 
 /// Returns the attachments that the kernel has.

@@ -10,7 +10,7 @@ use palisade_datapath::CapturePrograms;
 use palisade_policy::compile::Compiler;
 use signal_hook::consts::SIGHUP;
 
-use super::{fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
+use super::{discover, fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
 use crate::{
     config,
     control::api::{Endpoint, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer, TraceRequest},
@@ -22,6 +22,8 @@ pub(super) enum Message {
     Policies(Changes),
     /// Interfaces or addresses of the node have changed.
     Network(Network),
+    /// Workloads, or what is known about them, have changed.
+    Workloads(discover::Report),
     /// The nftables rule set has changed.
     Netfilter(netfilter::Change),
     /// The process has received this signal.
@@ -44,6 +46,7 @@ impl Message {
         match self {
             Self::Policies(_) => "putting changed policies in force",
             Self::Network(_) => "following a change of interfaces or addresses",
+            Self::Workloads(_) => "putting found workloads in force",
             Self::Netfilter(_) => "following a change of nftables",
             Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload(_)) => {
                 "reading the configuration again"

@@ -15,6 +15,7 @@ mod certificate_files;
 mod checked_file;
 mod control;
 mod cuts;
+mod discover;
 mod enforcer;
 mod events;
 mod explain;

@@ -188,7 +188,7 @@ pub(super) fn local_routes() -> BTreeSet<IpNet> {
 /// Returns the node's own address from the attributes of an address message; `None` for a loopback address. On a
 /// point-to-point interface `IFA_LOCAL` is the node's address and `IFA_ADDRESS` that of the remote end. On other
 /// interfaces both are equal, or `IFA_LOCAL` is absent (IPv6).
-fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
+pub(super) fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     let local = attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,
@@ -200,13 +200,43 @@ fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     local.or(address).filter(|address| !address.is_loopback())
 }
 
-fn dump(request: RouteNetlinkMessage, mut each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
+/// Passes the messages of a dump to `each`, again and again while a change interrupts the dump (`NLM_F_DUMP_INTR`). The
+/// flag is true for the first message of a dump. With `is_strict` the kernel uses the attributes of the request.
+pub(super) fn read_all(
+    request: impl Fn() -> RouteNetlinkMessage,
+    is_strict: bool,
+    mut each: impl FnMut(RouteNetlinkMessage, bool),
+) -> io::Result<()> {
+    /// Workloads that change without end must not keep the caller here.
+    const MAX_ATTEMPTS: usize = 20;
+    for _ in 0..MAX_ATTEMPTS {
+        let mut is_first = true;
+        match dump_with(request(), is_strict, |message| {
+            each(message, std::mem::take(&mut is_first));
+        }) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => thread::sleep(DEBOUNCE),
+            other => return other,
+        }
+    }
+    Err(io::Error::other("the interfaces change without end"))
+}
+
+fn dump(request: RouteNetlinkMessage, each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
+    // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router can have a
+    // million routes in other tables.
+    let is_strict = matches!(request, RouteNetlinkMessage::GetRoute(_));
+    dump_with(request, is_strict, each)
+}
+
+fn dump_with(
+    request: RouteNetlinkMessage,
+    is_strict: bool,
+    mut each: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router can have a
-    // million routes in other tables.
-    if matches!(request, RouteNetlinkMessage::GetRoute(_)) {
+    if is_strict {
         socket.set_netlink_get_strict_chk(true)?;
     }
     let mut packet = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));

@@ -55,6 +55,7 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("limits", "fragments", restart!(limits.fragments)),
     ("limits", "events_per_second", Effect::Reload),
     ("limits", "flows", restart!(limits.flows)),
+    ("limits", "discovered", Effect::Reload),
     ("timeouts", "tcp_opening", Effect::Reload),
     ("timeouts", "tcp_established", Effect::Reload),
     ("timeouts", "tcp_closing", Effect::Reload),
@@ -148,6 +149,14 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("peer", "entity", Effect::Reload),
     ("peer", "namespace", Effect::Reload),
     ("peer", "labels", Effect::Reload),
+    ("discover", "kind", Effect::Reload),
+    ("discover", "names", Effect::Reload),
+    ("discover", "interfaces", Effect::Reload),
+    ("discover", "name", Effect::Reload),
+    ("discover", "namespace", Effect::Reload),
+    ("discover", "labels", Effect::Reload),
+    ("discover", "addresses", Effect::Reload),
+    ("discover", "dir", Effect::Reload),
     ("export", "name", Effect::Reload),
     ("export", "file", Effect::Reload),
     ("export", "allow", Effect::Reload),
@@ -241,8 +250,12 @@ impl Control {
         self.exports.update(&self.config.exports, &self.config.node.name);
         self.write_datapath_config().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
+        self.discovery.configure(&self.config.discover);
+        self.drop_workloads();
         self.update_inventory(begun).map_err(|problem| chain(&problem))?;
         self.attach();
+        // After the interfaces of workloads are closed to what the new configuration does not find.
+        self.find_workloads();
         self.log_policies(&before, begun);
         info!(
             event = "reload",

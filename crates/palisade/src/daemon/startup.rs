@@ -34,6 +34,7 @@ use tracing::{error, info, warn};
 
 use super::{
     control::{Control, End},
+    discover::{self, Discovery},
     enforcer::{Enforcer, endpoint_names, inventory},
     events,
     export::Exports,
@@ -148,6 +149,7 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
 struct Watched {
     files: PolicyFiles,
     network: Network,
+    discovery: Discovery,
     netfilter: netfilter::Keeper,
     /// Whether this node translates addresses.
     translates: bool,
@@ -166,6 +168,11 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     let links = sender.clone();
     let network = network::watch(move |network| links.send(Message::Network(network)).is_ok())
         .context("watching interfaces")?;
+    let workloads = sender.clone();
+    let discovery = Discovery::start(&config.discover, move |report| {
+        workloads.send(Message::Workloads(report)).is_ok()
+    })
+    .context("watching workloads")?;
     let netfilter = netfilter::Keeper::new(netfilter::Place::new(config));
     let rules = sender.clone();
     let translates = netfilter
@@ -174,6 +181,7 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     Ok(Watched {
         files,
         network,
+        discovery,
         netfilter,
         translates,
     })
@@ -208,6 +216,9 @@ fn fill(
     // Sending fails only while the daemon ends, when no DNS answer is forwarded any more.
     let request = move |request| drop(fqdn.send(Message::Fqdn(request)));
     let mut names = FqdnManager::new(cache, datapath.learned()?, Arc::clone(&datapath), request);
+    // Workloads that are gone, or run again, since the last run of the daemon leave first, so that no endpoint gets the
+    // connections and learned names of another one.
+    let gone = discover::take_over(&config, &watched.network, &watched.discovery, &mut state.state);
     let endpoints = endpoint_names(&inventory(&config, &watched.network, &mut state.state)?);
     // Learned names are a cache. Without the journal, connections to learned addresses fail until clients resolve the
     // names again, but the daemon can start.
@@ -250,6 +261,7 @@ fn fill(
         files: watched.files,
         interfaces: Interfaces::default(),
         network: watched.network,
+        discovery: watched.discovery,
         netfilter: watched.netfilter,
         translates: watched.translates,
         netfilter_due: false,
@@ -279,6 +291,7 @@ fn fill(
     };
     control.write_datapath_config()?;
     control.update_inventory(Instant::now())?;
+    control.forget_connections(&gone);
     if let Some(problem) = &control.enforcer.problem
         && control.datapath.is_fresh()
     {
@@ -298,6 +311,7 @@ type RecordQueues = (Option<Receiver<TimedRecord>>, record_queue::Receiver<Timed
 /// Attaches the programs to all configured interfaces and writes the nftables table.
 fn attach(control: &mut Control) {
     control.attach();
+    control.find_workloads();
     control.write_netfilter();
     for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
         warn!(%limited, "the MTU of an interface exceeds the longest punted frame");

@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use palisade_discover::Found;
 use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
@@ -29,6 +30,9 @@ pub(super) struct State<C> {
     pub endpoints: BTreeMap<String, u16>,
     /// Endpoints that `palisade endpoint config` has set to audit mode.
     pub audit: BTreeSet<String>,
+    /// Endpoints that were found, by `namespace/name`.
+    #[serde(default)]
+    pub discovered: BTreeMap<String, Found>,
     /// State of the policy compiler: identities, rule numbers.
     pub compiler: C,
 }

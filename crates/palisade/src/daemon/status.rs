@@ -87,6 +87,7 @@ impl Control {
         warnings.extend(self.translation_note());
         warnings.extend(self.netfilter.warnings());
         warnings.extend(self.interception.warnings());
+        warnings.extend(self.discovery.warnings());
         if let Some(problem) = self.datapath.replacement_problem() {
             warnings.push(format!(
                 "programs of a capture can still be attached: {problem}; they enforce the policy, and the replacement is retried"

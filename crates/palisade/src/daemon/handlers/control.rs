@@ -203,6 +203,7 @@ impl Control {
             }
             .to_owned(),
             options: self.audit_options(&name),
+            source: self.source_of(endpoint.id, &name),
             name,
         }
     }

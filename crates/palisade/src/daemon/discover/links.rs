@@ -1,0 +1,168 @@
+//! Interfaces of the node that lead into other network namespaces, and the addresses inside (rtnetlink).
+//!
+//! The kernel numbers the network namespaces that a namespace has interfaces to (nsid). A veth shows the number of the
+//! namespace of its peer (`IFLA_LINK_NETNSID`), and addresses can be requested for a number (`IFA_TARGET_NETNSID`), so
+//! no namespace is entered.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    os::fd::{AsRawFd as _, BorrowedFd},
+};
+
+use netlink_packet_core::{
+    DefaultNla, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::{LinkAttribute, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use palisade_discover::Link;
+
+use super::super::network;
+
+/// `IFA_TARGET_NETNSID` (linux/if_addr.h).
+const TARGET_NETNSID: u16 = 10;
+
+/// Host side of a veth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Veth {
+    pub interface: String,
+    pub ifindex: u32,
+    /// Index of the peer in its own network namespace.
+    inner: u32,
+    /// Number of the network namespace of the peer.
+    nsid: i32,
+}
+
+/// Addresses by the index of their interface.
+pub(super) type Inside = BTreeMap<u32, Vec<IpAddr>>;
+
+/// Returns the interfaces of the node whose peer is in another network namespace.
+pub(super) fn veths() -> io::Result<Vec<Veth>> {
+    let mut veths = Vec::new();
+    network::read_all(
+        || RouteNetlinkMessage::GetLink(LinkMessage::default()),
+        false,
+        |message, is_first| {
+            if is_first {
+                veths.clear();
+            }
+            if let RouteNetlinkMessage::NewLink(link) = message {
+                veths.extend(veth(&link));
+            }
+        },
+    )?;
+    Ok(veths)
+}
+
+fn veth(link: &LinkMessage) -> Option<Veth> {
+    let (mut interface, mut inner, mut nsid) = (None, None, None);
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => interface = Some(name.clone()),
+            LinkAttribute::Link(index) => inner = Some(*index),
+            LinkAttribute::LinkNetNsId(number) => nsid = Some(*number),
+            _ => {}
+        }
+    }
+    Some(Veth {
+        interface: interface?,
+        ifindex: link.header.index,
+        inner: inner?,
+        nsid: nsid.filter(|number| *number >= 0)?,
+    })
+}
+
+/// Returns the veths that lead into a network namespace, with the addresses inside.
+pub(super) fn leading_to(veths: &[Veth], nsid: i32, inside: Option<&Inside>) -> Vec<Link> {
+    let veths = veths.iter().filter(|veth| veth.nsid == nsid);
+    veths
+        .map(|veth| Link {
+            interface: veth.interface.clone(),
+            ifindex: veth.ifindex,
+            inner: veth.inner,
+            addresses: inside
+                .and_then(|inside| inside.get(&veth.inner))
+                .cloned()
+                .unwrap_or_default(),
+        })
+        .collect()
+}
+
+/// Returns the addresses in the network namespace with this number.
+pub(super) fn addresses(nsid: i32) -> io::Result<Inside> {
+    let mut inside = Inside::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let request = || {
+            let mut message = AddressMessage::default();
+            message.header.family = family;
+            let number = DefaultNla::new(TARGET_NETNSID, nsid.to_ne_bytes().to_vec());
+            message.attributes.push(AddressAttribute::Other(number));
+            RouteNetlinkMessage::GetAddress(message)
+        };
+        let mut of_family = Inside::new();
+        network::read_all(request, true, |message, is_first| {
+            if is_first {
+                of_family.clear();
+            }
+            if let RouteNetlinkMessage::NewAddress(address) = message
+                && let Some(own) = network::own_address(&address.attributes)
+            {
+                of_family.entry(address.header.index).or_default().push(own);
+            }
+        })?;
+        for (index, addresses) in of_family {
+            inside.entry(index).or_default().extend(addresses);
+        }
+    }
+    Ok(inside)
+}
+
+/// Looks up the numbers of network namespaces.
+pub(super) struct Numbers(Socket);
+
+impl Numbers {
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self(socket))
+    }
+
+    /// Returns the number of an open network namespace; `None` if it has none, which is so until an interface leads
+    /// there.
+    ///
+    /// # Errors
+    /// The file is no network namespace (EINVAL), or the kernel refuses the request.
+    pub(super) fn of(&mut self, namespace: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+        let mut message = NsidMessage::default();
+        let descriptor = u32::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+        message.attributes.push(NsidAttribute::Fd(descriptor));
+        let request = RouteNetlinkMessage::GetNsId(message);
+        let mut packet = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));
+        packet.header.flags = NLM_F_REQUEST;
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        self.0.send(&bytes, 0)?;
+        let (received, _) = self.0.recv_from_full()?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&received)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        match answer.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
+                let number = message.attributes.iter().find_map(|attribute| match attribute {
+                    NsidAttribute::Id(number) => Some(*number),
+                    _ => None,
+                });
+                Ok(number.filter(|number| *number >= 0))
+            }
+            NetlinkPayload::Error(error) => Err(error.to_io()),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
