@@ -8,12 +8,13 @@ use std::{
 use serde_json::Value;
 
 /// Crates that use the types of `palisade-model`, but neither parse policies nor compile them.
-const BELOW: [&str; 7] = [
+const BELOW: [&str; 8] = [
     "palisade-model",
     "palisade-protocols",
     "palisade-fqdn",
     "palisade-inspect",
     "palisade-datapath",
+    "palisade-discover",
     "palisade-worker",
     "palisade-flowlog",
 ];

@@ -63,7 +63,9 @@ pub fn find(
     let mut outcome = Outcome::default();
     let mut claims = Vec::new();
     for workload in workloads {
-        let Some(rule) = rules.get(workload.rule) else { continue };
+        let Some(rule) = rules.get(workload.rule) else {
+            continue;
+        };
         match claims_of(rule, workload) {
             Ok(of_workload) => claims.extend(of_workload.into_iter().map(|found| (workload.rule, found))),
             Err((message, is_pending)) => {
@@ -88,10 +90,12 @@ pub fn find(
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
     for (_, found) in claims {
         let name = found.qualified_name();
-        let conflict = conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses).or_else(|| {
-            (outcome.found.len() >= limit)
-                .then(|| format!("there are {limit} endpoints of this kind already: raise [limits] discovered"))
-        });
+        let conflict =
+            conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses).or_else(|| {
+                (outcome.found.len() >= limit).then(|| {
+                    format!("there are {limit} endpoints of this kind already: raise [limits] discovered")
+                })
+            });
         if let Some(message) = conflict {
             outcome.problems.insert(Problem {
                 source: found.source(),
@@ -124,7 +128,10 @@ fn conflict(
     }
     let of = |map: &BTreeMap<String, String>| map.get(&found.interface).cloned();
     if let Some(other) = of(&taken.interfaces).or_else(|| of(interfaces)) {
-        return Some(format!("interface {} belongs to {other} already", found.interface));
+        return Some(format!(
+            "interface {} belongs to {other} already",
+            found.interface
+        ));
     }
     found.addresses.iter().find_map(|address| {
         let network = || {
@@ -256,7 +263,9 @@ fn labels(rule: &Rule, workload: &Workload, subject: &Subject<'_>) -> Result<Lab
         });
     }
     for label in &rule.labels {
-        let Some(value) = label.value.render(subject) else { continue };
+        let Some(value) = label.value.render(subject) else {
+            continue;
+        };
         check_value(&value).map_err(|problem| format!("label {}: {problem}", label.key))?;
         all.push(Label {
             source: label.source.clone(),
@@ -363,7 +372,11 @@ mod tests {
 
     #[test]
     fn a_namespace_becomes_an_endpoint_with_mapped_labels() {
-        let web = workload("web", 7, &["10.0.0.2", "fe80::1", "192.0.2.1", "::ffff:10.0.0.3", "fd00::2"]);
+        let web = workload(
+            "web",
+            7,
+            &["10.0.0.2", "fe80::1", "192.0.2.1", "::ffff:10.0.0.3", "fd00::2"],
+        );
         let outcome = run(&[rule("netns", "{name}-x")], &[web], &Outcome::default());
         let found = &outcome.found["default/web-x"];
         assert_eq!(found.labels.to_string(), "k8s:app=web");
@@ -383,7 +396,8 @@ mod tests {
         let outcome = run(&rules, &[thief.clone(), old], &before);
         assert_eq!(outcome.found, before.found);
         assert!(
-            message(&outcome).contains("10.0.0.2 belongs to default/zzz (netns:zzz) already; veth8 stays denied")
+            message(&outcome)
+                .contains("10.0.0.2 belongs to default/zzz (netns:zzz) already; veth8 stays denied")
         );
         // Once the holder is gone, the address is free.
         let outcome = run(&rules, &[thief], &outcome);
@@ -419,7 +433,12 @@ mod tests {
         // Even if they were there before.
         let outcome = find(&rules, &workloads, &taken, &free.found, 100);
         assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/e"]);
-        for part in ["another default/a", "veth2 belongs to endpoint x", "the node", "peer db"] {
+        for part in [
+            "another default/a",
+            "veth2 belongs to endpoint x",
+            "the node",
+            "peer db",
+        ] {
             assert!(message(&outcome).contains(part), "{part}: {outcome:?}");
         }
     }
@@ -450,7 +469,9 @@ mod tests {
             assert!(outcome.found.is_empty(), "{key}={value}");
             assert!(message(&outcome).contains("of a label"), "{outcome:?}");
         }
-        web.labels = (0..=MAX_LABELS).map(|n| (format!("l{n}"), String::new())).collect();
+        web.labels = (0..=MAX_LABELS)
+            .map(|n| (format!("l{n}"), String::new()))
+            .collect();
         let outcome = run(&rules, &[web], &Outcome::default());
         assert!(message(&outcome).contains("more than 64 labels"));
     }

@@ -36,7 +36,9 @@ impl InterfacePattern {
             Self::Name(name.to_owned())
         };
         if pattern.matches("lo") {
-            return Err(format!("'{text}' matches the loopback interface lo, which must stay open"));
+            return Err(format!(
+                "'{text}' matches the loopback interface lo, which must stay open"
+            ));
         }
         Ok(pattern)
     }
@@ -75,7 +77,9 @@ mod tests {
         }
         for closes_lo in ["lo", "l*", "lo*"] {
             assert!(
-                InterfacePattern::parse(closes_lo).unwrap_err().contains("loopback"),
+                InterfacePattern::parse(closes_lo)
+                    .unwrap_err()
+                    .contains("loopback"),
                 "{closes_lo}"
             );
         }

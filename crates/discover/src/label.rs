@@ -57,11 +57,26 @@ mod tests {
     #[test]
     fn texts_that_would_separate_labels_are_refused() {
         assert!(check_key("com.example/app_1-x").is_ok());
-        for key in ["", "a=b", "a,b", "reserved:host", "a b", "ä", &"x".repeat(MAX_KEY_BYTES + 1)] {
+        for key in [
+            "",
+            "a=b",
+            "a,b",
+            "reserved:host",
+            "a b",
+            "ä",
+            &"x".repeat(MAX_KEY_BYTES + 1),
+        ] {
             assert!(check_key(key).is_err(), "{key}");
         }
         assert!(check_value("").is_ok() && check_value("nginx:1.27@sha256:ab").is_ok());
-        for value in ["a,k8s:role=admin", "a=b", "a b", "a\n", "ä", &"x".repeat(MAX_VALUE_BYTES + 1)] {
+        for value in [
+            "a,k8s:role=admin",
+            "a=b",
+            "a b",
+            "a\n",
+            "ä",
+            &"x".repeat(MAX_VALUE_BYTES + 1),
+        ] {
             assert!(check_value(value).is_err(), "{value}");
         }
         assert_eq!(shown("a\u{1b}[2J").len(), "a\\u{1b}[2J".len());

@@ -134,6 +134,10 @@ mod tests {
             let error = Template::parse(text, 1, true).unwrap_err();
             assert!(error.contains(message), "{text}: {error}");
         }
-        assert!(Template::parse("{id}", 1, false).unwrap_err().contains("{name} and {1}"));
+        assert!(
+            Template::parse("{id}", 1, false)
+                .unwrap_err()
+                .contains("{name} and {1}")
+        );
     }
 }

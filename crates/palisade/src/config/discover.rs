@@ -58,11 +58,7 @@ fn discover(
     if names.as_ref().is_none_or(Vec::is_empty) {
         section.error("[[discover]] needs names = [\"web-*\"]: the network namespaces that are workloads");
     }
-    let names: Vec<Wildcard> = names
-        .unwrap_or_default()
-        .into_iter()
-        .map(|at| at.value)
-        .collect();
+    let names: Vec<Wildcard> = names.unwrap_or_default().into_iter().map(|at| at.value).collect();
     let stars = names.iter().map(Wildcard::stars).min().unwrap_or(0);
     let interfaces = interfaces(&section, reserved);
     let name = match section.string("name") {

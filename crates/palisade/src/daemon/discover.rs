@@ -6,7 +6,7 @@
 //! decides only when traffic begins.
 //!
 //! Depends on [`netns`] for the sources and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
-//! part is [`Control::find_workloads`].
+//! part is in `workloads.rs`.
 
 mod links;
 mod netns;
@@ -14,7 +14,6 @@ mod netns;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::IpAddr,
     os::fd::AsFd as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
@@ -30,13 +29,9 @@ use nix::{
     },
 };
 use palisade_discover::{Found, Outcome, Problem, Rule, Taken, Workload, find};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
-use super::{
-    control::Control,
-    network::Network,
-    state::{NODE, State},
-};
+use super::{network::Network, state::State};
 use crate::config::{Config, Discover, DiscoverSource};
 
 /// Multicast groups of rtnetlink: links, IPv4 addresses, IPv6 addresses, and `RTNLGRP_NSID` (28).
@@ -156,6 +151,23 @@ impl Discovery {
         (self.report, _) = read(&self.shared);
     }
 
+    /// Takes a report of the thread. Returns false if it was made with an earlier configuration, which numbers other
+    /// rules.
+    pub(super) fn take(&mut self, report: Report) -> bool {
+        let is_current = report.generation == self.shared.sections().0;
+        if is_current {
+            self.report = report;
+        }
+        is_current
+    }
+
+    /// Replaces the list of workloads that are no endpoints. Returns those that are new in it.
+    pub(super) fn set_problems(&mut self, problems: &BTreeSet<Problem>) -> Vec<Problem> {
+        let new = problems.difference(&self.problems).cloned().collect();
+        self.problems.clone_from(problems);
+        new
+    }
+
     /// Returns the problems for `status`.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut all: Vec<String> = self.report.problems.clone();
@@ -187,7 +199,11 @@ pub(super) fn resolve<C>(
     state: &State<C>,
 ) -> Outcome {
     let report = &discovery.report;
-    let rules: Vec<Rule> = config.discover.iter().map(|section| section.rule.clone()).collect();
+    let rules: Vec<Rule> = config
+        .discover
+        .iter()
+        .map(|section| section.rule.clone())
+        .collect();
     let taken = taken(config, network);
     let mut outcome = find(
         &rules,
@@ -202,10 +218,7 @@ pub(super) fn resolve<C>(
             && !taken.interfaces.contains_key(&found.interface)
             && !found.addresses.iter().any(|a| taken.addresses.contains_key(a));
         if report.unanswered.contains(&found.kind) && is_there && is_free {
-            outcome
-                .found
-                .entry(name.clone())
-                .or_insert_with(|| found.clone());
+            outcome.found.entry(name.clone()).or_insert_with(|| found.clone());
         }
     }
     outcome
@@ -241,8 +254,9 @@ fn taken(config: &Config, network: &Network) -> Taken {
 }
 
 /// Returns the endpoints of `outcome` that are the same run of the same workload as before.
-fn same_runs(outcome: &Outcome, before: &BTreeMap<String, Found>) -> BTreeMap<String, Found> {
-    let is_same = |name: &String, found: &Found| before.get(name).is_some_and(|known| known.is_same_run(found));
+pub(super) fn same_runs(outcome: &Outcome, before: &BTreeMap<String, Found>) -> BTreeMap<String, Found> {
+    let is_same =
+        |name: &String, found: &Found| before.get(name).is_some_and(|known| known.is_same_run(found));
     let found = outcome.found.iter();
     found
         .filter(|(name, found)| is_same(name, found))
@@ -261,103 +275,12 @@ pub(super) fn take_over<C>(
     let outcome = resolve(config, network, discovery, state);
     let kept = same_runs(&outcome, &state.discovered);
     let gone = state.discovered.keys().filter(|name| !kept.contains_key(*name));
-    let numbers = gone.filter_map(|name| state.endpoints.get(name)).copied().collect();
+    let numbers = gone
+        .filter_map(|name| state.endpoints.get(name))
+        .copied()
+        .collect();
     state.discovered = kept;
     numbers
-}
-
-impl Control {
-    /// Takes a report of the sources.
-    pub(super) fn workloads_reported(&mut self, report: Report) {
-        // A report that was made with an earlier configuration numbers other rules.
-        if report.generation != self.discovery.shared.sections().0 {
-            return;
-        }
-        self.discovery.report = report;
-        self.find_workloads();
-    }
-
-    /// Removes endpoints that the configuration or the sources no longer allow, without putting that in force.
-    pub(super) fn drop_workloads(&mut self) {
-        let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
-        self.state.state.discovered = same_runs(&outcome, &self.state.state.discovered);
-    }
-
-    /// Makes endpoints of the workloads that are found, and puts them in force.
-    pub(super) fn find_workloads(&mut self) {
-        let begun = Instant::now();
-        let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
-        for problem in outcome.problems.difference(&self.discovery.problems) {
-            if !problem.is_pending {
-                error!(
-                    workload = problem.source,
-                    problem = problem.message,
-                    "a workload is not guarded as an endpoint and stays denied"
-                );
-            }
-        }
-        self.discovery.problems.clone_from(&outcome.problems);
-        let before = self.state.state.discovered.clone();
-        if outcome.found == before {
-            return;
-        }
-        let kept = same_runs(&outcome, &before);
-        for (name, found) in before.iter().filter(|(name, _)| !kept.contains_key(*name)) {
-            info!(
-                event = "workload-gone",
-                endpoint = name,
-                source = found.source(),
-                interface = found.interface,
-                "a workload is gone"
-            );
-        }
-        // A workload that runs again under the same name gets the same number. It is removed first, so that connections
-        // and learned names of its earlier run are forgotten.
-        let is_replaced = outcome
-            .found
-            .keys()
-            .any(|name| before.contains_key(name) && !kept.contains_key(name));
-        if is_replaced {
-            self.state.state.discovered.clone_from(&kept);
-            self.put_workloads_in_force(begun);
-        }
-        for (name, found) in outcome.found.iter().filter(|(name, _)| !kept.contains_key(*name)) {
-            info!(
-                event = "workload-found",
-                endpoint = name,
-                source = found.source(),
-                interface = found.interface,
-                addresses = list(&found.addresses),
-                labels = %found.labels,
-                "a workload is found"
-            );
-        }
-        self.state.state.discovered = outcome.found;
-        self.put_workloads_in_force(begun);
-    }
-
-    fn put_workloads_in_force(&mut self, begun: Instant) {
-        if let Err(problem) = self.update_inventory(begun) {
-            error!(
-                error = format!("{problem:#}"),
-                "the found workloads cannot be put in force"
-            );
-        }
-        self.attach();
-    }
-
-    /// Returns where an endpoint comes from: `config`, `netns:NAME`.
-    pub(super) fn source_of(&self, id: u16, name: &str) -> String {
-        match self.state.state.discovered.get(name) {
-            Some(found) if id != NODE => found.source(),
-            _ => "config".to_owned(),
-        }
-    }
-}
-
-fn list(addresses: &[IpAddr]) -> String {
-    let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-    texts.join(",")
 }
 
 /// Reads the sources and the interfaces. Returns also whether a source has a name without its network namespace yet.
@@ -374,9 +297,9 @@ fn read(shared: &Shared) -> (Report, bool) {
     match read_workloads(&sections, &mut report, &mut is_unsettled) {
         Ok(()) => {}
         Err(problem) => {
-            report
-                .problems
-                .push(format!("interfaces cannot be read: {problem}; what was found stays"));
+            report.problems.push(format!(
+                "interfaces cannot be read: {problem}; what was found stays"
+            ));
             report.unanswered.extend(kinds(&sections));
         }
     }
@@ -389,11 +312,11 @@ fn kinds(sections: &[Discover]) -> impl Iterator<Item = String> + '_ {
 
 fn read_workloads(sections: &[Discover], report: &mut Report, is_unsettled: &mut bool) -> io::Result<()> {
     let mut numbers = links::Numbers::open()?;
-    let names = netns::read(sections, &mut numbers, report)?;
+    let names = netns::read(sections, &mut numbers)?;
     let veths = links::veths()?;
     // A number (nsid) is used again once its network namespace is gone, so a name counts only if it has the same
     // namespace and number after the interfaces were read.
-    let again = netns::read(sections, &mut numbers, report)?;
+    let again = netns::read(sections, &mut numbers)?;
     report.links = veths
         .iter()
         .map(|veth| (veth.interface.clone(), veth.ifindex))
@@ -419,8 +342,7 @@ fn read_workloads(sections: &[Discover], report: &mut Report, is_unsettled: &mut
         report.workloads.push(workload);
     }
     *is_unsettled |= names.is_unsettled || again.is_unsettled;
-    report.problems.sort();
-    report.problems.dedup();
+    report.problems.extend(again.problems);
     Ok(())
 }
 

@@ -616,7 +616,10 @@ pub(super) fn inventory<C>(
         .iter()
         .map(crate::config::Endpoint::qualified_name)
         .collect();
-    let names: BTreeSet<String> = names.into_iter().chain(state.discovered.keys().cloned()).collect();
+    let names: BTreeSet<String> = names
+        .into_iter()
+        .chain(state.discovered.keys().cloned())
+        .collect();
     let mut endpoints = Vec::new();
     for (name, found) in state.discovered.clone() {
         let id = state

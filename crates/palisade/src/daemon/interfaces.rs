@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Addr, ETHER_TYPES, role};
 use palisade_datapath::{
-    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, NamePattern, Role, Rules, TcMode, XdpMode,
-    connections, connections_of_netns, monotonic_coarse, seeds,
+    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, NamePattern, Role, Rules, TcMode,
+    XdpMode, connections, connections_of_netns, monotonic_coarse, seeds,
 };
 use palisade_discover::InterfacePattern;
 use palisade_model::inventory::Inventory;
@@ -227,9 +227,7 @@ impl Interfaces {
             .iter()
             .filter_map(|(name, wanted)| match wanted.ifindex {
                 None => Some((name.clone(), network.ifindex(name)?)),
-                Some(ifindex) => {
-                    (network.links.get(name) == Some(&ifindex)).then(|| (name.clone(), ifindex))
-                }
+                Some(ifindex) => (network.links.get(name) == Some(&ifindex)).then(|| (name.clone(), ifindex)),
             })
             .collect();
         let mut taken: BTreeSet<u32> = found.values().copied().collect();
@@ -448,7 +446,10 @@ impl Interfaces {
 
 /// Returns the patterns of the interfaces that belong to workloads.
 fn patterns(config: &Config) -> impl Iterator<Item = &InterfacePattern> {
-    config.discover.iter().flat_map(|section| &section.rule.interfaces)
+    config
+        .discover
+        .iter()
+        .flat_map(|section| &section.rule.interfaces)
 }
 
 /// Returns whether an interface of this name belongs to a workload that can be found.

@@ -10,7 +10,9 @@ use palisade_datapath::CapturePrograms;
 use palisade_policy::compile::Compiler;
 use signal_hook::consts::SIGHUP;
 
-use super::{discover, fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes};
+use super::{
+    discover, fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes,
+};
 use crate::{
     config,
     control::api::{Endpoint, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer, TraceRequest},

@@ -51,6 +51,7 @@ mod view;
 mod watchdog;
 mod watcher;
 mod workers;
+mod workloads;
 
 use anyhow::bail;
 pub(crate) use explain::{explain_offline, explain_record};

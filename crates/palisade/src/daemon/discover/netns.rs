@@ -13,7 +13,7 @@ use std::{
 
 use nix::fcntl::OFlag;
 
-use super::{Report, links::Numbers};
+use super::links::Numbers;
 use crate::config::{Discover, DiscoverSource};
 
 /// Maximum number of names of one directory that are read.
@@ -36,13 +36,15 @@ pub(super) struct Names {
     pub found: BTreeSet<Named>,
     /// Whether a name has no network namespace yet.
     pub is_unsettled: bool,
+    /// Names that cannot be read, for `status`.
+    pub problems: Vec<String>,
 }
 
-/// Reads the directories. A name belongs to the first section that it matches. Problems are noted in `report`.
+/// Reads the directories. A name belongs to the first section that it matches.
 ///
 /// # Errors
 /// A directory exists and cannot be read, so that the namespaces that it has are not known.
-pub(super) fn read(sections: &[Discover], numbers: &mut Numbers, report: &mut Report) -> io::Result<Names> {
+pub(super) fn read(sections: &[Discover], numbers: &mut Numbers) -> io::Result<Names> {
     let mut names = Names::default();
     let mut seen = BTreeSet::new();
     for (rule, section) in sections.iter().enumerate() {
@@ -51,11 +53,16 @@ pub(super) fn read(sections: &[Discover], numbers: &mut Numbers, report: &mut Re
             Ok(entries) => entries,
             // The first `ip netns add` makes the directory.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", dir.display()))),
+            Err(error) => {
+                return Err(io::Error::new(
+                    error.kind(),
+                    format!("{}: {error}", dir.display()),
+                ));
+            }
         };
         for (n, entry) in entries.enumerate() {
             if n >= MAX_NAMES {
-                report.problems.push(format!(
+                names.problems.push(format!(
                     "{} has more than {MAX_NAMES} names; the rest stays denied",
                     dir.display()
                 ));
@@ -79,10 +86,9 @@ pub(super) fn read(sections: &[Discover], numbers: &mut Numbers, report: &mut Re
                     });
                 }
                 Ok(None) => names.is_unsettled = true,
-                Err(error) => report.problems.push(format!(
-                    "{}: {error}; it stays denied",
-                    dir.join(&name).display()
-                )),
+                Err(error) => names
+                    .problems
+                    .push(format!("{}: {error}; it stays denied", dir.join(&name).display())),
             }
         }
     }

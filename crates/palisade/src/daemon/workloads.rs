@@ -1,0 +1,101 @@
+//! Puts the workloads that are found in force: the control thread's part of [`super::discover`].
+
+use std::{net::IpAddr, time::Instant};
+
+use tracing::{error, info};
+
+use super::{
+    control::Control,
+    discover::{Report, resolve, same_runs},
+    state::NODE,
+};
+
+impl Control {
+    /// Takes a report of the sources.
+    pub(super) fn workloads_reported(&mut self, report: Report) {
+        if self.discovery.take(report) {
+            self.find_workloads();
+        }
+    }
+
+    /// Removes endpoints that the configuration or the sources no longer allow, without putting that in force.
+    pub(super) fn drop_workloads(&mut self) {
+        let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
+        self.state.state.discovered = same_runs(&outcome, &self.state.state.discovered);
+    }
+
+    /// Makes endpoints of the workloads that are found, and puts them in force.
+    pub(super) fn find_workloads(&mut self) {
+        let begun = Instant::now();
+        let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
+        for problem in self.discovery.set_problems(&outcome.problems) {
+            if !problem.is_pending {
+                error!(
+                    workload = problem.source,
+                    problem = problem.message,
+                    "a workload is not guarded as an endpoint and stays denied"
+                );
+            }
+        }
+        let before = self.state.state.discovered.clone();
+        if outcome.found == before {
+            return;
+        }
+        let kept = same_runs(&outcome, &before);
+        for (name, found) in before.iter().filter(|(name, _)| !kept.contains_key(*name)) {
+            info!(
+                event = "workload-gone",
+                endpoint = name,
+                source = found.source(),
+                interface = found.interface,
+                "a workload is gone"
+            );
+        }
+        // A workload that runs again under the same name gets the same number. It is removed first, so that connections
+        // and learned names of its earlier run are forgotten.
+        let is_replaced = outcome
+            .found
+            .keys()
+            .any(|name| before.contains_key(name) && !kept.contains_key(name));
+        if is_replaced {
+            self.state.state.discovered.clone_from(&kept);
+            self.put_workloads_in_force(begun);
+        }
+        for (name, found) in outcome.found.iter().filter(|(name, _)| !kept.contains_key(*name)) {
+            info!(
+                event = "workload-found",
+                endpoint = name,
+                source = found.source(),
+                interface = found.interface,
+                addresses = list(&found.addresses),
+                labels = %found.labels,
+                "a workload is found"
+            );
+        }
+        self.state.state.discovered = outcome.found;
+        self.put_workloads_in_force(begun);
+    }
+
+    fn put_workloads_in_force(&mut self, begun: Instant) {
+        if let Err(problem) = self.update_inventory(begun) {
+            error!(
+                error = format!("{problem:#}"),
+                "the found workloads cannot be put in force"
+            );
+        }
+        self.attach();
+    }
+
+    /// Returns where an endpoint comes from: `config`, `netns:NAME`.
+    pub(super) fn source_of(&self, id: u16, name: &str) -> String {
+        match self.state.state.discovered.get(name) {
+            Some(found) if id != NODE => found.source(),
+            _ => "config".to_owned(),
+        }
+    }
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    texts.join(",")
+}

@@ -1,0 +1,440 @@
+//! Workloads that are found: named network namespaces become endpoints by `[[discover]]`, and nothing passes before.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use palisade_testbed::{
+    Daemon, Ns, Outcome, Topology,
+    daemon::Settings,
+    ns::wait_until,
+    probe::{ping, udp},
+    server::{Echo, Program},
+    topology::{INNER, INTERNET_V4, INTERNET_V6},
+    web::curl,
+};
+use serde_json::Value;
+
+/// Clients may reach the server's web port and its echo port, nobody else; workloads called late may do nothing.
+const POLICIES: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: server}
+spec:
+  endpointSelector: {matchLabels: {app: server}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: client}}]
+    toPorts:
+    - ports: [{port: "8000", protocol: TCP}, {port: "7", protocol: UDP}]
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: late}
+spec:
+  endpointSelector: {matchLabels: {app: late}}
+  ingress:
+  - {}
+  egress:
+  - {}
+  ingressDeny:
+  - fromEntities: [all]
+  egressDeny:
+  - toEntities: [all]
+"#;
+
+const OPEN: Duration = Duration::from_secs(8);
+const CLOSED: Duration = Duration::from_millis(600);
+const WAIT: Duration = Duration::from_secs(20);
+
+/// A workload that no configuration names.
+struct Workload {
+    ns: Ns,
+    v4: Ipv4Addr,
+    v6: Ipv6Addr,
+}
+
+impl Workload {
+    /// Creates a namespace `…-app-NAME` without an interface.
+    fn new(name: &str, octet: u8) -> Self {
+        let ns = Ns::new(&format!("app-{name}")).unwrap_or_else(|error| panic!("{error:#}"));
+        for conf in ["all", "default"] {
+            ns.sysctl(&format!("ipv6/conf/{conf}/accept_dad"), "0")
+                .expect("sysctl");
+            ns.sysctl(&format!("ipv6/conf/{conf}/router_solicitations"), "0")
+                .expect("sysctl");
+        }
+        Self {
+            ns,
+            v4: Ipv4Addr::new(10, 0, octet, 10),
+            v6: Ipv6Addr::new(0xfd00, octet.into(), 0, 0, 0, 0, 0, 0x10),
+        }
+    }
+
+    /// Connects the workload to the node.
+    fn plug(&self, topology: &Topology, interface: &str) {
+        let (v4, v6) = self.gateways();
+        topology
+            .node
+            .ip(&format!(
+                "link add {interface} type veth peer name {INNER} netns {}\n\
+                 addr add {v4}/24 dev {interface}\n\
+                 addr add {v6}/64 dev {interface} nodad\n\
+                 link set {interface} up\n",
+                self.ns.name()
+            ))
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        self.ns
+            .ip(&format!(
+                "addr add {}/24 dev {INNER}\n\
+                 addr add {}/64 dev {INNER} nodad\n\
+                 link set {INNER} up\n\
+                 route add default via {v4}\n\
+                 route add default via {v6}\n",
+                self.v4, self.v6
+            ))
+            .unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    fn gateways(&self) -> (Ipv4Addr, Ipv6Addr) {
+        let [a, b, c, _] = self.v4.octets();
+        let [s0, s1, ..] = self.v6.segments();
+        (Ipv4Addr::new(a, b, c, 1), Ipv6Addr::new(s0, s1, 0, 0, 0, 0, 0, 1))
+    }
+
+    fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+}
+
+fn settings() -> Settings {
+    // Other tests have namespaces of their own in the same directory.
+    let tables = format!(
+        "[[discover]]\nkind = \"netns\"\nnames = [\"pal-{}-*-app-*\"]\nname = \"{{2}}\"\nlabels = {{ app = \"{{2}}\" }}\n\
+         addresses = [\"10.0.0.0/16\", \"fd00::/16\"]\n",
+        std::process::id()
+    );
+    Settings {
+        tables,
+        ..Settings::default()
+    }
+}
+
+fn start(topology: &Topology) -> Daemon {
+    Daemon::start(topology, &settings(), &[("policies.yaml", POLICIES)])
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+fn endpoint(daemon: &Daemon, name: &str) -> Option<Value> {
+    let all = daemon.json(&["endpoint", "list"]).ok()?;
+    let all = all.as_array()?.clone();
+    all.into_iter()
+        .find(|endpoint| endpoint["name"] == format!("default/{name}"))
+}
+
+/// Waits until an endpoint is found with these addresses and its interface is guarded.
+fn wait_found(daemon: &Daemon, name: &str, workload: &Workload) -> Value {
+    let mut found = None;
+    wait_until(&format!("{name} is found"), WAIT, || {
+        found = endpoint(daemon, name).filter(|endpoint| {
+            let has = |address: IpAddr| {
+                endpoint["addresses"]
+                    .as_array()
+                    .is_some_and(|all| all.contains(&address.to_string().into()))
+            };
+            endpoint["state"] == "ready" && workload.addresses().into_iter().all(has)
+        });
+        found.is_some()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    found.expect("found")
+}
+
+fn wait_gone(daemon: &Daemon, name: &str) {
+    wait_until(&format!("{name} is gone"), WAIT, || {
+        endpoint(daemon, name).is_none()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+/// Removes a workload, and waits until the kernel has removed its interface, which it does later.
+fn unplugged(topology: &Topology, workload: Workload, interface: &str) {
+    drop(workload);
+    wait_until("the interface is gone", WAIT, || {
+        topology.node.ifindex(interface).is_err()
+    })
+    .unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+fn web(server: &Ns) -> Program {
+    let at = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), 8000);
+    Program::start(
+        server,
+        "python3",
+        &["-m", "http.server", "8000", "--bind", "::"],
+        Some(at),
+    )
+    .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+fn status_of(from: &Ns, to: IpAddr, timeout: Duration) -> u16 {
+    let url = format!("http://{}/", SocketAddr::new(to, 8000));
+    curl(from, &[&url], timeout).expect("curl").status
+}
+
+#[test]
+fn namespaces_are_found_and_their_labels_decide_also_over_restarts() {
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let (server, client) = (Workload::new("server", 1), Workload::new("client", 2));
+    server.plug(&topology, "veth-a");
+    // One is there before the daemon, the others come while it runs.
+    let mut daemon = start(&topology);
+    let first = wait_found(&daemon, "server", &server);
+    assert_eq!(first["source"], format!("netns:{}", server.ns.name()));
+    assert_eq!(
+        first["labels"]
+            .as_array()
+            .map(|labels| labels.contains(&"k8s:app=server".into())),
+        Some(true),
+        "{first}"
+    );
+    let other = Workload::new("other", 3);
+    client.plug(&topology, "veth-b");
+    other.plug(&topology, "veth-c");
+    wait_found(&daemon, "client", &client);
+    wait_found(&daemon, "other", &other);
+    let _web = web(&server.ns);
+    let both = |allowed: &Ns, denied: &Ns, daemon: &Daemon| {
+        for to in server.addresses() {
+            assert_eq!(status_of(allowed, to, OPEN), 200, "{to}\n{}", daemon.report());
+            assert_eq!(status_of(denied, to, CLOSED), 0, "{to}\n{}", daemon.report());
+        }
+    };
+    both(&client.ns, &other.ns, &daemon);
+
+    // Without a daemon the last state stays enforced, and a new workload stays closed.
+    daemon.kill9().expect("kill");
+    both(&client.ns, &other.ns, &daemon);
+    let new = Workload::new("client2", 4);
+    new.plug(&topology, "veth-d");
+    for to in new
+        .gateways()
+        .0
+        .to_string()
+        .parse::<IpAddr>()
+        .into_iter()
+        .chain(server.addresses())
+    {
+        assert_eq!(ping(&new.ns, None, to, 8, CLOSED), Outcome::TimedOut, "{to}");
+    }
+    daemon.restart().unwrap_or_else(|error| panic!("{error:#}"));
+    wait_found(&daemon, "client2", &new);
+    let again = wait_found(&daemon, "server", &server);
+    assert_eq!(again["id"], first["id"]);
+    both(&client.ns, &other.ns, &daemon);
+    let gateway: IpAddr = new.gateways().0.into();
+    wait_until("the new workload is open", WAIT, || {
+        ping(&new.ns, None, gateway, 8, OPEN) == Outcome::Open
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+#[test]
+fn an_address_that_another_workload_gets_has_its_identity_and_none_of_the_old_flows() {
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let (server, client) = (Workload::new("server", 1), Workload::new("client", 2));
+    server.plug(&topology, "veth-a");
+    client.plug(&topology, "veth-b");
+    let daemon = start(&topology);
+    wait_found(&daemon, "server", &server);
+    wait_found(&daemon, "client", &client);
+    let echo = Echo::start(&server.ns, &server.addresses(), &[], &[7]).expect("echo");
+    let source = |address: IpAddr| SocketAddr::new(address, 4_000);
+    let exchange = |ns: &Ns, from: SocketAddr, to: IpAddr| {
+        ns.enter(|| {
+            let socket = UdpSocket::bind(from).expect("bind");
+            socket.set_read_timeout(Some(OPEN)).expect("timeout");
+            socket.send_to(b"hello", SocketAddr::new(to, 7)).expect("send");
+            socket.recv_from(&mut [0; 8]).is_ok()
+        })
+    };
+    for (own, to) in client.addresses().into_iter().zip(server.addresses()) {
+        wait_until("the client is answered", WAIT, || {
+            exchange(&client.ns, source(own), to)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+    // Another workload with the addresses of the client takes its place.
+    unplugged(&topology, client, "veth-b");
+    let thief = Workload::new("other", 2);
+    thief.plug(&topology, "veth-b");
+    wait_gone(&daemon, "client");
+    wait_found(&daemon, "other", &thief);
+    let before = echo.contacts().len();
+    for (own, to) in thief.addresses().into_iter().zip(server.addresses()) {
+        thief.ns.enter(|| {
+            let socket = UdpSocket::bind(source(own)).expect("bind");
+            socket.set_read_timeout(Some(CLOSED)).expect("timeout");
+            for _ in 0..5 {
+                socket.send_to(b"hello", SocketAddr::new(to, 7)).expect("send");
+            }
+            assert!(socket.recv_from(&mut [0; 8]).is_err(), "{}", daemon.report());
+        });
+    }
+    assert_eq!(echo.contacts().len(), before, "{}", daemon.report());
+
+    // The same name again, in another namespace: a new run of the workload, which is allowed what the client was.
+    unplugged(&topology, thief, "veth-b");
+    wait_gone(&daemon, "other");
+    let client = Workload::new("client", 2);
+    client.plug(&topology, "veth-b");
+    wait_found(&daemon, "client", &client);
+    for (own, to) in client.addresses().into_iter().zip(server.addresses()) {
+        wait_until("the new client is answered", WAIT, || {
+            exchange(&client.ns, source(own), to)
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+
+    // A second claim on an address stays denied and is reported; the first one keeps working.
+    let second = Workload::new("zz", 2);
+    topology
+        .node
+        .ip(&format!(
+            "link add veth-z type veth peer name {INNER} netns {}\nlink set veth-z up\n",
+            second.ns.name()
+        ))
+        .expect("veth");
+    second
+        .ns
+        .ip(&format!(
+            "addr add {}/24 dev {INNER}\nlink set {INNER} up\nroute add default dev {INNER}\n",
+            second.v4
+        ))
+        .expect("address");
+    daemon
+        .wait_status("the conflict is reported", |status| {
+            status["warnings"].as_array().is_some_and(|warnings| {
+                warnings.iter().filter_map(Value::as_str).any(|text| {
+                    text.contains("10.0.2.10 belongs to default/client") && text.contains("veth-z")
+                })
+            })
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert!(endpoint(&daemon, "zz").is_none());
+    assert_eq!(
+        udp(&client.ns, None, SocketAddr::new(server.v4.into(), 7), 8, OPEN),
+        Outcome::Open,
+        "{}",
+        daemon.report()
+    );
+}
+
+#[test]
+fn no_packet_passes_between_the_appearance_of_an_interface_and_the_labels() {
+    const ROUNDS: usize = 12;
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let daemon = start(&topology);
+    // What the workloads send arrives here, if it passes: at the node's own addresses and behind the NIC.
+    let sinks: Vec<UdpSocket> = [
+        (&topology.internet, IpAddr::from(Ipv4Addr::UNSPECIFIED)),
+        (&topology.internet, Ipv6Addr::UNSPECIFIED.into()),
+        (&topology.node, Ipv4Addr::UNSPECIFIED.into()),
+        (&topology.node, Ipv6Addr::UNSPECIFIED.into()),
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(n, (ns, any))| {
+        ns.enter(|| {
+            let domain = if any.is_ipv4() {
+                socket2::Domain::IPV4
+            } else {
+                socket2::Domain::IPV6
+            };
+            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).expect("socket");
+            if n % 2 == 1 {
+                socket.set_only_v6(true).expect("IPv6 only");
+            }
+            socket.bind(&SocketAddr::new(any, 9).into()).expect("bind");
+            socket.set_nonblocking(true).expect("non-blocking");
+            socket.into()
+        })
+    })
+    .collect();
+    for round in 0..ROUNDS {
+        let late = Workload::new("late", 5);
+        let inside: Vec<UdpSocket> = late.ns.enter(|| {
+            [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()]
+                .into_iter()
+                .filter_map(|any| UdpSocket::bind((any, 9)).ok())
+                .collect()
+        });
+        let stop = AtomicBool::new(false);
+        let (gateway4, gateway6) = late.gateways();
+        let targets: [IpAddr; 4] = [
+            INTERNET_V4.into(),
+            INTERNET_V6.into(),
+            gateway4.into(),
+            gateway6.into(),
+        ];
+        thread::scope(|scope| {
+            // Floods in both directions begin before the interface is there.
+            scope.spawn(|| {
+                late.ns.enter(|| {
+                    let sockets = [
+                        UdpSocket::bind("0.0.0.0:0").expect("socket"),
+                        UdpSocket::bind("[::]:0").expect("socket"),
+                    ];
+                    while !stop.load(Ordering::Relaxed) {
+                        for to in targets {
+                            let socket = &sockets[usize::from(to.is_ipv6())];
+                            // Fails until there is a route.
+                            let _ = socket.send_to(b"out", (to, 9));
+                        }
+                    }
+                });
+            });
+            for ns in [&topology.internet, &topology.node] {
+                let (late, stop) = (&late, &stop);
+                scope.spawn(move || {
+                    ns.enter(|| {
+                        let sockets = [
+                            UdpSocket::bind("0.0.0.0:0").expect("socket"),
+                            UdpSocket::bind("[::]:0").expect("socket"),
+                        ];
+                        while !stop.load(Ordering::Relaxed) {
+                            for to in late.addresses() {
+                                let _ = sockets[usize::from(to.is_ipv6())].send_to(b"in", (to, 9));
+                            }
+                            thread::sleep(Duration::from_micros(200));
+                        }
+                    });
+                });
+            }
+            late.plug(&topology, "veth-late");
+            if round % 3 != 2 {
+                wait_found(&daemon, "late", &late);
+                thread::sleep(Duration::from_millis(50));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        for socket in sinks.iter().chain(&inside) {
+            socket.set_nonblocking(true).expect("non-blocking");
+            let got = socket.recv_from(&mut [0; 8]);
+            assert!(got.is_err(), "round {round}: {got:?}\n{}", daemon.report());
+        }
+        drop(inside);
+        unplugged(&topology, late, "veth-late");
+    }
+    // The flood is real: it was dropped at the interface, by the table before and by the programs after.
+    let status = daemon.status().expect("status");
+    let drops = status["drops"].as_array().expect("drops");
+    for reason in [219, 181] {
+        assert!(
+            drops.iter().any(|drop| drop["reason"] == reason),
+            "{reason}: {status}"
+        );
+    }
+}
