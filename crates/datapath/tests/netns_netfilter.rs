@@ -30,6 +30,7 @@ fn rules() -> Rules {
         enforced: [1, 77].into(),
         workloads: [77].into(),
         names: ["eth0", "veth-a"].map(str::to_owned).into(),
+        patterns: [].into(),
         endpoints: ["10.0.1.10", "fd00::10"].map(|a| a.parse().unwrap()).into(),
         own: ["192.0.2.1/32", "198.51.100.0/24", "2001:db8::1/128"]
             .map(|a| a.parse().unwrap())

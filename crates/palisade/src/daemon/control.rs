@@ -408,7 +408,7 @@ impl Control {
             self.publish();
         }
         self.attach();
-        self.find_workloads();
+        self.find_workloads(false);
     }
 
     fn repair_links(&mut self) {

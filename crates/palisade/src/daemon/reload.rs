@@ -255,7 +255,7 @@ impl Control {
         self.update_inventory(begun).map_err(|problem| chain(&problem))?;
         self.attach();
         // After the interfaces of workloads are closed to what the new configuration does not find.
-        self.find_workloads();
+        self.find_workloads(false);
         self.log_policies(&before, begun);
         info!(
             event = "reload",

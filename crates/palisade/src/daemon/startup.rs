@@ -311,7 +311,7 @@ type RecordQueues = (Option<Receiver<TimedRecord>>, record_queue::Receiver<Timed
 /// Attaches the programs to all configured interfaces and writes the nftables table.
 fn attach(control: &mut Control) {
     control.attach();
-    control.find_workloads();
+    control.find_workloads(true);
     control.write_netfilter();
     for limited in control.limited_interfaces(&control.interfaces.report(&control.datapath)) {
         warn!(%limited, "the MTU of an interface exceeds the longest punted frame");

@@ -14,7 +14,7 @@ impl Control {
     /// Takes a report of the sources.
     pub(super) fn workloads_reported(&mut self, report: Report) {
         if self.discovery.take(report) {
-            self.find_workloads();
+            self.find_workloads(false);
         }
     }
 
@@ -24,8 +24,8 @@ impl Control {
         self.state.state.discovered = same_runs(&outcome, &self.state.state.discovered);
     }
 
-    /// Makes endpoints of the workloads that are found, and puts them in force.
-    pub(super) fn find_workloads(&mut self) {
+    /// Makes endpoints of the workloads that are found, and puts them in force. `is_start`: whether this is the first time.
+    pub(super) fn find_workloads(&mut self, is_start: bool) {
         let begun = Instant::now();
         let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
         for problem in self.discovery.set_problems(&outcome.problems) {
@@ -51,15 +51,14 @@ impl Control {
                 "a workload is gone"
             );
         }
-        // A workload that runs again under the same name gets the same number. It is removed first, so that connections
-        // and learned names of its earlier run are forgotten.
-        let is_replaced = outcome
-            .found
-            .keys()
-            .any(|name| before.contains_key(name) && !kept.contains_key(name));
-        if is_replaced {
+        // What is gone is removed first, so that its connections and learned names are forgotten before another endpoint,
+        // or another run under the same name, can get its number.
+        if kept.len() != before.len() {
             self.state.state.discovered.clone_from(&kept);
-            self.put_workloads_in_force(begun);
+            self.put_workloads_in_force(begun, false);
+        }
+        if outcome.found == self.state.state.discovered {
+            return;
         }
         for (name, found) in outcome.found.iter().filter(|(name, _)| !kept.contains_key(*name)) {
             info!(
@@ -73,15 +72,26 @@ impl Control {
             );
         }
         self.state.state.discovered = outcome.found;
-        self.put_workloads_in_force(begun);
+        self.put_workloads_in_force(begun, is_start);
     }
 
-    fn put_workloads_in_force(&mut self, begun: Instant) {
+    /// Compiles the found workloads and attaches the programs. With `is_start`, the connections of all found endpoints
+    /// that the state file did not have are forgotten before the programs are attached: a daemon that was killed can
+    /// have given the number to a workload, without saving it, that is gone.
+    fn put_workloads_in_force(&mut self, begun: Instant, is_start: bool) {
+        let known = self.state.state.endpoints.clone();
         if let Err(problem) = self.update_inventory(begun) {
             error!(
                 error = format!("{problem:#}"),
                 "the found workloads cannot be put in force"
             );
+        }
+        if is_start {
+            let numbers = &self.state.state.endpoints;
+            let found = self.state.state.discovered.keys();
+            let new = found.filter(|name| !known.contains_key(*name));
+            let new: Vec<u16> = new.filter_map(|name| numbers.get(name)).copied().collect();
+            self.forget_connections(&new);
         }
         self.attach();
     }
