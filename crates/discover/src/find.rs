@@ -86,16 +86,31 @@ pub fn find(
         let key = |rule: &usize, found: &Found| (!holds(found), *rule, found.qualified_name(), found.ifindex);
         key(a_rule, a).cmp(&key(b_rule, b))
     });
+    // A running workload can add the address of another one, so it is not enough that endpoints come before newcomers.
+    let mut held: BTreeMap<IpAddr, String> = BTreeMap::new();
+    for (_, found) in claims.iter().filter(|(_, found)| holds(found)) {
+        let name = found.qualified_name();
+        let had = before.get(&name).map(|known| known.addresses.as_slice());
+        let kept = found.addresses.iter();
+        let kept = kept.filter(|address| had.is_some_and(|had| had.contains(address)));
+        held.extend(kept.map(|address| (*address, name.clone())));
+    }
     let mut interfaces: BTreeMap<String, String> = BTreeMap::new();
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
     for (_, found) in claims {
         let name = found.qualified_name();
-        let conflict =
-            conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses).or_else(|| {
-                (outcome.found.len() >= limit).then(|| {
-                    format!("there are {limit} endpoints of this kind already: raise [limits] discovered")
-                })
-            });
+        let conflict = conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses);
+        let conflict = conflict.or_else(|| {
+            let of_another = |address: &&IpAddr| held.get(*address).is_some_and(|by| *by != name);
+            let address = found.addresses.iter().find(of_another)?;
+            let by = held.get(address)?;
+            Some(format!("address {address} belongs to {by} already"))
+        });
+        let conflict = conflict.or_else(|| {
+            (outcome.found.len() >= limit).then(|| {
+                format!("there are {limit} endpoints of this kind already: raise [limits] discovered")
+            })
+        });
         if let Some(message) = conflict {
             outcome.problems.insert(Problem {
                 source: found.source(),
@@ -402,6 +417,21 @@ mod tests {
         // Once the holder is gone, the address is free.
         let outcome = run(&rules, &[thief], &outcome);
         assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/aaa"]);
+    }
+
+    #[test]
+    fn a_running_workload_cannot_add_the_address_of_another_one() {
+        let rules = [rule("netns", "{name}")];
+        let victim = workload("b", 7, &["10.0.0.2"]);
+        let honest = [workload("a", 8, &["10.0.0.3"]), victim.clone()];
+        let before = run(&rules, &honest, &Outcome::default());
+        let outcome = run(
+            &rules,
+            &[workload("a", 8, &["10.0.0.3", "10.0.0.2"]), victim],
+            &before,
+        );
+        assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/b"]);
+        assert!(message(&outcome).contains("10.0.0.2 belongs to default/b already; veth8 stays denied"));
     }
 
     #[test]
