@@ -1,6 +1,7 @@
 //! The command line.
 
 mod capture;
+mod change;
 pub(crate) mod log;
 mod observe;
 mod output;
@@ -13,6 +14,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
+pub(crate) use self::change::{ApplyArgs, ChangeArgs, DiffArgs, RollbackArgs};
 use self::observe::OBSERVE_HELP;
 pub(crate) use self::observe::ObserveArgs;
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
@@ -298,6 +300,35 @@ An end is an endpoint or a peer by name, an endpoint's number, an address, or a 
 (host, world-ipv4, world-ipv6, remote-node, ...).
 Exits 0 if the packet would pass (also by audit mode, or once it was inspected), 1 if it would be dropped.")]
     Trace(Box<TraceArgs>),
+    /// Put policy files in force, after showing what changes; with --confirm they are rolled back unless confirmed.
+    #[command(after_help = change::APPLY_HELP)]
+    Apply(ApplyArgs),
+    /// Keep the change that `palisade policy apply --confirm` has made.
+    #[command(after_help = "Examples:
+  palisade policy confirm
+
+Exits 1 if no change waits, for example because it was rolled back.")]
+    Confirm,
+    /// Roll back the change that waits for its confirmation, now.
+    #[command(after_help = "Examples:
+  palisade policy cancel")]
+    Cancel,
+    /// Show which verdicts differ between two sets of policies.
+    #[command(after_help = change::DIFF_HELP)]
+    Diff(DiffArgs),
+    /// List the policy sets that were enforced: number, time, author, message, files.
+    #[command(after_help = "Examples:
+  palisade policy history
+  palisade policy history -o json
+
+The last 50 sets are kept in [node] state_dir, also those of files that were changed directly.")]
+    History {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Put a set of the history in force again.
+    #[command(after_help = change::ROLLBACK_HELP)]
+    Rollback(RollbackArgs),
     /// List the policies in force, or show one policy with its rules and counters.
     Get {
         /// `namespace/name`, or the name of a cluster-wide policy.

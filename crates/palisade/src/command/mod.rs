@@ -9,10 +9,12 @@ mod log;
 mod manual;
 mod output;
 mod policy;
+mod policy_change;
 mod recorded;
 mod recorded_policies;
 mod replay;
 mod service;
+mod session;
 mod top;
 
 use std::{
@@ -114,6 +116,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                     args.output.output,
                 )
             }
+            PolicyCommand::Apply(args) => policy_change::apply(&socket()?, &args.path, &args.change),
+            PolicyCommand::Confirm => policy_change::confirm(&socket()?),
+            PolicyCommand::Cancel => policy_change::cancel(&socket()?),
+            PolicyCommand::Diff(args) => policy_change::diff(&socket()?, args),
+            PolicyCommand::History { output } => policy_change::history(&socket()?, output.output),
+            PolicyCommand::Rollback(args) => policy_change::rollback(&socket()?, args.number, &args.change),
             PolicyCommand::Get { name, output } => inspect::policies(&socket()?, name.as_deref(), *output),
             PolicyCommand::Selectors { output } => inspect::selectors(&socket()?, output.output),
         },

@@ -279,6 +279,15 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         "Changes:     {} put in force, the last one in {:.1} ms",
         status.revision, status.last_change_ms
     )?;
+    if let Some(change) = &status.pending_change {
+        let who = change.author.sudo_user.as_ref().unwrap_or(&change.author.user);
+        writeln!(
+            out,
+            "To confirm:  change {} by {who} is ROLLED BACK in {} unless you run: palisade policy confirm",
+            change.number,
+            duration::format(Duration::from_secs(change.left))
+        )?;
+    }
     for (title, list) in [("Missing", &status.missing), ("Warnings", &status.warnings)] {
         if !list.is_empty() {
             writeln!(out, "\n{title}:")?;

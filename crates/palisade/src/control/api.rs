@@ -87,6 +87,293 @@ pub(crate) enum Request {
     LogGet,
     /// Streams [`Answer::Capture`]s, then returns a [`CaptureSummary`].
     Capture(CaptureRequest),
+    /// Compiles two sets of policies and changes nothing. Returns a [`PolicyPlan`].
+    PolicyPlan(PlanRequest),
+    /// Puts a set of policies in force. Returns a [`PolicyApplied`].
+    PolicyApply(ApplyRequest),
+    /// Keeps a change that waits for its confirmation. Returns the number of the change.
+    PolicyConfirm,
+    /// Rolls back a change that waits for its confirmation. Returns the number of the change.
+    PolicyCancel {
+        /// Who cancels.
+        author: Author,
+    },
+    /// Returns the [`HistoryRow`]s.
+    PolicyHistory,
+}
+
+/// A set of policies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum PolicySet {
+    /// The policies in force.
+    Current,
+    /// The policies in force with these files in place of those of the same name.
+    With(BTreeMap<String, CandidateFile>),
+    /// These files only.
+    Only(BTreeMap<String, CandidateFile>),
+    /// The set of this number in the history.
+    Number(u64),
+}
+
+/// A policy file that is not in the policy folder yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CandidateFile {
+    /// Path that errors name.
+    pub path: String,
+    /// Content.
+    pub text: String,
+}
+
+/// Request of `palisade policy diff`, and of the check before `palisade policy apply`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PlanRequest {
+    /// The set that is compared.
+    pub from: PolicySet,
+    /// The set with which it is compared.
+    pub to: PolicySet,
+    /// TCP sessions of the client's user.
+    #[serde(default)]
+    pub sessions: Vec<Session>,
+    /// Whether to evaluate recorded flows and live connections, and whether the set can be applied.
+    pub dry_run: bool,
+}
+
+/// Request of `palisade policy apply` and `palisade policy rollback`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ApplyRequest {
+    /// The set to put in force.
+    pub set: PolicySet,
+    /// Time within which the change must be confirmed, ms; `None`: it need not be confirmed.
+    pub confirm_ms: Option<u64>,
+    /// The author's message.
+    pub message: String,
+    /// Who applies it.
+    pub author: Author,
+    /// TCP sessions of the client's user.
+    pub sessions: Vec<Session>,
+    /// Whether to apply it also if it denies a session.
+    pub force: bool,
+    /// Number of the change in force for which [`PolicyPlan`] was computed; `None`: any.
+    pub base: Option<u64>,
+}
+
+/// User that runs a command.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Author {
+    /// Number of the user.
+    pub uid: u32,
+    /// Name of the user.
+    pub user: String,
+    /// User that has become this user by sudo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sudo_user: Option<String>,
+}
+
+/// A TCP connection by which a user is logged in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Session {
+    /// Address and port of the user's host.
+    pub peer: std::net::SocketAddr,
+    /// Address and port of this node.
+    pub local: std::net::SocketAddr,
+}
+
+/// What another set of policies would change.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PolicyPlan {
+    /// Number of the change in force in the history.
+    pub number: u64,
+    /// Errors, `FILE:LINE:COL: MESSAGE`. All other fields are empty if there are any.
+    pub errors: Vec<String>,
+    /// Why the set cannot be applied although it has no errors.
+    pub refused: Option<String>,
+    /// Files that differ.
+    pub files: FileChanges,
+    /// Policies that differ, by `namespace/name`.
+    pub policies: PolicyChanges,
+    /// Verdicts that differ.
+    pub verdicts: Vec<VerdictChange>,
+    /// Number of verdicts that differ and are not listed.
+    pub not_listed: u64,
+    /// Whether there were too many verdicts to compare all of them.
+    pub incomplete: bool,
+    /// Live connections that would be cut.
+    pub cuts: Vec<CutRow>,
+    /// Number of live connections that would be cut, those that are not listed included.
+    pub cut: usize,
+    /// Recorded flows of the last hour with another verdict.
+    pub flows: Vec<FlowChange>,
+    /// Number of recorded flows that were evaluated.
+    pub flows_evaluated: u64,
+    /// Sessions of the client's user that would be denied.
+    pub denied_sessions: Vec<DeniedSession>,
+}
+
+/// Names of files that differ.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileChanges {
+    /// New files.
+    pub added: Vec<String>,
+    /// Files with another content.
+    pub changed: Vec<String>,
+    /// Files that are gone.
+    pub removed: Vec<String>,
+}
+
+impl FileChanges {
+    /// Returns whether no file differs.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.changed.is_empty() && self.removed.is_empty()
+    }
+}
+
+/// Policies that differ.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PolicyChanges {
+    /// New policies.
+    pub added: Vec<String>,
+    /// Policies with other rules.
+    pub changed: Vec<String>,
+    /// Policies that are gone.
+    pub removed: Vec<String>,
+    /// Policies with the same rules under another name: old and new name.
+    pub renamed: Vec<(String, String)>,
+}
+
+/// Traffic with another verdict.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VerdictChange {
+    /// Names of endpoints of this node.
+    pub endpoints: Vec<String>,
+    /// `ingress` or `egress`.
+    pub direction: String,
+    /// Peers: labels, a prefix, or `world`.
+    pub peers: Vec<String>,
+    /// Ports: `80/TCP`, `ANY`.
+    pub ports: Vec<String>,
+    /// Verdict of the first set.
+    pub from: String,
+    /// Verdict of the second set.
+    pub to: String,
+    /// Rule of the second set that decides.
+    pub decided_by: String,
+}
+
+/// Recorded flows with another verdict.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FlowChange {
+    /// `ingress` or `egress`.
+    pub direction: String,
+    /// The endpoint.
+    pub endpoint: String,
+    /// The peer.
+    pub peer: String,
+    /// Port and protocol.
+    pub port: String,
+    /// Recorded verdict.
+    pub now: String,
+    /// Verdict of the set.
+    pub then: String,
+    /// Rule of the set that decides.
+    pub then_by: String,
+    /// Number of flows.
+    pub flows: u64,
+}
+
+/// A session that would be denied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DeniedSession {
+    /// The session.
+    pub session: Session,
+    /// Rule that decides.
+    pub decided_by: String,
+}
+
+/// A set that was put in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PolicyApplied {
+    /// Number in the history.
+    pub number: u64,
+    /// Revision of the datapath.
+    pub revision: u64,
+    /// Time within which it must be confirmed, s; `None`: it need not be.
+    pub confirm_within: Option<u64>,
+    /// Files that differ.
+    pub files: FileChanges,
+}
+
+/// A change that waits for its confirmation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PendingChange {
+    /// Number in the history.
+    pub number: u64,
+    /// Time until it is rolled back, s.
+    pub left: u64,
+    /// Who applied it.
+    pub author: Author,
+    /// The author's message.
+    pub message: String,
+}
+
+/// What caused a policy set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ChangeKind {
+    /// `palisade policy apply`.
+    #[default]
+    Apply,
+    /// `palisade policy rollback`.
+    Rollback,
+    /// Files of the folder were changed directly.
+    FileChange,
+    /// A change was rolled back, because it was not confirmed or was cancelled.
+    RolledBack,
+}
+
+/// Whether a policy set was confirmed or rolled back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ChangeState {
+    /// It needed no confirmation.
+    #[default]
+    Enforced,
+    /// It waits for its confirmation.
+    Pending,
+    /// It was confirmed.
+    Confirmed,
+    /// It was rolled back.
+    RolledBack,
+}
+
+/// An entry of `palisade policy history`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HistoryRow {
+    /// Number.
+    pub number: u64,
+    /// Time, RFC 3339.
+    pub time: String,
+    /// What caused it.
+    pub kind: ChangeKind,
+    /// Who caused it; `None` if the daemon does not know.
+    pub author: Option<Author>,
+    /// The author's message.
+    pub message: String,
+    /// Number of the entry that was put back, for a rollback.
+    pub of: Option<u64>,
+    /// Files that differ from the entry before.
+    pub files: FileChanges,
+    /// Revision of the datapath.
+    pub revision: u64,
+    /// Whether it was confirmed or rolled back.
+    pub state: ChangeState,
+    /// Whether this set is in force.
+    pub in_force: bool,
 }
 
 /// A change of policy files that is not put in force.
@@ -528,6 +815,9 @@ pub(crate) struct Status {
     pub policy_dir: String,
     /// Files of the policy folder.
     pub policy_files: Vec<PolicyFile>,
+    /// Change of policies that waits for its confirmation.
+    #[serde(default)]
+    pub pending_change: Option<PendingChange>,
     /// Kinds of inspection that policies need and no inspector implements.
     pub missing_inspectors: Vec<MissingInspector>,
     /// Fill levels of the maps.

@@ -95,7 +95,14 @@ impl Client {
     pub(crate) fn send(socket: &Path, request: &Request) -> Result<Self, ClientError> {
         let changes = matches!(
             request,
-            Request::Stop { .. } | Request::Reload | Request::EndpointConfig { .. } | Request::Capture(_)
+            Request::Stop { .. }
+                | Request::Reload
+                | Request::EndpointConfig { .. }
+                | Request::Capture(_)
+                | Request::PolicyPlan(_)
+                | Request::PolicyApply(_)
+                | Request::PolicyConfirm
+                | Request::PolicyCancel { .. }
         );
         if changes {
             // A ping shows within `READ_TIMEOUT` whether the daemon hangs, before the longer wait for a change.

@@ -22,6 +22,7 @@ use signal_hook::consts::SIGHUP;
 use tracing::{debug, error, info, warn};
 
 use super::{
+    changes::Changes as PolicyChanges,
     discover::Discovery,
     enforcer::{Enforcer, endpoint_names, inventory},
     export::Exports,
@@ -51,6 +52,8 @@ const ATTACH_CHECK_INTERVAL: Duration = Duration::from_secs(15);
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Time without a change after which the state is written.
 const SAVE_DEBOUNCE: Duration = Duration::from_millis(500);
+/// Time after the deadline of a change at which it is looked at: the clock of the deadline has milliseconds.
+const DEADLINE_STEP: Duration = Duration::from_millis(1);
 /// Longest time from the first unsaved change to the writing of the state.
 const SAVE_MAX_DELAY: Duration = Duration::from_secs(10);
 
@@ -60,6 +63,8 @@ pub(super) struct Control {
     pub(super) state: StateFile<CompilerState>,
     pub(super) enforcer: Enforcer,
     pub(super) files: PolicyFiles,
+    /// Changes of the policies by commands, and the history.
+    pub(super) policy_changes: PolicyChanges,
     pub(super) interfaces: Interfaces,
     pub(super) network: Network,
     pub(super) discovery: Discovery,
@@ -120,6 +125,8 @@ impl Control {
             {
                 self.save();
             }
+            // Also under a continuous stream of messages.
+            self.check_deadline();
             self.activity.rest();
             let message = match messages.recv_timeout(self.timeout()) {
                 Ok(message) => message,
@@ -136,6 +143,7 @@ impl Control {
             self.activity.begin(message.task());
             match message {
                 Message::Policies(changes) => self.policies_changed(&changes),
+                Message::Store(event) => self.store_event(event),
                 Message::Network(network) => self.network_changed(network),
                 Message::Workloads(report) => self.workloads_reported(report),
                 Message::Netfilter(change) => {
@@ -206,7 +214,12 @@ impl Control {
             || self.netfilter.has_failed()
             || self.datapath.replacement_problem().is_some();
         let again = failed.then_some(RETRY_INTERVAL);
-        [save, again]
+        // The wait does not count suspended time, the deadline does.
+        let deadline = self
+            .policy_changes
+            .left()
+            .map(|left| (left + DEADLINE_STEP).min(ATTACH_CHECK_INTERVAL));
+        [save, again, deadline]
             .into_iter()
             .flatten()
             .min()
@@ -226,6 +239,7 @@ impl Control {
         }
         if self.enforcer.problem.is_some() {
             self.enforce(Instant::now());
+            self.record_policies();
         }
         self.repair_links();
         self.attach();
@@ -249,7 +263,7 @@ impl Control {
         }
     }
 
-    fn policies_changed(&mut self, changes: &Changes) {
+    pub(super) fn policies_changed(&mut self, changes: &Changes) {
         let begun = Instant::now();
         let offers = self.files.update(changes);
         let read = begun.elapsed();
@@ -299,6 +313,7 @@ impl Control {
 
     /// Logs one line for each changed policy file. These lines are the audit trail of policy changes.
     pub(super) fn log_policies(&mut self, before: &BTreeMap<u16, EndpointState>, begun: Instant) {
+        self.record_policies();
         let news = self.files.take_news();
         if news.is_empty() {
             return;

@@ -11,17 +11,28 @@ use palisade_policy::compile::Compiler;
 use signal_hook::consts::SIGHUP;
 
 use super::{
-    discover, fqdn::ControlRequest, interception::Secrets, netfilter, network::Network, watcher::Changes,
+    changes::{PolicyBase, StoreEvent, Switch},
+    discover,
+    fqdn::ControlRequest,
+    interception::Secrets,
+    netfilter,
+    network::Network,
+    watcher::Changes,
 };
 use crate::{
     config,
-    control::api::{Endpoint, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer, TraceRequest},
+    control::api::{
+        Author, Endpoint, PolicyApplied, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer,
+        TraceRequest,
+    },
 };
 
 /// A message to the control thread.
 pub(super) enum Message {
     /// Files of the policy folder have changed.
     Policies(Changes),
+    /// The thread that writes changes of the policies has done a job.
+    Store(StoreEvent),
     /// Interfaces or addresses of the node have changed.
     Network(Network),
     /// Workloads, or what is known about them, have changed.
@@ -46,7 +57,7 @@ impl Message {
     /// Returns the task of the control thread for this message, for reports of a busy or hanging thread.
     pub(super) const fn task(&self) -> &'static str {
         match self {
-            Self::Policies(_) => "putting changed policies in force",
+            Self::Policies(_) | Self::Store(_) => "putting changed policies in force",
             Self::Network(_) => "following a change of interfaces or addresses",
             Self::Workloads(_) => "putting found workloads in force",
             Self::Netfilter(_) => "following a change of nftables",
@@ -79,6 +90,14 @@ pub(super) enum ClientRequest {
     Trace(TraceRequest, Reply<TraceAnswer>),
     /// A copy of the compiler, for a compilation on the client's own thread.
     Compiler(Reply<Box<CompilerCopy>>),
+    /// A copy of the policies in force, for a change on the client's own thread.
+    PolicyBase(Reply<Box<PolicyBase>>),
+    /// Puts a prepared change of the policies in force.
+    PolicySwitch(Box<Switch>, Reply<PolicyApplied>),
+    /// Keeps the change that waits for its confirmation.
+    PolicyConfirm(Reply<u64>),
+    /// Rolls back the change that waits for its confirmation.
+    PolicyCancel(Author, Reply<u64>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),
     /// One endpoint, by number, name or address.

@@ -12,6 +12,7 @@
 
 mod capture;
 mod certificate_files;
+mod changes;
 mod checked_file;
 mod control;
 mod cuts;

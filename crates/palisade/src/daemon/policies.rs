@@ -30,10 +30,15 @@ const MAX_FILE: u64 = 64 << 20;
 /// Content of files for the compiler, by name; `None` if the file was removed.
 pub(super) type Offers = BTreeMap<String, Option<FileContent>>;
 
+/// Texts of policy files by name, which are enforced in place of the files of the folder.
+pub(super) type PinnedTexts = BTreeMap<String, Arc<str>>;
+
 /// The files of the policy folder.
 #[derive(Debug)]
 pub(super) struct PolicyFiles {
     dir: PathBuf,
+    /// Texts that are read in place of the files of the folder, while a command changes the folder.
+    pinned: Option<PinnedTexts>,
     /// Directory of the last good copies.
     good_dir: PathBuf,
     files: BTreeMap<String, File>,
@@ -141,6 +146,7 @@ impl PolicyFiles {
     pub(super) fn new(dir: &Path, state_dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
+            pinned: None,
             good_dir: state_dir.join(POLICIES),
             files: BTreeMap::new(),
             removed: BTreeSet::new(),
@@ -151,6 +157,41 @@ impl PolicyFiles {
         }
     }
 
+    /// Makes the next [`Self::load`] and [`Self::update`] read these texts in place of the files of the folder; `None`:
+    /// the folder again.
+    pub(super) fn pin(&mut self, texts: Option<PinnedTexts>) {
+        self.pinned = texts;
+    }
+
+    /// Returns the names of the files.
+    fn names(&self) -> io::Result<BTreeSet<String>> {
+        match &self.pinned {
+            Some(texts) => Ok(texts.keys().cloned().collect()),
+            None => policy_file_names(&self.dir),
+        }
+    }
+
+    /// Returns the content of a file.
+    fn content(&self, name: &str) -> io::Result<Vec<u8>> {
+        match &self.pinned {
+            Some(texts) => texts
+                .get(name)
+                .map(|text| text.as_bytes().to_vec())
+                .ok_or_else(|| io::ErrorKind::NotFound.into()),
+            None => read_bytes(&self.dir.join(name)),
+        }
+    }
+
+    /// Returns the names of the files whose present content is not in force, and of removed files whose policies are.
+    pub(super) fn broken(&self) -> Vec<String> {
+        let broken = self.files.iter().filter(|(_, file)| file.broken);
+        broken
+            .map(|(name, _)| name)
+            .chain(&self.removed)
+            .cloned()
+            .collect()
+    }
+
     /// Returns the events since the last call.
     pub(super) fn take_news(&mut self) -> Vec<News> {
         std::mem::take(&mut self.news)
@@ -159,7 +200,7 @@ impl PolicyFiles {
     /// Reads all files for the first time. The last good copy replaces the content of a broken file, and of all files
     /// if the folder cannot be read.
     pub(super) fn load(&mut self) {
-        match policy_file_names(&self.dir) {
+        match self.names() {
             Ok(names) => {
                 for name in names {
                     self.read(&name);
@@ -218,7 +259,7 @@ impl PolicyFiles {
     pub(super) fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
-            match policy_file_names(&self.dir) {
+            match self.names() {
                 Ok(found) => {
                     self.folder_problem = None;
                     self.never_read = false;
@@ -302,10 +343,13 @@ impl PolicyFiles {
     fn read(&mut self, name: &str) {
         let path = self.dir.join(name);
         let shown = path.display().to_string();
-        let text = match read_bytes(&path).map(|bytes| decode(&shown, bytes)) {
+        let is_pinned = self.pinned.is_some();
+        let text = match self.content(name).map(|bytes| decode(&shown, bytes)) {
             Ok(Ok(text)) if is_blank(&text) => self.unless_emptied(name, &shown, text),
             Ok(text) => text,
-            Err(problem) if problem.kind() == io::ErrorKind::NotFound && !is_dangling(&path) => {
+            Err(problem)
+                if problem.kind() == io::ErrorKind::NotFound && (is_pinned || !is_dangling(&path)) =>
+            {
                 if let Some(file) = self.files.remove(name) {
                     self.news.push(News {
                         file: name.to_owned(),

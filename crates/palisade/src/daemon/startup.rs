@@ -33,6 +33,7 @@ use signal_hook::{
 use tracing::{error, info, warn};
 
 use super::{
+    changes::{Changes as PolicyChanges, Store},
     control::{Control, End},
     discover::{self, Discovery},
     enforcer::{Enforcer, endpoint_names, inventory},
@@ -148,6 +149,7 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
 /// changes.
 struct Watched {
     files: PolicyFiles,
+    policy_changes: PolicyChanges,
     network: Network,
     discovery: Discovery,
     netfilter: netfilter::Keeper,
@@ -157,6 +159,15 @@ struct Watched {
 
 fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     let mut files = PolicyFiles::new(&config.policy.dir, &config.node.state_dir);
+    // Before the folder is read: a change that was not confirmed in time must not be enforced again.
+    let events = sender.clone();
+    let (store, recovered) = Store::start(&config.node.state_dir, &config.policy.dir, move |event| {
+        // Sending fails only while the daemon ends.
+        drop(events.send(Message::Store(event)));
+    })
+    .context("the thread of the policy history")?;
+    files.pin(recovered.unwritten.clone());
+    let policy_changes = PolicyChanges::new(store, recovered);
     let policies = sender.clone();
     watcher::watch(
         config.policy.dir.clone(),
@@ -180,6 +191,7 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
         .context("watching nftables")?;
     Ok(Watched {
         files,
+        policy_changes,
         network,
         discovery,
         netfilter,
@@ -259,6 +271,7 @@ fn fill(
         state,
         enforcer,
         files: watched.files,
+        policy_changes: watched.policy_changes,
         interfaces: Interfaces::default(),
         network: watched.network,
         discovery: watched.discovery,
@@ -292,6 +305,7 @@ fn fill(
     control.write_datapath_config()?;
     control.update_inventory(Instant::now())?;
     control.forget_connections(&gone);
+    control.record_start();
     if let Some(problem) = &control.enforcer.problem
         && control.datapath.is_fresh()
     {
@@ -361,6 +375,7 @@ fn serve(
         log: LogControl::new(Arc::clone(&control.shared)),
         capturing: AtomicBool::new(false),
         server: OnceLock::new(),
+        policy_store: Arc::clone(&control.policy_changes.store),
         measured: Arc::clone(&control.measured),
     });
     let socket = server::listen(claim, Arc::clone(&handlers))
@@ -384,6 +399,7 @@ fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<(
             "the state cannot be written; changes since the last write are lost"
         );
     }
+    control.policy_changes.store.flush();
     control.names.flush();
     control.workers.end();
     control.exports.end();

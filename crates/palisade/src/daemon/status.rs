@@ -74,6 +74,7 @@ impl Control {
                 "{problem}: changes since then are NOT KEPT and are lost at the next start; the write is retried"
             ));
         }
+        warnings.extend(self.policy_changes.warnings());
         warnings.extend(self.names.journal_problem());
         if let Some(problem) = self.files.unknown() {
             let meaning = match (self.closed, self.config.policy.enforcement) {
@@ -132,6 +133,7 @@ impl Control {
             interfaces,
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
+            pending_change: self.policy_changes.pending(),
             workers: self.workers.report(),
             exports,
             ..Status::default()

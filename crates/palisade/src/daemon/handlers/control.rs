@@ -45,6 +45,10 @@ impl Control {
                 http: self.config.http.clone(),
                 policy_dir: self.config.policy.dir.clone(),
             }))),
+            ClientRequest::PolicyBase(reply) => reply.send(Ok(Box::new(self.policy_base()))),
+            ClientRequest::PolicySwitch(switch, reply) => self.begin_change(*switch, reply),
+            ClientRequest::PolicyConfirm(reply) => self.confirm_change(reply),
+            ClientRequest::PolicyCancel(author, reply) => self.cancel_change(author, reply),
             ClientRequest::Endpoints(reply) => reply.send(Ok(self.endpoints())),
             ClientRequest::Endpoint { endpoint, reply } => reply.send(
                 self.find_endpoint(&endpoint)

@@ -2,6 +2,7 @@
 //! thread. Module `observe` sends flows. This module dispatches the requests.
 
 mod capture;
+mod changes;
 mod control;
 mod explain;
 mod intercept;
@@ -25,6 +26,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
+    changes::{Store, rows},
     fqdn::FqdnManager,
     hubble::Hubble,
     interception,
@@ -73,6 +75,8 @@ pub(super) struct Handlers {
     pub(super) capturing: AtomicBool,
     /// Counters of the control socket's server, set once it runs.
     pub(super) server: OnceLock<Arc<Counts>>,
+    /// The history of the policies.
+    pub(super) policy_store: Arc<Store>,
     /// Values that the metrics need besides those of `status`.
     pub(super) measured: Arc<Measured>,
 }
@@ -93,6 +97,13 @@ impl Handler for Handlers {
             Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
             Request::Explain { request } => json(self.explain(request)),
             Request::WouldCut(request) => json(self.would_cut(request)),
+            Request::PolicyPlan(request) => json(self.plan_policies(&request)),
+            Request::PolicyApply(request) => json(self.apply_policies(request)),
+            Request::PolicyConfirm => json(self.change(ClientRequest::PolicyConfirm)),
+            Request::PolicyCancel { author } => {
+                json(self.change(|reply| ClientRequest::PolicyCancel(author, reply)))
+            }
+            Request::PolicyHistory => json(Ok(rows(&self.policy_store.history()))),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
             Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
             Request::EndpointConfig { endpoint, options } => {

@@ -1,0 +1,205 @@
+//! The user of a command, and the ssh session in which the command runs.
+//!
+//! sshd sets SSH_CONNECTION (ssh(1)), but sudo removes it from the environment. The parent processes are searched too:
+//! the user's shell has it. The variable can be forged by its process, so it only adds sessions to the check; the
+//! sockets of parent processes, of which sshd is one, are added as well.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+};
+
+use nix::unistd::{Uid, User, getuid};
+
+use crate::control::api::{Author, Session};
+
+/// Largest number of parent processes that are searched.
+const MAX_PARENTS: usize = 64;
+/// State of an established connection in /proc/net/tcp.
+const ESTABLISHED: &str = "01";
+
+/// Returns the user of this process.
+pub(super) fn author() -> Author {
+    let name = |uid: Uid| {
+        let user = User::from_uid(uid).ok().flatten();
+        user.map_or_else(|| uid.to_string(), |user| user.name)
+    };
+    let uid = getuid();
+    Author {
+        uid: uid.as_raw(),
+        user: name(uid),
+        sudo_user: std::env::var("SUDO_USER")
+            .ok()
+            .filter(|user| !user.is_empty())
+            .map(|user| user.chars().filter(|c| !c.is_control()).take(64).collect()),
+    }
+}
+
+/// Returns the sessions in which this process runs.
+pub(super) fn sessions() -> Vec<Session> {
+    let mut found = BTreeSet::new();
+    if let Ok(text) = std::env::var("SSH_CONNECTION") {
+        found.extend(parse(&text));
+    }
+    let mut sockets = BTreeSet::new();
+    let mut process = std::process::id();
+    for _ in 0..MAX_PARENTS {
+        let dir = Path::new("/proc").join(process.to_string());
+        found.extend(of_environment(&fs::read(dir.join("environ")).unwrap_or_default()));
+        sockets.extend(sockets_of(&dir.join("fd")));
+        match fs::read_to_string(dir.join("stat"))
+            .ok()
+            .as_deref()
+            .and_then(parent)
+        {
+            Some(parent) if parent > 1 => process = parent,
+            _ => break,
+        }
+    }
+    for table in ["/proc/self/net/tcp", "/proc/self/net/tcp6"] {
+        let table = fs::read_to_string(table).unwrap_or_default();
+        found.extend(
+            table
+                .lines()
+                .skip(1)
+                .filter_map(|line| established(line, &sockets)),
+        );
+    }
+    found.into_iter().collect()
+}
+
+/// Returns the session of an SSH_CONNECTION variable: address and port of the client, then of the server.
+fn parse(text: &str) -> Option<Session> {
+    let mut words = text.split_ascii_whitespace();
+    let mut end = || {
+        // A link-local address has its zone after a percent sign.
+        let address = words.next()?.split('%').next()?.parse::<IpAddr>().ok()?;
+        Some(SocketAddr::new(
+            address.to_canonical(),
+            words.next()?.parse().ok()?,
+        ))
+    };
+    Some(Session {
+        peer: end()?,
+        local: end()?,
+    })
+}
+
+fn of_environment(environment: &[u8]) -> Option<Session> {
+    let mut variables = environment.split(|byte| *byte == 0);
+    let value = variables.find_map(|variable| variable.strip_prefix(b"SSH_CONNECTION="))?;
+    parse(std::str::from_utf8(value).ok()?)
+}
+
+/// Returns the parent in a line of /proc/PID/stat. The name of the process is in parentheses and can have any character.
+fn parent(stat: &str) -> Option<u32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// Returns the inodes of the sockets of a process.
+fn sockets_of(dir: &Path) -> BTreeSet<u64> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    links
+        .filter_map(|link| {
+            let text = std::str::from_utf8(link.as_os_str().as_bytes()).ok()?;
+            text.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+        })
+        .collect()
+}
+
+/// Returns the session in a line of /proc/net/tcp or tcp6, if it is an established connection of one of the sockets.
+fn established(line: &str, sockets: &BTreeSet<u64>) -> Option<Session> {
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let is_wanted = *words.get(3)? == ESTABLISHED && sockets.contains(&words.get(9)?.parse().ok()?);
+    let session = Session {
+        local: end(words.get(1)?)?,
+        peer: end(words.get(2)?)?,
+    };
+    (is_wanted && !session.peer.ip().is_loopback()).then_some(session)
+}
+
+/// Returns an address of /proc/net/tcp: words of the network order in the byte order of the node, and the port.
+fn end(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let mut bytes = Vec::new();
+    for at in (0..address.len()).step_by(8) {
+        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
+        bytes.extend(word.to_ne_bytes());
+    }
+    let address = match bytes.len() {
+        4 => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?)),
+        16 => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?)).to_canonical(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn session(peer: &str, local: &str) -> Session {
+        Session {
+            peer: peer.parse().unwrap(),
+            local: local.parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn the_variable_of_sshd_is_read_in_both_families() {
+        let v4 = session("198.51.100.7:40000", "192.0.2.1:22");
+        assert_eq!(parse("198.51.100.7 40000 192.0.2.1 22"), Some(v4));
+        assert_eq!(parse("::ffff:198.51.100.7 40000 192.0.2.1 22"), Some(v4));
+        assert_eq!(
+            parse("fe80::1%eth0 40000 fe80::2%eth0 22"),
+            Some(session("[fe80::1]:40000", "[fe80::2]:22"))
+        );
+        let environment = b"A=1\0SSH_CONNECTION=198.51.100.7 40000 192.0.2.1 22\0B=2\0";
+        assert_eq!(of_environment(environment), Some(v4));
+        for wrong in [
+            "",
+            "198.51.100.7",
+            "198.51.100.7 x 192.0.2.1 22",
+            "a 1 b 2",
+            "1.2.3.4 1 5.6.7.8",
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_parent_is_found_behind_any_process_name() {
+        assert_eq!(parent("12 (bash) S 7 12 12 0"), Some(7));
+        assert_eq!(parent("12 (a) b) R 9) S 7 12"), Some(7));
+        assert_eq!(parent(""), None);
+    }
+
+    #[test]
+    fn connections_are_read_from_the_table_of_the_kernel() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else {
+                continue;
+            };
+            let local = listener.local_addr().unwrap();
+            let client = TcpStream::connect(local).unwrap();
+            let (_server, _) = listener.accept().unwrap();
+            let table =
+                ["/proc/self/net/tcp", "/proc/self/net/tcp6"].map(|path| fs::read_to_string(path).unwrap());
+            let mut ends = table.iter().flat_map(|table| table.lines()).filter_map(|line| {
+                let words: Vec<&str> = line.split_ascii_whitespace().collect();
+                Some((end(words.get(1)?)?, end(words.get(2)?)?))
+            });
+            assert!(
+                ends.any(|ends| ends == (local, client.local_addr().unwrap())),
+                "{address}"
+            );
+        }
+    }
+}
