@@ -1,0 +1,501 @@
+//! `palisade policy apply` with confirmation, `rollback`, `history` and `diff`, with real traffic.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    path::Path,
+    process::Output,
+    time::Duration,
+};
+
+use palisade_testbed::{
+    Daemon,
+    daemon::Settings,
+    load::Leak,
+    ns::wait_until,
+    process::output,
+    topology::{FAMILIES, Family, INNER},
+};
+use palisade_tests::{OPEN, World, with_peers, world};
+use serde_json::Value;
+
+/// Time within which a rollback, a start or a write must have happened.
+const LONG: Duration = Duration::from_secs(120);
+
+const FROM_FRONT: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: back}
+spec:
+  endpointSelector: {matchLabels: {app: back}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: front}}]
+";
+
+const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
+const ONLY_DB: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 open";
+
+fn from_db() -> String {
+    FROM_FRONT.replace("app: front", "app: db")
+}
+
+struct Bed {
+    world: World,
+    daemon: Daemon,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let world = world();
+        let daemon = world
+            .daemon(Settings::default(), &[("back.yaml", FROM_FRONT)])
+            .expect("daemon");
+        Self { world, daemon }
+    }
+
+    /// Writes a candidate file outside the policy folder and returns its path.
+    fn candidate(&self, name: &str, text: &str) -> String {
+        let path = self.world.topology.dir().join(name);
+        fs::write(&path, text).expect("candidate");
+        path.display().to_string()
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.daemon.try_cli(args).expect("command")
+    }
+
+    fn apply(&self, args: &[&str]) -> Value {
+        let mut all = vec!["policy", "apply"];
+        all.extend(args);
+        self.daemon
+            .json(&all)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", self.daemon.log()))
+    }
+
+    fn folder(&self, name: &str) -> String {
+        fs::read_to_string(self.daemon.policies().join(name)).unwrap_or_default()
+    }
+
+    fn rolled_back(&self) {
+        self.daemon
+            .wait_status("the change is rolled back", |status| {
+                let warnings = status["warnings"].to_string();
+                status["pending_change"].is_null()
+                    && warnings.contains("was rolled back")
+                    && !warnings.contains("not back in the policy folder")
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", self.daemon.log()));
+    }
+
+    fn history(&self) -> Vec<Value> {
+        let rows = self.daemon.json(&["policy", "history"]).expect("history");
+        rows.as_array().cloned().expect("rows")
+    }
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+#[test]
+fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
+    let bed = Bed::new();
+    let (world, daemon) = (&bed.world, &bed.daemon);
+    world.expect(daemon, ONLY_FRONT);
+    let file = bed.candidate("back.yaml", &from_db());
+
+    // What would change is shown as verdicts, and nothing is changed.
+    let diff = bed.run(&["policy", "diff", &file, "-o", "json"]);
+    let diff: Value = serde_json::from_slice(&diff.stdout).expect("JSON");
+    let rows = diff["verdicts"].as_array().expect("rows");
+    let row = |peer: &str, to: &str| {
+        rows.iter().any(|row| {
+            row["direction"] == "ingress"
+                && row["to"] == to
+                && row["endpoints"].to_string().contains("back")
+                && row["peers"].to_string().contains(peer)
+        })
+    };
+    assert!(row("app=front", "deny") && row("app=db", "allow"), "{diff:#}");
+    assert_eq!(diff["policies"]["changed"][0], "CiliumNetworkPolicy default/back");
+    let dry = bed.run(&["policy", "apply", &file, "--dry-run"]);
+    assert!(
+        dry.status.success() && text(&dry).contains("Verdicts:"),
+        "{}",
+        text(&dry)
+    );
+    // Without a terminal it asks for --yes.
+    let asked = bed.run(&["policy", "apply", &file]);
+    assert!(
+        !asked.status.success() && text(&asked).contains("--yes"),
+        "{}",
+        text(&asked)
+    );
+    world.expect(daemon, ONLY_FRONT);
+
+    // Confirmed in time.
+    let applied = bed.apply(&[&file, "--yes", "--confirm", "1h", "-m", "db instead of front"]);
+    assert!(
+        applied["applied"]["confirm_within"].as_u64() > Some(3_000),
+        "{applied:#}"
+    );
+    world.expect(daemon, ONLY_DB);
+    assert_eq!(bed.folder("back.yaml"), from_db());
+    let second = bed.run(&["policy", "apply", &file, "--yes"]);
+    assert!(
+        text(&second).contains("waits for its confirmation"),
+        "{}",
+        text(&second)
+    );
+    daemon.cli(&["policy", "confirm"]).expect("confirm");
+    assert!(!bed.run(&["policy", "confirm"]).status.success());
+    world.expect(daemon, ONLY_DB);
+
+    // Not confirmed. The command that applied it has ended long before.
+    let old = bed.candidate("back.yaml", FROM_FRONT);
+    bed.apply(&[&old, "--yes", "--confirm", "2s"]);
+    bed.rolled_back();
+    world.expect(daemon, ONLY_DB);
+    assert_eq!(bed.folder("back.yaml"), from_db());
+
+    // Cancelled.
+    bed.apply(&[&old, "--yes", "--confirm", "1h"]);
+    world.expect(daemon, ONLY_FRONT);
+    daemon.cli(&["policy", "cancel"]).expect("cancel");
+    world.expect(daemon, ONLY_DB);
+    assert_eq!(bed.folder("back.yaml"), from_db());
+
+    // Edited by hand; then a set of the history comes back.
+    daemon
+        .write("more.yaml", &FROM_FRONT.replace("name: back", "name: more"))
+        .expect("write");
+    daemon.settle().expect("settle");
+    let history = bed.history();
+    let states: Vec<(&str, &str)> = history
+        .iter()
+        .map(|row| {
+            (
+                row["kind"].as_str().unwrap_or(""),
+                row["state"].as_str().unwrap_or(""),
+            )
+        })
+        .collect();
+    assert_eq!(
+        states,
+        [
+            ("file-change", "enforced"),
+            ("apply", "confirmed"),
+            ("apply", "rolled-back"),
+            ("rolled-back", "enforced"),
+            ("apply", "rolled-back"),
+            ("rolled-back", "enforced"),
+            ("file-change", "enforced"),
+        ],
+        "{history:#?}"
+    );
+    assert_eq!(history[1]["message"], "db instead of front");
+    assert_eq!(history[1]["author"]["user"], "root");
+    assert_eq!(history[6]["files"]["added"][0], "more.yaml");
+    let diff = bed.run(&["policy", "diff", "1", "2"]);
+    assert!(text(&diff).contains("app=db"), "{}", text(&diff));
+    daemon
+        .cli(&["policy", "rollback", "1", "--yes"])
+        .expect("rollback");
+    world.expect(daemon, ONLY_FRONT);
+    assert_eq!(
+        (bed.folder("back.yaml").as_str(), bed.folder("more.yaml").as_str()),
+        (FROM_FRONT, "")
+    );
+    assert_eq!(bed.history().last().expect("row")["of"], 1);
+}
+
+#[test]
+fn errors_change_nothing_and_name_the_line_of_the_given_file() {
+    let bed = Bed::new();
+    let broken = bed.candidate("back.yaml", &from_db().replace("fromEndpoints", "fromEndpoint"));
+    let refused = bed.run(&["policy", "apply", &broken, "--yes"]);
+    let said = text(&refused);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        said.contains(&format!("{broken}:7:")) && said.contains("nothing was changed"),
+        "{said}"
+    );
+    // A file with the same policy as another one.
+    let twin = bed.candidate("twin.yaml", FROM_FRONT);
+    let said = text(&bed.run(&["policy", "apply", &twin, "--yes"]));
+    assert!(said.contains("twin.yaml:") && said.contains("already"), "{said}");
+    // A link in the folder is not followed.
+    let outside = bed.candidate("outside", FROM_FRONT);
+    let link = bed.daemon.policies().join("link.yaml");
+    std::os::unix::fs::symlink(&outside, &link).expect("link");
+    let new = bed.candidate("link.yaml", &from_db().replace("name: back", "name: other"));
+    let said = text(&bed.run(&["policy", "apply", &new, "--yes"]));
+    assert!(said.contains("symbolic link"), "{said}");
+    assert_eq!(fs::read_to_string(&outside).expect("file"), FROM_FRONT);
+    fs::remove_file(&link).expect("unlink");
+    bed.daemon.settle().expect("settle");
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+}
+
+/// Changes the boot id that the daemon sees, by a file over it in a mount namespace of its own.
+fn with_boot_id(daemon: &mut Daemon, dir: &Path, id: &str) {
+    let file = dir.join("boot_id");
+    fs::write(&file, format!("{id}\n")).expect("boot id");
+    let script = format!(
+        "mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$@\"",
+        file.display()
+    );
+    // `--propagation unchanged` would mount on the machine; private mounts end with the process.
+    let command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ];
+    daemon.start_through(command.map(str::to_owned).to_vec());
+}
+
+#[test]
+fn a_daemon_that_is_killed_rolls_back_at_its_start_and_a_boot_does_at_once() {
+    let mut bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+
+    // Killed, and started again after the deadline.
+    bed.apply(&[&file, "--yes", "--confirm", "2s"]);
+    bed.daemon.kill9().expect("kill -9");
+    std::thread::sleep(Duration::from_secs(3));
+    bed.daemon.restart().expect("restart");
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    bed.rolled_back();
+    let log = bed.daemon.log();
+    assert!(log.contains("rolled back before the policies were read"), "{log}");
+
+    // Killed, and started again before the deadline: the change still waits.
+    bed.apply(&[&file, "--yes", "--confirm", "1h"]);
+    bed.daemon.kill9().expect("kill -9");
+    bed.daemon.restart().expect("restart");
+    bed.world.expect(&bed.daemon, ONLY_DB);
+    assert!(bed.daemon.status().expect("status")["pending_change"]["left"].as_u64() > Some(3_000));
+
+    // Booted: an hour is left, but the change is rolled back.
+    bed.daemon.kill9().expect("kill -9");
+    let dir = bed.world.topology.dir().to_owned();
+    with_boot_id(&mut bed.daemon, &dir, "00000000-1111-2222-3333-444444444444");
+    bed.daemon.restart().expect("restart");
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    let history = bed.history();
+    assert_eq!(
+        history.last().expect("row")["kind"],
+        "rolled-back",
+        "{history:#?}"
+    );
+}
+
+const HOST: &str = "apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: host}
+spec:
+  nodeSelector: {}
+  ingress:
+  - toPorts: [{ports: [{port: '8080', protocol: TCP}]}]
+";
+
+/// Sends a line over a session and returns whether it came back.
+fn echoes(session: &mut TcpStream) -> bool {
+    session.set_read_timeout(Some(OPEN)).expect("timeout");
+    let mut answer = [0; 5];
+    session.write_all(b"hello").is_ok() && session.read_exact(&mut answer).is_ok() && &answer == b"hello"
+}
+
+#[test]
+fn a_policy_that_denies_the_session_it_is_applied_from_is_refused() {
+    let bed = Bed::new();
+    let file = bed.candidate("host.yaml", HOST);
+    for family in FAMILIES {
+        let node: SocketAddr = bed.world.at("node", family, 22);
+        let far: IpAddr = bed.world.addr("far", family);
+        let mut session =
+            palisade_testbed::probe::open(bed.world.ns("far"), Some(far), node, OPEN).expect("session");
+        assert!(echoes(&mut session));
+        let peer = session.local_addr().expect("address");
+        let connection = format!("{} {} {} {}", peer.ip(), peer.port(), node.ip(), node.port());
+        let run = |args: &[&str]| {
+            let mut command = bed.daemon.command(args);
+            output(command.env("SSH_CONNECTION", &connection), LONG).expect("command")
+        };
+        let refused = run(&["policy", "apply", &file, "--yes"]);
+        let said = text(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("DENY YOUR OWN SESSION") && said.contains("--force"),
+            "{said}"
+        );
+        assert!(
+            said.contains("It would CUT") && said.contains(&peer.to_string()),
+            "{said}"
+        );
+        assert!(echoes(&mut session), "{family:?}");
+        // The variable of a parent process counts too, as under sudo.
+        let mut shell = bed.daemon.command(&["policy", "apply", &file, "--yes"]);
+        let (program, args) = (
+            shell.get_program().to_owned(),
+            shell.get_args().map(ToOwned::to_owned).collect::<Vec<_>>(),
+        );
+        shell = bed.world.topology.node.command("sh");
+        shell
+            .args(["-c", "env -u SSH_CONNECTION \"$@\"; exit $?", "sh"])
+            .arg(program)
+            .args(args);
+        let refused = output(shell.env("SSH_CONNECTION", &connection), LONG).expect("command");
+        assert!(
+            text(&refused).contains("DENY YOUR OWN SESSION"),
+            "{}",
+            text(&refused)
+        );
+
+        // A policy that allows the session is applied, and the session goes on.
+        let allowing = bed.candidate("ok.yaml", &HOST.replace("'8080'", "'22'"));
+        let applied = run(&["policy", "apply", &allowing, "--yes"]);
+        assert!(applied.status.success(), "{}", text(&applied));
+        assert!(echoes(&mut session), "{family:?}");
+        fs::remove_file(bed.daemon.policies().join("ok.yaml")).expect("remove");
+        bed.daemon.settle().expect("settle");
+    }
+    // With --force it is applied, cuts the session, and is rolled back: the session goes on.
+    let node = bed.world.at("node", Family::V4, 22);
+    let mut session = palisade_testbed::probe::open(bed.world.ns("far"), None, node, OPEN).expect("session");
+    let peer = session.local_addr().expect("address");
+    let connection = format!("{} {} {} {}", peer.ip(), peer.port(), node.ip(), node.port());
+    let mut command = bed
+        .daemon
+        .command(&["policy", "apply", &file, "--force", "--confirm", "3s"]);
+    let applied = output(command.env("SSH_CONNECTION", &connection), LONG).expect("command");
+    assert!(applied.status.success(), "{}", text(&applied));
+    bed.rolled_back();
+    assert!(echoes(&mut session));
+}
+
+#[test]
+fn what_both_sets_deny_never_passes_while_they_are_switched() {
+    let bed = Bed::new();
+    let leaks: Vec<Leak> = FAMILIES
+        .into_iter()
+        .map(|family| {
+            let back = bed.world.topology.get("back");
+            Leak::start(
+                bed.world.ns("pfront"),
+                bed.world.addr("pfront", family),
+                (&back.ns, INNER),
+                bed.world.at("back", family, 81),
+                Duration::from_millis(1),
+            )
+            .expect("leak")
+        })
+        .collect();
+    let file = bed.candidate("back.yaml", &from_db());
+    for round in 0..6 {
+        bed.apply(&[&file, "--yes", "--confirm", "1h"]);
+        leaks
+            .iter()
+            .for_each(|leak| leak.keep_trying(20, LONG).expect("attempts"));
+        if round % 2 == 0 {
+            bed.daemon.cli(&["policy", "cancel"]).expect("cancel");
+        } else {
+            bed.daemon.cli(&["policy", "confirm"]).expect("confirm");
+            bed.daemon
+                .cli(&["policy", "rollback", "1", "--yes"])
+                .expect("rollback");
+        }
+        leaks
+            .iter()
+            .for_each(|leak| leak.keep_trying(20, LONG).expect("attempts"));
+    }
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    for leak in leaks {
+        let report = leak.finish();
+        assert_eq!(report.leaked, 0, "{report:?}");
+        assert!(report.tried >= 400, "{report:?}");
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_changes_and_never_stops_enforcement() {
+    let world = world();
+    let mut daemon = Daemon::prepare(
+        &world.topology,
+        &with_peers(Settings::default()),
+        &[("back.yaml", FROM_FRONT)],
+    )
+    .expect("daemon");
+    let state = daemon.policies().with_file_name("state");
+    fs::create_dir(&state).expect("state");
+    // The state directory is a small file system that another file fills.
+    let script = format!(
+        "mount -t tmpfs -o size=1m,mode=0700 none {0} && exec \"$@\"",
+        state.display()
+    );
+    let command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ];
+    daemon.start_through(command.map(str::to_owned).to_vec());
+    daemon.spawn().expect("spawn");
+    daemon.wait().expect("ready");
+    let inside = format!("/proc/{}/root{}", daemon.pid().expect("pid"), state.display());
+    wait_until("the first set is recorded", LONG, || {
+        Path::new(&inside).join("policy-history/index.json").exists()
+    })
+    .expect("history");
+    let mut filler = fs::File::create(format!("{inside}/filler")).expect("filler");
+    while filler.write_all(&[0; 4_096]).is_ok() {}
+
+    let bed = Bed { world, daemon };
+    let file = bed.candidate("back.yaml", &from_db());
+    let refused = bed.run(&["policy", "apply", &file, "--yes", "--confirm", "1h"]);
+    assert!(
+        text(&refused).contains("nothing was changed"),
+        "{}",
+        text(&refused)
+    );
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    // Files that are changed directly are enforced all the same.
+    bed.daemon.write("back.yaml", &from_db()).expect("write");
+    bed.daemon
+        .wait_status("the problem is named", |status| {
+            status["warnings"]
+                .to_string()
+                .contains("history of the policies cannot be written")
+        })
+        .expect("status");
+    bed.world.expect(&bed.daemon, ONLY_DB);
+    // The space is free once no descriptor refers to the file.
+    drop(filler);
+    fs::remove_file(format!("{inside}/filler")).expect("remove");
+    bed.daemon
+        .wait_status("the history is written", |status| {
+            !status["warnings"].to_string().contains("history of the policies")
+        })
+        .expect("status");
+    bed.daemon
+        .cli(&["policy", "rollback", "1", "--yes"])
+        .expect("rollback");
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+}
