@@ -182,6 +182,28 @@ fn the_maintainer_scripts_are_valid(package: &Package) {
     );
 }
 
+#[test]
+fn the_unit_is_as_restricted_as_the_documents_say() {
+    let unit = format!("{REPO}/config/palisade.service");
+    // systemd need not be installed. Versions before 252 cannot assess a file.
+    let Ok(assessed) = Command::new("systemd-analyze")
+        .args([
+            "security",
+            "--offline=true",
+            "--threshold=30",
+            "--no-pager",
+            &unit,
+        ])
+        .output()
+    else {
+        return;
+    };
+    let text = String::from_utf8_lossy(&assessed.stdout);
+    if text.contains("Overall exposure level") {
+        assert!(assessed.status.success(), "{text}");
+    }
+}
+
 fn the_checksums_and_the_bill_of_materials_hold(package: &Package) {
     output(
         Command::new("sha256sum")
