@@ -3,8 +3,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::Addr;
 use crate::reason::REASONS;
+use crate::{Addr, CtEntry, CtKey, Decision, Reason, ct_flags};
 
 /// Kind of an event.
 #[repr(u8)]
@@ -146,4 +146,99 @@ pub struct Event {
     pub reply_packets: u64,
     /// Bytes of the reply direction so far (traces only).
     pub reply_bytes: u64,
+}
+
+impl Event {
+    /// Returns the end event of a flow that expired without FIN or RST; `None` if the programs have reported its end.
+    /// When a flow falls silent the programs see no packet, so the sweep reports the end. `time`: the time of the event.
+    #[must_use]
+    pub fn of_expired(key: &CtKey, entry: &CtEntry, time: u64) -> Option<Self> {
+        if entry.flags & ct_flags::CLOSED != 0 {
+            return None;
+        }
+        let ingress = entry.flags & ct_flags::INGRESS != 0;
+        let mut flags = 0;
+        if !ingress {
+            flags |= event_flags::FLOW_EGRESS | event_flags::EGRESS;
+        }
+        if entry.flags & ct_flags::AUDIT != 0 {
+            flags |= event_flags::AUDIT;
+        }
+        if !key.local.is_v4() {
+            flags |= event_flags::IPV6;
+        }
+        let local = (key.local, key.local_port, 0);
+        let remote = (key.remote, key.remote_port, entry.remote_identity);
+        let (from, to) = if ingress { (remote, local) } else { (local, remote) };
+        Some(Self {
+            time,
+            source: from.0,
+            destination: to.0,
+            source_port: from.1,
+            destination_port: to.1,
+            source_identity: from.2,
+            destination_identity: to.2,
+            rule: entry.rule,
+            ifindex: entry.ifindex,
+            length: 0,
+            endpoint: key.endpoint,
+            kind: EventKind::Trace as u8,
+            reason: Reason::Established as u8,
+            flags,
+            protocol: key.protocol,
+            tcp_flags: entry.forward_tcp,
+            match_kind: entry.match_kind,
+            trace_point: TracePoint::End as u8,
+            decision: Decision::Allow as u8,
+            ether_type: 0,
+            source_mac: [0; 6],
+            destination_mac: [0; 6],
+            forward_packets: entry.forward_packets,
+            forward_bytes: entry.forward_bytes,
+            reply_packets: entry.reply_packets,
+            reply_bytes: entry.reply_bytes,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expired(flags: u8) -> Option<Event> {
+        let v4 = |last: u8| Addr::from_v4([10, 0, 0, last]);
+        let key = CtKey {
+            local: v4(1),
+            remote: v4(2),
+            local_port: 53,
+            remote_port: 4711,
+            endpoint: 7,
+            protocol: 17,
+            zero: 0,
+        };
+        let entry = CtEntry {
+            flags,
+            remote_identity: 300,
+            rule: 9,
+            forward_packets: 3,
+            ..CtEntry::default()
+        };
+        Event::of_expired(&key, &entry, 1)
+    }
+
+    #[test]
+    fn the_end_that_opened_a_flow_is_its_source() {
+        let event = expired(ct_flags::INGRESS).unwrap();
+        assert_eq!((event.source_port, event.destination_port), (4711, 53));
+        assert_eq!((event.source_identity, event.destination_identity), (300, 0));
+        assert_eq!(event.flags & event_flags::FLOW_EGRESS, 0);
+        let event = expired(0).unwrap();
+        assert_eq!((event.source_port, event.destination_port), (53, 4711));
+        assert_ne!(event.flags & event_flags::FLOW_EGRESS, 0);
+    }
+
+    #[test]
+    fn a_reported_end_is_not_repeated() {
+        assert!(expired(ct_flags::CLOSED).is_none());
+    }
 }

@@ -12,8 +12,7 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use palisade_abi::{Decision, Event, EventKind, Reason, TracePoint, ct_flags, event_flags};
-use palisade_datapath::{Clock, Ended, EventReader};
+use palisade_datapath::{Clock, EventReader};
 use palisade_flowlog::{Flow, Resolver, Ring, Timestamp};
 use palisade_worker::{Receiver, RecvError, TimedRecord};
 use tracing::error;
@@ -162,102 +161,9 @@ pub(super) fn clock_offset() -> i64 {
     }
 }
 
-/// Returns the end event of a flow that expired without FIN or RST; `None` if the programs have reported its end. When
-/// a flow falls silent the programs see no packet, so the sweep reports the end.
-pub(super) fn ended(ended: &Ended, now: u64) -> Option<Event> {
-    let (key, entry) = (&ended.key, &ended.entry);
-    if entry.flags & ct_flags::CLOSED != 0 {
-        return None;
-    }
-    let ingress = entry.flags & ct_flags::INGRESS != 0;
-    let mut flags = 0;
-    if !ingress {
-        flags |= event_flags::FLOW_EGRESS | event_flags::EGRESS;
-    }
-    if entry.flags & ct_flags::AUDIT != 0 {
-        flags |= event_flags::AUDIT;
-    }
-    if !key.local.is_v4() {
-        flags |= event_flags::IPV6;
-    }
-    let local = (key.local, key.local_port, 0);
-    let remote = (key.remote, key.remote_port, entry.remote_identity);
-    let (from, to) = if ingress { (remote, local) } else { (local, remote) };
-    Some(Event {
-        time: now,
-        source: from.0,
-        destination: to.0,
-        source_port: from.1,
-        destination_port: to.1,
-        source_identity: from.2,
-        destination_identity: to.2,
-        rule: entry.rule,
-        ifindex: entry.ifindex,
-        length: 0,
-        endpoint: key.endpoint,
-        kind: EventKind::Trace as u8,
-        reason: Reason::Established as u8,
-        flags,
-        protocol: key.protocol,
-        tcp_flags: entry.forward_tcp,
-        match_kind: entry.match_kind,
-        trace_point: TracePoint::End as u8,
-        decision: Decision::Allow as u8,
-        ether_type: 0,
-        source_mac: [0; 6],
-        destination_mac: [0; 6],
-        forward_packets: entry.forward_packets,
-        forward_bytes: entry.forward_bytes,
-        reply_packets: entry.reply_packets,
-        reply_bytes: entry.reply_bytes,
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
-    use palisade_abi::{CtEntry, CtKey};
-
     use super::*;
-
-    fn flow(flags: u8) -> Ended {
-        let addr = |text: &str| text.parse::<IpAddr>().unwrap().into();
-        Ended {
-            key: CtKey {
-                local: addr("10.0.0.1"),
-                remote: addr("10.0.0.2"),
-                local_port: 53,
-                remote_port: 4711,
-                endpoint: 7,
-                protocol: 17,
-                zero: 0,
-            },
-            entry: CtEntry {
-                flags,
-                remote_identity: 300,
-                rule: 9,
-                forward_packets: 3,
-                ..CtEntry::default()
-            },
-        }
-    }
-
-    #[test]
-    fn the_end_that_opened_a_flow_is_its_source() {
-        let event = ended(&flow(ct_flags::INGRESS), 1).unwrap();
-        assert_eq!((event.source_port, event.destination_port), (4711, 53));
-        assert_eq!((event.source_identity, event.destination_identity), (300, 0));
-        assert_eq!(event.flags & event_flags::FLOW_EGRESS, 0);
-        let event = ended(&flow(0), 1).unwrap();
-        assert_eq!((event.source_port, event.destination_port), (53, 4711));
-        assert_ne!(event.flags & event_flags::FLOW_EGRESS, 0);
-    }
-
-    #[test]
-    fn a_reported_end_is_not_repeated() {
-        assert!(ended(&flow(ct_flags::CLOSED), 1).is_none());
-    }
 
     #[test]
     fn the_clock_offset_yields_the_wall_clock() {

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use palisade_abi::ct_flags;
+use palisade_abi::{Event, ct_flags};
 use palisade_datapath::{Datapath, MapError, monotonic_coarse};
 use palisade_flowlog::{Flow, Ring};
 use tracing::error;
@@ -76,7 +76,8 @@ pub(super) fn run(
                 Ok(sweep) => {
                     let names = EventNames::new(shared.get());
                     let offset = events::clock_offset();
-                    let ends = sweep.ended.iter().filter_map(|ended| events::ended(ended, now));
+                    let ends = sweep.ended.iter();
+                    let ends = ends.filter_map(|ended| Event::of_expired(&ended.key, &ended.entry, now));
                     for event in ends.take(MAX_END_EVENTS) {
                         ring.push(Flow::from_event(&event, &names, offset));
                     }

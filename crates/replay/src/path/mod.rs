@@ -14,10 +14,7 @@ mod fragments;
 mod link_control;
 mod state;
 
-use palisade_abi::{
-    CtEntry, CtKey, Decision, Event, EventKind, FlowCommand, PuntRequest, Reason, TracePoint, ct_flags,
-    event_flags, protocol,
-};
+use palisade_abi::{Event, EventKind, FlowCommand, PuntRequest, Reason, TracePoint, ct_flags, protocol};
 use palisade_packet::{Packet, flags};
 
 use conntrack::Flows;
@@ -146,57 +143,8 @@ impl Path {
     /// Removes expired flows and reports the end of those that ended without FIN or RST.
     pub(crate) fn sweep(&mut self, now: u64) {
         let events = &mut self.cx.events;
-        self.flows
-            .sweep(now, |key, entry| events.extend(ended(key, entry)));
+        self.flows.sweep(now, |key, entry| {
+            events.extend(Event::of_expired(key, entry, entry.expires))
+        });
     }
-}
-
-/// Returns the end event of a flow that expired without FIN or RST, as the daemon's sweep makes it
-/// (`crates/palisade/src/daemon/events.rs::ended`); `None` if the end was reported.
-fn ended(key: &CtKey, entry: &CtEntry) -> Option<Event> {
-    if entry.flags & ct_flags::CLOSED != 0 {
-        return None;
-    }
-    let ingress = entry.flags & ct_flags::INGRESS != 0;
-    let mut flags = 0;
-    if !ingress {
-        flags |= event_flags::FLOW_EGRESS | event_flags::EGRESS;
-    }
-    if entry.flags & ct_flags::AUDIT != 0 {
-        flags |= event_flags::AUDIT;
-    }
-    if !key.local.is_v4() {
-        flags |= event_flags::IPV6;
-    }
-    let local = (key.local, key.local_port, 0);
-    let remote = (key.remote, key.remote_port, entry.remote_identity);
-    let (from, to) = if ingress { (remote, local) } else { (local, remote) };
-    Some(Event {
-        time: entry.expires,
-        source: from.0,
-        destination: to.0,
-        source_port: from.1,
-        destination_port: to.1,
-        source_identity: from.2,
-        destination_identity: to.2,
-        rule: entry.rule,
-        ifindex: entry.ifindex,
-        length: 0,
-        endpoint: key.endpoint,
-        kind: EventKind::Trace as u8,
-        reason: Reason::Established as u8,
-        flags,
-        protocol: key.protocol,
-        tcp_flags: entry.forward_tcp,
-        match_kind: entry.match_kind,
-        trace_point: TracePoint::End as u8,
-        decision: Decision::Allow as u8,
-        ether_type: 0,
-        source_mac: [0; 6],
-        destination_mac: [0; 6],
-        forward_packets: entry.forward_packets,
-        forward_bytes: entry.forward_bytes,
-        reply_packets: entry.reply_packets,
-        reply_bytes: entry.reply_bytes,
-    })
 }
