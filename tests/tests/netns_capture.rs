@@ -369,7 +369,13 @@ fn a_killed_client_or_daemon_leaves_no_capture() {
     let mut daemon = world
         .daemon(Settings::default(), &[("p.yaml", POLICIES)])
         .expect("daemon");
-    let mut capturing = Capturing::start(&daemon, &[]);
+    let mut capturing = Capturing::start(&daemon, &["--port", "80"]);
+    let shown = |status: &Value| status["capture"]["filters"] == "--port 80";
+    daemon
+        .wait_status("the capture in the status", shown)
+        .expect("status");
+    let text = daemon.cli(&["status"]).expect("status");
+    assert!(text.contains("Capture:     running since"), "{text}");
     // One capture at a time.
     let out = daemon.try_cli(&["capture", "-w", "-"]).expect("capture");
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -380,6 +386,9 @@ fn a_killed_client_or_daemon_leaves_no_capture() {
     assert_eq!(capturing_programs(&daemon).len(), 3);
     capturing.process.kill9().expect("SIGKILL");
     expect_nothing_left(&daemon);
+    daemon
+        .wait_status("no capture in the status", |status| status["capture"].is_null())
+        .expect("status");
     world.expect(&daemon, OPEN_AND_DENIED);
 
     // A daemon that ends replaces the programs.

@@ -95,6 +95,11 @@ definitions! {
     FLOW_RING_CAPACITY = "palisade_flow_ring_max_entries", Gauge, NONE, [],
         "Largest number of flow records in the flow ring.";
 
+    CAPTURE_RUNNING = "palisade_capture_running", Gauge, NONE, [],
+        "Whether a capture of packets runs (1).";
+    CAPTURED_PACKETS = "palisade_captured_packets_total", Counter, NONE, [],
+        "Packets that captures have sent to their clients.";
+
     WORKER_UP = "palisade_worker_up", Gauge, NONE, ["worker"],
         "Whether a worker inspects packets (1).";
     WORKER_RESTARTS = "palisade_worker_restarts_total", Counter, NONE, ["worker"],

@@ -22,7 +22,9 @@ use crate::{
     cli::Output,
     config::{Config, DEFAULT_PIN_DIR},
     control::{
-        api::{HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer, Request, Status, Workers},
+        api::{
+            CaptureStatus, HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer, Request, Status, Workers,
+        },
         client::{Client, ClientError, ask, ask_within},
     },
     daemon, log,
@@ -410,6 +412,9 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         events.read, events.suppressed, events.lost, events.slow_clients
     )?;
     writeln!(out, "{}", hubble_text(&status.hubble))?;
+    if let Some(capture) = &status.capture {
+        writeln!(out, "{}", capture_text(capture))?;
+    }
     let names = &status.names;
     writeln!(
         out,
@@ -491,6 +496,18 @@ fn section(out: &mut dyn Write, title: &str, table: &Table, nothing: &str) -> io
         writeln!(out, "  {line}")?;
     }
     Ok(())
+}
+
+/// Returns the line about the capture that runs.
+fn capture_text(capture: &CaptureStatus) -> String {
+    let filters = match capture.filters.as_str() {
+        "" => "all packets",
+        filters => filters,
+    };
+    format!(
+        "Capture:     running since {}, {filters}; {} packets in {} bytes, {} lost",
+        capture.since, capture.packets, capture.bytes, capture.lost
+    )
 }
 
 fn hubble_text(hubble: &HubbleStatus) -> String {

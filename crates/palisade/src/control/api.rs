@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_flowlog::{Flow, filter::ApiFilters};
+use palisade_flowlog::{Flow, Timestamp, filter::ApiFilters};
 use serde::{Deserialize, Serialize};
 
 /// A request.
@@ -837,8 +837,26 @@ pub(crate) struct Status {
     /// The flow API.
     #[serde(default)]
     pub hubble: HubbleStatus,
+    /// The capture that runs, if one does.
+    #[serde(default)]
+    pub capture: Option<CaptureStatus>,
     /// Packets dropped since the maps were made.
     pub drops: Vec<DropCount>,
+}
+
+/// State of a capture.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CaptureStatus {
+    /// Filters as options of `palisade capture`; empty if all packets are captured.
+    pub filters: String,
+    /// Start of the capture.
+    pub since: Timestamp,
+    /// Packets that were sent to the client.
+    pub packets: u64,
+    /// Bytes of the pcapng blocks that were sent.
+    pub bytes: u64,
+    /// Packets that did not fit in the buffer, whether or not the filters accept them.
+    pub lost: u64,
 }
 
 /// State of a flow export.

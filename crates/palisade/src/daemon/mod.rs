@@ -11,6 +11,7 @@
 //! ```
 
 mod capture;
+mod capturing;
 mod certificate_files;
 mod changes;
 mod checked_file;

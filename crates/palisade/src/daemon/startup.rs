@@ -11,7 +11,6 @@ use std::{
     path::Path,
     sync::{
         Arc, OnceLock,
-        atomic::AtomicBool,
         mpsc::{self, Sender},
     },
     thread,
@@ -33,6 +32,7 @@ use signal_hook::{
 use tracing::{error, info, warn};
 
 use super::{
+    capturing::CapturePlace,
     changes::{Changes as PolicyChanges, Store},
     control::{Control, End},
     discover::{self, Discovery},
@@ -373,7 +373,7 @@ fn serve(
         interception: Arc::clone(control.interception.view()),
         netfilter: netfilter::Place::new(&control.config),
         log: LogControl::new(Arc::clone(&control.shared)),
-        capturing: AtomicBool::new(false),
+        capturing: CapturePlace::default(),
         server: OnceLock::new(),
         policy_store: Arc::clone(&control.policy_changes.store),
         measured: Arc::clone(&control.measured),

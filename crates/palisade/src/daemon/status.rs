@@ -169,6 +169,7 @@ impl Handlers {
     /// Adds the counters of maps and threads to the part of the status that the control thread has.
     pub(super) fn with_counters(&self, mut status: Status) -> Result<Status, String> {
         status.warnings.extend(self.measured.problems());
+        status.capture = self.capturing.status();
         let conntrack = self.datapath.conntrack().counts().map_err(map_error)?;
         status.conntrack = ConntrackStatus {
             entries: conntrack.present,

@@ -4,10 +4,7 @@
 use std::{
     io,
     os::fd::AsFd as _,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -22,11 +19,12 @@ use super::{CHANGE_DEADLINE, Handlers};
 use crate::{
     control::{
         ALIVE_INTERVAL,
-        api::{Answer, CaptureRequest, CaptureSummary},
+        api::{Answer, CaptureRequest, CaptureStatus, CaptureSummary},
         server::Sink,
     },
     daemon::{
         capture::{Bounds, Recorder, Snap, settings},
+        capturing::CapturePlace,
         events::clock_offset,
         message::{ClientRequest, Message, Reply},
     },
@@ -42,10 +40,22 @@ const MAX_BATCH: usize = 512;
 /// Longest capture.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 3600);
 
+/// Returns filters as options of the command line.
+fn options(filters: &[(String, String)]) -> String {
+    let option = |(flag, value): &(String, String)| {
+        if value.is_empty() {
+            format!("--{flag}")
+        } else {
+            format!("--{flag} {value}")
+        }
+    };
+    filters.iter().map(option).collect::<Vec<_>>().join(" ")
+}
+
 /// Ends a capture when it is dropped: the ordinary programs are attached again, and another capture can begin.
 struct Running<'a> {
     handlers: &'a Handlers,
-    place: &'a AtomicBool,
+    place: &'a CapturePlace,
     /// The capture, once its programs can be attached.
     capture: Option<Capture>,
 }
@@ -72,7 +82,7 @@ impl Drop for Running<'_> {
                 }
             }
         }
-        self.place.store(false, Ordering::SeqCst);
+        self.place.free();
     }
 }
 
@@ -96,11 +106,12 @@ impl Handlers {
             .and_then(|api| Ok((Filters::compile(&api)?, api)))
             .map(|(filters, api)| (api, filters))
             .map_err(|error| Failure::Refused(error.to_string()))?;
-        if self
-            .capturing
-            .compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst)
-            .is_err()
-        {
+        let status = CaptureStatus {
+            filters: options(&request.filters),
+            since: Timestamp::from_system_time(SystemTime::now()),
+            ..CaptureStatus::default()
+        };
+        if !self.capturing.take(status) {
             return Err(refused("another capture runs; only one can run at a time"));
         }
         let mut running = Running {
@@ -174,6 +185,9 @@ impl Handlers {
                 send(sink, &blocks)?;
                 said = Instant::now();
             }
+            let lost = capture.lost().unwrap_or_default();
+            let lost = lost.saturating_add(recorder.undescribed());
+            self.capturing.note(recorder.written(), lost);
             if recorder.is_full() {
                 break "bound";
             }
@@ -203,6 +217,7 @@ impl Handlers {
         let lost = lost.saturating_add(recorder.undescribed());
         send(sink, &recorder.statistics(lost))?;
         let (packets, bytes) = recorder.written();
+        self.capturing.note((packets, bytes), lost);
         info!(packets, bytes, lost, ended, "a capture has ended");
         drop(running);
         Ok(CaptureSummary {
@@ -234,4 +249,15 @@ fn send(sink: &mut dyn Sink, blocks: &[u8]) -> io::Result<()> {
         return Ok(());
     }
     sink.send(&Answer::Capture(BASE64_STANDARD.encode(blocks)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_shown_as_options() {
+        let filters = [("verdict", "dropped"), ("not", "")].map(|(flag, value)| (flag.into(), value.into()));
+        assert_eq!(options(&filters), "--verdict dropped --not");
+    }
 }

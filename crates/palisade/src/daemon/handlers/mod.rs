@@ -14,7 +14,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64},
+        atomic::AtomicU64,
         mpsc::{RecvTimeoutError, Sender},
     },
     time::Duration,
@@ -26,6 +26,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
+    capturing::CapturePlace,
     changes::{Store, rows},
     fqdn::FqdnManager,
     hubble::Hubble,
@@ -71,8 +72,8 @@ pub(super) struct Handlers {
     pub(super) netfilter: netfilter::Place,
     /// Levels of the log.
     pub(super) log: LogControl,
-    /// Whether a capture runs.
-    pub(super) capturing: AtomicBool,
+    /// The capture that runs.
+    pub(super) capturing: CapturePlace,
     /// Counters of the control socket's server, set once it runs.
     pub(super) server: OnceLock<Arc<Counts>>,
     /// The history of the policies.

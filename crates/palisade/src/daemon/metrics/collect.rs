@@ -250,6 +250,12 @@ impl Collector {
         report.add(&own::FLOWS_RECORDED, &[], handlers.ring.seen());
         report.add(&own::FLOW_RING_ENTRIES, &[], handlers.ring.len());
         report.add(&own::FLOW_RING_CAPACITY, &[], handlers.ring.capacity());
+        report.add(
+            &own::CAPTURE_RUNNING,
+            &[],
+            u64::from(handlers.capturing.status().is_some()),
+        );
+        report.add(&own::CAPTURED_PACKETS, &[], handlers.capturing.packets());
     }
 
     /// Adds the certificates that expire first.
