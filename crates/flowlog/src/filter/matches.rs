@@ -149,34 +149,24 @@ fn any<T>(wanted: &[T], matches: impl FnMut(&T) -> bool) -> bool {
     wanted.is_empty() || wanted.iter().any(matches)
 }
 
-/// Returns whether the text matches a pattern with `*` for any text, in a time proportional to the product of the
-/// lengths: only the last `*` is tried at further places, which is enough, since earlier ones match as early as
-/// possible.
+/// Returns whether the text matches a pattern with `*` for any text, in a time proportional to the sum of the lengths:
+/// each part between two `*` is taken at its first place, which leaves the most text to the later ones, and `str::find`
+/// is linear.
 fn matches_pattern(pattern: &str, text: &str) -> bool {
-    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
-    let (mut at, mut read) = (0, 0);
-    // Place after the last `*`, and the place in the text from which it was tried.
-    let mut star = None;
-    while read < text.len() {
-        match pattern.get(at) {
-            Some(b'*') => {
-                at += 1;
-                star = Some((at, read));
-            }
-            Some(byte) if *byte == text[read] => {
-                at += 1;
-                read += 1;
-            }
-            _ => match star {
-                Some((after, from)) => {
-                    star = Some((after, from + 1));
-                    (at, read) = (after, from + 1);
-                }
-                None => return false,
-            },
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else {
+        return false;
+    };
+    let Some(last) = parts.next_back() else {
+        return rest.is_empty();
+    };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
         }
     }
-    pattern[at..].iter().all(|byte| *byte == b'*')
+    rest.ends_with(last)
 }
 
 impl EndpointName {
@@ -268,5 +258,21 @@ mod tests {
         // With a search of every combination of places this would not end.
         let pattern = "*a".repeat(100) + "b";
         assert!(!matches_pattern(&pattern, &"a".repeat(250)));
+    }
+
+    /// Tries every length of the text of a `*`.
+    fn naive(pattern: &[u8], text: &[u8]) -> bool {
+        match pattern {
+            [] => text.is_empty(),
+            [b'*', rest @ ..] => (0..=text.len()).any(|length| naive(rest, &text[length..])),
+            [byte, rest @ ..] => text.first() == Some(byte) && naive(rest, &text[1..]),
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_pattern_matches_what_a_search_of_all_places_finds(pattern in "[ab*]{0,6}", text in "[ab]{0,8}") {
+            assert_eq!(matches_pattern(&pattern, &text), naive(pattern.as_bytes(), text.as_bytes()));
+        }
     }
 }
