@@ -16,7 +16,7 @@ use palisade_flowlog::duration;
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
 pub(crate) use self::change::{ApplyArgs, ChangeArgs, DiffArgs, RollbackArgs};
 use self::observe::OBSERVE_HELP;
-pub(crate) use self::observe::ObserveArgs;
+pub(crate) use self::observe::{FilterArgs, ObserveArgs};
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
 pub(crate) use output::{Output, OutputArgs};
 
@@ -250,7 +250,7 @@ failed.
 
 With --flows, prints the flows whose verdict would change, with the deciding rules, and exits 1 if there are any. The
 file has JSON lines: `palisade observe -o json`, an exported file, or `hubble observe -o json`. The ends are identified
-by their recorded labels, or with --config also by its endpoints and peers.")]
+by their recorded labels, or with --config also by its endpoints and peers. The filters are those of `palisade observe`.")]
     Test {
         /// Case files.
         #[arg(
@@ -268,6 +268,9 @@ by their recorded labels, or with --config also by its endpoints and peers.")]
         /// Exit 0 also if verdicts would change.
         #[arg(long, requires = "flows")]
         report_only: bool,
+        /// With --flows: which of its flows are replayed.
+        #[command(flatten)]
+        filters: FilterArgs,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -275,10 +278,11 @@ by their recorded labels, or with --config also by its endpoints and peers.")]
     #[command(after_help = "Examples:
   palisade policy suggest > policies.d/suggested.yaml
   palisade policy suggest --input-file flows.json
+  palisade policy suggest --input-file flows.json --since 1h --to-label app=backend
   hubble observe -o json --last 10000 | palisade policy suggest --input-file -
 
 Without --input-file the flows are those of the daemon's ring. Only flows that passed count, those that passed
-only because of audit mode included. The policies have been compiled, and allow all of these flows. Review them: they
+only because of audit mode included; filters, which are those of `palisade observe`, choose among them. The policies have been compiled, and allow all of these flows. Review them: they
 also allow flows that should not have passed.")]
     Suggest(SuggestArgs),
     /// Explain the verdict on a packet and the rules that decide. Asks the daemon, or works off-line on the given
@@ -417,6 +421,9 @@ pub(crate) struct SuggestArgs {
     /// Also allow the flows that were dropped by policies.
     #[arg(long)]
     pub include_dropped: bool,
+    /// Which flows count.
+    #[command(flatten)]
+    pub filters: FilterArgs,
     /// Output format.
     #[arg(short, long, value_enum, default_value_t)]
     pub output: SuggestOutput,

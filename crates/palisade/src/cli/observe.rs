@@ -61,19 +61,78 @@ pub(crate) struct ObserveArgs {
     pub printer: Printer,
 }
 
+/// The filters of `palisade observe`, for other commands about flows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FilterArgs {
+    /// Filters and range of times.
+    pub query: ApiFilters,
+}
+
+impl FilterArgs {
+    /// Returns whether no filter was given.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.query == ApiFilters::default()
+    }
+}
+
+impl FromArgMatches for FilterArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let now = Timestamp::from_system_time(SystemTime::now());
+        let query = query(&given_filters(matches), now, TimeZone::system())?;
+        Ok(Self { query })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for FilterArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        command.args(filter_args())
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+/// Returns the filters of a command line: their places, options and values, in the order of the command line.
+fn given_filters(matches: &ArgMatches) -> Vec<(usize, String, String)> {
+    let mut filters = Vec::new();
+    for flag in FLAGS {
+        let values = matches.get_many::<String>(flag.name).into_iter().flatten();
+        let places = matches.indices_of(flag.name).into_iter().flatten();
+        filters.extend(
+            places
+                .zip(values)
+                .map(|(place, value)| (place, flag.name.to_owned(), value.clone())),
+        );
+    }
+    filters.sort();
+    filters
+}
+
+/// Returns the filters in the form of the flow API.
+fn query(
+    filters: &[(usize, String, String)],
+    now: Timestamp,
+    zone: TimeZone,
+) -> Result<ApiFilters, clap::Error> {
+    let mut builder = FilterBuilder::new(now).in_zone(zone);
+    filters
+        .iter()
+        .try_for_each(|(_, flag, value)| builder.flag(flag, value))
+        .and_then(|()| builder.finish_api())
+        // The filters are compiled by the daemon too. Here errors are found without a daemon.
+        .and_then(|query| Filters::compile(&query).map(|_| query))
+        .map_err(|error| clap::Error::raw(clap::error::ErrorKind::ValueValidation, error.to_string()))
+}
+
 impl FromArgMatches for ObserveArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut filters = Vec::new();
-        for flag in FLAGS {
-            let values = matches.get_many::<String>(flag.name).into_iter().flatten();
-            let places = matches.indices_of(flag.name).into_iter().flatten();
-            filters.extend(
-                places
-                    .zip(values)
-                    .map(|(place, value)| (place, flag.name.to_owned(), value.clone())),
-            );
-        }
-        filters.sort();
+        let filters = given_filters(matches);
         let format = match matches.get_one::<String>("output").map(String::as_str) {
             Some("dict") => Format::Dict,
             Some("table" | "tab") => Format::Table,
@@ -113,15 +172,7 @@ impl FromArgMatches for ObserveArgs {
             TimeZone::system()
         };
         let now = Timestamp::from_system_time(SystemTime::now());
-        let mut builder = FilterBuilder::new(now).in_zone(zone.clone());
-        let query = filters
-            .iter()
-            .try_for_each(|(_, flag, value)| builder.flag(flag, value))
-            .and_then(|()| builder.finish_api())
-            // The filters are compiled by the daemon too. Here errors are found without a daemon.
-            .and_then(|query| Filters::compile(&query).map(|_| query));
-        let query = query
-            .map_err(|error| clap::Error::raw(clap::error::ErrorKind::ValueValidation, error.to_string()))?;
+        let query = query(&filters, now, zone.clone())?;
         let translate = matches.get_one("ip-translation").copied().unwrap_or(true);
         Ok(Self {
             query,
@@ -154,32 +205,33 @@ impl FromArgMatches for ObserveArgs {
 }
 
 impl Args for ObserveArgs {
-    fn augment_args(mut command: clap::Command) -> clap::Command {
-        for arg in selection().into_iter().chain(formatting()) {
-            command = command.arg(arg);
-        }
-        for flag in FLAGS {
-            let mut arg = Arg::new(flag.name)
-                .long(flag.name)
-                .help(flag.help)
-                .help_heading("Filters")
-                .action(ArgAction::Append);
-            if let Some(short) = flag.short {
-                arg = arg.short(short);
-            }
-            arg = if flag.value.is_empty() {
-                arg.num_args(0).default_missing_value("")
-            } else {
-                arg.value_name(flag.value)
-            };
-            command = command.arg(arg);
-        }
-        command
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let args = selection().into_iter().chain(formatting());
+        command.args(args).args(filter_args())
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
         Self::augment_args(command)
     }
+}
+
+/// Returns the options that are filters.
+fn filter_args() -> impl Iterator<Item = Arg> {
+    FLAGS.iter().map(|flag| {
+        let mut arg = Arg::new(flag.name)
+            .long(flag.name)
+            .help(flag.help)
+            .help_heading("Filters")
+            .action(ArgAction::Append);
+        if let Some(short) = flag.short {
+            arg = arg.short(short);
+        }
+        if flag.value.is_empty() {
+            arg.num_args(0).default_missing_value("")
+        } else {
+            arg.value_name(flag.value)
+        }
+    })
 }
 
 fn switch(name: &'static str, help: &'static str) -> Arg {
@@ -326,6 +378,25 @@ mod tests {
             r#"{"allowlist":[{"source_ip":["10.0.0.1"]}],"denylist":[{"destination_port":["80","443"]}]}"#
         );
         assert!(args.follow);
+    }
+
+    #[test]
+    fn other_commands_about_flows_take_the_same_filters() {
+        use crate::cli::PolicyCommand;
+        let filters = ["--verdict", "audit", "--not", "--to-port", "53"];
+        let wanted = observe(&filters).unwrap().query;
+        let suggest = Cli::try_parse_from(["palisade", "policy", "suggest"].iter().chain(&filters)).unwrap();
+        let Command::Policy(PolicyCommand::Suggest(args)) = suggest.command else {
+            panic!("another command");
+        };
+        assert_eq!(args.filters.query, wanted);
+        let test = ["palisade", "policy", "test", "--flows", "f", "--policies", "p"];
+        let test = Cli::try_parse_from(test.iter().chain(&filters)).unwrap();
+        let Command::Policy(PolicyCommand::Test { filters, .. }) = test.command else {
+            panic!("another command");
+        };
+        assert_eq!(filters.query, wanted);
+        assert!(Cli::try_parse_from(["palisade", "policy", "suggest", "--verdict", "x"]).is_err());
     }
 
     #[test]

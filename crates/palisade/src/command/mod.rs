@@ -95,6 +95,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 flows: Some(flows),
                 policies,
                 report_only,
+                filters,
                 output,
                 ..
             } => recorded_policies::test(
@@ -102,8 +103,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 flows,
                 policies,
                 *report_only,
+                filters,
                 output.output,
             ),
+            PolicyCommand::Test { filters, .. } if !filters.is_empty() => {
+                bail!("filters choose recorded flows: name their file (--flows FILE --policies PATH)")
+            }
             PolicyCommand::Test { paths, .. } => policy::test(paths),
             PolicyCommand::Suggest(args) => recorded_policies::suggest(socket, args),
             PolicyCommand::Trace(args) => {

@@ -13,6 +13,7 @@ use palisade_advice::{
     replay::{Candidate, Problems, Replay, Report},
     suggest::Suggestion,
 };
+use palisade_flowlog::{Filters, input};
 use palisade_inspect::Inspectors;
 use palisade_model::request::HttpOptions;
 use serde::Serialize;
@@ -23,7 +24,7 @@ use super::{
     recorded::Lines,
 };
 use crate::{
-    cli::{Output, SuggestArgs, SuggestOutput},
+    cli::{FilterArgs, Output, SuggestArgs, SuggestOutput},
     control::{
         api::{Answer, ObserveRequest, Request},
         client::Client,
@@ -47,6 +48,7 @@ pub(super) fn test(
     flows: &Path,
     policies: &[PathBuf],
     report_only: bool,
+    filters: &FilterArgs,
     output: Output,
 ) -> anyhow::Result<u8> {
     let mut candidate = Candidate {
@@ -66,7 +68,7 @@ pub(super) fn test(
         inspectors.head = config.http.head;
     }
     let mut replay = Replay::new(candidate, &inspectors);
-    let mut source = Source::File(flows.to_owned());
+    let mut source = Source::File(flows.to_owned(), wanted(filters)?);
     source.each(&mut |flow| match flow {
         Some(flow) => replay.push(flow).map_err(problems),
         None => {
@@ -159,9 +161,11 @@ pub(super) fn suggest(
     args: &SuggestArgs,
 ) -> anyhow::Result<u8> {
     let mut source = match &args.input_file {
-        Some(path) if path.as_os_str() == "-" => Source::keep(Lines::open(path)?)?,
-        Some(path) => Source::File(path.clone()),
-        None => Source::of_ring(&socket()?)?,
+        Some(path) if path.as_os_str() == "-" => {
+            Source::keep(Lines::open(path)?, wanted(&args.filters)?.as_ref())?
+        }
+        Some(path) => Source::File(path.clone(), wanted(&args.filters)?),
+        None => Source::of_ring(&socket()?, &args.filters)?,
     };
     let mut suggestion = Suggestion::new(args.include_dropped);
     source.each(&mut |flow| {
@@ -214,17 +218,26 @@ pub(super) fn suggest(
     Ok(EXIT_OK)
 }
 
+/// Returns the filters; `None` if all flows count.
+fn wanted(filters: &FilterArgs) -> anyhow::Result<Option<Filters>> {
+    if filters.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Filters::compile(&filters.query)?))
+}
+
 /// Flows that can be read several times.
 enum Source {
-    File(PathBuf),
+    /// A file, and filters if not all of its flows count.
+    File(PathBuf, Option<Filters>),
     Kept(Vec<Recorded>),
 }
 
 impl Source {
     /// Keeps the flows of an input that can be read only once.
-    fn keep(mut lines: Lines) -> anyhow::Result<Self> {
+    fn keep(mut lines: Lines, filters: Option<&Filters>) -> anyhow::Result<Self> {
         let mut kept = Vec::new();
-        read(&mut lines, &mut |flow| {
+        read(&mut lines, filters, &mut |flow| {
             if kept.len() >= MAX_KEPT {
                 bail!("more than {MAX_KEPT} flows: write them to a file and name it");
             }
@@ -235,10 +248,11 @@ impl Source {
     }
 
     /// Reads the flows of the daemon's ring.
-    fn of_ring(socket: &Path) -> anyhow::Result<Self> {
+    fn of_ring(socket: &Path, filters: &FilterArgs) -> anyhow::Result<Self> {
         let mut client = Client::send(
             socket,
             &Request::Observe(ObserveRequest {
+                query: filters.query.clone(),
                 last: None,
                 ..ObserveRequest::default()
             }),
@@ -265,15 +279,16 @@ impl Source {
     /// Calls `each` with every flow; with `None` for other messages.
     fn each(&mut self, each: &mut dyn FnMut(Option<&Recorded>) -> anyhow::Result<()>) -> anyhow::Result<()> {
         match self {
-            Self::File(path) => read(&mut Lines::open(path)?, each),
+            Self::File(path, filters) => read(&mut Lines::open(path)?, filters.as_ref(), each),
             Self::Kept(flows) => flows.iter().try_for_each(|flow| each(Some(flow))),
         }
     }
 }
 
-/// Reads flows from lines, with progress on a terminal.
+/// Reads the flows that pass the filters from lines, with progress on a terminal.
 fn read(
     lines: &mut Lines,
+    filters: Option<&Filters>,
     each: &mut dyn FnMut(Option<&Recorded>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let is_terminal = io::stderr().is_terminal();
@@ -295,6 +310,9 @@ fn read(
             Ok(None) => break Ok(()),
             Ok(Some((at, line))) => {
                 number = at;
+                if filters.is_some_and(|filters| !passes(line, filters)) {
+                    continue;
+                }
                 let done = Recorded::parse(line)
                     .map_err(anyhow::Error::msg)
                     .with_context(|| format!("{place}:{at}: this line is no flow in JSON"))
@@ -309,4 +327,43 @@ fn read(
         eprint!("\r\x1b[K");
     }
     outcome
+}
+
+/// Returns whether the flow of a line passes the filters. Lines that are no flow pass: they are counted, or an error.
+fn passes(line: &str, filters: &Filters) -> bool {
+    match input::line(line) {
+        Ok(input::Line::Flow { flow, .. }) => filters.matches(&flow),
+        Ok(input::Line::Lost { .. } | input::Line::Other) | Err(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use palisade_flowlog::{FilterBuilder, Timestamp};
+
+    use super::*;
+
+    #[test]
+    fn filters_choose_flows_and_leave_other_lines() {
+        let mut builder = FilterBuilder::new(Timestamp(0));
+        builder.flag("verdict", "audit").unwrap();
+        let filters = Filters::compile(&builder.finish_api().unwrap()).unwrap();
+        for (line, expected) in [
+            (
+                r#"{"flow":{"time":"2026-01-01T00:00:00Z","verdict":"AUDIT"}}"#,
+                true,
+            ),
+            (
+                r#"{"flow":{"time":"2026-01-01T00:00:00Z","verdict":"DROPPED"}}"#,
+                false,
+            ),
+            (
+                r#"{"lost_events":{"source":"HUBBLE_RING_BUFFER","num_events_lost":"1"}}"#,
+                true,
+            ),
+            ("no JSON", true),
+        ] {
+            assert_eq!(passes(line, &filters), expected, "{line}");
+        }
+    }
 }
