@@ -87,6 +87,8 @@ struct Traffic {
 struct PortTraffic {
     flows: u64,
     requests: u64,
+    /// Requests inside TLS.
+    inside_tls: u64,
     l7: L7Form,
     /// How far paths are generalised.
     path_level: usize,
@@ -430,12 +432,13 @@ impl Direct {
             let mut entries = Vec::new();
             let mut icmp = Vec::new();
             let mut plain = Vec::new();
-            let mut requests = 0;
+            let (mut requests, mut inside_tls) = (0, 0);
             for (port, at) in &traffic.ports {
                 let Some(element) = port.yaml() else {
                     continue;
                 };
                 requests += at.requests;
+                inside_tls += at.inside_tls;
                 let mixed = kinds.get(port).is_some_and(|kinds| kinds.len() > 1);
                 let mut l7 = if mixed || at.plain {
                     L7Form::default()
@@ -463,7 +466,7 @@ impl Direct {
                 PeerForm::Names(_) | PeerForm::Address(_) => String::new(),
                 PeerForm::Labels(_) | PeerForm::Entity(_) => peers.emit(),
             };
-            let mut put = |ports: Vec<Yaml>, flows: u64, requests: u64| {
+            let mut put = |ports: Vec<Yaml>, flows: u64, requests: u64, inside_tls: u64| {
                 let key = (format!("{member}\0{separate}"), ports);
                 let rule = rules.entry(key).or_default();
                 if let Yaml::List(items) = &peers {
@@ -471,6 +474,7 @@ impl Direct {
                 }
                 rule.flows += flows;
                 rule.requests += requests;
+                rule.inside_tls += inside_tls;
             };
             let of = |wanted: bool| -> u64 {
                 let ports = traffic.ports.iter();
@@ -480,16 +484,18 @@ impl Direct {
                     .sum()
             };
             if traffic.any_port {
-                put(Vec::new(), traffic.flows, requests);
+                put(Vec::new(), traffic.flows, requests, inside_tls);
                 continue;
             }
             if !entries.is_empty() {
-                put(vec![map([("toPorts", list(entries))])], of(false), requests);
+                let ports = vec![map([("toPorts", list(entries))])];
+                put(ports, of(false), requests, inside_tls);
             }
             if !icmp.is_empty() {
                 put(
                     vec![map([("icmps", list([map([("fields", list(icmp))])]))])],
                     of(true),
+                    0,
                     0,
                 );
             }
@@ -503,6 +509,7 @@ impl Direct {
                         peers,
                         flows,
                         requests,
+                        inside_tls,
                     },
                 )| {
                     let member = member.split('\0').next().unwrap_or_default().to_owned();
@@ -510,6 +517,13 @@ impl Direct {
                     let mut remark = count(flows, "flow");
                     if requests > 0 {
                         remark.push_str(&format!(", of them {}", count(requests, "request")));
+                    }
+                    if inside_tls > 0 {
+                        remark.push_str(&format!(
+                            "; without rules for {} inside TLS: these need terminatingTLS and originatingTLS with \
+                             secrets, which flows do not name, as in the policy that intercepts them now",
+                            count(inside_tls, "request")
+                        ));
                     }
                     if ports.is_empty() {
                         remark.push_str(
@@ -537,6 +551,7 @@ struct MergedRule {
     peers: Vec<Item>,
     flows: u64,
     requests: u64,
+    inside_tls: u64,
 }
 
 impl Traffic {
@@ -552,6 +567,7 @@ impl Traffic {
             let fresh = known.flows == 0;
             known.flows += traffic.flows;
             known.requests += traffic.requests;
+            known.inside_tls += traffic.inside_tls;
             known.path_level = known.path_level.max(traffic.path_level);
             known.plain |= traffic.plain;
             known.l7.http.extend(traffic.l7.http);
@@ -591,6 +607,8 @@ impl PortTraffic {
             return;
         }
         self.requests += 1;
+        let is_inside_tls = request.http.is_some() && request.tls.is_some();
+        self.inside_tls += u64::from(is_inside_tls);
         if self.plain {
             return;
         }

@@ -368,6 +368,19 @@ spec:
 }
 
 #[test]
+fn a_comment_says_why_requests_inside_tls_have_no_rules() {
+    let yaml = suggest(&[
+        line(false, "front", "back", 443),
+        line(false, "front", "back", 443).http("GET", "https://back.example/items"),
+        line(false, "front", "back", 443).http("GET", "https://back.example/other"),
+    ]);
+    let remark =
+        "  # 3 flows, of them 2 requests; without rules for 2 requests inside TLS: these need terminatingTLS";
+    assert!(yaml.contains(remark), "{yaml}");
+    assert!(!yaml.contains("http:"), "{yaml}");
+}
+
+#[test]
 fn names_queries_entities_and_addresses() {
     let to = |address: &'static str, labels: Vec<String>, names: Vec<&'static str>, port: u16| Line {
         to: (address, labels),
