@@ -98,6 +98,29 @@ fn flows_are_exported_across_restarts_and_reloads_for_other_programs() {
     daemon.terminate().expect("end");
     let before = lines(&file).len();
     assert!(before >= first.len());
+    // Read back, the file gives the same lines, and its filters choose among them.
+    let path = file.display().to_string();
+    let all = daemon.cli(&["observe", "--input-file", &path, "-o", "json"]);
+    assert_eq!(
+        all.expect("observe"),
+        fs::read_to_string(&file).expect("the file")
+    );
+    let dropped = daemon.cli(&[
+        "observe",
+        "--input-file",
+        &path,
+        "-o",
+        "json",
+        "--verdict",
+        "dropped",
+    ]);
+    let dropped = dropped.expect("observe");
+    let wanted = |line: &&Value| line["flow"]["verdict"] == "DROPPED";
+    assert_eq!(
+        dropped.lines().count(),
+        lines(&file).iter().filter(wanted).count(),
+        "{dropped}"
+    );
     boot(&mut daemon);
     world.expect(&daemon, ONLY_FRONT);
     wait_until("more flows", TIMEOUT, || {
