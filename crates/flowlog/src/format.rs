@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    DropReason, FieldMask, TimeFormat, Timestamp,
+    DropReason, FieldMask, TimeFormat, Timestamp, Uuid,
     flow::{
         Endpoint, Flow, L7Type, Layer4, Layer7, Moment, Policy, TracePoint, TrafficDirection, Verdict,
         event_type, reserved_name,
@@ -124,6 +124,27 @@ impl Listing {
                 None => self.printer.json(flow),
             },
         }
+    }
+
+    /// Returns whether the output is the JSON of whole flows, for [`Listing::raw`].
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.printer.format == Format::Json && self.printer.mask.is_empty()
+    }
+
+    /// Returns the line of a flow whose JSON is printed without changes, if [`Self::is_raw`].
+    #[must_use]
+    pub fn raw(&self, flow: &RawFlow<'_>) -> String {
+        let mut text = String::with_capacity(flow.json.len() + 128);
+        text.push_str("{\"flow\":");
+        text.push_str(flow.json);
+        // The conversion of a string never fails.
+        let node_name = serde_json::to_string(&flow.node_name).unwrap_or_default();
+        if !flow.node_name.is_empty() {
+            let _ = write!(text, ",\"node_name\":{node_name}");
+        }
+        let _ = writeln!(text, ",\"time\":\"{}\"}}", flow.time);
+        text
     }
 
     /// Returns the text about flows that were lost. `source`: where, as the flow API names it.
@@ -574,6 +595,45 @@ fn why(flow: &Flow) -> Option<String> {
         format!(", {}", rule.location)
     };
     Some(clean(&format!("[{text}{place}]")))
+}
+
+/// A flow in JSON, of which only those members are parsed that are repeated beside it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct RawFlow<'a> {
+    json: &'a str,
+    node_name: String,
+    /// Time of the flow.
+    pub time: Timestamp,
+    /// Identifier.
+    pub uuid: Uuid,
+}
+
+impl<'a> RawFlow<'a> {
+    /// Reads a flow in JSON, without white space around it.
+    ///
+    /// # Errors
+    /// The error of the JSON parser.
+    pub fn new(json: &'a str) -> Result<Self, serde_json::Error> {
+        #[derive(Deserialize)]
+        struct Head {
+            #[serde(default)]
+            node_name: String,
+            time: Timestamp,
+            #[serde(default)]
+            uuid: Uuid,
+        }
+        let Head {
+            node_name,
+            time,
+            uuid,
+        } = serde_json::from_str(json)?;
+        Ok(Self {
+            json,
+            node_name,
+            time,
+            uuid,
+        })
+    }
 }
 
 /// Returns a flow as one line of JSON, with `flow`, `node_name` and `time`.

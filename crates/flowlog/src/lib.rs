@@ -31,6 +31,6 @@ pub use filter::{FilterBuilder, FilterError, Filters, FlowFilter};
 pub use flow::{Flow, Policy, TrafficDirection};
 pub use order::Ordered;
 pub use resolve::{FlowResolver, Owner, RuleInfo, icmp_text};
-pub use ring::{Cursor, Next, Raw, Resolver, Ring};
+pub use ring::{Cursor, Item, Lost, LostSource, Next, Raw, Resolver, Ring};
 pub use time::{ParseTimeError, TimeFormat, Timestamp};
 pub use uuid::Uuid;

@@ -8,10 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::Flow;
+use crate::{Flow, Timestamp};
 
 /// Delayed flow.
 struct Waiting {
+    /// Time of the flow, so that a comparison reads no memory of the flow.
+    time: Timestamp,
     flow: Arc<Flow>,
     /// Order of arrival, which decides between flows of the same time.
     number: u64,
@@ -19,8 +21,8 @@ struct Waiting {
 }
 
 impl Waiting {
-    fn key(&self) -> (crate::Timestamp, u64) {
-        (self.flow.time, self.number)
+    fn key(&self) -> (Timestamp, u64) {
+        (self.time, self.number)
     }
 }
 
@@ -69,6 +71,7 @@ impl Ordered {
     pub fn push(&mut self, flow: Arc<Flow>, now: Instant) {
         self.number += 1;
         self.waiting.push(Reverse(Waiting {
+            time: flow.time,
             flow,
             number: self.number,
             came: now,

@@ -15,10 +15,13 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    thread,
     time::Duration,
 };
 
 use palisade_inspect::record::Record;
+use serde::{Deserialize, Serialize};
+use strum::AsRefStr;
 
 use crate::{Filters, Flow, FlowResolver, Timestamp, Uuid};
 
@@ -48,10 +51,52 @@ impl Deferred {
     }
 }
 
+/// Where flows were lost: `LostEventSource` of the flow API.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, AsRefStr)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum LostSource {
+    /// Between the programs and the daemon: the BPF ring buffer was full.
+    PerfEventRingBuffer = 1,
+    /// Between workers or proxy threads and the flow ring: their queue was full.
+    ObserverEventsQueue = 2,
+    /// Between the flow ring and a reader: the reader was too slow.
+    HubbleRingBuffer = 3,
+}
+
+/// Report that flows were lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lost {
+    /// Where the flows were lost.
+    pub source: LostSource,
+    /// Number of flows.
+    pub count: u64,
+}
+
+impl Lost {
+    /// Returns the report for a reader that is too slow.
+    const fn by_reader(count: u64) -> Self {
+        Self {
+            source: LostSource::HubbleRingBuffer,
+            count,
+        }
+    }
+}
+
+/// A flow, or a report that flows were lost before they reached the ring.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Item {
+    /// A flow.
+    Flow(Arc<Flow>),
+    /// The report, and its time.
+    Lost(Lost, Timestamp),
+}
+
 #[derive(Clone)]
 enum Entry {
     Flow(Arc<Flow>),
     Record(Arc<Deferred>),
+    Lost(Lost, Timestamp),
 }
 
 impl Entry {
@@ -59,14 +104,16 @@ impl Entry {
         match self {
             Self::Flow(flow) => flow.time,
             Self::Record(deferred) => deferred.time,
+            Self::Lost(_, time) => *time,
         }
     }
 
-    fn flow(&self) -> Arc<Flow> {
-        Arc::clone(match self {
-            Self::Flow(flow) => flow,
-            Self::Record(deferred) => deferred.flow(),
-        })
+    fn item(&self) -> Item {
+        match self {
+            Self::Flow(flow) => Item::Flow(Arc::clone(flow)),
+            Self::Record(deferred) => Item::Flow(Arc::clone(deferred.flow())),
+            Self::Lost(lost, time) => Item::Lost(*lost, *time),
+        }
     }
 }
 
@@ -94,8 +141,8 @@ pub struct Ring {
 pub enum Next {
     /// The next flow.
     Flow(Arc<Flow>),
-    /// Number of flows that were overwritten before this reader read them.
-    Lost(u64),
+    /// Flows that were overwritten before this reader read them, or that did not reach the ring.
+    Lost(Lost),
 }
 
 /// A flow of the ring as [`Cursor::read_raw`] passes it to a reader.
@@ -105,8 +152,8 @@ pub enum Raw<'a> {
     Flow(&'a Flow),
     /// A record whose flow was not needed so far.
     Record(&'a Record),
-    /// Number of flows that were overwritten before this reader read them.
-    Lost(u64),
+    /// Flows that were overwritten before this reader read them, or that did not reach the ring.
+    Lost(Lost),
 }
 
 /// Position of a reader in the ring.
@@ -197,6 +244,12 @@ impl Ring {
         })
     }
 
+    /// Adds a report that flows were lost before they reached the ring. It takes the place of a flow, and all readers get
+    /// it. Returns its number.
+    pub fn push_lost(&self, lost: Lost, time: Timestamp) -> u64 {
+        self.put(|_| Entry::Lost(lost, time))
+    }
+
     /// Returns the flow with this identifier, if the flow is still in the ring.
     #[must_use]
     pub fn get_by_uuid(&self, uuid: &str) -> Option<Arc<Flow>> {
@@ -215,7 +268,9 @@ impl Ring {
                     _ => continue,
                 }
             };
-            let flow = entry.flow();
+            let Item::Flow(flow) = entry.item() else {
+                continue;
+            };
             let mut slot = lock(slot);
             if slot.number == number {
                 slot.entry = Some(Entry::Flow(flow));
@@ -339,7 +394,16 @@ impl Ring {
     /// Returns the flow with a number, if the flow is still in the ring.
     #[must_use]
     pub fn get(&self, number: u64) -> Option<Arc<Flow>> {
-        self.entry(number).map(|entry| entry.flow())
+        match self.item(number)? {
+            Item::Flow(flow) => Some(flow),
+            Item::Lost(..) => None,
+        }
+    }
+
+    /// Returns the flow or report with a number, if it is still in the ring.
+    #[must_use]
+    pub fn item(&self, number: u64) -> Option<Item> {
+        self.entry(number).map(|entry| entry.item())
     }
 }
 
@@ -347,8 +411,11 @@ impl Cursor {
     /// Returns the next flow, or the number of flows that this reader has lost; `None` if there is no newer flow.
     pub fn read(&mut self) -> Option<Next> {
         self.next().map(|next| match next {
-            Ok(entry) => Next::Flow(entry.flow()),
-            Err(lost) => Next::Lost(lost),
+            Ok(entry) => match entry.item() {
+                Item::Flow(flow) => Next::Flow(flow),
+                Item::Lost(lost, _) => Next::Lost(lost),
+            },
+            Err(lost) => Next::Lost(Lost::by_reader(lost)),
         })
     }
 
@@ -358,7 +425,8 @@ impl Cursor {
         self.next().map(|next| match &next {
             Ok(Entry::Flow(flow)) => read(Raw::Flow(flow)),
             Ok(Entry::Record(deferred)) => read(Raw::Record(&deferred.record)),
-            Err(lost) => read(Raw::Lost(*lost)),
+            Ok(Entry::Lost(lost, _)) => read(Raw::Lost(*lost)),
+            Err(lost) => read(Raw::Lost(Lost::by_reader(*lost))),
         })
     }
 
@@ -388,6 +456,22 @@ impl Cursor {
     pub fn behind(&self) -> u64 {
         let end = self.ring.seen();
         end.saturating_sub(self.at.max(self.ring.oldest_number()))
+    }
+
+    /// Lets flows gather for `time`, or until a quarter of the ring is after the cursor. Unlike in [`Self::wait`], writers
+    /// do not wake the reader, which would cost them a system call for each flow. Returns whether there is a flow after
+    /// the cursor.
+    pub fn gather(&self, time: Duration) -> bool {
+        const STEPS: u32 = 4;
+        // No truncation: the capacity is a usize.
+        let many = (self.ring.capacity() as u64).div_ceil(4);
+        for _ in 0..STEPS {
+            if self.behind() >= many {
+                break;
+            }
+            thread::sleep(time / STEPS);
+        }
+        self.behind() > 0
     }
 
     /// Waits for a flow after the cursor, at most for `timeout`. Returns whether there is such a flow.

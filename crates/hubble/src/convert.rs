@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use palisade_flowlog::{
-    Flow, Policy, Timestamp,
+    Flow, Lost, LostSource, Policy, Timestamp,
     flow::{Dns, Endpoint, Http, Kafka, Layer4, Layer7, Moment, TcpFlags, TracePoint},
 };
 
@@ -25,12 +25,17 @@ pub(crate) fn response(flow: &Flow) -> Encoded {
     })
 }
 
-/// Returns the encoded response that says how many flows a reader lost.
-pub(crate) fn lost(count: u64, node: &str, now: Timestamp) -> Encoded {
+/// Returns the encoded response that says how many flows were lost, and where.
+pub(crate) fn lost(lost: Lost, node: &str, now: Timestamp) -> Encoded {
+    let source = match lost.source {
+        LostSource::PerfEventRingBuffer => pb::LostEventSource::PerfEventRingBuffer,
+        LostSource::ObserverEventsQueue => pb::LostEventSource::ObserverEventsQueue,
+        LostSource::HubbleRingBuffer => pb::LostEventSource::HubbleRingBuffer,
+    };
     encode(&GetFlowsResponse {
         response_types: Some(ResponseTypes::LostEvents(pb::LostEvent {
-            source: pb::LostEventSource::HubbleRingBuffer.into(),
-            num_events_lost: count,
+            source: source.into(),
+            num_events_lost: lost.count,
             ..pb::LostEvent::default()
         })),
         node_name: node.to_owned(),

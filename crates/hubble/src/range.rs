@@ -28,6 +28,10 @@ pub(crate) trait Source {
     fn get(&self, number: u64) -> Option<Self::Event>;
     /// Returns the time of an event.
     fn time(event: &Self::Event) -> Timestamp;
+    /// Returns whether the event counts for `number`; false for reports about lost events.
+    fn counts(_: &Self::Event) -> bool {
+        true
+    }
 }
 
 /// What a request asks for.
@@ -212,7 +216,7 @@ impl Reader {
             if self.range.since.is_some_and(|since| time < since) || !matches(&event) {
                 continue;
             }
-            self.sent += 1;
+            self.sent += u64::from(S::counts(&event));
             return Step::Event(event);
         }
     }
@@ -229,7 +233,7 @@ impl Reader {
             return None;
         }
         let event = source.get(self.at - 1)?;
-        if !matches(&event) {
+        if !S::counts(&event) || !matches(&event) {
             self.at -= 1;
             return Some(found);
         }

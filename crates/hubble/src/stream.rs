@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use palisade_flowlog::{Filters, Flow, Ring, Timestamp, Uuid};
+use palisade_flowlog::{Filters, Item, Lost, LostSource, Ring, Timestamp, Uuid};
 use tokio::sync::futures::OwnedNotified;
 use tokio_stream::Stream;
 use tonic::Status;
@@ -34,7 +34,7 @@ const TURN_EVENTS: usize = 256;
 const TURN_TIME: Duration = Duration::from_millis(1);
 
 impl Source for Ring {
-    type Event = Arc<Flow>;
+    type Event = Item;
 
     fn first(&self) -> u64 {
         self.oldest_number()
@@ -44,12 +44,19 @@ impl Source for Ring {
         self.seen()
     }
 
-    fn get(&self, number: u64) -> Option<Arc<Flow>> {
-        self.get(number)
+    fn get(&self, number: u64) -> Option<Item> {
+        self.item(number)
     }
 
-    fn time(flow: &Arc<Flow>) -> Timestamp {
-        flow.time
+    fn time(item: &Item) -> Timestamp {
+        match item {
+            Item::Flow(flow) => flow.time,
+            Item::Lost(_, time) => *time,
+        }
+    }
+
+    fn counts(item: &Item) -> bool {
+        matches!(item, Item::Flow(_))
     }
 }
 
@@ -168,11 +175,19 @@ pub(crate) struct Flows {
 }
 
 impl Responses<Ring> for Flows {
-    fn wants(&self, flow: &Arc<Flow>) -> bool {
-        self.filters.matches(flow)
+    fn wants(&self, item: &Item) -> bool {
+        match item {
+            Item::Flow(flow) => self.filters.matches(flow),
+            // A lost flow could have matched.
+            Item::Lost(..) => true,
+        }
     }
 
-    fn event(&self, flow: Arc<Flow>) -> Encoded {
+    fn event(&self, item: Item) -> Encoded {
+        let flow = match item {
+            Item::Flow(flow) => flow,
+            Item::Lost(lost, time) => return convert::lost(lost, &self.node, time),
+        };
         let whole = self.shared.get_or_make(&flow.uuid, || {
             self.namespaces.note(&flow);
             convert::response(&flow)
@@ -185,7 +200,11 @@ impl Responses<Ring> for Flows {
 
     fn lost(&self, count: u64) -> Option<Encoded> {
         let now = Timestamp::from_system_time(SystemTime::now());
-        Some(convert::lost(count, &self.node, now))
+        let lost = Lost {
+            source: LostSource::HubbleRingBuffer,
+            count,
+        };
+        Some(convert::lost(lost, &self.node, now))
     }
 }
 

@@ -12,6 +12,7 @@ mod control;
 mod daemon;
 mod log;
 mod pcapng;
+mod priority;
 mod table;
 mod text;
 mod trusted_path;

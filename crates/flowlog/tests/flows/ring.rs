@@ -13,8 +13,8 @@ use std::{
 use crate::world::{WEB, World, address, event, flow};
 use palisade_abi::{Reason, protocol};
 use palisade_flowlog::{
-    Cursor, FilterBuilder, Filters, Flow, FlowResolver, Next, Ordered, Owner, Resolver, Ring, RuleInfo,
-    Timestamp,
+    Cursor, FilterBuilder, Filters, Flow, FlowResolver, Item, Lost, LostSource, Next, Ordered, Owner, Raw,
+    Resolver, Ring, RuleInfo, Timestamp,
 };
 use palisade_inspect::record::{Record, Verdict, What};
 use proptest::prelude::*;
@@ -92,7 +92,7 @@ fn drain(cursor: &mut Cursor) -> (Vec<u64>, u64) {
     while let Some(next) = cursor.read() {
         match next {
             Next::Flow(flow) => flows.push(number(&flow)),
-            Next::Lost(count) => lost += count,
+            Next::Lost(report) => lost += report.count,
         }
     }
     (flows, lost)
@@ -202,8 +202,55 @@ fn a_slow_reader_does_not_block_the_writer() {
         ring.push(numbered(n));
     }
     assert_eq!(number(&held), 0);
-    assert_eq!(slow.read(), Some(Next::Lost(96)));
+    let lost = Lost {
+        source: LostSource::HubbleRingBuffer,
+        count: 96,
+    };
+    assert_eq!(slow.read(), Some(Next::Lost(lost)));
     assert_eq!(drain(&mut slow), (vec![97, 98, 99, 100], 0));
+}
+
+#[test]
+fn a_report_of_lost_flows_reaches_every_reader_in_its_place_and_is_no_flow() {
+    let ring = Ring::new(4);
+    let mut readers = [ring.follow(), ring.follow()];
+    let lost = Lost {
+        source: LostSource::PerfEventRingBuffer,
+        count: 7,
+    };
+    ring.push(numbered(0));
+    let at = ring.push_lost(lost, Timestamp(1));
+    ring.push(numbered(2));
+    for reader in &mut readers {
+        assert!(matches!(reader.read(), Some(Next::Flow(_))));
+        assert_eq!(reader.read(), Some(Next::Lost(lost)));
+        assert!(matches!(reader.read(), Some(Next::Flow(_))));
+        assert_eq!(reader.read(), None);
+    }
+    assert_eq!(ring.item(at), Some(Item::Lost(lost, Timestamp(1))));
+    assert!(ring.get(at).is_none());
+    assert_eq!(ring.last(10, &Filters::default()).0.len(), 2);
+    ring.settle(Timestamp::MAX);
+    let raw = ring
+        .since(Timestamp(1))
+        .read_raw(|raw| matches!(raw, Raw::Lost(found) if found == lost));
+    assert_eq!(raw, Some(true));
+    let text = serde_json::to_string(&lost).unwrap();
+    assert_eq!(text, r#"{"source":"PERF_EVENT_RING_BUFFER","count":7}"#);
+}
+
+#[test]
+fn flows_gather_without_a_wake_up() {
+    let ring = Ring::new(1_024);
+    let cursor = ring.follow();
+    assert!(!cursor.gather(Duration::from_millis(1)));
+    ring.push(numbered(0));
+    assert!(cursor.gather(Duration::from_millis(1)));
+    for n in 1..=1_024 {
+        ring.push(numbered(n));
+    }
+    // Most of the ring is unread, so that the reader does not sleep.
+    assert!(cursor.gather(Duration::from_secs(1_000_000)));
 }
 
 #[test]
@@ -237,9 +284,9 @@ fn readers_see_every_flow_once_or_as_lost() {
                         let over = done.load(Ordering::SeqCst);
                         while let Some(read) = cursor.read() {
                             match read {
-                                Next::Lost(count) => {
-                                    next += count;
-                                    total += count;
+                                Next::Lost(lost) => {
+                                    next += lost.count;
+                                    total += lost.count;
                                 }
                                 Next::Flow(flow) => {
                                     assert_eq!(number(&flow), next, "in order, none twice");

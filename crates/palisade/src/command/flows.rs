@@ -3,7 +3,7 @@
 use std::{
     collections::{HashSet, VecDeque},
     fs::File,
-    io::{self, BufRead, BufReader, Read as _, StdoutLock, Write as _},
+    io::{self, BufRead, BufReader, BufWriter, Read as _, StdoutLock, Write as _},
     path::Path,
     thread,
     time::Duration,
@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use palisade_flowlog::{
     FilterBuilder, Filters, Flow, Timestamp, Uuid,
     filter::{ApiFilter, ApiFilters},
-    format::{self, Listing},
+    format::{self, Listing, RawFlow},
     input::{self, Line},
 };
 
@@ -22,8 +22,9 @@ use crate::{
     cli::{ObserveArgs, Output},
     control::{
         api::{Answer, ObserveRequest, Request},
-        client::{Client, ClientError, ask},
+        client::{Client, ClientError, Received, ask},
     },
+    priority,
 };
 
 /// Flows shown without `--last`.
@@ -36,11 +37,11 @@ const MAX_LAST_OF_FILE: usize = 1_000_000;
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Number of received flows whose identifiers are kept while following.
 const MAX_RECENT: usize = 16_384;
+/// Size of the buffer of the standard output, bytes.
+const OUTPUT_BUFFER: usize = 64 * 1024;
 /// Time before the newest flow in which a flow that was recorded earlier can still be missing, ns. The daemon sorts flows
 /// within a much shorter time.
 const LATE_NS: i64 = 1_000_000_000;
-/// Where a flow was lost, as the flow API names it: the reader was slower than the ring.
-const RING: &str = "HUBBLE_RING_BUFFER";
 
 /// Runs `palisade observe`. `socket` returns the path of the control socket; it is not called if no daemon is needed.
 pub(super) fn observe<S: AsRef<Path>>(
@@ -49,7 +50,7 @@ pub(super) fn observe<S: AsRef<Path>>(
 ) -> anyhow::Result<u8> {
     let query = args.query.clone();
     let mut output = Printed {
-        out: io::stdout().lock(),
+        out: buffered(),
         listing: Some(Listing::new(args.printer.clone())),
         silent: args.silent,
     };
@@ -87,7 +88,7 @@ pub(super) fn observe<S: AsRef<Path>>(
     loop {
         match client.next()? {
             Some(Answer::Flow(flow)) => output.flow(&flow, None)?,
-            Some(Answer::Lost(count)) => output.lost(RING, count)?,
+            Some(Answer::Lost(lost)) => output.lost(lost.source.as_ref(), lost.count)?,
             Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => break,
             Some(Answer::Error(message)) => bail!(message),
             None => bail!("the daemon closed the connection before the end of the answer"),
@@ -125,8 +126,12 @@ pub(super) fn monitor(
         ..ObserveRequest::default()
     };
     let mut client = Client::send(socket, &Request::Observe(request))?;
-    let mut out = io::stdout().lock();
+    priority::lower();
+    let mut out = buffered();
     loop {
+        if !client.has_next() {
+            out.flush()?;
+        }
         match client.next()? {
             Some(Answer::Flow(flow)) => {
                 let text = match output {
@@ -134,12 +139,15 @@ pub(super) fn monitor(
                     Output::Json => format::json(&flow),
                 };
                 out.write_all(text.as_bytes())?;
+            }
+            Some(Answer::Lost(lost)) => {
+                let (count, source) = (lost.count, lost.source.as_ref());
+                eprintln!("palisade: {count} flows were lost ({source})");
+            }
+            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => {
                 out.flush()?;
+                return Ok(EXIT_OK);
             }
-            Some(Answer::Lost(count)) => {
-                eprintln!("palisade: {count} flows were overwritten before this command could read them");
-            }
-            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => return Ok(EXIT_OK),
             Some(Answer::Error(message)) => bail!(message),
             None => bail!(
                 "the daemon has ended, or has disconnected this command because it did not read fast enough"
@@ -148,9 +156,14 @@ pub(super) fn monitor(
     }
 }
 
+/// Returns the standard output with a buffer. Without it, each line would be a system call.
+fn buffered() -> BufWriter<StdoutLock<'static>> {
+    BufWriter::with_capacity(OUTPUT_BUFFER, io::stdout().lock())
+}
+
 /// The output of `palisade observe`.
 struct Printed {
-    out: StdoutLock<'static>,
+    out: BufWriter<StdoutLock<'static>>,
     /// `None` after the end.
     listing: Option<Listing>,
     /// Whether to print no warnings.
@@ -163,6 +176,39 @@ impl Printed {
         self.out.write_all(text.unwrap_or_default().as_bytes())
     }
 
+    /// Prints a flow in JSON that a follower has received, unless it was printed before. The inner error is that of the
+    /// JSON.
+    fn received(&mut self, json: &str, recent: &mut Recent) -> io::Result<Result<(), serde_json::Error>> {
+        let is_raw = self.listing.as_ref().is_some_and(Listing::is_raw);
+        if is_raw {
+            let flow = match RawFlow::new(json) {
+                Ok(flow) => flow,
+                Err(error) => return Ok(Err(error)),
+            };
+            if self.is_new(flow.time, &flow.uuid, recent)? {
+                let text = self.listing.as_ref().map(|listing| listing.raw(&flow));
+                self.out.write_all(text.unwrap_or_default().as_bytes())?;
+            }
+        } else {
+            let flow: Flow = match serde_json::from_str(json) {
+                Ok(flow) => flow,
+                Err(error) => return Ok(Err(error)),
+            };
+            if self.is_new(flow.time, &flow.uuid, recent)? {
+                self.flow(&flow, None)?;
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Returns whether a flow was not received before.
+    fn is_new(&mut self, time: Timestamp, uuid: &Uuid, recent: &mut Recent) -> io::Result<bool> {
+        if std::mem::take(&mut recent.reconnected) && recent.is_other_ring(uuid) {
+            self.warn("the daemon was restarted: flows that it had not sent before are lost")?;
+        }
+        Ok(recent.insert(time, uuid))
+    }
+
     fn lost(&mut self, source: &str, count: u64) -> io::Result<()> {
         if self.silent {
             return Ok(());
@@ -171,10 +217,13 @@ impl Printed {
         self.out.write_all(text.unwrap_or_default().as_bytes())
     }
 
-    fn warn(&self, text: &str) {
+    fn warn(&mut self, text: &str) -> io::Result<()> {
+        // The warning appears after the flows that were received before it.
+        self.out.flush()?;
         if !self.silent {
             eprintln!("palisade: {text}");
         }
+        Ok(())
     }
 
     fn finish(mut self) -> io::Result<()> {
@@ -191,6 +240,7 @@ fn follow(
     begun: Timestamp,
     mut output: Printed,
 ) -> anyhow::Result<u8> {
+    priority::lower();
     let mut recent = Recent::default();
     let mut client = Client::send(socket, &Request::Observe(request.clone()))?;
     loop {
@@ -200,14 +250,14 @@ fn follow(
         };
         output.warn(&format!(
             "the connection to the daemon has ended ({why}); waiting for the daemon"
-        ));
+        ))?;
         request.after = Some(recent.resume().map_or_else(String::new, |uuid| uuid.to_string()));
         // Without a flow to continue after, the flows since the start of this command are to be shown.
         if recent.last.is_none() {
             request.query.since = request.query.since.max(Some(begun));
         }
         client = reconnect(socket, &request)?;
-        output.warn("the daemon answers again");
+        output.warn("the daemon answers again")?;
         recent.reconnected = true;
     }
 }
@@ -219,26 +269,24 @@ fn follow_once(
     output: &mut Printed,
 ) -> anyhow::Result<Option<String>> {
     loop {
-        match client.next() {
-            Ok(Some(Answer::Flow(flow))) => {
-                if std::mem::take(&mut recent.reconnected) && recent.is_other_ring(&flow.uuid) {
-                    output.warn("the daemon was restarted: flows that it had not sent before are lost");
-                }
-                if recent.insert(&flow) {
-                    output.flow(&flow, None)?;
-                    output.out.flush()?;
+        if !client.has_next() {
+            output.out.flush()?;
+        }
+        match client.next_raw() {
+            Ok(Some(Received::Flow(json))) => {
+                if let Err(error) = output.received(json, recent)? {
+                    return Ok(Some(format!("a flow cannot be read: {error}")));
                 }
             }
-            Ok(Some(Answer::Lost(count))) => {
-                output.lost(RING, count)?;
-                output.out.flush()?;
-            }
-            Ok(Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive)) => return Ok(None),
-            Ok(Some(Answer::Error(message))) => bail!(message),
+            Ok(Some(Received::Other(answer))) => match answer {
+                Answer::Lost(lost) => output.lost(lost.source.as_ref(), lost.count)?,
+                Answer::Error(message) => bail!(message),
+                Answer::Ok(_) | Answer::Capture(_) | Answer::Alive | Answer::Flow(_) => return Ok(None),
+            },
             Ok(None) => return Ok(Some("the daemon closed it".to_owned())),
             Err(ClientError::Broken(error)) => return Ok(Some(error.to_string())),
             Err(error @ ClientError::Hangs { .. }) => {
-                output.warn(&error.to_string());
+                output.warn(&error.to_string())?;
                 return Ok(Some("no answer".to_owned()));
             }
             Err(error) => return Err(error.into()),
@@ -274,15 +322,15 @@ struct Recent {
 
 impl Recent {
     /// Returns whether the flow is new.
-    fn insert(&mut self, flow: &Flow) -> bool {
-        if flow.uuid.is_none() {
+    fn insert(&mut self, time: Timestamp, uuid: &Uuid) -> bool {
+        if uuid.is_none() {
             return true;
         }
-        if !self.known.insert(flow.uuid.clone()) {
+        if !self.known.insert(uuid.clone()) {
             return false;
         }
-        self.order.push_back((flow.time, flow.uuid.clone()));
-        self.last = Some(flow.uuid.clone());
+        self.order.push_back((time, uuid.clone()));
+        self.last = Some(uuid.clone());
         if self.order.len() > MAX_RECENT
             && let Some((_, oldest)) = self.order.pop_front()
         {
@@ -312,7 +360,8 @@ impl Recent {
 
 /// Prints the flows of a file that pass the filters, in the order of the file.
 fn read_file(path: &Path, args: &ObserveArgs, filters: &Filters, mut output: Printed) -> anyhow::Result<u8> {
-    let (name, mut reader): (String, Box<dyn BufRead>) = if path == Path::new("-") {
+    let is_stream = path == Path::new("-");
+    let (name, mut reader): (String, Box<dyn BufRead>) = if is_stream {
         ("standard input".to_owned(), Box::new(io::stdin().lock()))
     } else {
         let file = File::open(path).with_context(|| path.display().to_string())?;
@@ -352,6 +401,9 @@ fn read_file(path: &Path, args: &ObserveArgs, filters: &Filters, mut output: Pri
                 }
                 None => {
                     output.flow(&flow, Some(&json))?;
+                    if is_stream {
+                        output.out.flush()?;
+                    }
                     shown += 1;
                 }
             },
@@ -359,7 +411,7 @@ fn read_file(path: &Path, args: &ObserveArgs, filters: &Filters, mut output: Pri
             Ok(Line::Lost { source, count }) => output.lost(&source, count)?,
             Err(why) => {
                 bad += 1;
-                output.warn(&format!("{name}:{number}: not a flow in JSON: {why}"));
+                output.warn(&format!("{name}:{number}: not a flow in JSON: {why}"))?;
             }
         }
     }
@@ -410,12 +462,8 @@ fn raw_filters(query: &ApiFilters) -> anyhow::Result<String> {
 mod tests {
     use super::*;
 
-    fn flow(key: u64, number: u64, time: i64) -> Flow {
-        Flow {
-            uuid: Uuid::new(key, number),
-            time: Timestamp(time),
-            ..Flow::default()
-        }
+    fn insert(recent: &mut Recent, key: u64, number: u64, time: i64) -> bool {
+        recent.insert(Timestamp(time), &Uuid::new(key, number))
     }
 
     #[test]
@@ -429,14 +477,14 @@ mod tests {
             (4, 10 * second + 1),
             (7, 10 * second + 2),
         ] {
-            assert!(recent.insert(&flow(1, number, time)));
+            assert!(insert(&mut recent, 1, number, time));
         }
-        assert!(!recent.insert(&flow(1, 4, 10 * second + 1)));
+        assert!(!insert(&mut recent, 1, 4, 10 * second + 1));
         // 6 can still be missing, and 3 is older than every flow that can.
         assert_eq!(recent.resume().and_then(Uuid::number), Some(4));
         assert!(!recent.is_other_ring(&Uuid::new(1, 9)) && recent.is_other_ring(&Uuid::new(2, 9)));
         // After a restart of the daemon, flows of the new ring count.
-        assert!(recent.insert(&flow(2, 4, 10 * second + 3)));
+        assert!(insert(&mut recent, 2, 4, 10 * second + 3));
         assert_eq!(recent.resume(), Some(&Uuid::new(2, 4)));
     }
 
@@ -444,7 +492,7 @@ mod tests {
     fn the_memory_of_a_follower_is_bounded() {
         let mut recent = Recent::default();
         for number in 0..MAX_RECENT as u64 + 10 {
-            recent.insert(&flow(1, number, 0));
+            insert(&mut recent, 1, number, 0);
         }
         assert_eq!((recent.order.len(), recent.known.len()), (MAX_RECENT, MAX_RECENT));
     }

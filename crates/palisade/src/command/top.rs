@@ -220,7 +220,7 @@ fn count(mut follower: Client, counts: &Mutex<Counts>) {
     loop {
         match follower.next() {
             Ok(Some(Answer::Flow(flow))) => lock(counts).add(&flow),
-            Ok(Some(Answer::Lost(count))) => lock(counts).lost += count,
+            Ok(Some(Answer::Lost(report))) => lock(counts).lost += report.count,
             Ok(Some(Answer::Alive)) => {}
             Ok(Some(_) | None) | Err(_) => return,
         }

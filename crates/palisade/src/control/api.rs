@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_flowlog::{Flow, Timestamp, filter::ApiFilters};
+use palisade_flowlog::{Flow, Lost, Timestamp, filter::ApiFilters};
 use serde::{Deserialize, Serialize};
 
 /// A request.
@@ -774,12 +774,20 @@ pub(crate) enum Answer {
     Error(String),
     /// One flow of a stream.
     Flow(Box<Flow>),
-    /// Number of flows that were overwritten before this client could read them.
-    Lost(u64),
+    /// Flows that were lost, and where.
+    Lost(Lost),
     /// Whole pcapng blocks, in base64.
     Capture(String),
     /// The stream continues, but there is no flow to send.
     Alive,
+}
+
+/// [`Answer::Flow`] with a borrowed flow.
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FlowAnswer<'a> {
+    /// One flow of a stream.
+    Flow(&'a Flow),
 }
 
 /// Answer of `palisade status`.

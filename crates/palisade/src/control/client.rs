@@ -81,13 +81,32 @@ pub(crate) enum ClientError {
     Refused(String),
 }
 
+/// Size of the buffer for what the daemon sends: one of the chunks in which it sends flows, bytes.
+const READ_BUFFER: usize = 64 * 1024;
+/// What is before and after the flow in a line of [`Answer::Flow`].
+const FLOW_BEGIN: &[u8] = b"{\"flow\":";
+const FLOW_END: &[u8] = b"}\n";
+
+fn is_flow(line: &[u8]) -> bool {
+    line.len() > FLOW_BEGIN.len() + FLOW_END.len() && line.starts_with(FLOW_BEGIN) && line.ends_with(FLOW_END)
+}
+
+/// A line of an answer.
+#[derive(Debug)]
+pub(crate) enum Received<'a> {
+    /// A flow in JSON.
+    Flow(&'a str),
+    /// Another line.
+    Other(Answer),
+}
+
 /// A connection on which a request was sent.
 #[derive(Debug)]
 pub(crate) struct Client {
     reader: BufReader<UnixStream>,
+    /// The last line.
+    line: Vec<u8>,
     pid: i32,
-    /// Longest wait for each part of an answer.
-    timeout: Duration,
 }
 
 impl Client {
@@ -156,10 +175,12 @@ impl Client {
             });
         }
         let client = Self {
-            reader: BufReader::new(UnixStream::from(socket)),
+            reader: BufReader::with_capacity(READ_BUFFER, UnixStream::from(socket)),
+            line: Vec::new(),
             pid: peer.pid(),
-            timeout,
         };
+        let set = client.reader.get_ref().set_read_timeout(Some(timeout));
+        set.map_err(|error| client.broken(error, begun))?;
         let mut line = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
         line.push(b'\n');
         client
@@ -191,40 +212,66 @@ impl Client {
     /// Returns the next line other than [`Answer::Alive`]; `None` once the daemon has closed the connection.
     pub(crate) fn next(&mut self) -> Result<Option<Answer>, ClientError> {
         loop {
-            let line = self.line()?;
-            if line.is_empty() {
+            self.read_line()?;
+            if self.line.is_empty() {
                 return Ok(None);
             }
-            match serde_json::from_slice(&line) {
-                Ok(Answer::Alive) => {}
-                Ok(answer) => return Ok(Some(answer)),
-                Err(error) => return Err(ClientError::Broken(error.into())),
+            match self.parsed()? {
+                Answer::Alive => {}
+                answer => return Ok(Some(answer)),
             }
         }
     }
 
-    /// Returns the next line, or only its beginning if the connection ends or the line exceeds [`MAX_ANSWER`]. The
-    /// timeout restarts with each part of the line that arrives.
-    fn line(&mut self) -> Result<Vec<u8>, ClientError> {
-        let mut line = Vec::new();
+    /// Like [`Self::next`], but returns a flow as the daemon has sent it, in JSON.
+    pub(crate) fn next_raw(&mut self) -> Result<Option<Received<'_>>, ClientError> {
         loop {
-            let begun = Instant::now();
-            let set = self.reader.get_ref().set_read_timeout(Some(self.timeout));
-            let read = set.and_then(|()| {
-                loop {
-                    match self.reader.fill_buf() {
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        other => return other.map(<[u8]>::to_vec),
-                    }
-                }
-            });
-            let bytes = read.map_err(|error| self.broken(error, begun))?;
+            self.read_line()?;
+            if self.line.is_empty() {
+                return Ok(None);
+            }
+            if is_flow(&self.line) {
+                let json = &self.line[FLOW_BEGIN.len()..self.line.len() - FLOW_END.len()];
+                let json = std::str::from_utf8(json);
+                return match json {
+                    Ok(json) => Ok(Some(Received::Flow(json))),
+                    Err(error) => Err(ClientError::Broken(io::Error::other(error))),
+                };
+            }
+            match self.parsed()? {
+                Answer::Alive => {}
+                answer => return Ok(Some(Received::Other(answer))),
+            }
+        }
+    }
+
+    /// Returns whether another line has arrived, so that the next read does not wait.
+    pub(crate) fn has_next(&self) -> bool {
+        self.reader.buffer().contains(&b'\n')
+    }
+
+    fn parsed(&self) -> Result<Answer, ClientError> {
+        serde_json::from_slice(&self.line).map_err(|error| ClientError::Broken(error.into()))
+    }
+
+    /// Reads the next line into `line`, or only its beginning if the connection ends or the line exceeds [`MAX_ANSWER`].
+    /// The timeout restarts with each part of the line that arrives.
+    fn read_line(&mut self) -> Result<(), ClientError> {
+        self.line.clear();
+        loop {
+            // A read does not wait while the buffer has bytes, so most lines need no clock.
+            let begun = self.reader.buffer().is_empty().then(Instant::now);
+            let bytes = match self.reader.fill_buf() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.broken(error, begun.unwrap_or_else(Instant::now))),
+                Ok(bytes) => bytes,
+            };
             let end = bytes.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(bytes.len(), |end| end + 1);
-            line.extend_from_slice(&bytes[..taken]);
+            self.line.extend_from_slice(&bytes[..taken]);
             self.reader.consume(taken);
-            if end.is_some() || taken == 0 || line.len() > MAX_ANSWER {
-                return Ok(line);
+            if end.is_some() || taken == 0 || self.line.len() > MAX_ANSWER {
+                return Ok(());
             }
         }
     }

@@ -29,13 +29,15 @@ use nix::{
     },
     unistd::{Gid, geteuid},
 };
+use palisade_flowlog::Flow;
+use serde::Serialize;
 use tracing::{debug, warn};
 
 use crate::trusted_path::{lock_file, socket_dir};
 
 use super::{
     MAX_REQUEST,
-    api::{Answer, Request},
+    api::{Answer, FlowAnswer, Request},
 };
 
 /// Maximum number of clients at the same time; each client has a thread.
@@ -62,6 +64,8 @@ pub(crate) trait Sink {
     /// Appends a line to the buffer. The buffer is sent by the next [`Sink::send`] or [`Sink::flush`], or when it is
     /// full.
     fn queue(&mut self, answer: &Answer) -> io::Result<()>;
+    /// Appends [`Answer::Flow`] with this flow, without a copy of the flow.
+    fn queue_flow(&mut self, flow: &Flow) -> io::Result<()>;
     /// Sends the buffer.
     fn flush(&mut self) -> io::Result<()>;
     /// Returns whether the client has disconnected.
@@ -378,13 +382,9 @@ impl Drop for StreamSink<'_> {
     }
 }
 
-impl Sink for StreamSink<'_> {
-    fn send(&mut self, answer: &Answer) -> io::Result<()> {
-        self.queue(answer)?;
-        self.flush()
-    }
-
-    fn queue(&mut self, answer: &Answer) -> io::Result<()> {
+impl StreamSink<'_> {
+    /// Appends a line to the buffer, and sends a full buffer.
+    fn line(&mut self, answer: &impl Serialize) -> io::Result<()> {
         serde_json::to_writer(&mut self.buffer, answer)?;
         self.buffer.push(b'\n');
         if self.buffer.len() >= WRITE_CHUNK_BYTES {
@@ -393,8 +393,26 @@ impl Sink for StreamSink<'_> {
             Ok(())
         }
     }
+}
+
+impl Sink for StreamSink<'_> {
+    fn send(&mut self, answer: &Answer) -> io::Result<()> {
+        self.queue(answer)?;
+        self.flush()
+    }
+
+    fn queue(&mut self, answer: &Answer) -> io::Result<()> {
+        self.line(answer)
+    }
+
+    fn queue_flow(&mut self, flow: &Flow) -> io::Result<()> {
+        self.line(&FlowAnswer::Flow(flow))
+    }
 
     fn flush(&mut self) -> io::Result<()> {
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
         let written = write_all(&self.stream, &self.buffer, WRITE_DEADLINE, self.until);
         self.buffer.clear();
         written

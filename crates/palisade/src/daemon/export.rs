@@ -20,13 +20,13 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use palisade_flowlog::{Cursor, Flow, Next, Ring, Timestamp, format};
+use palisade_flowlog::{Cursor, Flow, Lost, LostSource, Next, Ring, Timestamp, format};
 use serde::Serialize;
 use serde_json::json;
 use tracing::{error, info, warn};
 
 use self::file::RotatedFile;
-use crate::{config, control::api::ExportStatus};
+use crate::{config, control::api::ExportStatus, priority};
 
 /// Size of the buffered lines at which they are written, bytes.
 const BUFFER_SIZE: usize = 256 << 10;
@@ -171,6 +171,7 @@ fn start(ring: &Arc<Ring>, config: &config::Export, node_name: &str, old: Option
     });
     // The new thread, not the control thread, waits for the old one, which can hang in a write.
     let run = move || {
+        priority::lower();
         if let Some(Ok(cursor)) = old_thread.map(JoinHandle::join) {
             exporter.cursor = cursor;
         }
@@ -269,11 +270,13 @@ impl Exporter {
                         self.flow(&flow);
                     }
                 }
-                Some(Next::Lost(count)) => {
-                    self.counts.lost.fetch_add(count, Ordering::Relaxed);
+                Some(Next::Lost(Lost { source, count })) => {
+                    if source == LostSource::HubbleRingBuffer {
+                        self.counts.lost.fetch_add(count, Ordering::Relaxed);
+                    }
                     let lost = json!({
                         "lost_events": {
-                            "source": "HUBBLE_RING_BUFFER",
+                            "source": source,
                             // The JSON mapping of protobuf writes 64-bit integers as strings.
                             "num_events_lost": count.to_string(),
                         },

@@ -31,6 +31,7 @@ mod interfaces;
 mod keeper;
 mod last_good;
 mod log_control;
+mod losses;
 mod measured;
 mod message;
 mod metrics;

@@ -45,6 +45,7 @@ use super::{
     interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
     log_control::LogControl,
+    losses,
     measured::Measured,
     message::Message,
     metrics, netfilter,
@@ -348,6 +349,12 @@ fn serve(
         events::records(records, Arc::clone(&ring), Arc::clone(&shared))?;
     }
     events::records(intercepted, Arc::clone(&ring), Arc::clone(&shared))?;
+    losses::watch(
+        Arc::clone(&ring),
+        Arc::clone(&datapath),
+        control.workers.counters(),
+        Arc::clone(control.interception.view()),
+    )?;
     control.exports = Exports::new(Arc::clone(&ring));
     let (exports, node_name) = (&control.config.exports, &control.config.node.name);
     control.exports.update(exports, node_name);

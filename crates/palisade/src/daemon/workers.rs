@@ -154,6 +154,14 @@ impl Workers {
         true
     }
 
+    /// Returns the counters of the workers.
+    pub(super) fn counters(&self) -> Vec<Arc<Counters>> {
+        match &self.running {
+            Ok(running) => running.pool.counters().to_vec(),
+            Err(_) => Vec::new(),
+        }
+    }
+
     /// Fills in the fields of the datapath configuration that concern the workers: secrets, timeout, punt link,
     /// inspectors.
     pub(super) fn fill_datapath_config(&self, config: &mut DatapathConfig) {

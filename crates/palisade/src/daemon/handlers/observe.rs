@@ -9,10 +9,13 @@ use std::{
 use palisade_flowlog::{Cursor, Filters, Flow, Next, Ordered, Ring};
 use serde_json::Value;
 
-use crate::control::{
-    ALIVE_INTERVAL,
-    api::{Answer, ObserveRequest},
-    server::Sink,
+use crate::{
+    control::{
+        ALIVE_INTERVAL,
+        api::{Answer, ObserveRequest},
+        server::Sink,
+    },
+    priority,
 };
 
 /// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
@@ -21,11 +24,16 @@ const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// programs can reach the ring in the wrong order; their times then differ by at most a tick of the coarse clock plus
 /// the scheduling delay of the threads.
 const REORDER_WINDOW: Duration = Duration::from_millis(50);
+/// Time in which flows gather between two reads of the ring, while flows are held back. It delays no flow, since it is a
+/// part of the window.
+const GATHER_TIME: Duration = Duration::from_millis(10);
 /// Largest number of flows that are held back for sorting.
 const MAX_REORDERED_FLOWS: usize = 4_096;
 
 /// Sends the flows of a request.
 pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
+    // The thread serves no other request.
+    priority::lower();
     let filters = match Filters::compile(&request.query) {
         Ok(filters) => filters,
         Err(error) => return sink.send(&Answer::Error(error.to_string())),
@@ -40,7 +48,7 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
     };
     flows.sort_by_key(|flow| flow.time);
     for flow in flows {
-        sink.queue(&Answer::Flow(Box::new((*flow).clone())))?;
+        sink.queue_flow(&flow)?;
     }
     sink.flush()?;
     if !request.follow {
@@ -57,19 +65,19 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
             match next {
                 Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
                 Next::Flow(_) => {}
-                Next::Lost(count) => sink.queue(&Answer::Lost(count))?,
+                Next::Lost(lost) => sink.queue(&Answer::Lost(lost))?,
             }
         }
         while let Some(flow) = ordered.due(Instant::now()) {
-            sink.queue(&Answer::Flow(Box::new((*flow).clone())))?;
+            sink.queue_flow(&flow)?;
         }
         sink.flush()?;
-        let timeout = if ordered.is_empty() {
-            FOLLOW_POLL_INTERVAL
+        let more = if ordered.is_empty() {
+            cursor.wait(FOLLOW_POLL_INTERVAL)
         } else {
-            REORDER_WINDOW
+            cursor.gather(GATHER_TIME)
         };
-        if !cursor.wait(timeout) && sink.closed() {
+        if !more && sink.closed() {
             return Ok(());
         }
         if said.elapsed() >= ALIVE_INTERVAL {
@@ -87,7 +95,7 @@ fn recorded(cursor: &mut Cursor, filters: &Filters, sink: &mut dyn Sink) -> io::
         match cursor.read() {
             Some(Next::Flow(flow)) if filters.matches(&flow) => flows.push(flow),
             Some(Next::Flow(_)) => {}
-            Some(Next::Lost(count)) => sink.queue(&Answer::Lost(count))?,
+            Some(Next::Lost(lost)) => sink.queue(&Answer::Lost(lost))?,
             None => break,
         }
     }

@@ -24,10 +24,8 @@ use palisade_hubble::{
 };
 use tracing::warn;
 
-use super::{
-    super::view::{Shared, View, prefix_text},
-    threads::lower_priority,
-};
+use super::super::view::{Shared, View, prefix_text};
+use crate::priority;
 
 /// Shortest time between two messages about lost events.
 const LOSS_LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -105,7 +103,7 @@ impl AgentQueue {
         thread::Builder::new()
             .name("hubble-events".into())
             .spawn(move || {
-                lower_priority();
+                priority::lower();
                 api.report(AgentEvent::Started);
                 let mut known = Arc::<View>::default();
                 let mut lost = 0;

@@ -6,7 +6,6 @@
 mod events;
 mod listen;
 mod report;
-mod threads;
 mod tls;
 
 use std::{
@@ -26,11 +25,12 @@ use tokio::sync::oneshot;
 use tracing::error;
 
 pub(super) use self::events::{AgentEvents, AgentQueue};
-use self::{report::Reports, threads::lower_priority};
+use self::report::Reports;
 use super::view::Shared;
 use crate::{
     config::{Config, Hubble as Options},
     control::{api::HubbleStatus, server},
+    priority,
 };
 
 /// Longest wait for the end of the listeners.
@@ -127,7 +127,7 @@ fn serve(
         .worker_threads(THREADS)
         .max_blocking_threads(1)
         .thread_name("hubble")
-        .on_thread_start(lower_priority)
+        .on_thread_start(priority::lower)
         .enable_all()
         .build()
         .context("the threads that serve connections")?;
@@ -136,7 +136,7 @@ fn serve(
     thread::Builder::new()
         .name("hubble-main".into())
         .spawn(move || {
-            lower_priority();
+            priority::lower();
             runtime.block_on(listen::run(of_thread, socket, options, reports, ended));
             drop(open);
             // Connections of clients that follow flows do not end by themselves.

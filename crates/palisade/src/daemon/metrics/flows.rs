@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use palisade_flowlog::{Next, Raw, Ring};
+use palisade_flowlog::{Lost, LostSource, Next, Raw, Ring};
 use palisade_metrics::{Hubble, Sample};
 
 use super::super::measured::lock;
@@ -26,6 +26,15 @@ const MAX_BATCH: usize = 512;
 pub(super) struct Counted {
     pub(super) hubble: Hubble,
     pub(super) lost: u64,
+}
+
+impl Counted {
+    /// Counts flows that were overwritten. Losses before the ring are counted where they happen.
+    const fn lost(&mut self, lost: Lost) {
+        if matches!(lost.source, LostSource::HubbleRingBuffer) {
+            self.lost += lost.count;
+        }
+    }
 }
 
 /// Starts the thread that counts.
@@ -52,13 +61,13 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
                         let more = if needs_names {
                             cursor.read().map(|next| match next {
                                 Next::Flow(flow) => counted.hubble.count(&Sample::of_flow(&flow)),
-                                Next::Lost(count) => counted.lost += count,
+                                Next::Lost(lost) => counted.lost(lost),
                             })
                         } else {
                             cursor.read_raw(|next| match next {
                                 Raw::Flow(flow) => counted.hubble.count(&Sample::of_flow(flow)),
                                 Raw::Record(record) => counted.hubble.count(&Sample::of_record(record)),
-                                Raw::Lost(count) => counted.lost += count,
+                                Raw::Lost(lost) => counted.lost(lost),
                             })
                         };
                         if more.is_none() {
