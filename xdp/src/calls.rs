@@ -27,6 +27,8 @@ pub trait Calls: Hook {
     fn set_protected(self, pkt: &PacketContext, entry: Entry);
     /// Calls `conntrack::trace`.
     fn trace(self, pkt: &mut PacketContext, entry: Entry, point: TracePoint);
+    /// Calls `offload::limit_window`.
+    fn limit_window(self, pkt: &mut PacketContext);
     /// Calls `punt::punt`.
     fn punt(self, pkt: &mut PacketContext);
     /// Calls `event::send` if the budget allows it. `flow`: null, or the entry whose counters a trace reports.

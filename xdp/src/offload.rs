@@ -1,6 +1,6 @@
 //! Offload windows: sequence numbers of a flow that its inspector has declared to need no inspection.
 
-use palisade_abi::{CtEntry, protocol, tcp_flags};
+use palisade_abi::{CtEntry, limited_window, protocol, tcp_flags};
 use palisade_packet::{Bytes, flags};
 
 use crate::conntrack;
@@ -23,7 +23,7 @@ pub fn check_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> u
 /// the window of its direction, and a segment without data whose acknowledgment number lies in the window of the other
 /// direction. Fragments and segments with SYN, FIN, RST or URG are not exempt.
 #[inline(always)]
-fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
+fn is_in_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> bool {
     const STATE: u8 = tcp_flags::ACK | tcp_flags::SYN | tcp_flags::FIN | tcp_flags::RST | tcp_flags::URG;
     let packet = &pkt.headers;
     if packet.protocol != protocol::TCP
@@ -44,11 +44,13 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
     } else {
         [from, to, other_from, other_to]
     };
-    if entry.decided() != CtEntry::windowed(entry.serial(), entry.ruleset(), entry.punt_flags(), windows) {
+    let differs =
+        entry.decided() ^ CtEntry::windowed(entry.serial(), entry.ruleset(), entry.punt_flags(), windows);
+    if differs & !CtEntry::LIMITED != 0 {
         return false;
     }
     let bytes = ctx.bytes(false);
-    let Some(header) = bytes.array::<14>(u32::from(packet.transport_offset)) else {
+    let Some(header) = bytes.array::<16>(u32::from(packet.transport_offset)) else {
         return false;
     };
     let headers = u32::from(packet.transport_offset)
@@ -63,9 +65,29 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &PacketContext, entry: Entry) -> bool {
         // the window.
         let acked = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
         let room = other_to.wrapping_sub(other_from);
-        return room < 1 << 31 && acked.wrapping_sub(other_from) < room;
+        if room >= 1 << 31 || acked.wrapping_sub(other_from) >= room {
+            return false;
+        }
+        if H::LIMITS_WINDOWS && differs != 0 {
+            let limit = limited_window(other_from & 15, other_to.wrapping_sub(acked));
+            if u32::from(u16::from_be_bytes([header[14], header[15]])) > limit {
+                pkt.window_limit = limit as u16;
+            }
+        }
+        return true;
     }
     let room = to.wrapping_sub(from);
     let at = u32::from_be_bytes([header[4], header[5], header[6], header[7]]).wrapping_sub(from);
     room < 1 << 31 && at < room && payload <= room - at
+}
+
+/// Lowers the window field of a segment to [`PacketContext::window_limit`].
+#[inline(always)]
+pub fn limit_window<H: Hook>(ctx: H, pkt: &mut PacketContext) {
+    let at = u32::from(pkt.headers.transport_offset);
+    let old = match ctx.bytes(false).array::<16>(at) {
+        Some(header) => u16::from_ne_bytes([header[14], header[15]]),
+        None => return,
+    };
+    ctx.set_tcp_window(at, old, pkt.window_limit.to_be());
 }

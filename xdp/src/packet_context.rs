@@ -53,6 +53,8 @@ pub struct PacketContext {
     pub serial: u32,
     /// [`palisade_abi::PuntHeader::hash`], once a policy requests a punt.
     pub hash: u32,
+    /// Highest window field that the segment may have; 0: any. See `offload::limit_window`.
+    pub window_limit: u16,
     /// [`palisade_abi::event_flags`] known so far.
     pub event_flags: u8,
     /// The verdict so far: [`Reason`].
@@ -128,6 +130,7 @@ impl PacketContext {
             ruleset: 0,
             serial: 0,
             hash: 0,
+            window_limit: 0,
             event_flags: 0,
             reason: Reason::Allowed as u8,
             direction: 0,

@@ -49,6 +49,8 @@ pub fn process<C: Calls>(ctx: C, egress: bool) -> Action {
         if pkt.reason != Reason::FailedOpen as u8 {
             action = Action::Punt;
         }
+    } else if C::LIMITS_WINDOWS && pkt.window_limit != 0 {
+        ctx.limit_window(&mut pkt);
     }
     counters::reason(
         u32::from(pkt.reason),

@@ -153,7 +153,12 @@ fn apply_command(command: &FlowCommand) -> u32 {
         CtEntry::offload(serial, ruleset, flags)
     } else {
         entry.set_windows(command.windows);
-        CtEntry::windowed(serial, ruleset, flags, command.windows)
+        let limited = if command.op == flow_op::LIMITED_WINDOWS {
+            CtEntry::LIMITED
+        } else {
+            0
+        };
+        CtEntry::windowed(serial, ruleset, flags, command.windows) ^ limited
     });
     1
 }

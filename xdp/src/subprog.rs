@@ -13,18 +13,19 @@ use crate::capture;
 use crate::entry::Entry;
 use crate::hook::{Skb, Xdp};
 use crate::packet_context::PacketContext;
-use crate::{conntrack, enforce, event, link, pipeline, punt};
+use crate::{conntrack, enforce, event, link, offload, pipeline, punt};
 
 /// Defines the global functions of one hook and implements [`Calls`] by calls of them.
 macro_rules! global_functions {
     ($hook:ident, $raw:ty, $decode:ident, $link:ident, $enforce_endpoint:ident, $admit_new_flow:ident,
-     $reevaluate_flow:ident, $match_icmp_error:ident, $trace:ident, $punt:ident, $send:ident,
+     $reevaluate_flow:ident, $match_icmp_error:ident, $trace:ident, $limit_window:ident, $punt:ident, $send:ident,
      $take:ident) => {
         global_functions!(@step $hook, $raw, $decode, pipeline::decode_frame);
         global_functions!(@step $hook, $raw, $link, link::check);
         global_functions!(@step $hook, $raw, $enforce_endpoint, enforce::enforce_endpoint::<$hook, false>);
         global_functions!(@step $hook, $raw, $admit_new_flow, enforce::admit_new_flow);
         global_functions!(@step $hook, $raw, $match_icmp_error, enforce::match_icmp_error);
+        global_functions!(@step $hook, $raw, $limit_window, offload::limit_window);
         global_functions!(@step $hook, $raw, $punt, punt::punt);
         #[cfg(feature = "capture")]
         global_functions!(@step $hook, $raw, $take, capture::take);
@@ -97,6 +98,10 @@ macro_rules! global_functions {
             #[inline(always)]
             fn trace(self, pkt: &mut PacketContext, entry: Entry, point: TracePoint) {
                 $trace(self.0, pkt, entry.as_ptr(), point as u32);
+            }
+            #[inline(always)]
+            fn limit_window(self, pkt: &mut PacketContext) {
+                $limit_window(self.0, pkt);
             }
             #[inline(always)]
             fn punt(self, pkt: &mut PacketContext) {
@@ -173,6 +178,7 @@ global_functions!(
     xdp_reevaluate_flow,
     xdp_match_icmp_error,
     xdp_trace,
+    xdp_limit_window,
     xdp_punt,
     xdp_send,
     xdp_take
@@ -187,6 +193,7 @@ global_functions!(
     tc_reevaluate_flow,
     tc_match_icmp_error,
     tc_trace,
+    tc_limit_window,
     tc_punt,
     tc_send,
     tc_take

@@ -108,6 +108,44 @@ pub struct CtEntry {
     pub decided: u64,
 }
 
+/// Number of bytes behind a long message that a limited sender may send: the head of the next message. Twice the size of a
+/// segment or more, so that a receiver acknowledges them at once.
+pub const SEND_ALLOWANCE: u32 = 6_144;
+
+/// Distance from the end of an offload window, bytes, within which an acknowledgement lets a limited sender send
+/// [`SEND_ALLOWANCE`] bytes behind it. Earlier, the sender may send up to the end, so that no super-frame has bytes of
+/// both sides of it.
+pub const SEND_LIMIT_DISTANCE: u32 = 256 << 10;
+
+/// Returns the low four bits of the start of an offload window of a flow with a limited sender
+/// ([`crate::flow_op::LIMITED_WINDOWS`]): the window scale of the receiver, plus one, if the sender in the window is
+/// limited; otherwise 0.
+#[must_use]
+pub const fn send_limit_code(scale: u8) -> u32 {
+    scale as u32 + 1
+}
+
+/// Returns the highest window field of an acknowledgement that leaves `left` bytes of an offload window
+/// unacknowledged, for a code of [`send_limit_code`]; `u16::MAX` for code 0.
+#[inline(always)]
+#[must_use]
+pub const fn limited_window(code: u32, left: u32) -> u32 {
+    if code == 0 {
+        return u16::MAX as u32;
+    }
+    let room = if left > SEND_LIMIT_DISTANCE {
+        left
+    } else {
+        left + SEND_ALLOWANCE
+    };
+    let window = room >> ((code - 1) & 15);
+    if window > u16::MAX as u32 {
+        u16::MAX as u32
+    } else {
+        window
+    }
+}
+
 /// Mixes a word into the hash of a command: the multiplication carries differences to the upper bits, the shift brings
 /// them down again.
 #[inline(always)]
@@ -137,6 +175,10 @@ impl CtEntry {
         let reply = windows[2] as u64 | (windows[3] as u64) << 32;
         mix(mix(flow, forward), reply) | 1
     }
+
+    /// Difference between the values of [`Self::decided`] after a WINDOWS and a LIMITED_WINDOWS command with the same
+    /// windows.
+    pub const LIMITED: u64 = 2;
 
     /// Returns whether the inspector has offloaded the connection under the rules in force.
     #[inline(always)]

@@ -137,6 +137,9 @@ pub mod flow_op {
     /// decisions for the old connection become void; `windows[0]` is the serial of the new connection. A packet that
     /// carries this command is reinjected only if the command was applied.
     pub const REPLACE: u32 = 4;
+    /// As [`WINDOWS`], and limits the sender of at least one direction: the low four bits of the start of each window are
+    /// [`crate::send_limit_code`].
+    pub const LIMITED_WINDOWS: u32 = 5;
 }
 
 /// An instruction of a worker to the programs about one flow. The command is applied before the packet that carries it

@@ -4,8 +4,8 @@ mod program;
 
 use palisade_abi::{
     Config, CtEntry, CtKey, Decision, Direction, FlowCommand, Inspector, MAX_PUNT_FRAME, PolicyEntry,
-    PuntHeader, Reason, ReinjectTrailer, config_flags, ct_flags, entry_flags, flow_op, identity, punt_flags,
-    punt_hook, reinject_flags, reinject_path,
+    PuntHeader, Reason, ReinjectTrailer, SEND_ALLOWANCE, SEND_LIMIT_DISTANCE, config_flags, ct_flags,
+    entry_flags, flow_op, identity, punt_flags, punt_hook, reinject_flags, reinject_path, send_limit_code,
 };
 use program::packets::*;
 use program::*;
@@ -443,6 +443,91 @@ fn a_flow_command_that_matches_its_flow_is_executed() {
         assert_eq!(command.punt_flags, u32::from(punt_flags::AUDIT));
         flow.give(&command);
         assert!(!flow.is_read());
+    }
+}
+
+#[test]
+fn acknowledgements_in_a_limited_window_offer_no_more_than_its_end() {
+    const LENGTH: u32 = 1 << 20;
+    for mut flow in read_connections(inspected(11, 21)) {
+        let (client, server) = (flow.client, flow.server);
+        let transport = if client.0.contains(':') { 54 } else { 34 };
+        let answer = |flow: &mut Read, hook: Hook, acked: u32, window: u16, payload: &[u8]| {
+            let mut frame = segment(server, client, ACK, payload);
+            frame[transport + 8..transport + 12].copy_from_slice(&acked.to_be_bytes());
+            frame[transport + 14..transport + 16].copy_from_slice(&window.to_be_bytes());
+            flow.world.beat(palisade_datapath::monotonic_coarse());
+            let got = match hook {
+                Hook::TcOut => flow.world.run_local(&frame),
+                hook => flow.world.run(hook, &frame),
+            };
+            assert_eq!(got.reason, Reason::Established);
+            if got.carried {
+                assert!(got.frame.ends_with(&frame));
+                return None;
+            }
+            let seen = u16::from_be_bytes([got.frame[transport + 14], got.frame[transport + 15]]);
+            assert_eq!(
+                sum(&[&got.frame[transport..]]),
+                sum(&[&frame[transport..]]),
+                "its checksum is corrected"
+            );
+            let mut same = got.frame;
+            same[transport + 14..transport + 18].copy_from_slice(&frame[transport + 14..transport + 18]);
+            assert_eq!(same, frame, "nothing else is changed");
+            Some(seen)
+        };
+        for (scale, base) in [(0_u8, 0_u32), (7, 0), (10, 0), (7, 0xfff8_0000)] {
+            let from = base + send_limit_code(scale);
+            let end = base.wrapping_add(LENGTH);
+            flow.give(&FlowCommand {
+                windows: [from, end, 0, 0],
+                ..flow.command(flow_op::LIMITED_WINDOWS)
+            });
+            for left in [
+                LENGTH - 100,
+                SEND_LIMIT_DISTANCE + 1,
+                SEND_LIMIT_DISTANCE,
+                1_448,
+                1,
+            ] {
+                let most = if left > SEND_LIMIT_DISTANCE {
+                    left
+                } else {
+                    left + SEND_ALLOWANCE
+                };
+                let most = u16::try_from(most >> scale).unwrap_or(u16::MAX);
+                let acked = end.wrapping_sub(left);
+                for window in [0, 1, most - 1, most, most.saturating_add(1), u16::MAX] {
+                    let seen = answer(&mut flow, Hook::TcOut, acked, window, b"");
+                    assert_eq!(seen, Some(window.min(most)), "{scale} {left}");
+                }
+            }
+            // The end, and what lies behind it, is acknowledged through the worker, and so are other segments.
+            assert_eq!(answer(&mut flow, Hook::TcOut, end, u16::MAX, b""), None);
+            assert_eq!(
+                answer(&mut flow, Hook::TcOut, end.wrapping_add(1), u16::MAX, b""),
+                None
+            );
+            assert_eq!(
+                answer(&mut flow, Hook::TcOut, end.wrapping_sub(1), u16::MAX, b"x"),
+                None
+            );
+        }
+        // Without a limit the window is that of the receiver.
+        flow.give(&FlowCommand {
+            windows: [8, LENGTH, 0, 0],
+            ..flow.command(flow_op::WINDOWS)
+        });
+        assert_eq!(
+            answer(&mut flow, Hook::TcOut, 1_000, u16::MAX, b""),
+            Some(u16::MAX)
+        );
+        // Neither is a decision valid that differs in anything else.
+        let mut entry = flow.flow();
+        entry.decided ^= CtEntry::LIMITED | 1 << 40;
+        flow.world.set_flow(&flow.key, &entry);
+        assert_eq!(answer(&mut flow, Hook::TcOut, 1_000, u16::MAX, b""), None);
     }
 }
 

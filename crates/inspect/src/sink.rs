@@ -11,6 +11,9 @@ pub trait Sink<F> {
     fn release(&mut self, frame: F);
     /// Forwards the packet unchanged, together with a flow command for the BPF programs.
     fn release_with(&mut self, frame: F, command: &FlowCommand);
+    /// Lowers the window field of a TCP segment that the engine forwards later, and corrects its checksum. The field
+    /// is not changed if it has this value or a lower one.
+    fn limit_window(&mut self, _frame: &F, _window: u16) {}
     /// Sends a flow command to the BPF programs without a packet.
     fn command(&mut self, _command: &FlowCommand) {}
     /// Consumes a packet whose bytes the engine has acknowledged to the sender and delivers itself, or an ICMP error

@@ -73,3 +73,51 @@ pub fn complete_or_verify(frame: &mut [u8], packet: &Packet) -> Result<(), Reaso
         Err(Reason::BadChecksum)
     }
 }
+
+/// Lowers the window field of a TCP segment to `window`, and corrects its complete checksum by the difference (RFC 1624).
+/// Does nothing if the field has this value or a lower one, or if the segment has no whole TCP header.
+pub fn limit_window(segment: &mut [u8], window: u16) {
+    let Some(header) = segment.first_chunk_mut::<20>() else {
+        return;
+    };
+    let old = u16::from_be_bytes([header[14], header[15]]);
+    if old <= window {
+        return;
+    }
+    let checksum = u16::from_be_bytes([header[16], header[17]]);
+    let sum = Sum::default()
+        .add(&(!checksum).to_be_bytes())
+        .add(&(!old).to_be_bytes())
+        .add(&window.to_be_bytes());
+    header[14..16].copy_from_slice(&window.to_be_bytes());
+    header[16..18].copy_from_slice(&(!sum.fold()).to_be_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lowered_window_has_a_valid_checksum() {
+        for seed in 0..2_000_u32 {
+            let mut segment: Vec<u8> = (0..20_u32)
+                .map(|at| (seed.wrapping_mul(0x9e37_79b1).rotate_left(at) ^ at * seed) as u8)
+                .collect();
+            segment[16..18].fill(0);
+            let sum = !Sum::default().add(&segment).fold();
+            segment[16..18].copy_from_slice(&sum.to_be_bytes());
+            let before = segment.clone();
+            let old = u16::from_be_bytes([before[14], before[15]]);
+            let window = (seed * 37) as u16;
+            limit_window(&mut segment, window);
+            assert_eq!(Sum::default().add(&segment).fold(), 0xffff, "{seed}");
+            assert_eq!(u16::from_be_bytes([segment[14], segment[15]]), old.min(window));
+            if old <= window {
+                assert_eq!(segment, before);
+            }
+            assert_eq!((&segment[..14], &segment[18..]), (&before[..14], &before[18..]));
+        }
+        limit_window(&mut [0; 19], 0);
+        limit_window(&mut [], 0);
+    }
+}

@@ -20,6 +20,8 @@ pub(crate) enum Effect {
     /// Forward a held packet, with the flow command if there is one. If the policies of both endpoints inspect the
     /// packet (workload and node), the first policy's inspector thereby passes it to the second policy's inspector.
     Release(Handle, Option<FlowCommand>),
+    /// Lower the window field of the TCP segment in the held frame with this number to this value.
+    LimitWindow(u32, u16),
     /// Drop a held packet.
     Discard(Handle, Reason),
     /// Drop a held packet whose bytes are delivered in generated packets.
@@ -125,6 +127,10 @@ impl Sink<Handle> for Effects {
 
     fn release_with(&mut self, frame: Handle, command: &FlowCommand) {
         self.queue.push_back(Effect::Release(frame, Some(*command)));
+    }
+
+    fn limit_window(&mut self, frame: &Handle, window: u16) {
+        self.queue.push_back(Effect::LimitWindow(frame.number(), window));
     }
 
     fn command(&mut self, command: &FlowCommand) {

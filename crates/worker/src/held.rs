@@ -14,6 +14,11 @@ impl Handle {
     fn key(&self) -> usize {
         self.0 as usize
     }
+
+    /// Returns the number of the frame, for an effect that changes the frame and leaves it held.
+    pub(crate) const fn number(&self) -> u32 {
+        self.0
+    }
 }
 
 /// A punted packet in its frame, and how to reinject it.
@@ -24,6 +29,8 @@ pub(crate) struct HeldFrame<F> {
     pub start: usize,
     /// Length of the packet.
     pub length: usize,
+    /// Offset of the transport header, from the Ethernet header on.
+    pub transport: usize,
     /// Interface of the hook that punted the packet.
     pub ifindex: u32,
     /// The hook that punted the packet.
@@ -79,6 +86,11 @@ impl<F> HeldFrames<F> {
         self.frames.get_mut(handle.key())
     }
 
+    /// Returns the frame with a number ([`Handle::number`]).
+    pub(crate) fn numbered_mut(&mut self, number: u32) -> Option<&mut HeldFrame<F>> {
+        self.frames.get_mut(number as usize)
+    }
+
     /// Removes and returns the frame of a handle.
     pub(crate) fn remove(&mut self, handle: Handle) -> Option<HeldFrame<F>> {
         self.frames.try_remove(handle.key())
@@ -94,6 +106,7 @@ mod tests {
             frame: number,
             start: 0,
             length: 0,
+            transport: 0,
             ifindex: 1,
             hook: 1,
             second: None,

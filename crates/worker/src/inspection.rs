@@ -13,6 +13,7 @@ use palisade_inspect::{
 use palisade_packet::Packet;
 
 use crate::{
+    checksum,
     context::WorkerControl,
     counters::Counters,
     effects::{Effect, Effects},
@@ -139,6 +140,7 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         let held = HeldFrame {
             start: prepared.start,
             length: length - prepared.start,
+            transport: usize::from(prepared.packet.transport_offset),
             ifindex: punted.ifindex,
             hook: punted.hook,
             second: slots.next().copied(),
@@ -188,6 +190,13 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         while let Some(effect) = self.effects.next() {
             match effect {
                 Effect::Release(handle, command) => self.release(port, handle, command.as_ref()),
+                Effect::LimitWindow(number, window) => {
+                    if let Some(held) = self.held.numbered_mut(number) {
+                        let at = held.start + held.transport;
+                        let segment = port.buffer_mut(&mut held.frame).get_mut(at..);
+                        checksum::limit_window(segment.unwrap_or_default(), window);
+                    }
+                }
                 Effect::Discard(handle, reason) => {
                     if let Some(held) = self.held.remove(handle) {
                         self.counters.count_drop(reason);

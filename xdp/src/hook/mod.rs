@@ -110,6 +110,12 @@ pub trait Hook: Copy {
     /// Whether a worker must carry the packets of intercepted flows to the proxy link: the XDP redirect of a veth loses
     /// `skb->ip_summed`, so a checksum that the sender has left to the device would stay incomplete.
     const BY_WORKER: bool;
+    /// Whether [`Hook::set_tcp_window`] works. XDP does not know whether a checksum is complete, or whether the sender
+    /// has left it to the device (`skb->ip_summed`).
+    const LIMITS_WINDOWS: bool;
+    /// Changes the window field of the TCP header at offset `at` from `old` to `new`, both as they are in the packet,
+    /// and its checksum.
+    fn set_tcp_window(self, at: u32, old: u16, new: u16);
     /// Sets the destination MAC address of the frame. Returns whether that succeeded.
     fn set_destination_mac(self, mac: [u8; 6]) -> bool;
     /// Redirects the packet with `skb->mark` to the egress of an interface. Returns whether that succeeded; always

@@ -2,8 +2,8 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_fib_lookup};
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use palisade_abi::{MAX_PUNT_FRAME, MAX_SEGMENT_HEADERS, PuntHeader, Reason, punt_hook};
 use palisade_packet::MAX_HEADERS;
@@ -143,6 +143,20 @@ impl Hook for Skb {
     }
 
     const BY_WORKER: bool = false;
+
+    const LIMITS_WINDOWS: bool = true;
+
+    /// `bpf_l4_csum_replace` leaves the checksum of a CHECKSUM_PARTIAL packet, which does not cover the window yet.
+    #[inline(always)]
+    fn set_tcp_window(self, at: u32, old: u16, new: u16) {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // helper reads the two bytes of `new`. The changes of window and checksum cancel each other in `skb->csum`.
+        unsafe {
+            if bpf_l4_csum_replace(self.0, at + 16, u64::from(old), u64::from(new), 2) == 0 {
+                bpf_skb_store_bytes(self.0, at + 14, (&raw const new).cast(), 2, 0);
+            }
+        }
+    }
 
     #[inline(always)]
     fn set_destination_mac(self, mac: [u8; 6]) -> bool {

@@ -123,6 +123,11 @@ impl Hook for Xdp {
 
     const BY_WORKER: bool = true;
 
+    const LIMITS_WINDOWS: bool = false;
+
+    #[inline(always)]
+    fn set_tcp_window(self, _: u32, _: u16, _: u16) {}
+
     #[inline(always)]
     fn set_destination_mac(self, mac: [u8; 6]) -> bool {
         // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The

@@ -39,6 +39,7 @@ impl Default for KafkaLimits {
             tcp: TcpLimits {
                 frames_per_direction: 2048,
                 window: 64 << 10,
+                limits_senders: true,
                 ..TcpLimits::default()
             },
             max_request: 0,

@@ -37,6 +37,9 @@ pub struct TcpLimits {
     pub idle_closed: Millis,
     /// Minimum length of an offload window, bytes.
     pub window: u64,
+    /// Whether the sender of a long message may send only a few segments behind it, until the message that follows has
+    /// a verdict (`connection/send_limit.rs`).
+    pub limits_senders: bool,
 }
 
 impl Default for TcpLimits {
@@ -56,6 +59,7 @@ impl Default for TcpLimits {
             idle: 6 * 3600 * 1000,
             idle_closed: 60_000,
             window: u64::MAX,
+            limits_senders: false,
         }
     }
 }

@@ -14,6 +14,7 @@ mod phase;
 mod receive;
 mod reset;
 mod respond;
+mod send_limit;
 
 use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, flow_op, punt_flags};
 
@@ -65,6 +66,8 @@ pub(crate) struct Connection<F> {
     is_audit: bool,
     /// Offload window of each direction: sequence numbers of its start and end.
     windows: PerSide<[u32; 2]>,
+    /// [`palisade_abi::send_limit_code`] of each offload window; 0: its sender is not limited.
+    codes: PerSide<u32>,
     /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
@@ -73,6 +76,10 @@ pub(crate) struct Connection<F> {
     rest: PerSide<u64>,
     /// Bytes and packets of this connection that are counted in [`Shared`].
     counted: (u64, u64),
+    /// Time of the first packet, ms.
+    began: Millis,
+    /// Whether the handshake has shown a short round-trip time.
+    is_near: bool,
     /// Time of the last packet, ms.
     pub(super) seen: Millis,
     /// Whether a reset, or a response of another policy's inspector, has presumably ended the connection.
@@ -112,10 +119,13 @@ impl<F> Connection<F> {
             is_shared: false,
             is_audit: false,
             windows: PerSide::default(),
+            codes: PerSide::default(),
             window_ends: PerSide::default(),
             command: false,
             rest: PerSide::default(),
             counted: (0, 0),
+            began: 0,
+            is_near: false,
             seen: 0,
             is_reset: false,
             reported: None,
@@ -376,6 +386,9 @@ impl<F> Connection<F> {
         inspector: &mut impl StreamInspector<F>,
         cx: &mut TcpCx<'_, F, S>,
     ) {
+        if self.seen == 0 {
+            self.began = cx.now;
+        }
         self.seen = cx.now;
         self.is_known |= view.slot.serial == self.serial;
         let side = Side::of(view.slot);
@@ -486,7 +499,8 @@ impl<F> Connection<F> {
             return;
         }
         cx.shared.stats.windows += 1;
-        let ([a, b], [c, d]) = (self.windows.client, self.windows.server);
+        let (op, windows) = self.windows_command();
+        let [a, b, c, d] = windows;
         steps::of(&self.about, Detail::Debug, None, || {
             format!(
                 "the programs forward sequence numbers {a} to {b} of the client and {c} to {d} of the server without \
@@ -494,8 +508,8 @@ impl<F> Connection<F> {
             )
         });
         let command = FlowCommand {
-            windows: [a, b, c, d],
-            ..self.flow_command(flow_op::WINDOWS)
+            windows,
+            ..self.flow_command(op)
         };
         cx.sink.release_with(frame, &command);
     }

@@ -154,6 +154,15 @@ impl Piece {
     }
 }
 
+/// Limit of what a sender may send (`connection/send_limit.rs`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct SendLimit {
+    /// Position after the last long message, which has an offload window.
+    pub(super) end: Position,
+    /// Whether bytes behind `end` have a verdict, or a message behind it is not complete.
+    pub(super) is_passed: bool,
+}
+
 /// Result of the comparison of a segment with the bytes that have arrived before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Arrival {
@@ -221,6 +230,11 @@ pub(super) struct Half<F> {
     pub(super) edge: Position,
     /// Maximum window that the receiver has offered, bytes.
     pub(super) widest: u64,
+    /// Highest right edge of a window that was forwarded to the sender. [`Position::MAX`]: not known, because the
+    /// programs have forwarded acknowledgements.
+    pub(super) offered: Position,
+    /// Limit of what the sender may send; `None`: only that of the receiver.
+    pub(super) limit: Option<SendLimit>,
     /// Position of the FIN.
     pub(super) fin: Option<Position>,
     /// Whether the inspector has allowed the end of the stream.
@@ -259,6 +273,8 @@ impl<F> Half<F> {
             awaits_peer: false,
             edge: FIRST,
             widest: OLD,
+            offered: FIRST,
+            limit: None,
             fin: None,
             end_read: false,
             pieces: VecDeque::from([Piece::at(FIRST)]),

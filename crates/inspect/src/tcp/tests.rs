@@ -1,6 +1,7 @@
 //! Tests of TCP inspection with an inspector of simple length-prefixed messages.
 
 mod errors;
+mod send_limit;
 
 use std::collections::BTreeMap;
 
@@ -145,6 +146,8 @@ pub(crate) struct Out {
     pub(crate) commands: Vec<FlowCommand>,
     /// Flow commands without a packet.
     bare_commands: Vec<FlowCommand>,
+    /// Window field to which the next released segment was lowered.
+    lowered: Option<u16>,
     pub(crate) records: Vec<Record>,
 }
 
@@ -154,7 +157,14 @@ impl Sink<Vec<u8>> for Out {
             self.errors += 1;
             return;
         }
-        self.released.push(Seg::read(&frame));
+        let mut seg = Seg::read(&frame);
+        if let Some(window) = self.lowered.take() {
+            seg.window = seg.window.min(window);
+        }
+        self.released.push(seg);
+    }
+    fn limit_window(&mut self, _: &Vec<u8>, window: u16) {
+        self.lowered = Some(window);
     }
     fn release_with(&mut self, frame: Vec<u8>, command: &FlowCommand) {
         self.commands.push(*command);
@@ -192,8 +202,8 @@ impl Sink<Vec<u8>> for Out {
 }
 
 /// Inspector of messages that begin with their length. A message that begins with `X` is denied, `A` gets a response,
-/// `O` offloads the connection, `S` bypasses the following bytes (a number of 16 bits), `L` makes them part of the
-/// message.
+/// `O` offloads the connection, `S` bypasses the following bytes (a number of 16 bits), `B` too (a number of 24
+/// bits), `L` makes them part of the message.
 #[derive(Default)]
 struct Messages;
 
@@ -229,6 +239,10 @@ impl StreamInspector<Vec<u8>> for &mut Messages {
             [b'O', ..] => Action::Offload,
             [b'S', high, low, ..] => {
                 let n = u64::from(*high) << 8 | u64::from(*low);
+                Action::Bypass(1 + u64::from(length) + n)
+            }
+            [b'B', a, b, c, ..] => {
+                let n = u64::from(u32::from_be_bytes([0, *a, *b, *c]));
                 Action::Bypass(1 + u64::from(length) + n)
             }
             [b'L', high, low, ..] => {

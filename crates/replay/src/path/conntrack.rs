@@ -144,7 +144,9 @@ impl Flows {
                     CtEntry::offload(serial, ruleset, flags)
                 } else {
                     entry.windows = command.windows;
+                    let is_limited = op == flow_op::LIMITED_WINDOWS;
                     CtEntry::windowed(serial, ruleset, flags, command.windows)
+                        ^ if is_limited { CtEntry::LIMITED } else { 0 }
                 };
             }
         }

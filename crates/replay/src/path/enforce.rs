@@ -636,7 +636,8 @@ fn is_in_window(pkt: &PacketState<'_>, entry: &CtEntry) -> bool {
     if forward_from == forward_to && reply_from == reply_to {
         return false;
     }
-    if entry.decided != CtEntry::windowed(entry.serial, entry.ruleset, entry.punt_flags, entry.windows) {
+    let windowed = CtEntry::windowed(entry.serial, entry.ruleset, entry.punt_flags, entry.windows);
+    if (entry.decided ^ windowed) & !CtEntry::LIMITED != 0 {
         return false;
     }
     let (window, other) = if conntrack::is_reply(entry, pkt.ingress) {

@@ -42,9 +42,9 @@ impl<F> Connection<F> {
     pub(super) fn acknowledge<S: Sink<F>>(&self, side: Side, cx: &mut TcpCx<'_, F, S>) {
         cx.shared.stats.acknowledged += 1;
         let (own, other) = (&self.halves[side], &self.halves[side.other()]);
-        let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
-        let shift = other.scale.filter(|_| is_scaled).unwrap_or(0);
-        let window = own.edge.saturating_sub(own.proxy_acked) >> shift;
+        let shift = self.scale_of(side.other());
+        let window = self.right_edge(side, own.proxy_acked).min(own.edge);
+        let window = window.saturating_sub(own.proxy_acked) >> shift;
         let segment = OutSegment {
             seq: other.seq(other.sent),
             ack: Some(own.seq(own.proxy_acked)),

@@ -45,6 +45,7 @@ impl<F> Connection<F> {
                 self.flush(side, cx);
             }
         }
+        self.note_progress();
         for (half, allowed) in self.halves.both_mut().into_iter().zip([allowed.0, allowed.1]) {
             if half.undecided().is_empty() {
                 half.since = None;
@@ -62,6 +63,7 @@ impl<F> Connection<F> {
                 && self.halves[side].allowed > end
             {
                 self.windows[side] = [0; 2];
+                self.codes[side] = 0;
                 self.command = true;
                 self.window_ends[side] = Some(end + WINDOW_AGE);
             }
@@ -171,9 +173,14 @@ impl<F> Connection<F> {
         self.rest[side] = n - taken;
         // Acknowledgements of bytes in an offload window are not punted, so no window is set while bytes acknowledged
         // on behalf of the receiver wait for one.
-        if is_skipped && n - available >= shared.limits.window && self.is_drained() {
+        if is_skipped
+            && n - available >= shared.limits.window
+            && self.is_drained()
+            && let Some(code) = self.limit_sender(side, n - available, shared)
+        {
             let half = &self.halves[side];
             self.windows[side] = [from, half.seq(half.allowed)];
+            self.codes[side] = code;
             self.window_ends[side] = Some(half.allowed + WINDOW_AGE);
             self.command = true;
         }

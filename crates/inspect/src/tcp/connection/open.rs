@@ -10,6 +10,7 @@ use super::{
         side::Side,
     },
     Announcement, Connection,
+    send_limit::NEAR,
 };
 use crate::Sink;
 
@@ -72,6 +73,7 @@ impl<F> Connection<F> {
     pub(super) fn note_state(&mut self) {
         if self.opened == Announcement::No && self.is_opened() {
             self.opened = Announcement::Next;
+            self.is_near = self.seen.saturating_sub(self.began) <= NEAR;
         }
         if self.closed == Announcement::No && self.halves.both().into_iter().all(Half::is_ended) {
             self.closed = Announcement::Next;

@@ -72,6 +72,9 @@ impl<F> Connection<F> {
             Err(reason) => return Err((reason, frame)),
         };
         self.take_ack(arrived, acked);
+        if let Some(window) = self.limited_window(arrived.side, acked) {
+            cx.sink.limit_window(&frame, window);
+        }
         // A response can become due because more is acknowledged.
         let progress = matches!(self.phase, Phase::Responding(_));
         if at.is_empty() {
@@ -160,9 +163,8 @@ impl<F> Connection<F> {
     /// scaled if both SYNs carried the window scale option (RFC 7323, 2.3).
     #[inline]
     fn take_ack(&mut self, arrived: &Arrived<'_, '_>, acked: Position) {
-        let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
+        let shift = self.scale_of(arrived.side);
         let (own, other) = self.halves.pair_mut(arrived.side);
-        let shift = if is_scaled { own.scale.unwrap_or(0) } else { 0 };
         own.window = arrived.segment.window;
         own.link = Link::of(arrived.view).or(own.link);
         other.acknowledge(acked, u64::from(arrived.segment.window) << shift);

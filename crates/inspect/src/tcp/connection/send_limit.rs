@@ -1,0 +1,130 @@
+//! Limits how far a sender may send behind a long message.
+//!
+//! A long message has an offload window, so its segments stay in the programs, at many times the rate of a worker. A
+//! sender that may send as much as its receiver permits would have sent most of the next message before the worker has
+//! set the window of that one; all of these segments would be punted, and the worker would never catch up. So the
+//! window that the receiver offers is lowered, in its acknowledgements: the sender may send the long message and
+//! [`SEND_ALLOWANCE`] bytes behind it, in which the head of the next message fits. The programs do this for
+//! acknowledgements inside the offload window (`xdp/src/offload.rs`), the worker for all others.
+//!
+//! - A right edge that was offered is not taken back (RFC 9293, 3.8.6), except by less than the unit of a scaled window
+//!   (RFC 7323, 2.4).
+//! - Only for connections with a short round-trip time, since the next message begins a round trip later.
+//! - If the next messages are short, or their heads long, the sender may send [`FLOAT`] bytes beyond what has arrived.
+//!
+//! Start at [`Connection::limit_sender`].
+
+use palisade_abi::{SEND_ALLOWANCE, SEND_LIMIT_DISTANCE, flow_op, punt_hook, send_limit_code};
+
+use super::{
+    super::{half::Position, half::SendLimit, shared::Shared, side::Side},
+    Connection, Phase,
+};
+use crate::Millis;
+
+/// Longest handshake of a connection whose senders are limited, ms. The clock advances with the tick, at 250 Hz or more.
+pub(super) const NEAR: Millis = 4;
+/// Number of bytes beyond what has arrived that a limited sender may send while it sends short messages. It is also the
+/// length from which a message counts as long, so that the end of a long message lies beyond all that was offered.
+const FLOAT: u64 = SEND_LIMIT_DISTANCE as u64;
+/// Bytes behind a long message that the sender needs for a full segment: if fewer are free, the head of the next message
+/// is longer than the allowance.
+const ROOM: u64 = 3_000;
+/// Greatest window scale with which the allowance is more than a few units.
+const MAX_SCALE: u8 = 10;
+
+impl<F> Connection<F> {
+    /// Returns the window scale of the windows that `side` offers (RFC 7323, 2.3).
+    pub(super) fn scale_of(&self, side: Side) -> u8 {
+        let is_scaled = self.halves.both().iter().all(|half| half.scale.is_some());
+        self.halves[side].scale.filter(|_| is_scaled).unwrap_or(0).min(14)
+    }
+
+    /// Limits the sender of a message of which `missing` bytes have not arrived, and which ends at `Half::allowed`.
+    /// Returns the code for the programs, 0 for no limit; `None` if the message must not have an offload window.
+    pub(super) fn limit_sender(&mut self, side: Side, missing: u64, shared: &Shared) -> Option<u32> {
+        let scale = self.scale_of(side.other());
+        // XDP programs do not change the window: they do not know whether a checksum is complete.
+        let is_tc = self.halves[side.other()]
+            .link
+            .is_some_and(|link| link.route().hook != punt_hook::XDP_INGRESS);
+        let may =
+            shared.limits.limits_senders && self.is_near && !self.is_shared && is_tc && scale <= MAX_SCALE;
+        let half = &mut self.halves[side];
+        match half.limit {
+            Some(_) if missing < FLOAT => return None,
+            None if !may || missing < FLOAT || half.offered > half.allowed => {
+                half.offered = Position::MAX;
+                return Some(0);
+            }
+            _ => {}
+        }
+        half.limit = Some(SendLimit {
+            end: half.allowed,
+            is_passed: false,
+        });
+        Some(send_limit_code(scale))
+    }
+
+    /// Notes which senders are behind the end of their last long message.
+    pub(super) fn note_progress(&mut self) {
+        for half in self.halves.both_mut() {
+            let (allowed, ahead, highest) = (half.allowed, half.ahead, half.highest);
+            let Some(limit) = &mut half.limit else {
+                continue;
+            };
+            let is_stuck = highest + ROOM > limit.end + u64::from(SEND_ALLOWANCE);
+            limit.is_passed |= allowed.max(ahead) > limit.end || (is_stuck && !half.awaits_peer);
+        }
+    }
+
+    /// Returns the right edge of the window that may be offered to `side` in an acknowledgement of all bytes below
+    /// `acked`.
+    pub(super) fn right_edge(&self, side: Side, acked: Position) -> Position {
+        let half = &self.halves[side];
+        let Some(limit) = half.limit.filter(|_| matches!(self.phase, Phase::Open)) else {
+            return Position::MAX;
+        };
+        let allowance = u64::from(SEND_ALLOWANCE);
+        let edge = if acked + u64::from(SEND_LIMIT_DISTANCE) < limit.end {
+            limit.end
+        } else {
+            limit.end.max(acked) + allowance
+        };
+        let floating = if limit.is_passed { half.next + FLOAT } else { 0 };
+        edge.max(floating).max(half.offered)
+    }
+
+    /// Returns the operation and the windows of the command that sets the offload windows.
+    pub(super) fn windows_command(&self) -> (u32, [u32; 4]) {
+        let ([a, b], [c, d]) = (self.windows.client, self.windows.server);
+        if self.codes.client == 0 && self.codes.server == 0 {
+            return (flow_op::WINDOWS, [a, b, c, d]);
+        }
+        let (a, c) = (coded(a, self.codes.client), coded(c, self.codes.server));
+        (flow_op::LIMITED_WINDOWS, [a, b, c, d])
+    }
+
+    /// Returns the value to which the window field of a segment from `side` must be lowered, if any. The segment
+    /// acknowledges all bytes of the other side below `acked`.
+    pub(super) fn limited_window(&mut self, side: Side, acked: Position) -> Option<u16> {
+        let sender = side.other();
+        let shift = self.scale_of(side);
+        let window = self.halves[side].window;
+        let limit = self.right_edge(sender, acked);
+        let edge = acked + (u64::from(window) << shift);
+        let half = &mut self.halves[sender];
+        half.offered = half.offered.max(edge.min(limit));
+        if edge <= limit {
+            return None;
+        }
+        let lowered = u16::try_from(limit.saturating_sub(acked) >> shift).unwrap_or(u16::MAX);
+        self.halves[side].window = lowered.min(window);
+        Some(lowered)
+    }
+}
+
+/// Returns the start of an offload window that begins at or shortly behind `from`, with a code in its low bits.
+const fn coded(from: u32, code: u32) -> u32 {
+    (from.wrapping_add(15) & !15).wrapping_add(code)
+}
