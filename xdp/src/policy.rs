@@ -1,12 +1,12 @@
 //! Lookup in the policy table.
 
 use palisade_abi::{
-    CLASS_ANY, CLASS_SLOTS, Decision, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags, identity,
-    punt_flags,
+    CLASS_ANY, CLASS_SLOTS, Decision, INSIDE, Inspector, PolicyEntry, PolicyKey, Reason, entry_flags,
+    identity, punt_flags,
 };
 
 use crate::maps::{CLASSES, CONFIG, POLICY};
-use crate::packet_context::PacketContext;
+use crate::packet_context::{PacketContext, hook_point};
 
 /// Returns the port class of a slot.
 #[inline(always)]
@@ -36,7 +36,18 @@ pub fn lookup(pkt: &mut PacketContext, identity: u32, slot: u32, direction: u32)
         direction,
         zero: 0,
     };
-    let Some(entry) = find(&mut key) else { return };
+    let Some(mut entry) = find(&mut key) else { return };
+    // A failsafe port of the node is open towards NICs only, not towards the node's workloads.
+    if entry.flags & entry_flags::FAILSAFE != 0
+        && pkt.hook_point != hook_point::NIC_IN
+        && pkt.hook_point != hook_point::NIC_OUT
+    {
+        key.identity = identity;
+        key.class = class;
+        key.direction = direction | INSIDE;
+        let Some(inside) = find(&mut key) else { return };
+        entry = inside;
+    }
     pkt.rule = entry.rule;
     pkt.decision = entry.decision;
     pkt.match_kind = entry.match_kind;
@@ -102,7 +113,11 @@ fn has_inspector(inspector: u8) -> bool {
 fn reason(entry: &PolicyEntry) -> Reason {
     let decision = Decision::from_u8(entry.decision);
     if decision == Decision::Allow {
-        return Reason::Allowed;
+        return if entry.flags & entry_flags::FAILSAFE == 0 {
+            Reason::Allowed
+        } else {
+            Reason::Failsafe
+        };
     }
     if entry.flags & entry_flags::AUDIT != 0 {
         return Reason::Audited;

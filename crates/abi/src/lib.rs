@@ -43,7 +43,8 @@ pub use interface::{
 };
 pub use ipcache::{Addr, IpcacheEntry, LearnedKey, PrefixKey};
 pub use policy::{
-    DIRECTIONS, Decision, Direction, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags, identity,
+    DIRECTIONS, Decision, Direction, INSIDE, Identity, Inspector, PolicyEntry, PolicyKey, entry_flags,
+    identity,
 };
 pub use proxy::{PROXY_IFINDEX, PROXY_MAC, ProxiedFlow, ProxiedKey, ProxyPath, listener_slot};
 pub use punt::{

@@ -135,7 +135,14 @@ pub mod entry_flags {
     pub const AUDIT: u8 = 1;
     /// No policy enforces this direction; the entry allows all peers and ports.
     pub const UNENFORCED: u8 = 2;
+    /// A failsafe port of the node: the entry allows before the policy, but only at a NIC. At other hooks the entry of
+    /// [`INSIDE`](super::INSIDE) decides.
+    pub const FAILSAFE: u8 = 4;
 }
+
+/// Added to the direction in a [`PolicyKey`]: entries of the node's table that decide at hooks other than those of a NIC,
+/// where failsafe ports do not apply. They are looked up only after an entry with [`entry_flags::FAILSAFE`].
+pub const INSIDE: u8 = 2;
 
 /// Value of the policy table.
 #[repr(C)]

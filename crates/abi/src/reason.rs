@@ -46,6 +46,8 @@ reasons! {
     Forwarded = 5, "Forwarded";
     /// Passed without inspection: no worker runs, and the node is configured to fail open.
     FailedOpen = 6, "Failed open: not inspected";
+    /// Passed before the policy: a failsafe port of the node (`[failsafe]`).
+    Failsafe = 7, "Failsafe port";
 
     /// The sender must not use this source address.
     InvalidSourceIp = 132, "Invalid source ip";

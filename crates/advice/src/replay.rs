@@ -374,6 +374,7 @@ impl<'e> Replay<'e> {
                 group.endpoint,
                 group.direction,
                 identity,
+                true,
                 &question,
                 self.evaluator,
             );

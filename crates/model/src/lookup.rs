@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use palisade_abi::{
-    Addr, Direction, Identity, IpcacheEntry, PolicyEntry, PrefixKey, class_slot, class_slot_unknown_port,
+    Addr, Class, Direction, Identity, IpcacheEntry, PolicyEntry, PrefixKey, class_slot,
+    class_slot_unknown_port,
 };
 
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, Table};
 
 impl Snapshot {
     /// Returns the ipcache entry of an address: by the exact address, else by the longest prefix, else the world.
@@ -59,12 +60,31 @@ impl Snapshot {
         protocol: u8,
         port: Option<u16>,
     ) -> Option<PolicyEntry> {
+        let (table, class) = self.table_and_class(endpoint, protocol, port)?;
+        table.lookup(direction, other, class).copied()
+    }
+
+    /// Returns the policy table entry as [`Self::policy_entry`] does, but for a packet between two endpoints of this node,
+    /// which gets its verdict at the interface of a workload: failsafe ports do not apply there.
+    #[must_use]
+    pub fn policy_entry_inside(
+        &self,
+        endpoint: u16,
+        direction: Direction,
+        other: Identity,
+        protocol: u8,
+        port: Option<u16>,
+    ) -> Option<PolicyEntry> {
+        let (table, class) = self.table_and_class(endpoint, protocol, port)?;
+        table.lookup_inside(direction, other, class).copied()
+    }
+
+    fn table_and_class(&self, endpoint: u16, protocol: u8, port: Option<u16>) -> Option<(&Table, Class)> {
         let table = self.tables.get(&self.endpoints.get(&endpoint)?.policy)?;
         let slot = match port {
             Some(port) => class_slot(protocol, port),
             None => class_slot_unknown_port(protocol),
         };
-        let class = *self.classes.get(slot as usize)?;
-        table.lookup(direction, other, class).copied()
+        Some((table, *self.classes.get(slot as usize)?))
     }
 }

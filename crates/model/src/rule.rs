@@ -37,6 +37,8 @@ pub enum PolicyKind {
     Knp,
     /// A bare rule of a case file, which no namespace scopes.
     Raw,
+    /// A failsafe port of the configuration (`[failsafe]`): its rules allow before all policies, at NICs only.
+    Failsafe,
 }
 
 /// A policy resource.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use palisade_abi::{
-    Addr, CLASS_ANY, Class, Decision, Direction, EndpointState, Identity, Inspector, IpcacheEntry,
-    LearnedKey, PolicyEntry, PolicyKey, PrefixKey, endpoint_flags, identity,
+    Addr, CLASS_ANY, Class, Decision, Direction, EndpointState, INSIDE, Identity, Inspector, IpcacheEntry,
+    LearnedKey, PolicyEntry, PolicyKey, PrefixKey, endpoint_flags, entry_flags, identity,
 };
 
 use crate::{
@@ -118,7 +118,7 @@ pub struct Learned {
 /// A key of a [`Table`]: a [`PolicyKey`] without the policy id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TableKey {
-    /// A [`Direction`] as a number.
+    /// A [`Direction`] as a number, with or without [`INSIDE`].
     pub direction: u8,
     /// Identity of the peer; [`identity::ANY`] for any.
     pub identity: Identity,
@@ -188,7 +188,25 @@ impl Table {
     /// (any identity, class), (any identity, any class).
     #[must_use]
     pub fn lookup(&self, direction: Direction, identity: Identity, class: Class) -> Option<&PolicyEntry> {
-        let direction = direction as u8;
+        self.find(direction as u8, identity, class)
+    }
+
+    /// Returns the entry that the programs find at a hook other than those of a NIC, where failsafe ports do not apply.
+    #[must_use]
+    pub fn lookup_inside(
+        &self,
+        direction: Direction,
+        identity: Identity,
+        class: Class,
+    ) -> Option<&PolicyEntry> {
+        let found = self.lookup(direction, identity, class)?;
+        if found.flags & entry_flags::FAILSAFE == 0 {
+            return Some(found);
+        }
+        self.find(direction as u8 | INSIDE, identity, class)
+    }
+
+    fn find(&self, direction: u8, identity: Identity, class: Class) -> Option<&PolicyEntry> {
         [
             (identity, class),
             (identity, CLASS_ANY),
@@ -314,6 +332,8 @@ impl fmt::Display for RuleInfo {
             }
         };
         match &self.key {
+            // The name says everything: each failsafe port is a policy of its own.
+            RuleKey::Rule(place) if place.kind == PolicyKind::Failsafe => f.write_str(&place.policy)?,
             RuleKey::Rule(place) => {
                 write!(f, "policy {}", place.policy)?;
                 if place.spec > 0 {

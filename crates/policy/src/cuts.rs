@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_abi::{Addr, Decision, Direction, Inspector, PolicyEntry, entry_flags, protocol};
-use palisade_model::rule::Location;
+use palisade_model::{rule::Location, snapshot::Snapshot};
 
 use crate::{compile::Compiler, trace::learned_identity};
 
@@ -119,7 +119,15 @@ fn entry(compiler: &mut Cow<'_, Compiler>, connection: &Connection) -> Option<Po
         }
         None => compiler.snapshot().identity_of(connection.remote).identity,
     };
-    compiler.snapshot().policy_entry(
+    let snapshot = compiler.snapshot();
+    let is_local = snapshot.identity_of(connection.remote).endpoint != 0;
+    let look_up = if is_local {
+        Snapshot::policy_entry_inside
+    } else {
+        Snapshot::policy_entry
+    };
+    look_up(
+        snapshot,
         connection.endpoint,
         connection.direction,
         identity,

@@ -9,7 +9,7 @@ use palisade_model::{
     learned_identities::{LearnedIdentities, SelectorNumber},
     request::{Denial, HttpOptions, Request, RequestEvaluator},
     rule::FqdnPattern,
-    snapshot::{RuleKey, inspector_name},
+    snapshot::{RuleKey, Snapshot, inspector_name},
 };
 use serde::Serialize;
 
@@ -279,6 +279,7 @@ pub fn trace_between(
             endpoint,
             Direction::Egress,
             destination.identity,
+            destination.endpoint.is_none(),
             question,
             evaluator,
         )?);
@@ -291,6 +292,7 @@ pub fn trace_between(
             endpoint,
             Direction::Ingress,
             source.identity,
+            source.endpoint.is_none(),
             question,
             evaluator,
         )?);
@@ -350,7 +352,15 @@ fn address_translation_notes(
     }
     let note = match (
         direction,
-        side(compiler, node.id, direction, other.identity, question, evaluator),
+        side(
+            compiler,
+            node.id,
+            direction,
+            other.identity,
+            true,
+            question,
+            evaluator,
+        ),
     ) {
         (Direction::Egress, Ok(side)) => format!(
             "if the node masquerades it, egress of {} applies too: {} ({}), decided by {}",
@@ -424,7 +434,7 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
 }
 
 /// Returns the verdict of the policy of one endpoint about a peer with the identity `other`. The ends of `question` are
-/// ignored.
+/// ignored. `at_nic`: whether the packet passes a NIC, so that failsafe ports apply.
 ///
 /// # Errors
 /// A message if the endpoint has no compiled policy.
@@ -433,12 +443,18 @@ pub fn side(
     endpoint: u16,
     direction: Direction,
     other: Identity,
+    at_nic: bool,
     question: &Question,
     evaluator: &dyn RequestEvaluator,
 ) -> Result<Side, String> {
     let snapshot = compiler.snapshot();
-    let entry = snapshot
-        .policy_entry(endpoint, direction, other, question.protocol, Some(question.port))
+    let look_up = if at_nic {
+        Snapshot::policy_entry
+    } else {
+        Snapshot::policy_entry_inside
+    };
+    let (protocol, port) = (question.protocol, Some(question.port));
+    let entry = look_up(snapshot, endpoint, direction, other, protocol, port)
         .ok_or_else(|| format!("endpoint {endpoint} has no compiled policy"))?;
     let name = compiler
         .inventory()
@@ -597,6 +613,9 @@ fn explain(compiler: &Compiler, entry: &PolicyEntry) -> (Outcome, String) {
         ),
         Decision::Allow => {
             let reason = match info.map(|info| &info.key) {
+                _ if entry.flags & entry_flags::FAILSAFE != 0 => {
+                    "a failsafe port of the node: it passes before the policy"
+                }
                 Some(RuleKey::NotEnforced { .. }) => "nothing is enforced in this direction",
                 Some(RuleKey::DefaultAllow { .. }) => "nothing denies it, and no policy denies by default",
                 Some(RuleKey::LocalhostAlways) => "it comes from the node itself",

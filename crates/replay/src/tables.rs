@@ -115,13 +115,14 @@ impl Tables {
     }
 
     /// Returns the entry that decides: the first existing key of (identity, class), (identity, any), (any, class),
-    /// (any, any).
+    /// (any, any). `at_nic`: whether failsafe ports apply.
     pub(crate) fn policy(
         &self,
         policy: u32,
         direction: Direction,
         identity: Identity,
         slot: u32,
+        at_nic: bool,
     ) -> Option<PolicyEntry> {
         let class = self
             .snapshot
@@ -130,7 +131,11 @@ impl Tables {
             .copied()
             .unwrap_or(CLASS_ANY);
         let table = self.snapshot.tables.get(&policy)?;
-        table.lookup(direction, identity, class).copied()
+        if at_nic {
+            table.lookup(direction, identity, class).copied()
+        } else {
+            table.lookup_inside(direction, identity, class).copied()
+        }
     }
 
     /// Returns the entry for any peer and any port.

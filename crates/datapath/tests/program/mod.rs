@@ -17,8 +17,8 @@ use aya::programs::{Program, ProgramError, SchedClassifier, SkLookup, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use palisade_abi::{
     Addr, CLASS_SLOTS, CaptureHeader, CaptureSettings, Config, Counter, CtEntry, CtKey, Decision, Direction,
-    EndpointState, Event, EventKind, Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey, PrefixKey,
-    Reason, Share, budget_slot, endpoint_flags, identity, maps, programs, role,
+    EndpointState, Event, EventKind, INSIDE, Interface, IpcacheEntry, MatchKind, PolicyEntry, PolicyKey,
+    PrefixKey, Reason, Share, budget_slot, endpoint_flags, identity, maps, programs, role,
 };
 use palisade_datapath::Sizes;
 use palisade_model::snapshot::Snapshot;
@@ -384,6 +384,25 @@ impl World {
         sys::update(self.map(maps::POLICY), key.as_bytes(), entry.as_bytes()).unwrap();
         self.rules.borrow_mut().insert(key, entry);
         self.tell_all(key.policy);
+    }
+
+    /// Writes an entry that decides behind a failsafe port, at hooks other than those of a NIC.
+    pub fn rule_inside(
+        &self,
+        policy: u16,
+        direction: Direction,
+        identity: u32,
+        class: u16,
+        entry: PolicyEntry,
+    ) {
+        let key = PolicyKey {
+            policy: u32::from(policy),
+            identity,
+            class,
+            direction: direction as u8 | INSIDE,
+            zero: 0,
+        };
+        sys::update(self.map(maps::POLICY), key.as_bytes(), entry.as_bytes()).unwrap();
     }
 
     pub fn remove_rule(&self, policy: u16, direction: Direction, identity: u32, class: u16) {

@@ -290,7 +290,11 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             duration::format(Duration::from_secs(change.left))
         )?;
     }
-    for (title, list) in [("Missing", &status.missing), ("Warnings", &status.warnings)] {
+    for (title, list) in [
+        ("Missing", &status.missing),
+        ("Warnings", &status.warnings),
+        ("Notes", &status.notes),
+    ] {
         if !list.is_empty() {
             writeln!(out, "\n{title}:")?;
             for line in list {

@@ -2,6 +2,7 @@
 
 mod discover;
 mod export;
+mod failsafe;
 mod hubble;
 mod labels;
 mod limit_option;
@@ -17,6 +18,7 @@ use std::{
 };
 
 pub(crate) use discover::{Discover, Source as DiscoverSource};
+pub(crate) use failsafe::{Failsafe, FailsafePort};
 pub(crate) use hubble::Hubble;
 pub(crate) use limit_option::{limit_hint, with_option};
 pub(crate) use metrics::{CertificateFiles, Metrics};

@@ -39,6 +39,8 @@ pub(crate) struct Config {
     pub text: Arc<str>,
     /// `[node]`.
     pub node: Node,
+    /// `[failsafe]`.
+    pub failsafe: super::Failsafe,
     /// `[policy]`.
     pub policy: Policy,
     /// `[limits]`.

@@ -44,6 +44,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         text: Arc::default(),
         hubble: hubble(root.table("hubble"), &node.socket),
         node,
+        failsafe: super::failsafe::read(root.table("failsafe")),
         policy: policy(root.table("policy"), path),
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),

@@ -96,6 +96,12 @@ impl<'a> Reader<'a> {
         self.errors.borrow_mut().push((offset, error));
     }
 
+    /// Returns the line of a byte offset, from 1.
+    fn line(&self, offset: usize) -> u32 {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        u32::try_from(before.matches('\n').count() + 1).unwrap_or(u32::MAX)
+    }
+
     /// Returns all errors, in the order of the text.
     pub(super) fn into_errors(self) -> Vec<ConfigError> {
         let mut errors = self.errors.into_inner();
@@ -141,6 +147,11 @@ impl<'r, 'a> Section<'r, 'a> {
     /// Notes an error at a value.
     pub(super) fn error_at(&self, offset: usize, message: impl Into<String>) {
         self.reader.error(offset, message);
+    }
+
+    /// Returns the line of a value, from 1.
+    pub(super) fn line(&self, offset: usize) -> u32 {
+        self.reader.line(offset)
     }
 
     fn get(&self, key: &'static str) -> Option<(&'r DeValue<'r>, Range<usize>)> {

@@ -807,6 +807,9 @@ pub(crate) struct Status {
     pub missing: Vec<String>,
     /// Problems that do not affect what is enforced.
     pub warnings: Vec<String>,
+    /// What needs no action: the policies that failsafe ports override.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Value of `[policy] enforcement`.
     pub enforcement: String,
     /// Value of `[policy] audit`.
@@ -1325,7 +1328,7 @@ pub(crate) struct IdentityRow {
 pub(crate) struct PolicyRow {
     /// `Allow`, `Deny`, `Inspect` or `Auth`.
     pub policy: String,
-    /// `Ingress` or `Egress`.
+    /// `Ingress` or `Egress`; with ` (inside)`, the entry decides for a failsafe port at interfaces of workloads.
     pub direction: String,
     /// Identity of the peer; 0 for any.
     pub identity: u32,

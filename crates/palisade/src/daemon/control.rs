@@ -14,7 +14,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_abi::{Config as DatapathConfig, Direction, EndpointState, identity};
-use palisade_datapath::{Datapath, Rules};
+use palisade_datapath::{Datapath, Rules, monotonic_coarse};
 use palisade_hubble::agent::AgentEvent;
 use palisade_model::inventory::Enforcement;
 use palisade_policy::compile::CompilerState;
@@ -23,9 +23,11 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     changes::Changes as PolicyChanges,
+    cuts,
     discover::Discovery,
     enforcer::{Enforcer, endpoint_names, inventory},
     export::Exports,
+    failsafe,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
     hubble::AgentEvents,
     interception::{InspectorRules, Interception},
@@ -281,6 +283,7 @@ impl Control {
             self.enforcer.compile(None, &mut self.files);
             let compiled = begun.elapsed();
             self.enforce(begun);
+            self.warn_of_cut_sessions(&before);
             if self.enforcer.problem.is_none() {
                 self.measured
                     .enforced_after(changes.since.unwrap_or(begun).elapsed());
@@ -295,6 +298,23 @@ impl Control {
         }
         self.log_policies(&before, begun);
         self.changed();
+    }
+
+    /// Logs the connections to the node that its changed policy denies: the operator's own session can be among them.
+    fn warn_of_cut_sessions(&self, before: &BTreeMap<u16, EndpointState>) {
+        let compiler = &self.enforcer.compiler;
+        if before.get(&NODE) == compiler.snapshot().endpoints.get(&NODE) {
+            return;
+        }
+        match cuts::cut_sessions(&self.datapath, compiler, monotonic_coarse()) {
+            Ok((_, 0)) => {}
+            Ok((sessions, connections)) => warn!(
+                connections,
+                sessions = sessions.join(", "),
+                "the node's policy denies TCP connections to the node that are established"
+            ),
+            Err(problem) => warn!(%problem, "connections to the node cannot be listed"),
+        }
     }
 
     /// Reports the policies of the start as agent events.
@@ -453,6 +473,7 @@ impl Control {
         }
         let inventory = (inventory != *self.enforcer.compiler.inventory()).then_some(inventory);
         self.interfaces.configure(&self.config, &self.state.state);
+        self.enforcer.set_failsafe(failsafe::content(&self.config));
         self.enforcer.compile(inventory, &mut self.files);
         self.enforce(begun);
         Ok(())

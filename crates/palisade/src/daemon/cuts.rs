@@ -81,6 +81,41 @@ pub(super) fn report(
     }
 }
 
+/// Returns the TCP connections that peers have opened to the node and that its policies deny, in words: at most five, and
+/// their number. They keep their conntrack entries, so this holds after the policy is in force, too.
+pub(super) fn cut_sessions(
+    datapath: &Datapath,
+    compiler: &Compiler,
+    now: u64,
+) -> Result<(Vec<String>, usize), MapError> {
+    const NAMED: usize = 5;
+    let entries = datapath.conntrack().entries()?;
+    let sessions: Vec<Connection> = entries
+        .iter()
+        .filter(|(key, entry)| is_session(key, entry, now))
+        .map(|(key, entry)| connection(key, entry, |_| Vec::new()))
+        .collect();
+    let cut = cuts(compiler, &sessions);
+    let named = cut.iter().take(NAMED).filter_map(|cut| {
+        let [peer, node] = sessions.get(cut.connection)?.opener_and_responder();
+        Some(format!("{peer} -> {node} by {}", cut.decided_by))
+    });
+    Ok((named.collect(), cut.len()))
+}
+
+/// Returns whether the flow is a TCP connection that a peer has opened to the node and that has not ended.
+fn is_session(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
+    let entry = CtEntry {
+        // The policy may have denied the connection since.
+        revision: 1,
+        ..*entry
+    };
+    key.endpoint == NODE
+        && key.protocol == protocol::TCP
+        && entry.flags & ct_flags::INGRESS != 0
+        && is_live(key, &entry, now)
+}
+
 fn is_live(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
     let is_used = entry.flags & (ct_flags::REPLIED | ct_flags::SEEDED) != 0;
     let passes = entry.revision != 0 && entry.flags & ct_flags::CLOSED == 0;

@@ -19,7 +19,7 @@ use palisade_model::{
     snapshot::{MapContents, RuleSet, Snapshot, TableKey},
 };
 use palisade_policy::{
-    compile::{Changes, Compiler},
+    compile::{Changes, Compiler, FAILSAFE_FILE, FileContent},
     plan::plan,
 };
 use tracing::error;
@@ -27,7 +27,7 @@ use tracing::error;
 use super::{
     fqdn::{self, Change, ControlRequest, FqdnManager, IdentityResolver, Transition},
     network::Network,
-    policies::PolicyFiles,
+    policies::{Offers, PolicyFiles},
     state::{NODE, State},
 };
 use crate::config::{Config, with_option};
@@ -54,6 +54,10 @@ pub(super) struct Enforcer {
     granted: HashMap<EndpointId, HashSet<LearnedSet>>,
     /// Compiled selectors, keyed by the memory address of their source list.
     compiled: CompiledSelectors,
+    /// Failsafe ports that the compiler does not have yet.
+    failsafe: Option<FileContent>,
+    /// The failsafe ports of the last [`Self::set_failsafe`].
+    known_failsafe: Option<FileContent>,
     /// Why the maps do not hold the compiler's state.
     pub problem: Option<String>,
 }
@@ -77,15 +81,33 @@ impl Enforcer {
             wanted: BTreeSet::new(),
             granted: HashMap::new(),
             compiled: HashMap::new(),
+            failsafe: None,
+            known_failsafe: None,
             problem: None,
         })
+    }
+
+    /// Makes the next [`Self::compile`] use these failsafe ports.
+    pub(super) fn set_failsafe(&mut self, content: FileContent) {
+        if self.known_failsafe.as_ref() != Some(&content) {
+            self.known_failsafe = Some(content.clone());
+            self.failsafe = Some(content);
+        }
     }
 
     /// Compiles a new inventory and all new policy files. If the compiler refuses them together, inventory and files
     /// are tried separately, so that one bad file does not prevent the others from taking effect.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
+        let failsafe = self.failsafe.take();
+        let with_failsafe = |mut files: Offers| {
+            if let Some(content) = &failsafe {
+                files.insert(FAILSAFE_FILE.to_owned(), Some(content.clone()));
+            }
+            files
+        };
         let offers = files.offers();
         let names: Vec<String> = offers.keys().cloned().collect();
+        let offers = with_failsafe(offers);
         let Err(problems) = self.compiler.update(Changes {
             inventory: inventory.clone(),
             files: offers,
@@ -95,16 +117,16 @@ impl Enforcer {
             }
             return;
         };
-        if inventory.is_some()
+        if (inventory.is_some() || failsafe.is_some())
             && let Err(problems) = self.compiler.update(Changes {
                 inventory,
-                files: BTreeMap::new(),
+                files: with_failsafe(Offers::new()),
             })
         {
             for problem in problems {
                 error!(
                     error = problem.message,
-                    "the configured endpoints and peers cannot be compiled"
+                    "the configured endpoints, peers and failsafe ports cannot be compiled"
                 );
             }
         }

@@ -22,6 +22,7 @@ mod enforcer;
 mod events;
 mod explain;
 mod export;
+mod failsafe;
 mod files;
 mod fqdn;
 mod handlers;
@@ -62,7 +63,7 @@ pub(crate) use last_good::find as last_good_config;
 pub(crate) use netfilter::Place as NetfilterTable;
 use network::Network;
 use palisade_model::{diagnostic::Diagnostic, inventory::Inventory};
-use palisade_policy::compile::Compiler;
+use palisade_policy::compile::{Compiler, FAILSAFE_FILE};
 use policies::Offers;
 pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
 pub(crate) use replay::Offline;
@@ -115,6 +116,8 @@ fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Comp
     let mut state = State::<()>::default();
     let inventory = enforcer::inventory(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();
+    let mut files = files;
+    files.insert(FAILSAFE_FILE.to_owned(), Some(failsafe::content(config)));
     let changes = palisade_policy::compile::Changes {
         inventory: Some(inventory),
         files,

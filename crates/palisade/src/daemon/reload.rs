@@ -42,6 +42,8 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("node", "state_dir", restart!(node.state_dir)),
     ("node", "socket", restart!(node.socket)),
     ("node", "on_failure", Effect::Reload),
+    ("failsafe", "inbound", Effect::Reload),
+    ("failsafe", "outbound", Effect::Reload),
     ("policy", "dir", restart!(policy.dir)),
     ("policy", "enforcement", Effect::Reload),
     ("policy", "audit", Effect::Reload),

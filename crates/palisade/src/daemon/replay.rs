@@ -6,12 +6,13 @@ use anyhow::bail;
 use palisade_flowlog::{FlowResolver, Owner, RuleInfo};
 use palisade_inspect::Rules;
 use palisade_model::{inventory::Inventory, snapshot::Snapshot};
-use palisade_policy::compile::{Changes, Compiler, CompilerState};
+use palisade_policy::compile::{Changes, Compiler, CompilerState, FAILSAFE_FILE};
 use palisade_replay::{Interface, NamePolicy, Replay, Role, Settings, Timeouts};
 use palisade_secrets::Store;
 
 use super::{
     enforcer::{inventory, names_policy},
+    failsafe,
     network::Network,
     policies::Offers,
     startup::fqdn_config,
@@ -49,6 +50,8 @@ impl Offline {
         let mut state = State::<()>::default();
         let inventory = inventory(config, &network, &mut state)?;
         let mut compiler = Compiler::new(&CompilerState::default());
+        let mut files = files;
+        files.insert(FAILSAFE_FILE.to_owned(), Some(failsafe::content(config)));
         let changes = Changes {
             inventory: Some(inventory.clone()),
             files,

@@ -8,6 +8,7 @@ use std::{
 
 use palisade_abi::{Decision, Direction, EventKind, MAX_PUNT_FRAME, MAX_PUNT_MSS, maps};
 use palisade_model::{
+    diagnostic::{Diagnostic, Severity},
     inventory::Enforcement,
     snapshot::{RuleKey, Snapshot, inspector_name},
 };
@@ -116,7 +117,10 @@ impl Control {
         }
         warnings.extend(self.limited_interfaces(&interfaces));
         let remarks = &self.enforcer.compiler.snapshot().diagnostics;
-        warnings.extend(remarks.iter().map(ToString::to_string));
+        let (notes, problems): (Vec<&Diagnostic>, Vec<&Diagnostic>) = remarks
+            .iter()
+            .partition(|remark| remark.severity == Severity::Note);
+        warnings.extend(problems.into_iter().map(ToString::to_string));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.config.node.name.clone(),
@@ -125,6 +129,7 @@ impl Control {
             ready: missing.is_empty(),
             missing,
             warnings,
+            notes: notes.into_iter().map(ToString::to_string).collect(),
             enforcement: enforcement_name(self.config.policy.enforcement).to_owned(),
             audit: self.config.policy.audit,
             revision: self.changes,

@@ -250,6 +250,7 @@ pub(super) const fn kind_name(kind: PolicyKind) -> &'static str {
         PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
         PolicyKind::Knp => "NetworkPolicy",
         PolicyKind::Raw => "rule",
+        PolicyKind::Failsafe => "failsafe",
     }
 }
 
@@ -265,7 +266,10 @@ fn node_labels(inventory: &Inventory) -> Arc<[Arc<str>]> {
 
 fn flow_rule(rule: &RuleInfo, view: &View) -> FlowRule {
     let policy = |qualified: &str, kind: &str| {
-        let (namespace, name) = qualified.split_once('/').unwrap_or(("", qualified));
+        let (namespace, name) = match qualified.split_once('/') {
+            Some(parts) if kind != kind_name(PolicyKind::Failsafe) => parts,
+            _ => ("", qualified),
+        };
         FlowPolicy {
             name: name.into(),
             namespace: namespace.into(),

@@ -11,7 +11,7 @@ use palisade_model::{
     diagnostic::Diagnostic,
     inventory::{Enforcement, Inventory},
     labels::Labels,
-    rule::{Location, Peer, Policy},
+    rule::{Location, Peer, Policy, PolicyKind},
     snapshot::{Snapshot, inspector_name},
 };
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,10 @@ use crate::{
     classes::Classes,
     identity::{Allocator, AllocatorState},
 };
+
+/// Name of the file in [`Changes::files`](super::Changes::files) that has the failsafe ports of the configuration
+/// ([`PolicyKind::Failsafe`]). The name ends like no policy file.
+pub const FAILSAFE_FILE: &str = "[failsafe]";
 
 /// State to keep over a restart, so that numbers keep their meaning.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -158,10 +162,11 @@ impl Compiler {
         &self.inventory
     }
 
-    /// Returns the content of each policy file in use, with the name of the file.
+    /// Returns the content of each policy file in use, with the name of the file. [`FAILSAFE_FILE`] is left out.
     pub fn files(&self) -> impl Iterator<Item = (&str, &FileContent)> {
         self.files
             .iter()
+            .filter(|(name, _)| *name != FAILSAFE_FILE)
             .map(|(name, content)| (name.as_str(), &**content))
     }
 
@@ -197,6 +202,9 @@ impl Compiler {
         let mut policies: Vec<&Policy> = Vec::new();
         for (_, applied) in subject.applied_specs() {
             let policy = applied.unit.policy();
+            if policy.kind == PolicyKind::Failsafe {
+                continue;
+            }
             if policies.last().is_none_or(|last| !std::ptr::eq(*last, policy)) {
                 policies.push(policy);
             }
@@ -271,6 +279,7 @@ impl Compiler {
             let named = self.names_peer(rule, other);
             for ports in ports.filter(|_| named) {
                 let effect = match &ports.l7 {
+                    _ if rule.failsafe => "pass before the policy at a NIC".to_owned(),
                     _ if rule.denies => "deny".to_owned(),
                     _ if rule.auth_required => "authenticate".to_owned(),
                     Some(l7) => {

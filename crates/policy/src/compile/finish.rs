@@ -88,6 +88,7 @@ impl Compiler {
             .flat_map(|applied| applied.remarks.iter().flatten().cloned())
             .collect();
         remarks.extend(self.unselected_nodes());
+        remarks.extend(self.access_remarks());
         remarks.sort_by(|a, b| (&a.location, &a.message).cmp(&(&b.location, &b.message)));
         remarks.dedup();
         self.snapshot.diagnostics = remarks;

@@ -19,6 +19,7 @@ mod finish;
 mod l7_policy;
 mod learned;
 mod learned_index;
+mod lockout;
 mod named_ports;
 mod named_prefixes;
 mod numbers;
@@ -37,7 +38,7 @@ mod update;
 
 pub use addresses::prefix_key;
 pub use changes::Changes;
-pub use compiler::{Compiler, CompilerState, RuleMatch};
+pub use compiler::{Compiler, CompilerState, FAILSAFE_FILE, RuleMatch};
 pub use conflict::conflicts;
 pub(crate) use conflict::possible_conflicts;
 pub use learned::LearnedUpdate;

@@ -2,6 +2,8 @@
 //!
 //! The order is that of Cilium 1.19. Of the rules that match a packet:
 //!
+//! 0. A failsafe port of the node wins over everything but a plain allow ([`Builder::decide`]). The programs apply it at NICs only; entries
+//!    of [`palisade_abi::INSIDE`], made without failsafe ports, decide elsewhere.
 //! 1. A deny wins over every allow: `DenyExplicit` ([`Builder::decide`]).
 //! 2. An allow that requires authentication wins over other allows: `AuthRequired` ([`Builder::decide_allows`]).
 //! 3. An allow with application rules wins over plain allows: `Inspect` ([`Builder::inspect`]). One protocol is
@@ -40,6 +42,8 @@ use crate::classes::PortSet;
 /// Input for the entries of one direction of a subject.
 pub(super) struct Builder<'a> {
     pub(super) direction: Direction,
+    /// Added to the direction in keys: 0 or [`palisade_abi::INSIDE`].
+    pub(super) layer: u8,
     pub(super) rules: &'a [&'a TableRule],
     /// Identities to make entries for, in addition to the entries for any identity. `None`: all identities that rules
     /// name.
@@ -110,13 +114,19 @@ impl Wildcard<'_> {
         match every_class.map(|entry| (Decision::from_u8(entry.decision), entry.flags)) {
             // Without an entry for any class, the lookup continues with the entries for any identity.
             None => {}
-            // No rule can take precedence over an enforced denial.
-            Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {}
+            // Only a failsafe port can take precedence over an enforced denial.
+            Some((Decision::DenyExplicit, flags)) if flags & entry_flags::AUDIT == 0 => {
+                let decided = self.by_class.iter();
+                let failsafe = decided.filter(|(_, entry)| entry.flags & entry_flags::FAILSAFE != 0);
+                classes.extend(failsafe.map(|(class, _)| class).filter(is_new));
+            }
             // The identity is allowed for any class. Classes that only the entries for any identity name need no entry
-            // if those entries allow them.
+            // if those entries allow them. An entry of a failsafe port can hide a denial.
             Some((Decision::Allow, _)) => {
                 let decided = self.by_class.iter();
-                let restricted = decided.filter(|(_, entry)| entry.decision != Decision::Allow as u8);
+                let restricted = decided.filter(|(_, entry)| {
+                    entry.decision != Decision::Allow as u8 || entry.flags & entry_flags::FAILSAFE != 0
+                });
                 classes.extend(restricted.map(|(class, _)| class).filter(is_new));
             }
             Some(_) => classes.extend(self.by_class.keys().filter(is_new)),
@@ -135,7 +145,7 @@ impl Wildcard<'_> {
 impl<'a> Builder<'a> {
     /// Appends the entries of the direction to `into`.
     pub(super) fn build(mut self, into: &mut Vec<(TableKey, PolicyEntry)>) {
-        let direction = self.direction as u8;
+        let direction = self.direction as u8 | self.layer;
         let mut put = |identity, class, entry| {
             let key = TableKey {
                 direction,
@@ -270,6 +280,21 @@ impl<'a> Builder<'a> {
 
     /// Returns the entry for packets that the rules in `hits`, and no others, match.
     fn decide(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
+        let Some(hit) = narrowest(hits.iter().filter(|(rule, _)| rule.failsafe)) else {
+            return self.decide_by_policy(hits);
+        };
+        let others: Vec<Hit<'_>> = hits.iter().filter(|(rule, _)| !rule.failsafe).copied().collect();
+        let by_policy = self.decide_by_policy(&others);
+        if by_policy.decision == Decision::Allow as u8 {
+            return by_policy;
+        }
+        let mut entry = self.entry(Decision::Allow, hit, false);
+        entry.flags |= entry_flags::FAILSAFE;
+        entry
+    }
+
+    /// Returns the entry that [`Self::decide`] returns without failsafe ports.
+    fn decide_by_policy(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let denials = || hits.iter().filter(|(rule, _)| rule.denies);
         if let Some(hit) = narrowest(denials().filter(|(rule, _)| !rule.audit)) {
             return self.entry(Decision::DenyExplicit, hit, false);
@@ -288,7 +313,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the entry that [`Self::decide`] would return if `hits` had no rules that deny.
+    /// Returns the entry that [`Self::decide_by_policy`] would return if `hits` had no rules that deny.
     fn decide_allows(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
         let authenticating = || allows().filter(|(rule, _)| rule.auth_required);

@@ -30,7 +30,7 @@ impl FileContent {
                 PolicyKind::Cnp => "CiliumNetworkPolicy",
                 PolicyKind::Ccnp => "CiliumClusterwideNetworkPolicy",
                 PolicyKind::Knp => "NetworkPolicy",
-                PolicyKind::Raw => return None,
+                PolicyKind::Raw | PolicyKind::Failsafe => return None,
             };
             let name = policy.qualified_name();
             Some((ResourceName { kind, name }, &policy.location))

@@ -8,7 +8,7 @@ use std::{
 use palisade_abi::{Class, Direction, Identity};
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    rule::{Location, Peer, PortSpec, Ports, Rule, Section, Selector},
+    rule::{Location, Peer, PolicyKind, PortSpec, Ports, Rule, Section, Selector},
 };
 
 use super::{
@@ -71,6 +71,7 @@ impl Compiler {
                 let RulePorts { common, distinct } = self.rule_ports(rule, &members, unit, section, cx);
                 let table_rule = |members, except, ports| TableRule {
                     id: compiled.id,
+                    failsafe: unit.policy().kind == PolicyKind::Failsafe,
                     denies: section.denies(),
                     audit: unit.audit,
                     auth_required: rule.auth_required,

@@ -127,6 +127,8 @@ impl Member {
 #[derive(Clone, Debug)]
 pub(super) struct TableRule {
     pub(super) id: u32,
+    /// Whether the rule is a failsafe port, which allows before all other rules.
+    pub(super) failsafe: bool,
     pub(super) denies: bool,
     /// Whether the policy is in audit mode.
     pub(super) audit: bool,

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{Class, Direction, Identity, PolicyEntry, identity};
+use palisade_abi::{CLASS_ANY, Class, Direction, INSIDE, Identity, PolicyEntry, entry_flags, identity};
 use palisade_model::{
     diagnostic::Diagnostic,
     inventory::Enforcement,
@@ -334,23 +334,48 @@ impl Compiler {
             );
         }
         rules.extend(&localhost);
-        Builder {
-            direction,
-            rules: &rules,
-            rows,
-            learned: egress.then_some(&subject.names.rows),
-            default_verdict,
-            audit: options.audit || subject.audit,
-            clear_text_http2: options.clear_text_http2,
-            rulesets: &mut self.rulesets,
+        // Where nothing is enforced, there is nothing to keep open.
+        if default_verdict.unenforced {
+            rules.retain(|rule| !rule.failsafe);
         }
-        .build(entries);
+        let failsafe_classes: BTreeSet<Class> = rules
+            .iter()
+            .filter(|rule| rule.failsafe)
+            .flat_map(|rule| &rule.ports)
+            .flat_map(|ports| ports.classes.iter().flat_map(|classes| classes.iter()))
+            .copied()
+            .collect();
+        let mut build = |rules: &[&TableRule], layer, entries: &mut Vec<(TableKey, PolicyEntry)>| {
+            Builder {
+                direction,
+                layer,
+                rules,
+                rows,
+                learned: egress.then_some(&subject.names.rows),
+                default_verdict,
+                audit: options.audit || subject.audit,
+                clear_text_http2: options.clear_text_http2,
+                rulesets: &mut self.rulesets,
+            }
+            .build(entries);
+        };
+        build(&rules, 0, entries);
+        if failsafe_classes.is_empty() {
+            return;
+        }
+        // The programs look up a class of these entries only after they have found a failsafe port of the class.
+        rules.retain(|rule| !rule.failsafe);
+        let mut inside = Vec::new();
+        build(&rules, INSIDE, &mut inside);
+        inside.retain(|(key, _)| key.class == CLASS_ANY || failsafe_classes.contains(&key.class));
+        entries.append(&mut inside);
     }
 
     /// Returns the rule by which the node may always reach its workloads.
     fn localhost(&mut self) -> TableRule {
         TableRule {
             id: self.rule_ids.number("", plain(RuleKey::LocalhostAlways)),
+            failsafe: false,
             denies: false,
             audit: false,
             auth_required: false,
@@ -383,24 +408,33 @@ pub(super) fn small_step(old: &Table, new: &Table) -> bool {
             .iter()
             .any(|direction| old.row(*direction as u8, key.identity).next().is_some())
     };
+    // A failsafe entry and those that decide inside the node must take effect together.
+    let mut has_failsafe = false;
     let mut changed = 0usize;
     let mut only_new_identities = true;
     let mut note = |key: &TableKey, in_old: bool| {
         changed += 1;
         only_new_identities &= !in_old && changed < 64 && !known(key);
     };
-    for (key, before, _) in differing(&old.entries, &new.entries) {
+    for (key, before, after) in differing(&old.entries, &new.entries) {
+        let entries = [before, after].into_iter().flatten();
+        has_failsafe |= key.direction & INSIDE != 0
+            || entries
+                .into_iter()
+                .any(|entry| entry.flags & entry_flags::FAILSAFE != 0);
         note(key, before.is_some());
     }
-    only_new_identities || (size >= LARGE && changed <= size / 8)
+    only_new_identities || (!has_failsafe && size >= LARGE && changed <= size / 8)
 }
 
 /// Returns a table in which `entries` replace the rows of the given identities and the row for any identity.
 fn with_rows(old: &Table, identities: &BTreeSet<Identity>, entries: Vec<(TableKey, PolicyEntry)>) -> Table {
     let mut table = old.clone();
     for identity in identities.iter().chain([&identity::ANY]) {
-        for direction in palisade_abi::DIRECTIONS {
-            let row = old.row(direction as u8, *identity);
+        for direction in palisade_abi::DIRECTIONS.map(|direction| direction as u8) {
+            let row = old
+                .row(direction, *identity)
+                .chain(old.row(direction | INSIDE, *identity));
             for (key, _) in row {
                 table.entries.remove(key);
             }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use palisade_abi::Direction;
 use palisade_model::{
     diagnostic::Diagnostic,
-    rule::{CidrGroup, L7Rules, Peer, Peers, Ports, Rule, Section, Spec},
+    rule::{CidrGroup, L7Rules, Peer, Peers, PolicyKind, Ports, Rule, Section, Spec},
     snapshot::{RuleInfo, RuleKey, RulePlace, Snapshot},
 };
 use palisade_protocols::http1::re2;
@@ -356,7 +356,11 @@ impl Compiler {
                     0
                 },
                 audit: policy.audit,
-                denies: palisade_abi::DIRECTIONS.map(|direction| default_deny(spec, direction)),
+                // A failsafe port allows, and enforces nothing.
+                denies: palisade_abi::DIRECTIONS.map(|direction| match policy.kind {
+                    PolicyKind::Failsafe => None,
+                    _ => default_deny(spec, direction),
+                }),
                 subjects,
             });
             for at in &unit.subjects {

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use palisade_abi::{Class, Identity, PolicyEntry, PolicyKey, identity};
+use palisade_abi::{Class, INSIDE, Identity, PolicyEntry, PolicyKey, identity};
 use palisade_model::{
     op::Op,
     snapshot::{Snapshot, Table, TableKey, differing},
@@ -63,14 +63,18 @@ pub(super) fn extend<'a>(
     }
     let mut extended = table.clone();
     for (from, to) in identities {
-        for direction in palisade_abi::DIRECTIONS {
-            let stale: Vec<TableKey> = extended.row(direction as u8, *to).map(|(key, _)| *key).collect();
+        let directions = palisade_abi::DIRECTIONS.map(|direction| direction as u8);
+        for direction in directions
+            .into_iter()
+            .flat_map(|direction| [direction, direction | INSIDE])
+        {
+            let stale: Vec<TableKey> = extended.row(direction, *to).map(|(key, _)| *key).collect();
             for key in stale {
                 extended.entries.remove(&key);
             }
             // Copies come from the unmodified table, because the entries of `from` can themselves be replaced by
             // copies.
-            for (key, entry) in table.row(direction as u8, *from) {
+            for (key, entry) in table.row(direction, *from) {
                 extended.entries.insert(
                     TableKey {
                         identity: *to,

@@ -174,7 +174,11 @@ fn lookup(cx: &Cx, pkt: &mut PacketState<'_>, identity: u32, slot: u32, ingress:
     if pkt.policy == 0 {
         return;
     }
-    let Some(entry) = cx.tables.policy(pkt.policy, direction(ingress), identity, slot) else {
+    let at_nic = matches!(pkt.point, HookPoint::NicIn | HookPoint::NicOut);
+    let Some(entry) = cx
+        .tables
+        .policy(pkt.policy, direction(ingress), identity, slot, at_nic)
+    else {
         return;
     };
     pkt.rule = entry.rule;
@@ -195,6 +199,7 @@ fn lookup(cx: &Cx, pkt: &mut PacketState<'_>, identity: u32, slot: u32, ingress:
         return;
     }
     pkt.reason = match decision {
+        Decision::Allow if entry.flags & entry_flags::FAILSAFE != 0 => Reason::Failsafe,
         Decision::Allow => Reason::Allowed,
         _ if entry.flags & entry_flags::AUDIT != 0 => Reason::Audited,
         Decision::DenyExplicit => Reason::PolicyDeniedByDenylist,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_abi::{
-    CtKey, Decision, Direction, Inspector, LearnedKey, ProxyPath, PuntRequest, identity, protocol,
+    CtKey, Decision, Direction, INSIDE, Inspector, LearnedKey, ProxyPath, PuntRequest, identity, protocol,
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_inspect::stream::StreamContext;
@@ -49,7 +49,9 @@ impl Handlers {
                 .unwrap_or_default();
             let table = snapshot.tables.get(&state.policy);
             for (key, entry) in table.into_iter().flat_map(|table| &table.entries) {
-                if Decision::from_u8(entry.decision) != Decision::Inspect
+                // Entries inside the node repeat those of the direction.
+                if key.direction & INSIDE != 0
+                    || Decision::from_u8(entry.decision) != Decision::Inspect
                     || entry.inspector != Inspector::TlsTerminate as u8
                 {
                     continue;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use palisade_abi::{
-    Counter, Decision, Direction, Identity, LearnedKey, ct_flags, entry_flags, identity, protocol,
+    Counter, Decision, Direction, INSIDE, Identity, LearnedKey, ct_flags, entry_flags, identity, protocol,
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_fqdn::{SelectorId, Selectors};
@@ -73,10 +73,14 @@ impl Handlers {
                 let count = counters.get(&entry.rule).copied().unwrap_or_default();
                 PolicyRow {
                     policy: decision_name(decision).to_owned(),
-                    direction: if key.direction == Direction::Ingress as u8 {
-                        "Ingress"
-                    } else {
-                        "Egress"
+                    direction: match (
+                        key.direction & !INSIDE == Direction::Ingress as u8,
+                        key.direction & INSIDE != 0,
+                    ) {
+                        (true, false) => "Ingress",
+                        (false, false) => "Egress",
+                        (true, true) => "Ingress (inside)",
+                        (false, true) => "Egress (inside)",
                     }
                     .to_owned(),
                     identity: key.identity,

@@ -130,7 +130,10 @@ mod tests {
     fn errors_name_file_and_line() {
         let mut compiler = Compiler::new(&CompilerState::default());
         let broken = request(
-            &[("a.yaml", Some("apiVersion: cilium.io/v2\nkind: Nonsense\n"))],
+            &[(
+                "a.yaml",
+                Some("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: [\n"),
+            )],
             false,
         );
         let problem = update(&mut compiler, broken, |name| format!("/p/{name}")).unwrap_err();
