@@ -70,8 +70,8 @@ impl Datapath {
     /// Opens the pinned maps or creates them, and loads the programs. Attached programs are not replaced.
     ///
     /// A pinned map with the right layout but another size is replaced by a copy of the new size. Programs that are
-    /// attached use the old map until [`Self::attach`]. Beside maps of an earlier version, new maps are made; see
-    /// [`Self::take_over_flows`] and [`Self::commit`].
+    /// attached use the old map until [`Self::attach`]. New maps are found by a later process only after
+    /// [`Self::commit`]; beside maps of an earlier version, see [`Self::take_over_flows`].
     ///
     /// # Errors
     /// [`OpenError`]. Attached programs stay attached.
@@ -247,6 +247,7 @@ impl Datapath {
     /// [`OpenError::Io`] if a directory cannot be read or removed, [`OpenError::Map`] if the last flows of the old
     /// conntrack table cannot be copied.
     pub fn retire_other_versions(&self) -> Result<()> {
+        self.commit()?;
         self.leave_old_conntrack()?;
         let own = version_dir(&self.pin_dir);
         for dir in version_dirs(&self.pin_dir)? {

@@ -6,7 +6,7 @@
 //! <pin_dir>/v6/        the same directory after `Datapath::commit`, which precedes the first attachment
 //! ```
 //!
-//! A directory `v<number>` is therefore never half filled, and a crash at any step leaves at each hook either the old
+//! A directory `v<number>` is therefore never half filled, at the first start neither, and a crash at any step leaves at each hook either the old
 //! program with the old maps or the new program with the new maps. The policy maps are not handed down: the daemon
 //! compiles them from the policies. Flows, interfaces and counters of rules have no other source.
 //!
@@ -141,7 +141,9 @@ impl Pinned {
             remove_dir_of_pins(&staging)?;
         }
         let earlier = found.iter().rev().copied().find(|&version| version < VERSION);
-        let staged = earlier.is_some() && !own.exists();
+        // Also without an earlier version: after a crash in the middle of the first start, the next start is the first
+        // one again, and seeds the connections that are older than Palisade.
+        let staged = !own.exists();
         Ok(Self {
             map_dir: if staged { staging } else { own },
             staged,
@@ -403,12 +405,12 @@ mod tests {
     }
 
     #[test]
-    fn maps_of_this_version_are_staged_only_beside_an_earlier_version() {
+    fn maps_of_this_version_are_staged_until_they_exist() {
         let dir = std::env::temp_dir().join(format!("palisade-staging-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let find = || Pinned::find(&dir).unwrap();
         let fresh = find();
-        assert_eq!((fresh.staged, fresh.earlier), (false, None));
+        assert_eq!((fresh.staged, fresh.earlier), (true, None));
         for version in [VERSION - 2, VERSION - 1] {
             fs::create_dir(dir.join(format!("v{version}"))).unwrap();
         }

@@ -227,6 +227,27 @@ fn resized_maps_keep_their_entries() {
 }
 
 #[test]
+fn a_first_start_that_did_not_finish_leaves_no_maps_for_the_next() {
+    let world = World::new();
+    let unfinished = Datapath::open(&world.options).unwrap();
+    unfinished.set_config(&config()).unwrap();
+    drop(unfinished);
+    let next = Datapath::open(&world.options).unwrap();
+    assert!(next.is_fresh());
+    assert_ne!(next.config().unwrap(), Some(config()));
+    // The first attachment makes the maps permanent.
+    next.attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    drop(next);
+    assert!(!Datapath::open(&world.options).unwrap().is_fresh());
+    // Removal also works while maps are staged.
+    palisade_datapath::detach_all(&world.options.pin_dir).unwrap();
+    drop(Datapath::open(&world.options).unwrap());
+    palisade_datapath::detach_all(&world.options.pin_dir).unwrap();
+    assert!(!world.options.pin_dir.exists());
+}
+
+#[test]
 fn a_map_of_another_layout_is_refused_with_a_remedy() {
     let world = World::new();
     drop(world.open());

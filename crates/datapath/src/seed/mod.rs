@@ -18,7 +18,8 @@
 //! - only TCP is seeded. UDP and SCTP packets do not show which side opened a flow, so a seeded entry would be the
 //!   only evidence of its direction. Without an entry such a flow continues if the policy allows the direction of its
 //!   next packet;
-//! - the daemon seeds only once, before it attaches the first program to the first interface (`daemon::guard`).
+//! - the daemon seeds only once, before it attaches the first program to the first interface
+//!   (`daemon::interfaces`), and not when the layout of the maps is upgraded ([`crate::upgrade`]).
 //!
 //! A seeded entry has revision 0, which no endpoint has. The first packet therefore makes the programs evaluate the
 //! policy of the flow in the direction in which it was opened, and the flow continues or is dropped.

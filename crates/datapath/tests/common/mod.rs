@@ -76,8 +76,11 @@ impl World {
         }
     }
 
+    /// Returns a data path whose maps a later one finds.
     pub fn open(&self) -> Datapath {
-        Datapath::open(&self.options).unwrap()
+        let datapath = Datapath::open(&self.options).unwrap();
+        datapath.commit().unwrap();
+        datapath
     }
 
     /// Returns a data path that allows or denies everything at a veth of this role.
