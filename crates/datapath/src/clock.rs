@@ -18,6 +18,16 @@ pub fn monotonic_coarse() -> u64 {
     read(libc::CLOCK_MONOTONIC_COARSE)
 }
 
+/// Returns whether the kernel's clock is synchronised with a time server; `None` if adjtimex(2) fails.
+#[must_use]
+pub fn is_clock_synchronised() -> Option<bool> {
+    // SAFETY: `timex` consists of integers, for which zero is a valid value. Mode 0 changes nothing.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `state` is valid for writing during the call.
+    let answer = unsafe { libc::adjtimex(&raw mut state) };
+    (answer >= 0).then_some(state.status & libc::STA_UNSYNC == 0)
+}
+
 /// Difference between the monotonic and the wall clock at one moment.
 ///
 /// The difference must be read again periodically: the wall clock can be set, and CLOCK_MONOTONIC stops while the

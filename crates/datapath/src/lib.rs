@@ -35,10 +35,12 @@ mod learned;
 mod maps;
 mod netfilter;
 mod object;
+mod occupants;
 mod open;
 mod options;
 mod pin;
 mod present;
+mod probe;
 mod programs;
 mod proxied;
 mod proxy_link;
@@ -52,7 +54,7 @@ mod upgrade;
 
 pub use apply::ApplyError;
 pub use capture::{Capture, CapturePrograms};
-pub use clock::{Clock, monotonic_coarse};
+pub use clock::{Clock, is_clock_synchronised, monotonic_coarse};
 pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
 pub use counters::{Counters, EventBudget};
 pub use dump::{Dump, Fill};
@@ -60,20 +62,22 @@ pub use error::OpenError;
 pub use events::EventReader;
 pub use hook::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode};
 pub use maps::MapError;
-pub use netfilter::{NamePattern, Netfilter, NetfilterError, Rules};
+pub use netfilter::{NamePattern, Netfilter, NetfilterError, Rules, nftables};
 #[cfg(feature = "bench-object")]
 pub use object::BENCH_OBJECT;
 pub use object::{CAPTURE_OBJECT, OBJECT};
+pub use occupants::{Occupant, occupants};
 pub use open::Datapath;
 pub use options::{Limits, Options};
 pub use pin::check_pin_dir;
+pub use probe::{Answer, Feature, Offloads, offloads, probe};
 pub use proxied::ProxiedFlows;
 pub use proxy_link::{ProxyLinks, proxy_link_names};
-pub use punt_link::{PuntLink, SocketMap};
+pub use punt_link::{PuntLink, SocketMap, panics_after_reinjection};
 pub use seed::{
     Connection, End, LocalEndpoints, Progress, Scope, SeedError, connections, connections_of_netns, seeds,
 };
 pub use shares::{Sizes, share_slot, shares};
 pub use support::{Support, XdpSupport, support, xdp_support};
 pub use sys::SyscallError;
-pub use teardown::detach_all;
+pub use teardown::{detach_all, left_links, remove_left_links};

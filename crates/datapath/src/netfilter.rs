@@ -191,6 +191,33 @@ type Tables = Vec<(Family, String)>;
 /// Part, description and message of one request.
 type Step = (Part, String, Request);
 
+/// Returns family and name of every nftables table of this network namespace.
+///
+/// # Errors
+/// [`SyscallError`] if the kernel refuses the request.
+pub fn nftables() -> Result<Vec<String>, SyscallError> {
+    let mut tables = Vec::new();
+    Socket::open(libc::NETLINK_NETFILTER)?.query(
+        nft::get_tables(),
+        libc::NLM_F_DUMP,
+        "listing the nftables tables",
+        &mut |_, payload| {
+            let name = find(payload.get(4..).unwrap_or_default(), nft::TABLE).map(netlink::text);
+            let family = match payload.first() {
+                Some(1) => "inet",
+                Some(2) => "ip",
+                Some(3) => "arp",
+                Some(5) => "netdev",
+                Some(7) => "bridge",
+                Some(10) => "ip6",
+                _ => "?",
+            };
+            tables.extend(name.map(|name| format!("{family} {name}")));
+        },
+    )?;
+    Ok(tables)
+}
+
 /// Access to the nftables table of one daemon, in the network namespace of the thread that has called [`Self::open`].
 pub struct Netfilter {
     name: String,
@@ -272,6 +299,18 @@ impl Netfilter {
             .zip(counts)
             .filter(|(_, count)| count.packets != 0)
             .map(|((_, reason, direction), count)| (reason, direction, count))
+            .collect())
+    }
+
+    /// Returns family and name of each table that this daemon has created.
+    ///
+    /// # Errors
+    /// [`NetfilterError::Syscall`] if the kernel refuses the request.
+    pub fn present(&mut self) -> Result<Vec<String>, NetfilterError> {
+        let (found, _) = self.tables()?;
+        Ok(found
+            .iter()
+            .map(|(family, name)| format!("{} {name}", family.name()))
             .collect())
     }
 

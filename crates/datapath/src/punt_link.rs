@@ -213,7 +213,8 @@ impl Datapath {
 /// destructor: 6.16.8 to 6.17.10. Upstream commit 30f241fcf52a, in 6.17 and 6.16.8, makes the destructor read
 /// `skb->cb`; commit 0ebc27a4c67d, in 6.18 and 6.17.11, fixes that; 6.16 ended with 6.16.12. Distribution kernels that
 /// always report 6.17.0 count as affected, which costs a copy of each reinjected packet.
-fn panics_after_reinjection(release: &str) -> bool {
+#[must_use]
+pub fn panics_after_reinjection(release: &str) -> bool {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(|number| number.parse::<u32>().unwrap_or(0));

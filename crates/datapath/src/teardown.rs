@@ -10,11 +10,15 @@ use palisade_abi::{Direction, Interface};
 use crate::{
     AttachError, Datapath,
     hook::{AttachPoint, find_device, has_programs, slot},
+    occupants::occupants,
     pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, unpin, version_dirs},
     present::{our_filter, recorded_interfaces},
-    proxy_link::remove_proxy_links,
+    proxy_link::{proxy_link_names, remove_proxy_links},
     punt_link::remove_punt_link,
-    sys::{bpf, clsact, link::Device},
+    sys::{
+        SyscallError, bpf, clsact,
+        link::{Device, delete, link},
+    },
     upgrade::staging_dir,
 };
 
@@ -147,6 +151,45 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
         note(remove_empty(&dir));
     }
     outcome
+}
+
+/// Returns the names of the punt link's and proxy links' ends that exist in this network namespace. `name`: the prefix of
+/// the names.
+///
+/// # Errors
+/// [`SyscallError`] if the interfaces cannot be read.
+pub fn left_links(name: &str) -> std::result::Result<Vec<String>, SyscallError> {
+    let [ingress, egress] = proxy_link_names(name);
+    let mut found = Vec::new();
+    for end in [format!("{name}0"), format!("{name}1"), ingress, egress] {
+        if link(&end)?.is_some_and(|link| link.kind == "veth") {
+            found.push(end);
+        }
+    }
+    Ok(found)
+}
+
+/// Removes punt link and proxy links whose pins are lost. A link with a program stays: another daemon can use it.
+///
+/// # Errors
+/// [`SyscallError`] if an interface cannot be read or removed.
+pub fn remove_left_links(name: &str) -> std::result::Result<(), SyscallError> {
+    let used = |end: &str| -> std::result::Result<bool, SyscallError> {
+        let Some(link) = link(end)? else { return Ok(false) };
+        Ok(!occupants(link.ifindex)?.is_empty())
+    };
+    if used(&format!("{name}0"))? || used(&format!("{name}1"))? {
+        return Ok(());
+    }
+    for end in left_links(name)? {
+        // The other end of a veth pair is removed together with the first one.
+        if !used(&end)?
+            && let Some(link) = link(&end)?
+        {
+            delete(link.ifindex)?;
+        }
+    }
+    Ok(())
 }
 
 fn detach_interface(dir: &Path, ifindex: u32) -> Result<()> {

@@ -540,6 +540,17 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> Result<()> {
 /// Returns the ids of the links at a tcx hook in the order in which their programs run; 0 for a program without a
 /// link. The error is EINVAL if the kernel has no tcx.
 pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32>> {
+    tcx_ids(ifindex, attach_type).map(|(_, links)| links)
+}
+
+/// Returns the ids of the programs at a tcx hook in the order in which they run. The error is EINVAL if the kernel has
+/// no tcx.
+pub(crate) fn tcx_programs(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32>> {
+    tcx_ids(ifindex, attach_type).map(|(programs, _)| programs)
+}
+
+/// Returns the ids of programs and links at a tcx hook.
+fn tcx_ids(ifindex: u32, attach_type: AttachType) -> Result<(Vec<u32>, Vec<u32>)> {
     let mut prog_ids = [0_u32; 64];
     let mut link_ids = [0_u32; 64];
     let mut attr = ProgQuery {
@@ -559,13 +570,14 @@ pub(crate) fn tcx_query(ifindex: u32, attach_type: AttachType) -> Result<Vec<u32
     match unsafe { bpf(cmd::PROG_QUERY, &mut attr) } {
         Ok(_) => {}
         // No program is attached to the hook.
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok((Vec::new(), Vec::new())),
         Err(e) => {
             let call = format!("BPF_PROG_QUERY of {attach_type:?} at interface {ifindex}");
             return Err(SyscallError::new(call, e));
         }
     }
-    Ok(link_ids[..(attr.count as usize).min(link_ids.len())].to_vec())
+    let count = (attr.count as usize).min(link_ids.len());
+    Ok((prog_ids[..count].to_vec(), link_ids[..count].to_vec()))
 }
 
 /// Returns whether the kernel has tcx.

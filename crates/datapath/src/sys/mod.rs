@@ -2,6 +2,7 @@
 
 pub(crate) mod bpf;
 pub(crate) mod clsact;
+pub(crate) mod ethtool;
 pub(crate) mod link;
 pub(crate) mod netlink;
 pub(crate) mod nft;
