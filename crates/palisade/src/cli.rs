@@ -3,6 +3,7 @@
 mod capture;
 mod change;
 pub(crate) mod log;
+mod node;
 mod observe;
 mod output;
 mod replay;
@@ -15,6 +16,8 @@ use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
 pub(crate) use self::change::{ApplyArgs, ChangeArgs, DiffArgs, RollbackArgs};
+use self::node::{DOCTOR_HELP, INIT_HELP, UNINSTALL_HELP};
+pub(crate) use self::node::{InitArgs, UninstallArgs};
 use self::observe::OBSERVE_HELP;
 pub(crate) use self::observe::{FilterArgs, ObserveArgs};
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
@@ -117,6 +120,18 @@ changed options that need a restart."
         #[arg(long)]
         detach: bool,
     },
+    /// Write a first configuration and policy, in audit mode, from what is in use on this node.
+    #[command(after_help = INIT_HELP)]
+    Init(InitArgs),
+    /// Check this node: kernel, file systems, interfaces, other programs, limits, configuration, service; and what to do.
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Remove everything of Palisade from this node: programs, pins, tables, links, state, sockets, logs.
+    #[command(after_help = UNINSTALL_HELP)]
+    Uninstall(UninstallArgs),
     /// Policies: check, test, explain, list.
     #[command(subcommand)]
     Policy(PolicyCommand),

@@ -1,8 +1,10 @@
 //! Dispatch of the commands.
 
 mod capture;
+mod doctor;
 mod explain;
 mod flows;
+mod init;
 mod inspect;
 mod intercept;
 mod log;
@@ -16,6 +18,7 @@ mod replay;
 mod service;
 mod session;
 mod top;
+mod uninstall;
 
 use std::{
     fs,
@@ -31,12 +34,11 @@ use crate::{
         BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, EndpointCommand,
         FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, PolicyCommand,
     },
-    config::{self, Config},
+    config::{Config, DEFAULT_PATH, DEFAULT_SOCKET},
     control::client::ClientError,
-    daemon,
-    text::{chain, count},
+    text::chain,
 };
-use output::{EXIT_FAILED, EXIT_NO, EXIT_NO_DAEMON, EXIT_OK, load_config};
+use output::{EXIT_FAILED, EXIT_NO_DAEMON, EXIT_OK};
 
 /// Runs the command of the command line and returns its exit code.
 pub(crate) fn execute(cli: Cli) -> ExitCode {
@@ -75,18 +77,24 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             | PolicyCommand::Suggest(_),
         )
         | Command::Explain(_)
+        | Command::Init(_)
+        | Command::Doctor { .. }
+        | Command::Uninstall(_)
         | Command::Observe(_) => None,
         _ => Some(socket(cli)?),
     };
     let socket = || asked.clone().map_or_else(|| socket(cli), Ok);
     match &cli.command {
-        Command::Run { check_config: true } => check_config(&cli.config),
+        Command::Run { check_config: true } => service::check_config(&cli.config),
         Command::Run { check_config: false } => service::run(&cli.config),
         Command::Status { wait, output } => service::status(&cli.config, &socket()?, *wait, output.output),
         Command::Completion { shell } => manual::completion(*shell),
         Command::Manual { dir, date } => manual::write(dir, date),
         Command::Reload => service::reload(&cli.config, &socket()?),
         Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
+        Command::Init(args) => init::run(&cli.config, args),
+        Command::Doctor { output } => doctor::run(&cli.config, cli.socket.as_deref(), output.output),
+        Command::Uninstall(args) => uninstall::run(&cli.config, cli.socket.as_deref(), args),
         Command::Policy(command) => match command {
             PolicyCommand::Validate { paths, quiet } => {
                 policy::validate(paths, *quiet, cli.names_config().then_some(&*cli.config))
@@ -205,7 +213,7 @@ fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     let text = match fs::read_to_string(&cli.config) {
         Ok(text) => text,
         // Without a configuration both daemon and command use the default socket.
-        Err(_) if cli.config == Path::new(config::DEFAULT_PATH) => String::new(),
+        Err(_) if cli.config == Path::new(DEFAULT_PATH) => String::new(),
         Err(error) => bail!(
             "{}: {error}; --config names the daemon to ask",
             cli.config.display()
@@ -213,30 +221,5 @@ fn socket(cli: &Cli) -> anyhow::Result<PathBuf> {
     };
     // Only the socket's path is read, so that a file that is broken now does not prevent commands to the running
     // daemon.
-    Ok(Config::node_path(&text, "socket").unwrap_or_else(|| config::DEFAULT_SOCKET.into()))
-}
-
-fn check_config(path: &Path) -> anyhow::Result<u8> {
-    let Some(config) = load_config(path) else {
-        return Ok(EXIT_NO);
-    };
-    let (refused, warnings) = daemon::check_dirs(&config);
-    for warning in warnings {
-        eprintln!("{}: warning: {warning}", path.display());
-    }
-    if !refused.is_empty() {
-        for problem in refused {
-            eprintln!("{}: {problem}", path.display());
-        }
-        return Ok(EXIT_NO);
-    }
-    writeln!(
-        io::stdout(),
-        "{}: valid: {}, {}, {}",
-        path.display(),
-        count(config.interfaces.len(), "interface", "interfaces"),
-        count(config.endpoints.len(), "endpoint", "endpoints"),
-        count(config.peers.len(), "peer", "peers")
-    )?;
-    Ok(EXIT_OK)
+    Ok(Config::node_path(&text, "socket").unwrap_or_else(|| DEFAULT_SOCKET.into()))
 }

@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail};
 use palisade_inspect::Inspectors;
 use palisade_model::{
     diagnostic::{Diagnostic, Severity},
-    rule::{Location, Policy},
+    rule::{L7, Location, Policy, Ports},
 };
 use palisade_policy::{
     cases::{self, Report},
@@ -32,6 +32,75 @@ use crate::{
     daemon::{self, policy_file_names},
 };
 
+/// What is wrong with policy files.
+#[derive(Debug)]
+pub(super) struct Diagnosis {
+    /// Number of files.
+    pub files: usize,
+    /// Number of policies.
+    pub policies: usize,
+    /// Number of CIDR groups.
+    pub groups: usize,
+    /// Errors, warnings and notes.
+    pub diagnostics: Vec<Diagnostic>,
+    /// Remarks about the paths.
+    pub notes: Vec<String>,
+    /// Paths that cannot be read.
+    pub problems: Vec<String>,
+    /// Whether a rule needs inspection.
+    pub inspects: bool,
+}
+
+/// Returns what is wrong with the policy files at these paths. With a configuration the policies are also compiled for its
+/// endpoints and peers.
+pub(super) fn diagnose(paths: &[PathBuf], config: Option<&Config>) -> anyhow::Result<Diagnosis> {
+    let sources = read(paths);
+    let mut diagnosis = Diagnosis {
+        files: sources.files.len(),
+        policies: 0,
+        groups: 0,
+        diagnostics: Vec::new(),
+        notes: sources.notes,
+        problems: sources.problems,
+        inspects: false,
+    };
+    for (_, parsed) in &sources.files {
+        diagnosis.policies += parsed.policies.len();
+        diagnosis.groups += parsed.cidr_groups.len();
+        diagnosis.diagnostics.extend(parsed.diagnostics.iter().cloned());
+    }
+    let contents = contents(&sources.files);
+    let all: Vec<Policy> = contents
+        .iter()
+        .flat_map(|(_, content)| content.policies.iter().cloned())
+        .collect();
+    diagnosis.inspects = all.iter().any(needs_inspection);
+    let mut together = conflicts(&all);
+    let doubles = doubles(&contents);
+    let compiles = together.is_empty() && doubles.is_empty();
+    together.extend(doubles);
+    if let Some(config) = config {
+        if compiles {
+            let offers = contents
+                .into_iter()
+                .map(|(path, content)| (path.display().to_string(), Some(content)));
+            together.extend(daemon::remarks_offline(config, offers.collect())?);
+        }
+        together.extend(secrets(config, &all));
+    }
+    diagnosis.diagnostics.extend(together);
+    Ok(diagnosis)
+}
+
+/// Returns whether a rule of the policy has application rules.
+fn needs_inspection(policy: &Policy) -> bool {
+    let rules = policy.specs.iter().flat_map(|spec| spec.all_rules());
+    rules.into_iter().any(|rule| match &rule.ports {
+        Ports::OneOf(entries) => entries.iter().any(|entry| entry.l7 != L7::default()),
+        Ports::Any => false,
+    })
+}
+
 /// Runs `palisade policy validate`. With a configuration the policies are also compiled for its endpoints and peers.
 pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) -> anyhow::Result<u8> {
     let config = match config.map(load_config) {
@@ -39,65 +108,34 @@ pub(super) fn validate(paths: &[PathBuf], quiet: bool, config: Option<&Path>) ->
         Some(config) => config,
         None => None,
     };
-    let sources = read(paths);
+    let found = diagnose(paths, config.as_ref())?;
     let mut out = io::stdout().lock();
-    let mut counts: BTreeMap<Severity, usize> = BTreeMap::new();
-    let (mut policies, mut groups) = (0, 0);
-    let mut say = |diagnostic: &Diagnostic, out: &mut io::StdoutLock<'_>| -> io::Result<()> {
-        *counts.entry(diagnostic.severity).or_default() += 1;
+    let count = |severity| {
+        let all = found.diagnostics.iter();
+        all.filter(|diagnostic| diagnostic.severity == severity).count()
+    };
+    for diagnostic in &found.diagnostics {
         if !quiet || diagnostic.severity == Severity::Error {
             writeln!(out, "{diagnostic}")?;
         }
-        Ok(())
-    };
-    for (_, parsed) in &sources.files {
-        policies += parsed.policies.len();
-        groups += parsed.cidr_groups.len();
-        for diagnostic in &parsed.diagnostics {
-            say(diagnostic, &mut out)?;
-        }
     }
-    let contents = contents(&sources.files);
-    let all: Vec<Policy> = contents
-        .iter()
-        .flat_map(|(_, content)| content.policies.iter().cloned())
-        .collect();
-    let mut together = conflicts(&all);
-    let doubles = doubles(&contents);
-    let compiles = together.is_empty() && doubles.is_empty();
-    together.extend(doubles);
-    if let Some(config) = &config
-        && compiles
-    {
-        let offers = contents
-            .into_iter()
-            .map(|(path, content)| (path.display().to_string(), Some(content)));
-        together.extend(daemon::remarks_offline(config, offers.collect())?);
-    }
-    if let Some(config) = &config {
-        together.extend(secrets(config, &all));
-    }
-    for diagnostic in &together {
-        say(diagnostic, &mut out)?;
-    }
-    let count = |severity| counts.get(&severity).copied().unwrap_or(0);
     let errors = count(Severity::Error);
     if !quiet {
-        for note in &sources.notes {
+        for note in &found.notes {
             writeln!(out, "{note}")?;
         }
         writeln!(
             out,
             "{}, {}, {}: {}, {}",
-            plural(sources.files.len(), "file"),
-            plural(policies, "policy"),
-            plural(groups, "CIDR group"),
+            plural(found.files, "file"),
+            plural(found.policies, "policy"),
+            plural(found.groups, "CIDR group"),
             plural(errors, "error"),
             plural(count(Severity::Warning), "warning"),
         )?;
     }
-    if !sources.problems.is_empty() {
-        bail!("{}", sources.problems.join("\n"));
+    if !found.problems.is_empty() {
+        bail!("{}", found.problems.join("\n"));
     }
     Ok(if errors == 0 { EXIT_OK } else { EXIT_NO })
 }

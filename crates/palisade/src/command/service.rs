@@ -27,7 +27,9 @@ use crate::{
         },
         client::{Client, ClientError, ask, ask_within},
     },
-    daemon, log,
+    daemon,
+    installation::Installation,
+    log,
     table::Table,
     text::count,
 };
@@ -53,6 +55,32 @@ pub(super) fn run(path: &Path) -> anyhow::Result<u8> {
         return Ok(EXIT_NO);
     };
     daemon::run(config, replaced)?;
+    Ok(EXIT_OK)
+}
+
+/// Runs `palisade run --check-config`.
+pub(super) fn check_config(path: &Path) -> anyhow::Result<u8> {
+    let Some(config) = load_config(path) else {
+        return Ok(EXIT_NO);
+    };
+    let (refused, warnings) = daemon::check_dirs(&config);
+    for warning in warnings {
+        eprintln!("{}: warning: {warning}", path.display());
+    }
+    if !refused.is_empty() {
+        for problem in refused {
+            eprintln!("{}: {problem}", path.display());
+        }
+        return Ok(EXIT_NO);
+    }
+    writeln!(
+        io::stdout(),
+        "{}: valid: {}, {}, {}",
+        path.display(),
+        count(config.interfaces.len(), "interface", "interfaces"),
+        count(config.endpoints.len(), "endpoint", "endpoints"),
+        count(config.peers.len(), "peer", "peers")
+    )?;
     Ok(EXIT_OK)
 }
 
@@ -206,17 +234,18 @@ pub(super) fn stop(config: &Path, socket: &Path, detach: bool) -> anyhow::Result
         }
         Err(error @ ClientError::NotRunning { .. }) if !detach => Err(error.into()),
         Err(ClientError::NotRunning { .. }) => {
-            let Some(config) = load_config(config) else {
-                return Ok(EXIT_NO);
-            };
-            detach_without_daemon(&config)
+            let installation = Installation::find(config);
+            if let Some(note) = &installation.note {
+                eprintln!("palisade: note: {note}");
+            }
+            detach_without_daemon(&installation)
         }
         Err(error) => Err(error.into()),
     }
 }
 
 /// Waits for the removal of the socket, which is the last action of the daemon.
-fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
+pub(super) fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     let until = Instant::now() + STOP_DEADLINE;
     while socket.exists() {
         if Instant::now() >= until {
@@ -228,11 +257,11 @@ fn daemon_ended(socket: &Path) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-fn detach_without_daemon(config: &crate::config::Config) -> anyhow::Result<u8> {
+fn detach_without_daemon(installation: &Installation) -> anyhow::Result<u8> {
     // The directories are locked until this function returns, so that no daemon can start meanwhile.
-    let _dirs = daemon::take_for_detaching(&config.node)?;
-    let pins = &config.node.pin_dir;
-    let table = daemon::NetfilterTable::new(config)
+    let _dirs = daemon::take_for_detaching(&installation.node)?;
+    let pins = &installation.node.pin_dir;
+    let table = daemon::NetfilterTable::of(&installation.interface, pins)
         .remove()
         .context("the nftables table");
     if !pins.exists() {

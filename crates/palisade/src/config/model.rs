@@ -30,6 +30,9 @@ pub(crate) const DEFAULT_STATE_DIR: &str = "/var/lib/palisade";
 /// Path of the control socket.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/palisade/palisade.sock";
 
+/// Default prefix of the names of punt link and proxy links, and default name of the nftables table.
+pub(crate) const DEFAULT_INTERFACE: &str = "palisade";
+
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Config {

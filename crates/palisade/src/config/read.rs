@@ -24,9 +24,9 @@ use super::{
     hubble::hubble,
     labels::{dns_name, namespace_labels, namespace_of, namespaces, own_labels, valid_name},
     model::{
-        Attachment, Config, DEFAULT_PIN_DIR, DEFAULT_SOCKET, DEFAULT_STATE_DIR, DenyAnswer, Dns, Endpoint,
-        Http, IngressHook, Interface, Kafka, Limits, NoSni, Node, OnFailure, Peer, Policy, TcHook, Timeouts,
-        Tls, WithoutPolicies, Worker, XdpMode,
+        Attachment, Config, DEFAULT_INTERFACE, DEFAULT_PIN_DIR, DEFAULT_SOCKET, DEFAULT_STATE_DIR,
+        DenyAnswer, Dns, Endpoint, Http, IngressHook, Interface, Kafka, Limits, NoSni, Node, OnFailure, Peer,
+        Policy, TcHook, Timeouts, Tls, WithoutPolicies, Worker, XdpMode,
     },
     reader::{At, Reader, Section},
 };
@@ -483,7 +483,7 @@ fn worker(section: Section<'_, '_>) -> Worker {
         mode: section.choice("mode", &modes).unwrap_or(Mode::Poll),
         on_failure: section.choice("on_failure", &failures).unwrap_or(OnFailure::Drop),
         frames: frames.and_then(|n| u32::try_from(n).ok()).unwrap_or(4_096),
-        interface: interface.unwrap_or_else(|| "palisade".to_owned()),
+        interface: interface.unwrap_or_else(|| DEFAULT_INTERFACE.to_owned()),
     };
     section.finish();
     worker

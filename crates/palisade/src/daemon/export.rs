@@ -26,6 +26,7 @@ use serde_json::json;
 use tracing::{error, info, warn};
 
 use self::file::RotatedFile;
+pub(crate) use self::file::backups;
 use crate::{config, control::api::ExportStatus, priority};
 
 /// Size of the buffered lines at which they are written, bytes.

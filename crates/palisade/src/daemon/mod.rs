@@ -59,9 +59,12 @@ mod workloads;
 
 use anyhow::bail;
 pub(crate) use explain::{explain_offline, explain_record};
+pub(crate) use export::backups as export_backups;
 pub(crate) use last_good::find as last_good_config;
+pub(crate) use nat::found as translations;
 pub(crate) use netfilter::Place as NetfilterTable;
 use network::Network;
+pub(crate) use network::dump as dump_routing;
 use palisade_model::{diagnostic::Diagnostic, inventory::Inventory};
 use palisade_policy::compile::{Compiler, FAILSAFE_FILE};
 use policies::Offers;

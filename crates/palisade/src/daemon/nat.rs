@@ -55,7 +55,7 @@ pub(super) fn legacy_tables() -> Vec<&'static str> {
 }
 
 /// Returns a text for each kind of rule that was found.
-pub(super) fn found() -> Vec<String> {
+pub(crate) fn found() -> Vec<String> {
     let mut found = Vec::new();
     let chains = nft_chains();
     if chains > 0 {

@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::AsFd as _,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -54,9 +55,22 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(config: &Config) -> Self {
+        Self::of(&config.worker.interface, &config.node.pin_dir)
+    }
+
+    /// Returns the place of the table of an installation. `name`: `[worker] interface`.
+    pub(crate) fn of(name: &str, pin_dir: &Path) -> Self {
         Self {
-            name: config.worker.interface.clone(),
-            owner: format!("palisade, pins in {}", config.node.pin_dir.display()),
+            name: name.to_owned(),
+            owner: format!("palisade, pins in {}", pin_dir.display()),
+        }
+    }
+
+    /// Returns family and name of each table that is present; none on a kernel without nf_tables.
+    pub(crate) fn present(&self) -> Result<Vec<String>, NetfilterError> {
+        match self.open().and_then(|mut table| table.present()) {
+            Err(error) if error.is_unsupported() => Ok(Vec::new()),
+            other => other,
         }
     }
 

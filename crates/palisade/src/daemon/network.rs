@@ -221,7 +221,11 @@ pub(super) fn read_all(
     Err(io::Error::other("the interfaces change without end"))
 }
 
-fn dump(request: RouteNetlinkMessage, each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
+/// Sends a dump request of rtnetlink and passes each message of the answer to `each`.
+///
+/// # Errors
+/// [`io::ErrorKind::Interrupted`] if a change has interrupted the dump; other errors of the socket and the kernel.
+pub(crate) fn dump(request: RouteNetlinkMessage, each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
     // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router can have a
     // million routes in other tables.
     let is_strict = matches!(request, RouteNetlinkMessage::GetRoute(_));

@@ -295,7 +295,7 @@ fn backup_name(path: &Path, time: jiff::Timestamp) -> String {
 }
 
 /// Returns the paths of the backups of a file.
-fn backups(path: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn backups(path: &Path) -> io::Result<Vec<PathBuf>> {
     let (before, after) = backup_parts(path);
     let mut found = Vec::new();
     for entry in fs::read_dir(path.parent().unwrap_or(Path::new("/")))? {
