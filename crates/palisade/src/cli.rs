@@ -132,6 +132,9 @@ changed options that need a restart."
     /// Remove everything of Palisade from this node: programs, pins, tables, links, state, sockets, logs.
     #[command(after_help = UNINSTALL_HELP)]
     Uninstall(UninstallArgs),
+    /// The configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Policies: check, test, explain, list.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -489,11 +492,37 @@ pub(crate) struct PacketArgs {
     pub port: Option<String>,
 }
 
+/// `palisade config`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Show the value of every option: that of the file, or its default. Needs no daemon.
+    #[command(after_help = "Examples:
+  palisade config view | grep timeouts
+  palisade config view -o json
+
+`palisade status` reports options of the file that the running daemon uses only after a restart.")]
+    View {
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
 /// `palisade endpoint`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum EndpointCommand {
     /// List the endpoints.
+    #[command(after_help = "Examples:
+  palisade endpoint list
+  palisade endpoint list -l app=web,tier!=test
+  palisade endpoint list -o json | jq '.[] | select(.identity == 1) | .id'")]
     List {
+        /// Only endpoints whose labels meet all requirements: key, !key, key=value, key!=value. A key without a source is
+        /// that of any source.
+        #[arg(short = 'l', long, value_name = "LABELS", value_delimiter = ',')]
+        labels: Vec<String>,
+        /// Leave out the line with the names of the columns.
+        #[arg(long)]
+        no_headers: bool,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -648,10 +677,17 @@ pub(crate) enum BpfCommand {
 /// `palisade bpf policy`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BpfPolicyCommand {
-    /// Show the table of an endpoint.
+    /// Show the table of an endpoint, or of all. A rule has one counter for all its entries, shown in its first row.
     Get {
         /// Number, name or address.
-        endpoint: String,
+        #[arg(required_unless_present = "all")]
+        endpoint: Option<String>,
+        /// The tables of all endpoints.
+        #[arg(long, conflicts_with = "endpoint")]
+        all: bool,
+        /// Leave out the labels of identities.
+        #[arg(short, long)]
+        numeric: bool,
         #[command(flatten)]
         output: OutputArgs,
     },

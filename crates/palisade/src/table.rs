@@ -5,6 +5,7 @@
 pub(crate) struct Table {
     header: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    no_header: bool,
 }
 
 impl Table {
@@ -12,7 +13,14 @@ impl Table {
         Self {
             header: header.to_vec(),
             rows: Vec::new(),
+            no_header: false,
         }
+    }
+
+    /// Returns the table without its header, if `hide` is set.
+    pub(crate) fn hide_header(mut self, hide: bool) -> Self {
+        self.no_header = hide;
+        self
     }
 
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
@@ -27,7 +35,8 @@ impl Table {
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let header: Vec<String> = self.header.iter().map(ToString::to_string).collect();
-        let rows: Vec<&Vec<String>> = std::iter::once(&header).chain(&self.rows).collect();
+        let header = (!self.no_header).then_some(&header);
+        let rows: Vec<&Vec<String>> = header.into_iter().chain(&self.rows).collect();
         let width = |column: usize| {
             let cells = rows.iter().filter_map(|row| row.get(column));
             cells
@@ -67,6 +76,10 @@ mod tests {
              7     k8s:app=a  ready\n\
              \x20     k8s:b\n\
              1234             ready\n"
+        );
+        assert_eq!(
+            table.hide_header(true).to_string(),
+            "7     k8s:app=a  ready\n\x20     k8s:b\n1234             ready\n"
         );
     }
 }

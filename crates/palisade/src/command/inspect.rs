@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::bail;
+use serde::Serialize;
 
 use super::output::{EXIT_OK, show};
 use crate::{
@@ -165,11 +166,40 @@ pub(super) fn clean_names(
     Ok(EXIT_OK)
 }
 
-pub(super) fn endpoints(socket: &Path, output: Output) -> anyhow::Result<u8> {
-    let answer: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
+/// Runs `palisade endpoint list`. `labels`: requirements that the labels of a listed endpoint meet.
+pub(super) fn endpoints(
+    socket: &Path,
+    labels: &[String],
+    no_headers: bool,
+    output: Output,
+) -> anyhow::Result<u8> {
+    let mut answer: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
+    answer.retain(|endpoint| labels.iter().all(|wanted| meets(&endpoint.labels, wanted)));
     show(&answer, output, |endpoints, out| {
-        write!(out, "{}", endpoint_table(endpoints))
+        write!(out, "{}", endpoint_table(endpoints).hide_header(no_headers))
     })
+}
+
+/// Returns whether labels (`source:key=value`) meet a requirement in the syntax of `kubectl -l`: `key`, `!key`,
+/// `key=value`, `key==value` or `key!=value`. A key without a source is that of any source.
+fn meets(labels: &[String], wanted: &str) -> bool {
+    let has = |key: &str, value: Option<&str>| {
+        labels.iter().any(|label| {
+            let (name, content) = label.split_once('=').unwrap_or((label, ""));
+            let bare = name.split_once(':').map_or(name, |(_, bare)| bare);
+            (name == key || bare == key) && value.is_none_or(|value| value == content)
+        })
+    };
+    if let Some(key) = wanted.strip_prefix('!') {
+        return !has(key, None);
+    }
+    if let Some((key, value)) = wanted.split_once("!=") {
+        return !has(key, Some(value));
+    }
+    match wanted.split_once("==").or_else(|| wanted.split_once('=')) {
+        Some((key, value)) => has(key, Some(value)),
+        None => has(wanted, None),
+    }
 }
 
 /// Returns the table of `endpoint list` and `status`.
@@ -197,7 +227,7 @@ pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
             endpoint.egress_enforcement.clone(),
             endpoint.identity.to_string(),
             endpoint.labels.join("\n"),
-            lines(&v6),
+            lines(&without_link_local(&v6)),
             lines(&v4),
             endpoint.state.clone(),
             endpoint.name.clone(),
@@ -205,6 +235,21 @@ pub(super) fn endpoint_table(endpoints: &[Endpoint]) -> Table {
         ]);
     }
     table
+}
+
+/// Returns addresses without the link-local ones, of which the node has one at each interface; all if there are no
+/// others. `endpoint get` and JSON have all of them.
+fn without_link_local<'a>(addresses: &[&'a String]) -> Vec<&'a String> {
+    let others: Vec<&String> = addresses
+        .iter()
+        .copied()
+        .filter(|address| !address.starts_with("fe80:"))
+        .collect();
+    if others.is_empty() {
+        addresses.iter().copied().take(1).collect()
+    } else {
+        others
+    }
 }
 
 pub(super) fn endpoint(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
@@ -323,19 +368,60 @@ fn identity_table(rows: &[IdentityRow]) -> Table {
     table
 }
 
-pub(super) fn policy_table(socket: &Path, endpoint: &str, output: Output) -> anyhow::Result<u8> {
-    let request = Request::BpfPolicyGet {
-        endpoint: endpoint.to_owned(),
+/// Runs `palisade bpf policy get`. `endpoint`: `None` for the tables of all endpoints. `numeric`: identities in place of
+/// labels.
+pub(super) fn policy_table(
+    socket: &Path,
+    endpoint: Option<&str>,
+    numeric: bool,
+    output: Output,
+) -> anyhow::Result<u8> {
+    let table = |endpoint: &str| -> anyhow::Result<Vec<PolicyRow>> {
+        let request = Request::BpfPolicyGet {
+            endpoint: endpoint.to_owned(),
+        };
+        Ok(ask(socket, &request)?)
     };
-    let answer: Vec<PolicyRow> = ask(socket, &request)?;
-    show(&answer, output, |rows, out| write!(out, "{}", policy_rows(rows)))
+    if let Some(endpoint) = endpoint {
+        return show(&table(endpoint)?, output, |rows, out| {
+            write!(out, "{}", policy_rows(rows, numeric))
+        });
+    }
+    let endpoints: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
+    let mut answer = Vec::new();
+    for endpoint in endpoints {
+        answer.push(EndpointTable {
+            endpoint: endpoint.id,
+            entries: table(&endpoint.id.to_string())?,
+            name: endpoint.name,
+        });
+    }
+    show(&answer, output, |tables, out| {
+        for (place, table) in tables.iter().enumerate() {
+            let before = if place == 0 { "" } else { "\n" };
+            writeln!(out, "{before}Endpoint {} ({}):", table.endpoint, table.name)?;
+            write!(out, "{}", policy_rows(&table.entries, numeric))?;
+        }
+        Ok(())
+    })
 }
 
-fn policy_rows(rows: &[PolicyRow]) -> Table {
-    let mut table = Table::new(&[
-        "POLICY",
-        "DIRECTION",
-        "LABELS (source:key[=value])",
+/// Policy table of an endpoint, for `bpf policy get --all -o json`.
+#[derive(Debug, Serialize)]
+struct EndpointTable {
+    /// Number of the endpoint.
+    endpoint: u16,
+    /// Name of the endpoint.
+    name: String,
+    /// Entries of the table.
+    entries: Vec<PolicyRow>,
+}
+
+fn policy_rows(rows: &[PolicyRow], numeric: bool) -> Table {
+    let labels = (!numeric).then_some("LABELS (source:key[=value])");
+    let mut header = vec!["POLICY", "DIRECTION", "IDENTITY"];
+    header.extend(labels);
+    header.extend([
         "PORT/PROTO",
         "PROXY PORT",
         "AUTH TYPE",
@@ -343,16 +429,20 @@ fn policy_rows(rows: &[PolicyRow]) -> Table {
         "RULE PACKETS",
         "DECIDED BY",
     ]);
+    let mut table = Table::new(&header);
     // A rule has one counter for all its entries. The counter is shown only in the first row of the rule.
     let mut counted = BTreeSet::new();
     for row in rows {
         let first = counted.insert(row.rule);
         let count = |number: u64| if first { number.to_string() } else { String::new() };
         let audit = if row.audit { " (Audit)" } else { "" };
-        table.row([
+        let mut cells = vec![
             format!("{}{audit}", row.policy),
             row.direction.clone(),
-            row.labels.join("\n"),
+            row.identity.to_string(),
+        ];
+        cells.extend(labels.map(|_| row.labels.join("\n")));
+        cells.extend([
             row.ports.join("\n"),
             row.inspector.clone().unwrap_or_else(|| "NONE".to_owned()),
             if row.auth { "required" } else { "disabled" }.to_owned(),
@@ -360,6 +450,7 @@ fn policy_rows(rows: &[PolicyRow]) -> Table {
             count(row.packets),
             row.decided_by.clone(),
         ]);
+        table.row(cells);
     }
     table
 }
@@ -462,7 +553,7 @@ mod tests {
             ..PolicyRow::default()
         };
         let rows = [row(7, "80/TCP", 12), row(7, "443/TCP", 12), row(8, "53/UDP", 3)];
-        let text = policy_rows(&rows).to_string();
+        let text = policy_rows(&rows, true).to_string();
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].contains("RULE BYTES  RULE PACKETS"), "{text}");
         let numbers = |line: &str| -> Vec<u64> {
@@ -470,8 +561,39 @@ mod tests {
                 .filter_map(|word| word.parse().ok())
                 .collect()
         };
-        assert_eq!(numbers(lines[1]), [1200, 12, 7]);
-        assert_eq!(numbers(lines[2]), [7], "{text}");
-        assert_eq!(numbers(lines[3]), [300, 3, 8]);
+        // The first number is the identity.
+        assert_eq!(numbers(lines[1]), [0, 1200, 12, 7]);
+        assert_eq!(numbers(lines[2]), [0, 7], "{text}");
+        assert_eq!(numbers(lines[3]), [0, 300, 3, 8]);
+        assert!(!text.contains("ANY") && policy_rows(&rows, false).to_string().contains("ANY"));
+    }
+
+    #[test]
+    fn labels_meet_requirements_with_and_without_a_source() {
+        let labels = ["k8s:app=web", "reserved:host", "k8s:tier="].map(str::to_owned);
+        for wanted in [
+            "app",
+            "app=web",
+            "k8s:app==web",
+            "app!=db",
+            "!role",
+            "host",
+            "tier=",
+            "role!=x",
+        ] {
+            assert!(meets(&labels, wanted), "{wanted}");
+        }
+        for wanted in ["ap", "app=we", "app!=web", "!app", "any:app", "k8s:host", "!host"] {
+            assert!(!meets(&labels, wanted), "{wanted}");
+        }
+    }
+
+    #[test]
+    fn a_list_of_addresses_leaves_out_link_local_ones() {
+        let addresses = ["fe80::1", "2001:db8::1", "fe80::2"].map(str::to_owned);
+        let all: Vec<&String> = addresses.iter().collect();
+        assert_eq!(without_link_local(&all), ["2001:db8::1"]);
+        assert_eq!(without_link_local(&[&addresses[0], &addresses[2]]), ["fe80::1"]);
+        assert_eq!(without_link_local(&[]), [""; 0]);
     }
 }

@@ -1,6 +1,7 @@
 //! Dispatch of the commands.
 
 mod capture;
+mod config;
 mod doctor;
 mod explain;
 mod flows;
@@ -31,8 +32,8 @@ use anyhow::bail;
 
 use crate::{
     cli::{
-        BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, EndpointCommand,
-        FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, PolicyCommand,
+        BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, ConfigCommand,
+        EndpointCommand, FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, PolicyCommand,
     },
     config::{Config, DEFAULT_PATH, DEFAULT_SOCKET},
     control::client::ClientError,
@@ -77,6 +78,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             | PolicyCommand::Suggest(_),
         )
         | Command::Explain(_)
+        | Command::Config(_)
         | Command::Init(_)
         | Command::Doctor { .. }
         | Command::Uninstall(_)
@@ -92,6 +94,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Manual { dir, date } => manual::write(dir, date),
         Command::Reload => service::reload(&cli.config, &socket()?),
         Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
+        Command::Config(ConfigCommand::View { output }) => config::view(&cli.config, output.output),
         Command::Init(args) => init::run(&cli.config, args),
         Command::Doctor { output } => doctor::run(&cli.config, cli.socket.as_deref(), output.output),
         Command::Uninstall(args) => uninstall::run(&cli.config, cli.socket.as_deref(), args),
@@ -139,7 +142,11 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             PolicyCommand::Selectors { output } => inspect::selectors(&socket()?, output.output),
         },
         Command::Endpoint(command) => match command {
-            EndpointCommand::List { output } => inspect::endpoints(&socket()?, output.output),
+            EndpointCommand::List {
+                labels,
+                no_headers,
+                output,
+            } => inspect::endpoints(&socket()?, labels, *no_headers, output.output),
             EndpointCommand::Get { endpoint, output } => {
                 inspect::endpoint(&socket()?, endpoint, output.output)
             }
@@ -181,9 +188,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             } => intercept::check(&socket()?, server, from, *address, output.output),
         },
         Command::Bpf(command) => match command {
-            BpfCommand::Policy(BpfPolicyCommand::Get { endpoint, output }) => {
-                inspect::policy_table(&socket()?, endpoint, output.output)
-            }
+            BpfCommand::Policy(BpfPolicyCommand::Get {
+                endpoint,
+                all: _,
+                numeric,
+                output,
+            }) => inspect::policy_table(&socket()?, endpoint.as_deref(), *numeric, output.output),
             BpfCommand::Ct(BpfCtCommand::List { output, .. }) => {
                 inspect::connections(&socket()?, output.output)
             }

@@ -41,7 +41,8 @@ pub(super) fn show<T: Serialize>(
     let mut out = io::stdout().lock();
     match output {
         Output::Json => {
-            serde_json::to_writer_pretty(&mut out, answer)?;
+            // An error of the writer is returned as such, so that a closed pipe is recognised.
+            serde_json::to_writer_pretty(&mut out, answer).map_err(io::Error::from)?;
             writeln!(out)?;
         }
         Output::Table => table(answer, &mut out)?,

@@ -180,6 +180,11 @@ pub(super) fn test(paths: &[PathBuf]) -> anyhow::Result<u8> {
 
 /// Returns the packet that the command line describes.
 pub(super) fn trace_request(from: &str, to: Option<&str>, args: &PacketArgs) -> anyhow::Result<TraceRequest> {
+    for end in [Some(from), to].into_iter().flatten() {
+        if matches!(end, "world" | "reserved:world") {
+            bail!("world is the identity of two families: write world-ipv4 or world-ipv6, or an address");
+        }
+    }
     let usual = match (&args.dns, &args.http, &args.sni, &args.kafka) {
         _ if args.protocol.is_some() => None,
         (Some(_), ..) => Some("53/udp"),

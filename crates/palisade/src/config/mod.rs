@@ -11,6 +11,7 @@ mod model;
 mod read;
 mod reader;
 mod suggest;
+mod view;
 
 use std::{
     fs,
@@ -27,6 +28,7 @@ use read::read;
 pub(crate) use reader::ConfigError;
 use reader::Reader;
 use toml::de::DeTable;
+pub(crate) use view::settings;
 
 impl Config {
     /// Reads and validates a file.

@@ -521,7 +521,10 @@ fn interface(section: Section<'_, '_>, taken: &mut Taken) -> Option<Interface> {
                 role.offset,
                 "the interface of a workload is named by its [[endpoint]]: interface = \"...\"",
             ),
-            other => section.error_at(role.offset, format!("role '{other}' is not known; it is host")),
+            other => section.error_at(
+                role.offset,
+                format!("role '{other}' is not known; write role = \"host\""),
+            ),
         }
     }
     let attachment = attachment(&section);
@@ -560,6 +563,13 @@ fn interface_name(section: &Section<'_, '_>, key: &'static str, example: &str) -
         section.error_at(
             at.offset,
             format!("'{name}' cannot be the name of an interface (at most 15 bytes, no '/', ':' or space)"),
+        );
+        return None;
+    }
+    if name == "lo" {
+        section.error_at(
+            at.offset,
+            "the loopback cannot be guarded: programs of the node reach each other by it, and policy would cut 127.0.0.1",
         );
         return None;
     }
