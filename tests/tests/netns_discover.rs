@@ -16,7 +16,7 @@ use palisade_testbed::{
     topology::{INNER, INTERNET_V4, INTERNET_V6},
     web::curl,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Clients may reach the server's web port and its echo port, nobody else; workloads called late may do nothing.
 const POLICIES: &str = r#"
@@ -437,4 +437,152 @@ fn no_packet_passes_between_the_appearance_of_an_interface_and_the_labels() {
             "{reason}: {status}"
         );
     }
+}
+
+/// A container of the fake engine in the network namespace of a workload.
+fn container(n: u8, name: &str, workload: &Workload, labels: &Value, running: bool) -> (String, Value) {
+    let id = format!("{n:064x}");
+    let description = json!({
+        "Id": id, "Name": format!("/{name}"), "Image": "sha256:aa",
+        "State": {"Running": running, "Pid": 0},
+        "Config": {"Image": "web:1", "Labels": labels},
+        "HostConfig": {"NetworkMode": "bridge"},
+        "NetworkSettings": {
+            "SandboxKey": format!("/run/netns/{}", workload.ns.name()),
+            "Networks": {"bridge": {"IPAddress": workload.v4.to_string(), "GlobalIPv6Address": workload.v6.to_string()}}
+        }
+    });
+    (id, description)
+}
+
+/// Replaces the state of the fake engine.
+fn engine_has(dir: &std::path::Path, mode: &str, containers: &[(String, Value)]) {
+    let containers: serde_json::Map<String, Value> = containers.iter().cloned().collect();
+    let state = json!({
+        "mode": mode,
+        "containers": containers,
+        // Whoever makes an image can set any label in it.
+        "images": {"sha256:aa": {"Config": {"Labels": {"app": "client"}}}}
+    });
+    let new = dir.join("state.new");
+    std::fs::write(&new, state.to_string()).expect("state");
+    std::fs::rename(new, dir.join("state")).expect("state");
+}
+
+fn engine(topology: &Topology) -> Program {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_docker.py");
+    let path = |name: &str| topology.dir().join(name).display().to_string();
+    Program::start(
+        &topology.internet,
+        "python3",
+        &[script, &path("docker.sock"), &path("state")],
+        None,
+    )
+    .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+#[test]
+fn containers_are_found_with_the_labels_of_their_engine_whatever_the_engine_does() {
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let (server, client, other) = (
+        Workload::new("server", 1),
+        Workload::new("client", 2),
+        Workload::new("other", 3),
+    );
+    server.plug(&topology, "veth-a");
+    client.plug(&topology, "veth-b");
+    other.plug(&topology, "veth-c");
+    let settings = Settings {
+        tables: format!(
+            "[[discover]]\nkind = \"docker\"\nsocket = {:?}\ncontainer_labels = [\"app\"]\nlabels = {{ image = \"{{image}}\" }}\n",
+            topology.dir().join("docker.sock")
+        ),
+        ..Settings::default()
+    };
+    let all = [
+        container(
+            1,
+            "server",
+            &server,
+            &json!({"app": "server", "note": "any, text"}),
+            true,
+        ),
+        container(2, "client", &client, &json!({"app": "client2"}), true),
+        // The label comes from the image.
+        container(3, "other", &other, &json!({"app": "client"}), true),
+    ];
+    let policy = POLICIES.replace("app: client", "container:app: client2");
+    // The engine is not there yet: nothing passes.
+    let mut daemon = Daemon::start(&topology, &settings, &[("policies.yaml", &policy)])
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let _web = web(&server.ns);
+    for to in server.addresses() {
+        assert_eq!(status_of(&client.ns, to, CLOSED), 0);
+    }
+    let says = |daemon: &Daemon, text: &str| {
+        daemon
+            .wait_status(text, |status| {
+                let warnings = status["warnings"].as_array();
+                warnings.is_some_and(|all| all.iter().filter_map(Value::as_str).any(|w| w.contains(text)))
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    };
+    says(&daemon, "docker.sock does not answer since");
+
+    engine_has(topology.dir(), "ok", &all);
+    let running = engine(&topology);
+    let found = wait_found(&daemon, "server", &server);
+    assert_eq!(found["source"], "docker:000000000000", "{found}");
+    wait_found(&daemon, "client", &client);
+    let without = wait_found(&daemon, "other", &other);
+    let has = |endpoint: &Value, label: &str| {
+        endpoint["labels"]
+            .as_array()
+            .is_some_and(|labels| labels.contains(&label.into()))
+    };
+    assert!(
+        has(&found, "container:app=server") && has(&found, "k8s:image=web:1"),
+        "{found}"
+    );
+    assert!(!has(&without, "container:app=client"), "{without}");
+    let decide = |daemon: &Daemon| {
+        for to in server.addresses() {
+            assert_eq!(status_of(&client.ns, to, OPEN), 200, "{to}\n{}", daemon.report());
+            assert_eq!(status_of(&other.ns, to, CLOSED), 0, "{to}\n{}", daemon.report());
+        }
+    };
+    decide(&daemon);
+
+    // A stopped container is closed.
+    engine_has(topology.dir(), "ok", &all[..2]);
+    wait_gone(&daemon, "other");
+    engine_has(topology.dir(), "ok", &all);
+    wait_found(&daemon, "other", &other);
+
+    // An engine that is gone, also over a restart of the daemon, and one that answers nonsense: what was found stays.
+    drop(running);
+    says(&daemon, "docker.sock does not answer since");
+    decide(&daemon);
+    daemon.kill9().expect("kill");
+    decide(&daemon);
+    daemon.restart().unwrap_or_else(|error| panic!("{error:#}"));
+    let again = wait_found(&daemon, "server", &server);
+    assert_eq!(again["id"], found["id"]);
+    decide(&daemon);
+    for mode in ["garbage", "endless", "hang"] {
+        engine_has(topology.dir(), mode, &[]);
+        let running = engine(&topology);
+        thread::sleep(Duration::from_millis(500));
+        says(&daemon, "docker.sock does not answer since");
+        decide(&daemon);
+        drop(running);
+    }
+    let new = Workload::new("client", 4);
+    new.plug(&topology, "veth-d");
+    assert_eq!(status_of(&new.ns, server.v4.into(), CLOSED), 0);
+    // The engine comes back without one of the containers.
+    engine_has(topology.dir(), "ok", &all[..2]);
+    let _running = engine(&topology);
+    wait_gone(&daemon, "other");
+    decide(&daemon);
 }

@@ -9,6 +9,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cni;
+pub mod docker;
 mod find;
 mod interface_pattern;
 mod label;

@@ -12,6 +12,10 @@ use super::{
 
 /// Directory in which iproute2 mounts named network namespaces.
 const NETNS_DIR: &str = "/run/netns";
+/// Directory in which libcni keeps results.
+const CNI_DIR: &str = "/var/lib/cni/results";
+/// Socket of the Docker Engine.
+const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 
 /// `[[discover]]`: a source of workloads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +31,15 @@ pub(crate) struct Discover {
 pub(crate) enum Source {
     /// Named network namespaces: the files of this directory.
     Netns(PathBuf),
+    /// Results of CNI: the files of this directory.
+    Cni(PathBuf),
+    /// Containers of Docker, or of Podman.
+    Docker {
+        /// Socket of the API.
+        socket: PathBuf,
+        /// Whether labels that the image sets count.
+        image_labels: bool,
+    },
 }
 
 /// Returns the sections. `reserved` are interfaces that no pattern may match, with what they are.
@@ -46,31 +59,42 @@ fn discover(
     namespaces: &HashMap<String, Vec<Label>>,
     reserved: &[(String, String)],
 ) -> Option<Discover> {
-    #[derive(Clone, Copy)]
+    #[derive(Clone, Copy, PartialEq)]
     enum Kind {
         Netns,
+        Docker,
+        Cni,
     }
-    let given = section.required_string("kind", "\"netns\"").is_some();
-    let kind = given
-        .then(|| section.choice("kind", &[("netns", Kind::Netns)]))
-        .flatten();
+    let kinds = [
+        ("netns", Kind::Netns),
+        ("docker", Kind::Docker),
+        ("cni", Kind::Cni),
+    ];
+    let is_given = section
+        .required_string("kind", "\"netns\", \"docker\" or \"cni\"")
+        .is_some();
+    let kind = is_given.then(|| section.choice("kind", &kinds)).flatten();
+    let is_container = kind.is_some_and(|kind| kind != Kind::Netns);
     let names = section.list("names", "a list of patterns: [\"web-*\"]", Wildcard::parse);
-    if names.as_ref().is_none_or(Vec::is_empty) {
+    if names.as_ref().map_or(kind == Some(Kind::Netns), Vec::is_empty) {
         section.error("[[discover]] needs names = [\"web-*\"]: the network namespaces that are workloads");
     }
-    let names: Vec<Wildcard> = names.unwrap_or_default().into_iter().map(|at| at.value).collect();
+    let names: Vec<Wildcard> = match names {
+        Some(names) => names.into_iter().map(|at| at.value).collect(),
+        None => Wildcard::parse("*").into_iter().collect(),
+    };
     let stars = names.iter().map(Wildcard::stars).min().unwrap_or(0);
     let interfaces = interfaces(&section, reserved);
     let name = match section.string("name") {
-        None => Template::parse("{name}", stars, false).ok(),
-        Some(at) => Template::parse(&at.value, stars, false)
+        None => Template::parse("{name}", stars, is_container).ok(),
+        Some(at) => Template::parse(&at.value, stars, is_container)
             .map_err(|message| section.error_at(at.offset, format!("discover.name: {message}")))
             .ok(),
     };
     let namespace = namespace_of(&section).unwrap_or_else(|| "default".to_owned());
-    let labels = labels(&section, stars);
+    let labels = labels(&section, stars, is_container);
     let addresses = section.prefixes("addresses").unwrap_or_default();
-    if addresses.is_empty() {
+    if addresses.is_empty() && kind == Some(Kind::Netns) {
         // Root in a network namespace can give itself any address, and with it would take the identity of another one.
         section.error(
             "[[discover]] needs addresses = [\"10.0.1.0/24\"]: the prefixes from which its workloads have their addresses; \
@@ -78,9 +102,34 @@ fn discover(
         );
     }
     let dir = section.absolute_path("dir");
+    let socket = section.absolute_path("socket");
+    let image_labels = section.boolean("image_labels");
+    let container_labels = section.list(
+        "container_labels",
+        "a list of patterns of keys: [\"app\", \"com.example.*\"]",
+        Wildcard::parse,
+    );
+    let unused = [
+        ("dir", dir.is_some(), kind == Some(Kind::Docker)),
+        ("socket", socket.is_some(), kind != Some(Kind::Docker)),
+        ("image_labels", image_labels.is_some(), kind != Some(Kind::Docker)),
+        ("container_labels", container_labels.is_some(), !is_container),
+    ];
+    for (option, is_given, is_unused) in unused {
+        if kind.is_some() && is_given && is_unused {
+            section.error(format!(
+                "discover.{option} has no meaning for this kind: leave it out"
+            ));
+        }
+    }
     section.finish();
     let source = match kind? {
         Kind::Netns => Source::Netns(dir.unwrap_or_else(|| NETNS_DIR.into())),
+        Kind::Cni => Source::Cni(dir.unwrap_or_else(|| CNI_DIR.into())),
+        Kind::Docker => Source::Docker {
+            socket: socket.unwrap_or_else(|| DOCKER_SOCKET.into()),
+            image_labels: image_labels.unwrap_or(false),
+        },
     };
     Some(Discover {
         rule: Rule {
@@ -91,7 +140,11 @@ fn discover(
             namespace_labels: namespace_labels(&namespace, namespaces),
             namespace,
             labels,
-            container_labels: Vec::new(),
+            container_labels: container_labels
+                .unwrap_or_default()
+                .into_iter()
+                .map(|at| at.value)
+                .collect(),
             addresses: addresses.into_iter().map(|at| at.value).collect(),
         },
         source,
@@ -103,6 +156,18 @@ impl Source {
     pub(crate) const fn kind(&self) -> &'static str {
         match self {
             Self::Netns(_) => "netns",
+            Self::Cni(_) => "cni",
+            Self::Docker { .. } => "docker",
+        }
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Netns(place) | Self::Cni(place) | Self::Docker { socket: place, .. } => {
+                write!(f, "{} {}", self.kind(), place.display())
+            }
         }
     }
 }
@@ -135,7 +200,7 @@ fn interfaces(section: &Section<'_, '_>, reserved: &[(String, String)]) -> Vec<I
     list.into_iter().map(|at| at.value).collect()
 }
 
-fn labels(section: &Section<'_, '_>, stars: usize) -> Vec<LabelTemplate> {
+fn labels(section: &Section<'_, '_>, stars: usize, is_container: bool) -> Vec<LabelTemplate> {
     let mut list = Vec::new();
     for (name, value) in section.strings("labels") {
         let Some(label) = label(section, &name, &value) else {
@@ -151,7 +216,7 @@ fn labels(section: &Section<'_, '_>, stars: usize) -> Vec<LabelTemplate> {
         {
             section.error_at(value.offset, message);
         }
-        match Template::parse(&label.value, stars, false) {
+        match Template::parse(&label.value, stars, is_container) {
             Ok(template) => list.push(LabelTemplate {
                 source: label.source,
                 key: label.key,

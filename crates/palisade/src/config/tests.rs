@@ -678,3 +678,77 @@ fn ether_types_are_names_and_numbers_and_none_that_policies_decide_on() {
         "{many:?}"
     );
 }
+
+fn discover_errors(section: &str) -> String {
+    let text = format!("[[interface]]\nname = \"vethnic\"\n[[discover]]\n{section}");
+    let errors = Config::parse(Path::new("/p.toml"), &text)
+        .err()
+        .unwrap_or_default();
+    let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    lines.join("\n")
+}
+
+#[test]
+fn workloads_can_be_found_by_three_sources() {
+    let text = "[[discover]]\nkind = \"netns\"\nnames = [\"web-*\"]\naddresses = [\"10.0.0.0/8\"]\nlabels = { app = \"{1}\" }\n\
+                [[discover]]\nkind = \"docker\"\ncontainer_labels = [\"app\"]\nlabels = { image = \"{image}\" }\n\
+                [[discover]]\nkind = \"cni\"\ninterfaces = [\"cali*\", \"veth0\"]\n";
+    let config = Config::parse(Path::new("/p.toml"), text).unwrap();
+    let sources: Vec<String> = config
+        .discover
+        .iter()
+        .map(|section| section.source.to_string())
+        .collect();
+    assert_eq!(
+        sources,
+        [
+            "netns /run/netns",
+            "docker /var/run/docker.sock",
+            "cni /var/lib/cni/results"
+        ]
+    );
+    assert_eq!(config.discover[0].rule.interfaces[0].to_string(), "veth*");
+}
+
+#[test]
+fn options_of_found_workloads_are_checked_with_their_place() {
+    for (section, message) in [
+        ("", "needs kind"),
+        ("kind = \"x\"", "one of netns, docker, cni"),
+        (
+            "kind = \"netns\"\ninterfaces = [\"v*\"]",
+            "matches vethnic, an [[interface]]",
+        ),
+        (
+            "kind = \"docker\"",
+            "the default interfaces = [\"veth*\"] matches vethnic",
+        ),
+        (
+            "kind = \"docker\"\ninterfaces = [\"pal*\"]",
+            "a link of Palisade's own",
+        ),
+        ("kind = \"docker\"\ninterfaces = [\"*\"]", "/p.toml:5:15: "),
+        ("kind = \"docker\"\ninterfaces = [\"l*\"]", "loopback"),
+        (
+            "kind = \"netns\"\ninterfaces = [\"x*\"]\nnames = [\"a\"]",
+            "needs addresses",
+        ),
+        ("kind = \"netns\"\ninterfaces = [\"x*\"]", "needs names"),
+        (
+            "kind = \"netns\"\nsocket = \"/x\"",
+            "discover.socket has no meaning",
+        ),
+        ("kind = \"docker\"\nname = \"{x}\"", "{name}, {id}"),
+        (
+            "kind = \"docker\"\nlabels = { \"reserved:host\" = \"\" }",
+            "labels of source 'reserved'",
+        ),
+        (
+            "kind = \"docker\"\nlabels = { app = \"a,b\" }",
+            "value of a label",
+        ),
+    ] {
+        let errors = discover_errors(section);
+        assert!(errors.contains(message), "{section}: {errors}");
+    }
+}

@@ -5,11 +5,13 @@
 //! and the nftables table drops by the patterns of interface names ([`super::interfaces`]). So how fast a report arrives
 //! decides only when traffic begins.
 //!
-//! Depends on [`netns`] for the sources and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
+//! Depends on [`sources`] and [`docker`] for the sources, [`place`] and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
 //! part is in `workloads.rs`.
 
+mod docker;
 mod links;
-mod netns;
+mod place;
+mod sources;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,6 +32,9 @@ use nix::{
 };
 use palisade_discover::{Found, Outcome, Problem, Rule, Taken, Workload, find};
 use tracing::{info, warn};
+
+use docker::Engine;
+use place::Described;
 
 use super::{network::Network, state::State};
 use crate::config::{Config, Discover, DiscoverSource};
@@ -69,18 +74,52 @@ pub(super) struct Report {
 /// Sections and wake-up of the thread.
 #[derive(Debug)]
 struct Shared {
-    sections: Mutex<(u64, Arc<Vec<Discover>>)>,
-    wake: EventFd,
+    sections: Mutex<Sections>,
+    wake: Arc<EventFd>,
+}
+
+/// The `[[discover]]` sections.
+#[derive(Clone, Debug, Default)]
+struct Sections {
+    /// Number of the configuration.
+    generation: u64,
+    all: Arc<Vec<Discover>>,
+    /// The engine of each section that has one.
+    engines: Arc<Vec<Option<Arc<Engine>>>>,
 }
 
 impl Shared {
-    fn sections(&self) -> (u64, Arc<Vec<Discover>>) {
-        let sections = self.lock();
-        (sections.0, Arc::clone(&sections.1))
+    fn sections(&self) -> Sections {
+        self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, (u64, Arc<Vec<Discover>>)> {
+    fn lock(&self) -> MutexGuard<'_, Sections> {
         self.sections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the engines of these sections; those that run already are used again.
+    fn engines(&self, sections: &[Discover], limit: usize) -> io::Result<Vec<Option<Arc<Engine>>>> {
+        let running = self.sections().engines;
+        let engine = |section: &Discover| {
+            let DiscoverSource::Docker { socket, image_labels } = &section.source else {
+                return Ok(None);
+            };
+            let same = running
+                .iter()
+                .flatten()
+                .find(|engine| engine.is_for(socket, *image_labels, limit));
+            match same {
+                Some(engine) => Ok(Some(Arc::clone(engine))),
+                None => Engine::start(socket.clone(), *image_labels, limit, Arc::clone(&self.wake)).map(Some),
+            }
+        };
+        let engines: Vec<Option<Arc<Engine>>> = sections.iter().map(engine).collect::<io::Result<_>>()?;
+        for engine in running.iter().flatten() {
+            if !engines.iter().flatten().any(|kept| Arc::ptr_eq(kept, engine)) {
+                engine.end();
+            }
+        }
+        Ok(engines)
     }
 }
 
@@ -100,26 +139,35 @@ impl Discovery {
     /// The notifications of interfaces or the thread cannot be started.
     pub(super) fn start(
         sections: &[Discover],
+        limit: usize,
         mut changed: impl FnMut(Report) -> bool + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            sections: Mutex::new((0, Arc::new(sections.to_vec()))),
-            wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            sections: Mutex::default(),
+            wake: Arc::new(EventFd::from_flags(
+                EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+            )?),
         });
+        let engines = shared.engines(sections, limit)?;
+        *shared.lock() = Sections {
+            generation: 0,
+            all: Arc::new(sections.to_vec()),
+            engines: Arc::new(engines),
+        };
+        await_engines(&shared.sections());
         // The notifications are requested before the first read, so that no change is missed.
         let mut watch = Watch::start()?;
         watch.follow(sections);
-        let (report, mut is_unsettled) = read(&shared);
+        let (report, mut is_unsettled) = read(&shared, &Report::default());
         let mut known = report.clone();
         let of_thread = Arc::clone(&shared);
         thread::Builder::new().name("discover".into()).spawn(move || {
             loop {
                 watch.wait(&of_thread.wake, is_unsettled);
-                let (_, sections) = of_thread.sections();
-                watch.follow(&sections);
+                watch.follow(&of_thread.sections().all);
                 let begun = Instant::now();
                 let report;
-                (report, is_unsettled) = read(&of_thread);
+                (report, is_unsettled) = read(&of_thread, &known);
                 let rest = (begun.elapsed() * REST_FACTOR).min(MAX_REST);
                 if report != known {
                     known = report.clone();
@@ -138,23 +186,31 @@ impl Discovery {
     }
 
     /// Replaces the sections, and reads the sources.
-    pub(super) fn configure(&mut self, sections: &[Discover]) {
+    ///
+    /// # Errors
+    /// The thread of an engine cannot be started, and the sections stay as they were.
+    pub(super) fn configure(&mut self, sections: &[Discover], limit: usize) -> io::Result<()> {
+        let engines = self.shared.engines(sections, limit)?;
         {
             let mut shared = self.shared.lock();
-            if *shared.1 == sections {
-                return;
+            let is_same = *shared.all == sections;
+            shared.engines = Arc::new(engines);
+            if is_same {
+                return Ok(());
             }
-            *shared = (shared.0.wrapping_add(1), Arc::new(sections.to_vec()));
+            shared.generation = shared.generation.wrapping_add(1);
+            shared.all = Arc::new(sections.to_vec());
         }
-        // The thread follows the new sources. An error means that it is awake already.
+        // The thread follows the new sections. An error means that it is awake already.
         let _ = self.shared.wake.write(1);
-        (self.report, _) = read(&self.shared);
+        (self.report, _) = read(&self.shared, &self.report);
+        Ok(())
     }
 
     /// Takes a report of the thread. Returns false if it was made with an earlier configuration, which numbers other
     /// rules.
     pub(super) fn take(&mut self, report: Report) -> bool {
-        let is_current = report.generation == self.shared.sections().0;
+        let is_current = report.generation == self.shared.sections().generation;
         if is_current {
             self.report = report;
         }
@@ -283,67 +339,145 @@ pub(super) fn take_over<C>(
     numbers
 }
 
-/// Reads the sources and the interfaces. Returns also whether a source has a name without its network namespace yet.
-fn read(shared: &Shared) -> (Report, bool) {
-    let (generation, sections) = shared.sections();
+/// Waits a moment for engines that have just been started, so that a start of the daemon usually finds their containers
+/// at once.
+fn await_engines(sections: &Sections) {
+    const LONGEST: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    let is_waiting = |engine: &Arc<Engine>| {
+        let table = engine.table();
+        !table.has_answered && table.problem.is_none()
+    };
+    while sections.engines.iter().flatten().any(is_waiting) && begun.elapsed() < LONGEST {
+        thread::sleep(DEBOUNCE);
+    }
+}
+
+/// Reads the sources and the interfaces. Returns also whether a source has a name without its network namespace yet. If
+/// they cannot be read, the result is that of `before` with the problem.
+fn read(shared: &Shared, before: &Report) -> (Report, bool) {
+    let sections = shared.sections();
     let mut report = Report {
-        generation,
+        generation: sections.generation,
         ..Report::default()
     };
-    if sections.is_empty() {
+    if sections.all.is_empty() {
         return (report, false);
     }
-    let mut is_unsettled = false;
-    match read_workloads(&sections, &mut report, &mut is_unsettled) {
-        Ok(()) => {}
+    match read_workloads(&sections, &mut report) {
+        Ok(is_unsettled) => (report, is_unsettled),
         Err(problem) => {
-            report.problems.push(format!(
-                "interfaces cannot be read: {problem}; what was found stays"
-            ));
-            report.unanswered.extend(kinds(&sections));
+            let problem = format!("{problem}; what was found stays, and what is new stays denied");
+            if before.generation == sections.generation {
+                report = before.clone();
+            } else {
+                let kinds = sections
+                    .all
+                    .iter()
+                    .map(|section| section.source.kind().to_owned());
+                report.unanswered = kinds.collect();
+                report.links.clone_from(&before.links);
+            }
+            report.problems = vec![problem];
+            (report, true)
         }
     }
-    (report, is_unsettled)
 }
 
-fn kinds(sections: &[Discover]) -> impl Iterator<Item = String> + '_ {
-    sections.iter().map(|section| section.source.kind().to_owned())
-}
+/// Number of the section, and name of the namespace or id of the container.
+type Key = (usize, String);
 
-fn read_workloads(sections: &[Discover], report: &mut Report, is_unsettled: &mut bool) -> io::Result<()> {
+fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> {
+    let mut listed = list(sections, report)?;
     let mut numbers = links::Numbers::open()?;
-    let names = netns::read(sections, &mut numbers)?;
+    let first = locate(&mut listed, &mut numbers);
     let veths = links::veths()?;
     // A number (nsid) is used again once its network namespace is gone, so a name counts only if it has the same
     // namespace and number after the interfaces were read.
-    let again = netns::read(sections, &mut numbers)?;
+    let again = locate(&mut listed, &mut numbers);
     report.links = veths
         .iter()
         .map(|veth| (veth.interface.clone(), veth.ifindex))
         .collect();
-    let mut inside = BTreeMap::new();
-    for name in &names.found {
-        *is_unsettled |= !again.found.contains(name);
-        let mut workload = Workload {
-            rule: name.rule,
-            name: name.name.clone(),
-            netns: name.inode,
-            ..Workload::default()
-        };
-        if let Some(nsid) = name.nsid
-            && again.found.contains(name)
-        {
-            if let std::collections::btree_map::Entry::Vacant(vacant) = inside.entry(nsid) {
+    let mut inside: BTreeMap<i32, links::Inside> = BTreeMap::new();
+    let mut is_unsettled = false;
+    for (key, described) in listed {
+        let mut workload = described.workload;
+        workload.rule = key.0;
+        let place = first.get(&key).filter(|place| again.get(&key) == Some(*place));
+        is_unsettled |= place.is_none() && workload.problem.is_none();
+        if let Some((inode, nsid)) = place {
+            workload.netns = *inode;
+            if let Some(nsid) = nsid {
                 // The namespace can go between two requests; then its interfaces go too.
-                vacant.insert(links::addresses(nsid).unwrap_or_default());
+                let of_namespace = inside
+                    .entry(*nsid)
+                    .or_insert_with(|| links::addresses(*nsid).unwrap_or_default());
+                workload.links = links::leading_to(&veths, *nsid, Some(of_namespace));
             }
-            workload.links = links::leading_to(&veths, nsid, inside.get(&nsid));
         }
         report.workloads.push(workload);
     }
-    *is_unsettled |= names.is_unsettled || again.is_unsettled;
-    report.problems.extend(again.problems);
-    Ok(())
+    Ok(is_unsettled)
+}
+
+/// Returns the workloads of all sources. A name belongs to the first section with its source that it matches.
+fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, Described>> {
+    let mut listed: BTreeMap<Key, Described> = BTreeMap::new();
+    let mut seen: BTreeSet<(String, String)> = BTreeSet::new();
+    for (rule, section) in sections.all.iter().enumerate() {
+        let of_section = match &section.source {
+            DiscoverSource::Netns(dir) => sources::namespaces(dir, &section.rule.names)?,
+            DiscoverSource::Cni(dir) => {
+                let (containers, problems) = sources::results(dir)?;
+                report.problems.extend(problems);
+                containers
+            }
+            DiscoverSource::Docker { socket, .. } => {
+                let engine = sections.engines.get(rule).and_then(Option::as_ref);
+                let table = engine.map(|engine| engine.table()).unwrap_or_default();
+                if !table.has_answered {
+                    report.unanswered.insert(section.source.kind().to_owned());
+                }
+                report
+                    .problems
+                    .extend(table.problem.map(|(problem, since)| {
+                        format!(
+                            "{} does not answer since {since}: {problem}; what was found stays, and new containers stay \
+                             denied",
+                            socket.display()
+                        )
+                    }));
+                BTreeMap::clone(&table.containers)
+            }
+        };
+        for (key, described) in of_section {
+            let names = &section.rule.names;
+            if names
+                .iter()
+                .any(|pattern| pattern.matches(&described.workload.name))
+                && seen.insert((section.source.to_string(), key.clone()))
+            {
+                listed.insert((rule, key), described);
+            }
+        }
+    }
+    Ok(listed)
+}
+
+/// Returns inode and number of the network namespace of each workload that has one.
+fn locate(
+    listed: &mut BTreeMap<Key, Described>,
+    numbers: &mut links::Numbers,
+) -> BTreeMap<Key, (u64, Option<i32>)> {
+    let mut places = BTreeMap::new();
+    for (key, described) in listed {
+        match described.namespace.find(numbers) {
+            Ok(place) => places.extend(place.map(|place| (key.clone(), place))),
+            Err(problem) => described.workload.problem = Some(format!("its network namespace: {problem}")),
+        }
+    }
+    places
 }
 
 /// Waits for changes of the sources and of interfaces, also of those inside the network namespaces.
@@ -369,7 +503,9 @@ impl Watch {
     /// Watches the directories of these sections. A directory that does not exist is tried again at the next call.
     fn follow(&mut self, sections: &[Discover]) {
         for section in sections {
-            let DiscoverSource::Netns(dir) = &section.source;
+            let (DiscoverSource::Netns(dir) | DiscoverSource::Cni(dir)) = &section.source else {
+                continue;
+            };
             // Watching a directory again replaces its watch, and is needed if the directory was made again.
             let watched = self.files.add_watch(
                 dir,
@@ -382,7 +518,7 @@ impl Watch {
                     | AddWatchFlags::IN_ONLYDIR,
             );
             if watched.is_ok() && self.followed.insert(dir.clone()) {
-                info!(dir = %dir.display(), "network namespaces are found here");
+                info!(dir = %dir.display(), "workloads are found here");
             }
         }
     }

@@ -159,6 +159,9 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("discover", "labels", Effect::Reload),
     ("discover", "addresses", Effect::Reload),
     ("discover", "dir", Effect::Reload),
+    ("discover", "socket", Effect::Reload),
+    ("discover", "container_labels", Effect::Reload),
+    ("discover", "image_labels", Effect::Reload),
     ("export", "name", Effect::Reload),
     ("export", "file", Effect::Reload),
     ("export", "allow", Effect::Reload),
@@ -252,7 +255,9 @@ impl Control {
         self.exports.update(&self.config.exports, &self.config.node.name);
         self.write_datapath_config().map_err(|problem| chain(&problem))?;
         self.files.update(&Changes::all());
-        self.discovery.configure(&self.config.discover);
+        self.discovery
+            .configure(&self.config.discover, self.config.limits.discovered as usize)
+            .map_err(|problem| format!("the workloads of [[discover]] cannot be followed: {problem}"))?;
         self.drop_workloads();
         self.update_inventory(begun).map_err(|problem| chain(&problem))?;
         self.attach();

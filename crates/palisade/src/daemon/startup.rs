@@ -181,9 +181,11 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     let network = network::watch(move |network| links.send(Message::Network(network)).is_ok())
         .context("watching interfaces")?;
     let workloads = sender.clone();
-    let discovery = Discovery::start(&config.discover, move |report| {
-        workloads.send(Message::Workloads(report)).is_ok()
-    })
+    let discovery = Discovery::start(
+        &config.discover,
+        config.limits.discovered as usize,
+        move |report| workloads.send(Message::Workloads(report)).is_ok(),
+    )
     .context("watching workloads")?;
     let netfilter = netfilter::Keeper::new(netfilter::Place::new(config));
     let rules = sender.clone();

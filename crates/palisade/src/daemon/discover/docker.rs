@@ -1,0 +1,412 @@
+//! A client of the Docker Engine API, on a thread of its own. It keeps a table of the running containers: it lists and
+//! describes all of them, and then those that events name. Answers have deadlines and limits, and an engine that does not
+//! answer leaves the table as it was.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::{
+    Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    client::conn::http1::{SendRequest, handshake},
+    header::HOST,
+};
+use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
+use nix::sys::eventfd::EventFd;
+use palisade_discover::{Workload, docker};
+use tokio::{net::UnixStream, time::timeout};
+use tracing::{info, warn};
+
+use super::place::{Described, Namespace};
+
+/// Longest time for one answer of the engine.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Time after which all containers are listed again, in case an event was lost.
+const LIST_INTERVAL: Duration = Duration::from_secs(30);
+/// Time for which further events are collected before the containers are described.
+const COLLECT: Duration = Duration::from_millis(5);
+/// Number of containers in collected events beyond which all are listed instead.
+const MAX_COLLECTED: usize = 256;
+/// Longest list of containers, bytes.
+const MAX_LIST: usize = 64 << 20;
+/// Longest description of a container or an image, and longest event, bytes.
+const MAX_ANSWER: usize = 4 << 20;
+/// Maximum number of images whose labels are remembered.
+const MAX_IMAGES: usize = 4_096;
+/// Shortest and longest time between two attempts to connect.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// `GET /events?filters={"type":["container","network"]}`.
+const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D";
+
+/// The containers of one engine.
+#[derive(Debug)]
+pub(super) struct Engine {
+    socket: PathBuf,
+    image_labels: bool,
+    /// Maximum number of containers in the table.
+    limit: usize,
+    wake: Arc<EventFd>,
+    is_ended: AtomicBool,
+    table: Mutex<Table>,
+}
+
+/// What is known of an engine.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Table {
+    pub containers: Arc<BTreeMap<String, Described>>,
+    /// Whether the engine has listed its containers since the daemon began.
+    pub has_answered: bool,
+    /// Why the engine does not answer, and since when.
+    pub problem: Option<(String, Timestamp)>,
+}
+
+impl Engine {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub(super) fn start(
+        socket: PathBuf,
+        image_labels: bool,
+        limit: usize,
+        wake: Arc<EventFd>,
+    ) -> io::Result<Arc<Self>> {
+        let engine = Arc::new(Self {
+            socket,
+            image_labels,
+            limit,
+            wake,
+            is_ended: AtomicBool::new(false),
+            table: Mutex::default(),
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let of_thread = Arc::clone(&engine);
+        thread::Builder::new()
+            .name("discover-docker".into())
+            .spawn(move || {
+                runtime.block_on(run(&of_thread));
+            })?;
+        Ok(engine)
+    }
+
+    /// Returns whether the engine is used with these options.
+    pub(super) fn is_for(&self, socket: &Path, image_labels: bool, limit: usize) -> bool {
+        self.socket == socket && self.image_labels == image_labels && self.limit == limit
+    }
+
+    /// Ends the thread at its next step.
+    pub(super) fn end(&self) {
+        self.is_ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns what is known now.
+    pub(super) fn table(&self) -> Table {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Table)) {
+        change(&mut self.lock());
+        // An error means that the reader is awake already.
+        let _ = self.wake.write(1);
+    }
+}
+
+async fn run(engine: &Engine) {
+    let mut wait = RECONNECT.0;
+    while !engine.is_ended.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        let Err(problem) = follow(engine).await else {
+            return;
+        };
+        if begun.elapsed() > RECONNECT.1 {
+            wait = RECONNECT.0;
+        }
+        let is_new = engine.lock().problem.as_ref().map(|(known, _)| known) != Some(&problem);
+        if is_new {
+            warn!(
+                socket = %engine.socket.display(),
+                error = problem,
+                "the container engine does not answer; what was found stays, new containers stay denied"
+            );
+        }
+        engine.change(|table| {
+            let since = table
+                .problem
+                .take()
+                .map_or_else(Timestamp::now, |(_, since)| since);
+            table.problem = Some((problem, since));
+        });
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(RECONNECT.1);
+    }
+}
+
+/// Keeps the table up to date until the engine fails; `Ok` when the engine is no longer configured.
+async fn follow(engine: &Engine) -> Result<(), String> {
+    // Events are requested before the first list, so that no change is missed.
+    let mut events = Events::open(&engine.socket).await?;
+    let mut client = Client {
+        sender: connect(&engine.socket).await?,
+        images: HashMap::new(),
+    };
+    while !engine.is_ended.load(Ordering::Relaxed) {
+        let listed = Instant::now();
+        let (status, answer) = client.get("/containers/json", MAX_LIST).await?;
+        if status != StatusCode::OK {
+            return Err(format!("/containers/json: {status}"));
+        }
+        let ids = docker::list(&answer)?;
+        if ids.len() > engine.limit {
+            return Err(format!(
+                "there are {} containers, more than [limits] discovered = {}",
+                ids.len(),
+                engine.limit
+            ));
+        }
+        let mut containers = BTreeMap::new();
+        let known = engine.table().containers;
+        for id in ids {
+            if let Some(described) = client.describe(engine, &id, known.get(&id)).await? {
+                containers.insert(id, described);
+            }
+        }
+        let was_away = {
+            let table = engine.lock();
+            table.problem.is_some() || !table.has_answered
+        };
+        if was_away {
+            info!(
+                socket = %engine.socket.display(),
+                containers = containers.len(),
+                "the container engine has listed its containers"
+            );
+        }
+        engine.change(|table| {
+            table.containers = Arc::new(containers);
+            table.has_answered = true;
+            table.problem = None;
+        });
+        while !engine.is_ended.load(Ordering::Relaxed) {
+            let Some(left) = LIST_INTERVAL.checked_sub(listed.elapsed()) else {
+                break;
+            };
+            let Some(ids) = events.collect(left).await? else {
+                break;
+            };
+            if ids.len() > MAX_COLLECTED {
+                break;
+            }
+            let mut containers = BTreeMap::clone(&engine.table().containers);
+            for id in ids {
+                match client.describe(engine, &id, containers.get(&id)).await? {
+                    Some(described) if containers.len() < engine.limit || containers.contains_key(&id) => {
+                        containers.insert(id, described);
+                    }
+                    Some(_) => {}
+                    None => drop(containers.remove(&id)),
+                }
+            }
+            engine.change(|table| table.containers = Arc::new(containers));
+        }
+    }
+    Ok(())
+}
+
+async fn connect(socket: &Path) -> Result<SendRequest<Empty<Bytes>>, String> {
+    let stream = timeout(DEADLINE, UnixStream::connect(socket))
+        .await
+        .map_err(|_| "connecting takes too long".to_owned())?
+        .map_err(|error| format!("connecting: {error}"))?;
+    let (sender, connection) = handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| error.to_string())?;
+    // An error of the connection arrives at its requests too.
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(sender)
+}
+
+async fn request(sender: &mut SendRequest<Empty<Bytes>>, path: &str) -> Result<Response<Incoming>, String> {
+    let request = Request::get(path)
+        .header(HOST, "docker")
+        .body(Empty::new())
+        .map_err(|error| error.to_string())?;
+    sender.ready().await.map_err(|error| format!("{path}: {error}"))?;
+    sender
+        .send_request(request)
+        .await
+        .map_err(|error| format!("{path}: {error}"))
+}
+
+struct Client {
+    sender: SendRequest<Empty<Bytes>>,
+    /// Labels of images, by their id.
+    images: HashMap<String, BTreeMap<String, String>>,
+}
+
+impl Client {
+    async fn get(&mut self, path: &str, limit: usize) -> Result<(StatusCode, Bytes), String> {
+        let whole = async {
+            let response = request(&mut self.sender, path).await?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), limit).collect().await;
+            body.map(|body| (status, body.to_bytes()))
+                .map_err(|error| format!("{path}: {error}"))
+        };
+        timeout(DEADLINE, whole)
+            .await
+            .map_err(|_| format!("{path}: no whole answer within {} s", DEADLINE.as_secs()))?
+    }
+
+    /// Returns the description of a container; `None` if it does not run or has no network namespace of its own.
+    /// `known` is the last description.
+    async fn describe(
+        &mut self,
+        engine: &Engine,
+        id: &str,
+        known: Option<&Described>,
+    ) -> Result<Option<Described>, String> {
+        let (status, answer) = self.get(&format!("/containers/{id}/json"), MAX_ANSWER).await?;
+        match status {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => return Ok(None),
+            // Podman answers so while it removes a container. The others must not suffer from it.
+            other if known.is_none() => {
+                return Ok(Some(Described::refused(
+                    id,
+                    format!("the engine answers {other}"),
+                )));
+            }
+            _ => return Ok(known.cloned()),
+        }
+        let mut problem = None;
+        let mut container = match docker::inspect(id, &answer) {
+            Ok(container) => container,
+            Err(message) => return Ok(Some(Described::refused(id, message))),
+        };
+        if !container.has_network {
+            return Ok(None);
+        }
+        if !engine.image_labels && !container.labels.is_empty() {
+            match self.labels_of_image(&container.image_id).await? {
+                Some(of_image) => container.labels = docker::own_labels(&container.labels, &of_image),
+                None => {
+                    problem = Some(
+                        "its image cannot be inspected, so the labels of the image are not known".to_owned(),
+                    );
+                }
+            }
+        }
+        let namespace = match container.netns {
+            Some(path) => Namespace::File(path),
+            None => Namespace::Process(container.pid, container.id.clone()),
+        };
+        Ok(Some(Described {
+            workload: Workload {
+                name: container.name,
+                container: Some(container.id),
+                image: Some(container.image),
+                labels: container.labels,
+                addresses: Some(container.addresses),
+                problem,
+                ..Workload::default()
+            },
+            namespace,
+        }))
+    }
+
+    async fn labels_of_image(&mut self, image: &str) -> Result<Option<BTreeMap<String, String>>, String> {
+        // A container of Podman that runs from a directory has no image.
+        if image.is_empty() {
+            return Ok(Some(BTreeMap::new()));
+        }
+        // An id with other characters would change the path of the request.
+        if !image.bytes().all(|b| b.is_ascii_alphanumeric() || b == b':') {
+            return Ok(None);
+        }
+        if let Some(known) = self.images.get(image) {
+            return Ok(Some(known.clone()));
+        }
+        let (status, answer) = self.get(&format!("/images/{image}/json"), MAX_ANSWER).await?;
+        if status != StatusCode::OK {
+            return Ok(None);
+        }
+        let labels = docker::image_labels(&answer)?;
+        if self.images.len() >= MAX_IMAGES {
+            self.images.clear();
+        }
+        self.images.insert(image.to_owned(), labels.clone());
+        Ok(Some(labels))
+    }
+}
+
+/// The stream of events, one JSON object a line.
+struct Events {
+    body: Incoming,
+    /// Beginning of the next line.
+    rest: Vec<u8>,
+    /// Keeps the connection open.
+    _sender: SendRequest<Empty<Bytes>>,
+}
+
+impl Events {
+    async fn open(socket: &Path) -> Result<Self, String> {
+        let mut sender = connect(socket).await?;
+        let response = timeout(DEADLINE, request(&mut sender, EVENTS))
+            .await
+            .map_err(|_| "/events: no answer".to_owned())??;
+        if response.status() != StatusCode::OK {
+            return Err(format!("/events: {}", response.status()));
+        }
+        Ok(Self {
+            body: response.into_body(),
+            rest: Vec::new(),
+            _sender: sender,
+        })
+    }
+
+    /// Returns the containers of the next events; `None` if there are none within `longest`.
+    async fn collect(&mut self, longest: Duration) -> Result<Option<BTreeSet<String>>, String> {
+        let mut ids = BTreeSet::new();
+        let mut wait = longest;
+        while let Ok(frame) = timeout(wait, self.body.frame()).await {
+            let frame = frame
+                .ok_or("/events: the engine has ended the stream")?
+                .map_err(|error| format!("/events: {error}"))?;
+            let Ok(data) = frame.into_data() else { continue };
+            self.rest.extend_from_slice(&data);
+            while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                if !line.trim_ascii().is_empty() {
+                    ids.extend(docker::event(&line)?.map(|event| event.id));
+                }
+            }
+            if self.rest.len() > MAX_ANSWER {
+                return Err(format!("/events: an event of more than {MAX_ANSWER} bytes"));
+            }
+            if ids.len() > MAX_COLLECTED {
+                break;
+            }
+            if !ids.is_empty() {
+                wait = COLLECT;
+            }
+        }
+        Ok((!ids.is_empty()).then_some(ids))
+    }
+}
