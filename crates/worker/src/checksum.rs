@@ -101,7 +101,7 @@ mod tests {
     fn a_lowered_window_has_a_valid_checksum() {
         for seed in 0..2_000_u32 {
             let mut segment: Vec<u8> = (0..20_u32)
-                .map(|at| (seed.wrapping_mul(0x9e37_79b1).rotate_left(at) ^ at * seed) as u8)
+                .map(|at| (seed.wrapping_mul(0x9e37_79b1).rotate_left(at) ^ (at * seed)) as u8)
                 .collect();
             segment[16..18].fill(0);
             let sum = !Sum::default().add(&segment).fold();

@@ -68,6 +68,10 @@ impl<F> HeldFrames<F> {
     ///
     /// # Errors
     /// The slab is full. Returns the frame.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the frame goes back to its owner; a box would be an allocation per packet"
+    )]
     pub(crate) fn insert(&mut self, frame: HeldFrame<F>) -> Result<Handle, HeldFrame<F>> {
         if self.frames.len() >= self.capacity {
             return Err(frame);
