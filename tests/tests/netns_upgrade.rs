@@ -26,7 +26,7 @@ use palisade_tests::{
 };
 
 /// `palisade_abi::VERSION`, which this crate does not depend on.
-const OWN: u32 = 6;
+const OWN: u32 = 7;
 
 /// Port of a server outside.
 const OUTGOING: u16 = 7100;

@@ -55,7 +55,7 @@ pub use punt::{
 pub use reason::{COUNTER_SLOTS, Reason, counter_slot};
 
 /// Version of the layouts in this crate; part of the pin directory's name.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// Number of slots of the arrays that are indexed by an endpoint id or by the low 16 bits of an interface index.
 pub const ID_SLOTS: usize = 1 << 16;

@@ -49,6 +49,7 @@ mod seed;
 mod shares;
 mod support;
 mod sys;
+mod take_over;
 mod teardown;
 mod upgrade;
 

@@ -1,9 +1,9 @@
 //! Maps of an earlier version of `palisade_abi`: which version a pin directory has, and what its maps hand down.
 //!
 //! ```text
-//! <pin_dir>/v5/        maps of the earlier version; its programs use them until they are replaced
-//! <pin_dir>/v6_new/    maps of this version while they are filled; no program is attached that uses them
-//! <pin_dir>/v6/        the same directory after `Datapath::commit`, which precedes the first attachment
+//! <pin_dir>/v6/        maps of the earlier version; its programs use them until they are replaced
+//! <pin_dir>/v7_new/    maps of this version while they are filled; no program is attached that uses them
+//! <pin_dir>/v7/        the same directory after `Datapath::commit`, which precedes the first attachment
 //! ```
 //!
 //! A directory `v<number>` is therefore never half filled, at the first start neither, and a crash at any step leaves at each hook either the old
@@ -14,7 +14,6 @@
 //! an entry in [`EARLIER`], with a copy of the former layout if the layout of CONNTRACK has changed.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -23,14 +22,14 @@ use palisade_abi::{CtEntry, CtKey, VERSION, maps as names};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    Datapath, MapError, OpenError,
+    MapError, OpenError,
     maps::{Map, RawMap},
     pin::{remove_dir_of_pins, version_dir, versions},
     sys::bpf,
 };
 
 /// Returns the flow in the bytes of a key and a value of CONNTRACK; `None` if the sizes differ.
-type Decode = fn(&[u8], &[u8]) -> Option<(CtKey, CtEntry)>;
+pub(crate) type Decode = fn(&[u8], &[u8]) -> Option<(CtKey, CtEntry)>;
 
 /// An earlier version whose flows this version can read.
 struct Earlier {
@@ -41,13 +40,20 @@ struct Earlier {
 }
 
 /// Earlier versions whose maps this version can read.
-const EARLIER: [Earlier; 1] = [Earlier {
-    version: 5,
-    same: &[names::INTERFACES, names::RULES],
-    decode: decode_flow_5,
-}];
+const EARLIER: [Earlier; 2] = [
+    Earlier {
+        version: 5,
+        same: &[names::INTERFACES, names::RULES],
+        decode: decode_flow_5,
+    },
+    Earlier {
+        version: 6,
+        same: &[names::INTERFACES, names::RULES],
+        decode: decode_flow_5,
+    },
+];
 
-/// Value of CONNTRACK in versions 5 and 6.
+/// Value of CONNTRACK in versions 5 to 7.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 struct Flow5 {
@@ -214,15 +220,15 @@ fn pinned(pin_dir: &Path, version: u32, name: &str) -> Result<Option<RawMap>, Op
 /// A conntrack table that programs attached before this process write to, until their interface is attached again.
 #[derive(Debug)]
 pub(crate) struct OldConntrack {
-    flows: OldFlows,
+    pub(crate) flows: OldFlows,
     /// Time of the coarse monotonic clock before which every flow in the table has been taken over.
-    taken_until: u64,
+    pub(crate) taken_until: u64,
     /// End and duration of the last walk.
-    last: Option<(Instant, Duration)>,
+    pub(crate) last: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug)]
-enum OldFlows {
+pub(crate) enum OldFlows {
     /// The same version, another size.
     Resized(Map<CtKey, CtEntry>),
     Earlier(RawMap, Decode),
@@ -244,7 +250,7 @@ impl OldConntrack {
     /// Returns all flows. A flow of an earlier version has revision 0, which no endpoint has: the number counts the
     /// policies of the old maps and would be valid by accident. The next packet of the flow gets its verdict from the
     /// policy of the new maps, in the direction in which the flow was opened.
-    fn flows(&self) -> Result<Vec<(CtKey, CtEntry)>, MapError> {
+    pub(crate) fn flows(&self) -> Result<Vec<(CtKey, CtEntry)>, MapError> {
         match &self.flows {
             OldFlows::Resized(map) => map.entries(),
             OldFlows::Earlier(map, decode) => {
@@ -260,112 +266,10 @@ impl OldConntrack {
     }
 }
 
-impl Datapath {
-    /// Returns the earlier version whose maps the pin directory has besides those of this version; `None` if there was
-    /// no earlier version, or if its maps have been removed.
-    #[must_use]
-    pub fn earlier_version(&self) -> Option<u32> {
-        self.earlier
-    }
-
-    /// Copies the flows of the conntrack table that programs of an earlier start use, if there is such a table and its
-    /// layout is known. Returns the number of copied flows; `None` if there is no such table.
-    ///
-    /// Call it before the first attachment; [`Self::attach`] copies what has changed since.
-    ///
-    /// # Errors
-    /// [`MapError`] if a map cannot be read or written.
-    pub fn take_over_flows(&self) -> Result<Option<usize>, MapError> {
-        let mut old = self.old_conntrack();
-        old.as_mut().map(|old| self.take_over(old)).transpose()
-    }
-
-    /// Makes the maps permanent: from now on an earlier version refuses to start, and a later start of this version
-    /// finds these maps. [`Self::attach`] calls it, so that no program is attached before.
-    ///
-    /// # Errors
-    /// [`OpenError::Io`] if the directory cannot be renamed.
-    pub fn commit(&self) -> Result<(), OpenError> {
-        let mut staged = self
-            .staged
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if *staged {
-            let from = staging_dir(&self.pin_dir);
-            fs::rename(&from, version_dir(&self.pin_dir))
-                .map_err(|source| OpenError::Io { path: from, source })?;
-            *staged = false;
-        }
-        Ok(())
-    }
-
-    /// Copies flows that the old programs have opened since the last call. Called after each attachment; with a large
-    /// table and many interfaces at most half of the time is spent in it.
-    pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
-        if let Some(old) = self.old_conntrack().as_mut()
-            && old.last.is_none_or(|(end, took)| end.elapsed() >= took)
-        {
-            self.take_over(old)?;
-        }
-        Ok(())
-    }
-
-    /// Copies the last flows of the old conntrack table and closes the table.
-    pub(crate) fn leave_old_conntrack(&self) -> Result<(), MapError> {
-        let mut old = self.old_conntrack();
-        if let Some(flows) = old.as_mut() {
-            self.take_over(flows)?;
-            *old = None;
-        }
-        Ok(())
-    }
-
-    fn old_conntrack(&self) -> std::sync::MutexGuard<'_, Option<OldConntrack>> {
-        self.old_conntrack
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn take_over(&self, old: &mut OldConntrack) -> Result<usize, MapError> {
-        let start = Instant::now();
-        let now = crate::monotonic_coarse();
-        let mut taken = 0;
-        for (key, mut entry) in old.flows()? {
-            if entry.expires <= now {
-                continue;
-            }
-            match self.conntrack.get(&key)? {
-                // A flow that was copied by an earlier call and is missing now has ended.
-                None if entry.created < old.taken_until => continue,
-                // The old programs have seen packets of the flow after the copy, which has expired meanwhile.
-                Some(known) if known.expires <= now => {
-                    entry.protected = known.protected;
-                    self.conntrack.insert(&key, &entry)?;
-                    continue;
-                }
-                Some(_) => continue,
-                None => {}
-            }
-            if matches!(old.flows, OldFlows::Earlier(..)) {
-                // The shares of the new maps count from zero.
-                entry.protected = u8::from(entry.protected != 0 && self.shares.protect(&key, &entry));
-            }
-            taken += usize::from(self.conntrack.insert_new(&key, &entry)?);
-        }
-        if matches!(old.flows, OldFlows::Earlier(..)) {
-            self.conntrack().count_seeded(taken)?;
-        }
-        // The coarse clock of another CPU can lag by a tick, and a program can write an entry some time after it has
-        // read the clock.
-        const SLACK: u64 = 1_000_000_000;
-        old.taken_until = now.saturating_sub(SLACK);
-        old.last = Some((Instant::now(), start.elapsed()));
-        Ok(taken)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -385,7 +289,7 @@ mod tests {
         let key: Vec<u8> = (0..size_of::<CtKey>()).map(|n| n as u8).collect();
         let (read_key, entry) = decode_flow_5(&key, &bytes).unwrap();
         assert_eq!(read_key.as_bytes(), key);
-        // The layout of version 6 is the same, so the decoded entry has the same bytes.
+        // The layout of version 7 is the same, so the decoded entry has the same bytes.
         assert_eq!(entry.as_bytes(), bytes);
         assert!(decode_flow_5(&key, &bytes[1..]).is_none());
         assert!(decode_flow_5(&key[1..], &bytes).is_none());

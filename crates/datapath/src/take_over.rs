@@ -1,0 +1,116 @@
+//! The step of an upgrade that changes which maps count: flows of the earlier table are copied, and the new directory gets
+//! its final name.
+//!
+//! Depends on [`crate::open`] and [`crate::upgrade`]. Start at [`Datapath::commit`].
+
+use std::{fs, time::Instant};
+
+use crate::{
+    Datapath, MapError, OpenError,
+    pin::version_dir,
+    upgrade::{OldConntrack, OldFlows, staging_dir},
+};
+
+impl Datapath {
+    /// Returns the earlier version whose maps the pin directory has besides those of this version; `None` if there was
+    /// no earlier version, or if its maps have been removed.
+    #[must_use]
+    pub fn earlier_version(&self) -> Option<u32> {
+        self.earlier
+    }
+
+    /// Copies the flows of the conntrack table that programs of an earlier start use, if there is such a table and its
+    /// layout is known. Returns the number of copied flows; `None` if there is no such table.
+    ///
+    /// Call it before the first attachment; [`Self::attach`] copies what has changed since.
+    ///
+    /// # Errors
+    /// [`MapError`] if a map cannot be read or written.
+    pub fn take_over_flows(&self) -> Result<Option<usize>, MapError> {
+        let mut old = self.old_conntrack();
+        old.as_mut().map(|old| self.take_over(old)).transpose()
+    }
+
+    /// Makes the maps permanent: from now on an earlier version refuses to start, and a later start of this version
+    /// finds these maps. [`Self::attach`] calls it, so that no program is attached before.
+    ///
+    /// # Errors
+    /// [`OpenError::Io`] if the directory cannot be renamed.
+    pub fn commit(&self) -> Result<(), OpenError> {
+        let mut staged = self
+            .staged
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *staged {
+            let from = staging_dir(&self.pin_dir);
+            fs::rename(&from, version_dir(&self.pin_dir))
+                .map_err(|source| OpenError::Io { path: from, source })?;
+            *staged = false;
+        }
+        Ok(())
+    }
+
+    /// Copies flows that the old programs have opened since the last call. Called after each attachment; with a large
+    /// table and many interfaces at most half of the time is spent in it.
+    pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
+        if let Some(old) = self.old_conntrack().as_mut()
+            && old.last.is_none_or(|(end, took)| end.elapsed() >= took)
+        {
+            self.take_over(old)?;
+        }
+        Ok(())
+    }
+
+    /// Copies the last flows of the old conntrack table and closes the table.
+    pub(crate) fn leave_old_conntrack(&self) -> Result<(), MapError> {
+        let mut old = self.old_conntrack();
+        if let Some(flows) = old.as_mut() {
+            self.take_over(flows)?;
+            *old = None;
+        }
+        Ok(())
+    }
+
+    fn old_conntrack(&self) -> std::sync::MutexGuard<'_, Option<OldConntrack>> {
+        self.old_conntrack
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn take_over(&self, old: &mut OldConntrack) -> Result<usize, MapError> {
+        let start = Instant::now();
+        let now = crate::monotonic_coarse();
+        let mut taken = 0;
+        for (key, mut entry) in old.flows()? {
+            if entry.expires <= now {
+                continue;
+            }
+            match self.conntrack.get(&key)? {
+                // A flow that was copied by an earlier call and is missing now has ended.
+                None if entry.created < old.taken_until => continue,
+                // The old programs have seen packets of the flow after the copy, which has expired meanwhile.
+                Some(known) if known.expires <= now => {
+                    entry.protected = known.protected;
+                    self.conntrack.insert(&key, &entry)?;
+                    continue;
+                }
+                Some(_) => continue,
+                None => {}
+            }
+            if matches!(old.flows, OldFlows::Earlier(..)) {
+                // The shares of the new maps count from zero.
+                entry.protected = u8::from(entry.protected != 0 && self.shares.protect(&key, &entry));
+            }
+            taken += usize::from(self.conntrack.insert_new(&key, &entry)?);
+        }
+        if matches!(old.flows, OldFlows::Earlier(..)) {
+            self.conntrack().count_seeded(taken)?;
+        }
+        // The coarse clock of another CPU can lag by a tick, and a program can write an entry some time after it has
+        // read the clock.
+        const SLACK: u64 = 1_000_000_000;
+        old.taken_until = now.saturating_sub(SLACK);
+        old.last = Some((Instant::now(), start.elapsed()));
+        Ok(taken)
+    }
+}
