@@ -2,11 +2,12 @@
 //! sets that were enforced.
 //!
 //! [`compare`], [`deadline`], [`history`] and [`plan`] are pure. [`journal`] makes a change of the folder atomic over crashes; [`store`] is the
-//! thread that writes. [`switch`] is the part on the control thread: it enforces the files of a change from memory, and
+//! thread that writes. [`switch`] is the state, [`control`] the part on the control thread: it enforces the files of a change from memory, and
 //! only then are they written into the folder, so a half-written folder is never enforced. [`plan`] says
 //! before a change what it would do.
 
 mod compare;
+mod control;
 mod deadline;
 mod disk;
 mod history;
@@ -17,5 +18,5 @@ mod switch;
 
 pub(super) use journal::{Recovered, Texts};
 pub(super) use plan::{Candidate, PolicyBase, changed_files, compile, denied_sessions, differences, rows};
-pub(super) use store::{Preparation, Store, StoreEvent};
-pub(super) use switch::{Changes, Switch};
+pub(super) use store::{Preparation, Store, StoreEvent, Switch};
+pub(super) use switch::Changes;

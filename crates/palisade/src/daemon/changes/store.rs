@@ -27,6 +27,18 @@ use crate::{
     daemon::checked_file,
 };
 
+/// A prepared change.
+pub(in crate::daemon) struct Switch {
+    /// The change in the journal.
+    pub change: Change,
+    /// Files in force when it was prepared.
+    pub from: Texts,
+    /// Files to put in force.
+    pub to: Texts,
+    /// Number of the entry that is put back.
+    pub of: Option<u64>,
+}
+
 /// Interval between two attempts after a failed write.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest time to wait for the disk.

@@ -1,53 +1,30 @@
-//! The part of a change on the control thread, which owns the timer.
+//! The state of a change while the daemon runs. [`super::control`] changes it.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
-use tracing::{error, info, warn};
-
-use super::{
-    PolicyBase, Recovered, Texts,
-    deadline::Now,
-    journal::Change,
-    plan::changed_files,
-    store::{Enforced, Store, StoreEvent},
-};
+use super::{Recovered, Texts, deadline::Now, journal::Change, store::Store};
 use crate::{
-    control::api::{Author, ChangeKind, ChangeState, PendingChange, PolicyApplied},
-    daemon::{control::Control, message::Reply, watcher},
+    control::api::{PendingChange, PolicyApplied},
+    daemon::message::Reply,
 };
-
-/// A prepared change.
-pub(in crate::daemon) struct Switch {
-    /// The change in the journal.
-    pub change: Change,
-    /// Files in force when it was prepared.
-    pub from: Texts,
-    /// Files to put in force.
-    pub to: Texts,
-    /// Number of the entry that is put back.
-    pub of: Option<u64>,
-}
 
 /// Changes of the policies by commands.
 pub(in crate::daemon) struct Changes {
     /// Writes journal, folder and history.
     pub store: Arc<Store>,
-    current: Option<Current>,
+    pub(super) current: Option<Current>,
     /// Files that were recorded last.
-    recorded: Texts,
+    pub(super) recorded: Texts,
     /// Whether policies are enforced from memory right now; they are recorded once they are in force completely.
-    switching: bool,
+    pub(super) switching: bool,
     /// What a start of the daemon has found, until the first policies are in force.
-    recovered: Recovered,
+    pub(super) recovered: Recovered,
     /// The last rollback and a problem at the start, for `palisade status`.
-    notes: Vec<String>,
+    pub(super) notes: Vec<String>,
 }
 
 /// The change that is not over.
-enum Current {
+pub(super) enum Current {
     /// Enforced; the folder is being written.
     Writing {
         change: Change,
@@ -143,7 +120,7 @@ impl Changes {
     }
 
     /// Returns why no change can be begun now; `None` if one can.
-    fn refusal(&self) -> Option<String> {
+    pub(super) fn refusal(&self) -> Option<String> {
         Some(match self.current.as_ref()? {
             Current::Writing { change, .. } => format!("change {} is being applied", change.number),
             Current::Waiting { change, .. } | Current::Confirming { change, .. } => format!(
@@ -157,342 +134,5 @@ impl Changes {
                 )
             }
         })
-    }
-}
-
-impl Control {
-    /// Returns a copy of the policies in force.
-    pub(in crate::daemon) fn policy_base(&self) -> PolicyBase {
-        let folder = self.files.folder_problem().map(ToOwned::to_owned);
-        PolicyBase {
-            compiler: self.enforcer.compiler.clone(),
-            http: self.config.http.clone(),
-            texts: self.texts_in_force(),
-            broken: self.files.broken(),
-            refusal: self.policy_changes.refusal().or(folder),
-        }
-    }
-
-    fn texts_in_force(&self) -> Texts {
-        let files = self.files.to_keep().into_iter();
-        files.filter_map(|(name, text)| Some((name, text?))).collect()
-    }
-
-    /// Puts a prepared change in force, and has its files written into the folder.
-    pub(in crate::daemon) fn begin_change(&mut self, switch: Switch, reply: Reply<PolicyApplied>) {
-        let Switch { change, from, to, of } = switch;
-        let refusal = self.policy_changes.refusal().or_else(|| {
-            (self.texts_in_force() != from).then(|| {
-                "the policies have changed meanwhile; nothing was applied: run the command again".to_owned()
-            })
-        });
-        let outcome = match refusal {
-            Some(refusal) => Err(refusal),
-            None => self.enforce_texts(&to).map_err(|problem| {
-                if let Err(problem) = self.enforce_texts(&from) {
-                    error!(
-                        error = problem,
-                        "the policies from before a failed change are not in force completely"
-                    );
-                }
-                self.files.pin(None);
-                format!("the change was not applied: {problem}")
-            }),
-        };
-        if let Err(problem) = outcome {
-            self.policy_changes.store.abandon();
-            return reply.send(Err(problem));
-        }
-        let kind = if of.is_some() {
-            ChangeKind::Rollback
-        } else {
-            ChangeKind::Apply
-        };
-        info!(
-            event = "policy-change",
-            number = change.number,
-            user = change.author.user,
-            sudo_user = change.author.sudo_user.as_deref().unwrap_or_default(),
-            message = change.message,
-            to_confirm = change.deadline.is_some(),
-            revision = self.changes,
-            "a command has changed the policies"
-        );
-        self.record_change(&change, kind, of, to.clone());
-        let confirm_within = change.deadline.as_ref().map(|deadline| {
-            let left = deadline.left(&Now::read()).unwrap_or_default();
-            (left + Duration::from_millis(500)).as_secs()
-        });
-        let applied = PolicyApplied {
-            number: change.number,
-            revision: self.changes,
-            confirm_within,
-            files: changed_files(&from, &to),
-        };
-        self.policy_changes.notes.clear();
-        self.policy_changes.store.write(change.clone(), to);
-        self.policy_changes.current = Some(Current::Writing {
-            change,
-            from,
-            reply,
-            applied,
-        });
-    }
-
-    /// Enforces policies from memory, in place of the files of the folder.
-    ///
-    /// # Errors
-    /// Why they are not completely in force.
-    fn enforce_texts(&mut self, texts: &Texts) -> Result<(), String> {
-        let begun = Instant::now();
-        let before = self.enforcer.compiler.snapshot().endpoints.clone();
-        self.policy_changes.switching = true;
-        self.files.pin(Some(texts.clone()));
-        self.files.update(&watcher::Changes::all());
-        self.enforcer.compile(None, &mut self.files);
-        self.enforce(begun);
-        self.log_policies(&before, begun);
-        self.policy_changes.switching = false;
-        self.changed();
-        if let Some(problem) = &self.enforcer.problem {
-            return Err(problem.clone());
-        }
-        let broken: Vec<String> = self
-            .files
-            .report()
-            .into_iter()
-            .filter(|file| file.state != crate::control::api::PolicyFileState::InForce)
-            .flat_map(|file| file.diagnostics)
-            .collect();
-        if broken.is_empty() {
-            Ok(())
-        } else {
-            Err(broken.join("\n"))
-        }
-    }
-
-    /// Follows the folder again.
-    fn follow_folder(&mut self) {
-        self.files.pin(None);
-        self.policies_changed(&watcher::Changes::all());
-    }
-
-    /// Handles the result of a job of the store.
-    pub(in crate::daemon) fn store_event(&mut self, event: StoreEvent) {
-        match (event, self.policy_changes.current.take()) {
-            (
-                StoreEvent::Written(Ok(())),
-                Some(Current::Writing {
-                    change,
-                    from,
-                    reply,
-                    applied,
-                }),
-            ) => {
-                if change.deadline.is_some() {
-                    self.policy_changes.current = Some(Current::Waiting { change, from });
-                }
-                self.follow_folder();
-                reply.send(Ok(applied));
-            }
-            (
-                StoreEvent::Written(Err(problem)),
-                Some(Current::Writing {
-                    change, from, reply, ..
-                }),
-            ) => {
-                let number = change.number;
-                self.undo(
-                    change,
-                    from,
-                    &format!("its files could not be written: {problem}"),
-                    None,
-                    None,
-                );
-                reply.send(Err(format!(
-                    "change {number} was rolled back, because its files could not be written: {problem}"
-                )));
-            }
-            (StoreEvent::Confirmed(Ok(())), Some(Current::Confirming { change, reply, .. })) => {
-                info!(
-                    event = "policy-change-confirmed",
-                    number = change.number,
-                    "a change of the policies is confirmed"
-                );
-                reply.send(Ok(change.number));
-            }
-            (StoreEvent::Confirmed(Err(problem)), Some(Current::Confirming { change, from, reply })) => {
-                reply.send(Err(format!(
-                    "the confirmation of change {} could not be written: {problem}; it is still rolled back at its deadline",
-                    change.number
-                )));
-                self.policy_changes.current = Some(Current::Waiting { change, from });
-            }
-            (StoreEvent::Undone, Some(Current::Undoing { change, reply })) => {
-                self.follow_folder();
-                if let Some(reply) = reply {
-                    reply.send(Ok(change.number));
-                }
-            }
-            (event, current) => {
-                warn!(?event, "the result of a job belongs to no change");
-                self.policy_changes.current = current;
-            }
-        }
-    }
-
-    /// Rolls back a change whose deadline has passed.
-    pub(in crate::daemon) fn check_deadline(&mut self) {
-        if !self.policy_changes.left().is_some_and(|left| left.is_zero()) {
-            return;
-        }
-        if let Some(Current::Waiting { change, from }) = self.policy_changes.current.take() {
-            self.undo(change, from, "it was not confirmed in time", None, None);
-        }
-    }
-
-    /// Keeps the change that waits for its confirmation.
-    pub(in crate::daemon) fn confirm_change(&mut self, reply: Reply<u64>) {
-        self.check_deadline();
-        match self.policy_changes.current.take() {
-            Some(Current::Waiting { change, from }) => {
-                self.policy_changes.store.confirm(change.clone());
-                self.policy_changes.current = Some(Current::Confirming { change, from, reply });
-            }
-            other => reply.send(Err(self.nothing_waits(other))),
-        }
-    }
-
-    /// Rolls back the change that waits for its confirmation.
-    pub(in crate::daemon) fn cancel_change(&mut self, author: Author, reply: Reply<u64>) {
-        self.check_deadline();
-        match self.policy_changes.current.take() {
-            Some(Current::Waiting { change, from }) => {
-                self.undo(change, from, "it was cancelled", Some(author), Some(reply));
-            }
-            other => reply.send(Err(self.nothing_waits(other))),
-        }
-    }
-
-    fn nothing_waits(&mut self, current: Option<Current>) -> String {
-        self.policy_changes.current = current;
-        let last = self.policy_changes.notes.last().map(|note| format!("; {note}"));
-        format!("no change waits for its confirmation{}", last.unwrap_or_default())
-    }
-
-    /// Puts the policies from before a change in force, and has their files written into the folder.
-    fn undo(
-        &mut self,
-        change: Change,
-        from: Texts,
-        why: &str,
-        author: Option<Author>,
-        reply: Option<Reply<u64>>,
-    ) {
-        if let Err(problem) = self.enforce_texts(&from) {
-            error!(
-                number = change.number,
-                error = problem,
-                "the policies from before a change are not in force completely"
-            );
-        }
-        warn!(
-            event = "policy-change-rolled-back",
-            number = change.number,
-            why,
-            revision = self.changes,
-            "a change of the policies is rolled back"
-        );
-        self.policy_changes.notes = vec![format!(
-            "change {} of the policies was rolled back: {why}",
-            change.number
-        )];
-        self.record_rollback(&change, why, author, from.clone());
-        self.policy_changes.store.undo(change.clone(), from);
-        self.policy_changes.current = Some(Current::Undoing { change, reply });
-    }
-
-    fn record_change(&mut self, change: &Change, kind: ChangeKind, of: Option<u64>, texts: Texts) {
-        self.policy_changes.recorded.clone_from(&texts);
-        self.policy_changes.store.enforced(Enforced {
-            number: Some(change.number),
-            kind,
-            author: Some(change.author.clone()),
-            message: change.message.clone(),
-            of,
-            revision: self.changes,
-            state: match change.deadline {
-                Some(_) => ChangeState::Pending,
-                None => ChangeState::Enforced,
-            },
-            texts,
-        });
-    }
-
-    fn record_rollback(&mut self, change: &Change, why: &str, author: Option<Author>, texts: Texts) {
-        self.policy_changes.recorded.clone_from(&texts);
-        self.policy_changes
-            .store
-            .set_state(change.number, ChangeState::RolledBack);
-        self.policy_changes.store.enforced(Enforced {
-            number: None,
-            kind: ChangeKind::RolledBack,
-            author,
-            message: format!("change {} was rolled back: {why}", change.number),
-            of: change.before,
-            revision: self.changes,
-            state: ChangeState::Enforced,
-            texts,
-        });
-    }
-
-    /// Records the policies in force, if files of the folder have changed.
-    pub(in crate::daemon) fn record_policies(&mut self) {
-        let is_command = matches!(
-            self.policy_changes.current,
-            Some(Current::Writing { .. } | Current::Undoing { .. })
-        );
-        if is_command || self.policy_changes.switching || self.enforcer.problem.is_some() {
-            return;
-        }
-        let texts = self.texts_in_force();
-        if texts == self.policy_changes.recorded {
-            return;
-        }
-        self.policy_changes.recorded.clone_from(&texts);
-        self.policy_changes.store.enforced(Enforced {
-            number: None,
-            kind: ChangeKind::FileChange,
-            author: None,
-            message: String::new(),
-            of: None,
-            revision: self.changes,
-            state: ChangeState::Enforced,
-            texts,
-        });
-    }
-
-    /// Records what the start of the daemon has found, once the first policies are in force.
-    pub(in crate::daemon) fn record_start(&mut self) {
-        let recovered = std::mem::take(&mut self.policy_changes.recovered);
-        let known = self.policy_changes.store.history();
-        for change in [recovered.waiting, recovered.completed].into_iter().flatten() {
-            if known.get(change.number).is_none() {
-                self.record_change(&change, ChangeKind::Apply, None, self.texts_in_force());
-            }
-        }
-        if let Some(change) = recovered.undone {
-            let why = "it was not confirmed before the daemon or the node was started again";
-            warn!(
-                event = "policy-change-rolled-back",
-                number = change.number,
-                why,
-                "a change of the policies was rolled back before the policies were read"
-            );
-            let note = format!("change {} of the policies was rolled back: {why}", change.number);
-            self.policy_changes.notes.push(note);
-            self.record_rollback(&change, why, None, self.texts_in_force());
-        }
-        self.record_policies();
     }
 }
