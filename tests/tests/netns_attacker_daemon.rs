@@ -393,7 +393,11 @@ fn a_broken_configuration_at_boot_leaves_the_last_good_one_in_force() {
     world.expect(&daemon, ONLY_FRONT);
     // A corrected file needs no restart.
     fs::write(daemon.config(), &good).expect("configuration");
-    daemon.cli(&["reload"]).expect("reload");
+    // The configuration takes effect, and the command reports the policy file that is still broken.
+    let reload = daemon.try_cli(&["reload"]).expect("reload");
+    let reported = String::from_utf8_lossy(&reload.stderr).into_owned();
+    assert_eq!(reload.status.code(), Some(1), "{reported}");
+    assert!(reported.contains("front.yaml is broken"), "{reported}");
     let status = daemon.status().expect("status");
     assert!(!lines(&status, "warnings").contains("BROKEN"), "{status:#}");
     world.expect(&daemon, ONLY_FRONT);
