@@ -218,6 +218,26 @@ fn the_first_configuration_keeps_every_listener_reachable_and_denies_other_ports
 }
 
 #[test]
+fn a_daemon_that_guards_nothing_takes_the_first_configuration_by_a_reload() {
+    let world = world();
+    let node = Node::new(&world);
+    assert!(node.sh("mkdir -p -m 755 /etc/palisade/policies.d").0);
+    let empty = "[node]\nlabels = {}\n[policy]\ndir = \"/etc/palisade/policies.d\"\n";
+    assert!(node.sh(&format!("printf '{empty}' >/etc/palisade/palisade.toml")).0);
+    let dir = temp_dir("daemon").expect("directory");
+    let binary = binary().expect("binary");
+    let command = node.command(&binary.display().to_string(), &["run"]);
+    let _daemon = Process::spawn("palisade", command, dir.path()).expect("daemon");
+    wait_until("the daemon runs", TIMEOUT, || node.palisade("status --wait 5s").0).expect("daemon");
+    let text = node.must("init");
+    assert!(text.contains("palisade reload"), "{text}");
+    assert!(node.sh("grep -q 'labels = {}' /etc/palisade/palisade.toml.old").0);
+    node.must("reload");
+    let text = node.must("status --wait 30s");
+    assert!(text.contains("nic0") && text.contains("audit: what would be dropped passes"), "{text}");
+}
+
+#[test]
 fn doctor_names_a_program_of_other_software_and_what_to_do() {
     let world = world();
     let node = Node::new(&world);

@@ -16,7 +16,8 @@ Looks at interfaces, listening sockets, the ssh session, firewall rules, contain
 changes none of them. Every NIC becomes an interface of the configuration. Every socket that others can reach gets an ingress rule
 from everywhere, with a comment that names its process; sockets at loopback addresses get none. The configuration is in
 audit mode, so nothing is dropped until you remove `audit = true`. Both files are checked before and after they are
-written. As root, the names of all processes are found.";
+written. A configuration that guards nothing, as the package installs it, is kept as FILE.old. As root, the names of all
+processes are found.";
 
 /// Flags of `palisade init`.
 #[derive(Clone, Debug, Args)]

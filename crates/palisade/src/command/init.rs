@@ -23,7 +23,7 @@ use crate::{
     cli::InitArgs,
     config::{Config, DEFAULT_INTERFACE},
     control::{
-        api::Request,
+        api::{Request, Status},
         client::{ClientError, ask},
     },
     daemon,
@@ -66,12 +66,14 @@ pub(super) fn run(config: &Path, args: &InitArgs) -> anyhow::Result<u8> {
         )?;
         return Ok(EXIT_OK);
     }
-    refuse_running(&config)?;
+    let runs = runs_without_interfaces(&config)?;
     let policy_file = dir.join(POLICY_FILE);
+    let empty_config = guards_nothing(&config);
     if !args.force {
         let there: Vec<String> = [&config, &policy_file]
             .iter()
             .filter(|path| fs::symlink_metadata(path).is_ok())
+            .filter(|path| !(empty_config && **path == &config))
             .map(|path| path.display().to_string())
             .collect();
         if !there.is_empty() {
@@ -86,23 +88,26 @@ pub(super) fn run(config: &Path, args: &InitArgs) -> anyhow::Result<u8> {
         // Another user must not be able to replace the folder, or what is written to it.
         checked_dir(folder, DIR_MODE)?;
     }
-    // The policy is written first: a daemon that starts in between finds no configuration, and does not start.
+    // The policy is written first. A daemon that starts in between finds no configuration and does not start, or one that
+    // guards nothing.
     write_new(&policy_file, &generated.policy, args.force)?;
-    write_new(&config, &generated.config, args.force)?;
+    write_new(&config, &generated.config, args.force || empty_config)?;
     if check_config(&config)? != EXIT_OK
         || policy::validate(std::slice::from_ref(&dir), false, Some(&config))? != EXIT_OK
     {
         eprintln!("palisade: the files are written, but not everything is valid: see above");
         return Ok(EXIT_FAILED);
     }
-    next_steps(&config, &policy_file, &generated)?;
+    next_steps(&config, &policy_file, &generated, runs)?;
     Ok(EXIT_OK)
 }
 
-fn next_steps(config: &Path, policy_file: &Path, generated: &Generated) -> io::Result<()> {
+fn next_steps(config: &Path, policy_file: &Path, generated: &Generated, runs: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let is_default = config == Path::new(crate::config::DEFAULT_PATH);
-    let start = if is_default {
+    let start = if runs && is_default {
+        "palisade reload".to_owned()
+    } else if is_default {
         "systemctl enable --now palisade".to_owned()
     } else {
         format!("palisade run --config {}", config.display())
@@ -153,13 +158,27 @@ fn check(path: &Path, generated: &Generated) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Fails if a daemon runs with the configuration: its policy folder is watched, so a new file would be in force at once,
-/// perhaps without audit mode.
-fn refuse_running(config: &Path) -> anyhow::Result<()> {
+/// Returns whether the configuration is valid and names no interface, no workload and no way to find workloads, as that of
+/// the package does.
+fn guards_nothing(path: &Path) -> bool {
+    let is_file = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file());
+    is_file
+        && Config::load(path).is_ok_and(|config| {
+            config.interfaces.is_empty() && config.endpoints.is_empty() && config.discover.is_empty()
+        })
+}
+
+/// Returns whether a daemon runs with the configuration.
+///
+/// # Errors
+/// The daemon guards an interface: its policy folder is watched, so a new file would be in force at once, perhaps without
+/// audit mode. Or the daemon does not answer.
+fn runs_without_interfaces(config: &Path) -> anyhow::Result<bool> {
     let installation = Installation::find(config);
     let socket = &installation.node.socket;
-    match ask::<serde_json::Value>(socket, &Request::Ping) {
-        Err(ClientError::NotRunning { .. }) => Ok(()),
+    match ask::<Status>(socket, &Request::Status) {
+        Err(ClientError::NotRunning { .. }) => Ok(false),
+        Ok(status) if status.interfaces.is_empty() && guards_nothing(config) => Ok(true),
         _ => bail!(
             "a daemon listens at {}: `palisade init` is for the first start. `palisade init --dry-run` prints a proposal; \
              `palisade policy suggest` proposes policies for recorded flows",
