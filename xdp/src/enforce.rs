@@ -114,7 +114,18 @@ fn recheck_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) -> bool
     // A bare SYN can open a new connection with the same addresses and ports. An inspected flow is then evaluated
     // again, because the peer's identity may have changed since the last policy lookup.
     let opens = entry.inspector() != 0 && conntrack::is_bare_syn(&pkt.headers);
-    if entry.revision() != pkt.revision || opens {
+    // An endpoint that has left the inventory has revision 0, as a denied flow has: its table decides, which denies all.
+    let is_local = entry.flags() & ct_flags::REMOTE_IS_LOCAL != 0;
+    // A flow that a packet from a NIC has opened gives the node's workloads nothing: failsafe ports hold at NICs only.
+    let at_node = pkt.hook_point == hook_point::NODE && !is_local;
+    if entry.revision() != pkt.revision || pkt.revision == 0 || opens || at_node {
+        // A packet from a NIC with the address of a workload must not renew the verdict on the workload's flow.
+        if pkt.hook_point == hook_point::NIC_IN
+            && (known_remote(pkt).endpoint() != 0 || (is_local && identity::is_link_local(&pkt.key.remote)))
+        {
+            pkt.set(Reason::InvalidSourceIp);
+            return false;
+        }
         ctx.reevaluate_flow(pkt, entry);
         if pkt.is_dropped() {
             return false;
@@ -661,7 +672,7 @@ pub fn reevaluate_flow<C: Calls>(ctx: C, pkt: &mut PacketContext, entry: Entry) 
     pkt.event_flags = conntrack::direction_flags(entry, pkt.is_ingress());
     if pkt.is_dropped() {
         counters::rule(pkt.rule, pkt.headers.length);
-        // No endpoint has revision 0, so the flow is evaluated again for its next packet.
+        // A flow with revision 0 is evaluated again for each packet (`recheck_flow`).
         entry.set_revision(0);
     } else {
         entry.set_revision(pkt.revision);
@@ -711,6 +722,13 @@ pub fn match_icmp_error<H: Hook>(ctx: H, pkt: &mut PacketContext) {
         }
         hook_point::FROM_WORKLOAD if source == 0 || source != pkt.endpoint => {
             return pkt.set(Reason::InvalidSourceIp);
+        }
+        // A workload reports errors about flows between itself and the node only, or it could renew the verdict on a
+        // flow of the node with another peer.
+        hook_point::NODE
+            if pkt.is_ingress() && source != identity::exact(&quote.destination).endpoint() =>
+        {
+            return;
         }
         _ => {}
     }

@@ -247,7 +247,7 @@ impl OldConntrack {
         Self::new(OldFlows::Resized(map))
     }
 
-    /// Returns all flows. A flow of an earlier version has revision 0, which no endpoint has: the number counts the
+    /// Returns all flows. A flow of an earlier version gets revision 0, so that it is evaluated again: the number counts the
     /// policies of the old maps and would be valid by accident. The next packet of the flow gets its verdict from the
     /// policy of the new maps, in the direction in which the flow was opened.
     pub(crate) fn flows(&self) -> Result<Vec<(CtKey, CtEntry)>, MapError> {

@@ -375,6 +375,26 @@ fn a_new_policy_is_evaluated_for_live_flows_in_their_original_direction() {
 }
 
 #[test]
+fn no_flow_of_an_endpoint_that_has_left_the_inventory_passes() {
+    for denied_before in [false, true] {
+        let mut world = server();
+        to_server(&mut world, SYN);
+        from_server(&mut world, SYN | ACK);
+        if denied_before {
+            world.rule(HOST, INGRESS, identity::ANY, 5, entry(Decision::Deny, 30));
+            world.state(HOST, u32::from(HOST), 2, identity::HOST);
+            assert_eq!(to_server(&mut world, ACK).reason, Reason::PolicyDenied);
+        }
+        // The state of an endpoint that does not exist: no table, revision 0, as a flow has that was denied.
+        world.state(HOST, 0, 0, 0);
+        for _ in 0..3 {
+            assert_eq!(to_server(&mut world, ACK).reason, Reason::NoPolicy);
+            assert_eq!(from_server(&mut world, ACK).reason, Reason::NoPolicy);
+        }
+    }
+}
+
+#[test]
 fn an_active_flow_is_reported_at_intervals() {
     let mut world = server();
     world.config(|config| config.trace_interval = 1_000_000_000);

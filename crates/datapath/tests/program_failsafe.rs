@@ -3,8 +3,8 @@
 mod program;
 
 use palisade_abi::{
-    Decision, Direction, EventKind, Inspector, PolicyEntry, Reason, class_slot, entry_flags, event_flags,
-    identity, protocol,
+    CtEntry, Decision, Direction, EventKind, Inspector, PolicyEntry, Reason, class_slot, ct_flags,
+    entry_flags, event_flags, identity, protocol,
 };
 use program::packets::*;
 use program::*;
@@ -132,6 +132,79 @@ fn spoofed_sources_stay_dropped_and_forwarded_packets_get_no_failsafe_verdict() 
         }
         let got = world.run(Hook::Xdp, &tcp((peer, 4000), (workload, 22), SYN));
         assert_ne!(got.reason, Reason::Failsafe);
+    }
+}
+
+/// A packet from a NIC must not give a failsafe verdict to a flow between the node and a workload, by which the workload
+/// would then pass.
+#[test]
+fn packets_from_a_nic_renew_no_verdict_on_a_flow_of_a_workload() {
+    for (host, peer, workload) in PAIRS {
+        let mut world = world(NIC, HOST);
+        world.address(workload, A, A_IDENTITY);
+        world.run(Hook::Xdp, &tcp((peer, 4000), (host, 22), SYN));
+        let mut flow = world.flow(&key(HOST, 6, (host, 22), (peer, 4000))).unwrap();
+        // A change of policy has denied the flow of the workload.
+        flow.revision = 0;
+        flow.flags |= ct_flags::REMOTE_IS_LOCAL;
+        let of_workload = key(HOST, 6, (host, 22), (workload, 4000));
+        world.set_flow(&of_workload, &flow);
+        let answer = tcp((host, 22), (workload, 4000), ACK);
+        for frame in [
+            tcp((workload, 4000), (host, 22), ACK),
+            unreachable(peer, host, &answer),
+        ] {
+            let got = world.run(Hook::Xdp, &frame);
+            assert!(!got.passed, "{:?}", got.reason);
+            assert_eq!(world.flow(&of_workload).unwrap().revision, 0);
+        }
+    }
+}
+
+#[test]
+fn a_flow_that_a_packet_from_a_nic_has_opened_gives_workloads_nothing() {
+    for (host, _, workload) in PAIRS {
+        let mut world = world(WORKLOAD, A);
+        world.address(workload, A, A_IDENTITY);
+        for direction in [INGRESS, EGRESS] {
+            world.rule(A, direction, identity::ANY, 0, entry(Decision::Allow, 1));
+        }
+        world.rule_inside(HOST, INGRESS, A_IDENTITY, SSH, entry(Decision::Allow, 8));
+        world.run(Hook::TcIn, &tcp((workload, 4000), (host, 22), SYN));
+        let of_node = key(HOST, 6, (host, 22), (workload, 4000));
+        let mut flow = world.flow(&of_node).unwrap();
+        assert_ne!(flow.flags & ct_flags::REMOTE_IS_LOCAL, 0);
+        // As a packet with this source at a NIC would have made it.
+        flow.flags &= !ct_flags::REMOTE_IS_LOCAL;
+        world.set_flow(&of_node, &flow);
+        world.rule_inside(HOST, INGRESS, A_IDENTITY, SSH, entry(Decision::DenyExplicit, 8));
+        let got = world.run(Hook::TcIn, &tcp((workload, 4000), (host, 22), ACK));
+        assert_eq!(got.reason, Reason::PolicyDeniedByDenylist);
+    }
+}
+
+/// Otherwise the workload could have the flow marked as its own, and packets of the real peer would be dropped.
+#[test]
+fn a_workload_reports_no_error_about_a_flow_of_the_node_with_another_peer() {
+    for (host, peer, workload) in PAIRS {
+        let mut world = world(WORKLOAD, A);
+        world.address(workload, A, A_IDENTITY);
+        world.rule(A, EGRESS, identity::ANY, 0, entry(Decision::Allow, 1));
+        world.rule_inside(HOST, INGRESS, A_IDENTITY, SSH, entry(Decision::Allow, 8));
+        world.run(Hook::TcIn, &tcp((workload, 4000), (host, 22), SYN));
+        let flow = world.flow(&key(HOST, 6, (host, 22), (workload, 4000))).unwrap();
+        let of_peer = key(HOST, 6, (host, 22), (peer, 4000));
+        let flow = CtEntry {
+            flags: flow.flags & !ct_flags::REMOTE_IS_LOCAL,
+            revision: 0,
+            ..flow
+        };
+        world.set_flow(&of_peer, &flow);
+        let sent = tcp((host, 22), (peer, 4000), ACK);
+        let got = world.run(Hook::TcIn, &unreachable(workload, host, &sent));
+        assert!(!got.passed, "{:?}", got.reason);
+        let after = world.flow(&of_peer).unwrap();
+        assert_eq!((after.revision, after.flags), (0, flow.flags));
     }
 }
 

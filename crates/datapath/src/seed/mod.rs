@@ -21,7 +21,7 @@
 //! - the daemon seeds only once, before it attaches the first program to the first interface
 //!   (`daemon::interfaces`), and not when the layout of the maps is upgraded ([`crate::upgrade`]).
 //!
-//! A seeded entry has revision 0, which no endpoint has. The first packet therefore makes the programs evaluate the
+//! A seeded entry has revision 0, with which a flow is always evaluated again. The first packet therefore makes the programs evaluate the
 //! policy of the flow in the direction in which it was opened, and the flow continues or is dropped.
 
 mod connection;

@@ -81,7 +81,15 @@ pub(super) fn enforce_endpoint(cx: &mut Cx, flows: &mut Flows, pkt: &mut PacketS
 /// Returns whether a packet of a live flow still passes; sets the verdict otherwise.
 fn recheck_flow(cx: &mut Cx, pkt: &mut PacketState<'_>, entry: &mut CtEntry) -> bool {
     let opens = entry.inspector != 0 && conntrack::is_bare_syn(&pkt.headers);
-    if entry.revision != pkt.revision || opens {
+    let is_local = entry.flags & ct_flags::REMOTE_IS_LOCAL != 0;
+    let at_node = pkt.point == HookPoint::Node && !is_local;
+    if entry.revision != pkt.revision || pkt.revision == 0 || opens || at_node {
+        if pkt.point == HookPoint::NicIn
+            && (known_remote(cx, pkt).endpoint != 0 || (is_local && is_link_local(pkt.key.remote)))
+        {
+            pkt.reason = Reason::InvalidSourceIp;
+            return false;
+        }
         reevaluate_flow(cx, pkt, entry);
         if pkt.is_dropped() {
             return false;
@@ -533,7 +541,7 @@ fn reevaluate_flow(cx: &mut Cx, pkt: &mut PacketState<'_>, entry: &mut CtEntry) 
     entry.punt_flags = pkt.punt_flags;
     entry.flags = flow_flags;
     pkt.event_flags = conntrack::direction_flags(entry, pkt.ingress);
-    // No endpoint has revision 0, so a denied flow is evaluated again for its next packet.
+    // A flow with revision 0 is evaluated again for each packet (`recheck_flow`).
     entry.revision = if pkt.is_dropped() { 0 } else { pkt.revision };
     if changed {
         let event = pkt.event(cx, EventKind::PolicyVerdict, TracePoint::None, None);
@@ -560,6 +568,7 @@ fn match_icmp_error(cx: &Cx, pkt: &mut PacketState<'_>) {
             pkt.reason = Reason::InvalidSourceIp;
             return;
         }
+        HookPoint::Node if pkt.ingress && source != cx.tables.exact(quote.destination).endpoint => return,
         _ => {}
     }
     // The quoted packet has the opposite direction.
