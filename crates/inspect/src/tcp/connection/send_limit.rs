@@ -52,7 +52,11 @@ impl<F> Connection<F> {
             shared.limits.limits_senders && self.is_near && !self.is_shared && is_tc && scale <= MAX_SCALE;
         let half = &mut self.halves[side];
         match half.limit {
-            Some(_) if missing < FLOAT => return None,
+            // The message ends below what the sender may have been offered: the programs offer at most the allowance
+            // behind the end of the last long message.
+            Some(limit) if half.allowed < half.offered.max(limit.end + u64::from(SEND_ALLOWANCE)) => {
+                return None;
+            }
             None if !may || missing < FLOAT || half.offered > half.allowed => {
                 half.offered = Position::MAX;
                 return Some(0);
@@ -91,7 +95,13 @@ impl<F> Connection<F> {
         } else {
             limit.end.max(acked) + allowance
         };
-        let floating = if limit.is_passed { half.next + FLOAT } else { 0 };
+        // Acknowledgements below the end of the long message stay in the programs, which know only that end: an edge
+        // beyond it would be taken back by the next one.
+        let floating = if limit.is_passed && acked >= limit.end {
+            half.next + FLOAT
+        } else {
+            0
+        };
         edge.max(floating).max(half.offered)
     }
 
