@@ -388,10 +388,9 @@ fn each_change_of_enforcement_is_one_log_line() {
     fs::write(daemon.config(), text).unwrap();
     let out = daemon.try_cli(&["reload"]).unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(
-        out.status.success() && said.contains("only used after a restart: [limits] rules"),
-        "{said}"
-    );
+    // web.yaml is still broken.
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("only used after a restart: [limits] rules"), "{said}");
     one(&["event=\"audit\"", "endpoints=\"all\"", "audit=true"]);
     one(&["event=\"reload\"", "revision="]);
     let out = daemon

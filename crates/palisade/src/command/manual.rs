@@ -1,5 +1,5 @@
 //! `palisade completion`, and the hidden `palisade manual`, by which `scripts/package` makes the manual pages. Commands
-//! and options are described only in `cli`, the configuration only in `config/palisade.toml`. Start at [`write`].
+//! and options are described only in `cli`, the configuration only in `config/palisade.toml`. Start at [`write()`].
 
 use std::{
     fs,

@@ -607,16 +607,32 @@ fn code_blocks(document: &str, language: &str) -> Vec<String> {
 
 #[test]
 fn configurations_in_the_documents_are_valid() {
-    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
-    let readme = fs::read_to_string(readme).unwrap();
-    let configurations = code_blocks(&readme, "toml");
-    assert_eq!(configurations.len(), 2);
-    assert!(parsed(&configurations[0]).policy.audit);
-    assert_eq!(parsed(&configurations[1]).endpoints.len(), 1);
-    let policies = code_blocks(&readme, "yaml");
-    assert_eq!(policies.len(), 1);
-    let diagnostics = palisade_policy::parse::parse("node.yaml", &policies[0]).diagnostics;
-    assert!(diagnostics.is_empty(), "{diagnostics:?}");
+    let read = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(name);
+        fs::read_to_string(path).unwrap()
+    };
+    let configurations = code_blocks(&read("README.md"), "toml");
+    assert_eq!(configurations.len(), 1);
+    assert_eq!(parsed(&configurations[0]).endpoints.len(), 1);
+    let start = read("docs/QUICKSTART.md");
+    let audit: Vec<bool> = code_blocks(&start, "toml")
+        .iter()
+        .map(|text| parsed(text).policy.audit)
+        .collect();
+    assert_eq!(audit, [true, false]);
+    for (name, count) in [
+        ("docs/QUICKSTART.md", 1),
+        ("docs/FROM-NFTABLES.md", 2),
+        ("docs/FROM-CILIUM.md", 1),
+        ("docs/INTERFACES.md", 3),
+    ] {
+        let policies = code_blocks(&read(name), "yaml");
+        assert_eq!(policies.len(), count, "{name}");
+        for text in policies {
+            let diagnostics = palisade_policy::parse::parse(name, &text).diagnostics;
+            assert!(diagnostics.is_empty(), "{name}: {diagnostics:?}");
+        }
+    }
 }
 
 #[test]

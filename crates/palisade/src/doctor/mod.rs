@@ -1,4 +1,4 @@
-//! What `palisade doctor` knows about a node ([`facts`]) and what follows from it ([`findings`]). Pure: facts are
+//! What `palisade doctor` knows about a node ([`facts`]) and what follows from it ([`findings()`]). Pure: facts are
 //! collected by `command::doctor`.
 
 mod facts;

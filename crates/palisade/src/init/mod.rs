@@ -1,5 +1,5 @@
 //! The first configuration and policy of a node, from what is in use on it. Pure: facts are collected by
-//! `command::init`. Start at [`generate`].
+//! `command::init`. Start at [`generate()`].
 
 mod facts;
 mod generate;
