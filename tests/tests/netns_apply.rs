@@ -242,6 +242,45 @@ fn errors_change_nothing_and_name_the_line_of_the_given_file() {
     bed.world.expect(&bed.daemon, ONLY_FRONT);
 }
 
+#[test]
+fn an_empty_file_is_changed_only_without_a_confirmation() {
+    let bed = Bed::new();
+    bed.daemon.write("more.yaml", "---\n").expect("write");
+    bed.daemon.settle().expect("settle");
+    let more = from_db().replace("name: back", "name: more");
+    let file = bed.candidate("more.yaml", &more);
+    let refused = bed.run(&["policy", "apply", &file, "--yes", "--confirm", "1h"]);
+    let said = text(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("more.yaml is empty: a change cannot be rolled back to it"),
+        "{said}"
+    );
+    assert_eq!(bed.folder("more.yaml"), "---\n");
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    bed.apply(&[&file, "--yes"]);
+    assert_eq!(bed.folder("more.yaml"), more);
+    bed.world
+        .expect(&bed.daemon, "front -> back tcp/80 open\ndb -> back tcp/80 open");
+}
+
+#[test]
+fn an_uninstall_takes_back_a_change_that_is_not_confirmed() {
+    let bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+    bed.apply(&[&file, "--yes", "--confirm", "1h"]);
+    bed.world.expect(&bed.daemon, ONLY_DB);
+    let removed = bed.run(&["uninstall"]);
+    let said = text(&removed);
+    assert!(
+        removed.status.success() && said.contains("is rolled back"),
+        "{said}"
+    );
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    let state = bed.daemon.policies().with_file_name("state");
+    assert!(!state.exists(), "{}", state.display());
+}
+
 /// Changes the boot id that the daemon sees, by a file over it in a mount namespace of its own.
 fn with_boot_id(daemon: &mut Daemon, dir: &Path, id: &str) {
     let file = dir.join("boot_id");

@@ -20,12 +20,13 @@ use serde::Serialize;
 use super::{
     output::{EXIT_NO, EXIT_OK, show},
     service::daemon_ended,
+    session::author,
 };
 use crate::{
     cli::UninstallArgs,
     control::{
         api::Request,
-        client::{Client, ClientError, ask_within},
+        client::{Client, ClientError, ask, ask_within},
     },
     daemon::{self, NetfilterTable, policy_file_names},
     installation::Installation,
@@ -34,19 +35,27 @@ use crate::{
 
 /// Longest wait for the answer of a daemon to the question whether it runs.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
-/// Entries of the state directory that the daemon makes, by the beginning of their names. A directory whose name
+/// Entries of the state directory that the daemon makes, with temporary and replaced files. A directory whose name
 /// contains `palisade` is removed as a whole; in another one only these are, because a configuration can name a
 /// directory with other files of root.
-const STATE_ENTRIES: [&str; 8] = [
+const STATE_ENTRIES: [&str; 14] = [
     "state.json",
+    "state.json.broken",
+    ".state.json.tmp",
     "config.kept",
+    ".config.kept.tmp",
     "names.journal",
-    ".names.journal",
+    "names.journal.old",
+    ".names.journal.tmp",
     "verifier.log",
     "policies",
-    "history",
-    ".state",
+    "policy-change.json",
+    "policy-change.json.broken",
+    ".policy-change.json.palisade-tmp",
+    "policy-history",
 ];
+/// Beginning of the daemon's answer to a cancellation if there is nothing to cancel.
+const NOTHING_WAITS: &str = "no change waits";
 
 /// Part of Palisade on the node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -246,7 +255,8 @@ fn remove(installation: &Installation, purge: bool) -> anyhow::Result<()> {
 
 /// Ends a running daemon, which detaches its programs.
 fn end_daemon(socket: &Path) -> anyhow::Result<()> {
-    match Client::send(socket, &Request::Stop { detach: true }) {
+    let sent = cancel_change(socket).and_then(|()| Client::send(socket, &Request::Stop { detach: true }));
+    match sent {
         Ok(client) => {
             client.answer::<serde_json::Value>()?;
             daemon_ended(socket)?;
@@ -258,6 +268,25 @@ fn end_daemon(socket: &Path) -> anyhow::Result<()> {
         )),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Rolls back a change of the policies that waits for its confirmation. Otherwise its files would stay in the policy
+/// folder, and a later installation would enforce them although they were not confirmed.
+fn cancel_change(socket: &Path) -> Result<(), ClientError> {
+    match ask::<u64>(socket, &Request::PolicyCancel { author: author() }) {
+        Ok(number) => {
+            eprintln!(
+                "palisade: note: change {number} of the policies was not confirmed, and is rolled back"
+            );
+        }
+        Err(ClientError::Refused(problem)) if problem.starts_with(NOTHING_WAITS) => {}
+        // A rollback that fails must not prevent the removal.
+        Err(error @ (ClientError::Refused(_) | ClientError::Broken(_))) => {
+            eprintln!("palisade: note: no change of the policies was rolled back: {error}");
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 fn is_running(socket: &Path) -> bool {
@@ -298,7 +327,7 @@ fn state_entries(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
         let entry = entry.with_context(|| dir.display().to_string())?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if STATE_ENTRIES.iter().any(|known| name.starts_with(known)) {
+        if STATE_ENTRIES.contains(&&*name) {
             found.push(entry.path());
         }
     }
@@ -431,15 +460,25 @@ mod tests {
     fn only_files_of_palisade_are_removed_from_a_shared_state_directory() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("shared");
-        fs::create_dir_all(dir.join("policies")).unwrap();
+        for name in ["policies", "policy-history/contents"] {
+            fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        // Names that only begin like those of the daemon.
+        let mine = ["history", "mine", "policies-of-mine", "state.json.copy"];
         for name in [
             "state.json",
             "state.json.broken",
             "config.kept",
+            ".config.kept.tmp",
             "names.journal.old",
             "policies/a.yaml",
-            "mine",
-        ] {
+            "policy-change.json",
+            ".policy-change.json.palisade-tmp",
+            "policy-history/index.json",
+        ]
+        .into_iter()
+        .chain(mine)
+        {
             fs::write(dir.join(name), "x").unwrap();
         }
         // A link is removed, not its target.
@@ -447,16 +486,56 @@ mod tests {
         fs::write(&target, "x").unwrap();
         symlink(&target, dir.join("verifier.log")).unwrap();
         remove_state(&dir).unwrap();
-        let names: Vec<_> = fs::read_dir(&dir)
+        let mut names: Vec<_> = fs::read_dir(&dir)
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
             .collect();
-        assert_eq!(names, ["mine"]);
+        names.sort();
+        assert_eq!(names, mine);
         assert!(target.exists());
-        fs::remove_file(dir.join("mine")).unwrap();
+        for name in mine {
+            fs::remove_file(dir.join(name)).unwrap();
+        }
         remove_state(&dir).unwrap();
         assert!(!dir.exists());
         remove_state(&dir).unwrap();
+    }
+
+    /// The constants are private to the daemon, so the test reads them from the source.
+    #[test]
+    fn every_name_of_the_daemon_in_the_state_directory_is_known() {
+        let keeper = include_str!("../daemon/keeper.rs");
+        let journal = include_str!("../daemon/changes/journal.rs");
+        let constant = |source: &str, name: &str| {
+            let declaration = format!("const {name}: &str = \"");
+            let (_, rest) = source.split_once(&declaration).unwrap();
+            rest.split_once('"').unwrap().0.to_owned()
+        };
+        let temporary = constant(include_str!("../daemon/changes/disk.rs"), "TEMPORARY");
+        let (state, config) = (constant(keeper, "STATE"), constant(keeper, "CONFIG"));
+        let change = constant(journal, "JOURNAL");
+        for name in [
+            format!(".{state}.tmp"),
+            format!(".{config}.tmp"),
+            format!(".{change}{temporary}"),
+            format!("{state}.broken"),
+            format!("{change}.broken"),
+            state,
+            config,
+            change,
+            constant(keeper, "POLICIES"),
+            constant(journal, "HISTORY"),
+        ] {
+            assert!(STATE_ENTRIES.contains(&name.as_str()), "{name}");
+        }
+        let names = include_str!("../daemon/fqdn/journal.rs");
+        for name in ["names.journal", "names.journal.old", ".names.journal.tmp"] {
+            assert!(names.contains(&format!("join(\"{name}\")")), "{name}");
+            assert!(STATE_ENTRIES.contains(&name), "{name}");
+        }
+        // What `uninstall` expects of the daemon's answer.
+        let control = include_str!("../daemon/changes/control.rs");
+        assert!(control.contains(&format!("\"{NOTHING_WAITS} ")));
     }
 
     #[test]

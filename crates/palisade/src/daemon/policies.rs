@@ -345,7 +345,8 @@ impl PolicyFiles {
         let shown = path.display().to_string();
         let is_pinned = self.pinned.is_some();
         let text = match self.content(name).map(|bytes| decode(&shown, bytes)) {
-            Ok(Ok(text)) if is_blank(&text) => self.unless_emptied(name, &shown, text),
+            // A pinned text was not truncated: it is what a command, or the rollback of one, puts in force.
+            Ok(Ok(text)) if is_blank(&text) && !is_pinned => self.unless_emptied(name, &shown, text),
             Ok(text) => text,
             Err(problem)
                 if problem.kind() == io::ErrorKind::NotFound && (is_pinned || !is_dangling(&path)) =>
@@ -955,6 +956,25 @@ mod tests {
         // An empty file that never had policies is accepted.
         files.update(&folder.write("b.yaml", ""));
         assert_eq!(state(&files, "b.yaml"), PolicyFileState::InForce);
+    }
+
+    #[test]
+    fn a_blank_text_that_a_command_enforces_takes_the_policies_away() {
+        let folder = folder();
+        folder.write("a.yaml", &policy("a"));
+        let mut files = folder.loaded();
+        files.save().unwrap();
+        let blank = PinnedTexts::from([("a.yaml".to_owned(), "\n".into())]);
+        files.files.pin(Some(blank));
+        files.update(&Changes::all());
+        assert!(names(&files).is_empty());
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
+        // The rollback is over: the folder has the same text, and is followed again.
+        folder.write("a.yaml", "\n");
+        files.files.pin(None);
+        files.update(&Changes::all());
+        assert!(names(&files).is_empty());
+        assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);
     }
 
     #[test]

@@ -203,8 +203,21 @@ impl Control {
         if !self.policy_changes.left().is_some_and(|left| left.is_zero()) {
             return;
         }
-        if let Some(Current::Waiting { change, from }) = self.policy_changes.current.take() {
-            self.undo(change, from, "it was not confirmed in time", None, None);
+        match self.policy_changes.current.take() {
+            Some(Current::Waiting { change, from }) => {
+                self.undo(change, from, "it was not confirmed in time", None, None);
+            }
+            // The disk hangs. The rollback is enforced from memory now; its job waits behind the write, whose late
+            // result then belongs to no change.
+            Some(Current::Writing {
+                change, from, reply, ..
+            }) => {
+                let number = change.number;
+                let why = "its files were not written before its deadline";
+                self.undo(change, from, why, None, None);
+                reply.send(Err(format!("change {number} was rolled back, because {why}")));
+            }
+            other => self.policy_changes.current = other,
         }
     }
 
@@ -246,12 +259,17 @@ impl Control {
         author: Option<Author>,
         reply: Option<Reply<u64>>,
     ) {
+        let mut notes = Vec::new();
         if let Err(problem) = self.enforce_texts(&from) {
             error!(
                 number = change.number,
                 error = problem,
                 "the policies from before a change are not in force completely"
             );
+            notes.push(format!(
+                "the rollback of change {} did not put the policies from before it in force completely: {problem}",
+                change.number
+            ));
         }
         warn!(
             event = "policy-change-rolled-back",
@@ -260,10 +278,12 @@ impl Control {
             revision = self.changes,
             "a change of the policies is rolled back"
         );
-        self.policy_changes.notes = vec![format!(
+        // Refused confirmations quote the last note.
+        notes.push(format!(
             "change {} of the policies was rolled back: {why}",
             change.number
-        )];
+        ));
+        self.policy_changes.notes = notes;
         self.record_rollback(&change, why, author, from.clone());
         self.policy_changes.store.undo(change.clone(), from);
         self.policy_changes.current = Some(Current::Undoing { change, reply });

@@ -4,7 +4,7 @@
 //! a jump of the wall clock neither extends nor shortens it. The clock starts anew at a boot; the boot id of the kernel
 //! shows that, and the deadline has then passed.
 
-use std::{fs, time::Duration};
+use std::{fs, io, sync::OnceLock, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -24,15 +24,28 @@ pub(in crate::daemon) struct Now {
 impl Now {
     /// Returns the current time.
     pub(in crate::daemon) fn read() -> Self {
+        static BOOT: OnceLock<String> = OnceLock::new();
         let time = clock_gettime(ClockId::CLOCK_BOOTTIME).ok();
         let since_boot = time.map_or(0, |time| Duration::from(time).as_millis());
         Self {
-            boot: fs::read_to_string(BOOT_ID)
-                .map(|id| id.trim().to_owned())
-                .unwrap_or_default(),
+            boot: kept(&BOOT, || fs::read_to_string(BOOT_ID)),
             since_boot: u64::try_from(since_boot).unwrap_or(u64::MAX),
         }
     }
+}
+
+/// Returns the boot id, which is read once: a later open(2) can fail (EMFILE), and without the boot id every deadline
+/// has passed. An id that could not be read is empty and is not kept.
+fn kept(known: &OnceLock<String>, read: impl FnOnce() -> io::Result<String>) -> String {
+    if let Some(id) = known.get() {
+        return id.clone();
+    }
+    let id = read().map(|id| id.trim().to_owned()).unwrap_or_default();
+    if !id.is_empty() {
+        // Another thread has set the same id if this fails.
+        let _ = known.set(id.clone());
+    }
+    id
 }
 
 /// Time until which a change must be confirmed.
@@ -84,6 +97,15 @@ mod tests {
         let now = Now::read();
         assert_eq!((now.boot.len(), now.since_boot > 0), (36, true));
         assert_eq!(Now::read().boot, now.boot);
+    }
+
+    #[test]
+    fn a_boot_id_that_was_read_once_is_kept() {
+        let known = OnceLock::new();
+        let fails = || Err(io::Error::other("EMFILE"));
+        assert_eq!(kept(&known, fails), "");
+        assert_eq!(kept(&known, || Ok("a\n".to_owned())), "a");
+        assert_eq!(kept(&known, fails), "a");
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub(in crate::daemon) struct Change {
     pub before: Option<u64>,
     /// How far the change is.
     pub phase: Phase,
+    /// The policy folder that is changed.
+    pub folder: PathBuf,
     /// Time until which it must be confirmed; `None`: it need not be.
     pub deadline: Option<Deadline>,
     /// Who made it.
@@ -230,22 +232,18 @@ pub(in crate::daemon) struct Recovered {
 pub(super) fn recover(paths: &Paths, disk: &Disk, now: &Now) -> Recovered {
     let mut change = match paths.read_journal() {
         Ok(None) => return Recovered::default(),
-        Ok(Some(change)) => change,
-        Err(error) => {
-            let journal = paths.journal();
-            let aside = journal.with_extension("json.broken");
-            // If the renaming fails too, the next start reports the same.
-            let _ = fs::rename(&journal, &aside);
-            return Recovered {
-                problem: Some(format!(
-                    "{}: {error}; renamed to {}: a change of policies that waited for its confirmation, if there was one, is \
-                     NOT rolled back; `palisade policy history` shows the sets before",
-                    journal.display(),
-                    aside.display()
-                )),
-                ..Recovered::default()
-            };
+        // The files of one folder must not replace those of another one.
+        Ok(Some(change)) if change.folder != paths.folder => {
+            let why = format!(
+                "change {} was made in the policy folder {}, but [policy] dir is {} now",
+                change.number,
+                change.folder.display(),
+                paths.folder.display()
+            );
+            return put_aside(paths, &why);
         }
+        Ok(Some(change)) => change,
+        Err(error) => return put_aside(paths, &error.to_string()),
     };
     let expired = change
         .deadline
@@ -306,6 +304,23 @@ pub(super) fn recover(paths: &Paths, disk: &Disk, now: &Now) -> Recovered {
     recovered.problem = problem;
     recovered.undone = Some(change);
     recovered
+}
+
+/// Renames a journal that cannot be used, and returns the problem.
+fn put_aside(paths: &Paths, why: &str) -> Recovered {
+    let journal = paths.journal();
+    let aside = journal.with_extension("json.broken");
+    // If the renaming fails too, the next start reports the same.
+    let _ = fs::rename(&journal, &aside);
+    Recovered {
+        problem: Some(format!(
+            "{}: {why}; renamed to {}: a change of policies that waited for its confirmation, if there was one, is NOT \
+             rolled back; `palisade policy history` shows the sets before",
+            journal.display(),
+            aside.display()
+        )),
+        ..Recovered::default()
+    }
 }
 
 /// Writes the files of a change into the folder.
@@ -392,6 +407,7 @@ mod tests {
             number: 2,
             before: Some(1),
             phase: Phase::Writing,
+            folder: paths.folder.clone(),
             deadline: confirm.then(|| Deadline::after(&at(100, "a"), Duration::from_secs(60))),
             author: Author::default(),
             message: String::new(),
@@ -504,6 +520,35 @@ mod tests {
         assert!(recovered.problem.unwrap().contains("cannot be written"));
         assert_eq!(recover(&paths, &Disk::default(), &at(201, "a")).problem, None);
         assert_eq!(folder(&paths), old);
+    }
+
+    #[test]
+    fn a_change_of_another_folder_is_reported_and_changes_nothing() {
+        let (old, new) = sets();
+        for confirm in [false, true] {
+            // Without a confirmation the journal is still there if the write is interrupted.
+            let disk = if confirm { Disk::default() } else { interrupted(30) };
+            let Place { paths, _root } = place();
+            fill(&paths, &old);
+            let _ = apply(&paths, &disk, &old, &new, confirm);
+            assert!(paths.journal().exists());
+            let before = folder(&paths);
+            let other = Paths::new(&paths.state, &paths.folder.with_file_name("other.d"));
+            fs::create_dir(&other.folder).unwrap();
+            fs::set_permissions(&other.folder, fs::Permissions::from_mode(0o755)).unwrap();
+            let mine = texts(&[("mine.yaml", "mine")]);
+            fill(&other, &mine);
+            let recovered = recover(&other, &Disk::default(), &at(200, "a"));
+            let problem = recovered.problem.unwrap();
+            assert!(
+                problem.contains("policies.d") && problem.contains("other.d"),
+                "{problem}"
+            );
+            assert!(recovered.waiting.is_none() && recovered.undone.is_none());
+            assert_eq!((folder(&other), folder(&paths)), (mine, before));
+            assert!(!paths.journal().exists());
+            assert!(paths.journal().with_extension("json.broken").exists());
+        }
     }
 
     #[test]

@@ -17,6 +17,8 @@ mod store;
 mod switch;
 
 pub(super) use journal::{Recovered, Texts};
-pub(super) use plan::{Candidate, PolicyBase, changed_files, compile, denied_sessions, differences, rows};
+pub(super) use plan::{
+    Candidate, PolicyBase, blank_before, changed_files, compile, denied_sessions, differences, rows,
+};
 pub(super) use store::{Preparation, Store, StoreEvent, Switch};
 pub(super) use switch::Changes;

@@ -183,6 +183,19 @@ pub(in crate::daemon) fn changed_files(from: &Texts, to: &Texts) -> FileChanges 
     files
 }
 
+/// Returns why a change could not be rolled back: a file that it changes is empty before it; `None` if there is no such
+/// file. A start of the daemon after the rollback would take the empty file for one that was truncated, and would
+/// enforce the last good copy of the file.
+pub(in crate::daemon) fn blank_before(from: &Texts, to: &Texts) -> Option<String> {
+    let changed = changed_files(from, to).changed;
+    let blank = changed
+        .iter()
+        .find(|name| from.get(*name).is_some_and(|text| is_blank(text)))?;
+    Some(format!(
+        "{blank} is empty: a change cannot be rolled back to it; put a comment in it or remove it"
+    ))
+}
+
 /// Returns the policies that differ.
 fn changed_policies(from: &Texts, to: &Texts) -> PolicyChanges {
     let of = |texts: &Texts, others: &Texts| -> BTreeMap<String, Value> {
@@ -494,6 +507,22 @@ spec:
             .map(|denied| denied.session)
             .collect();
         assert_eq!(denied, [sessions[1], sessions[3], sessions[4]]);
+    }
+
+    #[test]
+    fn a_change_of_an_empty_file_cannot_be_rolled_back() {
+        let texts = |list: &[(&str, &str)]| -> Texts {
+            let files = list.iter();
+            files
+                .map(|(name, text)| ((*name).to_owned(), (*text).into()))
+                .collect()
+        };
+        let from = texts(&[("a.yaml", "---\n"), ("b.yaml", "# nothing"), ("c.yaml", "")]);
+        // A removed file is made again as it was.
+        let to = texts(&[("a.yaml", "---\n"), ("b.yaml", CLOSED), ("d.yaml", CLOSED)]);
+        assert_eq!(blank_before(&from, &to), None);
+        let problem = blank_before(&from, &texts(&[("a.yaml", CLOSED)])).unwrap();
+        assert!(problem.starts_with("a.yaml is empty"), "{problem}");
     }
 
     #[test]

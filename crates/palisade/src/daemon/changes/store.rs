@@ -505,6 +505,7 @@ impl Writing {
             number,
             before,
             phase: Phase::Writing,
+            folder: self.paths.folder.clone(),
             deadline,
             author: preparation.author,
             message: preparation.message,
@@ -703,6 +704,26 @@ mod tests {
         assert_eq!(
             (place.read("a.yaml"), place.read("b.yaml").as_deref()),
             (None, Some("new"))
+        );
+        let (_, recovered, _events) = place.start();
+        assert!(recovered.waiting.is_none() && recovered.undone.is_none());
+    }
+
+    #[test]
+    fn a_change_that_is_undone_before_it_is_written_is_undone_after_the_write() {
+        let place = Place::new();
+        let (store, _, events) = place.start();
+        let next = || events.recv_timeout(Duration::from_secs(60)).unwrap();
+        let (old, new) = ([("a.yaml", "old")], [("b.yaml", "new")]);
+        fs::write(place.root.path().join("policies.d/a.yaml"), "old").unwrap();
+        let change = store.prepare(preparation(&old, &new, Some(600))).unwrap();
+        store.write(change.clone(), texts(&new));
+        store.undo(change, texts(&old));
+        assert!(matches!(next(), StoreEvent::Written(Ok(()))));
+        assert!(matches!(next(), StoreEvent::Undone));
+        assert_eq!(
+            (place.read("a.yaml").as_deref(), place.read("b.yaml")),
+            (Some("old"), None)
         );
         let (_, recovered, _events) = place.start();
         assert!(recovered.waiting.is_none() && recovered.undone.is_none());

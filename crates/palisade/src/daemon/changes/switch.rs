@@ -78,7 +78,8 @@ impl Changes {
     /// Returns the time until the change in progress is rolled back.
     pub(in crate::daemon) fn left(&self) -> Option<Duration> {
         match &self.current {
-            Some(Current::Waiting { change, .. }) => {
+            // A folder whose write hangs must not keep an unconfirmed change in force.
+            Some(Current::Writing { change, .. } | Current::Waiting { change, .. }) => {
                 let deadline = change.deadline.as_ref()?;
                 Some(deadline.left(&Now::read()).unwrap_or_default())
             }

@@ -147,6 +147,11 @@ impl Handlers {
         if let Some(refusal) = self.refusal(&base, &request.set, &to) {
             return Err(refusal);
         }
+        if request.confirm_ms.is_some()
+            && let Some(refusal) = changes::blank_before(&base.texts, &to.texts)
+        {
+            return Err(refusal);
+        }
         let number = self.policy_store.history().last().map_or(0, |last| last.number);
         if request.base.is_some_and(|base| base != number) {
             return Err(
