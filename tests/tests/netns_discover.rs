@@ -4,7 +4,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use palisade_testbed::{
@@ -437,6 +437,66 @@ fn no_packet_passes_between_the_appearance_of_an_interface_and_the_labels() {
             "{reason}: {status}"
         );
     }
+}
+
+#[test]
+fn no_packet_passes_while_a_workload_removes_and_adds_its_address() {
+    const ROUNDS: usize = 8;
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let late = Workload::new("late", 5);
+    late.plug(&topology, "veth-late");
+    let daemon = start(&topology);
+    wait_found(&daemon, "late", &late);
+    let sink = topology.node.enter(|| UdpSocket::bind("[::]:9").expect("socket"));
+    sink.set_nonblocking(true).expect("non-blocking");
+    // Addresses outside `addresses` of the section stay, so that the workload can send at every moment.
+    let (gateway4, gateway6) = late.gateways();
+    late.ns
+        .ip(&format!(
+            "addr add 198.18.77.9/32 dev {INNER}\n\
+             addr add fd77::9/128 dev {INNER} nodad\n\
+             route add {gateway4}/32 dev {INNER} src 198.18.77.9\n\
+             route add {gateway6}/128 dev {INNER}\n"
+        ))
+        .expect("addresses");
+    let change = |verb: &str, nodad: &str| {
+        late.ns
+            .ip(&format!(
+                "addr {verb} {}/24 dev {INNER}\naddr {verb} {}/64 dev {INNER}{nodad}\n",
+                late.v4, late.v6
+            ))
+            .expect("addresses");
+    };
+    let stop = AtomicBool::new(false);
+    let end = Instant::now() + 10 * WAIT;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            late.ns.enter(|| {
+                let sockets = [
+                    UdpSocket::bind("198.18.77.9:0").expect("socket"),
+                    UdpSocket::bind("[fd77::9]:0").expect("socket"),
+                ];
+                while !stop.load(Ordering::Relaxed) && Instant::now() < end {
+                    let _ = sockets[0].send_to(b"out", (gateway4, 9));
+                    let _ = sockets[1].send_to(b"out", (gateway6, 9));
+                    thread::sleep(Duration::from_micros(50));
+                }
+            });
+        });
+        for _ in 0..ROUNDS {
+            change("del", "");
+            wait_gone(&daemon, "late");
+            change("add", " nodad");
+            wait_found(&daemon, "late", &late);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let got = sink.recv_from(&mut [0; 8]);
+    assert!(got.is_err(), "{got:?}\n{}", daemon.report());
+    // The flood is real: the table dropped it while the workload was no endpoint.
+    let status = daemon.status().expect("status");
+    let drops = status["drops"].as_array().expect("drops");
+    assert!(drops.iter().any(|drop| drop["reason"] == 219), "{status}");
 }
 
 /// A container of the fake engine in the network namespace of a workload.

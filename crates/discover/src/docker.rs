@@ -9,6 +9,9 @@ use std::{
 
 use serde::{Deserialize, de::DeserializeOwned};
 
+/// Maximum number of bytes of all keys and values of the labels of one container or image.
+pub const MAX_LABEL_BYTES: usize = 64 << 10;
+
 /// A container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Container {
@@ -59,7 +62,8 @@ pub fn list(answer: &[u8]) -> Result<BTreeSet<String>, String> {
 /// Parses the answer to `GET /containers/ID/json`.
 ///
 /// # Errors
-/// The answer is not of this form, or describes another container than `id`.
+/// The answer is not of this form, describes another container than `id`, or has more than [`MAX_LABEL_BYTES`] of
+/// labels.
 pub fn inspect(id: &str, answer: &[u8]) -> Result<Container, String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -143,7 +147,7 @@ pub fn inspect(id: &str, answer: &[u8]) -> Result<Container, String> {
         name: answer.name.strip_prefix('/').unwrap_or(&answer.name).to_owned(),
         image: answer.config.image,
         image_id: answer.image,
-        labels: answer.config.labels.unwrap_or_default(),
+        labels: bounded(answer.config.labels)?,
         addresses: addresses.into_iter().collect(),
         netns: netns.is_absolute().then_some(netns),
         pid: answer.state.pid,
@@ -154,7 +158,7 @@ pub fn inspect(id: &str, answer: &[u8]) -> Result<Container, String> {
 /// Parses the answer to `GET /images/ID/json`: the labels that the image sets.
 ///
 /// # Errors
-/// The answer is not of this form.
+/// The answer is not of this form, or has more than [`MAX_LABEL_BYTES`] of labels.
 pub fn image_labels(answer: &[u8]) -> Result<BTreeMap<String, String>, String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -167,7 +171,7 @@ pub fn image_labels(answer: &[u8]) -> Result<BTreeMap<String, String>, String> {
         labels: Option<BTreeMap<String, String>>,
     }
     let answer: Answer = parse(answer, "the description of an image")?;
-    Ok(answer.config.and_then(|config| config.labels).unwrap_or_default())
+    bounded(answer.config.and_then(|config| config.labels))
 }
 
 /// Parses a line of `GET /events`; `None` if the event concerns no container.
@@ -214,6 +218,19 @@ pub fn own_labels(
         .iter()
         .filter(|(key, value)| of_image.get(*key) != Some(value));
     own.map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+/// Returns the labels unless they are longer than [`MAX_LABEL_BYTES`]. The daemon keeps the labels of every container,
+/// and whoever makes an image can set any number of them.
+fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, String> {
+    let labels = labels.unwrap_or_default();
+    let bytes: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if bytes > MAX_LABEL_BYTES {
+        return Err(format!(
+            "its labels have {bytes} bytes, more than {MAX_LABEL_BYTES}"
+        ));
+    }
+    Ok(labels)
 }
 
 fn parse<T: DeserializeOwned>(answer: &[u8], what: &str) -> Result<T, String> {
@@ -275,6 +292,19 @@ mod tests {
                 "{mode}"
             );
         }
+    }
+
+    #[test]
+    fn labels_have_bounded_length() {
+        let image = |bytes: usize| {
+            let value = "x".repeat(bytes - 1);
+            image_labels(format!(r#"{{"Config":{{"Labels":{{"a":"{value}"}}}}}}"#).as_bytes())
+        };
+        assert_eq!(image(MAX_LABEL_BYTES).unwrap().len(), 1);
+        assert!(image(MAX_LABEL_BYTES + 1).unwrap_err().contains("65537 bytes"));
+        let long = format!(r#""app":"{}""#, "x".repeat(MAX_LABEL_BYTES));
+        let container = description("bridge").replace(r#""app":"web""#, &long);
+        assert!(inspect(ID, container.as_bytes()).unwrap_err().contains("labels"));
     }
 
     #[test]

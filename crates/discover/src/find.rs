@@ -14,14 +14,15 @@ use crate::{
     workload::{Found, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload},
 };
 
-/// Names, interfaces and addresses that belong to the configuration. The values say to what, for messages.
+/// Names, interfaces and addresses that belong to the configuration, or to endpoints that stay because their source does
+/// not answer. The values say to what, for messages.
 #[derive(Clone, Debug, Default)]
 pub struct Taken {
-    /// `namespace/name` of static endpoints and of peers.
+    /// `namespace/name` of these endpoints.
     pub names: BTreeSet<String>,
-    /// Interfaces of the configuration.
+    /// Interfaces.
     pub interfaces: BTreeMap<String, String>,
-    /// Addresses of the node and of static endpoints.
+    /// Addresses of the node and of these endpoints.
     pub addresses: BTreeMap<IpAddr, String>,
     /// Prefixes of peers.
     pub networks: Vec<(IpNet, String)>,
@@ -136,7 +137,9 @@ fn conflict(
     addresses: &BTreeMap<IpAddr, String>,
 ) -> Option<String> {
     if taken.names.contains(name) {
-        return Some(format!("the configuration has another {name}"));
+        return Some(format!(
+            "the configuration, or a source that does not answer, has another {name}"
+        ));
     }
     if let Some(other) = accepted.get(name) {
         return Some(format!("the name {name} belongs to {} already", other.source()));
@@ -238,6 +241,7 @@ fn claims_of(rule: &Rule, workload: &Workload) -> Result<Vec<Found>, (String, bo
             addresses,
             labels: labels.clone(),
             kind: rule.kind.to_owned(),
+            origin: workload.origin.clone(),
             id: workload
                 .container
                 .clone()

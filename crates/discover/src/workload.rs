@@ -18,6 +18,8 @@ pub const MAX_LABELS: usize = 64;
 pub struct Workload {
     /// Number of the [`Rule`].
     pub rule: usize,
+    /// Kind and place of the source: `docker /var/run/docker.sock`.
+    pub origin: String,
     /// Name of the namespace or container.
     pub name: String,
     /// Id of the container.
@@ -100,6 +102,9 @@ pub struct Found {
     pub labels: Labels,
     /// Kind of the source.
     pub kind: String,
+    /// Kind and place of the source. Two sections can have sources of one kind at different places.
+    #[serde(default)]
+    pub origin: String,
     /// Name of the namespace or id of the container.
     pub id: String,
     /// Number of the network namespace (inode).

@@ -13,7 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use palisade_abi::{Config as DatapathConfig, Direction, EndpointState, identity};
+use palisade_abi::{Config as DatapathConfig, Direction, EndpointState, identity, role};
 use palisade_datapath::{Datapath, Rules, monotonic_coarse};
 use palisade_hubble::agent::AgentEvent;
 use palisade_model::inventory::Enforcement;
@@ -147,7 +147,7 @@ impl Control {
                 Message::Policies(changes) => self.policies_changed(&changes),
                 Message::Store(event) => self.store_event(event),
                 Message::Network(network) => self.network_changed(network),
-                Message::Workloads(report) => self.workloads_reported(report),
+                Message::Workloads => self.workloads_reported(),
                 Message::Netfilter(change) => {
                     if change.touched || change.may_be_touched {
                         self.netfilter.was_touched(change.touched);
@@ -561,18 +561,36 @@ impl Control {
         self.agent_events.view_published();
     }
 
+    /// Attaches the programs to the configured interfaces, then detaches them from others. The nftables table is written
+    /// between the two, so that an interface of a workload is closed by its name before it has no programs.
     pub(super) fn attach(&mut self) {
         let inventory = self.enforcer.compiler.inventory();
-        self.interfaces
+        let mut leftovers = self
+            .interfaces
             .reconcile(&self.datapath, &self.network, &self.config, inventory);
-        // An interface that could not be attached keeps the programs and maps of the earlier version until then.
-        if !self.interfaces.has_failures()
+        self.netfilter_due = true;
+        let mut all_released = true;
+        if !leftovers.is_empty() {
+            self.write_netfilter();
+            // The table that could not be replaced can list the interface of a workload as guarded, so the programs stay
+            // attached. The write is tried again.
+            if self.netfilter.has_failed() {
+                let all = leftovers.len();
+                leftovers.retain(|attached| attached.interface.role == role::HOST);
+                all_released = leftovers.len() == all;
+            }
+            self.interfaces
+                .release(&self.datapath, &self.network, &self.config, &leftovers);
+        }
+        // An interface that could not be attached or released keeps the programs and maps of the earlier version until
+        // then.
+        if all_released
+            && !self.interfaces.has_failures()
             && let Err(problem) = self.datapath.retire_other_versions()
         {
             warn!(error = %problem, "maps of another version cannot be removed");
         }
         self.workers.set_attached(self.interfaces.attached());
-        self.netfilter_due = true;
     }
 
     /// Writes the nftables table for the current interfaces, addresses and node policy. Must run after the interfaces

@@ -1,4 +1,4 @@
-//! Workloads that are found (`[[discover]]`). A thread reads the sources and the interfaces, and sends a [`Report`] to
+//! Workloads that are found (`[[discover]]`). A thread reads the sources and the interfaces, and leaves a [`Report`] for
 //! the control thread when it has changed; `palisade_discover::find` makes endpoints of the report.
 //!
 //! Until a workload is an endpoint, its interface stays closed: the interface table of the programs does not have it,
@@ -16,6 +16,7 @@ mod sources;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     os::fd::AsFd as _,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
@@ -58,23 +59,27 @@ const MAX_PROBLEMS_SHOWN: usize = 20;
 
 /// What the sources and interfaces show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Report {
+struct Report {
     /// Number of the configuration that was in force.
     generation: u64,
     /// Workloads of all sources.
     workloads: Vec<Workload>,
     /// Why sources cannot be read, for `status`.
     problems: Vec<String>,
-    /// Kinds of sources that have not answered since the daemon began, so that workloads of the last run stay.
+    /// Sources, by kind and place, that have not answered since the daemon began, so that workloads of the last run
+    /// stay.
     unanswered: BTreeSet<String>,
     /// Index of each interface of the node that leads into another network namespace, by name.
     links: BTreeMap<String, u32>,
 }
 
-/// Sections and wake-up of the thread.
+/// Sections, wake-up and result of the thread.
 #[derive(Debug)]
 struct Shared {
     sections: Mutex<Sections>,
+    /// The last report, until the control thread takes it. There is at most one: a workload can change its addresses
+    /// faster than the control thread follows, and only the last state counts.
+    reported: Mutex<Option<Report>>,
     wake: Arc<EventFd>,
 }
 
@@ -95,6 +100,10 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, Sections> {
         self.sections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reported(&self) -> MutexGuard<'_, Option<Report>> {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the engines of these sections; those that run already are used again.
@@ -133,17 +142,19 @@ pub(super) struct Discovery {
 }
 
 impl Discovery {
-    /// Reads all sources, and starts a thread that passes every later report to `changed` until `changed` returns false.
+    /// Reads all sources, and starts a thread that reads them again at every change. It calls `changed` when there is a
+    /// report for [`Self::take`] and the last one was taken, until `changed` returns false.
     ///
     /// # Errors
     /// The notifications of interfaces or the thread cannot be started.
     pub(super) fn start(
         sections: &[Discover],
         limit: usize,
-        mut changed: impl FnMut(Report) -> bool + Send + 'static,
+        mut changed: impl FnMut() -> bool + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             sections: Mutex::default(),
+            reported: Mutex::default(),
             wake: Arc::new(EventFd::from_flags(
                 EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
             )?),
@@ -171,7 +182,8 @@ impl Discovery {
                 let rest = (begun.elapsed() * REST_FACTOR).min(MAX_REST);
                 if report != known {
                     known = report.clone();
-                    if !changed(report) {
+                    let is_taken = of_thread.reported().replace(report).is_none();
+                    if is_taken && !changed() {
                         return;
                     }
                 }
@@ -207,9 +219,12 @@ impl Discovery {
         Ok(())
     }
 
-    /// Takes a report of the thread. Returns false if it was made with an earlier configuration, which numbers other
-    /// rules.
-    pub(super) fn take(&mut self, report: Report) -> bool {
+    /// Takes the report of the thread. Returns false if there is none, or if it was made with an earlier configuration,
+    /// which numbers other rules.
+    pub(super) fn take(&mut self) -> bool {
+        let Some(report) = self.shared.reported().take() else {
+            return false;
+        };
         let is_current = report.generation == self.shared.sections().generation;
         if is_current {
             self.report = report;
@@ -260,23 +275,44 @@ pub(super) fn resolve<C>(
         .iter()
         .map(|section| section.rule.clone())
         .collect();
-    let taken = taken(config, network);
+    let mut taken = taken(config, network);
+    let stays = |name: &String, found: &Found| {
+        let is_there = report.links.get(&found.interface) == Some(&found.ifindex);
+        let is_of_other = |address: &IpAddr| {
+            let networks = &taken.networks;
+            taken.addresses.contains_key(address) || networks.iter().any(|(of, _)| of.contains(address))
+        };
+        report.unanswered.contains(&found.origin)
+            && is_there
+            && !taken.names.contains(name)
+            && !taken.interfaces.contains_key(&found.interface)
+            && !found.addresses.iter().any(is_of_other)
+    };
+    let kept: BTreeMap<String, Found> = state
+        .discovered
+        .iter()
+        .filter(|(name, found)| stays(name, found))
+        .map(|(name, found)| (name.clone(), found.clone()))
+        .collect();
+    // A workload of a source that answers must not get what belongs to one of these.
+    for (name, found) in &kept {
+        let by = format!("{name} ({})", found.source());
+        let addresses = found.addresses.iter();
+        taken
+            .addresses
+            .extend(addresses.map(|address| (*address, by.clone())));
+        taken.interfaces.insert(found.interface.clone(), by);
+        taken.names.insert(name.clone());
+    }
+    let limit = config.limits.discovered as usize;
     let mut outcome = find(
         &rules,
         &report.workloads,
         &taken,
         &state.discovered,
-        config.limits.discovered as usize,
+        limit.saturating_sub(kept.len()),
     );
-    for (name, found) in &state.discovered {
-        let is_there = report.links.get(&found.interface) == Some(&found.ifindex);
-        let is_free = !taken.names.contains(name)
-            && !taken.interfaces.contains_key(&found.interface)
-            && !found.addresses.iter().any(|a| taken.addresses.contains_key(a));
-        if report.unanswered.contains(&found.kind) && is_there && is_free {
-            outcome.found.entry(name.clone()).or_insert_with(|| found.clone());
-        }
-    }
+    outcome.found.extend(kept);
     outcome
 }
 
@@ -371,11 +407,8 @@ fn read(shared: &Shared, before: &Report) -> (Report, bool) {
             if before.generation == sections.generation {
                 report = before.clone();
             } else {
-                let kinds = sections
-                    .all
-                    .iter()
-                    .map(|section| section.source.kind().to_owned());
-                report.unanswered = kinds.collect();
+                let origins = sections.all.iter().map(|section| section.source.to_string());
+                report.unanswered = origins.collect();
                 report.links.clone_from(&before.links);
             }
             report.problems = vec![problem];
@@ -426,6 +459,7 @@ fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, De
     let mut listed: BTreeMap<Key, Described> = BTreeMap::new();
     let mut seen: BTreeSet<(String, String)> = BTreeSet::new();
     for (rule, section) in sections.all.iter().enumerate() {
+        let origin = section.source.to_string();
         let of_section = match &section.source {
             DiscoverSource::Netns(dir) => sources::namespaces(dir, &section.rule.names)?,
             DiscoverSource::Cni(dir) => {
@@ -437,8 +471,9 @@ fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, De
                 let engine = sections.engines.get(rule).and_then(Option::as_ref);
                 let table = engine.map(|engine| engine.table()).unwrap_or_default();
                 if !table.has_answered {
-                    report.unanswered.insert(section.source.kind().to_owned());
+                    report.unanswered.insert(origin.clone());
                 }
+                report.problems.extend(table.notice);
                 report
                     .problems
                     .extend(table.problem.map(|(problem, since)| {
@@ -451,13 +486,14 @@ fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, De
                 BTreeMap::clone(&table.containers)
             }
         };
-        for (key, described) in of_section {
+        for (key, mut described) in of_section {
             let names = &section.rule.names;
             if names
                 .iter()
                 .any(|pattern| pattern.matches(&described.workload.name))
-                && seen.insert((section.source.to_string(), key.clone()))
+                && seen.insert((origin.clone(), key.clone()))
             {
+                described.workload.origin.clone_from(&origin);
                 listed.insert((rule, key), described);
             }
         }
@@ -491,7 +527,10 @@ impl Watch {
     fn start() -> io::Result<Self> {
         let mut links = Socket::new(NETLINK_ROUTE)?;
         links.bind(&SocketAddr::new(0, GROUPS))?;
-        links.set_listen_all_namespaces(true)?;
+        // Needs CAP_NET_BROADCAST. Without it, changes inside of namespaces are found by the regular reads.
+        if let Err(error) = links.set_listen_all_namespaces(true) {
+            warn!(%error, "changes of links in other network namespaces are not reported to the daemon: found workloads are followed more slowly");
+        }
         links.set_non_blocking(true)?;
         Ok(Self {
             links,

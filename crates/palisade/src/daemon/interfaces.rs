@@ -101,24 +101,26 @@ impl Interfaces {
         }
     }
 
-    /// Attaches the programs to configured interfaces and detaches them from others. Interfaces that are attached as
-    /// configured are left alone; failed attempts are repeated. Returns whether anything changed.
+    /// Attaches the programs to configured interfaces. Interfaces that are attached as configured are left alone; failed
+    /// attempts are repeated. Returns the attachments of interfaces that are no longer configured. [`Self::release`]
+    /// detaches them, after the nftables table is written: as long as the table lists an interface as guarded, it drops
+    /// nothing of that interface, so an interface without programs would be open.
     pub(super) fn reconcile(
         &mut self,
         datapath: &Datapath,
         network: &Network,
         config: &Config,
         inventory: &Inventory,
-    ) -> bool {
+    ) -> Vec<Attached> {
+        if let Err(problem) = datapath.forget_dead() {
+            warn!(error = %problem, "pins of removed interfaces cannot be removed");
+        }
         let kernel = attached(datapath);
         let found = self.find(network, &kernel);
-        let (guarded, mut changed) = self.release(datapath, kernel, &found);
-        if let Err(problem) = self.update_others(datapath, network, config, &found) {
-            error!(
-                error = %problem,
-                "the list of unguarded interfaces cannot be written; packets that enter by new ones are dropped"
-            );
-        }
+        self.outcomes.retain(|name, _| self.wanted.contains_key(name));
+        self.kept.retain(|name, _| self.wanted.contains_key(name));
+        self.present.retain(|name, _| self.wanted.contains_key(name));
+        self.update_others(datapath, network, config, &found);
         if !self.seeded {
             self.seeded = true;
             // The packets of an existing connection do not show which end opened it, so existing connections are seeded
@@ -149,7 +151,7 @@ impl Interfaces {
         order.sort_by_key(|(_, wanted)| wanted.role == Role::Host);
         for (name, wanted) in order {
             let Some(ifindex) = found.get(name).copied() else {
-                changed |= self.outcomes.remove(name).is_some();
+                self.outcomes.remove(name);
                 self.kept.remove(name);
                 if self.present.remove(name).is_some() {
                     info!(
@@ -162,7 +164,7 @@ impl Interfaces {
             };
             self.present.insert(name.clone(), ifindex);
             let attachment = attachment(ifindex, wanted, network);
-            let in_kernel = guarded.iter().find(|attached| attached.ifindex == ifindex);
+            let in_kernel = kernel.iter().find(|attached| attached.ifindex == ifindex);
             if let Some(Outcome::Guarded(known, _)) = self.outcomes.get(name)
                 && *known == attachment
             {
@@ -191,7 +193,6 @@ impl Interfaces {
                             note, "the interface is guarded in another way than the first choice"
                         );
                     }
-                    changed = true;
                     if attached.name != *name {
                         warn!(
                             interface = name,
@@ -206,7 +207,6 @@ impl Interfaces {
                     // Do not log the same failure at every attempt.
                     if !matches!(self.outcomes.get(name), Some(Outcome::Failed(known)) if *known == text) {
                         error!(interface = name, error = text, "the interface is NOT guarded");
-                        changed = true;
                     }
                     if in_kernel.is_some_and(is_whole) {
                         self.kept.insert(name.clone(), ifindex);
@@ -216,7 +216,9 @@ impl Interfaces {
             };
             self.outcomes.insert(name.clone(), outcome);
         }
-        changed
+        let wanted: BTreeSet<u32> = found.values().copied().collect();
+        let is_leftover = |attached: &Attached| !wanted.contains(&attached.ifindex);
+        kernel.into_iter().filter(is_leftover).collect()
     }
 
     /// Returns the index of every configured interface that exists, found by its name or an alternative name. A guarded
@@ -267,7 +269,7 @@ impl Interfaces {
         network: &Network,
         config: &Config,
         found: &BTreeMap<String, u32>,
-    ) -> Result<(), palisade_datapath::AttachError> {
+    ) {
         // No packet of a proxy link is forwarded unless `palisade_proxy` has redirected it.
         let proxy_links = palisade_datapath::proxy_link_names(&config.worker.interface);
         let wanted: BTreeSet<u32> = found.values().copied().collect();
@@ -285,49 +287,44 @@ impl Interfaces {
             .filter(|(name, _)| !is_of_workload(config, name))
             .map(|(_, ifindex)| (*ifindex, above.contains(ifindex)))
             .collect();
-        if self.others.as_ref() != Some(&others) {
-            datapath.set_others(self.others.as_ref(), &others)?;
-            self.others = Some(others);
+        if self.others.as_ref() == Some(&others) {
+            return;
         }
-        Ok(())
+        match datapath.set_others(self.others.as_ref(), &others) {
+            Ok(()) => self.others = Some(others),
+            Err(problem) => error!(
+                error = %problem,
+                "the list of unguarded interfaces cannot be written; packets that enter by new ones are dropped"
+            ),
+        }
     }
 
-    /// Detaches the programs from interfaces that are no longer configured, and removes the pins of deleted interfaces.
-    /// Returns the list `guarded` unchanged, and whether an interface in it is no longer configured.
-    fn release(
+    /// Detaches the programs from `leftovers`, interfaces that [`Self::reconcile`] has found to be no longer configured.
+    pub(super) fn release(
         &mut self,
         datapath: &Datapath,
-        guarded: Vec<Attached>,
-        found: &BTreeMap<String, u32>,
-    ) -> (Vec<Attached>, bool) {
-        if let Err(problem) = datapath.forget_dead() {
-            warn!(error = %problem, "pins of removed interfaces cannot be removed");
-        }
-        let wanted: BTreeSet<u32> = found.values().copied().collect();
-        let mut changed = false;
-        for attached in &guarded {
-            if !wanted.contains(&attached.ifindex) {
-                match datapath.detach(attached.ifindex) {
-                    Ok(()) => info!(
-                        interface = attached.name,
-                        "the interface is not configured and no longer guarded"
-                    ),
-                    Err(error) => {
-                        error!(interface = attached.name, %error, "the programs cannot be detached")
-                    }
+        network: &Network,
+        config: &Config,
+        leftovers: &[Attached],
+    ) {
+        for attached in leftovers {
+            match datapath.detach(attached.ifindex) {
+                Ok(()) => info!(
+                    interface = attached.name,
+                    "the interface is not configured and no longer guarded"
+                ),
+                Err(error) => {
+                    error!(interface = attached.name, %error, "the programs cannot be detached");
                 }
-                // Detaching has cleared the interface's entry of the interface table. Without an entry in `others` too,
-                // the next write adds the interface to the table as an unguarded one.
-                if let Some(others) = &mut self.others {
-                    others.remove(&attached.ifindex);
-                }
-                changed = true;
+            }
+            // Detaching has cleared the interface's entry of the interface table. Without an entry in `others` too, the
+            // next write adds the interface to the table as an unguarded one.
+            if let Some(others) = &mut self.others {
+                others.remove(&attached.ifindex);
             }
         }
-        self.outcomes.retain(|name, _| self.wanted.contains_key(name));
-        self.kept.retain(|name, _| self.wanted.contains_key(name));
-        self.present.retain(|name, _| self.wanted.contains_key(name));
-        (guarded, changed)
+        let found = self.present.clone();
+        self.update_others(datapath, network, config, &found);
     }
 
     /// Returns the attachments of all guarded interfaces.

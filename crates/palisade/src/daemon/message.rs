@@ -12,7 +12,6 @@ use signal_hook::consts::SIGHUP;
 
 use super::{
     changes::{PolicyBase, StoreEvent, Switch},
-    discover,
     fqdn::ControlRequest,
     interception::Secrets,
     netfilter,
@@ -35,8 +34,8 @@ pub(super) enum Message {
     Store(StoreEvent),
     /// Interfaces or addresses of the node have changed.
     Network(Network),
-    /// Workloads, or what is known about them, have changed.
-    Workloads(discover::Report),
+    /// Workloads, or what is known about them, have changed; [`super::discover::Discovery`] has the report.
+    Workloads,
     /// The nftables rule set has changed.
     Netfilter(netfilter::Change),
     /// The process has received this signal.
@@ -59,7 +58,7 @@ impl Message {
         match self {
             Self::Policies(_) | Self::Store(_) => "putting changed policies in force",
             Self::Network(_) => "following a change of interfaces or addresses",
-            Self::Workloads(_) => "putting found workloads in force",
+            Self::Workloads => "putting found workloads in force",
             Self::Netfilter(_) => "following a change of nftables",
             Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload(_)) => {
                 "reading the configuration again"

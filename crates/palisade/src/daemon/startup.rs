@@ -181,11 +181,9 @@ fn watch(config: &Config, sender: &Sender<Message>) -> anyhow::Result<Watched> {
     let network = network::watch(move |network| links.send(Message::Network(network)).is_ok())
         .context("watching interfaces")?;
     let workloads = sender.clone();
-    let discovery = Discovery::start(
-        &config.discover,
-        config.limits.discovered as usize,
-        move |report| workloads.send(Message::Workloads(report)).is_ok(),
-    )
+    let discovery = Discovery::start(&config.discover, config.limits.discovered as usize, move || {
+        workloads.send(Message::Workloads).is_ok()
+    })
     .context("watching workloads")?;
     let netfilter = netfilter::Keeper::new(netfilter::Place::new(config));
     let rules = sender.clone();
@@ -307,6 +305,11 @@ fn fill(
     };
     control.write_datapath_config()?;
     control.update_inventory(Instant::now())?;
+    // At an upgrade the flows are still in the old table: without this step, those of workloads that are gone would be
+    // copied after they were to be removed. The first attachment copies what has changed since, and reports errors.
+    if let Err(error) = control.datapath.take_over_flows() {
+        warn!(%error, "the flows of the earlier version cannot be copied yet");
+    }
     control.forget_connections(&gone);
     control.record_start();
     if let Some(problem) = &control.enforcer.problem

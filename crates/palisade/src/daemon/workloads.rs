@@ -6,14 +6,14 @@ use tracing::{error, info};
 
 use super::{
     control::Control,
-    discover::{Report, resolve, same_runs},
+    discover::{resolve, same_runs},
     state::NODE,
 };
 
 impl Control {
-    /// Takes a report of the sources.
-    pub(super) fn workloads_reported(&mut self, report: Report) {
-        if self.discovery.take(report) {
+    /// Takes the report of the sources.
+    pub(super) fn workloads_reported(&mut self) {
+        if self.discovery.take() {
             self.find_workloads(false);
         }
     }

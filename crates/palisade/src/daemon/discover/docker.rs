@@ -1,6 +1,6 @@
 //! A client of the Docker Engine API, on a thread of its own. It keeps a table of the running containers: it lists and
-//! describes all of them, and then those that events name. Answers have deadlines and limits, and an engine that does not
-//! answer leaves the table as it was.
+//! describes all of them, and then those that events name. Answers have deadlines and limits. An engine that does not
+//! answer leaves the table as it was; a container about which it does not answer leaves the others as they are.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -32,9 +32,15 @@ use super::place::{Described, Namespace};
 
 /// Longest time for one answer of the engine.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Longest time for the description of one container or image: Docker does not answer while another operation holds the
+/// container's lock.
+const DESCRIBE_DEADLINE: Duration = Duration::from_secs(5);
+/// Number of containers whose description takes too long, among those of one list or one collection of events, beyond
+/// which the engine counts as one that does not answer.
+const MAX_STUCK: usize = 8;
 /// Time after which all containers are listed again, in case an event was lost.
 const LIST_INTERVAL: Duration = Duration::from_secs(30);
-/// Time for which further events are collected before the containers are described.
+/// Time for which further events are collected after the first one, before the containers are described.
 const COLLECT: Duration = Duration::from_millis(5);
 /// Number of containers in collected events beyond which all are listed instead.
 const MAX_COLLECTED: usize = 256;
@@ -69,6 +75,8 @@ pub(super) struct Table {
     pub has_answered: bool,
     /// Why the engine does not answer, and since when.
     pub problem: Option<(String, Timestamp)>,
+    /// Why containers are missing in the table although the engine answers.
+    pub notice: Option<String>,
 }
 
 impl Engine {
@@ -165,6 +173,7 @@ async fn follow(engine: &Engine) -> Result<(), String> {
     let mut client = Client {
         sender: connect(&engine.socket).await?,
         images: HashMap::new(),
+        stuck: 0,
     };
     while !engine.is_ended.load(Ordering::Relaxed) {
         let listed = Instant::now();
@@ -173,16 +182,20 @@ async fn follow(engine: &Engine) -> Result<(), String> {
             return Err(format!("/containers/json: {status}"));
         }
         let ids = docker::list(&answer)?;
-        if ids.len() > engine.limit {
-            return Err(format!(
-                "there are {} containers, more than [limits] discovered = {}",
+        let notice = (ids.len() > engine.limit).then(|| {
+            format!(
+                "{} has {} containers, more than [limits] discovered = {}; the others stay denied",
+                engine.socket.display(),
                 ids.len(),
                 engine.limit
-            ));
-        }
+            )
+        });
         let mut containers = BTreeMap::new();
         let known = engine.table().containers;
-        for id in ids {
+        // The ids of new containers are random, so known containers come first and keep their places.
+        let (old, new): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| known.contains_key(id));
+        client.stuck = 0;
+        for id in old.into_iter().chain(new).take(engine.limit) {
             if let Some(described) = client.describe(engine, &id, known.get(&id)).await? {
                 containers.insert(id, described);
             }
@@ -202,6 +215,7 @@ async fn follow(engine: &Engine) -> Result<(), String> {
             table.containers = Arc::new(containers);
             table.has_answered = true;
             table.problem = None;
+            table.notice = notice;
         });
         while !engine.is_ended.load(Ordering::Relaxed) {
             let Some(left) = LIST_INTERVAL.checked_sub(listed.elapsed()) else {
@@ -214,6 +228,7 @@ async fn follow(engine: &Engine) -> Result<(), String> {
                 break;
             }
             let mut containers = BTreeMap::clone(&engine.table().containers);
+            client.stuck = 0;
             for id in ids {
                 match client.describe(engine, &id, containers.get(&id)).await? {
                     Some(described) if containers.len() < engine.limit || containers.contains_key(&id) => {
@@ -258,20 +273,44 @@ struct Client {
     sender: SendRequest<Empty<Bytes>>,
     /// Labels of images, by their id.
     images: HashMap<String, BTreeMap<String, String>>,
+    /// Number of descriptions that took too long, since the last list or collection of events.
+    stuck: usize,
 }
 
+/// Answer to a request: status and body.
+type Answer = (StatusCode, Bytes);
+
 impl Client {
-    async fn get(&mut self, path: &str, limit: usize) -> Result<(StatusCode, Bytes), String> {
-        let whole = async {
-            let response = request(&mut self.sender, path).await?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), limit).collect().await;
-            body.map(|body| (status, body.to_bytes()))
-                .map_err(|error| format!("{path}: {error}"))
-        };
+    async fn get(&mut self, path: &str, limit: usize) -> Result<Answer, String> {
+        let whole = self.whole(path, limit);
         timeout(DEADLINE, whole)
             .await
             .map_err(|_| format!("{path}: no whole answer within {} s", DEADLINE.as_secs()))?
+    }
+
+    /// Requests the description of a container or image; `None` if the answer takes too long.
+    async fn get_description(&mut self, engine: &Engine, path: &str) -> Result<Option<Answer>, String> {
+        if let Ok(answer) = timeout(DESCRIBE_DEADLINE, self.whole(path, MAX_ANSWER)).await {
+            return answer.map(Some);
+        }
+        self.stuck += 1;
+        if self.stuck > MAX_STUCK {
+            return Err(format!(
+                "{path}: no whole answer within {} s, nor to {MAX_STUCK} requests before",
+                DESCRIBE_DEADLINE.as_secs()
+            ));
+        }
+        // The next answer on this connection would be the one that is missing.
+        self.sender = connect(&engine.socket).await?;
+        Ok(None)
+    }
+
+    async fn whole(&mut self, path: &str, limit: usize) -> Result<Answer, String> {
+        let response = request(&mut self.sender, path).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), limit).collect().await;
+        body.map(|body| (status, body.to_bytes()))
+            .map_err(|error| format!("{path}: {error}"))
     }
 
     /// Returns the description of a container; `None` if it does not run or has no network namespace of its own.
@@ -282,7 +321,11 @@ impl Client {
         id: &str,
         known: Option<&Described>,
     ) -> Result<Option<Described>, String> {
-        let (status, answer) = self.get(&format!("/containers/{id}/json"), MAX_ANSWER).await?;
+        let path = format!("/containers/{id}/json");
+        let Some((status, answer)) = self.get_description(engine, &path).await? else {
+            let late = || Described::refused(id, "the engine does not describe it in time".to_owned());
+            return Ok(Some(known.cloned().unwrap_or_else(late)));
+        };
         match status {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(None),
@@ -304,13 +347,19 @@ impl Client {
             return Ok(None);
         }
         if !engine.image_labels && !container.labels.is_empty() {
-            match self.labels_of_image(&container.image_id).await? {
-                Some(of_image) => container.labels = docker::own_labels(&container.labels, &of_image),
-                None => {
-                    problem = Some(
-                        "its image cannot be inspected, so the labels of the image are not known".to_owned(),
-                    );
-                }
+            match self.labels_of_image(engine, &container.image_id).await? {
+                Ok(of_image) => container.labels = docker::own_labels(&container.labels, &of_image),
+                Err(message) => match known {
+                    // The labels of a container do not change while it exists.
+                    Some(known) if known.workload.problem.is_none() => {
+                        container.labels.clone_from(&known.workload.labels);
+                    }
+                    _ => {
+                        problem = Some(format!(
+                            "its image cannot be inspected, so the labels of the image are not known: {message}"
+                        ));
+                    }
+                },
             }
         }
         let namespace = match container.netns {
@@ -331,28 +380,42 @@ impl Client {
         }))
     }
 
-    async fn labels_of_image(&mut self, image: &str) -> Result<Option<BTreeMap<String, String>>, String> {
+    /// Returns the labels of an image, or why they are not known.
+    ///
+    /// # Errors
+    /// The engine does not answer.
+    async fn labels_of_image(
+        &mut self,
+        engine: &Engine,
+        image: &str,
+    ) -> Result<Result<BTreeMap<String, String>, String>, String> {
         // A container of Podman that runs from a directory has no image.
         if image.is_empty() {
-            return Ok(Some(BTreeMap::new()));
+            return Ok(Ok(BTreeMap::new()));
         }
         // An id with other characters would change the path of the request.
         if !image.bytes().all(|b| b.is_ascii_alphanumeric() || b == b':') {
-            return Ok(None);
+            return Ok(Err("its id is not made of letters and digits".to_owned()));
         }
         if let Some(known) = self.images.get(image) {
-            return Ok(Some(known.clone()));
+            return Ok(Ok(known.clone()));
         }
-        let (status, answer) = self.get(&format!("/images/{image}/json"), MAX_ANSWER).await?;
+        let path = format!("/images/{image}/json");
+        let Some((status, answer)) = self.get_description(engine, &path).await? else {
+            return Ok(Err("the engine does not describe it in time".to_owned()));
+        };
         if status != StatusCode::OK {
-            return Ok(None);
+            return Ok(Err(format!("the engine answers {status}")));
         }
-        let labels = docker::image_labels(&answer)?;
+        let labels = match docker::image_labels(&answer) {
+            Ok(labels) => labels,
+            Err(message) => return Ok(Err(message)),
+        };
         if self.images.len() >= MAX_IMAGES {
             self.images.clear();
         }
         self.images.insert(image.to_owned(), labels.clone());
-        Ok(Some(labels))
+        Ok(Ok(labels))
     }
 }
 
@@ -384,15 +447,21 @@ impl Events {
     /// Returns the containers of the next events; `None` if there are none within `longest`.
     async fn collect(&mut self, longest: Duration) -> Result<Option<BTreeSet<String>>, String> {
         let mut ids = BTreeSet::new();
-        let mut wait = longest;
-        while let Ok(frame) = timeout(wait, self.body.frame()).await {
+        let mut end = Instant::now() + longest;
+        // The deadline is of all frames, so that a stream without end does not keep the containers from being described.
+        // It is checked here too, because `timeout` returns a frame that is there already also after its deadline.
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            let Ok(frame) = timeout(left, self.body.frame()).await else {
+                break;
+            };
             let frame = frame
                 .ok_or("/events: the engine has ended the stream")?
                 .map_err(|error| format!("/events: {error}"))?;
             let Ok(data) = frame.into_data() else { continue };
             self.rest.extend_from_slice(&data);
-            while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
+            let had_none = ids.is_empty();
+            while let Some(newline) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=newline).collect();
                 if !line.trim_ascii().is_empty() {
                     ids.extend(docker::event(&line)?.map(|event| event.id));
                 }
@@ -403,8 +472,8 @@ impl Events {
             if ids.len() > MAX_COLLECTED {
                 break;
             }
-            if !ids.is_empty() {
-                wait = COLLECT;
+            if had_none && !ids.is_empty() {
+                end = end.min(Instant::now() + COLLECT);
             }
         }
         Ok((!ids.is_empty()).then_some(ids))
