@@ -223,7 +223,10 @@ fn a_daemon_that_guards_nothing_takes_the_first_configuration_by_a_reload() {
     let node = Node::new(&world);
     assert!(node.sh("mkdir -p -m 755 /etc/palisade/policies.d").0);
     let empty = "[node]\nlabels = {}\n[policy]\ndir = \"/etc/palisade/policies.d\"\n";
-    assert!(node.sh(&format!("printf '{empty}' >/etc/palisade/palisade.toml")).0);
+    assert!(
+        node.sh(&format!("printf '{empty}' >/etc/palisade/palisade.toml"))
+            .0
+    );
     let dir = temp_dir("daemon").expect("directory");
     let binary = binary().expect("binary");
     let command = node.command(&binary.display().to_string(), &["run"]);
@@ -234,7 +237,10 @@ fn a_daemon_that_guards_nothing_takes_the_first_configuration_by_a_reload() {
     assert!(node.sh("grep -q 'labels = {}' /etc/palisade/palisade.toml.old").0);
     node.must("reload");
     let text = node.must("status --wait 30s");
-    assert!(text.contains("nic0") && text.contains("audit: what would be dropped passes"), "{text}");
+    assert!(
+        text.contains("nic0") && text.contains("audit: what would be dropped passes"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -390,7 +390,10 @@ fn each_change_of_enforcement_is_one_log_line() {
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     // web.yaml is still broken.
     assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("only used after a restart: [limits] rules"), "{said}");
+    assert!(
+        said.contains("only used after a restart: [limits] rules"),
+        "{said}"
+    );
     one(&["event=\"audit\"", "endpoints=\"all\"", "audit=true"]);
     one(&["event=\"reload\"", "revision="]);
     let out = daemon
