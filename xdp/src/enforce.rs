@@ -725,9 +725,7 @@ pub fn match_icmp_error<H: Hook>(ctx: H, pkt: &mut PacketContext) {
         }
         // A workload reports errors about flows between itself and the node only, or it could renew the verdict on a
         // flow of the node with another peer.
-        hook_point::NODE
-            if pkt.is_ingress() && source != identity::exact(&quote.destination).endpoint() =>
-        {
+        hook_point::NODE if pkt.is_ingress() && source != identity::exact(&quote.destination).endpoint() => {
             return;
         }
         _ => {}
