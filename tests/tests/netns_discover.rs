@@ -449,14 +449,21 @@ fn no_packet_passes_while_a_workload_removes_and_adds_its_address() {
     wait_found(&daemon, "late", &late);
     let sink = topology.node.enter(|| UdpSocket::bind("[::]:9").expect("socket"));
     sink.set_nonblocking(true).expect("non-blocking");
-    // Addresses outside `addresses` of the section stay, so that the workload can send at every moment.
+    // Addresses outside `addresses` of the section stay, and the gateway need not be resolved, so that the workload can send
+    // at every moment.
     let (gateway4, gateway6) = late.gateways();
+    let link = topology.node.run("ip", &["-o", "link", "show", "veth-late"]);
+    let link = link.expect("link");
+    let (_, rest) = link.split_once("link/ether ").expect("an Ethernet device");
+    let mac = rest.split_whitespace().next().expect("an address");
     late.ns
         .ip(&format!(
             "addr add 198.18.77.9/32 dev {INNER}\n\
              addr add fd77::9/128 dev {INNER} nodad\n\
              route add {gateway4}/32 dev {INNER} src 198.18.77.9\n\
-             route add {gateway6}/128 dev {INNER}\n"
+             route add {gateway6}/128 dev {INNER}\n\
+             neigh replace {gateway4} lladdr {mac} dev {INNER} nud permanent\n\
+             neigh replace {gateway6} lladdr {mac} dev {INNER} nud permanent\n"
         ))
         .expect("addresses");
     let change = |verb: &str, nodad: &str| {
