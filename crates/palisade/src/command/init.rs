@@ -125,7 +125,7 @@ Written, in audit mode (nothing is dropped):
   {}    open ports: {}
 
 Next:
-  1. read both files; close what nobody needs
+  1. read both files, and remove the rules that are not needed
   2. palisade doctor{option}
   3. {start}
   4. palisade status --wait 10s{option}
