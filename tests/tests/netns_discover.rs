@@ -18,7 +18,7 @@ use palisade_testbed::{
 };
 use serde_json::{Value, json};
 
-/// Clients may reach the server's web port and its echo port, nobody else; workloads called late may do nothing.
+/// Clients may reach the server's web port and its echo port, and no other peer may; workloads called late may do nothing.
 const POLICIES: &str = r#"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
