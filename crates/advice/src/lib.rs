@@ -22,5 +22,6 @@ mod near;
 pub mod query;
 pub mod record;
 pub mod replay;
+mod secrets;
 pub mod suggest;
 pub mod yaml;

@@ -23,6 +23,7 @@ use crate::{
     labels::{LabelSelector, is_world, namespace, stable},
     record::{Happened, Recorded, RecordedEnd},
     replay::{Candidate, Problems, Replay},
+    secrets::{Secrets, TlsPair, is_unknown},
     yaml::{Item, Yaml, comment, list, map},
 };
 
@@ -46,13 +47,13 @@ const MAX_SEGMENT: usize = 64;
 const NAMING: [&str; 5] = ["app.kubernetes.io/name", "app", "k8s-app", "name", "component"];
 /// Name of the file of the policies, in messages.
 const FILE: &str = "suggested.yaml";
-
 /// Collects recorded flows, and makes the policies that allow them.
 #[derive(Debug, Default)]
 pub struct Suggestion {
     with_dropped: bool,
     subjects: BTreeMap<Subject, [Direct; 2]>,
     counts: Counts,
+    secrets: Secrets,
 }
 
 /// Numbers of flows.
@@ -103,6 +104,16 @@ impl Suggestion {
         Self {
             with_dropped,
             ..Self::default()
+        }
+    }
+
+    /// Takes the secrets of rules for requests inside TLS from these policies. Without them the rules have names that must
+    /// be replaced.
+    #[must_use]
+    pub fn with_secrets_of(self, files: &BTreeMap<String, Option<FileContent>>) -> Self {
+        Self {
+            secrets: Secrets::of(files),
+            ..self
         }
     }
 
@@ -170,7 +181,7 @@ impl Suggestion {
             .ports
             .entry(port)
             .or_default()
-            .add(direction, &flow.request);
+            .add(direction, &flow.request, || self.secrets.of_port(flow.port));
         Ok(())
     }
 
@@ -432,13 +443,13 @@ impl Direct {
             let mut entries = Vec::new();
             let mut icmp = Vec::new();
             let mut plain = Vec::new();
-            let (mut requests, mut inside_tls) = (0, 0);
+            let mut inside = InsideTls::default();
+            let mut requests = 0;
             for (port, at) in &traffic.ports {
                 let Some(element) = port.yaml() else {
                     continue;
                 };
                 requests += at.requests;
-                inside_tls += at.inside_tls;
                 let mixed = kinds.get(port).is_some_and(|kinds| kinds.len() > 1);
                 let mut l7 = if mixed || at.plain {
                     L7Form::default()
@@ -450,6 +461,7 @@ impl Direct {
                 if has_names && is_dns && l7.is_empty() && !at.plain && !mixed {
                     l7.dns.insert(Name::Pattern("*".into()));
                 }
+                inside.note(at.inside_tls, &l7);
                 if port.is_icmp() {
                     icmp.push(element);
                 } else if l7.is_empty() {
@@ -466,7 +478,7 @@ impl Direct {
                 PeerForm::Names(_) | PeerForm::Address(_) => String::new(),
                 PeerForm::Labels(_) | PeerForm::Entity(_) => peers.emit(),
             };
-            let mut put = |ports: Vec<Yaml>, flows: u64, requests: u64, inside_tls: u64| {
+            let mut put = |ports: Vec<Yaml>, flows: u64, requests: u64, inside: InsideTls| {
                 let key = (format!("{member}\0{separate}"), ports);
                 let rule = rules.entry(key).or_default();
                 if let Yaml::List(items) = &peers {
@@ -474,7 +486,7 @@ impl Direct {
                 }
                 rule.flows += flows;
                 rule.requests += requests;
-                rule.inside_tls += inside_tls;
+                rule.inside_tls.add(inside);
             };
             let of = |wanted: bool| -> u64 {
                 let ports = traffic.ports.iter();
@@ -484,19 +496,19 @@ impl Direct {
                     .sum()
             };
             if traffic.any_port {
-                put(Vec::new(), traffic.flows, requests, inside_tls);
+                put(Vec::new(), traffic.flows, requests, inside);
                 continue;
             }
             if !entries.is_empty() {
                 let ports = vec![map([("toPorts", list(entries))])];
-                put(ports, of(false), requests, inside_tls);
+                put(ports, of(false), requests, inside);
             }
             if !icmp.is_empty() {
                 put(
                     vec![map([("icmps", list([map([("fields", list(icmp))])]))])],
                     of(true),
                     0,
-                    0,
+                    InsideTls::default(),
                 );
             }
         }
@@ -518,13 +530,7 @@ impl Direct {
                     if requests > 0 {
                         remark.push_str(&format!(", of them {}", count(requests, "request")));
                     }
-                    if inside_tls > 0 {
-                        remark.push_str(&format!(
-                            "; without rules for {} inside TLS: these need terminatingTLS and originatingTLS with \
-                             secrets, which flows do not name, as in the policy that intercepts them now",
-                            count(inside_tls, "request")
-                        ));
-                    }
+                    inside_tls.remark(&mut remark);
                     if ports.is_empty() {
                         remark.push_str(
                         "; every port, since policies cannot name the protocol or there are too many ports",
@@ -551,7 +557,46 @@ struct MergedRule {
     peers: Vec<Item>,
     flows: u64,
     requests: u64,
-    inside_tls: u64,
+    inside_tls: InsideTls,
+}
+
+/// Requests inside TLS of a rule.
+#[derive(Clone, Copy, Default)]
+struct InsideTls {
+    /// Those without http rules.
+    without_rules: u64,
+    /// Those of rules whose secrets are not known.
+    without_secrets: u64,
+}
+
+impl InsideTls {
+    fn note(&mut self, requests: u64, l7: &L7Form) {
+        match &l7.tls {
+            None => self.without_rules += requests,
+            Some(pair) if is_unknown(pair) => self.without_secrets += requests,
+            Some(_) => {}
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.without_rules += other.without_rules;
+        self.without_secrets += other.without_secrets;
+    }
+
+    fn remark(self, remark: &mut String) {
+        if self.without_secrets > 0 {
+            remark.push_str(&format!(
+                ", of them {} inside TLS: replace the names of the secrets, which flows do not name",
+                count(self.without_secrets, "request")
+            ));
+        }
+        if self.without_rules > 0 {
+            remark.push_str(&format!(
+                "; without rules for {} inside TLS",
+                count(self.without_rules, "request")
+            ));
+        }
+    }
 }
 
 impl Traffic {
@@ -564,7 +609,7 @@ impl Traffic {
                 continue;
             }
             let known = self.ports.entry(port).or_default();
-            let fresh = known.flows == 0;
+            let kinds: BTreeSet<u8> = known.kind().chain(traffic.kind()).collect();
             known.flows += traffic.flows;
             known.requests += traffic.requests;
             known.inside_tls += traffic.inside_tls;
@@ -574,7 +619,8 @@ impl Traffic {
             known.l7.dns.extend(traffic.l7.dns);
             known.l7.server_names.extend(traffic.l7.server_names);
             known.l7.kafka.extend(traffic.l7.kafka);
-            if !fresh && known.kind().count() > 1 || known.plain {
+            known.l7.tls = known.l7.tls.take().or(traffic.l7.tls);
+            if kinds.len() > 1 || known.plain {
                 known.make_plain();
             }
             known.bound();
@@ -588,12 +634,13 @@ impl PortTraffic {
         self.l7 = L7Form::default();
     }
 
-    /// Returns a number for each protocol of which there are rules.
+    /// Returns a number for each protocol of which there are rules. Rules for requests inside TLS are of TLS.
     fn kind(&self) -> impl Iterator<Item = u8> {
+        let inside_tls = self.l7.tls.is_some();
         [
-            (0, !self.l7.http.is_empty()),
+            (0, !self.l7.http.is_empty() && !inside_tls),
             (1, !self.l7.dns.is_empty()),
-            (2, !self.l7.server_names.is_empty()),
+            (2, !self.l7.server_names.is_empty() || inside_tls),
             (3, !self.l7.kafka.is_empty()),
         ]
         .into_iter()
@@ -601,7 +648,8 @@ impl PortTraffic {
         .map(|(kind, _)| kind)
     }
 
-    fn add(&mut self, direction: Direction, request: &Request) {
+    /// `secrets`: for a rule that allows requests inside TLS at this port.
+    fn add(&mut self, direction: Direction, request: &Request, secrets: impl FnOnce() -> TlsPair) {
         self.flows += 1;
         if request.is_empty() {
             return;
@@ -613,13 +661,18 @@ impl PortTraffic {
             return;
         }
         match request {
-            // Requests inside TLS need secrets, which no flow names.
-            Request {
-                http: Some(_),
-                tls: Some(_),
-                ..
-            } => self.make_plain(),
+            // An entry has rules for requests inside TLS or in plain text, not for both.
+            Request { http: Some(_), .. }
+                if is_inside_tls != self.l7.tls.is_some() && !self.l7.http.is_empty() =>
+            {
+                self.make_plain();
+            }
             Request { http: Some(http), .. } => {
+                if is_inside_tls && self.l7.tls.is_none() {
+                    self.l7.tls = Some(secrets());
+                    // The http rules decide.
+                    self.l7.server_names.clear();
+                }
                 for path in path_patterns(&http.path, self.path_level) {
                     let rule = HttpForm {
                         method: regex::escape(&http.method),
@@ -640,6 +693,7 @@ impl PortTraffic {
                     self.make_plain();
                 }
             }
+            Request { tls: Some(_), .. } if self.l7.tls.is_some() => {}
             Request { tls: Some(name), .. } => {
                 let name = normal_name(name);
                 if looks_like_a_name(&name) {

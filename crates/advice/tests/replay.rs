@@ -367,17 +367,135 @@ spec:
     );
 }
 
-#[test]
-fn a_comment_says_why_requests_inside_tls_have_no_rules() {
-    let yaml = suggest(&[
+fn candidate(policies: &str) -> Candidate {
+    let parsed = parse("p.yaml", policies);
+    assert!(!parsed.has_errors(), "{:?}", parsed.diagnostics);
+    let content = FileContent {
+        policies: parsed.policies,
+        cidr_groups: parsed.cidr_groups,
+    };
+    Candidate {
+        files: BTreeMap::from([("p.yaml".to_owned(), Some(content))]),
+        ..Candidate::default()
+    }
+}
+
+/// A hello and requests inside TLS of one connection, as the proxy reports them.
+fn intercepted() -> [Line; 4] {
+    let mut hello = line(false, "front", "back", 443);
+    hello.l7 = json!({});
+    hello.sni = Some("back.example");
+    [
         line(false, "front", "back", 443),
-        line(false, "front", "back", 443).http("GET", "https://back.example/items"),
-        line(false, "front", "back", 443).http("GET", "https://back.example/other"),
-    ]);
-    let remark =
-        "  # 3 flows, of them 2 requests; without rules for 2 requests inside TLS: these need terminatingTLS";
-    assert!(yaml.contains(remark), "{yaml}");
-    assert!(!yaml.contains("http:"), "{yaml}");
+        hello,
+        line(false, "front", "back", 443).http("GET", "https://back.example/items/1"),
+        line(false, "front", "back", 443).http("POST", "https://back.example/items"),
+    ]
+}
+
+#[test]
+fn requests_inside_tls_get_rules_whose_secrets_have_to_be_named() {
+    let yaml = suggest(&intercepted());
+    for part in [
+        "# 4 flows, of them 3 requests, of them 2 requests inside TLS: replace the names of the secrets",
+        "      terminatingTLS:
+        secret:
+          namespace: tls-secrets
+          name: replace-certificate
+      originatingTLS:
+        secret:
+          namespace: tls-secrets
+          name: replace-ca
+      rules:
+        http:
+        - method: GET
+          path: \"/items/[0-9]+\"
+        - method: POST
+          path: \"/items\"
+",
+    ] {
+        assert!(yaml.contains(part), "{part}\n{yaml}");
+    }
+    assert!(!yaml.contains("serverNames"), "{yaml}");
+    // The policies deny what was not recorded.
+    let denied = line(false, "front", "back", 443).http("GET", "https://back.example/admin");
+    let inspectors = Inspectors::default();
+    let mut replay = Replay::new(candidate(&yaml), &inspectors);
+    replay.push(&denied.recorded()).unwrap();
+    assert_eq!(replay.finish().unwrap().changes[0].then, Effect::Denied);
+}
+
+#[test]
+fn secrets_are_those_of_the_policies_that_intercept_now() {
+    let policy = |port: u16, secret: &str| {
+        format!(
+            "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: back-{port}, namespace: shop}}
+spec:
+  endpointSelector: {{matchLabels: {{app: back}}}}
+  ingress:
+  - fromEntities: [all]
+    toPorts:
+    - ports: [{{port: \"{port}\", protocol: TCP}}]
+      terminatingTLS: {{secret: {{namespace: infra, name: {secret}}}, certificate: chain.pem}}
+      rules: {{http: [{{path: /.*}}]}}
+"
+        )
+    };
+    let suggest = |policies: &str| {
+        let inspectors = Inspectors::default();
+        let mut suggestion = Suggestion::new(false).with_secrets_of(&candidate(policies).files);
+        for flow in intercepted() {
+            suggestion.push(&flow.recorded());
+        }
+        let mut check = suggestion.replay(&inspectors).unwrap();
+        for flow in intercepted() {
+            check.push(&suggestion, &flow.recorded()).unwrap();
+        }
+        assert_eq!(suggestion.widen(check).unwrap(), 0, "{}", suggestion.policies());
+        suggestion.policies()
+    };
+    let of = |secret: &str| {
+        format!(
+            "      terminatingTLS:
+        secret:
+          namespace: infra
+          name: {secret}
+        certificate: chain.pem
+      rules:
+"
+        )
+    };
+    let two = [policy(443, "front"), policy(8443, "other")].join("---\n");
+    for (policies, secret) in [
+        (policy(443, "front"), "front"),
+        // The only secret of the policies.
+        (policy(8443, "other"), "other"),
+        (two, "front"),
+    ] {
+        let yaml = suggest(&policies);
+        assert!(yaml.contains(&of(secret)), "{yaml}");
+        assert!(!yaml.contains("replace"), "{yaml}");
+    }
+    // Several secrets, none of this port.
+    let yaml = suggest(&[policy(444, "front"), policy(8443, "other")].join("---\n"));
+    assert!(yaml.contains("name: replace-certificate"), "{yaml}");
+}
+
+#[test]
+fn requests_inside_tls_and_in_plain_text_at_one_port_get_no_rules() {
+    let mut flows = intercepted().to_vec();
+    flows.push(line(false, "front", "back", 443).http("GET", "http://back.example/items"));
+    let yaml = suggest(&flows);
+    assert!(
+        yaml.contains("; without rules for 2 requests inside TLS"),
+        "{yaml}"
+    );
+    assert!(
+        !yaml.contains("http:") && !yaml.contains("terminatingTLS"),
+        "{yaml}"
+    );
 }
 
 #[test]

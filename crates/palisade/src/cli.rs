@@ -439,6 +439,9 @@ pub(crate) struct SuggestArgs {
     /// Also allow the flows that were dropped by policies.
     #[arg(long)]
     pub include_dropped: bool,
+    /// Policies from which rules for requests inside TLS take the names of their secrets: files or folders.
+    #[arg(long, value_name = "PATH")]
+    pub policies: Vec<PathBuf>,
     /// Which flows count.
     #[command(flatten)]
     pub filters: FilterArgs,

@@ -167,7 +167,8 @@ pub(super) fn suggest(
         Some(path) => Source::File(path.clone(), wanted(&args.filters)?),
         None => Source::of_ring(&socket()?, &args.filters)?,
     };
-    let mut suggestion = Suggestion::new(args.include_dropped);
+    let mut suggestion =
+        Suggestion::new(args.include_dropped).with_secrets_of(&policy_files(&args.policies)?);
     source.each(&mut |flow| {
         match flow {
             Some(flow) => suggestion.push(flow),
