@@ -623,6 +623,7 @@ fn punted_packets_name_their_inspector() {
         let url = format!("http://{}/", world.at("back", family, 80));
         // The server is no HTTP server; the request is punted all the same.
         let _ = curl(world.ns("front"), &[&url], Duration::from_secs(3));
+        let _ = curl(world.ns("front"), &["-X", "PUT", &url], Duration::from_secs(3));
     }
     capturing.end();
     let packets = capturing.packets();
@@ -639,6 +640,78 @@ fn punted_packets_name_their_inspector() {
             punted
                 .iter()
                 .all(|packet| packet.comment.contains("verdict FORWARDED"))
+        );
+        // The verdict of the inspector, at the packets with the request only.
+        let decided: Vec<_> = punted
+            .iter()
+            .filter(|packet| packet.comment.contains("then request"))
+            .map(|packet| {
+                (
+                    packet
+                        .comment
+                        .contains("then request DROPPED, reason Denied by application rules"),
+                    packet,
+                )
+            })
+            .collect();
+        assert!(decided.iter().any(|(is_denied, _)| *is_denied), "{punted:#?}");
+        let is_allowed = |packet: &Packet| packet.comment.contains("then request FORWARDED, reason Allowed");
+        assert!(
+            decided.iter().any(|(_, packet)| is_allowed(packet)),
+            "{punted:#?}"
+        );
+        for (_, packet) in &decided {
+            assert!(packet.comment.contains("p.yaml:"), "{packet:?}");
+            assert!(packet.length > 100, "no request is in {packet:?}");
+        }
+    }
+    // URLs are payload.
+    assert!(packets.iter().all(|packet| !packet.comment.contains("http://")));
+}
+
+#[test]
+fn a_dns_query_has_the_verdict_of_its_inspector_in_its_packet() {
+    let world = world();
+    let policy = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: names}
+spec:
+  endpointSelector: {matchLabels: {app: front}}
+  egress:
+  - toEndpoints: [{matchLabels: {app: back}}]
+    toPorts:
+    - ports: [{port: \"53\", protocol: UDP}]
+      rules: {dns: [{matchName: good.example}]}
+";
+    let daemon = world
+        .daemon(Settings::default(), &[("p.yaml", policy)])
+        .expect("daemon");
+    let mut capturing = Capturing::start(&daemon, &["--protocol", "udp"]);
+    for family in FAMILIES {
+        let server = format!("@{}", world.addr("back", family));
+        for name in ["good.example", "evil.example"] {
+            let mut dig = world.ns("front").command("dig");
+            dig.args([&server, name, "A", "+tries=1", "+time=1"]);
+            let _ = output(&mut dig, LONG);
+        }
+    }
+    capturing.end();
+    let packets = capturing.packets();
+    for family in FAMILIES {
+        let front = world.addr("front", family).to_string();
+        let verdicts: Vec<&str> = packets
+            .iter()
+            .filter(|packet| packet.source == front)
+            .filter_map(|packet| packet.comment.split_once(", then "))
+            .map(|(_, verdict)| verdict)
+            .collect();
+        let [good, evil] = verdicts.as_slice() else {
+            panic!("{packets:#?}");
+        };
+        assert!(good.starts_with("request FORWARDED, reason Allowed"), "{good}");
+        assert!(
+            evil.starts_with("request DROPPED, reason Denied by application rules"),
+            "{evil}"
         );
     }
 }

@@ -150,8 +150,8 @@ pub enum Next {
 pub enum Raw<'a> {
     /// A flow.
     Flow(&'a Flow),
-    /// A record whose flow was not needed so far.
-    Record(&'a Record),
+    /// A record whose flow was not needed so far, and its time.
+    Record(&'a Record, Timestamp),
     /// Flows that were overwritten before this reader read them, or that did not reach the ring.
     Lost(Lost),
 }
@@ -424,7 +424,7 @@ impl Cursor {
     pub fn read_raw<T>(&mut self, read: impl FnOnce(Raw<'_>) -> T) -> Option<T> {
         self.next().map(|next| match &next {
             Ok(Entry::Flow(flow)) => read(Raw::Flow(flow)),
-            Ok(Entry::Record(deferred)) => read(Raw::Record(&deferred.record)),
+            Ok(Entry::Record(deferred)) => read(Raw::Record(&deferred.record, deferred.time)),
             Ok(Entry::Lost(lost, _)) => read(Raw::Lost(*lost)),
             Err(lost) => read(Raw::Lost(Lost::by_reader(*lost))),
         })

@@ -27,11 +27,16 @@ impl Histogram {
 
     /// Counts a value.
     pub fn observe(&mut self, value: f64) {
+        self.observe_times(value, 1);
+    }
+
+    /// Counts a value `times` times.
+    pub(crate) fn observe_times(&mut self, value: f64, times: u64) {
         let bucket = self.bounds.partition_point(|bound| *bound < value);
         if let Some(count) = self.counts.get_mut(bucket) {
-            *count += 1;
+            *count += times;
         }
-        self.sum += value;
+        self.sum += value * times as f64;
     }
 
     pub(crate) const fn sum(&self) -> f64 {

@@ -19,6 +19,6 @@ mod text;
 
 pub use definition::{Definition, Kind};
 pub use family::{Family, Histogram, Report, Row, Value};
-pub use hubble::{ALL as HUBBLE, Hubble, HubbleMetric, Lost, Sample, check, reason_name};
+pub use hubble::{ALL as HUBBLE, Batch, Hubble, HubbleMetric, Lost, Sample, check, reason_name};
 pub use table::{OVERFLOW, Table};
 pub use text::{Format, encode};

@@ -56,22 +56,20 @@ impl Table {
 
     /// Increments a counter.
     pub fn increment(&mut self, labels: &[Cow<'_, str>]) {
-        if let Value::Count(count) = self.value(labels) {
-            *count += 1;
-        }
+        self.add(labels, 1);
     }
 
     /// Adds to a counter.
     pub fn add(&mut self, labels: &[Cow<'_, str>], more: u64) {
-        if let Value::Count(count) = self.value(labels) {
+        if let Value::Count(count) = self.value(labels, more) {
             *count += more;
         }
     }
 
-    /// Counts a value in a histogram.
-    pub fn observe(&mut self, labels: &[Cow<'_, str>], value: f64) {
-        if let Value::Histogram(histogram) = self.value(labels) {
-            histogram.observe(value);
+    /// Counts a value in a histogram, `times` times.
+    pub fn observe(&mut self, labels: &[Cow<'_, str>], value: f64, times: u64) {
+        if let Value::Histogram(histogram) = self.value(labels, times) {
+            histogram.observe_times(value, times);
         }
     }
 
@@ -99,13 +97,14 @@ impl Table {
         }
     }
 
-    fn value(&mut self, labels: &[Cow<'_, str>]) -> &mut Value {
+    /// Returns the value of a time series. `times`: how many flows are counted in it.
+    fn value(&mut self, labels: &[Cow<'_, str>], times: u64) -> &mut Value {
         let hash = self.hash(labels);
         let known = self.rows.find(hash, |row| is(row, labels)).is_some();
         if known || self.rows.len() < self.limit {
             return self.entry(hash, labels);
         }
-        self.overflowed += 1;
+        self.overflowed += times;
         let mut other = labels.to_vec();
         for (value, fixed) in other.iter_mut().zip(&self.fixed) {
             if !fixed {

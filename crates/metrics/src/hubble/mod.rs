@@ -3,6 +3,7 @@
 //! Each metric of the configuration counts into one to three tables. Label values and the flows that are counted are
 //! those of `pkg/hubble/metrics` of Cilium; docs/METRICS.md lists the differences.
 
+mod batch;
 mod config;
 mod context;
 mod plugin;
@@ -22,6 +23,7 @@ use self::{
 use crate::{Definition, Family, Kind, Table};
 
 pub use self::{
+    batch::Batch,
     config::{HubbleMetric, check},
     sample::{Sample, reason_name},
 };
@@ -295,7 +297,7 @@ impl Counted {
     ) {
         self.metric.context.values(sample, inverted, &mut values);
         if let Some(table) = self.tables.get_mut(table) {
-            table.increment(&values);
+            table.add(&values, sample.times);
         }
     }
 
@@ -309,7 +311,7 @@ impl Counted {
     ) {
         self.metric.context.values(sample, inverted, &mut values);
         if let Some(table) = self.tables.get_mut(table) {
-            table.observe(&values, value);
+            table.observe(&values, value, sample.times);
         }
     }
 

@@ -29,6 +29,8 @@ pub struct Sample<'a> {
     pub(super) message: Option<Message<'a>>,
     /// The flow record, if names are needed.
     pub(super) flow: Option<&'a Flow>,
+    /// Number of flows that the sample stands for.
+    pub(super) times: u64,
 }
 
 /// An application message.
@@ -112,6 +114,7 @@ impl<'a> Sample<'a> {
                 content: content(l7),
             }),
             flow: Some(flow),
+            times: 1,
         }
     }
 
@@ -172,6 +175,7 @@ impl<'a> Sample<'a> {
                 content: content(&record.what),
             }),
             flow: None,
+            times: 1,
         }
     }
 

@@ -4,19 +4,23 @@
 //! `handlers/capture.rs` reads the ring and sends the blocks.
 
 mod headers;
+mod held;
 mod prefilter;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
     fmt::Write as _,
     sync::Arc,
+    time::Instant,
 };
 
 use palisade_abi::{
     CaptureHeader, CaptureSettings, Inspector, MAX_CAPTURED, captured_flags, event_flags, punt_hook,
 };
-use palisade_flowlog::{Filters, Flow, filter::ApiFilters};
+use palisade_flowlog::{Cursor, Filters, Flow, Raw, Timestamp, filter::ApiFilters, flow::FlowType};
+use palisade_inspect::record::Record;
 
+use self::held::{Held, HeldPacket, Key};
 use super::view::{EventNames, Shared};
 use crate::pcapng::{self, LinkType, Packet, Statistics, Writer};
 
@@ -83,6 +87,12 @@ pub(super) struct Recorder {
     names: EventNames,
     /// By interface index and type of the first header.
     interfaces: HashMap<(u32, bool), Interface>,
+    /// Packets that are not written yet.
+    held: Held,
+    /// Flow records of inspectors.
+    records: Cursor,
+    /// A verdict that was read before its packet.
+    next: Option<Verdict>,
     /// The wall clock minus the monotonic clock, ns.
     clock_offset: i64,
     /// Start of the capture, ns since 1970.
@@ -105,6 +115,7 @@ impl Recorder {
         bounds: Bounds,
         shared: Arc<Shared>,
         clock_offset: i64,
+        records: Cursor,
         description: &str,
     ) -> Self {
         let names = EventNames::new(shared.get());
@@ -124,6 +135,9 @@ impl Recorder {
             shared,
             names,
             interfaces: HashMap::new(),
+            held: Held::default(),
+            records,
+            next: None,
             clock_offset,
             started: wall_clock(),
             packets: 0,
@@ -145,7 +159,7 @@ impl Recorder {
         true
     }
 
-    /// Writes a packet, if the filters accept it and the bounds allow it.
+    /// Takes a packet, if the filters accept it. [`Self::write`] writes it.
     pub(super) fn record(&mut self, header: &CaptureHeader, bytes: &[u8]) {
         if self.is_full() {
             return;
@@ -161,34 +175,90 @@ impl Recorder {
         if !self.filters.matches(&flow) {
             return;
         }
-        let (frame, length) = frame(header, bytes, is_layer3);
+        let (mut frame, length) = frame(header, bytes, is_layer3);
+        let headers = headers::length(&frame, length, is_layer3);
         let kept = match self.snap {
-            Snap::Headers => headers::length(&frame, length, is_layer3),
+            Snap::Headers => headers,
             Snap::Bytes(snap) => snap,
         };
-        let kept = frame.len().min(usize::try_from(kept).unwrap_or(usize::MAX));
+        frame.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
         let Some(interface) = self.interface(&flow, event.ifindex, is_layer3) else {
             self.undescribed += 1;
             return;
         };
-        let comment = comment(&flow, header);
-        self.writer.packet(&Packet {
+        // An inspector decides about data, so an acknowledgement without data has no verdict of its own.
+        let is_decided = header.flags & captured_flags::PUNTED != 0 && length > headers;
+        let packet = HeldPacket {
+            at: (event.ifindex, is_layer3),
             interface,
-            time: u64::try_from(flow.time.0).unwrap_or(0),
-            bytes: &frame[..kept],
+            time: flow.time,
+            bytes: frame,
             length,
             direction: if header.hook == punt_hook::TC_EGRESS {
                 pcapng::Direction::Outbound
             } else {
                 pcapng::Direction::Inbound
             },
-            id: self.packets,
-            comment: &comment,
-        });
-        self.packets += 1;
-        if let Some(interface) = self.interfaces.get_mut(&(event.ifindex, is_layer3)) {
-            interface.packets += 1;
+            comment: comment(&flow, header),
+            key: is_decided.then(|| key_of_flow(&flow)).flatten(),
+        };
+        self.held.push(packet, Instant::now());
+    }
+
+    /// Adds the verdicts of inspectors to the packets that were taken. `until`: time before which all packets were taken;
+    /// later verdicts are left for the next call.
+    pub(super) fn decide(&mut self, until: Timestamp) {
+        loop {
+            if let Some(verdict) = self.next.take_if(|verdict| verdict.time < until) {
+                self.held.decide(&verdict.key, verdict.time, &verdict.text);
+            }
+            if self.next.is_some() {
+                return;
+            }
+            let (held, names) = (&self.held, &self.names);
+            let wanted = |key: &Key, time| time >= until || held.waits_for(key);
+            let read = self.records.read_raw(|raw| match raw {
+                Raw::Record(record, time) => {
+                    let key = key_of_record(record);
+                    wanted(&key, time).then(|| Verdict::new(key, &Flow::from_record(record, names, time)))
+                }
+                Raw::Flow(flow) if flow.flow_type == FlowType::L7 => key_of_flow(flow)
+                    .filter(|key| wanted(key, flow.time))
+                    .map(|key| Verdict::new(key, flow)),
+                Raw::Flow(_) | Raw::Lost(_) => None,
+            });
+            match read {
+                Some(verdict) => self.next = verdict,
+                None => return,
+            }
         }
+    }
+
+    /// Writes the packets that need no further verdict; all packets if `all`.
+    pub(super) fn write(&mut self, all: bool) {
+        let now = Instant::now();
+        while !self.is_full()
+            && let Some(packet) = self.held.pop(now, all)
+        {
+            self.writer.packet(&Packet {
+                interface: packet.interface,
+                time: u64::try_from(packet.time.0).unwrap_or(0),
+                bytes: &packet.bytes,
+                length: packet.length,
+                direction: packet.direction,
+                id: self.packets,
+                comment: &packet.comment,
+            });
+            self.packets += 1;
+            if let Some(interface) = self.interfaces.get_mut(&packet.at) {
+                interface.packets += 1;
+            }
+        }
+    }
+
+    /// Returns the time of the last packet that was taken; `None` if no packet waits to be written.
+    pub(super) fn last_taken(&self) -> Option<Timestamp> {
+        self.held.last_time()
     }
 
     /// Returns the number of an interface and describes it if it is new.
@@ -315,6 +385,69 @@ fn frame(header: &CaptureHeader, bytes: &[u8], is_layer3: bool) -> (Vec<u8>, u32
     (frame, header.frame_length.saturating_add(4))
 }
 
+/// What an inspector has decided about a message.
+struct Verdict {
+    key: Key,
+    time: Timestamp,
+    /// Appended to the comment of the packet.
+    text: String,
+}
+
+impl Verdict {
+    /// `flow`: of the message. Its texts (URLs, names) are not taken over: they are payload.
+    fn new(key: Key, flow: &Flow) -> Self {
+        let message = if flow.is_reply == Some(true) {
+            "response"
+        } else {
+            "request"
+        };
+        let mut text = format!(
+            ", then {message} {}, reason {}",
+            flow.verdict.as_ref(),
+            flow.palisade.reason
+        );
+        push_rule(&mut text, flow);
+        Self {
+            key,
+            time: flow.time,
+            text,
+        }
+    }
+}
+
+fn key_of_record(record: &Record) -> Key {
+    let end = |(address, port): (palisade_abi::Addr, u16)| (address.into(), port);
+    Key {
+        ifindex: record.ifindex,
+        protocol: record.protocol,
+        source: end(record.source),
+        destination: end(record.destination),
+    }
+}
+
+/// Returns the key of a flow record; `None` without ports.
+fn key_of_flow(flow: &Flow) -> Option<Key> {
+    let ip = flow.ip.as_ref()?;
+    let (source_port, destination_port) = flow.l4?.ports()?;
+    Some(Key {
+        ifindex: flow.interface.as_ref().map_or(0, |interface| interface.index),
+        protocol: flow.palisade.protocol,
+        source: (ip.source, source_port),
+        destination: (ip.destination, destination_port),
+    })
+}
+
+/// Appends the deciding rule with its place.
+fn push_rule(text: &mut String, flow: &Flow) {
+    if let Some(rule) = &flow.palisade.rule {
+        // Writing to a string does not fail.
+        let _ = write!(text, ", {}", rule.text);
+        if !rule.location.is_empty() {
+            let _ = write!(text, " ({})", rule.location);
+        }
+    }
+}
+
 /// Returns the comment of a packet: verdict, reason, deciding rule with its place, direction, endpoint, hook.
 fn comment(flow: &Flow, header: &CaptureHeader) -> String {
     let mut text = format!(
@@ -326,12 +459,7 @@ fn comment(flow: &Flow, header: &CaptureHeader) -> String {
     if header.flags & captured_flags::PUNTED != 0 {
         let _ = write!(text, ", punted to {}", inspector(header.inspector));
     }
-    if let Some(rule) = &flow.palisade.rule {
-        let _ = write!(text, ", {}", rule.text);
-        if !rule.location.is_empty() {
-            let _ = write!(text, " ({})", rule.location);
-        }
-    }
+    push_rule(&mut text, flow);
     let is_egress = header.event.flags & event_flags::EGRESS != 0;
     let own = if is_egress {
         &flow.source
@@ -379,6 +507,8 @@ fn wall_clock() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use palisade_flowlog::Ring;
+
     use super::*;
 
     #[test]
@@ -388,7 +518,15 @@ mod tests {
             packets: 10,
             bytes: 10_000,
         };
-        let mut recorder = Recorder::new(filters, Snap::Headers, bounds, Arc::default(), 0, "a test");
+        let mut recorder = Recorder::new(
+            filters,
+            Snap::Headers,
+            bounds,
+            Arc::default(),
+            0,
+            Ring::new(1).follow(),
+            "a test",
+        );
         let mut returned = recorder.take().len();
         assert!(returned > 0);
         returned += recorder.statistics(0).len();

@@ -142,6 +142,7 @@ impl Handlers {
             .prepare_capture(&wanted, RING_BYTES)
             .map_err(|error| Failure::Refused(error.to_string()))?;
         sink.send(&Answer::Alive)?;
+        let records = self.ring.follow();
         // From here on the programs can be attached, even if the answer comes too late.
         let capture = running.capture.insert(capture);
         let programs = capture.programs();
@@ -160,6 +161,7 @@ impl Handlers {
             bounds,
             Arc::clone(&self.shared),
             clock_offset(),
+            records,
             &description,
         );
         send(sink, &recorder.take())?;
@@ -179,7 +181,7 @@ impl Handlers {
                     return Err(Failure::Refused(problem.to_string()));
                 }
             }
-            capture.drain(MAX_BATCH, |header, bytes| recorder.record(header, bytes));
+            drain(capture, &mut recorder);
             let blocks = recorder.take();
             if !blocks.is_empty() {
                 send(sink, &blocks)?;
@@ -207,11 +209,10 @@ impl Handlers {
         if let Err(problem) = capture.set(&wanted) {
             error!(error = %problem, "the end of a capture cannot be written to the map of its settings");
         }
-        while !recorder.is_full()
-            && capture.drain(MAX_BATCH, |header, bytes| recorder.record(header, bytes)) == MAX_BATCH
-        {
+        while !recorder.is_full() && drain(capture, &mut recorder) {
             send(sink, &recorder.take())?;
         }
+        recorder.write(true);
         send(sink, &recorder.take())?;
         let lost = capture.lost().unwrap_or_default();
         let lost = lost.saturating_add(recorder.undescribed());
@@ -241,6 +242,22 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::Client(error)
     }
+}
+
+/// Takes packets from the ring, adds the verdicts of inspectors, and writes what is complete. Returns whether more packets
+/// are in the ring.
+fn drain(capture: &mut Capture, recorder: &mut Recorder) -> bool {
+    let begun = Timestamp::from_system_time(SystemTime::now());
+    let is_more = capture.drain(MAX_BATCH, |header, bytes| recorder.record(header, bytes)) == MAX_BATCH;
+    // A packet is in this ring before a worker gets it, so the packets of all verdicts until then were taken.
+    let until = if is_more {
+        recorder.last_taken()
+    } else {
+        Some(begun)
+    };
+    recorder.decide(until.unwrap_or(begun));
+    recorder.write(false);
+    is_more
 }
 
 /// Sends blocks, if there are any.

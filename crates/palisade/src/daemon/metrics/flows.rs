@@ -8,7 +8,7 @@ use std::{
 };
 
 use palisade_flowlog::{Lost, LostSource, Next, Raw, Ring};
-use palisade_metrics::{Hubble, Sample};
+use palisade_metrics::{Batch, Hubble, Sample};
 
 use super::super::measured::lock;
 use crate::config::Metrics;
@@ -52,6 +52,7 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
         .name("metrics-flows".into())
         .spawn(move || {
             let needs_names = lock(&shared).hubble.needs_names();
+            let mut batch = Batch::default();
             loop {
                 cursor.wait(IDLE_TIMEOUT);
                 loop {
@@ -66,7 +67,7 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
                         } else {
                             cursor.read_raw(|next| match next {
                                 Raw::Flow(flow) => counted.hubble.count(&Sample::of_flow(flow)),
-                                Raw::Record(record) => counted.hubble.count(&Sample::of_record(record)),
+                                Raw::Record(record, _) => batch.add(record, &mut counted.hubble),
                                 Raw::Lost(lost) => counted.lost(lost),
                             })
                         };
@@ -75,6 +76,7 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
                         }
                         read += 1;
                     }
+                    batch.finish(&mut counted.hubble);
                     drop(counted);
                     if read < MAX_BATCH {
                         break;
