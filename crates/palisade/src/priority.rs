@@ -1,16 +1,147 @@
 //! Priority of what only shows flows: threads of the flow API, of clients that read flows and of exports, and commands
-//! that follow flows. On a busy node they get the CPU time that inspection leaves. If that is too little, they lose
+//! that follow flows. On a busy node they get the CPU time that the packet path leaves. If that is too little, they lose
 //! flows and report how many.
 
+use std::{
+    fs::File,
+    os::unix::fs::FileExt as _,
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_xsk::schedule::{set_batch, set_idle};
 use tracing::warn;
 
-/// Added to the nice value (setpriority(2)).
-const NICE: i32 = 10;
+/// Nice value (setpriority(2)): the lowest priority. Beside one thread that always runs, a thread of this nice value gets
+/// about 1.5 % of a CPU.
+const NICE: i32 = 19;
+/// EEVDF slice. A thread of normal priority that becomes runnable may have to wait for the end of the slice.
+const SLICE: Duration = Duration::from_micros(100);
+/// Time over which [`Pace`] measures.
+const PERIOD: Duration = Duration::from_millis(100);
+/// Time per [`PERIOD`] for which a thread works while the CPUs are busy.
+const BUSY_WORK: Duration = Duration::from_millis(2);
+/// Kernel's times of the calling thread: running and waiting for a CPU in ns, number of time slices.
+const SCHEDULING_FILE: &str = "/proc/thread-self/schedstat";
 
-/// Lowers the priority of the calling thread, and of threads that it starts afterwards.
+/// Lowers the priority of the calling thread, and of threads that it starts afterwards. For threads of the daemon: they
+/// share locks with the threads of events and records, so they must not wait for a CPU as long as with `SCHED_IDLE`.
 pub(crate) fn lower() {
-    // Linux has a nice value for each thread. If it cannot be raised, the thread has the same priority as the others.
-    if let Err(problem) = rustix::process::nice(NICE) {
+    report(set_batch(NICE, SLICE));
+}
+
+/// Gives the calling thread only time in which a CPU would otherwise be idle, and little more. For commands that follow
+/// flows.
+pub(crate) fn lowest() {
+    report(set_idle());
+}
+
+fn report(outcome: std::io::Result<()>) {
+    // If the priority cannot be lowered, the thread has the same as the others.
+    if let Err(problem) = outcome {
         warn!(error = %problem, "the priority of a thread that reads flows cannot be lowered");
+    }
+}
+
+/// Limits the CPU time of the calling thread while the CPUs are busy.
+///
+/// A low priority is not enough: the kernel still wakes a thread of the packet path on the CPU of a thread of low
+/// priority, where it waits for the end of the slice. The time for which this thread itself has waited for a CPU shows
+/// that the CPUs are busy.
+pub(crate) struct Pace {
+    /// `None` if the kernel does not count the times: then the thread is never limited.
+    times: Option<File>,
+    /// Time running and waiting at the begin of the period, ns.
+    before: [u64; 2],
+    period: Instant,
+    /// Since when the thread works without a rest.
+    work: Instant,
+    is_busy: bool,
+}
+
+impl Pace {
+    /// Must be called by the thread that works.
+    pub(crate) fn new() -> Self {
+        let times = File::open(SCHEDULING_FILE).ok();
+        let now = Instant::now();
+        Self {
+            before: times.as_ref().and_then(read).unwrap_or_default(),
+            times,
+            period: now,
+            work: now,
+            is_busy: false,
+        }
+    }
+
+    /// Returns whether the thread should [`Self::rest`] now.
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_busy && self.work.elapsed() >= BUSY_WORK
+    }
+
+    /// Sleeps for the rest of the period if the CPUs are busy. Returns whether they are.
+    pub(crate) fn rest(&mut self) -> bool {
+        if self.is_busy {
+            thread::sleep(PERIOD.saturating_sub(self.period.elapsed()));
+        }
+        if self.period.elapsed() >= PERIOD
+            && let Some(now) = self.times.as_ref().and_then(read)
+        {
+            self.is_busy = is_busy(self.before, now);
+            self.before = now;
+            self.period = Instant::now();
+        }
+        self.work = Instant::now();
+        self.is_busy
+    }
+}
+
+fn read(file: &File) -> Option<[u64; 2]> {
+    let mut buffer = [0; 96];
+    let length = file.read_at(&mut buffer, 0).ok()?;
+    parse(std::str::from_utf8(buffer.get(..length)?).ok()?)
+}
+
+fn parse(text: &str) -> Option<[u64; 2]> {
+    let mut numbers = text.split_ascii_whitespace().map(str::parse);
+    Some([numbers.next()?.ok()?, numbers.next()?.ok()?])
+}
+
+/// Returns whether a thread has waited for a CPU for more than half of the time for which it has run.
+const fn is_busy(before: [u64; 2], now: [u64; 2]) -> bool {
+    let (ran, waited) = (now[0].saturating_sub(before[0]), now[1].saturating_sub(before[1]));
+    waited > ran / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpus_are_busy_if_a_thread_waits_more_than_half_of_the_time_that_it_runs() {
+        assert_eq!(parse("1200 34 5\n"), Some([1_200, 34]));
+        assert_eq!(parse("x 34 5"), None);
+        assert!(!is_busy([0, 0], [100, 50]));
+        assert!(is_busy([1_000, 500], [1_100, 551]));
+        // A thread that did not run.
+        assert!(!is_busy([7, 7], [7, 7]));
+    }
+
+    #[test]
+    fn a_thread_is_limited_only_while_the_cpus_are_busy() {
+        let mut pace = Pace::new();
+        assert!(pace.times.is_some() && !pace.is_over());
+        pace.is_busy = true;
+        pace.work = Instant::now() - BUSY_WORK;
+        assert!(pace.is_over());
+        // The time until the end of the period, in which the thread runs but hardly waits.
+        let begun = pace.period;
+        pace.rest();
+        assert!(begun.elapsed() >= PERIOD);
+        pace.is_busy = false;
+        pace.work = Instant::now() - 2 * PERIOD;
+        assert!(!pace.is_over());
+        // A kernel that does not count the times.
+        pace.times = None;
+        assert!(!pace.rest());
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         api::{Answer, ObserveRequest},
         server::Sink,
     },
-    priority,
+    priority::{self, Pace},
 };
 
 /// Interval at which a handler checks whether a following client has disconnected, while no flow arrives.
@@ -29,6 +29,9 @@ const REORDER_WINDOW: Duration = Duration::from_millis(50);
 const GATHER_TIME: Duration = Duration::from_millis(10);
 /// Largest number of flows that are held back for sorting.
 const MAX_REORDERED_FLOWS: usize = 4_096;
+
+/// Flows between two checks of [`Pace`].
+const FLOWS_PER_CHECK: u32 = 64;
 
 /// Sends the flows of a request.
 pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
@@ -60,18 +63,24 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
     }
     let mut said = Instant::now();
     let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
+    let mut pace = Pace::new();
     loop {
-        while let Some(next) = cursor.read() {
-            match next {
-                Next::Flow(flow) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
-                Next::Flow(_) => {}
-                Next::Lost(lost) => sink.queue(&Answer::Lost(lost))?,
+        for read in 1_u32.. {
+            match cursor.read() {
+                Some(Next::Flow(flow)) if filters.matches(&flow) => ordered.push(flow, Instant::now()),
+                Some(Next::Flow(_)) => {}
+                Some(Next::Lost(lost)) => sink.queue(&Answer::Lost(lost))?,
+                None => break,
+            }
+            if read.is_multiple_of(FLOWS_PER_CHECK) && pace.is_over() {
+                break;
             }
         }
         while let Some(flow) = ordered.due(Instant::now()) {
             sink.queue_flow(&flow)?;
         }
         sink.flush()?;
+        pace.rest();
         let more = if ordered.is_empty() {
             cursor.wait(FOLLOW_POLL_INTERVAL)
         } else {
