@@ -23,6 +23,7 @@ pub mod parsers;
 pub mod policies;
 pub mod program;
 pub mod punt;
+pub mod replay;
 pub mod report;
 mod tls_path;
 pub mod traffic;

@@ -12,7 +12,7 @@ use palisade_bench::{
     Effort, bulk, commit, compile, dns, footprint, forward, http, intercept, kafka, latency,
     machine::Machine,
     memory::Counting,
-    parsers, program, progress, punt,
+    parsers, program, progress, punt, replay,
     report::{Measure, Report},
     visibility,
 };
@@ -44,9 +44,11 @@ const MEASURES: &[Entry] = &[
     ("tls", http::tls),
     ("kafka", kafka::measure),
     ("intercept", intercept::measure),
-    ("visibility", visibility::cost),
+    ("visibility", visibility::packets),
+    ("visibility-http", visibility::http),
+    ("soak-flows", visibility::soak::measure),
     ("flow-memory", visibility::memory),
-    ("replay", visibility::replay),
+    ("replay", replay::measure),
 ];
 
 /// What the packet path, inspection and the policy compiler cost.

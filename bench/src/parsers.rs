@@ -176,7 +176,9 @@ fn reads(
     }
 }
 
-fn dns_exchange(port: u16) -> Vec<(bool, Vec<u8>)> {
+/// Returns a query from a port and its answer.
+#[must_use]
+pub fn dns_exchange(port: u16) -> Vec<(bool, Vec<u8>)> {
     let (client, server): (End, End) = ((CLIENT, port), (SERVER, 53));
     let query = messages::query(port, &[("www.bench.example", messages::rtype::A)]);
     let answer = messages::answer(

@@ -1,9 +1,9 @@
 //! Cost of visibility: events, records, metrics and a reader that follows all flows, against as little of them as the
-//! configuration allows; memory of the flow ring.
+//! configuration allows; memory of the flow ring. The soak with slow readers is in `soak`.
+
+pub mod soak;
 
 use std::{
-    fs::File,
-    io::{BufWriter, Write as _},
     net::Ipv4Addr,
     process::{Child, Stdio},
     sync::Arc,
@@ -18,7 +18,7 @@ use palisade_inspect::record::{Record, Text, Verdict, What, Word};
 use palisade_testbed::{
     Topology,
     daemon::{Daemon, Settings},
-    ns::{temp_dir, wait_until},
+    ns::wait_until,
     topology::{INNER, INTERNET_V4, NIC, WorkloadSpec},
 };
 use zerocopy::FromZeros as _;
@@ -39,6 +39,8 @@ const OFF: &str = "[limits]\nevents_per_second = 1\nflows = 16\n";
 /// Configuration with the default events and all metrics.
 const ON: &str = "[metrics]\nlisten = \"127.0.0.1:9965\"\nhubble = [\"dns\", \"drop\", \"flow\", \"httpV2\", \"icmp\", \
                   \"policy\", \"port-distribution\", \"tcp\"]\n";
+/// The variants, for the report.
+const VARIANTS: &str = "Off: at most one event per second, CPU, kind and reason, no metrics, no reader. On: the default events, the metrics of all kinds, requested each second, and `palisade observe --follow -o json`.";
 /// URL of the metrics.
 const METRICS: &str = "http://127.0.0.1:9965/metrics";
 /// Port of the packets.
@@ -105,6 +107,21 @@ struct Forwarding {
 
 impl Forwarding {
     fn new(flows: u16, visible: bool) -> Result<Self> {
+        let mut tables = String::from(if visible { ON } else { OFF });
+        if flows == NEW_FLOWS {
+            let limits = if visible { "[limits]\n" } else { "" };
+            tables.push_str(limits);
+            tables.push_str(SMALL_CONNTRACK);
+        }
+        let mut node = Self::configured(flows, tables)?;
+        if visible {
+            node.readers = Some(Readers::start(&node.daemon, &node.topology)?);
+        }
+        Ok(node)
+    }
+
+    /// Returns a node whose configuration has these tables, without readers.
+    fn configured(flows: u16, tables: String) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         let server = topology.get("server");
         let stream = Stream {
@@ -123,26 +140,19 @@ impl Forwarding {
             .iter()
             .map(|(name, text)| (name.as_str(), text.as_str()))
             .collect();
-        let mut tables = String::from(if visible { ON } else { OFF });
-        if flows == NEW_FLOWS {
-            let limits = if visible { "[limits]\n" } else { "" };
-            tables.push_str(limits);
-            tables.push_str(SMALL_CONNTRACK);
-        }
         let settings = Settings {
             nic: false,
             tables,
             ..Settings::default()
         };
         let daemon = Daemon::start(&topology, &settings, &policies)?;
-        let readers = visible.then(|| Readers::start(&daemon, &topology)).transpose()?;
         Ok(Self {
             frames: (20_000..20_000 + flows)
                 .map(|port| stream.frame(port, PORT))
                 .collect(),
             topology,
             daemon,
-            readers,
+            readers: None,
         })
     }
 
@@ -190,8 +200,8 @@ impl Forwarding {
 }
 
 /// Measures the packet path with visibility off and on.
-pub fn cost(effort: Effort) -> Result<Measure> {
-    let (rounds, seconds) = effort.pick((5, 1), (11, 3));
+pub fn packets(effort: Effort) -> Result<Measure> {
+    let rounds = effort.pick(5, 11);
     let duration = effort.pick(Duration::from_millis(300), Duration::from_millis(800));
     let mut goals = Vec::new();
     let mut packets = Table::new(
@@ -240,7 +250,23 @@ pub fn cost(effort: Effort) -> Result<Measure> {
         ));
     }
 
-    progress(format_args!("visibility: HTTP, {rounds} rounds of {seconds} s"));
+    Ok(Measure {
+        name: "visibility",
+        title: "Cost of visibility: packets",
+        method: format!(
+            "{VARIANTS} Packets: {ESTABLISHED_FLOWS} established UDP flows, or {NEW_FLOWS} flows with a conntrack map of 4,096 entries, so that nearly each packet begins a flow; as in \"Packets a second through namespaces\", per CPU time of the sending thread. {rounds} rounds, the variants in turn."
+        ),
+        goals,
+        tables: vec![packets],
+        plot: None,
+        notes: Vec::new(),
+    })
+}
+
+/// Measures HTTP requests with visibility off and on.
+pub fn http(effort: Effort) -> Result<Measure> {
+    let (rounds, seconds) = effort.pick((11, 1), (21, 3));
+    progress(format_args!("visibility-http: {rounds} rounds of {seconds} s"));
     let off = Path::configured(Between::Palisade, 10, 1 << 20, OFF)?;
     let on = Path::configured(Between::Palisade, 10, 1 << 20, ON)?;
     let [mut without, mut metrics, mut all] = [const { Samples::new() }; 3];
@@ -270,20 +296,21 @@ pub fn cost(effort: Effort) -> Result<Measure> {
         let ratio = samples.against(&without);
         http.row(name, &[samples.median(), ratio.median(), ratio.spread()]);
     }
-    goals.push(Goal::at_least(
-        "HTTP requests/s, events, metrics and a following reader against off",
-        0.95,
-        all.against(&without).median(),
-        " ×",
-    ));
+    let goal = |what: &str, samples: &Samples| {
+        let ratio = samples.against(&without).median();
+        Goal::at_least(format!("HTTP requests/s, {what} against off"), 0.95, ratio, " ×")
+    };
     Ok(Measure {
-        name: "visibility",
-        title: "Cost of visibility",
+        name: "visibility-http",
+        title: "Cost of visibility: HTTP",
         method: format!(
-            "Off: at most one event per second, CPU, kind and reason, no metrics, no reader. On: the default events, the metrics of all kinds, requested each second, and `palisade observe --follow -o json`. Packets: {ESTABLISHED_FLOWS} established UDP flows, or {NEW_FLOWS} flows with a conntrack map of 4,096 entries, so that nearly each packet begins a flow; as in \"Packets a second through namespaces\", per CPU time of the sending thread. HTTP: as in \"HTTP through policy\", wall clock; with two CPUs, client, server, worker and readers share them. {rounds} rounds, the variants in turn."
+            "{VARIANTS} As in \"HTTP through policy\", wall clock; with two CPUs, client, server, worker and readers share them. {rounds} rounds of {seconds} s, the variants in turn."
         ),
-        goals,
-        tables: vec![packets, http],
+        goals: vec![
+            goal("events and metrics", &metrics),
+            goal("events, metrics and a following reader", &all),
+        ],
+        tables: vec![http],
         plot: None,
         notes: Vec::new(),
     })
@@ -434,92 +461,4 @@ pub fn memory(effort: Effort) -> Result<Measure> {
         plot: None,
         notes: Vec::new(),
     })
-}
-
-/// Measures `palisade replay` on a capture of packets that need no inspection.
-pub fn replay(effort: Effort) -> Result<Measure> {
-    const REPLAYED_FLOWS: u16 = 1_000;
-    let (rounds, packets) = effort.pick((3, 1_000_000_u32), (7, 4_000_000));
-    progress(format_args!("replay: {rounds} rounds of {packets} packets"));
-    let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
-    let files = files(10, "server", &INTERNET_V4.to_string(), PORT);
-    let policies: Vec<_> = files
-        .iter()
-        .map(|(name, text)| (name.as_str(), text.as_str()))
-        .collect();
-    let daemon = Daemon::prepare(&topology, &Settings::default(), &policies)?;
-    let stream = Stream {
-        from_mac: [2, 0, 0, 0, 0, 1],
-        to_mac: [2, 0, 0, 0, 0, 2],
-        from: INTERNET_V4,
-        to: topology.get("server").v4,
-    };
-    let dir = temp_dir("replay")?;
-    let file = dir.path().join("packets.pcap");
-    let size = capture(&file, &stream, REPLAYED_FLOWS, packets)?;
-    let (file, folder) = (
-        file.display().to_string(),
-        daemon.policies().display().to_string(),
-    );
-    let mut rate = Samples::new();
-    for round in 0..=rounds {
-        let begin = Instant::now();
-        let text = daemon.cli(&["replay", &file, "--policy", &folder, "--summary", "-o", "json"])?;
-        let took = begin.elapsed().as_secs_f64();
-        let summary: serde_json::Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-        ensure!(
-            summary["packets"].as_u64() == Some(packets.into()),
-            "not all packets were replayed: {text}"
-        );
-        if round > 0 {
-            rate.push(f64::from(packets) / took);
-        }
-    }
-    let bytes = size as f64 / f64::from(packets);
-    let mut table = Table::new(
-        "Replay without inspection",
-        &["capture", "packets/s", "spread", "MB/s"],
-    );
-    table.row(
-        format!("{packets} UDP packets of {REPLAYED_FLOWS} flows"),
-        &[rate.median(), rate.spread(), rate.median() * bytes / 1e6],
-    );
-    Ok(Measure {
-        name: "replay",
-        title: "Replay of a capture",
-        method: format!(
-            "`palisade replay --summary` of a pcap file of {packets} frames of 60 bytes under ten policies; the time is that of the whole command, with compilation. {rounds} rounds."
-        ),
-        goals: vec![Goal::at_least(
-            "packets/s of a replayed capture, L3 and L4 only",
-            1e6,
-            rate.median(),
-            "",
-        )],
-        tables: vec![table],
-        plot: None,
-        notes: Vec::new(),
-    })
-}
-
-/// Writes a pcap file with nanosecond time stamps: `packets` frames of `flows` flows in turn. Returns its size, bytes.
-fn capture(file: &std::path::Path, stream: &Stream, flows: u16, packets: u32) -> Result<u64> {
-    let frames: Vec<Frame> = (20_000..20_000 + flows)
-        .map(|port| stream.frame(port, PORT))
-        .collect();
-    let mut out = BufWriter::new(File::create(file)?);
-    // Magic number, version 2.4, time zone, accuracy, snapshot length, link type Ethernet.
-    for word in [0xa1b2_3c4d_u32, 0x0004_0002, 0, 0, 65_535, 1] {
-        out.write_all(&word.to_le_bytes())?;
-    }
-    for (n, frame) in (0..packets).zip(frames.iter().cycle()) {
-        let length = frame.len() as u32;
-        let time = (1_700_000_000 + n / 1_000_000, n % 1_000_000 * 1_000);
-        for word in [time.0, time.1, length, length] {
-            out.write_all(&word.to_le_bytes())?;
-        }
-        out.write_all(frame)?;
-    }
-    out.flush()?;
-    Ok(std::fs::metadata(file)?.len())
 }
