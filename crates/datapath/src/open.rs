@@ -23,6 +23,7 @@ use crate::{
     programs::{Program, Programs, VerdictPrograms, load_programs},
     shares::{self, Shares, Sizes},
     sys::bpf::{self, map_type},
+    take_over::taken_until,
     upgrade::{OldConntrack, Pinned, copy_from_earlier, earlier_flows},
 };
 
@@ -53,9 +54,9 @@ pub struct Datapath {
     pub(crate) workers: RawMap,
     pub(crate) sockets: RawMap,
     pub(crate) listeners: RawMap,
-    /// Pinned conntrack map of another size or of an earlier version. Programs that were attached before write to it
+    /// Pinned conntrack maps of another size and of an earlier version. Programs that were attached before write to them
     /// until their interface is attached again.
-    pub(crate) old_conntrack: Mutex<Option<OldConntrack>>,
+    pub(crate) old_conntrack: Mutex<Vec<OldConntrack>>,
     /// Whether the directory of the maps is still to be renamed, see [`Datapath::commit`].
     pub(crate) staged: Mutex<bool>,
     /// Earlier version whose maps existed at the start.
@@ -89,7 +90,7 @@ impl Datapath {
         let object = aya_obj::Object::parse(OBJECT)?;
         let mut maps = BTreeMap::new();
         let mut resized = Vec::new();
-        let mut old_conntrack = None;
+        let mut old_conntrack = Vec::new();
         let mut fresh = true;
         for (name, definition) in &object.maps {
             if !matches!(
@@ -111,7 +112,7 @@ impl Datapath {
                         resized.push(name.clone());
                     }
                     if name == names::CONNTRACK {
-                        old_conntrack = Some(OldConntrack::resized(Map::new(old)?));
+                        old_conntrack.push(OldConntrack::resized(Map::new(old)?));
                     }
                 }
             }
@@ -121,12 +122,13 @@ impl Datapath {
             maps.insert(name.clone(), map);
         }
 
-        // With maps of another size and of an earlier version, no attached program uses the former: the flows of the
-        // latter are older, and a later flow with the same key is never replaced.
+        // After a crash in the middle of an upgrade and a change of the size, there are both: some interfaces have programs
+        // of this version, others those of the earlier one.
         if let Some(version) = earlier
-            && old_conntrack.is_none()
+            && let Some(mut flows) = earlier_flows(&options.pin_dir, version)?
         {
-            old_conntrack = earlier_flows(&options.pin_dir, version)?;
+            flows.taken_until = taken_until(&map_dir);
+            old_conntrack.push(flows);
         }
         let programs = load_programs(&map_dir, &maps)?;
         let mut take = |name: &str| {
@@ -255,6 +257,7 @@ impl Datapath {
                 remove_dir_of_pins(&dir)?;
             }
         }
+        self.forget_taken();
         Ok(())
     }
 }

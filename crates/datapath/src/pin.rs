@@ -16,6 +16,9 @@ type Result<T> = std::result::Result<T, OpenError>;
 /// Magic number of a bpffs (`BPF_FS_MAGIC`).
 const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
 
+/// End of the name of a directory of maps that are being filled.
+pub(crate) const STAGED: &str = "_new";
+
 /// Returns the directory of the maps of this version of `palisade_abi`.
 pub(crate) fn version_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join(format!("v{}", palisade_abi::VERSION))
@@ -33,6 +36,15 @@ pub(crate) fn versions(pin_dir: &Path) -> Result<Vec<u32>> {
 
 /// Returns every directory `v<number>` of a pin directory.
 pub(crate) fn version_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
+    dirs_of_versions(pin_dir, "")
+}
+
+/// Returns every directory `v<number>_new` of a pin directory: maps that a process of any version was filling.
+pub(crate) fn staging_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
+    dirs_of_versions(pin_dir, STAGED)
+}
+
+fn dirs_of_versions(pin_dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
     let io = |source| OpenError::Io {
         path: pin_dir.to_owned(),
         source,
@@ -47,6 +59,7 @@ pub(crate) fn version_dirs(pin_dir: &Path) -> Result<Vec<PathBuf>> {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if name
             .strip_prefix('v')
+            .and_then(|rest| rest.strip_suffix(end))
             .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
         {
             dirs.push(path);

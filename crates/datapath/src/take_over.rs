@@ -3,13 +3,40 @@
 //!
 //! Depends on [`crate::open`] and [`crate::upgrade`]. Start at [`Datapath::commit`].
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use crate::{
     Datapath, MapError, OpenError,
     pin::version_dir,
+    sys::bpf,
     upgrade::{OldConntrack, OldFlows, staging_dir},
 };
+
+/// Start of the name of a pin beside the maps of this version, while maps of an earlier version exist. The rest is the
+/// time of the coarse monotonic clock, ns, before which every flow of the earlier version has been copied: a start after
+/// a crash in the middle of an upgrade does not copy flows that have ended since.
+const TAKEN: &str = "taken_";
+
+/// Returns the time in the pin of a directory; 0 if it has none.
+pub(crate) fn taken_until(map_dir: &Path) -> u64 {
+    taken_pins(map_dir)
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix(TAKEN)?.parse().ok())
+        .max()
+        .unwrap_or(0)
+}
+
+fn taken_pins(map_dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(map_dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(TAKEN))
+        .map(|entry| entry.path())
+        .collect()
+}
 
 impl Datapath {
     /// Returns the earlier version whose maps the pin directory has besides those of this version; `None` if there was
@@ -27,8 +54,11 @@ impl Datapath {
     /// # Errors
     /// [`MapError`] if a map cannot be read or written.
     pub fn take_over_flows(&self) -> Result<Option<usize>, MapError> {
-        let mut old = self.old_conntrack();
-        old.as_mut().map(|old| self.take_over(old)).transpose()
+        let mut taken = None;
+        for old in self.old_conntrack().iter_mut() {
+            taken = Some(taken.unwrap_or(0) + self.take_over(old)?);
+        }
+        Ok(taken)
     }
 
     /// Makes the maps permanent: from now on an earlier version refuses to start, and a later start of this version
@@ -53,25 +83,25 @@ impl Datapath {
     /// Copies flows that the old programs have opened since the last call. Called after each attachment; with a large
     /// table and many interfaces at most half of the time is spent in it.
     pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
-        if let Some(old) = self.old_conntrack().as_mut()
-            && old.last.is_none_or(|(end, took)| end.elapsed() >= took)
-        {
-            self.take_over(old)?;
+        for old in self.old_conntrack().iter_mut() {
+            if old.last.is_none_or(|(end, took)| end.elapsed() >= took) {
+                self.take_over(old)?;
+            }
         }
         Ok(())
     }
 
-    /// Copies the last flows of the old conntrack table and closes the table.
+    /// Copies the last flows of the old conntrack tables and closes the tables.
     pub(crate) fn leave_old_conntrack(&self) -> Result<(), MapError> {
         let mut old = self.old_conntrack();
-        if let Some(flows) = old.as_mut() {
+        for flows in old.iter_mut() {
             self.take_over(flows)?;
-            *old = None;
         }
+        old.clear();
         Ok(())
     }
 
-    fn old_conntrack(&self) -> std::sync::MutexGuard<'_, Option<OldConntrack>> {
+    fn old_conntrack(&self) -> std::sync::MutexGuard<'_, Vec<OldConntrack>> {
         self.old_conntrack
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -111,6 +141,42 @@ impl Datapath {
         const SLACK: u64 = 1_000_000_000;
         old.taken_until = now.saturating_sub(SLACK);
         old.last = Some((Instant::now(), start.elapsed()));
+        if matches!(old.flows, OldFlows::Earlier(..)) {
+            self.record_taken(old.taken_until);
+        }
         Ok(taken)
+    }
+
+    /// Writes the time for [`taken_until`]. Without it, a start after a crash copies ended flows once more, so an error
+    /// does not stop the upgrade.
+    fn record_taken(&self, until: u64) {
+        let is_staged = *self
+            .staged
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let dir = if is_staged {
+            staging_dir(&self.pin_dir)
+        } else {
+            version_dir(&self.pin_dir)
+        };
+        let path = dir.join(format!("{TAKEN}{until}"));
+        let mut known = taken_pins(&dir);
+        let _ = match known.pop() {
+            Some(known) => fs::rename(known, &path).is_ok(),
+            None => bpf::pin(self.conntrack.fd(), &path).is_ok(),
+        };
+        known.into_iter().for_each(|other| {
+            let _ = fs::remove_file(other);
+        });
+    }
+
+    /// Removes the pin of [`taken_until`] once there are no maps of an earlier version.
+    pub(crate) fn forget_taken(&self) {
+        taken_pins(&version_dir(&self.pin_dir))
+            .into_iter()
+            .for_each(|path| {
+                // A pin that is left is used only while there are maps of an earlier version.
+                let _ = fs::remove_file(path);
+            });
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     AttachError, Datapath,
     hook::{AttachPoint, find_device, has_programs, slot},
     occupants::occupants,
-    pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, unpin, version_dirs},
+    pin::{links_dir, pinned_link, remove_dir_of_pins, remove_empty, staging_dirs, unpin, version_dirs},
     present::{our_filter, recorded_interfaces},
     proxy_link::{proxy_link_names, remove_proxy_links},
     punt_link::remove_punt_link,
@@ -19,7 +19,6 @@ use crate::{
         SyscallError, bpf, clsact,
         link::{Device, delete, link},
     },
-    upgrade::staging_dir,
 };
 
 type Result<T> = std::result::Result<T, AttachError>;
@@ -143,7 +142,7 @@ pub fn detach_all(pin_dir: &Path) -> Result<()> {
     note(remove_punt_link(pin_dir));
     note(remove_proxy_links(pin_dir));
     let mut map_dirs = version_dirs(pin_dir).map_err(Box::new)?;
-    map_dirs.extend(Some(staging_dir(pin_dir)).filter(|dir| dir.exists()));
+    map_dirs.extend(staging_dirs(pin_dir).map_err(Box::new)?);
     for dir in map_dirs {
         note(remove_dir_of_pins(&dir).map_err(|e| Box::new(e).into()));
     }

@@ -24,7 +24,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{
     MapError, OpenError,
     maps::{Map, RawMap},
-    pin::{remove_dir_of_pins, version_dir, versions},
+    pin::{STAGED, remove_dir_of_pins, staging_dirs, version_dir, versions},
     sys::bpf,
 };
 
@@ -143,8 +143,13 @@ impl Pinned {
             });
         }
         let (own, staging) = (version_dir(pin_dir), staging_dir(pin_dir));
-        if staging.exists() {
-            remove_dir_of_pins(&staging)?;
+        for dir in staging_dirs(pin_dir)? {
+            // No program uses these maps. Those of another version can have entries that this version does not know;
+            // they take memory, and do not prevent the start.
+            match remove_dir_of_pins(&dir) {
+                Err(error) if dir == staging => return Err(error),
+                _ => {}
+            }
         }
         let earlier = found.iter().rev().copied().find(|&version| version < VERSION);
         // Also without an earlier version: after a crash in the middle of the first start, the next start is the first
@@ -160,7 +165,7 @@ impl Pinned {
 
 /// Returns the directory of the maps of this version until they are filled.
 pub(crate) fn staging_dir(pin_dir: &Path) -> PathBuf {
-    pin_dir.join(format!("v{VERSION}_new"))
+    pin_dir.join(format!("v{VERSION}{STAGED}"))
 }
 
 /// Copies a map whose layout and meaning have not changed since an earlier version, if that version has it. A map that
@@ -318,11 +323,14 @@ mod tests {
         for version in [VERSION - 2, VERSION - 1] {
             fs::create_dir(dir.join(format!("v{version}"))).unwrap();
         }
-        // Left by a process that did not finish.
-        fs::create_dir(staging_dir(&dir)).unwrap();
+        // Left by processes that did not finish, one of them of a later version.
+        let later = dir.join(format!("v{}_new", VERSION + 1));
+        for left in [&staging_dir(&dir), &later] {
+            fs::create_dir(left).unwrap();
+        }
         let upgrade = find();
         assert_eq!((upgrade.staged, upgrade.earlier), (true, Some(VERSION - 1)));
-        assert!(!staging_dir(&dir).exists());
+        assert!(!staging_dir(&dir).exists() && !later.exists());
         fs::create_dir(version_dir(&dir)).unwrap();
         let half_attached = find();
         assert_eq!(

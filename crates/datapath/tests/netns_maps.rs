@@ -247,6 +247,105 @@ fn a_first_start_that_did_not_finish_leaves_no_maps_for_the_next() {
     assert!(!world.options.pin_dir.exists());
 }
 
+/// Makes the maps of an open data path those of the version before: its pins are renamed, as a process of that version
+/// would have left them.
+fn make_earlier(world: &World) {
+    let dir = |version: u32| world.options.pin_dir.join(format!("v{version}"));
+    let own = palisade_abi::VERSION;
+    std::fs::rename(dir(own), dir(own - 1)).unwrap();
+}
+
+fn flow(created: u64) -> CtEntry {
+    CtEntry {
+        expires: u64::MAX,
+        created,
+        ..CtEntry::default()
+    }
+}
+
+#[test]
+fn a_flow_that_ends_during_an_upgrade_does_not_come_back_after_a_crash() {
+    let world = World::new();
+    let old = world.open();
+    let now = monotonic_coarse();
+    // Copied flows are recognised with a slack of 1 s.
+    let before = now.saturating_sub(10_000_000_000);
+    let flows = [1, 2].map(|port| (ct_key(port), flow(before)));
+    old.conntrack().seed(&flows).unwrap();
+    make_earlier(&world);
+    let first = Datapath::open(&world.options).unwrap();
+    assert_eq!(first.take_over_flows().unwrap(), Some(2));
+    first.commit().unwrap();
+    first.conntrack().remove(&ct_key(1)).unwrap();
+    drop(first);
+
+    // The process has crashed; interfaces with programs of the earlier version have opened a flow meanwhile.
+    let later = flow(monotonic_coarse());
+    old.conntrack().seed(&[(ct_key(3), later)]).unwrap();
+    let second = Datapath::open(&world.options).unwrap();
+    assert_eq!(second.take_over_flows().unwrap(), Some(1));
+    let mut ports: Vec<u16> = second
+        .conntrack()
+        .entries()
+        .unwrap()
+        .iter()
+        .map(|(key, _)| key.local_port)
+        .collect();
+    ports.sort_unstable();
+    assert_eq!(ports, [2, 3]);
+
+    // Nothing of the upgrade is left beside the maps.
+    second
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    second.retire_other_versions().unwrap();
+    let own = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));
+    let names = std::fs::read_dir(own).unwrap();
+    let left: Vec<String> = names
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
+        .collect();
+    assert_eq!(left, [""; 0]);
+}
+
+#[test]
+fn a_resized_table_in_the_middle_of_an_upgrade_loses_no_flow_of_either_kind_of_programs() {
+    let mut world = World::new();
+    let old = world.open();
+    make_earlier(&world);
+    let half = Datapath::open(&world.options).unwrap();
+    half.take_over_flows().unwrap();
+    half.commit().unwrap();
+    // A crash, and another size in the configuration.
+    world.options.limits.conntrack_entries *= 2;
+    let resized = Datapath::open(&world.options).unwrap();
+    assert_eq!(resized.resized(), ["CONNTRACK"]);
+    resized.take_over_flows().unwrap();
+    // Interfaces with programs of the earlier version, and interfaces with those of this one.
+    let now = monotonic_coarse();
+    old.conntrack().seed(&[(ct_key(1), flow(now))]).unwrap();
+    half.conntrack().seed(&[(ct_key(2), flow(now))]).unwrap();
+    resized
+        .attach(&world.attachment(Role::Host, Hook::Auto, TcMode::Auto))
+        .unwrap();
+    resized.retire_other_versions().unwrap();
+    assert_eq!(resized.conntrack().entries().unwrap().len(), 2);
+}
+
+#[test]
+fn everything_is_detached_although_a_later_version_has_left_maps_that_it_was_filling() {
+    let world = World::new();
+    let datapath = world.open();
+    let later = palisade_abi::VERSION + 1;
+    let left = world.options.pin_dir.join(format!("v{later}_new"));
+    let own = world.options.pin_dir.join(format!("v{}", palisade_abi::VERSION));
+    std::fs::create_dir(&left).unwrap();
+    std::fs::rename(own.join("FRAGMENTS"), left.join("FRAGMENTS")).unwrap();
+    drop(datapath);
+    palisade_datapath::detach_all(&world.options.pin_dir).unwrap();
+    assert!(!world.options.pin_dir.exists());
+}
+
 #[test]
 fn a_map_of_another_layout_is_refused_with_a_remedy() {
     let world = World::new();

@@ -128,7 +128,7 @@ where
         Ok(entries)
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.raw.fd.as_fd()
     }
 }
