@@ -432,7 +432,7 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         .iter()
         .map(|veth| (veth.interface.clone(), veth.ifindex))
         .collect();
-    let mut inside: BTreeMap<i32, links::Inside> = BTreeMap::new();
+    let mut inside: BTreeMap<i32, io::Result<links::Inside>> = BTreeMap::new();
     let mut is_unsettled = false;
     for (key, described) in listed {
         let mut workload = described.workload;
@@ -442,11 +442,14 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         if let Some((inode, nsid)) = place {
             workload.netns = *inode;
             if let Some(nsid) = nsid {
-                // The namespace can go between two requests; then its interfaces go too.
-                let of_namespace = inside
-                    .entry(*nsid)
-                    .or_insert_with(|| links::addresses(*nsid).unwrap_or_default());
-                workload.links = links::leading_to(&veths, *nsid, Some(of_namespace));
+                let of_namespace = inside.entry(*nsid).or_insert_with(|| links::addresses(*nsid));
+                if let Err(error) = of_namespace
+                    && error.kind() == io::ErrorKind::QuotaExceeded
+                {
+                    workload.problem.get_or_insert(error.to_string());
+                }
+                // With another error the namespace is gone since the request for its number; its interfaces go too.
+                workload.links = links::leading_to(&veths, *nsid, of_namespace.as_ref().ok());
             }
         }
         report.workloads.push(workload);

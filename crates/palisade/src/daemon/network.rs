@@ -201,18 +201,19 @@ pub(super) fn own_address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
 }
 
 /// Passes the messages of a dump to `each`, again and again while a change interrupts the dump (`NLM_F_DUMP_INTR`). The
-/// flag is true for the first message of a dump. With `is_strict` the kernel uses the attributes of the request.
+/// flag is true for the first message of a dump. An error of `each` ends the dump. With `is_strict` the kernel uses the
+/// attributes of the request.
 pub(super) fn read_all(
     request: impl Fn() -> RouteNetlinkMessage,
     is_strict: bool,
-    mut each: impl FnMut(RouteNetlinkMessage, bool),
+    mut each: impl FnMut(RouteNetlinkMessage, bool) -> io::Result<()>,
 ) -> io::Result<()> {
     /// Workloads that change without end must not keep the caller here.
     const MAX_ATTEMPTS: usize = 20;
     for _ in 0..MAX_ATTEMPTS {
         let mut is_first = true;
         match dump_with(request(), is_strict, |message| {
-            each(message, std::mem::take(&mut is_first));
+            each(message, std::mem::take(&mut is_first))
         }) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => thread::sleep(DEBOUNCE),
             other => return other,
@@ -225,17 +226,23 @@ pub(super) fn read_all(
 ///
 /// # Errors
 /// [`io::ErrorKind::Interrupted`] if a change has interrupted the dump; other errors of the socket and the kernel.
-pub(crate) fn dump(request: RouteNetlinkMessage, each: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {
+pub(crate) fn dump(
+    request: RouteNetlinkMessage,
+    mut each: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
     // With strict checking (`NETLINK_GET_STRICT_CHK`) the kernel dumps only the requested table. A router can have a
     // million routes in other tables.
     let is_strict = matches!(request, RouteNetlinkMessage::GetRoute(_));
-    dump_with(request, is_strict, each)
+    dump_with(request, is_strict, |message| {
+        each(message);
+        Ok(())
+    })
 }
 
 fn dump_with(
     request: RouteNetlinkMessage,
     is_strict: bool,
-    mut each: impl FnMut(RouteNetlinkMessage),
+    mut each: impl FnMut(RouteNetlinkMessage) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
@@ -266,7 +273,7 @@ fn dump_with(
                 NetlinkPayload::Done(_) if interrupted => return Err(io::ErrorKind::Interrupted.into()),
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
-                NetlinkPayload::InnerMessage(message) => each(message),
+                NetlinkPayload::InnerMessage(message) => each(message)?,
                 _ => {}
             }
         }

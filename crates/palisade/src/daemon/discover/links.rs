@@ -53,6 +53,7 @@ pub(super) fn veths() -> io::Result<Vec<Veth>> {
             if let RouteNetlinkMessage::NewLink(link) = message {
                 veths.extend(veth(&link));
             }
+            Ok(())
         },
     )?;
     Ok(veths)
@@ -92,7 +93,14 @@ pub(super) fn leading_to(veths: &[Veth], nsid: i32, inside: Option<&Inside>) -> 
         .collect()
 }
 
+/// Largest number of addresses of one family that are read in a network namespace. Root in a workload can add any number,
+/// and every read, by the control thread at a reload too, would take longer with each. An endpoint has far fewer.
+pub(super) const MAX_READ: usize = 4_096;
+
 /// Returns the addresses in the network namespace with this number.
+///
+/// # Errors
+/// [`io::ErrorKind::QuotaExceeded`]: it has more than [`MAX_READ`]. Other errors: the namespace is gone.
 pub(super) fn addresses(nsid: i32) -> io::Result<Inside> {
     let mut inside = Inside::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -104,15 +112,25 @@ pub(super) fn addresses(nsid: i32) -> io::Result<Inside> {
             RouteNetlinkMessage::GetAddress(message)
         };
         let mut of_family = Inside::new();
+        let mut read = 0;
         network::read_all(request, true, |message, is_first| {
             if is_first {
                 of_family.clear();
+                read = 0;
+            }
+            read += 1;
+            if read > MAX_READ {
+                return Err(io::Error::new(
+                    io::ErrorKind::QuotaExceeded,
+                    format!("its network namespace has more than {MAX_READ} addresses"),
+                ));
             }
             if let RouteNetlinkMessage::NewAddress(address) = message
                 && let Some(own) = network::own_address(&address.attributes)
             {
                 of_family.entry(address.header.index).or_default().push(own);
             }
+            Ok(())
         })?;
         for (index, addresses) in of_family {
             inside.entry(index).or_default().extend(addresses);
