@@ -151,7 +151,16 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
         "{}",
         text(&second)
     );
-    daemon.cli(&["policy", "confirm"]).expect("confirm");
+    // The change of another operator is neither confirmed nor cancelled by its number.
+    for command in ["confirm", "cancel"] {
+        let said = text(&bed.run(&["policy", command, "1"]));
+        assert!(
+            said.contains("change 1 does not wait")
+                && said.contains("change 2 of root (\"db instead of front\")"),
+            "{said}"
+        );
+    }
+    daemon.cli(&["policy", "confirm", "2"]).expect("confirm");
     assert!(!bed.run(&["policy", "confirm"]).status.success());
     world.expect(daemon, ONLY_DB);
 
@@ -202,6 +211,39 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
     assert_eq!(history[6]["files"]["added"][0], "more.yaml");
     let diff = bed.run(&["policy", "diff", "1", "2"]);
     assert!(text(&diff).contains("app=db"), "{}", text(&diff));
+    // Without the daemon, which knows the same endpoints and peers.
+    let (first, second) = (
+        bed.candidate("first.yaml", FROM_FRONT),
+        bed.candidate("second.yaml", &from_db()),
+    );
+    let offline = bed.run(&["policy", "diff", "--offline", &first, &second, "-o", "json"]);
+    let offline: Value = serde_json::from_slice(&offline.stdout).expect("JSON");
+    let diff = bed.run(&["policy", "diff", "1", "2", "-o", "json"]);
+    let diff: Value = serde_json::from_slice(&diff.stdout).expect("JSON");
+    assert!(
+        offline["verdicts"]
+            .as_array()
+            .is_some_and(|rows| !rows.is_empty())
+    );
+    let without = |plan: &Value| -> Vec<Value> {
+        let rows = plan["verdicts"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default()
+            .into_iter();
+        rows.map(|mut row| {
+            row["decided_by"].take();
+            row
+        })
+        .collect()
+    };
+    assert_eq!(without(&offline), without(&diff));
+    let unknown = bed.run(&["policy", "diff", "--offline", "1", &second]);
+    assert!(
+        text(&unknown).contains("known to the daemon only"),
+        "{}",
+        text(&unknown)
+    );
     daemon
         .cli(&["policy", "rollback", "1", "--yes"])
         .expect("rollback");
@@ -211,6 +253,66 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
         (FROM_FRONT, "")
     );
     assert_eq!(bed.history().last().expect("row")["of"], 1);
+}
+
+#[test]
+fn a_rollback_keeps_edits_that_no_daemon_has_read() {
+    let mut bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+    bed.apply(&[&file, "--yes", "--confirm", "2s"]);
+    bed.daemon.kill9().expect("kill -9");
+    let edited = format!("# edited while no daemon ran\n{}", from_db());
+    bed.daemon.write("back.yaml", &edited).expect("write");
+    std::thread::sleep(Duration::from_secs(2));
+    bed.daemon.restart().expect("restart");
+    assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+    assert_eq!(bed.folder("back.yaml.edited-2"), edited);
+    let warnings = bed.daemon.status().expect("status")["warnings"].to_string();
+    assert!(warnings.contains("back.yaml.edited-2"), "{warnings}");
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+}
+
+#[test]
+fn status_lists_the_live_connections_that_the_policies_deny() {
+    let bed = Bed::new();
+    let denied = |bed: &Bed| bed.daemon.json(&["status"]).expect("status")["denied_connections"].clone();
+    let mut sessions = FAMILIES.map(|family| {
+        let to = bed.world.at("back", family, 80);
+        palisade_testbed::probe::open(bed.world.ns("front"), None, to, OPEN).expect("session")
+    });
+    sessions.iter_mut().for_each(|session| assert!(echoes(session)));
+    assert_eq!(denied(&bed)["total"], 0, "{}", denied(&bed));
+    bed.daemon.write("back.yaml", &from_db()).expect("write");
+    bed.daemon.settle().expect("settle");
+    // Both an idle connection, and one whose packets are dropped already.
+    sessions[0].write_all(b"more").expect("write");
+    let found = denied(&bed);
+    assert_eq!(found["total"], 2, "{found:#}");
+    for session in &sessions {
+        let source = session.local_addr().expect("address").to_string();
+        let row = |row: &Value| {
+            row["source"] == source
+                && row["effect"] == "denied"
+                && row["decided_by"]
+                    .as_str()
+                    .is_some_and(|by| by.contains("back.yaml"))
+        };
+        assert!(
+            found["connections"]
+                .as_array()
+                .is_some_and(|rows| rows.iter().any(row)),
+            "{found:#}"
+        );
+    }
+    let shown = text(&bed.run(&["status"]));
+    assert!(
+        shown.contains("Live connections that the policies deny:"),
+        "{shown}"
+    );
+    // Once they are allowed again, they go on, and are not listed.
+    bed.daemon.write("back.yaml", FROM_FRONT).expect("write");
+    bed.daemon.settle().expect("settle");
+    assert_eq!(denied(&bed)["total"], 0);
 }
 
 #[test]

@@ -328,13 +328,24 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
     /// Keep the change that `palisade policy apply --confirm` has made.
     #[command(after_help = "Examples:
   palisade policy confirm
+  palisade policy confirm 12
 
-Exits 1 if no change waits, for example because it was rolled back.")]
-    Confirm,
+With the number of the change, which `palisade policy apply` prints, another change is not confirmed.
+Exits 1 if no change waits, for example because it was rolled back, or if another one waits.")]
+    Confirm {
+        /// Number of the change; without it, the one that waits.
+        number: Option<u64>,
+    },
     /// Roll back the change that waits for its confirmation, now.
     #[command(after_help = "Examples:
-  palisade policy cancel")]
-    Cancel,
+  palisade policy cancel
+  palisade policy cancel 12
+
+Exits 1 if no change waits, or another one than the given one.")]
+    Cancel {
+        /// Number of the change; without it, the one that waits.
+        number: Option<u64>,
+    },
     /// Show which verdicts differ between two sets of policies.
     #[command(after_help = change::DIFF_HELP)]
     Diff(DiffArgs),

@@ -133,9 +133,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 )
             }
             PolicyCommand::Apply(args) => policy_change::apply(&socket()?, &args.path, &args.change),
-            PolicyCommand::Confirm => policy_change::confirm(&socket()?),
-            PolicyCommand::Cancel => policy_change::cancel(&socket()?),
-            PolicyCommand::Diff(args) => policy_change::diff(&socket()?, args),
+            PolicyCommand::Confirm { number } => policy_change::confirm(&socket()?, *number),
+            PolicyCommand::Cancel { number } => policy_change::cancel(&socket()?, *number),
+            PolicyCommand::Diff(args) => policy_change::diff(&cli.config, socket, args),
             PolicyCommand::History { output } => policy_change::history(&socket()?, output.output),
             PolicyCommand::Rollback(args) => policy_change::rollback(&socket()?, args.number, &args.change),
             PolicyCommand::Get { name, output } => inspect::policies(&socket()?, name.as_deref(), *output),

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, BufRead as _, IsTerminal as _, Write},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use palisade_flowlog::duration;
 use serde::Serialize;
 
 use super::{
-    output::{EXIT_NO, EXIT_OK, show},
+    output::{EXIT_NO, EXIT_OK, load_config, show},
     session::{author, sessions},
 };
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
         },
         client::{ClientError, ask},
     },
-    daemon::policy_file_names,
+    daemon::{self, policy_file_names},
     table::Table,
     text::count,
 };
@@ -137,8 +137,15 @@ fn change(socket: &Path, set: PolicySet, args: &ChangeArgs) -> anyhow::Result<u8
         if let Some(within) = applied.confirm_within {
             writeln!(
                 out,
-                "it is ROLLED BACK in {} unless you run: palisade policy confirm",
-                duration::format(Duration::from_secs(within))
+                "it is ROLLED BACK in {} unless you run: palisade policy confirm {}",
+                duration::format(Duration::from_secs(within)),
+                applied.number
+            )?;
+        }
+        for kept in &applied.aside {
+            writeln!(
+                out,
+                "a file in the policy folder had an edit that the daemon had not read; it is kept as {kept}"
             )?;
         }
     }
@@ -160,16 +167,20 @@ fn confirmed() -> anyhow::Result<bool> {
 }
 
 /// Runs `palisade policy confirm`.
-pub(super) fn confirm(socket: &Path) -> anyhow::Result<u8> {
-    end(socket, &Request::PolicyConfirm, "is confirmed: it stays in force")
+pub(super) fn confirm(socket: &Path, number: Option<u64>) -> anyhow::Result<u8> {
+    end(
+        socket,
+        &Request::PolicyConfirm { number },
+        "is confirmed: it stays in force",
+    )
 }
 
 /// Runs `palisade policy cancel`.
-pub(super) fn cancel(socket: &Path) -> anyhow::Result<u8> {
+pub(super) fn cancel(socket: &Path, number: Option<u64>) -> anyhow::Result<u8> {
     let author = author();
     end(
         socket,
-        &Request::PolicyCancel { author },
+        &Request::PolicyCancel { author, number },
         "is rolled back: the policies from before it are in force",
     )
 }
@@ -189,20 +200,31 @@ fn end(socket: &Path, request: &Request, text: &str) -> anyhow::Result<u8> {
 }
 
 /// Runs `palisade policy diff`.
-pub(super) fn diff(socket: &Path, args: &DiffArgs) -> anyhow::Result<u8> {
+pub(super) fn diff(
+    config: &Path,
+    socket: impl FnOnce() -> anyhow::Result<PathBuf>,
+    args: &DiffArgs,
+) -> anyhow::Result<u8> {
     let (from, to) = match &args.second {
         None => (PolicySet::Current, set(&args.first)?),
         Some(second) => (set(&args.first)?, set(second)?),
     };
-    let plan: PolicyPlan = ask(
-        socket,
-        &Request::PolicyPlan(PlanRequest {
-            from,
-            to,
-            sessions: Vec::new(),
-            dry_run: false,
-        }),
-    )?;
+    let plan: PolicyPlan = if args.offline {
+        let Some(config) = load_config(config) else {
+            return Ok(EXIT_NO);
+        };
+        daemon::diff_offline(&config, &from, &to)?
+    } else {
+        ask(
+            &socket()?,
+            &Request::PolicyPlan(PlanRequest {
+                from,
+                to,
+                sessions: Vec::new(),
+                dry_run: false,
+            }),
+        )?
+    };
     if !plan.errors.is_empty() {
         plan.errors.iter().for_each(|error| eprintln!("{error}"));
         return Ok(EXIT_NO);

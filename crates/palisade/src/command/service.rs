@@ -23,7 +23,8 @@ use crate::{
     config::{Config, DEFAULT_PIN_DIR},
     control::{
         api::{
-            CaptureStatus, HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer, Request, Status, Workers,
+            CaptureStatus, DeniedConnections, HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer,
+            Request, Status, Workers,
         },
         client::{Client, ClientError, ask, ask_within},
     },
@@ -155,8 +156,11 @@ fn enforced_without_daemon(config: &Path) -> String {
 
 fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::Result<u8> {
     let Some(wait) = wait else {
-        let status: Status = ask(socket, &Request::Status)?;
-        return show(&status, output, write_status);
+        return show(
+            &with_denied(socket, ask(socket, &Request::Status)?),
+            output,
+            write_status,
+        );
     };
     let until = Instant::now() + wait;
     loop {
@@ -164,7 +168,9 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
         let answer = ask_within::<Status>(socket, &Request::Status, left);
         let late = Instant::now() >= until;
         match answer {
-            Ok(status) if status.ready => return show(&status, output, write_status),
+            Ok(status) if status.ready => {
+                return show(&with_denied(socket, status), output, write_status);
+            }
             Ok(status) if late => {
                 eprintln!(
                     "palisade: not everything is attached and enforced after {}:",
@@ -184,6 +190,40 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
         }
         thread::sleep(STATUS_POLL_INTERVAL.min(until.saturating_duration_since(Instant::now())));
     }
+}
+
+/// Adds the live connections that are denied. A daemon of an earlier version does not know the request, and one that compares
+/// policies can be too busy for it.
+fn with_denied(socket: &Path, status: Status) -> Status {
+    Status {
+        denied_connections: ask(socket, &Request::DeniedConnections).unwrap_or_default(),
+        ..status
+    }
+}
+
+fn write_denied(denied: &DeniedConnections, out: &mut dyn Write) -> io::Result<()> {
+    if denied.total == 0 {
+        return Ok(());
+    }
+    writeln!(out, "\nLive connections that the policies deny:")?;
+    for row in &denied.connections {
+        writeln!(
+            out,
+            "  {} {} {} -> {} ({}, {} by {})",
+            row.endpoint_name,
+            row.protocol,
+            row.source,
+            row.destination,
+            row.direction,
+            row.effect,
+            row.decided_by
+        )?;
+    }
+    let more = denied.total.saturating_sub(denied.connections.len());
+    if more > 0 {
+        writeln!(out, "  and {more} more")?;
+    }
+    Ok(())
 }
 
 /// Runs `palisade reload`.
@@ -314,7 +354,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         let who = change.author.sudo_user.as_ref().unwrap_or(&change.author.user);
         writeln!(
             out,
-            "To confirm:  change {} by {who} is ROLLED BACK in {} unless you run: palisade policy confirm",
+            "To confirm:  change {} by {who} is ROLLED BACK in {} unless you run: palisade policy confirm {0}",
             change.number,
             duration::format(Duration::from_secs(change.left))
         )?;
@@ -331,6 +371,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             }
         }
     }
+    write_denied(&status.denied_connections, out)?;
     let mut table = Table::new(&["INTERFACE", "ROLE", "ENDPOINT", "INGRESS", "EGRESS", "REMARK"]);
     for interface in &status.interfaces {
         let hook = |hook: &Option<String>| hook.clone().unwrap_or_else(|| "-".to_owned());

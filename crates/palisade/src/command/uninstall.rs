@@ -273,7 +273,11 @@ fn end_daemon(socket: &Path) -> anyhow::Result<()> {
 /// Rolls back a change of the policies that waits for its confirmation. Otherwise its files would stay in the policy
 /// folder, and a later installation would enforce them although they were not confirmed.
 fn cancel_change(socket: &Path) -> Result<(), ClientError> {
-    match ask::<u64>(socket, &Request::PolicyCancel { author: author() }) {
+    let request = Request::PolicyCancel {
+        author: author(),
+        number: None,
+    };
+    match ask::<u64>(socket, &request) {
         Ok(number) => {
             eprintln!(
                 "palisade: note: change {number} of the policies was not confirmed, and is rolled back"
@@ -534,7 +538,7 @@ mod tests {
             assert!(STATE_ENTRIES.contains(&name), "{name}");
         }
         // What `uninstall` expects of the daemon's answer.
-        let control = include_str!("../daemon/changes/control.rs");
+        let control = include_str!("../daemon/changes/switch.rs");
         assert!(control.contains(&format!("\"{NOTHING_WAITS} ")));
     }
 

@@ -92,14 +92,23 @@ pub(crate) enum Request {
     /// Puts a set of policies in force. Returns a [`PolicyApplied`].
     PolicyApply(ApplyRequest),
     /// Keeps a change that waits for its confirmation. Returns the number of the change.
-    PolicyConfirm,
+    PolicyConfirm {
+        /// Number of the change; `None`: the one that waits.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        number: Option<u64>,
+    },
     /// Rolls back a change that waits for its confirmation. Returns the number of the change.
     PolicyCancel {
         /// Who cancels.
         author: Author,
+        /// Number of the change; `None`: the one that waits.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        number: Option<u64>,
     },
     /// Returns the [`HistoryRow`]s.
     PolicyHistory,
+    /// Returns [`DeniedConnections`].
+    DeniedConnections,
 }
 
 /// A set of policies.
@@ -306,6 +315,9 @@ pub(crate) struct PolicyApplied {
     pub confirm_within: Option<u64>,
     /// Files that differ.
     pub files: FileChanges,
+    /// Paths under which files are kept that the daemon had not read, and that the change replaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aside: Vec<String>,
 }
 
 /// A change that waits for its confirmation.
@@ -397,6 +409,15 @@ pub(crate) struct WouldCut {
     pub live: usize,
     /// Warnings of the compiler about the policies as they would be.
     pub warnings: Vec<String>,
+}
+
+/// Live connections that the policies in force deny.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DeniedConnections {
+    /// The connections, at most ten: first those that peers have opened to the node, then other TCP connections.
+    pub connections: Vec<CutRow>,
+    /// Number of all of them.
+    pub total: usize,
 }
 
 /// A live connection that would be cut.
@@ -829,6 +850,9 @@ pub(crate) struct Status {
     /// Change of policies that waits for its confirmation.
     #[serde(default)]
     pub pending_change: Option<PendingChange>,
+    /// Live connections that the policies in force deny. The command asks for them with a request of their own.
+    #[serde(default)]
+    pub denied_connections: DeniedConnections,
     /// Kinds of inspection that policies need and no inspector implements.
     pub missing_inspectors: Vec<MissingInspector>,
     /// Fill levels of the maps.

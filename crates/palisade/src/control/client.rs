@@ -120,7 +120,7 @@ impl Client {
                 | Request::Capture(_)
                 | Request::PolicyPlan(_)
                 | Request::PolicyApply(_)
-                | Request::PolicyConfirm
+                | Request::PolicyConfirm { .. }
                 | Request::PolicyCancel { .. }
         );
         if changes {

@@ -32,6 +32,37 @@ pub(super) fn live(datapath: &Datapath, names: &FqdnManager, now: u64) -> Result
         .collect())
 }
 
+/// Returns the connections that both ends have used and that have not ended, without those that the programs have passed
+/// under the policy in force. `now`: ns of the coarse monotonic clock.
+pub(super) fn not_passed(
+    datapath: &Datapath,
+    names: &FqdnManager,
+    now: u64,
+) -> Result<Vec<Connection>, MapError> {
+    let states = datapath.endpoint_states();
+    let entries = datapath.conntrack().entries()?;
+    let suspects = entries.iter().filter(|(key, entry)| {
+        let in_force = states.get(&key.endpoint).map_or(0, |state| state.revision);
+        (entry.revision == 0 || entry.revision != in_force) && is_live(key, &evaluated(entry), now)
+    });
+    Ok(suspects
+        .map(|(key, entry)| {
+            connection(key, entry, |address| {
+                let names = names.names_of(key.endpoint, address);
+                names.iter().map(|name| name.to_string()).collect()
+            })
+        })
+        .collect())
+}
+
+/// Returns an entry as if the policy had not denied the connection since.
+fn evaluated(entry: &CtEntry) -> CtEntry {
+    CtEntry {
+        revision: 1,
+        ..*entry
+    }
+}
+
 /// Returns the connections that the policies of `compiler` cut, as indices.
 pub(super) fn cut_numbers(compiler: &Compiler, connections: &[Connection]) -> HashSet<usize> {
     cuts(compiler, connections)
@@ -105,15 +136,10 @@ pub(super) fn cut_sessions(
 
 /// Returns whether the flow is a TCP connection that a peer has opened to the node and that has not ended.
 fn is_session(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
-    let entry = CtEntry {
-        // The policy may have denied the connection since.
-        revision: 1,
-        ..*entry
-    };
     key.endpoint == NODE
         && key.protocol == protocol::TCP
         && entry.flags & ct_flags::INGRESS != 0
-        && is_live(key, &entry, now)
+        && is_live(key, &evaluated(entry), now)
 }
 
 fn is_live(key: &CtKey, entry: &CtEntry, now: u64) -> bool {

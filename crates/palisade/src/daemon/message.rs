@@ -94,9 +94,9 @@ pub(super) enum ClientRequest {
     /// Puts a prepared change of the policies in force.
     PolicySwitch(Box<Switch>, Reply<PolicyApplied>),
     /// Keeps the change that waits for its confirmation.
-    PolicyConfirm(Reply<u64>),
+    PolicyConfirm(Option<u64>, Reply<u64>),
     /// Rolls back the change that waits for its confirmation.
-    PolicyCancel(Author, Reply<u64>),
+    PolicyCancel(Author, Option<u64>, Reply<u64>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),
     /// One endpoint, by number, name or address.

@@ -58,6 +58,7 @@ mod workers;
 mod workloads;
 
 use anyhow::bail;
+use changes::{PolicyBase, Texts};
 pub(crate) use explain::{explain_offline, explain_record};
 pub(crate) use export::backups as export_backups;
 pub(crate) use last_good::find as last_good_config;
@@ -75,7 +76,7 @@ pub(crate) use watcher::policy_file_names;
 
 use crate::{
     config::Config,
-    control::api::{TraceAnswer, TraceRequest},
+    control::api::{PolicyPlan, PolicySet, TraceAnswer, TraceRequest},
 };
 
 /// Runs the daemon until a signal or a client ends it.
@@ -113,6 +114,33 @@ pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<
 /// Returns the endpoints, peers and options of `config`.
 pub(crate) fn inventory_offline(config: &Config) -> anyhow::Result<Inventory> {
     enforcer::inventory(config, &Network::default(), &mut State::<()>::default())
+}
+
+/// Returns what differs between two sets of policy files for the endpoints and peers of `config`.
+///
+/// # Errors
+/// The endpoints and peers cannot be compiled.
+pub(crate) fn diff_offline(config: &Config, from: &PolicySet, to: &PolicySet) -> anyhow::Result<PolicyPlan> {
+    let lines =
+        |problems: Vec<Diagnostic>| -> Vec<String> { problems.iter().map(Diagnostic::to_string).collect() };
+    let compiler = compile_offline(config, Offers::new())?
+        .map_err(|problems| anyhow::anyhow!("{}", lines(problems).join("\n")))?;
+    let base = PolicyBase {
+        compiler,
+        http: config.http.clone(),
+        texts: Texts::new(),
+        broken: Vec::new(),
+        refusal: None,
+    };
+    let stored = |number| Err(format!("set {number} of the history is known to the daemon only"));
+    let compiled = |set| changes::compile(&base, set, &stored);
+    Ok(match (compiled(from), compiled(to)) {
+        (Ok(from), Ok(to)) => changes::differences(&from, &to),
+        (from, to) => PolicyPlan {
+            errors: [from.err(), to.err()].into_iter().flatten().flatten().collect(),
+            ..PolicyPlan::default()
+        },
+    })
 }
 
 fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {

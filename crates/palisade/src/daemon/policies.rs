@@ -25,7 +25,7 @@ use super::{
 use crate::control::api::{PolicyFile, PolicyFileState};
 
 /// Largest policy file that is read, bytes.
-const MAX_FILE: u64 = 64 << 20;
+pub(super) const MAX_FILE: u64 = 64 << 20;
 
 /// Content of files for the compiler, by name; `None` if the file was removed.
 pub(super) type Offers = BTreeMap<String, Option<FileContent>>;

@@ -70,10 +70,18 @@ pub(crate) fn take_for_detaching(node: &Node) -> anyhow::Result<PrivateDirs> {
 }
 
 /// Returns a warning if the configuration file belongs to a user other than root and the user of this process, or if
-/// every user can write it; likewise for the policy folder. These are not errors, because an operator can intend them.
+/// every user can write it; likewise for the policy folder, and if another user could replace a directory of their paths.
+/// These are not errors, because an operator can intend them, and a daemon that does not start enforces less.
 pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
     let mut found = Vec::new();
     for path in [&config.path, &config.policy.dir] {
+        if let Err(UnsafePath::Untrusted(problem)) = walk(path) {
+            found.push(format!(
+                "{}: {problem}: another user than root can change what is enforced",
+                path.display()
+            ));
+            continue;
+        }
         let Ok(metadata) = fs::metadata(path) else {
             continue;
         };
@@ -139,4 +147,38 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
         }
     }
     (refused, missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_above_configuration_or_policies_that_others_can_write_is_a_warning() {
+        let root = tempfile::tempdir().unwrap();
+        let above = root.path().join("above");
+        let folder = above.join("policies.d");
+        fs::create_dir_all(&folder).unwrap();
+        let set = |mode| fs::set_permissions(&above, fs::Permissions::from_mode(mode)).unwrap();
+        let warnings = |path: &Path, dir: &Path| {
+            let text = format!("[node]\nname = \"n\"\n[policy]\ndir = {dir:?}\n");
+            writable_by_others(&Config::parse(path, &text).unwrap())
+        };
+        let (inside, outside) = (above.join("palisade.toml"), root.path().join("palisade.toml"));
+        set(0o755);
+        assert_eq!(warnings(&outside, &folder), [""; 0]);
+        set(0o777);
+        for found in [warnings(&outside, &folder), warnings(&inside, root.path())] {
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(
+                found[0].contains("mode 0777") && found[0].contains("can change what is enforced"),
+                "{found:?}"
+            );
+        }
+        // In a directory with the sticky bit other users cannot rename what is root's.
+        set(0o1777);
+        assert_eq!(warnings(&outside, &folder), [""; 0]);
+    }
 }

@@ -85,8 +85,10 @@ impl Control {
             revision: self.changes,
             confirm_within,
             files: changed_files(&from, &to),
+            aside: Vec::new(),
         };
         self.policy_changes.notes.clear();
+        self.policy_changes.aside.clear();
         self.policy_changes.store.write(change.clone(), to);
         self.policy_changes.current = Some(Current::Writing {
             change,
@@ -137,6 +139,15 @@ impl Control {
     /// Handles the result of a job of the store.
     pub(in crate::daemon) fn store_event(&mut self, event: StoreEvent) {
         match (event, self.policy_changes.current.take()) {
+            (StoreEvent::Aside(paths), mut current) => {
+                if let Some(Current::Writing { applied, .. }) = &mut current {
+                    applied
+                        .aside
+                        .extend(paths.iter().map(|path| path.display().to_string()));
+                }
+                self.policy_changes.aside.extend(paths);
+                self.policy_changes.current = current;
+            }
             (
                 StoreEvent::Written(Ok(())),
                 Some(Current::Writing {
@@ -221,9 +232,12 @@ impl Control {
         }
     }
 
-    /// Keeps the change that waits for its confirmation.
-    pub(in crate::daemon) fn confirm_change(&mut self, reply: Reply<u64>) {
+    /// Keeps the change that waits for its confirmation. `number`: the change that the client means; `None`: any.
+    pub(in crate::daemon) fn confirm_change(&mut self, number: Option<u64>, reply: Reply<u64>) {
         self.check_deadline();
+        if let Some(problem) = self.policy_changes.other_than(number) {
+            return reply.send(Err(problem));
+        }
         match self.policy_changes.current.take() {
             Some(Current::Waiting { change, from }) => {
                 self.policy_changes.store.confirm(change.clone());
@@ -233,12 +247,32 @@ impl Control {
         }
     }
 
-    /// Rolls back the change that waits for its confirmation.
-    pub(in crate::daemon) fn cancel_change(&mut self, author: Author, reply: Reply<u64>) {
+    /// Rolls back the change that waits for its confirmation. `number`: the change that the client means; `None`: any.
+    pub(in crate::daemon) fn cancel_change(
+        &mut self,
+        author: Author,
+        number: Option<u64>,
+        reply: Reply<u64>,
+    ) {
         self.check_deadline();
+        if let Some(problem) = self.policy_changes.other_than(number) {
+            return reply.send(Err(problem));
+        }
+        let why = "it was cancelled";
         match self.policy_changes.current.take() {
             Some(Current::Waiting { change, from }) => {
-                self.undo(change, from, "it was cancelled", Some(author), Some(reply));
+                self.undo(change, from, why, Some(author), Some(reply));
+            }
+            // As in `check_deadline`: a disk that hangs does not keep the change in force.
+            Some(Current::Writing {
+                change,
+                from,
+                reply: applying,
+                ..
+            }) if change.deadline.is_some() => {
+                let number = change.number;
+                self.undo(change, from, why, Some(author), Some(reply));
+                applying.send(Err(format!("change {number} was rolled back, because {why}")));
             }
             other => reply.send(Err(self.nothing_waits(other))),
         }
@@ -246,8 +280,7 @@ impl Control {
 
     fn nothing_waits(&mut self, current: Option<Current>) -> String {
         self.policy_changes.current = current;
-        let last = self.policy_changes.notes.last().map(|note| format!("; {note}"));
-        format!("no change waits for its confirmation{}", last.unwrap_or_default())
+        self.policy_changes.nothing_waits()
     }
 
     /// Puts the policies from before a change in force, and has their files written into the folder.
@@ -303,6 +336,7 @@ impl Control {
                 None => ChangeState::Enforced,
             },
             texts,
+            left_out: 0,
         });
     }
 
@@ -320,6 +354,7 @@ impl Control {
             revision: self.changes,
             state: ChangeState::Enforced,
             texts,
+            left_out: 0,
         });
     }
 
@@ -346,6 +381,7 @@ impl Control {
             revision: self.changes,
             state: ChangeState::Enforced,
             texts,
+            left_out: 0,
         });
     }
 
@@ -357,6 +393,12 @@ impl Control {
             if known.get(change.number).is_none() {
                 self.record_change(&change, ChangeKind::Apply, None, self.texts_in_force());
             }
+        }
+        if let Some(number) = recovered.dropped {
+            info!(
+                event = "policy-change-dropped",
+                number, "a change of the policies that was prepared but not begun is dropped"
+            );
         }
         if let Some(change) = recovered.undone {
             let why = "it was not confirmed before the daemon or the node was started again";

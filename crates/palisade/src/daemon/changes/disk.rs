@@ -4,6 +4,7 @@
 #[cfg(test)]
 use std::cell::Cell;
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     ffi::OsString,
     fs::{self, File, OpenOptions, Permissions},
@@ -13,17 +14,25 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
+use tracing::warn;
 
-use crate::{daemon::watcher::policy_file_names, trusted_path::is_own};
+use crate::{
+    daemon::{policies::MAX_FILE, watcher::policy_file_names},
+    trusted_path::{is_own, walk},
+};
 
 /// Mode of a policy file that was not there before.
 pub(super) const NEW_FILE_MODE: u32 = 0o644;
 /// End of the names of temporary files. They begin with a dot, so they are no policy files.
 const TEMPORARY: &str = ".palisade-tmp";
+/// Largest number of files that one change puts aside under the same name; the last one is replaced.
+const MAX_ASIDE: u32 = 100;
 
 /// Access to the disk.
 #[derive(Debug, Default)]
 pub(super) struct Disk {
+    /// New paths of files that were put aside since the last [`Self::take_aside`].
+    pub aside: RefCell<Vec<PathBuf>>,
     /// Number of steps until all further steps fail, as if the process had ended.
     #[cfg(test)]
     pub steps_left: Option<Cell<usize>>,
@@ -31,6 +40,15 @@ pub(super) struct Disk {
 
 /// Content and mode of a policy file.
 pub(super) type Content<'a> = (&'a str, u32);
+
+/// What happens to files that are replaced or removed.
+pub(super) struct Replaced<'a> {
+    /// Number of the change.
+    pub number: u64,
+    /// Whether a content is stored elsewhere. Files with another content are put aside under a name that is none of a
+    /// policy file: the daemon has not read them, so their content would be lost.
+    pub is_stored: &'a dyn Fn(&[u8]) -> bool,
+}
 
 impl Disk {
     /// Counts a step that changes the disk.
@@ -97,11 +115,61 @@ impl Disk {
         File::open(dir)?.sync_all()
     }
 
+    /// Returns the new paths of files that were put aside since the last call.
+    pub(super) fn take_aside(&self) -> Vec<PathBuf> {
+        self.aside.take()
+    }
+
+    /// Renames a file whose content is stored nowhere else.
+    fn put_aside(&self, path: &Path, replaced: &Replaced<'_>) -> io::Result<()> {
+        let Ok(there) = fs::symlink_metadata(path) else {
+            return Ok(());
+        };
+        // A directory is no policy file; an empty file has nothing that could be lost.
+        if there.is_dir() || (there.is_file() && there.len() == 0) {
+            return Ok(());
+        }
+        let content = match fs::metadata(path) {
+            Ok(metadata) if metadata.is_file() && metadata.len() <= MAX_FILE => fs::read(path).ok(),
+            _ => None,
+        };
+        if content.is_some_and(|content| (replaced.is_stored)(&content)) {
+            return Ok(());
+        }
+        let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        name.push(format!(".edited-{}", replaced.number));
+        let mut to = path.with_file_name(&name);
+        for other in 2..=MAX_ASIDE {
+            if fs::symlink_metadata(&to).is_err() {
+                break;
+            }
+            let mut next = name.clone();
+            next.push(format!("-{other}"));
+            to = path.with_file_name(next);
+        }
+        self.step()?;
+        fs::rename(path, &to)?;
+        warn!(
+            event = "policy-edit-kept",
+            number = replaced.number,
+            file = %path.display(),
+            kept = %to.display(),
+            "a change of the policies replaces a file that the daemon had not read; the file is kept under another name"
+        );
+        self.aside.borrow_mut().push(to);
+        Ok(())
+    }
+
     /// Makes the policy files of a folder be exactly `files`.
     ///
     /// # Errors
     /// The path of the file that could not be written or removed, with the reason.
-    pub(super) fn make(&self, dir: &Path, files: &BTreeMap<&str, Content<'_>>) -> io::Result<()> {
+    pub(super) fn make(
+        &self,
+        dir: &Path,
+        files: &BTreeMap<&str, Content<'_>>,
+        replaced: &Replaced<'_>,
+    ) -> io::Result<()> {
         let at = |path: &Path, error: io::Error| {
             io::Error::new(error.kind(), format!("{}: {error}", path.display()))
         };
@@ -113,13 +181,16 @@ impl Disk {
             if has(&path, text) {
                 continue;
             }
-            self.write(&path, text.as_bytes(), *mode)
+            self.put_aside(&path, replaced)
+                .and_then(|()| self.write(&path, text.as_bytes(), *mode))
                 .map_err(|error| at(&path, error))?;
         }
         for name in policy_file_names(dir).map_err(|error| at(dir, error))? {
             if !files.contains_key(&*name) {
                 let path = dir.join(name);
-                self.remove(&path).map_err(|error| at(&path, error))?;
+                self.put_aside(&path, replaced)
+                    .and_then(|()| self.remove(&path))
+                    .map_err(|error| at(&path, error))?;
             }
         }
         self.sync(dir).map_err(|error| at(dir, error))
@@ -152,6 +223,10 @@ pub(super) fn mode_of(path: &Path) -> u32 {
 /// Returns why commands do not write into a policy folder; `None` if they do.
 pub(super) fn unsuitable(dir: &Path) -> Option<String> {
     let shown = dir.display();
+    // A user that can rename a directory above the folder chooses the files that are enforced, and where they are written.
+    if let Err(problem) = walk(dir) {
+        return Some(problem.to_string());
+    }
     let metadata = match fs::symlink_metadata(dir) {
         Ok(metadata) => metadata,
         Err(error) => return Some(format!("{shown}: {error}; make the folder ([policy] dir)")),
@@ -204,13 +279,63 @@ mod tests {
         (root, dir)
     }
 
+    const STORED: Replaced<'static> = Replaced {
+        number: 7,
+        is_stored: &|_| true,
+    };
+
+    #[test]
+    fn a_file_whose_content_is_stored_nowhere_else_is_put_aside() {
+        let (_root, dir) = folder();
+        let put = |name: &str, text: &str| fs::write(dir.join(name), text).unwrap();
+        let names = || -> Vec<String> {
+            let entries = fs::read_dir(&dir).unwrap();
+            let mut names: Vec<String> = entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        let replaced = Replaced {
+            number: 7,
+            is_stored: &|content| content == b"known",
+        };
+        let files = BTreeMap::from([("a.yaml", ("new", 0o644)), ("known.yaml", ("new", 0o644))]);
+        put("a.yaml", "edited");
+        put("known.yaml", "known");
+        put("b.yaml", "edited too");
+        put("gone.yaml", "known");
+        put("empty.yaml", "");
+        symlink("nowhere", dir.join("link.yaml")).unwrap();
+        let disk = Disk::default();
+        disk.make(&dir, &files, &replaced).unwrap();
+        let kept = ["a.yaml.edited-7", "b.yaml.edited-7", "link.yaml.edited-7"];
+        assert_eq!(
+            names(),
+            ["a.yaml", kept[0], kept[1], "known.yaml", kept[2]],
+            "only edits are kept"
+        );
+        assert_eq!(fs::read_to_string(dir.join(kept[0])).unwrap(), "edited");
+        assert_eq!(disk.take_aside(), kept.map(|name| dir.join(name)));
+        assert!(disk.take_aside().is_empty());
+        // Another edit of the same file does not replace the first one.
+        put("a.yaml", "again");
+        disk.make(&dir, &files, &replaced).unwrap();
+        assert_eq!(
+            fs::read_to_string(dir.join("a.yaml.edited-7-2")).unwrap(),
+            "again"
+        );
+        assert_eq!(fs::read_to_string(dir.join(kept[0])).unwrap(), "edited");
+        assert!(policy_file_names(&dir).unwrap().len() == 2);
+    }
+
     #[test]
     fn a_folder_gets_exactly_the_files_with_their_modes() {
         let (_root, dir) = folder();
         fs::write(dir.join("old.yaml"), "o").unwrap();
         fs::write(dir.join("notes.txt"), "n").unwrap();
         let files = BTreeMap::from([("a.yaml", ("a", 0o640)), ("b.yaml", ("b", NEW_FILE_MODE))]);
-        Disk::default().make(&dir, &files).unwrap();
+        Disk::default().make(&dir, &files, &STORED).unwrap();
         let names: Vec<_> = policy_file_names(&dir).unwrap().into_iter().collect();
         assert_eq!(names, ["a.yaml", "b.yaml"]);
         assert_eq!(read(&dir.join("a.yaml")).unwrap(), (b"a".to_vec(), 0o640));
@@ -227,7 +352,7 @@ mod tests {
         symlink(&outside, dir.join("a.yaml")).unwrap();
         symlink(&outside, dir.join(format!(".a.yaml{TEMPORARY}"))).unwrap();
         let files = BTreeMap::from([("a.yaml", ("new", 0o644))]);
-        Disk::default().make(&dir, &files).unwrap();
+        Disk::default().make(&dir, &files, &STORED).unwrap();
         assert_eq!(fs::read_to_string(&outside).unwrap(), "keep");
         assert!(fs::symlink_metadata(dir.join("a.yaml")).unwrap().is_file());
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
@@ -245,6 +370,16 @@ mod tests {
         fs::remove_file(dir.join("..data")).unwrap();
         fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
         assert!(unsuitable(&dir).unwrap().contains("mode 0777"));
+        fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
         assert!(unsuitable(&dir.join("gone")).unwrap().contains("make the folder"));
+        // A parent directory in which another user can rename the folder.
+        fs::set_permissions(root.path(), Permissions::from_mode(0o777)).unwrap();
+        let problem = unsuitable(&dir).unwrap();
+        assert!(
+            problem.contains("mode 0777") && problem.contains(&*root.path().to_string_lossy()),
+            "{problem}"
+        );
+        fs::set_permissions(root.path(), Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(unsuitable(&dir), None);
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! The file is written before the first file of the folder is touched, and removed once the change is over. So a process
 //! that ends at any moment leaves either no file, and an untouched or completely changed folder, or a file by which the
-//! next start completes or undoes the change. The contents of both sets are on the disk before.
+//! next start completes or undoes the change. The contents of both sets are on the disk before. A change that was only
+//! prepared is never completed: its client can have been told that nothing was changed.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     deadline::{Deadline, Now},
-    disk::{Content, Disk},
+    disk::{Content, Disk, Replaced},
     history::{Digest, Set},
 };
 use crate::{
@@ -36,6 +37,8 @@ pub(super) const PRIVATE: u32 = 0o600;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(in crate::daemon) enum Phase {
+    /// The contents are on the disk; nothing is changed yet.
+    Prepared,
     /// The folder is being changed.
     Writing,
     /// The folder is changed; the change waits for its confirmation.
@@ -75,10 +78,10 @@ pub(super) type Contents = BTreeMap<Digest, Arc<str>>;
 pub(in crate::daemon) type Texts = BTreeMap<String, Arc<str>>;
 
 /// Returns the digest of a content.
-pub(super) fn digest_of(text: &str) -> Digest {
+pub(super) fn digest_of(text: impl AsRef<[u8]>) -> Digest {
     use std::fmt::Write as _;
     let mut digits = String::with_capacity(64);
-    for byte in digest(&SHA256, text.as_bytes()).as_ref() {
+    for byte in digest(&SHA256, text.as_ref()).as_ref() {
         // Writing to a string does not fail.
         let _ = write!(digits, "{byte:02x}");
     }
@@ -203,13 +206,29 @@ impl Paths {
         Ok(Some(serde_json::from_str(text)?))
     }
 
-    /// Makes the policy folder have exactly these files.
-    pub(super) fn make_folder(&self, disk: &Disk, set: &Set, texts: &Texts) -> io::Result<()> {
+    /// Makes the policy folder have exactly the files of a set of a change. Files with a content that neither the change
+    /// nor the history has are put aside ([`Disk::take_aside`]).
+    pub(super) fn make_folder(
+        &self,
+        disk: &Disk,
+        change: &Change,
+        set: &Set,
+        texts: &Texts,
+    ) -> io::Result<()> {
         let files: BTreeMap<&str, Content<'_>> = set
             .iter()
             .filter_map(|(name, file)| Some((name.as_str(), (&**texts.get(name)?, file.mode))))
             .collect();
-        disk.make(&self.folder, &files)
+        let is_stored = |content: &[u8]| {
+            let digest = digest_of(content);
+            let mut own = change.from.values().chain(change.to.values());
+            own.any(|file| file.digest == digest) || self.contents().join(&digest).exists()
+        };
+        let replaced = Replaced {
+            number: change.number,
+            is_stored: &is_stored,
+        };
+        disk.make(&self.folder, &files, &replaced)
     }
 }
 
@@ -222,6 +241,10 @@ pub(in crate::daemon) struct Recovered {
     pub completed: Option<Change>,
     /// Change that was rolled back.
     pub undone: Option<Change>,
+    /// Number of a change that was prepared only, and was not made.
+    pub dropped: Option<u64>,
+    /// New paths of files of the folder that were put aside.
+    pub aside: Vec<PathBuf>,
     /// Files from before `undone` that are to be enforced in place of those of the folder, because the folder could not be written.
     pub unwritten: Option<Texts>,
     /// Problem for `palisade status`.
@@ -230,8 +253,22 @@ pub(in crate::daemon) struct Recovered {
 
 /// Completes or undoes the change of an earlier process, before the policies are read.
 pub(super) fn recover(paths: &Paths, disk: &Disk, now: &Now) -> Recovered {
+    let mut recovered = recover_change(paths, disk, now);
+    recovered.aside = disk.take_aside();
+    recovered
+}
+
+fn recover_change(paths: &Paths, disk: &Disk, now: &Now) -> Recovered {
     let mut change = match paths.read_journal() {
         Ok(None) => return Recovered::default(),
+        Ok(Some(change)) if change.phase == Phase::Prepared => {
+            // If the journal cannot be removed, the next change replaces it, or the next start drops it.
+            let _ = paths.remove_journal(disk);
+            return Recovered {
+                dropped: Some(change.number),
+                ..Recovered::default()
+            };
+        }
         // The files of one folder must not replace those of another one.
         Ok(Some(change)) if change.folder != paths.folder => {
             let why = format!(
@@ -289,7 +326,7 @@ pub(super) fn recover(paths: &Paths, disk: &Disk, now: &Now) -> Recovered {
     };
     change.phase = Phase::Undoing;
     let written = paths
-        .make_folder(disk, &change.from, &texts)
+        .make_folder(disk, &change, &change.from, &texts)
         .and_then(|()| paths.remove_journal(disk));
     let mut recovered = Recovered::default();
     if let Err(error) = written {
@@ -325,7 +362,7 @@ fn put_aside(paths: &Paths, why: &str) -> Recovered {
 
 /// Writes the files of a change into the folder.
 fn complete(paths: &Paths, disk: &Disk, change: &mut Change) -> io::Result<()> {
-    paths.make_folder(disk, &change.to, &paths.texts(&change.to)?)?;
+    paths.make_folder(disk, change, &change.to, &paths.texts(&change.to)?)?;
     if change.deadline.is_none() {
         return paths.remove_journal(disk);
     }
@@ -362,7 +399,7 @@ mod tests {
     fn set(texts: &Texts) -> Set {
         let files = texts.iter().map(|(name, text)| {
             let file = StoredFile {
-                digest: digest_of(text),
+                digest: digest_of(text.as_bytes()),
                 size: text.len() as u64,
                 mode: 0o644,
             };
@@ -374,7 +411,7 @@ mod tests {
     fn contents(texts: &Texts) -> Contents {
         texts
             .values()
-            .map(|text| (digest_of(text), Arc::clone(text)))
+            .map(|text| (digest_of(text.as_bytes()), Arc::clone(text)))
             .collect()
     }
 
@@ -406,7 +443,7 @@ mod tests {
         let mut change = Change {
             number: 2,
             before: Some(1),
-            phase: Phase::Writing,
+            phase: Phase::Prepared,
             folder: paths.folder.clone(),
             deadline: confirm.then(|| Deadline::after(&at(100, "a"), Duration::from_secs(60))),
             author: Author::default(),
@@ -417,7 +454,9 @@ mod tests {
         paths.write_contents(disk, &contents(from))?;
         paths.write_contents(disk, &contents(to))?;
         paths.write_journal(disk, &change)?;
-        paths.make_folder(disk, &change.to, to)?;
+        change.phase = Phase::Writing;
+        paths.write_journal(disk, &change)?;
+        paths.make_folder(disk, &change, &change.to, to)?;
         if confirm {
             change.phase = Phase::Waiting;
             paths.write_journal(disk, &change)
@@ -431,13 +470,14 @@ mod tests {
         change.phase = Phase::Undoing;
         let texts = paths.texts(&change.from)?;
         paths.write_journal(disk, &change)?;
-        paths.make_folder(disk, &change.from, &texts)?;
+        paths.make_folder(disk, &change, &change.from, &texts)?;
         paths.remove_journal(disk)
     }
 
     fn interrupted(steps: usize) -> Disk {
         Disk {
             steps_left: Some(Cell::new(steps)),
+            ..Disk::default()
         }
     }
 
@@ -497,6 +537,49 @@ mod tests {
     }
 
     #[test]
+    fn a_change_that_was_prepared_only_is_never_made() {
+        let (old, new) = sets();
+        for confirm in [false, true] {
+            let mut dropped = 0;
+            for steps in 0.. {
+                let Place { paths, _root } = place();
+                fill(&paths, &old);
+                let done = apply(&paths, &interrupted(steps), &old, &new, confirm).is_ok();
+                let prepared = paths.read_journal().unwrap();
+                if prepared.is_none_or(|change| change.phase != Phase::Prepared) {
+                    if done {
+                        break;
+                    }
+                    continue;
+                }
+                dropped += 1;
+                let recovered = recover(&paths, &Disk::default(), &at(101, "a"));
+                assert_eq!((recovered.dropped, recovered.problem), (Some(2), None));
+                assert!(recovered.completed.is_none() && recovered.waiting.is_none());
+                assert_eq!(folder(&paths), old);
+                assert!(!paths.journal().exists());
+            }
+            assert!(dropped > 2, "{dropped}");
+        }
+    }
+
+    #[test]
+    fn edits_that_no_daemon_has_read_are_put_aside_by_a_rollback_at_the_start() {
+        let (old, new) = sets();
+        let Place { paths, _root } = place();
+        fill(&paths, &old);
+        apply(&paths, &Disk::default(), &old, &new, true).unwrap();
+        fs::write(paths.folder.join("a.yaml"), "edited").unwrap();
+        fs::write(paths.folder.join("d.yaml"), "made by hand").unwrap();
+        let recovered = recover(&paths, &Disk::default(), &at(200, "a"));
+        assert_eq!(folder(&paths), old);
+        let kept = ["a.yaml.edited-2", "d.yaml.edited-2"].map(|name| paths.folder.join(name));
+        assert_eq!(recovered.aside, kept);
+        assert_eq!(fs::read_to_string(&kept[0]).unwrap(), "edited");
+        assert_eq!(fs::read_to_string(&kept[1]).unwrap(), "made by hand");
+    }
+
+    #[test]
     fn a_change_before_its_deadline_goes_on_waiting_after_a_start() {
         let (old, new) = sets();
         let Place { paths, _root } = place();
@@ -527,7 +610,7 @@ mod tests {
         let (old, new) = sets();
         for confirm in [false, true] {
             // Without a confirmation the journal is still there if the write is interrupted.
-            let disk = if confirm { Disk::default() } else { interrupted(30) };
+            let disk = if confirm { Disk::default() } else { interrupted(35) };
             let Place { paths, _root } = place();
             fill(&paths, &old);
             let _ = apply(&paths, &disk, &old, &new, confirm);

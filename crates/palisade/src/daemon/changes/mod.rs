@@ -2,7 +2,7 @@
 //! sets that were enforced.
 //!
 //! [`compare`], [`deadline`], [`history`] and [`plan`] are pure. [`journal`] makes a change of the folder atomic over crashes; [`store`] is the
-//! thread that writes. [`switch`] is the state, [`control`] the part on the control thread: it enforces the files of a change from memory, and
+//! thread that writes, [`queue`] its jobs. [`switch`] is the state, [`control`] the part on the control thread: it enforces the files of a change from memory, and
 //! only then are they written into the folder, so a half-written folder is never enforced. [`plan`] says
 //! before a change what it would do.
 
@@ -13,6 +13,7 @@ mod disk;
 mod history;
 mod journal;
 mod plan;
+mod queue;
 mod store;
 mod switch;
 

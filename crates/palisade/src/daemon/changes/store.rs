@@ -4,11 +4,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs, io,
-    path::Path,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
-    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, SystemTime},
 };
@@ -21,6 +18,7 @@ use super::{
     disk::{Disk, mode_of, unsuitable},
     history::{Digest, Entry, History, Set, StoredFile},
     journal::{Change, Contents, PRIVATE, Paths, Phase, Recovered, Texts, digest_of, recover},
+    queue::{Job, Next, Queue},
 };
 use crate::{
     control::api::{Author, ChangeKind, ChangeState, FileChanges},
@@ -64,6 +62,8 @@ pub(in crate::daemon) struct Enforced {
     pub state: ChangeState,
     /// The files.
     pub texts: Texts,
+    /// Number of versions before this one that are not recorded, because the disk did not answer.
+    pub left_out: u64,
 }
 
 /// A change to prepare.
@@ -92,22 +92,13 @@ pub(in crate::daemon) enum StoreEvent {
     Confirmed(Result<(), String>),
     /// The folder has the files from before the change again.
     Undone,
-}
-
-enum Job {
-    Enforced(Enforced, i64),
-    State(u64, ChangeState),
-    Prepare(Box<Preparation>, Sender<Result<Change, String>>),
-    Abandon,
-    Write(Box<Change>, Texts),
-    Confirm(Box<Change>),
-    Undo(Box<Change>, Texts),
-    Flush(Sender<()>),
+    /// Files of the folder that no one had read were put aside under these names. Comes before the result of the job.
+    Aside(Vec<PathBuf>),
 }
 
 /// Handle of the thread.
 pub(in crate::daemon) struct Store {
-    jobs: Sender<Job>,
+    jobs: Arc<Queue>,
     history: Arc<Mutex<History>>,
     problem: Arc<Mutex<Option<String>>>,
     paths: Paths,
@@ -136,7 +127,8 @@ impl Store {
             recovered.problem.get_or_insert(problem);
             History::default()
         });
-        let (jobs, receiver) = mpsc::channel();
+        let jobs = Arc::<Queue>::default();
+        let waiting = Arc::clone(&jobs);
         let history = Arc::new(Mutex::new(history));
         let problem = Arc::<Mutex<Option<String>>>::default();
         let change = recovered.waiting.clone().or_else(|| recovered.undone.clone());
@@ -154,7 +146,7 @@ impl Store {
         };
         thread::Builder::new()
             .name("history".into())
-            .spawn(move || writing.serve(&receiver))?;
+            .spawn(move || writing.serve(&waiting))?;
         let store = Self {
             jobs,
             history,
@@ -164,32 +156,33 @@ impl Store {
         Ok((store, recovered))
     }
 
-    // Sending cannot fail: the thread lives as long as this handle.
-
     /// Records a policy set that was put in force.
     pub(in crate::daemon) fn enforced(&self, enforced: Enforced) {
         let time = Timestamp::from_system_time(SystemTime::now()).0;
-        let _ = self.jobs.send(Job::Enforced(enforced, time));
+        self.jobs.push(Job::Enforced(enforced, time));
     }
 
     /// Records whether a policy set was confirmed or rolled back.
     pub(in crate::daemon) fn set_state(&self, number: u64, state: ChangeState) {
-        let _ = self.jobs.send(Job::State(number, state));
+        self.jobs.push(Job::State(number, state));
     }
 
-    /// Writes the contents of both sets and the journal, and returns the change. From then on a start of the daemon
-    /// completes the change.
+    /// Writes the contents of both sets and the journal, and returns the change. A start of the daemon completes it only
+    /// after [`Self::write`].
     ///
     /// # Errors
     /// The disk could not be written; nothing has changed.
     pub(in crate::daemon) fn prepare(&self, preparation: Preparation) -> Result<Change, String> {
         let (reply, answer) = mpsc::channel();
-        let _ = self.jobs.send(Job::Prepare(Box::new(preparation), reply));
+        let ticket = self.jobs.push(Job::Prepare(Box::new(preparation), reply));
         match answer.recv_timeout(DISK_DEADLINE) {
             Ok(outcome) => outcome,
             Err(_) => {
-                // The job can still run later.
-                self.abandon();
+                // A job that runs already is undone as soon as the disk answers. Until then the journal, if it is there,
+                // has the phase in which no start completes it.
+                if !self.jobs.withdraw(ticket) {
+                    self.abandon();
+                }
                 Err(format!(
                     "the disk has not answered for {DISK_DEADLINE:?}; nothing was changed"
                 ))
@@ -199,30 +192,32 @@ impl Store {
 
     /// Removes the journal of a prepared change that was not made.
     pub(in crate::daemon) fn abandon(&self) {
-        let _ = self.jobs.send(Job::Abandon);
+        self.jobs.push(Job::Abandon);
     }
 
     /// Writes the files of a change into the folder; [`StoreEvent::Written`] follows.
     pub(in crate::daemon) fn write(&self, change: Change, texts: Texts) {
-        let _ = self.jobs.send(Job::Write(Box::new(change), texts));
+        self.jobs.push(Job::Write(Box::new(change), texts));
     }
 
     /// Removes the journal of a change that is confirmed; [`StoreEvent::Confirmed`] follows.
     pub(in crate::daemon) fn confirm(&self, change: Change) {
-        let _ = self.jobs.send(Job::Confirm(Box::new(change)));
+        self.jobs.push(Job::Confirm(Box::new(change)));
     }
 
     /// Writes the files from before a change into the folder, until that succeeds; [`StoreEvent::Undone`] follows.
     pub(in crate::daemon) fn undo(&self, change: Change, texts: Texts) {
-        let _ = self.jobs.send(Job::Undo(Box::new(change), texts));
+        self.jobs.push(Job::Undo(Box::new(change), texts));
     }
 
     /// Waits until the jobs sent so far are done, for a limited time.
     pub(in crate::daemon) fn flush(&self) {
         let (done, wait) = mpsc::channel();
-        let _ = self.jobs.send(Job::Flush(done));
+        let ticket = self.jobs.push(Job::Flush(done));
         // A disk that does not answer must not hold up the end of the daemon.
-        let _ = wait.recv_timeout(Duration::from_secs(10));
+        if wait.recv_timeout(Duration::from_secs(10)).is_err() {
+            self.jobs.withdraw(ticket);
+        }
     }
 
     /// Returns the history.
@@ -279,6 +274,12 @@ impl Store {
     }
 }
 
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.jobs.close();
+    }
+}
+
 fn read_history(paths: &Paths) -> Result<History, String> {
     let path = paths.index();
     let text = match checked_file::read(&path) {
@@ -321,17 +322,13 @@ struct Writing {
 }
 
 impl Writing {
-    fn serve(&mut self, jobs: &Receiver<Job>) {
+    fn serve(&mut self, jobs: &Queue) {
         loop {
-            let job = if self.dirty || self.undo.is_some() {
-                match jobs.recv_timeout(RETRY_INTERVAL) {
-                    Ok(job) => Some(job),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => return,
-                }
-            } else {
-                let Ok(job) = jobs.recv() else { return };
-                Some(job)
+            let retry = self.dirty || self.undo.is_some();
+            let job = match jobs.next(retry.then_some(RETRY_INTERVAL)) {
+                Next::Job(job) => Some(job),
+                Next::Timeout => None,
+                Next::Closed => return,
             };
             let mut outcome = Ok(());
             let mut waiting = None;
@@ -347,6 +344,7 @@ impl Writing {
                 Some(Job::Abandon) => outcome = self.abandon(),
                 Some(Job::Write(change, texts)) => {
                     let written = self.write(*change, &texts).map_err(|error| error.to_string());
+                    self.report_aside();
                     (self.event)(StoreEvent::Written(written));
                 }
                 Some(Job::Confirm(change)) => {
@@ -368,7 +366,9 @@ impl Writing {
                 None => {}
             }
             if let Some((change, texts)) = self.undo.take() {
-                match self.put_back(change.clone(), &texts) {
+                let put_back = self.put_back(change.clone(), &texts);
+                self.report_aside();
+                match put_back {
                     Ok(()) => {
                         self.change = None;
                         (self.event)(StoreEvent::Undone);
@@ -387,6 +387,13 @@ impl Writing {
             if let Some(done) = waiting {
                 let _ = done.send(());
             }
+        }
+    }
+
+    fn report_aside(&self) {
+        let aside = self.disk.take_aside();
+        if !aside.is_empty() {
+            (self.event)(StoreEvent::Aside(aside));
         }
     }
 
@@ -415,7 +422,7 @@ impl Writing {
         let mut set = Set::new();
         for (name, text) in texts {
             let known = self.digests.remove(name).filter(|(known, _)| known == text);
-            let digest = known.map_or_else(|| digest_of(text), |(_, digest)| digest);
+            let digest = known.map_or_else(|| digest_of(text.as_bytes()), |(_, digest)| digest);
             let path = self.paths.folder.join(name);
             let mode = match modes.get(name) {
                 Some(mode) if fs::symlink_metadata(&path).is_err() => *mode,
@@ -448,12 +455,18 @@ impl Writing {
             }
         }
         let number = enforced.number.unwrap_or_else(|| history.take_number());
+        let message = match enforced.left_out {
+            0 => enforced.message,
+            left_out => {
+                format!("{left_out} versions before this one are left out, because the disk did not answer")
+            }
+        };
         history.push(Entry {
             number,
             time,
             kind: enforced.kind,
             author: enforced.author,
-            message: enforced.message,
+            message,
             of: enforced.of,
             revision: enforced.revision,
             state: enforced.state,
@@ -481,6 +494,15 @@ impl Writing {
 
     fn prepare(&mut self, preparation: Preparation) -> io::Result<Change> {
         let now = Now::read();
+        // The journal of this change would replace that of another one.
+        if let Some(change) = self
+            .change
+            .as_ref()
+            .filter(|change| change.phase != Phase::Prepared)
+        {
+            let number = change.number;
+            return Err(io::Error::other(format!("change {number} is not over")));
+        }
         if preparation.confirm.is_some() && now.boot.is_empty() {
             return Err(io::Error::other(
                 "the boot id of the kernel (/proc/sys/kernel/random/boot_id) cannot be read, so there is no deadline that a boot \
@@ -504,7 +526,7 @@ impl Writing {
         let change = Change {
             number,
             before,
-            phase: Phase::Writing,
+            phase: Phase::Prepared,
             folder: self.paths.folder.clone(),
             deadline,
             author: preparation.author,
@@ -524,14 +546,17 @@ impl Writing {
     }
 
     fn abandon(&mut self) -> io::Result<()> {
-        match self.change.take() {
+        match self.change.take_if(|change| change.phase == Phase::Prepared) {
             Some(_) => self.paths.remove_journal(&self.disk),
             None => Ok(()),
         }
     }
 
     fn write(&mut self, mut change: Change, texts: &Texts) -> io::Result<()> {
-        self.paths.make_folder(&self.disk, &change.to, texts)?;
+        change.phase = Phase::Writing;
+        self.change = Some(change.clone());
+        self.paths.write_journal(&self.disk, &change)?;
+        self.paths.make_folder(&self.disk, &change, &change.to, texts)?;
         if change.deadline.is_some() {
             change.phase = Phase::Waiting;
             self.paths.write_journal(&self.disk, &change)
@@ -545,10 +570,10 @@ impl Writing {
     /// Puts the folder back to the files from before the change.
     fn put_back(&self, mut change: Change, texts: &Texts) -> io::Result<()> {
         change.phase = Phase::Undoing;
-        // On a full disk the journal stays as it is. The next start then undoes a change whose deadline has passed, and
-        // completes one without a deadline: a set, not a mixture, in both cases.
+        // On a full disk the journal stays as it is. The next start then undoes a change whose deadline has passed, drops
+        // one that is prepared only, and completes one without a deadline: a set, not a mixture, in all cases.
         let _ = self.paths.write_journal(&self.disk, &change);
-        self.paths.make_folder(&self.disk, &change.from, texts)?;
+        self.paths.make_folder(&self.disk, &change, &change.from, texts)?;
         self.paths.remove_journal(&self.disk)
     }
 
@@ -583,7 +608,7 @@ impl Writing {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{os::unix::fs::PermissionsExt as _, sync::mpsc::Receiver};
 
     use super::*;
 
@@ -636,6 +661,7 @@ mod tests {
             revision: 1,
             state: ChangeState::Enforced,
             texts: texts(list),
+            left_out: 0,
         }
     }
 
@@ -727,6 +753,74 @@ mod tests {
         );
         let (_, recovered, _events) = place.start();
         assert!(recovered.waiting.is_none() && recovered.undone.is_none());
+    }
+
+    #[test]
+    fn edits_that_were_not_read_are_put_aside_and_those_of_the_history_are_not() {
+        let place = Place::new();
+        let (store, _, events) = place.start();
+        let next = || events.recv_timeout(Duration::from_secs(60)).unwrap();
+        let (old, new) = ([("a.yaml", "old")], [("a.yaml", "new")]);
+        let path = |name: &str| place.root.path().join("policies.d").join(name);
+        fs::write(path("a.yaml"), "old").unwrap();
+        let change = store.prepare(preparation(&old, &new, Some(600))).unwrap();
+        fs::write(path("a.yaml"), "edited before the write").unwrap();
+        store.write(change.clone(), texts(&new));
+        assert!(matches!(next(), StoreEvent::Aside(kept) if kept == [path("a.yaml.edited-1")]));
+        assert!(matches!(next(), StoreEvent::Written(Ok(()))));
+        assert_eq!(place.read("a.yaml.edited-1").unwrap(), "edited before the write");
+        // The daemon has read this edit, so the history has it.
+        store.enforced(edited(&[("a.yaml", "edited and read")]));
+        store.flush();
+        fs::write(path("a.yaml"), "edited and read").unwrap();
+        fs::write(path("b.yaml"), "not read").unwrap();
+        store.undo(change, texts(&old));
+        assert!(matches!(next(), StoreEvent::Aside(kept) if kept == [path("b.yaml.edited-1")]));
+        assert!(matches!(next(), StoreEvent::Undone));
+        assert_eq!(
+            (place.read("a.yaml").as_deref(), place.read("b.yaml")),
+            (Some("old"), None)
+        );
+        assert_eq!(place.read("b.yaml.edited-1").unwrap(), "not read");
+    }
+
+    #[test]
+    fn a_prepared_change_does_not_replace_the_journal_of_another_one() {
+        let place = Place::new();
+        let (store, _, events) = place.start();
+        let (old, new) = ([("a.yaml", "old")], [("a.yaml", "new")]);
+        // The client of this one gave up: it is replaced.
+        store.prepare(preparation(&old, &new, None)).unwrap();
+        let change = store.prepare(preparation(&old, &new, Some(600))).unwrap();
+        store.write(change, texts(&new));
+        assert!(matches!(
+            events.recv_timeout(Duration::from_secs(60)).unwrap(),
+            StoreEvent::Written(Ok(()))
+        ));
+        let error = store.prepare(preparation(&new, &old, None)).unwrap_err();
+        assert!(error.contains("change 2 is not over"), "{error}");
+        // Nor does the end of a client that has prepared nothing remove it.
+        store.abandon();
+        store.flush();
+        let (_, recovered, _events) = place.start();
+        assert_eq!(recovered.waiting.unwrap().number, 2);
+    }
+
+    #[test]
+    fn versions_that_were_left_out_are_named_in_the_history() {
+        let place = Place::new();
+        let (store, _, _events) = place.start();
+        store.enforced(Enforced {
+            left_out: 3,
+            ..edited(&[("a.yaml", "1")])
+        });
+        store.flush();
+        let history = store.history();
+        let message = &history.last().unwrap().message;
+        assert!(
+            message.starts_with("3 versions before this one are left out"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The state of a change while the daemon runs. [`super::control`] changes it.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{Recovered, Texts, deadline::Now, journal::Change, store::Store};
 use crate::{
@@ -21,6 +21,8 @@ pub(in crate::daemon) struct Changes {
     pub(super) recovered: Recovered,
     /// The last rollback and a problem at the start, for `palisade status`.
     pub(super) notes: Vec<String>,
+    /// Files of the folder that the last change has put aside.
+    pub(super) aside: Vec<PathBuf>,
 }
 
 /// The change that is not over.
@@ -47,6 +49,17 @@ pub(super) enum Current {
     },
 }
 
+impl Current {
+    const fn change(&self) -> &Change {
+        match self {
+            Self::Writing { change, .. }
+            | Self::Waiting { change, .. }
+            | Self::Confirming { change, .. }
+            | Self::Undoing { change, .. } => change,
+        }
+    }
+}
+
 impl Changes {
     /// Returns the changes after a start.
     pub(in crate::daemon) fn new(store: Store, mut recovered: Recovered) -> Self {
@@ -70,6 +83,7 @@ impl Changes {
             current,
             recorded: Texts::new(),
             switching: false,
+            aside: std::mem::take(&mut recovered.aside),
             recovered,
             notes,
         }
@@ -105,9 +119,23 @@ impl Changes {
     /// Returns warnings for `palisade status`.
     pub(in crate::daemon) fn warnings(&self) -> Vec<String> {
         let mut warnings = self.notes.clone();
+        if !self.aside.is_empty() {
+            let kept: Vec<String> = self.aside.iter().map(|path| path.display().to_string()).collect();
+            warnings.push(format!(
+                "the last change of the policies by a command has replaced files that the daemon had not read; they are \
+                 kept as {}: take over what is needed, and remove them",
+                kept.join(", ")
+            ));
+        }
         if let Some(problem) = self.store.problem() {
             warnings.push(format!(
                 "the history of the policies cannot be written: {problem}; the policies are enforced, and the write is retried"
+            ));
+        }
+        if let Some(Current::Writing { change, .. }) = &self.current {
+            warnings.push(format!(
+                "change {} is enforced, but its files are not in the policy folder yet",
+                change.number
             ));
         }
         if let Some(Current::Undoing { change, .. }) = &self.current {
@@ -118,6 +146,53 @@ impl Changes {
             ));
         }
         warnings
+    }
+
+    /// Returns why a command that names a change is not carried out: another change is in progress; `None` if the command
+    /// names no change or this one.
+    pub(super) fn other_than(&self, number: Option<u64>) -> Option<String> {
+        let (Some(number), Some(current)) = (number, &self.current) else {
+            return None;
+        };
+        let change = current.change();
+        (change.number != number).then(|| {
+            let author = &change.author;
+            let who = author.sudo_user.as_deref().unwrap_or(&author.user);
+            let message = match &*change.message {
+                "" => String::new(),
+                message => format!(" ({message:?})"),
+            };
+            format!(
+                "change {number} does not wait for its confirmation; pending is change {} of {who}{message}",
+                change.number
+            )
+        })
+    }
+
+    /// Returns why there is no change that can be confirmed or cancelled.
+    pub(super) fn nothing_waits(&self) -> String {
+        let last = self.notes.last().map(|note| format!("; {note}"));
+        match &self.current {
+            Some(Current::Writing { change, .. }) if change.deadline.is_none() => format!(
+                "change {} needs no confirmation; its files are being written. `palisade policy rollback` goes back",
+                change.number
+            ),
+            Some(Current::Writing { change, .. }) => format!(
+                "the files of change {} are still being written: confirm it when `palisade status` shows that it waits",
+                change.number
+            ),
+            Some(Current::Confirming { change, .. }) => {
+                format!("change {} is being confirmed", change.number)
+            }
+            Some(Current::Undoing { change, .. }) => format!(
+                "change {} is being rolled back{}; see `palisade status`",
+                change.number,
+                last.unwrap_or_default()
+            ),
+            Some(Current::Waiting { .. }) | None => {
+                format!("no change waits for its confirmation{}", last.unwrap_or_default())
+            }
+        }
     }
 
     /// Returns why no change can be begun now; `None` if one can.

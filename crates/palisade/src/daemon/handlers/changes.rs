@@ -13,7 +13,7 @@ use palisade_advice::{
 use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::{Next, Timestamp};
 
-use super::{CHANGE_DEADLINE, Handlers, explain::ONE_AT_A_TIME, map_error};
+use super::{CHANGE_DEADLINE, Handlers, NO_ANSWER, explain::ONE_AT_A_TIME, map_error};
 use crate::{
     control::api::{ApplyRequest, FlowChange, PlanRequest, PolicyApplied, PolicyPlan, PolicySet},
     daemon::{
@@ -178,6 +178,7 @@ impl Handlers {
             author: request.author,
             message: request.message,
         })?;
+        let number = change.number;
         let switch = Switch {
             change,
             from: base.texts,
@@ -186,6 +187,13 @@ impl Handlers {
         };
         self.send(CHANGE_DEADLINE, |reply| {
             Message::Client(ClientRequest::PolicySwitch(Box::new(switch), reply))
+        })
+        .map_err(|problem| {
+            if problem.ends_with(NO_ANSWER) {
+                format!("{problem}; `palisade status` shows whether change {number} is in force")
+            } else {
+                problem
+            }
         })
     }
 

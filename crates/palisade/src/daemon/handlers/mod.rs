@@ -48,6 +48,8 @@ use crate::{
 
 /// Longest wait for a change by the control thread. A compilation of thousands of policies takes seconds.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
+/// End of the error if the control thread has not answered within a deadline.
+const NO_ANSWER: &str = "what is attached goes on enforcing the last policy; try again";
 /// Longest wait for a lookup by the control thread.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(5);
 /// Answers clients, each on a thread of its own. Requests that the published view or the maps can answer do not involve
@@ -98,11 +100,14 @@ impl Handler for Handlers {
             Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
             Request::Explain { request } => json(self.explain(request)),
             Request::WouldCut(request) => json(self.would_cut(request)),
+            Request::DeniedConnections => json(self.denied_connections()),
             Request::PolicyPlan(request) => json(self.plan_policies(&request)),
             Request::PolicyApply(request) => json(self.apply_policies(request)),
-            Request::PolicyConfirm => json(self.change(ClientRequest::PolicyConfirm)),
-            Request::PolicyCancel { author } => {
-                json(self.change(|reply| ClientRequest::PolicyCancel(author, reply)))
+            Request::PolicyConfirm { number } => {
+                json(self.change(|reply| ClientRequest::PolicyConfirm(number, reply)))
+            }
+            Request::PolicyCancel { author, number } => {
+                json(self.change(|reply| ClientRequest::PolicyCancel(author, number, reply)))
             }
             Request::PolicyHistory => json(Ok(rows(&self.policy_store.history()))),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
@@ -194,7 +199,7 @@ impl Handlers {
                     monotonic_coarse(),
                 );
                 Err(format!(
-                    "{}; what is attached goes on enforcing the last policy; try again",
+                    "{}; {NO_ANSWER}",
                     busy.unwrap_or_else(|| "the daemon is busy".to_owned())
                 ))
             }

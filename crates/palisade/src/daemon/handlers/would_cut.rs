@@ -1,7 +1,10 @@
-//! The live connections that a change of policy files would cut. The client's own thread compiles the change with a copy
+//! The live connections that the policies in force deny, and those that a change of policy files would cut. The client's own thread compiles the change with a copy
 //! of the compiler: neither the control thread nor the packet path waits for it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    sync::TryLockError,
+};
 
 use palisade_datapath::monotonic_coarse;
 use palisade_model::diagnostic::Severity;
@@ -12,11 +15,37 @@ use palisade_policy::{
 
 use super::{Handlers, explain::ONE_AT_A_TIME, map_error};
 use crate::{
-    control::api::{WouldCut, WouldCutRequest},
+    control::api::{DeniedConnections, WouldCut, WouldCutRequest},
     daemon::{cuts, message::ClientRequest},
 };
 
+/// Largest number of connections that [`Handlers::denied_connections`] lists.
+const MAX_DENIED: usize = 10;
+
 impl Handlers {
+    /// Returns the live connections that the policies in force deny: their packets are dropped, and the ends notice that
+    /// only by their own timeouts.
+    pub(super) fn denied_connections(&self) -> Result<DeniedConnections, String> {
+        // `palisade status` does not wait for a comparison of policies.
+        let _turn = match ONE_AT_A_TIME.try_lock() {
+            Ok(turn) => turn,
+            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err("another command compares policies".to_owned()),
+        };
+        let connections =
+            cuts::not_passed(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
+        if connections.is_empty() {
+            return Ok(DeniedConnections::default());
+        }
+        let copy = self.look_up(ClientRequest::Compiler)?;
+        let mut denied = cuts::report(&copy.compiler, &self.shared.get(), &connections, &HashSet::new());
+        denied.connections.truncate(MAX_DENIED);
+        Ok(DeniedConnections {
+            connections: denied.connections,
+            total: denied.total,
+        })
+    }
+
     pub(super) fn would_cut(&self, request: WouldCutRequest) -> Result<WouldCut, String> {
         let _turn = ONE_AT_A_TIME
             .lock()
