@@ -19,11 +19,10 @@ use crate::{
     maps::{Classes, Endpoints, Map, PerCpuArray, RawMap, possible_cpus},
     object::OBJECT,
     options::check_limits,
-    pin::{check_pin_dir, make_dir, remove_dir_of_pins, version_dir, version_dirs},
+    pin::{check_pin_dir, make_dir, remove_dir_of_pins, taken_until, version_dir, version_dirs},
     programs::{Program, Programs, VerdictPrograms, load_programs},
     shares::{self, Shares, Sizes},
     sys::bpf::{self, map_type},
-    take_over::taken_until,
     upgrade::{OldConntrack, Pinned, copy_from_earlier, earlier_flows},
 };
 

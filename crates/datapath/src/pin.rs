@@ -68,6 +68,29 @@ fn dirs_of_versions(pin_dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
     Ok(dirs)
 }
 
+/// Start of the name of a pin beside the maps of this version, while maps of an earlier version exist. The rest is the
+/// time of the coarse monotonic clock, ns, before which every flow of the earlier version has been copied: a start after
+/// a crash in the middle of an upgrade does not copy flows that have ended since.
+pub(crate) const TAKEN: &str = "taken_";
+
+/// Returns the time in the pin of a directory; 0 if it has none.
+pub(crate) fn taken_until(map_dir: &Path) -> u64 {
+    taken_pins(map_dir)
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix(TAKEN)?.parse().ok())
+        .max()
+        .unwrap_or(0)
+}
+
+/// Returns the pins whose name begins with [`TAKEN`].
+pub(crate) fn taken_pins(map_dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(map_dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(TAKEN))
+        .map(|entry| entry.path())
+        .collect()
+}
+
 /// Removes a directory that contains pins only.
 pub(crate) fn remove_dir_of_pins(dir: &Path) -> Result<()> {
     let io = |source| OpenError::Io {

@@ -3,40 +3,14 @@
 //!
 //! Depends on [`crate::open`] and [`crate::upgrade`]. Start at [`Datapath::commit`].
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{fs, time::Instant};
 
 use crate::{
     Datapath, MapError, OpenError,
-    pin::version_dir,
+    pin::{TAKEN, taken_pins, version_dir},
     sys::bpf,
     upgrade::{OldConntrack, OldFlows, staging_dir},
 };
-
-/// Start of the name of a pin beside the maps of this version, while maps of an earlier version exist. The rest is the
-/// time of the coarse monotonic clock, ns, before which every flow of the earlier version has been copied: a start after
-/// a crash in the middle of an upgrade does not copy flows that have ended since.
-const TAKEN: &str = "taken_";
-
-/// Returns the time in the pin of a directory; 0 if it has none.
-pub(crate) fn taken_until(map_dir: &Path) -> u64 {
-    taken_pins(map_dir)
-        .iter()
-        .filter_map(|path| path.file_name()?.to_str()?.strip_prefix(TAKEN)?.parse().ok())
-        .max()
-        .unwrap_or(0)
-}
-
-fn taken_pins(map_dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(map_dir).into_iter().flatten().flatten();
-    entries
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(TAKEN))
-        .map(|entry| entry.path())
-        .collect()
-}
 
 impl Datapath {
     /// Returns the earlier version whose maps the pin directory has besides those of this version; `None` if there was
@@ -147,7 +121,7 @@ impl Datapath {
         Ok(taken)
     }
 
-    /// Writes the time for [`taken_until`]. Without it, a start after a crash copies ended flows once more, so an error
+    /// Writes the time for [`crate::pin::taken_until`]. Without it, a start after a crash copies ended flows once more, so an error
     /// does not stop the upgrade.
     fn record_taken(&self, until: u64) {
         let is_staged = *self
@@ -170,7 +144,7 @@ impl Datapath {
         });
     }
 
-    /// Removes the pin of [`taken_until`] once there are no maps of an earlier version.
+    /// Removes the pin of [`crate::pin::taken_until`] once there are no maps of an earlier version.
     pub(crate) fn forget_taken(&self) {
         taken_pins(&version_dir(&self.pin_dir))
             .into_iter()

@@ -9,7 +9,8 @@ use super::{
     deadline::Now,
     journal::Change,
     plan::changed_files,
-    store::{Enforced, StoreEvent, Switch},
+    queue::Enforced,
+    store::{StoreEvent, Switch},
     switch::Current,
 };
 use crate::{

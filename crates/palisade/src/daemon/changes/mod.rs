@@ -21,5 +21,6 @@ pub(super) use journal::{Recovered, Texts};
 pub(super) use plan::{
     Candidate, PolicyBase, blank_before, changed_files, compile, denied_sessions, differences, rows,
 };
-pub(super) use store::{Preparation, Store, StoreEvent, Switch};
+pub(super) use queue::Preparation;
+pub(super) use store::{Store, StoreEvent, Switch};
 pub(super) use switch::Changes;

@@ -2,20 +2,57 @@
 //! the policies that wait to be recorded are merged, and a preparation whose client has given up is taken out again.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError, mpsc::Sender},
     time::{Duration, Instant},
 };
 
-use super::{
-    Texts,
-    journal::Change,
-    store::{Enforced, Preparation},
-};
-use crate::control::api::{ChangeKind, ChangeState};
+use super::journal::{Change, Texts};
+use crate::control::api::{Author, ChangeKind, ChangeState};
 
 /// Number of waiting jobs from which on a version replaces the one that waits before it.
 pub(super) const MAX_WAITING: usize = 16;
+
+/// A policy set that was put in force.
+#[derive(Debug)]
+pub(in crate::daemon) struct Enforced {
+    /// Number that [`super::store::Store::prepare`] has assigned; `None` for a new one. Without a number, a set that equals the last
+    /// one is not recorded.
+    pub number: Option<u64>,
+    /// What caused it.
+    pub kind: ChangeKind,
+    /// Who caused it.
+    pub author: Option<Author>,
+    /// The author's message.
+    pub message: String,
+    /// Number of the entry that was put back.
+    pub of: Option<u64>,
+    /// Revision of the datapath.
+    pub revision: u64,
+    /// Whether it waits for its confirmation.
+    pub state: ChangeState,
+    /// The files.
+    pub texts: Texts,
+    /// Number of versions before this one that are not recorded, because the disk did not answer.
+    pub left_out: u64,
+}
+
+/// A change to prepare.
+#[derive(Debug)]
+pub(in crate::daemon) struct Preparation {
+    /// Files in force.
+    pub from: Texts,
+    /// Files to be in force.
+    pub to: Texts,
+    /// Modes of files that are not in the folder.
+    pub modes: BTreeMap<String, u32>,
+    /// Time within which the change must be confirmed.
+    pub confirm: Option<Duration>,
+    /// Who makes the change.
+    pub author: Author,
+    /// The author's message.
+    pub message: String,
+}
 
 /// A job.
 pub(super) enum Job {

@@ -18,10 +18,10 @@ use super::{
     disk::{Disk, mode_of, unsuitable},
     history::{Digest, Entry, History, Set, StoredFile},
     journal::{Change, Contents, PRIVATE, Paths, Phase, Recovered, Texts, digest_of, recover},
-    queue::{Job, Next, Queue},
+    queue::{Enforced, Job, Next, Preparation, Queue},
 };
 use crate::{
-    control::api::{Author, ChangeKind, ChangeState, FileChanges},
+    control::api::{ChangeState, FileChanges},
     daemon::checked_file,
 };
 
@@ -41,47 +41,6 @@ pub(in crate::daemon) struct Switch {
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest time to wait for the disk.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
-
-/// A policy set that was put in force.
-#[derive(Debug)]
-pub(in crate::daemon) struct Enforced {
-    /// Number that [`Store::prepare`] has assigned; `None` for a new one. Without a number, a set that equals the last
-    /// one is not recorded.
-    pub number: Option<u64>,
-    /// What caused it.
-    pub kind: ChangeKind,
-    /// Who caused it.
-    pub author: Option<Author>,
-    /// The author's message.
-    pub message: String,
-    /// Number of the entry that was put back.
-    pub of: Option<u64>,
-    /// Revision of the datapath.
-    pub revision: u64,
-    /// Whether it waits for its confirmation.
-    pub state: ChangeState,
-    /// The files.
-    pub texts: Texts,
-    /// Number of versions before this one that are not recorded, because the disk did not answer.
-    pub left_out: u64,
-}
-
-/// A change to prepare.
-#[derive(Debug)]
-pub(in crate::daemon) struct Preparation {
-    /// Files in force.
-    pub from: Texts,
-    /// Files to be in force.
-    pub to: Texts,
-    /// Modes of files that are not in the folder.
-    pub modes: BTreeMap<String, u32>,
-    /// Time within which the change must be confirmed.
-    pub confirm: Option<Duration>,
-    /// Who makes the change.
-    pub author: Author,
-    /// The author's message.
-    pub message: String,
-}
 
 /// Result of a job.
 #[derive(Debug)]
@@ -611,6 +570,7 @@ mod tests {
     use std::{os::unix::fs::PermissionsExt as _, sync::mpsc::Receiver};
 
     use super::*;
+    use crate::control::api::{Author, ChangeKind};
 
     struct Place {
         root: tempfile::TempDir,
