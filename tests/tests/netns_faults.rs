@@ -10,7 +10,7 @@ use std::{
 };
 
 use palisade_testbed::{
-    Daemon, Outcome,
+    Daemon, Ns, Outcome,
     daemon::Settings,
     ns::wait_until,
     probe::connect,
@@ -319,6 +319,60 @@ fn a_change_is_rolled_back_whichever_way_the_boot_clock_has_jumped() {
         );
         daemon.kill9().expect("kill -9");
     }
+}
+
+/// Root in a workload can add any number of addresses: no more than a bounded number of them is read, and the workload is no
+/// endpoint until there are fewer.
+#[test]
+fn a_workload_with_very_many_addresses_is_named_and_costs_no_time_of_the_daemon() {
+    let world = world();
+    let crowd = Ns::new("app-crowd").expect("namespace");
+    world
+        .topology
+        .node
+        .ip(&format!(
+            "link add crowd0 type veth peer name eth0 netns {}\nlink set crowd0 up",
+            crowd.name()
+        ))
+        .expect("interface");
+    let addresses: String = (0..20_000)
+        .map(|n| format!("addr add 10.98.{}.{}/32 dev eth0\n", n / 250, n % 250 + 1))
+        .collect();
+    crowd
+        .ip(&format!("{addresses}link set eth0 up"))
+        .expect("addresses");
+    let settings = Settings {
+        tables: format!(
+            "[[discover]]\nkind = \"netns\"\nnames = [\"pal-{}-*-app-*\"]\nname = \"{{2}}\"\n\
+             interfaces = [\"crowd*\"]\naddresses = [\"10.98.0.0/16\"]\nlabels = {{ app = \"{{2}}\" }}\n",
+            std::process::id()
+        ),
+        ..Settings::default()
+    };
+    let policies = [("back.yaml", FROM_FRONT)];
+    let mut daemon = Daemon::prepare(&world.topology, &with_peers(settings), &policies).expect("daemon");
+    start(&mut daemon);
+    let named = |status: &Value| {
+        let warnings = status["warnings"].to_string();
+        warnings.contains("more than 4096 addresses")
+    };
+    daemon
+        .wait_status("the workload is named", named)
+        .expect("status");
+    let begun = Instant::now();
+    daemon.cli(&["reload"]).expect("reload");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(named(&daemon.status().expect("status")), "{}", daemon.report());
+    world.expect(&daemon, ONLY_FRONT);
+    crowd
+        .ip("addr flush dev eth0\naddr add 10.98.0.1/24 dev eth0")
+        .expect("addresses");
+    wait_until("the workload is an endpoint", LONG, || {
+        let all = daemon.json(&["endpoint", "list"]).expect("endpoints");
+        all.to_string().contains("default/crowd")
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert!(!named(&daemon.status().expect("status")));
 }
 
 /// Link address of the last interface of [`many_endpoints`].
