@@ -23,12 +23,14 @@ PACKAGES = (
 MIRROR = os.environ.get("PALISADE_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 # A check that waits for a state of the machine gives up after this time, s. Emulation on a busy machine is slow.
 PATIENCE = 600
+# Multiplies the time limits of this side; those inside the machine are in its own time.
+SLOWNESS = float(os.environ.get("PALISADE_LIFECYCLE_SLOWNESS", "1"))
 
 # Reads lines "ID BASE64" from the host, runs each as a command, and answers "ID EXIT-CODE BASE64".
 AGENT = r"""#!/bin/bash
 exec 3<>/dev/virtio-ports/lab.control
 while read -r id command <&3; do
-    output=$(bash -c "$(base64 -d <<<"$command")" 2>&1 </dev/null 3>&-)
+    output=$(timeout 550 bash -c "$(base64 -d <<<"$command")" 2>&1 </dev/null 3>&-)
     code=$?
     echo "$id $code $(base64 -w 0 <<<"$output")" >&3
 done
@@ -200,7 +202,7 @@ class Machine:
         self.serial += 1
         line = f"{self.serial} {base64.b64encode(command.encode()).decode()}\n"
         self.socket.sendall(line.encode())
-        until = time.monotonic() + timeout
+        until = time.monotonic() + timeout * SLOWNESS
         while True:
             while b"\n" in self.buffer:
                 answer, self.buffer = self.buffer.split(b"\n", 1)
@@ -223,12 +225,14 @@ class Machine:
 
     def boot(self, before=None):
         """Waits until the machine has booted, not as the boot `before`, and returns its state."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE * SLOWNESS
         while time.monotonic() < until:
             # A port that no program has opened yet, or any more, answers nothing.
             code, boot = self.shell(self.BOOT, timeout=30)
             if code == 0 and boot != before:
-                return self.shell("systemctl is-system-running --wait")[1].strip()
+                # Not by --wait, which misses the end of a boot that ends while it begins to wait.
+                self.until("systemctl is-system-running | grep -q -v -e initializing -e starting")
+                return self.shell("systemctl is-system-running")[1].strip()
         return "no answer"
 
     def holds(self, command):
@@ -246,7 +250,7 @@ class Machine:
 
     def until(self, command, timeout=PATIENCE):
         """Returns whether a command succeeds within the time."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * SLOWNESS
         while time.monotonic() < end:
             if self.holds(command):
                 return True
