@@ -28,6 +28,7 @@ SLOWNESS = float(os.environ.get("PALISADE_LIFECYCLE_SLOWNESS", "1"))
 
 # Reads lines "ID BASE64" from the host, runs each as a command, and answers "ID EXIT-CODE BASE64".
 AGENT = r"""#!/bin/bash
+until [[ -e /dev/virtio-ports/lab.control ]]; do sleep 0.5; done
 exec 3<>/dev/virtio-ports/lab.control
 while read -r id command <&3; do
     output=$(timeout 550 bash -c "$(base64 -d <<<"$command")" 2>&1 </dev/null 3>&-)
@@ -67,10 +68,10 @@ systemd-run -q -u "lab-$1-82" ip netns exec "$1" socat TCP-LISTEN:82,fork,reusea
 """
 
 UNITS = {
+    # Not bound to the device of the port: systemd waits for a device only 90 s, less than a slow machine needs.
     "lab-agent.service": (
-        "[Unit]\nDefaultDependencies=no\nRequires=dev-virtio\\x2dports-lab.control.device\n"
-        "After=dev-virtio\\x2dports-lab.control.device local-fs.target\n"
-        "StartLimitIntervalSec=0\n[Service]\nExecStart=/usr/local/sbin/lab-agent\nRestart=always\nRestartSec=1\n[Install]\nWantedBy=sysinit.target\n"
+        "[Unit]\nDefaultDependencies=no\nAfter=local-fs.target\nStartLimitIntervalSec=0\n"
+        "[Service]\nExecStart=/usr/local/sbin/lab-agent\nRestart=always\nRestartSec=1\n[Install]\nWantedBy=sysinit.target\n"
     ),
     "lab-lan.service": (
         "[Unit]\nAfter=network-pre.target\nBefore=network.target\nWants=network-pre.target\n"
