@@ -9,9 +9,10 @@ use ipnet::IpNet;
 use palisade_model::{labels::Labels, rule::Label};
 
 use crate::{
+    initial,
     label::{check_key, check_value, shown},
     template::Subject,
-    workload::{Found, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload},
+    workload::{Found, Interface, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload},
 };
 
 /// Names, interfaces and addresses that belong to the configuration, or to endpoints that stay because their source does
@@ -53,10 +54,12 @@ pub struct Outcome {
 /// `before` is the previous result. An endpoint in it keeps its name, interface and addresses against a workload that
 /// claims them later; otherwise a new workload could take the address, and so the identity, of a running one. Among
 /// the others the order of the rules counts, then that of the names. The configuration (`taken`) always wins.
+/// `interfaces` are those of which a rule may make endpoints with `reserved:init`; every workload wins against these.
 #[must_use]
 pub fn find(
     rules: &[Rule],
     workloads: &[Workload],
+    interfaces: &[Interface],
     taken: &Taken,
     before: &BTreeMap<String, Found>,
     limit: usize,
@@ -96,6 +99,8 @@ pub fn find(
         let kept = kept.filter(|address| had.is_some_and(|had| had.contains(address)));
         held.extend(kept.map(|address| (*address, name.clone())));
     }
+    // These do not hold an address: the workload that comes for it has labels.
+    claims.extend(initial::claims(rules, workloads, interfaces, before));
     let mut interfaces: BTreeMap<String, String> = BTreeMap::new();
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
     for (_, found) in claims {
@@ -116,7 +121,7 @@ pub fn find(
             outcome.problems.insert(Problem {
                 source: found.source(),
                 message: format!("{message}; {} stays denied", found.interface),
-                is_pending: false,
+                is_pending: found.kind == initial::KIND,
             });
             continue;
         }
@@ -306,6 +311,14 @@ fn addresses(rule: &Rule, workload: &Workload, link: &Link, is_only: bool) -> Re
             .filter(|address| link.addresses.contains(address))
             .collect(),
     };
+    own_addresses(rule, &reported)
+}
+
+/// Returns those of the addresses that can be addresses of the section's endpoints.
+///
+/// # Errors
+/// There are more than [`MAX_ADDRESSES`].
+pub(crate) fn own_addresses(rule: &Rule, reported: &[IpAddr]) -> Result<Vec<IpAddr>, String> {
     let fits = |address: &IpAddr| {
         is_unicast(address)
             && (rule.addresses.is_empty() || rule.addresses.iter().any(|prefix| prefix.contains(address)))
@@ -335,7 +348,7 @@ fn is_unicast(address: &IpAddr) -> bool {
 }
 
 /// Returns whether a text can be a name in `namespace/name`.
-fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     (1..=253).contains(&name.len()) && name.chars().all(fits)
 }
@@ -345,7 +358,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{InterfacePattern, LabelTemplate, Template, Wildcard};
+    use crate::{InterfacePattern, LabelTemplate, Template, Unknown, Wildcard};
 
     fn rule(kind: &'static str, name: &str) -> Rule {
         let is_container = kind != "netns";
@@ -363,6 +376,7 @@ mod tests {
             }],
             container_labels: vec![Wildcard::parse("*").unwrap()],
             addresses: vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
+            unknown: Unknown::Deny,
         }
     }
 
@@ -381,7 +395,7 @@ mod tests {
     }
 
     fn run(rules: &[Rule], workloads: &[Workload], before: &Outcome) -> Outcome {
-        find(rules, workloads, &Taken::default(), &before.found, 100)
+        find(rules, workloads, &[], &Taken::default(), &before.found, 100)
     }
 
     fn message(outcome: &Outcome) -> String {
@@ -465,7 +479,7 @@ mod tests {
         let free = run(&rules, &workloads, &Outcome::default());
         assert_eq!(free.found.len(), 5);
         // Even if they were there before.
-        let outcome = find(&rules, &workloads, &taken, &free.found, 100);
+        let outcome = find(&rules, &workloads, &[], &taken, &free.found, 100);
         assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/e"]);
         for part in [
             "another default/a",
@@ -552,11 +566,76 @@ mod tests {
         let rules = [rule("netns", "{name}")];
         let of = |n: u32| workload(&format!("w{n}"), n, &[&format!("10.0.{}.{}", n / 256, n % 256)]);
         let some: Vec<_> = (50..60).map(of).collect();
-        let before = find(&rules, &some, &Taken::default(), &BTreeMap::new(), 10);
+        let before = find(&rules, &some, &[], &Taken::default(), &BTreeMap::new(), 10);
         let all: Vec<_> = (1..=10_000).map(of).collect();
-        let outcome = find(&rules, &all, &Taken::default(), &before.found, 10);
+        let outcome = find(&rules, &all, &[], &Taken::default(), &before.found, 10);
         assert_eq!(outcome.found, before.found);
         assert!(message(&outcome).contains("raise [limits] discovered"));
+    }
+
+    fn veth(ifindex: u32, addresses: &[&str]) -> Interface {
+        Interface {
+            link: workload("", ifindex, addresses).links.remove(0),
+            namespace: 3,
+        }
+    }
+
+    #[test]
+    fn an_interface_without_a_known_workload_is_an_init_endpoint_if_its_section_says_so() {
+        let mut rules = [rule("netns", "{name}")];
+        let both = [
+            veth(7, &["10.0.0.2", "192.0.2.1", "fe80::1", "fd00::2"]),
+            veth(8, &["192.0.2.2"]),
+        ];
+        let found = |rules: &[Rule], workloads: &[Workload], before: &Outcome| {
+            find(rules, workloads, &both, &Taken::default(), &before.found, 100)
+        };
+        assert!(found(&rules, &[], &Outcome::default()).found.is_empty());
+        rules[0].unknown = Unknown::Init;
+        let initial = found(&rules, &[], &Outcome::default());
+        // Addresses outside of `addresses` do not count.
+        assert_eq!(initial.found.keys().collect::<Vec<_>>(), ["default/init-veth7"]);
+        let endpoint = &initial.found["default/init-veth7"];
+        assert_eq!(endpoint.labels.to_string(), "reserved:init");
+        assert_eq!(endpoint.source(), "init:veth7");
+        assert_eq!(endpoint.addresses.len(), 2);
+        // With the labels, the interface and its address belong to the workload.
+        let labelled = found(&rules, &[workload("web", 7, &["10.0.0.2"])], &initial);
+        assert_eq!(labelled.found.keys().collect::<Vec<_>>(), ["default/web"]);
+        // A workload that cannot be an endpoint stays denied: its labels are known.
+        let mut refused = workload("web", 7, &["10.0.0.2"]);
+        refused.problem = Some("x".to_owned());
+        assert!(found(&rules, &[refused], &initial).found.is_empty());
+        // Without prefixes the addresses of any peer could be taken.
+        rules[0].addresses.clear();
+        assert!(found(&rules, &[], &initial).found.is_empty());
+    }
+
+    #[test]
+    fn a_workload_gets_its_address_from_an_init_endpoint_that_has_it() {
+        let mut rules = [rule("netns", "{name}")];
+        rules[0].unknown = Unknown::Init;
+        let taken = Taken::default();
+        let thief = [veth(7, &["10.0.0.2"])];
+        let before = find(&rules, &[], &thief, &taken, &BTreeMap::new(), 100);
+        assert_eq!(before.found.len(), 1);
+        let owner = [workload("web", 8, &["10.0.0.2"])];
+        let outcome = find(&rules, &owner, &thief, &taken, &before.found, 100);
+        assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/web"]);
+        assert!(message(&outcome).contains("10.0.0.2 belongs to default/web"));
+        // Between two of them, the first one keeps it, and the configuration wins against both.
+        let two = [veth(6, &["10.0.0.2"]), veth(7, &["10.0.0.2"])];
+        let outcome = find(&rules, &[], &two, &taken, &before.found, 100);
+        assert_eq!(outcome.found, before.found);
+        let taken = Taken {
+            addresses: [("10.0.0.2".parse().unwrap(), "the node".to_owned())].into(),
+            ..Taken::default()
+        };
+        assert!(
+            find(&rules, &[], &two, &taken, &before.found, 100)
+                .found
+                .is_empty()
+        );
     }
 
     fn any_workload() -> impl Strategy<Value = Workload> {

@@ -12,6 +12,7 @@
 pub mod cni;
 pub mod docker;
 mod find;
+mod initial;
 mod interface_pattern;
 mod label;
 mod template;
@@ -23,4 +24,6 @@ pub use interface_pattern::InterfacePattern;
 pub use label::{MAX_KEY_BYTES, MAX_VALUE_BYTES, check_key, check_value};
 pub use template::{Subject, Template};
 pub use wildcard::Wildcard;
-pub use workload::{Found, LabelTemplate, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload};
+pub use workload::{
+    Found, Interface, LabelTemplate, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Unknown, Workload,
+};

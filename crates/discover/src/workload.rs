@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use palisade_model::{labels::Labels, rule::Label};
 use serde::{Deserialize, Serialize};
 
-use crate::{InterfacePattern, Template, Wildcard};
+use crate::{InterfacePattern, Template, Wildcard, initial};
 
 /// Maximum number of addresses of one endpoint.
 pub const MAX_ADDRESSES: usize = 64;
@@ -54,7 +54,7 @@ pub struct Link {
 /// The mapping of a `[[discover]]` section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// `netns`, `docker` or `cni`.
+    /// `netns`, `docker`, `containerd` or `cni`.
     pub kind: &'static str,
     /// Names of the workloads that the section is for.
     pub names: Vec<Wildcard>,
@@ -72,6 +72,27 @@ pub struct Rule {
     pub container_labels: Vec<Wildcard>,
     /// Prefixes from which the addresses are; empty for any.
     pub addresses: Vec<IpNet>,
+    /// What an interface may do before its workload is known.
+    pub unknown: Unknown,
+}
+
+/// What an interface may do before the labels of its workload are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// Nothing.
+    #[default]
+    Deny,
+    /// What policies that select `reserved:init` allow.
+    Init,
+}
+
+/// An interface of the node that leads into another network namespace, for [`Unknown::Init`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// The interface, with the addresses inside.
+    pub link: Link,
+    /// Number by which the kernel names the network namespace of the other side.
+    pub namespace: i32,
 }
 
 /// A label whose value has placeholders.
@@ -133,10 +154,10 @@ impl Found {
     }
 }
 
-/// Returns the first twelve characters of a container's id, and the whole name of a namespace.
+/// Returns the first twelve characters of a container's id, and the whole name of a namespace or an interface.
 fn short<'a>(kind: &str, id: &'a str) -> &'a str {
     match kind {
-        "netns" => id,
+        "netns" | initial::KIND => id,
         _ => id.get(..12).unwrap_or(id),
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use palisade_discover::{InterfacePattern, LabelTemplate, Rule, Template, Wildcard, check_key, check_value};
+use palisade_discover::{
+    InterfacePattern, LabelTemplate, Rule, Template, Unknown, Wildcard, check_key, check_value,
+};
 use palisade_model::rule::Label;
 
 use super::{
@@ -101,6 +103,14 @@ fn discover(
              others do not count, because a workload can give itself any",
         );
     }
+    let unknown = section.choice("unknown", &[("deny", Unknown::Deny), ("init", Unknown::Init)]);
+    let unknown = unknown.unwrap_or_default();
+    if unknown == Unknown::Init && addresses.is_empty() && kind.is_some_and(|kind| kind != Kind::Netns) {
+        section.error(
+            "discover.unknown = \"init\" needs addresses = [\"10.0.1.0/24\"]: the prefixes from which workloads have their \
+             addresses; before a workload is known, its addresses are those that it gives itself",
+        );
+    }
     let dir = section.absolute_path("dir");
     let socket = section.absolute_path("socket");
     let image_labels = section.boolean("image_labels");
@@ -146,6 +156,7 @@ fn discover(
                 .map(|at| at.value)
                 .collect(),
             addresses: addresses.into_iter().map(|at| at.value).collect(),
+            unknown,
         },
         source,
     })

@@ -724,6 +724,14 @@ fn workloads_can_be_found_by_three_sources() {
         ]
     );
     assert_eq!(config.discover[0].rule.interfaces[0].to_string(), "veth*");
+    let unknown = |text: &str| {
+        Config::parse(Path::new("/p.toml"), text).unwrap().discover[0]
+            .rule
+            .unknown
+    };
+    assert_eq!(unknown(text), palisade_discover::Unknown::Deny);
+    let init = text.replacen("names", "unknown = \"init\"\nnames", 1);
+    assert_eq!(unknown(&init), palisade_discover::Unknown::Init);
 }
 
 #[test]
@@ -762,6 +770,11 @@ fn options_of_found_workloads_are_checked_with_their_place() {
         (
             "kind = \"docker\"\nlabels = { app = \"a,b\" }",
             "value of a label",
+        ),
+        ("kind = \"docker\"\nunknown = \"pass\"", "one of deny, init"),
+        (
+            "kind = \"docker\"\nunknown = \"init\"",
+            "discover.unknown = \"init\" needs addresses",
         ),
     ] {
         let errors = discover_errors(section);

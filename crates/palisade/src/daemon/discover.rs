@@ -31,7 +31,7 @@ use nix::{
         inotify::{AddWatchFlags, InitFlags, Inotify},
     },
 };
-use palisade_discover::{Found, Outcome, Problem, Rule, Taken, Workload, find};
+use palisade_discover::{Found, Interface, Outcome, Problem, Rule, Taken, Unknown, Workload, find};
 use tracing::{info, warn};
 
 use docker::Engine;
@@ -71,6 +71,8 @@ struct Report {
     unanswered: BTreeSet<String>,
     /// Index of each interface of the node that leads into another network namespace, by name.
     links: BTreeMap<String, u32>,
+    /// Those that a section with `unknown = "init"` is for, with the addresses inside.
+    interfaces: Vec<Interface>,
 }
 
 /// Sections, wake-up and result of the thread.
@@ -308,6 +310,7 @@ pub(super) fn resolve<C>(
     let mut outcome = find(
         &rules,
         &report.workloads,
+        &report.interfaces,
         &taken,
         &state.discovered,
         limit.saturating_sub(kept.len()),
@@ -432,7 +435,7 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         .iter()
         .map(|veth| (veth.interface.clone(), veth.ifindex))
         .collect();
-    let mut inside: BTreeMap<i32, io::Result<links::Inside>> = BTreeMap::new();
+    let mut inside = Namespaces::default();
     let mut is_unsettled = false;
     for (key, described) in listed {
         let mut workload = described.workload;
@@ -442,7 +445,7 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         if let Some((inode, nsid)) = place {
             workload.netns = *inode;
             if let Some(nsid) = nsid {
-                let of_namespace = inside.entry(*nsid).or_insert_with(|| links::addresses(*nsid));
+                let of_namespace = inside.of(*nsid);
                 if let Err(error) = of_namespace
                     && error.kind() == io::ErrorKind::QuotaExceeded
                 {
@@ -454,7 +457,33 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         }
         report.workloads.push(workload);
     }
+    let is_initial = |veth: &&links::Veth| {
+        let mut sections = sections.all.iter().map(|section| &section.rule);
+        sections.any(|rule| {
+            rule.unknown == Unknown::Init
+                && rule
+                    .interfaces
+                    .iter()
+                    .any(|pattern| pattern.matches(&veth.interface))
+        })
+    };
+    for veth in veths.iter().filter(is_initial) {
+        report.interfaces.push(Interface {
+            link: veth.link(inside.of(veth.nsid).as_ref().ok()),
+            namespace: veth.nsid,
+        });
+    }
     Ok(is_unsettled)
+}
+
+/// Addresses inside of network namespaces, by the number of the namespace; each is requested once.
+#[derive(Default)]
+struct Namespaces(BTreeMap<i32, io::Result<links::Inside>>);
+
+impl Namespaces {
+    fn of(&mut self, nsid: i32) -> &io::Result<links::Inside> {
+        self.0.entry(nsid).or_insert_with(|| links::addresses(nsid))
+    }
 }
 
 /// Returns the workloads of all sources. A name belongs to the first section with its source that it matches.

@@ -161,6 +161,7 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("discover", "dir", Effect::Reload),
     ("discover", "socket", Effect::Reload),
     ("discover", "container_labels", Effect::Reload),
+    ("discover", "unknown", Effect::Reload),
     ("discover", "image_labels", Effect::Reload),
     ("export", "name", Effect::Reload),
     ("export", "file", Effect::Reload),

@@ -34,7 +34,20 @@ pub(super) struct Veth {
     /// Index of the peer in its own network namespace.
     inner: u32,
     /// Number of the network namespace of the peer.
-    nsid: i32,
+    pub nsid: i32,
+}
+
+impl Veth {
+    /// Returns the interface with the addresses of its peer.
+    pub(super) fn link(&self, inside: Option<&Inside>) -> Link {
+        let addresses = inside.and_then(|inside| inside.get(&self.inner));
+        Link {
+            interface: self.interface.clone(),
+            ifindex: self.ifindex,
+            inner: self.inner,
+            addresses: addresses.cloned().unwrap_or_default(),
+        }
+    }
 }
 
 /// Addresses by the index of their interface.
@@ -80,17 +93,7 @@ fn veth(link: &LinkMessage) -> Option<Veth> {
 /// Returns the veths that lead into a network namespace, with the addresses inside.
 pub(super) fn leading_to(veths: &[Veth], nsid: i32, inside: Option<&Inside>) -> Vec<Link> {
     let veths = veths.iter().filter(|veth| veth.nsid == nsid);
-    veths
-        .map(|veth| Link {
-            interface: veth.interface.clone(),
-            ifindex: veth.ifindex,
-            inner: veth.inner,
-            addresses: inside
-                .and_then(|inside| inside.get(&veth.inner))
-                .cloned()
-                .unwrap_or_default(),
-        })
-        .collect()
+    veths.map(|veth| veth.link(inside)).collect()
 }
 
 /// Largest number of addresses of one family that are read in a network namespace. Root in a workload can add any number,

@@ -1,0 +1,74 @@
+//! Endpoints with the label `reserved:init`: interfaces whose workload is not known yet, of sections with
+//! `unknown = "init"`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use palisade_model::identity::entity_labels;
+
+use crate::{
+    find::{is_name, own_addresses},
+    workload::{Found, Interface, Rule, Unknown, Workload},
+};
+
+/// Kind of these endpoints in [`Found`].
+pub(crate) const KIND: &str = "init";
+
+/// Returns the claims of interfaces that lead to no workload of a source. An interface without an address of its section
+/// has none. The labels of a workload that is listed with its interfaces are known, so it has no claim here, also if it
+/// cannot be an endpoint.
+pub(crate) fn claims(
+    rules: &[Rule],
+    workloads: &[Workload],
+    interfaces: &[Interface],
+    before: &BTreeMap<String, Found>,
+) -> Vec<(usize, Found)> {
+    let known: BTreeSet<u32> = workloads
+        .iter()
+        .flat_map(|workload| &workload.links)
+        .map(|link| link.ifindex)
+        .collect();
+    let unknown = interfaces
+        .iter()
+        .filter(|interface| !known.contains(&interface.link.ifindex));
+    let mut claims: Vec<(usize, Found)> = unknown
+        .filter_map(|interface| {
+            let mut rules = rules.iter().enumerate();
+            rules.find_map(|(n, rule)| claim(rule, interface).map(|found| (n, found)))
+        })
+        .collect();
+    let is_new = |found: &Found| {
+        !before
+            .get(&found.qualified_name())
+            .is_some_and(|known| known.is_same_run(found))
+    };
+    claims.sort_by_cached_key(|(rule, found)| (is_new(found), *rule, found.ifindex));
+    claims
+}
+
+fn claim(rule: &Rule, interface: &Interface) -> Option<Found> {
+    let link = &interface.link;
+    let matches = rule
+        .interfaces
+        .iter()
+        .any(|pattern| pattern.matches(&link.interface));
+    // Without prefixes, a workload without labels could give itself the address of any peer, which would then be unknown
+    // to the policies.
+    if rule.unknown == Unknown::Deny || !matches || rule.addresses.is_empty() {
+        return None;
+    }
+    let name = format!("init-{}", link.interface);
+    let addresses = own_addresses(rule, &link.addresses).ok()?;
+    (is_name(&name) && !addresses.is_empty()).then(|| Found {
+        name,
+        namespace: rule.namespace.clone(),
+        interface: link.interface.clone(),
+        ifindex: link.ifindex,
+        addresses,
+        labels: entity_labels("init"),
+        kind: KIND.to_owned(),
+        // No source has reported it, so no source that does not answer keeps it.
+        origin: KIND.to_owned(),
+        id: link.interface.clone(),
+        netns: u64::from(interface.namespace.unsigned_abs()),
+    })
+}
