@@ -1,20 +1,26 @@
 //! Workloads that are found: those that are not known yet (`unknown = "init"`), CNI results, containers of containerd.
 
 use std::{
+    fs,
     net::{IpAddr, SocketAddr},
-    time::Duration,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use palisade_testbed::{
     Daemon, Ns, Outcome, Topology,
     daemon::Settings,
+    ns::wait_until,
     probe::{ping, udp},
-    server::Echo,
+    server::{Echo, Program},
 };
 use serde_json::{Value, json};
 
+mod fake_containerd;
 mod found;
 
+use fake_containerd::{Container, Containerd, Mode};
 use found::{Workload, endpoint, status_of, unplugged, wait_found, wait_gone, web};
 
 const OPEN: Duration = Duration::from_secs(8);
@@ -67,7 +73,7 @@ fn a_workload_that_is_not_known_yet_has_the_identity_init_until_its_labels_are_k
     let elsewhere = Workload::new("elsewhere", 3);
     server.plug(&topology, "veth-a");
     let dir = topology.dir().join("results");
-    std::fs::create_dir(&dir).expect("directory");
+    fs::create_dir(&dir).expect("directory");
     let section = |unknown: &str| {
         format!(
             "{}[[discover]]\nkind = \"cni\"\ndir = {dir:?}\ncontainer_labels = [\"app\"]\n{unknown}\
@@ -114,7 +120,7 @@ fn a_workload_that_is_not_known_yet_has_the_identity_init_until_its_labels_are_k
     as_init(&daemon);
 
     // The labels come: the flows of the endpoint without labels count no more.
-    std::fs::write(dir.join("net-c1-eth0"), result("c1", &client, "client")).expect("result");
+    fs::write(dir.join("net-c1-eth0"), result("c1", &client, "client")).expect("result");
     let found = wait_found(&daemon, "client", &client);
     assert!(has_label(&found, "k8s:app=client"), "{found}");
     wait_gone(&daemon, "init-veth-b");
@@ -129,7 +135,7 @@ fn a_workload_that_is_not_known_yet_has_the_identity_init_until_its_labels_are_k
         .configure(&topology, &settings)
         .and_then(|()| daemon.cli(&["reload"]))
         .unwrap_or_else(|error| panic!("{error:#}"));
-    std::fs::remove_file(dir.join("net-c1-eth0")).expect("result");
+    fs::remove_file(dir.join("net-c1-eth0")).expect("result");
     wait_gone(&daemon, "client");
     assert!(endpoint(&daemon, "init-veth-b").is_none());
     for to in server.addresses() {
@@ -144,7 +150,7 @@ fn results_of_cni_are_endpoints_from_their_addition_to_their_deletion_also_over_
     let other = Workload::new("other", 3);
     // The runtime makes the directory with the first result.
     let dir = topology.dir().join("cni/results");
-    std::fs::create_dir(topology.dir().join("cni")).expect("directory");
+    fs::create_dir(topology.dir().join("cni")).expect("directory");
     let settings = Settings {
         tables: format!(
             "[[discover]]\nkind = \"cni\"\ndir = {dir:?}\ncontainer_labels = [\"K8S_POD_*\"]\n\
@@ -160,9 +166,9 @@ fn results_of_cni_are_endpoints_from_their_addition_to_their_deletion_also_over_
     // A runtime writes the result after the plugins have made the interface.
     let add = |container: &str, workload: &Workload, interface: &str, name: &str| {
         workload.plug(&topology, interface);
-        std::fs::create_dir_all(&dir).expect("directory");
+        fs::create_dir_all(&dir).expect("directory");
         let file = dir.join(format!("net-{container}-eth0"));
-        std::fs::write(file, result(container, workload, name)).expect("result");
+        fs::write(file, result(container, workload, name)).expect("result");
     };
     add("c1", &server, "veth-a", "server");
     add("c2", &client, "veth-b", "client");
@@ -186,7 +192,7 @@ fn results_of_cni_are_endpoints_from_their_addition_to_their_deletion_also_over_
     // While the daemon is down one container goes and another comes.
     daemon.kill9().expect("kill");
     decide(&daemon);
-    std::fs::remove_file(dir.join("net-c2-eth0")).expect("result");
+    fs::remove_file(dir.join("net-c2-eth0")).expect("result");
     unplugged(&topology, client, "veth-b");
     let client = Workload::new("client", 4);
     add("c3", &client, "veth-b", "client");
@@ -199,12 +205,12 @@ fn results_of_cni_are_endpoints_from_their_addition_to_their_deletion_also_over_
     }
 
     // A deleted result closes the interface, though the namespace is still there; a broken one is named.
-    std::fs::remove_file(dir.join("net-c3-eth0")).expect("result");
+    fs::remove_file(dir.join("net-c3-eth0")).expect("result");
     wait_gone(&daemon, "client");
     for to in server.addresses() {
         assert_eq!(status_of(&client.ns, to, CLOSED), 0, "{to}\n{}", daemon.report());
     }
-    std::fs::write(
+    fs::write(
         dir.join("net-c4-eth0"),
         "{\"kind\": \"cniCacheV1\", \"containerId\"",
     )
@@ -249,4 +255,215 @@ fn result(container: &str, workload: &Workload, app: &str) -> String {
         },
     })
     .to_string()
+}
+
+/// A process in the network namespace of a workload, in a cgroup that has the name of a container.
+struct FirstProcess {
+    _program: Program,
+    pid: u32,
+    cgroup: PathBuf,
+}
+
+impl FirstProcess {
+    fn start(workload: &Workload, id: &str) -> Self {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let cgroups = mounts
+            .find(|mount| mount.get(2) == Some(&"cgroup2"))
+            .expect("cgroup2 is mounted");
+        let cgroup = Path::new(cgroups[1]).join(id);
+        fs::create_dir(&cgroup).expect("cgroup");
+        let program =
+            Program::start(&workload.ns, "sleep", &["600"], None).unwrap_or_else(|error| panic!("{error:#}"));
+        let pid = program.process.pid();
+        fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("cgroup.procs");
+        Self {
+            _program: program,
+            pid,
+            cgroup,
+        }
+    }
+}
+
+impl Drop for FirstProcess {
+    fn drop(&mut self) {
+        // An empty cgroup can be removed.
+        let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let _ = wait_until("the cgroup is removed", OPEN, || {
+            fs::remove_dir(&self.cgroup).is_ok()
+        });
+    }
+}
+
+/// A pod may reach the web port of the server by its label, a container by its id.
+fn containerd_policy(client: &str) -> String {
+    format!(
+        r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: server}}
+spec:
+  endpointSelector: {{matchLabels: {{"container:app": server}}}}
+  ingress:
+  - fromEndpoints: [{{matchLabels: {{instance: {client}}}}}, {{matchLabels: {{"container:app": client}}}}]
+    toPorts: [{{ports: [{{port: "8000", protocol: TCP}}]}}]
+"#
+    )
+}
+
+#[test]
+fn containers_of_containerd_are_found_whatever_the_engine_does() {
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let (server, client, other) = (
+        Workload::new("server", 1),
+        Workload::new("client", 2),
+        Workload::new("other", 3),
+    );
+    server.plug(&topology, "veth-a");
+    client.plug(&topology, "veth-b");
+    other.plug(&topology, "veth-c");
+    let id = |name: &str| format!("pal{}-{name}", std::process::id());
+    let processes = [(&server, "server"), (&client, "client"), (&other, "other")]
+        .map(|(workload, name)| FirstProcess::start(workload, &id(name)));
+    let own = r#",{"type":"network"}"#;
+    let container = |namespace, n: usize, name: &str, app: &str, is_pod| Container {
+        namespace,
+        id: id(name),
+        labels: vec![
+            ("app", app.to_owned()),
+            ("io.kubernetes.pod.name", name.to_owned()),
+        ],
+        pid: Some(processes[n].pid),
+        // The CNI plugins of a pod get a named namespace, and runc makes those of other containers.
+        network: match is_pod {
+            true => format!(
+                r#",{{"type":"network","path":"/run/netns/{}"}}"#,
+                server.ns.name()
+            ),
+            false => own.to_owned(),
+        },
+        is_pod,
+    };
+    let mut shared = container("k8s.io", 0, "server", "client", false);
+    shared.id = id("sidecar");
+    shared.network = r#",{"type":"network","path":"/proc/1/ns/net"}"#.to_owned();
+    let mut stopped = container("default", 2, "stopped", "client", false);
+    stopped.pid = None;
+    let all = [
+        container("k8s.io", 0, "server", "server", true),
+        container("default", 1, "client", "any", false),
+        // The label can come from the image.
+        container("default", 2, "other", "client", false),
+        shared,
+        stopped,
+        // Another namespace does not count.
+        Container {
+            id: "elsewhere".to_owned(),
+            ..container("moby", 2, "other", "server", true)
+        },
+    ];
+    let without_other = [all[0].clone(), all[1].clone()];
+    let socket = topology.dir().join("containerd.sock");
+    let settings = Settings {
+        tables: format!(
+            "[[discover]]\nkind = \"containerd\"\nsocket = {socket:?}\ncontainer_labels = [\"app\"]\n\
+             addresses = [\"10.0.0.0/16\", \"fd00::/16\"]\nlabels = {{ instance = \"{{name}}\" }}\n"
+        ),
+        ..Settings::default()
+    };
+    let policy = containerd_policy(&id("client"));
+    let mut daemon = Daemon::start(&topology, &settings, &[("policies.yaml", &policy)])
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let _web = web(&server.ns);
+    let says = |daemon: &Daemon, text: &str| {
+        daemon
+            .wait_status(text, |status| {
+                let warnings = status["warnings"].as_array();
+                warnings.is_some_and(|all| all.iter().filter_map(Value::as_str).any(|w| w.contains(text)))
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    };
+    says(&daemon, "containerd.sock does not answer since");
+    assert_eq!(status_of(&client.ns, server.v4.into(), CLOSED), 0);
+
+    let engine = Containerd::start(&socket, Mode::Right, &all);
+    let found = wait_found(&daemon, "server", &server);
+    assert_eq!(
+        found["source"].as_str(),
+        Some(&*format!("containerd:{:.12}", id("server")))
+    );
+    assert!(has_label(&found, "container:app=server"), "{found}");
+    wait_found(&daemon, &id("client"), &client);
+    let image = wait_found(&daemon, &id("other"), &other);
+    assert!(!has_label(&image, "container:app=client"), "{image}");
+    let decide = |daemon: &Daemon| {
+        for to in server.addresses() {
+            assert_eq!(status_of(&client.ns, to, OPEN), 200, "{to}\n{}", daemon.report());
+            assert_eq!(status_of(&other.ns, to, CLOSED), 0, "{to}\n{}", daemon.report());
+        }
+    };
+    decide(&daemon);
+    let status = daemon.status().expect("status");
+    assert!(!status["warnings"].to_string().contains("discover:"), "{status}");
+
+    // An event is followed at once, not by the regular list.
+    engine.set(&without_other);
+    let begun = Instant::now();
+    wait_gone(&daemon, &id("other"));
+    engine.set(&all);
+    wait_found(&daemon, &id("other"), &other);
+    assert!(begun.elapsed() < Duration::from_secs(15));
+
+    // An engine that is gone, also over a restart of the daemon, and one that answers wrongly: what was found stays.
+    drop(engine);
+    says(&daemon, "containerd.sock does not answer since");
+    decide(&daemon);
+    daemon.kill9().expect("kill");
+    decide(&daemon);
+    daemon.restart().unwrap_or_else(|error| panic!("{error:#}"));
+    assert_eq!(wait_found(&daemon, "server", &server)["id"], found["id"]);
+    for mode in [Mode::Garbage, Mode::Endless, Mode::Refusing, Mode::Hanging] {
+        let engine = Containerd::start(&socket, mode, &[]);
+        thread::sleep(Duration::from_millis(500));
+        says(&daemon, "containerd.sock does not answer since");
+        decide(&daemon);
+        drop(engine);
+    }
+    let _engine = Containerd::start(&socket, Mode::Right, &without_other);
+    wait_gone(&daemon, &id("other"));
+    for to in server.addresses() {
+        assert_eq!(status_of(&client.ns, to, OPEN), 200, "{to}\n{}", daemon.report());
+    }
+}
+
+#[test]
+fn a_process_outside_of_the_cgroup_of_its_container_gives_no_endpoint() {
+    let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
+    let client = Workload::new("client", 2);
+    client.plug(&topology, "veth-b");
+    let id = format!("pal{}-reused", std::process::id());
+    let process = FirstProcess::start(&client, &format!("{id}2"));
+    let socket = topology.dir().join("containerd.sock");
+    let container = Container {
+        namespace: "default",
+        id: id.clone(),
+        labels: Vec::new(),
+        // The number of a process that has ended is used again.
+        pid: Some(process.pid),
+        network: r#",{"type":"network"}"#.to_owned(),
+        is_pod: false,
+    };
+    let _engine = Containerd::start(&socket, Mode::Right, &[container]);
+    let settings = Settings {
+        tables: format!("[[discover]]\nkind = \"containerd\"\nsocket = {socket:?}\n"),
+        ..Settings::default()
+    };
+    let daemon = Daemon::start(&topology, &settings, &[]).unwrap_or_else(|error| panic!("{error:#}"));
+    daemon
+        .wait_status("the problem is reported", |status| {
+            let warnings = status["warnings"].to_string();
+            warnings.contains("is not in the cgroup of the container")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert!(endpoint(&daemon, &id).is_none());
 }

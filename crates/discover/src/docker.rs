@@ -222,7 +222,7 @@ pub fn own_labels(
 
 /// Returns the labels unless they are longer than [`MAX_LABEL_BYTES`]. The daemon keeps the labels of every container,
 /// and whoever makes an image can set any number of them.
-fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, String> {
+pub(crate) fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, String> {
     let labels = labels.unwrap_or_default();
     let bytes: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if bytes > MAX_LABEL_BYTES {

@@ -10,9 +10,10 @@ use palisade_model::{labels::Labels, rule::Label};
 
 use crate::{
     initial,
-    label::{check_key, check_value, shown},
+    label::{check_key, check_value, is_name, shown},
+    own_address::own_addresses,
     template::Subject,
-    workload::{Found, Interface, Link, MAX_ADDRESSES, MAX_LABELS, Rule, Workload},
+    workload::{Found, INIT, Interface, Link, MAX_LABELS, Rule, Workload},
 };
 
 /// Names, interfaces and addresses that belong to the configuration, or to endpoints that stay because their source does
@@ -121,7 +122,7 @@ pub fn find(
             outcome.problems.insert(Problem {
                 source: found.source(),
                 message: format!("{message}; {} stays denied", found.interface),
-                is_pending: found.kind == initial::KIND,
+                is_pending: found.kind == INIT,
             });
             continue;
         }
@@ -312,45 +313,6 @@ fn addresses(rule: &Rule, workload: &Workload, link: &Link, is_only: bool) -> Re
             .collect(),
     };
     own_addresses(rule, &reported)
-}
-
-/// Returns those of the addresses that can be addresses of the section's endpoints.
-///
-/// # Errors
-/// There are more than [`MAX_ADDRESSES`].
-pub(crate) fn own_addresses(rule: &Rule, reported: &[IpAddr]) -> Result<Vec<IpAddr>, String> {
-    let fits = |address: &IpAddr| {
-        is_unicast(address)
-            && (rule.addresses.is_empty() || rule.addresses.iter().any(|prefix| prefix.contains(address)))
-    };
-    let unique: BTreeSet<IpAddr> = reported
-        .iter()
-        .map(IpAddr::to_canonical)
-        .filter(|address| fits(address))
-        .collect();
-    if unique.len() > MAX_ADDRESSES {
-        return Err(format!(
-            "it has {} addresses, at most {MAX_ADDRESSES} are possible",
-            unique.len()
-        ));
-    }
-    Ok(unique.into_iter().collect())
-}
-
-/// Returns whether an address can identify one workload: it is neither a loopback, link-local, unspecified, multicast
-/// nor broadcast address.
-fn is_unicast(address: &IpAddr) -> bool {
-    let is_link_local = match address {
-        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    };
-    !is_link_local && !address.is_loopback() && !address.is_unspecified() && !address.is_multicast()
-}
-
-/// Returns whether a text can be a name in `namespace/name`.
-pub(crate) fn is_name(name: &str) -> bool {
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    (1..=253).contains(&name.len()) && name.chars().all(fits)
 }
 
 #[cfg(test)]

@@ -6,12 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use palisade_model::identity::entity_labels;
 
 use crate::{
-    find::{is_name, own_addresses},
-    workload::{Found, Interface, Rule, Unknown, Workload},
+    label::is_name,
+    own_address::own_addresses,
+    workload::{Found, INIT, Interface, Rule, Unknown, Workload},
 };
-
-/// Kind of these endpoints in [`Found`].
-pub(crate) const KIND: &str = "init";
 
 /// Returns the claims of interfaces that lead to no workload of a source. An interface without an address of its section
 /// has none. The labels of a workload that is listed with its interfaces are known, so it has no claim here, also if it
@@ -65,9 +63,9 @@ fn claim(rule: &Rule, interface: &Interface) -> Option<Found> {
         ifindex: link.ifindex,
         addresses,
         labels: entity_labels("init"),
-        kind: KIND.to_owned(),
+        kind: INIT.to_owned(),
         // No source has reported it, so no source that does not answer keeps it.
-        origin: KIND.to_owned(),
+        origin: INIT.to_owned(),
         id: link.interface.clone(),
         netns: u64::from(interface.namespace.unsigned_abs()),
     })

@@ -39,6 +39,12 @@ pub fn check_value(value: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Returns whether a text can be a name in `namespace/name`.
+pub(crate) fn is_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=253).contains(&name.len()) && name.chars().all(fits)
+}
+
 /// Returns a text from outside for a message: at most 40 characters, without control characters.
 pub(crate) fn shown(text: &str) -> String {
     const LONGEST: usize = 40;

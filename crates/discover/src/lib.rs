@@ -1,8 +1,8 @@
 //! Workloads that are found without an `[[endpoint]]` of the configuration: what sources report (named network
-//! namespaces, Docker, CNI) becomes endpoints with labels. No I/O: the daemon reads the sources and the interfaces.
+//! namespaces, Docker, containerd, CNI) becomes endpoints with labels. No I/O: the daemon reads the sources and the interfaces.
 //!
 //! ```text
-//! /run/netns, Docker, CNI ──> Workload ─ find ─ Rule (mapping), Taken (configuration) ──> Found, Problem
+//! /run/netns, engines, CNI ──> Workload ─ find ─ Rule (mapping), Taken (configuration) ──> Found, Problem
 //! ```
 //!
 //! Start at [`find`]. [`Wildcard`], [`InterfacePattern`] and [`Template`] are options of `[[discover]]`.
@@ -10,11 +10,13 @@
 #![forbid(unsafe_code)]
 
 pub mod cni;
+pub mod containerd;
 pub mod docker;
 mod find;
 mod initial;
 mod interface_pattern;
 mod label;
+mod own_address;
 mod template;
 mod wildcard;
 mod workload;

@@ -6,12 +6,14 @@ use ipnet::IpNet;
 use palisade_model::{labels::Labels, rule::Label};
 use serde::{Deserialize, Serialize};
 
-use crate::{InterfacePattern, Template, Wildcard, initial};
+use crate::{InterfacePattern, Template, Wildcard};
 
 /// Maximum number of addresses of one endpoint.
 pub const MAX_ADDRESSES: usize = 64;
 /// Maximum number of labels that one workload has by itself.
 pub const MAX_LABELS: usize = 64;
+/// Kind, in [`Found`], of endpoints whose workload is not known yet.
+pub(crate) const INIT: &str = "init";
 
 /// A workload that a source reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -157,7 +159,7 @@ impl Found {
 /// Returns the first twelve characters of a container's id, and the whole name of a namespace or an interface.
 fn short<'a>(kind: &str, id: &'a str) -> &'a str {
     match kind {
-        "netns" | initial::KIND => id,
+        "netns" | INIT => id,
         _ => id.get(..12).unwrap_or(id),
     }
 }

@@ -18,6 +18,12 @@ const NETNS_DIR: &str = "/run/netns";
 const CNI_DIR: &str = "/var/lib/cni/results";
 /// Socket of the Docker Engine.
 const DOCKER_SOCKET: &str = "/var/run/docker.sock";
+/// Socket of containerd.
+const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+/// Namespaces of containerd that Kubernetes, and ctr and nerdctl use.
+const CONTAINERD_NAMESPACES: [&str; 2] = ["k8s.io", "default"];
+/// Largest number of namespaces of containerd.
+const MAX_NAMESPACES: usize = 16;
 
 /// `[[discover]]`: a source of workloads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,13 +41,40 @@ pub(crate) enum Source {
     Netns(PathBuf),
     /// Results of CNI: the files of this directory.
     Cni(PathBuf),
-    /// Containers of Docker, or of Podman.
-    Docker {
+    /// Containers of an engine.
+    Engine {
         /// Socket of the API.
         socket: PathBuf,
+        /// Which API, with its options.
+        api: EngineApi,
+    },
+}
+
+/// API of a container engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum EngineApi {
+    /// Docker, or Podman.
+    Docker {
         /// Whether labels that the image sets count.
         image_labels: bool,
     },
+    /// containerd.
+    Containerd {
+        /// Whether labels of containers that are no pods count: they can be those of the image.
+        image_labels: bool,
+        /// Namespaces of containerd.
+        namespaces: Vec<String>,
+    },
+}
+
+impl EngineApi {
+    /// Returns the kind as `kind` spells it.
+    pub(crate) const fn kind(&self) -> &'static str {
+        match self {
+            Self::Docker { .. } => "docker",
+            Self::Containerd { .. } => "containerd",
+        }
+    }
 }
 
 /// Returns the sections. `reserved` are interfaces that no pattern may match, with what they are.
@@ -65,17 +98,20 @@ fn discover(
     enum Kind {
         Netns,
         Docker,
+        Containerd,
         Cni,
     }
     let kinds = [
         ("netns", Kind::Netns),
         ("docker", Kind::Docker),
+        ("containerd", Kind::Containerd),
         ("cni", Kind::Cni),
     ];
     let is_given = section
-        .required_string("kind", "\"netns\", \"docker\" or \"cni\"")
+        .required_string("kind", "\"netns\", \"docker\", \"containerd\" or \"cni\"")
         .is_some();
     let kind = is_given.then(|| section.choice("kind", &kinds)).flatten();
+    let is_engine = matches!(kind, Some(Kind::Docker | Kind::Containerd));
     let is_container = kind.is_some_and(|kind| kind != Kind::Netns);
     let names = section.list("names", "a list of patterns: [\"web-*\"]", Wildcard::parse);
     if names.as_ref().map_or(kind == Some(Kind::Netns), Vec::is_empty) {
@@ -119,10 +155,16 @@ fn discover(
         "a list of patterns of keys: [\"app\", \"com.example.*\"]",
         Wildcard::parse,
     );
+    let containerd_namespaces = containerd_namespaces(&section);
     let unused = [
-        ("dir", dir.is_some(), kind == Some(Kind::Docker)),
-        ("socket", socket.is_some(), kind != Some(Kind::Docker)),
-        ("image_labels", image_labels.is_some(), kind != Some(Kind::Docker)),
+        ("dir", dir.is_some(), is_engine),
+        ("socket", socket.is_some(), !is_engine),
+        ("image_labels", image_labels.is_some(), !is_engine),
+        (
+            "containerd_namespaces",
+            containerd_namespaces.is_some(),
+            kind != Some(Kind::Containerd),
+        ),
         ("container_labels", container_labels.is_some(), !is_container),
     ];
     for (option, is_given, is_unused) in unused {
@@ -136,9 +178,19 @@ fn discover(
     let source = match kind? {
         Kind::Netns => Source::Netns(dir.unwrap_or_else(|| NETNS_DIR.into())),
         Kind::Cni => Source::Cni(dir.unwrap_or_else(|| CNI_DIR.into())),
-        Kind::Docker => Source::Docker {
+        Kind::Docker => Source::Engine {
             socket: socket.unwrap_or_else(|| DOCKER_SOCKET.into()),
-            image_labels: image_labels.unwrap_or(false),
+            api: EngineApi::Docker {
+                image_labels: image_labels.unwrap_or(false),
+            },
+        },
+        Kind::Containerd => Source::Engine {
+            socket: socket.unwrap_or_else(|| CONTAINERD_SOCKET.into()),
+            api: EngineApi::Containerd {
+                image_labels: image_labels.unwrap_or(false),
+                namespaces: containerd_namespaces
+                    .unwrap_or_else(|| CONTAINERD_NAMESPACES.map(str::to_owned).to_vec()),
+            },
         },
     };
     Some(Discover {
@@ -168,7 +220,7 @@ impl Source {
         match self {
             Self::Netns(_) => "netns",
             Self::Cni(_) => "cni",
-            Self::Docker { .. } => "docker",
+            Self::Engine { api, .. } => api.kind(),
         }
     }
 }
@@ -176,11 +228,33 @@ impl Source {
 impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Netns(place) | Self::Cni(place) | Self::Docker { socket: place, .. } => {
+            Self::Netns(place) | Self::Cni(place) | Self::Engine { socket: place, .. } => {
                 write!(f, "{} {}", self.kind(), place.display())
             }
         }
     }
+}
+
+fn containerd_namespaces(section: &Section<'_, '_>) -> Option<Vec<String>> {
+    // containerd's own rule for names of namespaces.
+    let read = |text: &str| {
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        match (1..=76).contains(&text.len()) && text.bytes().all(fits) {
+            true => Ok(text.to_owned()),
+            false => Err(format!("'{text}' cannot be a namespace of containerd")),
+        }
+    };
+    let list = section.list("containerd_namespaces", "a list of names: [\"k8s.io\"]", read)?;
+    if !(1..=MAX_NAMESPACES).contains(&list.len()) {
+        section.error(format!(
+            "discover.containerd_namespaces has {} names: 1 to {MAX_NAMESPACES} are possible",
+            list.len()
+        ));
+    }
+    let mut names: Vec<String> = list.into_iter().map(|at| at.value).collect();
+    names.sort_unstable();
+    names.dedup();
+    Some(names)
 }
 
 fn interfaces(section: &Section<'_, '_>, reserved: &[(String, String)]) -> Vec<InterfacePattern> {

@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use discover::{Discover, Source as DiscoverSource};
+pub(crate) use discover::{Discover, EngineApi, Source as DiscoverSource};
 pub(crate) use failsafe::{Failsafe, FailsafePort};
 pub(crate) use hubble::Hubble;
 pub(crate) use limit_option::{limit_hint, with_option};

@@ -705,9 +705,10 @@ fn discover_errors(section: &str) -> String {
 }
 
 #[test]
-fn workloads_can_be_found_by_three_sources() {
+fn workloads_can_be_found_by_four_sources() {
     let text = "[[discover]]\nkind = \"netns\"\nnames = [\"web-*\"]\naddresses = [\"10.0.0.0/8\"]\nlabels = { app = \"{1}\" }\n\
                 [[discover]]\nkind = \"docker\"\ncontainer_labels = [\"app\"]\nlabels = { image = \"{image}\" }\n\
+                [[discover]]\nkind = \"containerd\"\n\
                 [[discover]]\nkind = \"cni\"\ninterfaces = [\"cali*\", \"veth0\"]\n";
     let config = Config::parse(Path::new("/p.toml"), text).unwrap();
     let sources: Vec<String> = config
@@ -720,6 +721,7 @@ fn workloads_can_be_found_by_three_sources() {
         [
             "netns /run/netns",
             "docker /var/run/docker.sock",
+            "containerd /run/containerd/containerd.sock",
             "cni /var/lib/cni/results"
         ]
     );
@@ -738,7 +740,19 @@ fn workloads_can_be_found_by_three_sources() {
 fn options_of_found_workloads_are_checked_with_their_place() {
     for (section, message) in [
         ("", "needs kind"),
-        ("kind = \"x\"", "one of netns, docker, cni"),
+        ("kind = \"x\"", "one of netns, docker, containerd, cni"),
+        (
+            "kind = \"docker\"\ncontainerd_namespaces = [\"moby\"]",
+            "discover.containerd_namespaces has no meaning",
+        ),
+        (
+            "kind = \"containerd\"\ncontainerd_namespaces = []",
+            "has 0 names: 1 to 16 are possible",
+        ),
+        (
+            "kind = \"containerd\"\ncontainerd_namespaces = [\"a b\"]",
+            "'a b' cannot be a namespace of containerd",
+        ),
         (
             "kind = \"netns\"\ninterfaces = [\"v*\"]",
             "matches vethnic, an [[interface]]",

@@ -5,10 +5,13 @@
 //! and the nftables table drops by the patterns of interface names ([`super::interfaces`]). So how fast a report arrives
 //! decides only when traffic begins.
 //!
-//! Depends on [`sources`] and [`docker`] for the sources, [`place`] and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
+//! Depends on [`sources`] and [`engine`] for the sources, [`place`] and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
 //! part is in `workloads.rs`.
 
+mod containerd;
 mod docker;
+mod engine;
+mod follow;
 mod links;
 mod place;
 mod sources;
@@ -34,7 +37,7 @@ use nix::{
 use palisade_discover::{Found, Interface, Outcome, Problem, Rule, Taken, Unknown, Workload, find};
 use tracing::{info, warn};
 
-use docker::Engine;
+use engine::Engine;
 use place::Described;
 
 use super::{network::Network, state::State};
@@ -112,16 +115,16 @@ impl Shared {
     fn engines(&self, sections: &[Discover], limit: usize) -> io::Result<Vec<Option<Arc<Engine>>>> {
         let running = self.sections().engines;
         let engine = |section: &Discover| {
-            let DiscoverSource::Docker { socket, image_labels } = &section.source else {
+            let DiscoverSource::Engine { socket, api } = &section.source else {
                 return Ok(None);
             };
             let same = running
                 .iter()
                 .flatten()
-                .find(|engine| engine.is_for(socket, *image_labels, limit));
+                .find(|engine| engine.is_for(socket, api, limit));
             match same {
                 Some(engine) => Ok(Some(Arc::clone(engine))),
-                None => Engine::start(socket.clone(), *image_labels, limit, Arc::clone(&self.wake)).map(Some),
+                None => follow::start(socket.clone(), api.clone(), limit, Arc::clone(&self.wake)).map(Some),
             }
         };
         let engines: Vec<Option<Arc<Engine>>> = sections.iter().map(engine).collect::<io::Result<_>>()?;
@@ -499,7 +502,7 @@ fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, De
                 report.problems.extend(problems);
                 containers
             }
-            DiscoverSource::Docker { socket, .. } => {
+            DiscoverSource::Engine { socket, .. } => {
                 let engine = sections.engines.get(rule).and_then(Option::as_ref);
                 let table = engine.map(|engine| engine.table()).unwrap_or_default();
                 if !table.has_answered {

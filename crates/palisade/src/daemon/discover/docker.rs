@@ -1,16 +1,10 @@
-//! A client of the Docker Engine API, on a thread of its own. It keeps a table of the running containers: it lists and
-//! describes all of them, and then those that events name. Answers have deadlines and limits. An engine that does not
-//! answer leaves the table as it was; a container about which it does not answer leaves the others as they are.
+//! A client of the Docker Engine API: it lists and describes all containers, and then those that events name. A container
+//! about which the engine does not answer leaves the others as they are.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    io,
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
+    path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,174 +16,47 @@ use hyper::{
     header::HOST,
 };
 use hyper_util::rt::TokioIo;
-use jiff::Timestamp;
-use nix::sys::eventfd::EventFd;
 use palisade_discover::{Workload, docker};
 use tokio::{net::UnixStream, time::timeout};
-use tracing::{info, warn};
 
-use super::place::{Described, Namespace};
+use super::{
+    engine::{DEADLINE, Engine, LIST_INTERVAL, MAX_ANSWER, MAX_LIST},
+    place::{Described, Namespace},
+};
 
-/// Longest time for one answer of the engine.
-const DEADLINE: Duration = Duration::from_secs(10);
 /// Longest time for the description of one container or image: Docker does not answer while another operation holds the
 /// container's lock.
 const DESCRIBE_DEADLINE: Duration = Duration::from_secs(5);
 /// Number of containers whose description takes too long, among those of one list or one collection of events, beyond
 /// which the engine counts as one that does not answer.
 const MAX_STUCK: usize = 8;
-/// Time after which all containers are listed again, in case an event was lost.
-const LIST_INTERVAL: Duration = Duration::from_secs(30);
 /// Time for which further events are collected after the first one, before the containers are described.
 const COLLECT: Duration = Duration::from_millis(5);
 /// Number of containers in collected events beyond which all are listed instead.
 const MAX_COLLECTED: usize = 256;
-/// Longest list of containers, bytes.
-const MAX_LIST: usize = 64 << 20;
-/// Longest description of a container or an image, and longest event, bytes.
-const MAX_ANSWER: usize = 4 << 20;
 /// Maximum number of images whose labels are remembered.
 const MAX_IMAGES: usize = 4_096;
-/// Shortest and longest time between two attempts to connect.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// `GET /events?filters={"type":["container","network"]}`.
 const EVENTS: &str = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D";
 
-/// The containers of one engine.
-#[derive(Debug)]
-pub(super) struct Engine {
-    socket: PathBuf,
-    image_labels: bool,
-    /// Maximum number of containers in the table.
-    limit: usize,
-    wake: Arc<EventFd>,
-    is_ended: AtomicBool,
-    table: Mutex<Table>,
-}
-
-/// What is known of an engine.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Table {
-    pub containers: Arc<BTreeMap<String, Described>>,
-    /// Whether the engine has listed its containers since the daemon began.
-    pub has_answered: bool,
-    /// Why the engine does not answer, and since when.
-    pub problem: Option<(String, Timestamp)>,
-    /// Why containers are missing in the table although the engine answers.
-    pub notice: Option<String>,
-}
-
-impl Engine {
-    /// Starts the thread.
-    ///
-    /// # Errors
-    /// The thread cannot be started.
-    pub(super) fn start(
-        socket: PathBuf,
-        image_labels: bool,
-        limit: usize,
-        wake: Arc<EventFd>,
-    ) -> io::Result<Arc<Self>> {
-        let engine = Arc::new(Self {
-            socket,
-            image_labels,
-            limit,
-            wake,
-            is_ended: AtomicBool::new(false),
-            table: Mutex::default(),
-        });
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let of_thread = Arc::clone(&engine);
-        thread::Builder::new()
-            .name("discover-docker".into())
-            .spawn(move || {
-                runtime.block_on(run(&of_thread));
-            })?;
-        Ok(engine)
-    }
-
-    /// Returns whether the engine is used with these options.
-    pub(super) fn is_for(&self, socket: &Path, image_labels: bool, limit: usize) -> bool {
-        self.socket == socket && self.image_labels == image_labels && self.limit == limit
-    }
-
-    /// Ends the thread at its next step.
-    pub(super) fn end(&self) {
-        self.is_ended.store(true, Ordering::Relaxed);
-    }
-
-    /// Returns what is known now.
-    pub(super) fn table(&self) -> Table {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Table)) {
-        change(&mut self.lock());
-        // An error means that the reader is awake already.
-        let _ = self.wake.write(1);
-    }
-}
-
-async fn run(engine: &Engine) {
-    let mut wait = RECONNECT.0;
-    while !engine.is_ended.load(Ordering::Relaxed) {
-        let begun = Instant::now();
-        let Err(problem) = follow(engine).await else {
-            return;
-        };
-        if begun.elapsed() > RECONNECT.1 {
-            wait = RECONNECT.0;
-        }
-        let is_new = engine.lock().problem.as_ref().map(|(known, _)| known) != Some(&problem);
-        if is_new {
-            warn!(
-                socket = %engine.socket.display(),
-                error = problem,
-                "the container engine does not answer; what was found stays, new containers stay denied"
-            );
-        }
-        engine.change(|table| {
-            let since = table
-                .problem
-                .take()
-                .map_or_else(Timestamp::now, |(_, since)| since);
-            table.problem = Some((problem, since));
-        });
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(RECONNECT.1);
-    }
-}
-
 /// Keeps the table up to date until the engine fails; `Ok` when the engine is no longer configured.
-async fn follow(engine: &Engine) -> Result<(), String> {
+pub(super) async fn follow(engine: &Engine, image_labels: bool) -> Result<(), String> {
     // Events are requested before the first list, so that no change is missed.
     let mut events = Events::open(&engine.socket).await?;
     let mut client = Client {
         sender: connect(&engine.socket).await?,
         images: HashMap::new(),
+        image_labels,
         stuck: 0,
     };
-    while !engine.is_ended.load(Ordering::Relaxed) {
+    while !engine.is_ended() {
         let listed = Instant::now();
         let (status, answer) = client.get("/containers/json", MAX_LIST).await?;
         if status != StatusCode::OK {
             return Err(format!("/containers/json: {status}"));
         }
         let ids = docker::list(&answer)?;
-        let notice = (ids.len() > engine.limit).then(|| {
-            format!(
-                "{} has {} containers, more than [limits] discovered = {}; the others stay denied",
-                engine.socket.display(),
-                ids.len(),
-                engine.limit
-            )
-        });
+        let count = ids.len();
         let mut containers = BTreeMap::new();
         let known = engine.table().containers;
         // The ids of new containers are random, so known containers come first and keep their places.
@@ -200,24 +67,8 @@ async fn follow(engine: &Engine) -> Result<(), String> {
                 containers.insert(id, described);
             }
         }
-        let was_away = {
-            let table = engine.lock();
-            table.problem.is_some() || !table.has_answered
-        };
-        if was_away {
-            info!(
-                socket = %engine.socket.display(),
-                containers = containers.len(),
-                "the container engine has listed its containers"
-            );
-        }
-        engine.change(|table| {
-            table.containers = Arc::new(containers);
-            table.has_answered = true;
-            table.problem = None;
-            table.notice = notice;
-        });
-        while !engine.is_ended.load(Ordering::Relaxed) {
+        engine.listed(containers, count);
+        while !engine.is_ended() {
             let Some(left) = LIST_INTERVAL.checked_sub(listed.elapsed()) else {
                 break;
             };
@@ -273,6 +124,8 @@ struct Client {
     sender: SendRequest<Empty<Bytes>>,
     /// Labels of images, by their id.
     images: HashMap<String, BTreeMap<String, String>>,
+    /// Whether labels that the image sets count.
+    image_labels: bool,
     /// Number of descriptions that took too long, since the last list or collection of events.
     stuck: usize,
 }
@@ -346,7 +199,7 @@ impl Client {
         if !container.has_network {
             return Ok(None);
         }
-        if !engine.image_labels && !container.labels.is_empty() {
+        if !self.image_labels && !container.labels.is_empty() {
             match self.labels_of_image(engine, &container.image_id).await? {
                 Ok(of_image) => container.labels = docker::own_labels(&container.labels, &of_image),
                 Err(message) => match known {

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::OFlag;
+use nix::{errno::Errno, fcntl::OFlag, sys::signal::kill, unistd::Pid};
 use palisade_discover::Workload;
 
 use super::links::Numbers;
@@ -62,10 +62,15 @@ impl Namespace {
                     OFlag::empty(),
                     numbers,
                 )?;
+                if found.is_none() && is_hidden(*pid) {
+                    return Err(io::Error::other(format!(
+                        "process {pid} is hidden from the daemon: the service needs CAP_SYS_PTRACE"
+                    )));
+                }
                 // The number of an ended process is used again. The cgroup of a container contains its id, and a process
                 // of another container cannot have it.
                 let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-                if found.is_some() && !cgroup.contains(id) {
+                if found.is_some() && !names(&cgroup, id) {
                     return Err(io::Error::other(format!(
                         "process {pid} is not in the cgroup of the container"
                     )));
@@ -74,6 +79,24 @@ impl Namespace {
             }
         }
     }
+}
+
+/// Returns whether a process exists and `/proc` does not show it (`ProtectProc=` of the unit).
+fn is_hidden(pid: u32) -> bool {
+    let number = i32::try_from(pid).ok().filter(|number| *number > 0);
+    let exists = number.is_some_and(|number| kill(Pid::from_raw(number), None) != Err(Errno::ESRCH));
+    exists && !Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Returns whether the cgroups of a process name a container: `/docker/ID`, `/system.slice/docker-ID.scope`. The id `web`
+/// is not named by `/default/web2`.
+fn names(cgroup: &str, id: &str) -> bool {
+    let is_part = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    cgroup.match_indices(id).any(|(at, _)| {
+        let (before, rest) = cgroup.split_at(at);
+        let after = rest.get(id.len()..).unwrap_or_default();
+        !is_part(before.chars().next_back()) && !is_part(after.chars().next())
+    })
 }
 
 fn open(path: &Path, flags: OFlag, numbers: &mut Numbers) -> io::Result<Option<(u64, Option<i32>)>> {
@@ -89,7 +112,27 @@ fn open(path: &Path, flags: OFlag, numbers: &mut Numbers) -> io::Result<Option<(
     match numbers.of(file.as_fd()) {
         Ok(nsid) => Ok(Some((file.metadata()?.ino(), nsid))),
         // The file exists before the namespace is mounted on it.
-        Err(error) if error.raw_os_error() == Some(nix::errno::Errno::EINVAL as i32) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_names_a_container_by_its_whole_id() {
+        for cgroup in [
+            "0::/docker/web",
+            "4:memory:/x\n0::/system.slice/docker-web.scope\n",
+            "0::/machine.slice/libpod-web.scope/container",
+            "0::/system.slice:cri-containerd:web",
+        ] {
+            assert!(names(cgroup, "web"), "{cgroup}");
+        }
+        for cgroup in ["", "0::/default/web2", "0::/default/xweb", "0::/init"] {
+            assert!(!names(cgroup, "web"), "{cgroup}");
+        }
     }
 }

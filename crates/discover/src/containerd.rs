@@ -1,0 +1,354 @@
+//! Answers of containerd's API (gRPC over a Unix socket): containers, their tasks, and events. As with Docker, whoever
+//! can use the socket is as powerful as root, and the images are not trusted.
+//!
+//! The messages have only the fields that are used, with the names and numbers of containerd's definitions
+//! (`containerd.services.containers.v1`, `containerd.services.tasks.v1`, `containerd.services.events.v1`).
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
+
+use prost::Message;
+use serde::Deserialize;
+
+use crate::docker::bounded;
+
+/// `containerd.services.containers.v1.Containers/List`.
+pub const LIST_CONTAINERS: &str = "/containerd.services.containers.v1.Containers/List";
+/// `containerd.services.tasks.v1.Tasks/List`.
+pub const LIST_TASKS: &str = "/containerd.services.tasks.v1.Tasks/List";
+/// `containerd.services.events.v1.Events/Subscribe`.
+pub const SUBSCRIBE: &str = "/containerd.services.events.v1.Events/Subscribe";
+
+/// Extension of the containers that the CRI plugin makes for pods. Images can set labels, but no extensions.
+const SANDBOX: &str = "io.cri-containerd.sandbox.metadata";
+/// Longest id of a container, bytes (containerd: `pkg/identifiers`).
+const MAX_ID: usize = 76;
+/// Events after which the containers can be others.
+const TOPICS: &str = r#"topic~="^/(containers/|tasks/(create|start|exit|delete))""#;
+
+/// A container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Container {
+    /// Name of the image.
+    pub image: String,
+    /// Labels, also those that the image has set.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it is the container of a pod, made by the CRI plugin. Its labels are those of the pod.
+    pub is_pod: bool,
+    /// Whether it has a network namespace of its own.
+    pub has_network: bool,
+    /// File of that namespace; `None` if only its processes show it.
+    pub netns: Option<PathBuf>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ListContainersResponse {
+    #[prost(message, repeated, tag = "1")]
+    containers: Vec<ContainerMessage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ContainerMessage {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(map = "string, string", tag = "2")]
+    labels: HashMap<String, String>,
+    #[prost(string, tag = "3")]
+    image: String,
+    #[prost(message, optional, tag = "5")]
+    spec: Option<Any>,
+    #[prost(map = "string, message", tag = "10")]
+    extensions: HashMap<String, Any>,
+}
+
+/// `google.protobuf.Any`.
+#[derive(Clone, PartialEq, Message)]
+struct Any {
+    #[prost(bytes = "vec", tag = "2")]
+    value: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ListTasksResponse {
+    #[prost(message, repeated, tag = "1")]
+    tasks: Vec<Process>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Process {
+    #[prost(string, tag = "1")]
+    container_id: String,
+    #[prost(string, tag = "2")]
+    id: String,
+    #[prost(uint32, tag = "3")]
+    pid: u32,
+    #[prost(enumeration = "Status", tag = "4")]
+    status: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+enum Status {
+    Unknown = 0,
+    Created = 1,
+    Running = 2,
+    Stopped = 3,
+    Paused = 4,
+    Pausing = 5,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SubscribeRequest {
+    #[prost(string, repeated, tag = "1")]
+    filters: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Envelope {
+    #[prost(string, tag = "2")]
+    namespace: String,
+}
+
+/// Parses the answer to [`LIST_CONTAINERS`]: containers by their id. The description of a container is an error if its
+/// labels are longer than [`crate::docker::MAX_LABEL_BYTES`], or its runtime specification cannot be read.
+///
+/// # Errors
+/// The answer is not of this form, or has an impossible id.
+pub fn containers(answer: &[u8]) -> Result<BTreeMap<String, Result<Container, String>>, String> {
+    let answer: ListContainersResponse = decode(answer, "the list of containers")?;
+    let containers = answer.containers.into_iter().map(|message| {
+        let id = checked_id(&message.id)?.to_owned();
+        Ok((id, container(message)))
+    });
+    containers.collect()
+}
+
+fn container(message: ContainerMessage) -> Result<Container, String> {
+    let spec = message.spec.unwrap_or_default();
+    let network = network(&spec.value)?;
+    Ok(Container {
+        has_network: network.is_some(),
+        netns: network.filter(|path| path.is_absolute()),
+        is_pod: message.extensions.contains_key(SANDBOX),
+        labels: bounded(Some(message.labels.into_iter().collect()))?,
+        image: message.image,
+    })
+}
+
+/// Returns the file of the network namespace in an OCI runtime specification, an empty path if the runtime makes the
+/// namespace, and `None` if the container has none of its own. The namespace of another container is named by a process
+/// of that container (`/proc/PID/ns/net`).
+fn network(spec: &[u8]) -> Result<Option<PathBuf>, String> {
+    #[derive(Deserialize)]
+    struct Spec {
+        linux: Option<Linux>,
+    }
+    #[derive(Deserialize)]
+    struct Linux {
+        #[serde(default)]
+        namespaces: Vec<Namespace>,
+    }
+    #[derive(Deserialize)]
+    struct Namespace {
+        r#type: String,
+        #[serde(default)]
+        path: String,
+    }
+    let spec: Spec = serde_json::from_slice(spec)
+        .map_err(|error| format!("its runtime specification cannot be parsed: {error}"))?;
+    let namespaces = spec.linux.map(|linux| linux.namespaces).unwrap_or_default();
+    let network = namespaces
+        .into_iter()
+        .find(|namespace| namespace.r#type == "network")
+        .filter(|network| !network.path.starts_with("/proc/"));
+    Ok(network.map(|network| network.path.into()))
+}
+
+/// Parses the answer to [`LIST_TASKS`]: the first process of each container that runs, by the id of the container.
+///
+/// # Errors
+/// The answer is not of this form, or has an impossible id.
+pub fn tasks(answer: &[u8]) -> Result<BTreeMap<String, u32>, String> {
+    let answer: ListTasksResponse = decode(answer, "the list of tasks")?;
+    let mut tasks = BTreeMap::new();
+    for task in answer.tasks {
+        // Releases differ in which of both fields has the id.
+        let id = match task.container_id.as_str() {
+            "" => &task.id,
+            id => id,
+        };
+        let id = checked_id(id)?;
+        let ended = [Status::Unknown, Status::Stopped].contains(&task.status());
+        if !ended && task.pid != 0 {
+            tasks.insert(id.to_owned(), task.pid);
+        }
+    }
+    Ok(tasks)
+}
+
+/// Returns the request of [`SUBSCRIBE`].
+#[must_use]
+pub fn subscribe_request() -> Vec<u8> {
+    let filters = vec![TOPICS.to_owned()];
+    SubscribeRequest { filters }.encode_to_vec()
+}
+
+/// Returns the namespace of containerd that an event belongs to.
+///
+/// # Errors
+/// The message is no event.
+pub fn namespace_of_event(event: &[u8]) -> Result<String, String> {
+    decode::<Envelope>(event, "an event").map(|event| event.namespace)
+}
+
+fn decode<T: Message + Default>(bytes: &[u8], what: &str) -> Result<T, String> {
+    T::decode(bytes).map_err(|error| format!("{what} cannot be parsed: {error}"))
+}
+
+/// Returns an id if it can be one: letters, digits, `.`, `_` and `-`. Another one could match the cgroup of another
+/// container.
+fn checked_id(id: &str) -> Result<&str, String> {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if !(1..=MAX_ID).contains(&id.len()) || !id.bytes().all(fits) {
+        return Err(
+            "the id of a container has other characters than letters, digits, '.', '_' and '-'".to_owned(),
+        );
+    }
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::docker::MAX_LABEL_BYTES;
+
+    fn spec(namespaces: &str) -> String {
+        format!(
+            r#"{{"ociVersion":"1.1.0","process":{{"args":["sh"]}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+        )
+    }
+
+    const OWN: &str = r#"{"type":"pid"},{"type":"network"}"#;
+
+    fn message(id: &str, spec: &str) -> ContainerMessage {
+        ContainerMessage {
+            id: id.to_owned(),
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            image: "docker.io/library/web:1".to_owned(),
+            spec: Some(Any {
+                value: spec.as_bytes().to_vec(),
+            }),
+            extensions: HashMap::new(),
+        }
+    }
+
+    fn list(containers: Vec<ContainerMessage>) -> Vec<u8> {
+        ListContainersResponse { containers }.encode_to_vec()
+    }
+
+    #[test]
+    fn containers_are_read_with_their_labels() {
+        let mut pod = message("0123abcd", &spec(OWN));
+        pod.extensions.insert(SANDBOX.to_owned(), Any::default());
+        let found = containers(&list(vec![message("web-1", &spec(OWN)), pod])).unwrap();
+        let web = found["web-1"].as_ref().unwrap();
+        assert_eq!(
+            (web.image.as_str(), web.is_pod),
+            ("docker.io/library/web:1", false)
+        );
+        assert_eq!(web.labels["app"], "web");
+        assert!(web.has_network && found["0123abcd"].as_ref().unwrap().is_pod);
+    }
+
+    #[test]
+    fn a_container_in_the_namespace_of_the_node_or_of_another_container_has_no_network_of_its_own() {
+        for (namespaces, own) in [
+            (OWN, Some(None)),
+            (
+                r#"{"type":"network","path":"/var/run/netns/cni-1"}"#,
+                Some(Some("/var/run/netns/cni-1".into())),
+            ),
+            (r#"{"type":"network","path":"/proc/4711/ns/net"}"#, None),
+            (r#"{"type":"pid"}"#, None),
+        ] {
+            let found = containers(&list(vec![message("a", &spec(namespaces))])).unwrap();
+            let found = found["a"].as_ref().unwrap();
+            assert_eq!(
+                found.has_network.then(|| found.netns.clone()),
+                own,
+                "{namespaces}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_container_that_cannot_be_described_leaves_the_others_as_they_are() {
+        let mut long = message("long", &spec(OWN));
+        long.labels.insert("x".to_owned(), "x".repeat(MAX_LABEL_BYTES));
+        let mut without = message("without", "");
+        without.spec = None;
+        let all = list(vec![
+            long,
+            without,
+            message("broken", "{"),
+            message("good", &spec(OWN)),
+        ]);
+        let found = containers(&all).unwrap();
+        assert_eq!(found.values().filter(|container| container.is_ok()).count(), 1);
+        assert!(found["long"].as_ref().unwrap_err().contains("its labels have"));
+        for id in ["without", "broken"] {
+            assert!(found[id].as_ref().unwrap_err().contains("runtime specification"));
+        }
+    }
+
+    #[test]
+    fn ids_that_could_match_another_cgroup_are_refused() {
+        for id in ["", "a/b", "..\n", "ä", &"x".repeat(MAX_ID + 1)] {
+            assert!(containers(&list(vec![message(id, &spec(OWN))])).is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn tasks_that_have_ended_do_not_count() {
+        let task = |container_id: &str, id: &str, pid: u32, status: Status| Process {
+            container_id: container_id.to_owned(),
+            id: id.to_owned(),
+            pid,
+            status: status as i32,
+        };
+        let answer = ListTasksResponse {
+            tasks: vec![
+                task("a", "a", 7, Status::Running),
+                task("", "b", 8, Status::Created),
+                task("c", "c", 9, Status::Stopped),
+                task("d", "d", 0, Status::Running),
+                task("e", "e", 10, Status::Paused),
+            ],
+        };
+        let found = tasks(&answer.encode_to_vec()).unwrap();
+        let expected = [("a", 7), ("b", 8), ("e", 10)];
+        assert_eq!(found, expected.map(|(id, pid)| (id.to_owned(), pid)).into());
+        assert!(tasks(b"\xff\xff").is_err());
+    }
+
+    #[test]
+    fn an_event_has_the_namespace_that_it_belongs_to() {
+        let event = Envelope {
+            namespace: "k8s.io".to_owned(),
+        };
+        assert_eq!(namespace_of_event(&event.encode_to_vec()).unwrap(), "k8s.io");
+        assert!(namespace_of_event(b"\x12\x7f").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), cut in 0..400_usize) {
+            let _ = (containers(&bytes), tasks(&bytes), namespace_of_event(&bytes));
+            let whole = list(vec![message("a", &spec(OWN)), message("b", &spec(OWN))]);
+            let _ = containers(whole.get(..cut).unwrap_or_default());
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! A client of containerd's API. After each event of a container or task, and regularly, it lists the containers and tasks
+//! of its namespaces: the lists have all that is needed, so no container is asked for by itself.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use hyper::{
+    Request, Response, Uri,
+    body::Incoming,
+    client::conn::http2::{SendRequest, handshake},
+    http::uri::PathAndQuery,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use palisade_discover::{Workload, containerd};
+use palisade_hubble::wire::{Codec, Encoded};
+use tokio::{
+    net::UnixStream,
+    sync::mpsc::{Receiver, Sender, channel},
+    task::JoinSet,
+    time::timeout,
+};
+use tonic::{body::Body, client::Grpc, codegen::Service};
+
+use super::{
+    engine::{DEADLINE, Engine, LIST_INTERVAL, MAX_LIST},
+    place::{Described, Namespace},
+};
+
+/// Time between the first and the second list. The subscription to events is not confirmed before the first event, so a
+/// change between the first list and the subscription is found by the second one.
+const SECOND_LIST: Duration = Duration::from_secs(1);
+/// Time for which further events are awaited after the first one, before the containers are listed.
+const COLLECT: Duration = Duration::from_millis(5);
+/// After a list, the next one begins after this many times the duration of the list at the earliest, so that events
+/// without end use at most a quarter of a CPU.
+const REST_FACTOR: u32 = 3;
+/// Labels that name a workload, if labels count: the pod, and the name by nerdctl.
+const NAMES: [&str; 2] = ["io.kubernetes.pod.name", "nerdctl/name"];
+/// The header field with the namespace of a request.
+const NAMESPACE: &str = "containerd-namespace";
+
+/// Keeps the table up to date until the engine fails; `Ok` when the engine is no longer configured.
+pub(super) async fn follow(engine: &Engine, image_labels: bool, namespaces: &[String]) -> Result<(), String> {
+    let mut client = Client {
+        grpc: connect(&engine.socket).await?,
+        image_labels,
+    };
+    let (sender, mut events) = channel(1);
+    // Dropping the set ends the task.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(watch(client.grpc.clone(), namespaces.to_vec(), sender));
+    let mut longest = SECOND_LIST;
+    while !engine.is_ended() {
+        let begun = Instant::now();
+        let (containers, count) = client.list(engine, namespaces).await?;
+        engine.listed(containers, count);
+        tokio::time::sleep(begun.elapsed() * REST_FACTOR).await;
+        next_event(&mut events, longest).await?;
+        longest = LIST_INTERVAL;
+    }
+    Ok(())
+}
+
+/// Waits for an event, at most `longest`.
+async fn next_event(events: &mut Receiver<Result<(), String>>, longest: Duration) -> Result<(), String> {
+    match timeout(longest, events.recv()).await {
+        Err(_) => Ok(()),
+        Ok(None) => Err("the stream of events has ended".to_owned()),
+        Ok(Some(event)) => {
+            event?;
+            tokio::time::sleep(COLLECT).await;
+            Ok(())
+        }
+    }
+}
+
+/// Reports events of the namespaces, and why there are no more.
+async fn watch(mut grpc: Grpc<Connection>, namespaces: Vec<String>, sender: Sender<Result<(), String>>) {
+    let problem = match subscribe(&mut grpc, &namespaces, &sender).await {
+        Ok(()) => "the engine has ended the stream of events".to_owned(),
+        Err(problem) => format!("events: {problem}"),
+    };
+    // An error means that nobody waits for events any more.
+    let _ = sender.send(Err(problem)).await;
+}
+
+async fn subscribe(
+    grpc: &mut Grpc<Connection>,
+    namespaces: &[String],
+    sender: &Sender<Result<(), String>>,
+) -> Result<(), String> {
+    grpc.ready().await.map_err(|error| error.to_string())?;
+    let request = tonic::Request::new(Encoded(containerd::subscribe_request().into()));
+    let path = PathAndQuery::from_static(containerd::SUBSCRIBE);
+    let codec: Codec<Encoded, Encoded> = Codec::default();
+    let response = grpc.server_streaming(request, path, codec).await;
+    let mut stream = response.map_err(|status| status.to_string())?.into_inner();
+    while let Some(event) = stream.message().await.map_err(|status| status.to_string())? {
+        let namespace = containerd::namespace_of_event(&event.0)?;
+        if namespaces.contains(&namespace) {
+            // A full channel has an event that was not taken yet.
+            let _ = sender.try_send(Ok(()));
+        }
+    }
+    Ok(())
+}
+
+async fn connect(socket: &Path) -> Result<Grpc<Connection>, String> {
+    let stream = timeout(DEADLINE, UnixStream::connect(socket))
+        .await
+        .map_err(|_| "connecting takes too long".to_owned())?
+        .map_err(|error| format!("connecting: {error}"))?;
+    let (sender, connection) = timeout(DEADLINE, handshake(TokioExecutor::new(), TokioIo::new(stream)))
+        .await
+        .map_err(|_| "connecting takes too long".to_owned())?
+        .map_err(|error| error.to_string())?;
+    // An error of the connection arrives at its requests too.
+    tokio::spawn(async move { drop(connection.await) });
+    let grpc = Grpc::with_origin(Connection(sender), Uri::from_static("http://localhost"));
+    Ok(grpc.max_decoding_message_size(MAX_LIST))
+}
+
+struct Client {
+    grpc: Grpc<Connection>,
+    /// Whether labels that the image sets count.
+    image_labels: bool,
+}
+
+impl Client {
+    /// Returns the containers that run and have a network namespace of their own, at most [`Engine::limit`], by
+    /// namespace and id, and their number without the limit.
+    async fn list(
+        &mut self,
+        engine: &Engine,
+        namespaces: &[String],
+    ) -> Result<(BTreeMap<String, Described>, usize), String> {
+        let known = engine.table().containers;
+        let (mut old, mut new) = (BTreeMap::new(), BTreeMap::new());
+        for namespace in namespaces {
+            // Tasks come first: a container without one does not run, and one with a task is in the later list.
+            let tasks = self.get(containerd::LIST_TASKS, namespace).await?;
+            let tasks = containerd::tasks(&tasks)?;
+            let containers = self.get(containerd::LIST_CONTAINERS, namespace).await?;
+            for (id, container) in containerd::containers(&containers)? {
+                let Some(pid) = tasks.get(&id) else { continue };
+                let Some(described) = self.described(&id, *pid, container) else {
+                    continue;
+                };
+                let key = format!("{namespace}/{id}");
+                // Whoever starts containers chooses their ids, so known ones come first and keep their places.
+                let list = if known.contains_key(&key) {
+                    &mut old
+                } else {
+                    &mut new
+                };
+                list.insert(key, described);
+            }
+        }
+        let count = old.len() + new.len();
+        Ok((old.into_iter().chain(new).take(engine.limit).collect(), count))
+    }
+
+    fn described(
+        &self,
+        id: &str,
+        pid: u32,
+        container: Result<containerd::Container, String>,
+    ) -> Option<Described> {
+        let container = match container {
+            Ok(container) => container,
+            Err(problem) => return Some(Described::refused(id, problem)),
+        };
+        if !container.has_network {
+            return None;
+        }
+        // containerd does not say which labels come from the image. Those of a pod come from the kubelet.
+        let labels = if self.image_labels || container.is_pod {
+            container.labels
+        } else {
+            BTreeMap::new()
+        };
+        let name = NAMES.iter().find_map(|key| labels.get(*key));
+        Some(Described {
+            workload: Workload {
+                name: name.map_or(id, String::as_str).to_owned(),
+                container: Some(id.to_owned()),
+                image: Some(container.image),
+                labels,
+                // containerd does not know them: those inside the network namespace count.
+                addresses: None,
+                ..Workload::default()
+            },
+            namespace: match container.netns {
+                Some(path) => Namespace::File(path),
+                None => Namespace::Process(pid, id.to_owned()),
+            },
+        })
+    }
+
+    /// Requests a list of a namespace.
+    async fn get(&mut self, path: &'static str, namespace: &str) -> Result<Vec<u8>, String> {
+        let mut request = tonic::Request::new(Encoded(Vec::new().into()));
+        let value = namespace
+            .parse()
+            .map_err(|_| format!("'{namespace}' is no namespace"))?;
+        request.metadata_mut().insert(NAMESPACE, value);
+        let codec: Codec<Encoded, Encoded> = Codec::default();
+        let answer = async {
+            self.grpc.ready().await.map_err(|error| error.to_string())?;
+            let answer = self
+                .grpc
+                .unary(request, PathAndQuery::from_static(path), codec)
+                .await;
+            answer.map_err(|status| status.to_string())
+        };
+        let answer = timeout(DEADLINE, answer)
+            .await
+            .map_err(|_| format!("{path}: no whole answer within {} s", DEADLINE.as_secs()))?;
+        answer
+            .map(|answer| answer.into_inner().0.to_vec())
+            .map_err(|problem| format!("{path}: {problem}"))
+    }
+}
+
+/// A connection to the engine, as `tonic` uses one.
+#[derive(Clone, Debug)]
+struct Connection(SendRequest<Body>);
+
+impl Service<Request<Body>> for Connection {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = hyper::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<hyper::Result<()>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
