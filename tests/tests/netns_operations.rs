@@ -317,6 +317,37 @@ fn status_names_hook_and_mode_of_each_attachment() {
 }
 
 #[test]
+fn scripts_get_the_state_in_one_line_and_values_by_templates() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    assert_eq!(daemon.cli(&["status", "--brief"]).expect("status"), "OK\n");
+    let host = "jsonpath={[?(@.identity==1)].id}";
+    assert_eq!(
+        daemon.cli(&["endpoint", "list", "-o", host]).expect("list"),
+        "1\n"
+    );
+    daemon.write("bad.yaml", "kind: [\n").expect("write");
+    daemon
+        .wait_status("the broken file is seen", |status| status["ready"] == false)
+        .expect("status");
+    let brief = daemon.try_cli(&["status", "--brief"]).expect("status");
+    assert_eq!(brief.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&brief.stdout).contains("bad.yaml"),
+        "{brief:?}"
+    );
+    daemon.kill9().expect("kill");
+    let brief = daemon.try_cli(&["status", "--brief"]).expect("status");
+    assert_eq!(brief.status.code(), Some(3));
+    let wrong = daemon
+        .try_cli(&["endpoint", "list", "-o", "jsonpath={x}"])
+        .expect("list");
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
 fn identities_and_endpoint_numbers_are_the_same_after_a_restart() {
     let world = world();
     let mut daemon = world

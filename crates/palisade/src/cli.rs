@@ -2,6 +2,7 @@
 
 mod capture;
 mod change;
+mod json_path;
 pub(crate) mod log;
 mod node;
 mod observe;
@@ -102,6 +103,9 @@ Examples:
         /// and exit with 1.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
+        /// Print OK, or what is missing, and exit with 1 if something is.
+        #[arg(long, conflicts_with_all = ["wait", "output"])]
+        brief: bool,
         #[command(flatten)]
         output: OutputArgs,
     },

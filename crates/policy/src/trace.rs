@@ -423,14 +423,26 @@ fn end(compiler: &Compiler, text: &str) -> Result<End, String> {
     {
         return Ok(found(*number, None));
     }
-    let address: IpAddr = text.parse().map_err(|_| {
-        format!(
-            "{text:?} is not an endpoint, a peer, an address or a reserved identity in use (host, world-ipv4, \
-             world-ipv6, ...); see `palisade endpoint list`"
-        )
-    })?;
+    let address: IpAddr = text.parse().map_err(|_| unknown(text))?;
     let entry = snapshot.identity_of(address);
     Ok(found(entry.identity, Some(entry.endpoint)))
+}
+
+/// Returns the message about an end that nothing has. The policy tables have only identities in use, so nothing can be
+/// said about a reserved one that no address has.
+fn unknown(text: &str) -> String {
+    match text.strip_prefix("reserved:").unwrap_or(text) {
+        "world" => {
+            "\"world\" has two identities, one for each address family: write world-ipv4, world-ipv6 or an address".to_owned()
+        }
+        name @ ("remote-node" | "kube-apiserver" | "health" | "ingress" | "unmanaged" | "init") => format!(
+            "no endpoint and no peer has the identity {name}; a peer of the configuration with entity = \"{name}\" has it"
+        ),
+        _ => format!(
+            "{text:?} is not an endpoint, a peer, an address or a reserved identity in use (host, world-ipv4, \
+             world-ipv6, ...); see `palisade endpoint list`"
+        ),
+    }
 }
 
 /// Returns the verdict of the policy of one endpoint about a peer with the identity `other`. The ends of `question` are
@@ -787,6 +799,26 @@ spec:
         assert_eq!(answer.source.identity, palisade_abi::identity::WORLD_IPV4);
         assert_eq!(answer.sides[0].name, "default/web");
         assert_eq!(answer.verdict, Outcome::Denied);
+    }
+
+    #[test]
+    fn a_reserved_identity_that_no_address_has_is_named_with_what_would_have_it() {
+        for (source, expected) in [
+            ("remote-node", "with entity = \"remote-node\" has it"),
+            ("reserved:init", "with entity = \"init\" has it"),
+            ("world", "write world-ipv4, world-ipv6 or an address"),
+            ("nobody", "is not an endpoint, a peer"),
+        ] {
+            let question = Question {
+                source: source.into(),
+                destination: "web".into(),
+                protocol: 6,
+                port: 80,
+                ..Question::default()
+            };
+            let error = trace(&compiler(), &question, &Plain).unwrap_err();
+            assert!(error.contains(expected), "{source}: {error}");
+        }
     }
 
     #[test]

@@ -59,11 +59,11 @@ pub(super) fn explain(
         }
     };
     match args.output.output {
-        Output::Json => show(&answer.explanation, Output::Json, |_, _| Ok(()))?,
         Output::Table => {
             write!(io::stdout(), "{}", answer.text)?;
             EXIT_OK
         }
+        output => show(&answer.explanation, output, |_, _| Ok(()))?,
     };
     Ok(if answer.passes { EXIT_OK } else { EXIT_NO })
 }

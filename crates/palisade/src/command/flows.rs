@@ -137,6 +137,10 @@ pub(super) fn monitor(
                 let text = match output {
                     Output::Table => format::monitor(&flow),
                     Output::Json => format::json(&flow),
+                    Output::JsonPath(template) => {
+                        let value = serde_json::from_str(&format::json(&flow))?;
+                        template.render(&value) + "\n"
+                    }
                 };
                 out.write_all(text.as_bytes())?;
             }

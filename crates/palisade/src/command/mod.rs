@@ -89,7 +89,10 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
     match &cli.command {
         Command::Run { check_config: true } => service::check_config(&cli.config),
         Command::Run { check_config: false } => service::run(&cli.config),
-        Command::Status { wait, output } => service::status(&cli.config, &socket()?, *wait, output.output),
+        Command::Status { brief: true, .. } => service::brief_status(&cli.config, &socket()?),
+        Command::Status { wait, output, .. } => {
+            service::status(&cli.config, &socket()?, *wait, output.output)
+        }
         Command::Completion { shell } => manual::completion(*shell),
         Command::Manual { dir, date } => manual::write(dir, date),
         Command::Reload => service::reload(&cli.config, &socket()?),

@@ -45,6 +45,10 @@ pub(super) fn show<T: Serialize>(
             serde_json::to_writer_pretty(&mut out, answer).map_err(io::Error::from)?;
             writeln!(out)?;
         }
+        Output::JsonPath(template) => {
+            let value = serde_json::to_value(answer)?;
+            writeln!(out, "{}", template.render(&value))?;
+        }
         Output::Table => table(answer, &mut out)?,
     }
     Ok(EXIT_OK)

@@ -354,8 +354,8 @@ pub(super) fn trace(
     };
     let passes = answer.passes;
     match output {
-        Output::Json => show(&answer.trace, output, |_, _| Ok(()))?,
         Output::Table => show(&answer, output, |answer, out| writeln!(out, "{}", answer.text))?,
+        _ => show(&answer.trace, output, |_, _| Ok(()))?,
     };
     Ok(if passes { EXIT_OK } else { EXIT_NO })
 }

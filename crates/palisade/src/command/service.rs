@@ -127,7 +127,27 @@ pub(super) fn status(
     wait: Option<Duration>,
     output: Output,
 ) -> anyhow::Result<u8> {
-    let outcome = status_of(socket, wait, output);
+    with_remark(config, status_of(socket, wait, output))
+}
+
+/// Runs `palisade status --brief`.
+pub(super) fn brief_status(config: &Path, socket: &Path) -> anyhow::Result<u8> {
+    let status = with_remark(
+        config,
+        ask::<Status>(socket, &Request::Status).map_err(Into::into),
+    )?;
+    if status.ready {
+        writeln!(io::stdout(), "OK")?;
+        return Ok(EXIT_OK);
+    }
+    for missing in &status.missing {
+        writeln!(io::stdout(), "{missing}")?;
+    }
+    Ok(EXIT_NO)
+}
+
+/// Prints what is enforced if the outcome says that no daemon runs.
+fn with_remark<T>(config: &Path, outcome: anyhow::Result<T>) -> anyhow::Result<T> {
     if let Err(error) = &outcome
         && let Some(ClientError::NotRunning { .. }) = error.downcast_ref()
     {
