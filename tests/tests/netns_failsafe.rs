@@ -1,14 +1,21 @@
 //! Failsafe ports: an operator keeps access to the node whatever the policy says, and nothing else is open.
 
-use std::net::TcpStream;
+use std::{
+    fs,
+    net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket},
+    time::Duration,
+};
 
 use palisade_testbed::{
-    Daemon, Outcome,
+    Daemon, Ns, Outcome,
+    capture::Capture,
     daemon::Settings,
-    probe::{exchange, open},
-    topology::FAMILIES,
+    packet::{self, Packet},
+    probe::{connect as connects, exchange, open, send_ip, udp},
+    server::{Echo, Program},
+    topology::{FAMILIES, INNER, NIC},
 };
-use palisade_tests::{OPEN, World, flows, world};
+use palisade_tests::{CLOSED as SHORT, OPEN, TCP, UDP, World, flows, with_peers, world};
 use serde_json::Value;
 
 /// The node denies everything, by default and by deny rules.
@@ -157,10 +164,7 @@ fn a_reload_opens_and_closes_failsafe_ports() {
         "{status}"
     );
     daemon
-        .configure(
-            &world.topology,
-            &palisade_tests::with_peers(settings("inbound = [\"tcp/22\"]")),
-        )
+        .configure(&world.topology, &with_peers(settings("inbound = [\"tcp/22\"]")))
         .expect("configure");
     daemon.cli(&["reload"]).expect("reload");
     world.expect(
@@ -168,10 +172,7 @@ fn a_reload_opens_and_closes_failsafe_ports() {
         "far -> node tcp/22 open\n far -> node tcp/80 drop\n front -> node tcp/22 drop",
     );
     daemon
-        .configure(
-            &world.topology,
-            &palisade_tests::with_peers(settings("inbound = []")),
-        )
+        .configure(&world.topology, &with_peers(settings("inbound = []")))
         .expect("configure");
     daemon.cli(&["reload"]).expect("reload");
     world.expect(&daemon, "far -> node tcp/22 drop");
@@ -190,4 +191,267 @@ fn failsafe_ports_hold_under_enforcement_always_and_are_not_needed_without_enfor
         )
         .expect("daemon");
     world.expect(&daemon, EXPECTED);
+}
+
+#[test]
+fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
+    let world = world();
+    let lan = Ns::new("lan").expect("namespace");
+    let node: [IpAddr; 2] = ["198.18.0.1", "fd00:18::1"].map(|text| text.parse().expect("address"));
+    let peer: [IpAddr; 2] = ["198.18.0.2", "fd00:18::2"].map(|text| text.parse().expect("address"));
+    let addresses = |[v4, v6]: [IpAddr; 2], device: &str| {
+        format!("addr add {v4}/24 dev {device}\naddr add {v6}/64 dev {device} nodad\nlink set {device} up\n")
+    };
+    let link = format!("link add nic1 type veth peer name {INNER} netns {}\n", lan.name());
+    let node_ns = &world.topology.node;
+    node_ns.ip(&(link + &addresses(node, "nic1"))).expect("link");
+    lan.ip(&addresses(peer, INNER)).expect("addresses");
+    let _node = Echo::start(node_ns, &node, TCP, UDP).expect("echo");
+    let _lan = Echo::start(&lan, &peer, TCP, UDP).expect("echo");
+    let with = |interfaces: &str| Settings {
+        tables: format!(
+            "[failsafe]\ninbound = [\"tcp/22\"]\noutbound = [\"udp/53\"]\n{interfaces}\n[[interface]]\nname = \"nic1\"\n"
+        ),
+        ..Settings::default()
+    };
+    let daemon = world
+        .daemon(with("interfaces = [\"nic1\"]"), &[("node.yaml", CLOSED)])
+        .expect("daemon");
+    let lan_passes = |expected: bool, daemon: &Daemon| {
+        let wait = if expected { OPEN } else { SHORT };
+        for (own, other) in node.into_iter().zip(peer) {
+            let inbound = connects(&lan, SocketAddr::new(own, 22), wait) == Outcome::Open;
+            let outbound = udp(node_ns, None, SocketAddr::new(other, 53), 8, wait) == Outcome::Open;
+            assert_eq!(
+                (inbound, outbound),
+                (expected, expected),
+                "{own}\n{}",
+                daemon.report()
+            );
+            let denied = connects(&lan, SocketAddr::new(own, 80), SHORT);
+            assert_ne!(denied, Outcome::Open, "{}", daemon.report());
+        }
+    };
+    lan_passes(true, &daemon);
+    world.expect(
+        &daemon,
+        "far -> node tcp/22 drop\n node -> far udp/53 drop\n front -> node tcp/22 drop",
+    );
+    let notes = texts(&daemon.status().expect("status")["notes"]);
+    assert!(
+        notes
+            .iter()
+            .any(|text| text.contains("failsafe tcp/22 inbound at nic1 passes although")),
+        "{notes:?}"
+    );
+    let policies = daemon.policies().display().to_string();
+    let validated = daemon.cli(&["policy", "validate", &policies]).expect("validate");
+    assert!(
+        validated.contains("failsafe tcp/22 inbound at nic1"),
+        "{validated}"
+    );
+
+    // A reload moves them to the other interface, and cuts what they had let in.
+    let mut session = open(&lan, None, SocketAddr::new(node[0], 22), OPEN).expect("connection");
+    assert_eq!(exchange(&mut session, OPEN), Outcome::Open);
+    let reload = |interfaces: &str| {
+        daemon
+            .configure(&world.topology, &with_peers(with(interfaces)))
+            .and_then(|()| daemon.cli(&["reload"]))
+            .expect("reload");
+    };
+    reload("interfaces = [\"nic0\"]");
+    assert_ne!(
+        exchange(&mut session, SHORT),
+        Outcome::Open,
+        "{}",
+        daemon.report()
+    );
+    lan_passes(false, &daemon);
+    world.expect(&daemon, "far -> node tcp/22 open\n node -> far udp/53 open");
+    reload("interfaces = [\"nic*\"]");
+    lan_passes(true, &daemon);
+    world.expect(&daemon, "far -> node tcp/22 open\n node -> far udp/53 open");
+}
+
+/// Adds a line to `[node]`.
+fn set_node(daemon: &Daemon, line: &str) {
+    let text = fs::read_to_string(daemon.config()).expect("configuration");
+    let text = text.replacen("[node]\n", &format!("[node]\n{line}\n"), 1);
+    fs::write(daemon.config(), text).expect("configuration");
+}
+
+#[test]
+fn failsafe_ports_hold_if_the_node_is_closed_because_its_policies_cannot_be_read() {
+    let world = world();
+    let broken = "apiVersion: cilium.io/v2\nkind: [\n";
+    let mut daemon = Daemon::prepare(
+        &world.topology,
+        &with_peers(settings(LISTS)),
+        &[("node.yaml", broken)],
+    )
+    .expect("daemon");
+    set_node(&daemon, "on_failure = \"closed\"");
+    daemon.spawn().expect("spawn");
+    daemon
+        .wait_status("status reports the policy", |status| {
+            texts(&status["missing"])
+                .iter()
+                .any(|text| text.contains("node.yaml"))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+    world.expect(&daemon, EXPECTED);
+}
+
+#[test]
+fn failsafe_ports_of_the_last_good_configuration_hold_while_the_file_is_broken() {
+    let world = world();
+    let mut daemon = world
+        .daemon(settings(LISTS), &[("node.yaml", CLOSED)])
+        .expect("daemon");
+    let mut sessions = connect(&world, "far", "node", 22);
+    let text = fs::read_to_string(daemon.config()).expect("configuration");
+    // What the broken file says about ports does not count either.
+    let broken = text.replace("\"tcp/22\"", "\"tcp/80\"") + "\n[failsafe]\ninbound = [\n";
+    fs::write(daemon.config(), broken).expect("configuration");
+    assert!(daemon.cli(&["reload"]).is_err());
+    all_answer(&mut sessions, &daemon);
+    world.expect(&daemon, EXPECTED);
+    daemon.kill9().expect("kill");
+    daemon.restart().expect("restart");
+    all_answer(&mut sessions, &daemon);
+    world.expect(&daemon, EXPECTED);
+}
+
+#[test]
+fn fragments_of_a_flow_by_a_failsafe_port_pass_and_others_do_not() {
+    let world = world();
+    let lists = "inbound = [\"udp/53\"]\noutbound = [\"udp/80\"]";
+    let daemon = world
+        .daemon(settings(lists), &[("node.yaml", CLOSED)])
+        .expect("daemon");
+    // The answer has as many bytes, so later fragments pass in both directions.
+    world.expect(
+        &daemon,
+        "far -> node udp/53/4000 open
+         far -> node udp/80/4000 drop
+         node -> far udp/80/4000 open
+         node -> far udp/53/4000 drop",
+    );
+    // A later fragment without a first one shows no port.
+    for family in FAMILIES {
+        let (source, destination) = (world.addr("far", family), world.addr("node", family));
+        let capture = Capture::start(&world.topology.node, NIC).expect("capture");
+        let lone = packet::later_fragment(source, destination, 0x7001, 1480, &[7; 64]);
+        send_ip(world.ns("far"), destination, &lone).expect("fragment");
+        let from_far = |p: &Packet| !p.outgoing && p.source == source && p.fragment;
+        // XDP drops before the capture.
+        assert!(
+            capture.wait("the fragment", SHORT, from_far).is_err(),
+            "{family:?}\n{}",
+            daemon.report()
+        );
+    }
+}
+
+/// Requests an address by a client at the NIC. Returns whether a server has given one.
+fn has_lease(world: &World) -> bool {
+    let client = [
+        "udhcpc",
+        "-i",
+        NIC,
+        "-n",
+        "-q",
+        "-f",
+        "-t",
+        "6",
+        "-T",
+        "1",
+        "-s",
+        "/bin/true",
+    ];
+    let mut program = Program::start(&world.topology.node, "busybox", &client, None).expect("busybox udhcpc");
+    let status = program.process.wait(OPEN).expect("the client ends");
+    let log = program.process.log();
+    assert_eq!(status.success(), log.contains("lease of 198.51.100."), "{log}");
+    status.success()
+}
+
+/// Sends a request to the group of DHCPv6 servers (RFC 8415, section 7.1), and returns whether an answer arrives.
+fn has_answer_v6(world: &World) -> bool {
+    let node = &world.topology.node;
+    let local = |ns: &Ns, interface: &str| {
+        let text = ns.run(
+            "ip",
+            &["-6", "-o", "addr", "show", "dev", interface, "scope", "link"],
+        );
+        let text = text.expect("addresses");
+        let address = text.split_whitespace().find_map(|word| word.strip_suffix("/64"));
+        address
+            .expect("a link-local address")
+            .parse::<Ipv6Addr>()
+            .expect("an address")
+    };
+    let scoped = |address, port, scope| SocketAddr::V6(SocketAddrV6::new(address, port, 0, scope));
+    let inside = world.topology.internet.ifindex(INNER).expect("interface");
+    let server = world.topology.internet.enter(|| {
+        let socket = UdpSocket::bind("[::]:547").expect("server");
+        socket
+            .join_multicast_v6(&Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2), inside)
+            .expect("group");
+        socket
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .expect("timeout");
+        socket
+    });
+    let nic = node.ifindex(NIC).expect("interface");
+    let own = local(node, NIC);
+    let client = node.enter(|| UdpSocket::bind(scoped(own, 546, nic)).expect("client"));
+    client
+        .set_read_timeout(Some(Duration::from_secs(1)))
+        .expect("timeout");
+    let servers = scoped(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2), 547, nic);
+    // The node's own programs can refuse to send.
+    if client.send_to(b"solicit", servers).is_err() {
+        return false;
+    }
+    let Ok((_, from)) = server.recv_from(&mut [0; 16]) else {
+        return false;
+    };
+    server.send_to(b"advertise", from).expect("answer");
+    client.recv_from(&mut [0; 16]).is_ok()
+}
+
+#[test]
+fn a_node_that_denies_everything_gets_its_address_by_dhcp() {
+    let world = world();
+    let server = [
+        "--keep-in-foreground",
+        "--port=0",
+        "--bind-interfaces",
+        "--interface=eth0",
+        "--dhcp-authoritative",
+        "--no-ping",
+        "--dhcp-range=198.51.100.100,198.51.100.150,1h",
+        "--dhcp-leasefile=leases",
+        "--pid-file=",
+        "--conf-file=/dev/null",
+        "--user=root",
+    ];
+    let _server = Program::start(&world.topology.internet, "dnsmasq", &server, None).expect("dnsmasq");
+    let daemon = world
+        .daemon(settings(""), &[("node.yaml", CLOSED)])
+        .expect("daemon");
+    assert!(has_lease(&world), "{}", daemon.report());
+    assert!(has_answer_v6(&world), "{}", daemon.report());
+    // Without the default ports there is no address: the test would see it.
+    daemon
+        .configure(
+            &world.topology,
+            &with_peers(settings("inbound = []\noutbound = []")),
+        )
+        .and_then(|()| daemon.cli(&["reload"]))
+        .expect("reload");
+    assert!(!has_lease(&world), "{}", daemon.report());
+    assert!(!has_answer_v6(&world), "{}", daemon.report());
 }

@@ -69,6 +69,8 @@ pub struct PacketContext {
     pub layer3: u8,
     /// Not 0: the ingress hook of the interface is XDP in generic mode.
     pub generic: u8,
+    /// Not 0: failsafe ports do not pass at the interface.
+    pub no_failsafe: u8,
     /// Not 0: the hook is the egress of the interface.
     pub egress: u8,
     /// Whether the packet is a later fragment whose ports are unknown, because those of the first one are not stored.
@@ -138,6 +140,7 @@ impl PacketContext {
             flow_flags: 0,
             layer3: 0,
             generic: 0,
+            no_failsafe: 0,
             egress: 0,
             ports_unknown: false,
             stateful: false,

@@ -86,6 +86,7 @@ fn classify<C: Calls>(ctx: C, pkt: &mut PacketContext, egress: u32) {
     pkt.endpoint = u32::from(interface.endpoint);
     pkt.layer3 = interface.flags & interface_flags::LAYER3;
     pkt.generic = interface.flags & interface_flags::XDP_GENERIC;
+    pkt.no_failsafe = interface.flags & interface_flags::NO_FAILSAFE;
     // The interface is the host side of the workload's veth: ingress of the interface is egress of the workload.
     pkt.direction = u8::from(is_workload != egress);
     pkt.hook_point = match (is_workload, egress) {

@@ -39,8 +39,8 @@ pub fn lookup(pkt: &mut PacketContext, identity: u32, slot: u32, direction: u32)
     let Some(mut entry) = find(&mut key) else { return };
     // A failsafe port of the node is open towards NICs only, not towards the node's workloads.
     if entry.flags & entry_flags::FAILSAFE != 0
-        && pkt.hook_point != hook_point::NIC_IN
-        && pkt.hook_point != hook_point::NIC_OUT
+        && (pkt.no_failsafe != 0
+            || pkt.hook_point != hook_point::NIC_IN && pkt.hook_point != hook_point::NIC_OUT)
     {
         key.identity = identity;
         key.class = class;

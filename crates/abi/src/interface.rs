@@ -40,6 +40,8 @@ pub mod interface_flags {
     pub const PENDING: u8 = 4;
     /// The ingress hook is XDP: no tc program at ingress removes the mark of a reinjected packet.
     pub const XDP: u8 = 8;
+    /// Failsafe ports of the node do not pass here, although the interface is a NIC.
+    pub const NO_FAILSAFE: u8 = 16;
 }
 
 /// State of an interface, at slot `ifindex & 0xffff`. If the slot has another `ifindex`, the interface has no state.

@@ -180,7 +180,12 @@ impl Datapath {
                 0
             } else {
                 interface_flags::LAYER3
-            } | if generic { interface_flags::XDP_GENERIC } else { 0 },
+            } | if generic { interface_flags::XDP_GENERIC } else { 0 }
+                | if wanted.no_failsafe {
+                    interface_flags::NO_FAILSAFE
+                } else {
+                    0
+                },
             link: if wanted.link == 0 {
                 wanted.ifindex
             } else {

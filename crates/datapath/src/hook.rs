@@ -86,6 +86,8 @@ pub struct Attachment {
     pub link: u32,
     /// EtherTypes that pass without policy evaluation; see [`Interface::ether_types`].
     pub ether_types: [u16; ETHER_TYPES],
+    /// Whether failsafe ports of the node do not pass at the interface (role host).
+    pub no_failsafe: bool,
 }
 
 /// Actual hook of a program.

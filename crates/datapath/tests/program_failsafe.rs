@@ -4,7 +4,7 @@ mod program;
 
 use palisade_abi::{
     CtEntry, Decision, Direction, EventKind, Inspector, PolicyEntry, Reason, class_slot, ct_flags,
-    entry_flags, event_flags, identity, protocol,
+    entry_flags, event_flags, identity, interface_flags, protocol,
 };
 use program::packets::*;
 use program::*;
@@ -118,6 +118,26 @@ fn workloads_do_not_pass_by_a_failsafe_port_of_the_node() {
         world.rule_inside(HOST, INGRESS, A_IDENTITY, SSH, entry(Decision::Allow, 8));
         let got = world.run(Hook::TcIn, &tcp((workload, 4001), (host, 22), SYN));
         assert!(got.passed && got.reason != Reason::Failsafe, "{:?}", got.reason);
+    }
+}
+
+#[test]
+fn failsafe_ports_do_not_pass_at_a_nic_without_them() {
+    for (host, peer, _) in PAIRS {
+        for hook in ENTRIES {
+            let mut world = world(NIC, HOST);
+            world.interface(NIC, HOST, interface_flags::NO_FAILSAFE);
+            let got = world.run(hook, &tcp((peer, 4000), (host, 22), SYN));
+            assert_eq!(got.reason, Reason::PolicyDeniedByDenylist);
+            let got = world.run_local(&udp((host, 40_000), (peer, 53), b"x"));
+            assert_eq!(got.reason, Reason::PolicyDeniedByDenylist);
+            assert_eq!(world.rule_counter(20).packets + world.rule_counter(21).packets, 0);
+            // What the policy allows without a failsafe port passes here too.
+            world.rule_inside(HOST, INGRESS, identity::ANY, SSH, entry(Decision::Allow, 22));
+            let got = world.run(hook, &tcp((peer, 4001), (host, 22), SYN));
+            assert_eq!(got.reason, Reason::Allowed);
+            assert_eq!(world.rule_counter(22).packets, 1);
+        }
     }
 }
 

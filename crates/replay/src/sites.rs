@@ -35,6 +35,8 @@ pub struct Interface {
     pub role: Role,
     /// EtherTypes of frames that pass without a verdict; 0 for unused slots.
     pub ether_types: [u16; ETHER_TYPES],
+    /// Whether failsafe ports of the node do not pass at the interface.
+    pub no_failsafe: bool,
 }
 
 /// The configured interfaces.
@@ -45,6 +47,8 @@ pub(crate) struct Sites {
     of_endpoint: HashMap<u16, u32>,
     /// Index of the NIC, if there is exactly one.
     nic: u32,
+    /// Whether failsafe ports pass at no NIC.
+    no_failsafe: bool,
     host: u16,
 }
 
@@ -52,9 +56,13 @@ impl Sites {
     pub(crate) fn new(interfaces: Vec<Interface>, host: u16) -> Self {
         let mut of_endpoint = HashMap::new();
         let mut nics = Vec::new();
+        let mut no_failsafe = true;
         for interface in &interfaces {
             match interface.role {
-                Role::Nic => nics.push(interface.index),
+                Role::Nic => {
+                    nics.push(interface.index);
+                    no_failsafe &= interface.no_failsafe;
+                }
                 Role::Workload(endpoint) => drop(of_endpoint.insert(endpoint, interface.index)),
             }
         }
@@ -68,6 +76,7 @@ impl Sites {
                 [one] => *one,
                 _ => 0,
             },
+            no_failsafe,
             host,
         }
     }
@@ -105,6 +114,7 @@ impl Sites {
             point,
             is_local: point.is_egress_hook() && from != 0 && from == self.host,
             ether_types: interface.ether_types,
+            no_failsafe: interface.no_failsafe,
         }
     }
 
@@ -123,6 +133,7 @@ impl Sites {
             point,
             is_local: point == HookPoint::ToWorkload && from == host,
             ether_types: [0; ETHER_TYPES],
+            no_failsafe: true,
         };
         let nic = |point| Site {
             ifindex: self.nic,
@@ -130,6 +141,7 @@ impl Sites {
             point,
             is_local: point == HookPoint::NicOut,
             ether_types: [0; ETHER_TYPES],
+            no_failsafe: self.no_failsafe,
         };
         let source = if is_workload(from) {
             Some(workload(from, HookPoint::FromWorkload))

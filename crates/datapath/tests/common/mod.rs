@@ -109,6 +109,7 @@ impl World {
             tc,
             link: 0,
             ether_types: [0; palisade_abi::ETHER_TYPES],
+            no_failsafe: false,
         }
     }
 

@@ -168,6 +168,7 @@ impl World {
                     tc: TcMode::Auto,
                     link: 0,
                     ether_types: [0; palisade_abi::ETHER_TYPES],
+                    no_failsafe: false,
                 })
                 .unwrap();
         }

@@ -1,9 +1,10 @@
 //! `[failsafe]`: ports of the node that pass before the policy.
 
-use std::fmt;
+use std::{cell::Cell, fmt};
 
 use ipnet::IpNet;
 use palisade_abi::Direction;
+use palisade_discover::InterfacePattern;
 use palisade_model::rule::L4Protocol;
 
 use super::reader::Section;
@@ -25,12 +26,14 @@ const DEFAULT_INBOUND: [(L4Protocol, u16); 3] = [
 const DEFAULT_OUTBOUND: [(L4Protocol, u16); 2] = [(L4Protocol::Udp, 67), (L4Protocol::Udp, 547)];
 
 /// `[failsafe]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Failsafe {
     /// Ports of the node.
     pub inbound: Vec<FailsafePort>,
     /// Ports of others.
     pub outbound: Vec<FailsafePort>,
+    /// Interfaces at which the ports are open; `None` for every `[[interface]]`.
+    pub interfaces: Option<Vec<InterfacePattern>>,
 }
 
 /// A failsafe port.
@@ -54,11 +57,27 @@ impl Failsafe {
             Direction::Egress => &self.outbound,
         }
     }
+
+    /// Returns whether the ports are open at an `[[interface]]`.
+    pub(crate) fn is_open_at(&self, interface: &str) -> bool {
+        let patterns = self.interfaces.as_ref();
+        patterns.is_none_or(|patterns| patterns.iter().any(|pattern| pattern.matches(interface)))
+    }
+
+    /// Returns a port as reports name it: `failsafe tcp/22 inbound from 10.0.0.0/8 at eth0`.
+    pub(crate) fn name(&self, port: &FailsafePort, direction: Direction) -> String {
+        let name = port.name(direction);
+        let Some(interfaces) = &self.interfaces else {
+            return name;
+        };
+        let patterns: Vec<String> = interfaces.iter().map(ToString::to_string).collect();
+        format!("{name} at {}", patterns.join(","))
+    }
 }
 
 impl FailsafePort {
-    /// Returns the port as reports name it: `failsafe tcp/22 inbound from 10.0.0.0/8`.
-    pub(crate) fn name(&self, direction: Direction) -> String {
+    /// Returns `failsafe tcp/22 inbound from 10.0.0.0/8`.
+    fn name(&self, direction: Direction) -> String {
         let (name, preposition) = match direction {
             Direction::Ingress => ("inbound", "from"),
             Direction::Egress => ("outbound", "to"),
@@ -82,8 +101,9 @@ impl fmt::Display for FailsafePort {
     }
 }
 
-/// Reads the section. A missing list has its default; an empty list closes the direction.
-pub(super) fn read(section: Section<'_, '_>) -> Failsafe {
+/// Reads the section. A missing list has its default; an empty list closes the direction. `nics` are the names of the
+/// `[[interface]]` sections.
+pub(super) fn read(section: Section<'_, '_>, nics: &[&str]) -> Failsafe {
     let default = |ports: &[(L4Protocol, u16)]| -> Vec<FailsafePort> {
         let ports = ports.iter();
         ports
@@ -98,9 +118,36 @@ pub(super) fn read(section: Section<'_, '_>) -> Failsafe {
     let failsafe = Failsafe {
         inbound: ports(&section, "inbound", "from").unwrap_or_else(|| default(&DEFAULT_INBOUND)),
         outbound: ports(&section, "outbound", "to").unwrap_or_else(|| default(&DEFAULT_OUTBOUND)),
+        interfaces: interfaces(&section, nics),
     };
     section.finish();
     failsafe
+}
+
+/// Reads `interfaces`. A pattern without an interface is an error: nobody would reach the node by these ports.
+fn interfaces(section: &Section<'_, '_>, nics: &[&str]) -> Option<Vec<InterfacePattern>> {
+    let is_wrong = Cell::new(false);
+    let wanted = "a list of interface names or their beginnings: [\"eth0\", \"bond*\"]";
+    let list = section.list("interfaces", wanted, |text| {
+        let pattern = InterfacePattern::parse(text).and_then(|pattern| {
+            let is_used = nics.iter().any(|name| pattern.matches(name));
+            is_used
+                .then_some(pattern)
+                .ok_or_else(|| format!("'{text}' matches no [[interface]]"))
+        });
+        is_wrong.set(is_wrong.get() || pattern.is_err());
+        pattern
+    })?;
+    if list.is_empty() && !is_wrong.get() {
+        section.error(
+            "failsafe.interfaces is empty: leave it out for every [[interface]], or close the ports by inbound = [] and \
+             outbound = []",
+        );
+    }
+    let mut patterns: Vec<InterfacePattern> = list.into_iter().map(|at| at.value).collect();
+    patterns.sort_unstable();
+    patterns.dedup();
+    Some(patterns)
 }
 
 fn ports(
@@ -268,6 +315,33 @@ mod tests {
         );
         let lines: Vec<u32> = failsafe.inbound.iter().map(|port| port.line).collect();
         assert_eq!(lines, [5, 6]);
+    }
+
+    #[test]
+    fn ports_can_be_limited_to_interfaces() {
+        let nics = "[[interface]]\nname = \"eth0\"\n[[interface]]\nname = \"bond7\"\n[[interface]]\nname = \"eth1\"\n";
+        let failsafe = parse(&format!(
+            "[failsafe]\ninbound = [\"tcp/22 from 10.0.0.0/8\"]\ninterfaces = [\"eth0\", \"bond*\"]\n{nics}"
+        ))
+        .unwrap();
+        assert!(failsafe.is_open_at("eth0") && failsafe.is_open_at("bond7"));
+        assert!(!failsafe.is_open_at("eth1"));
+        assert_eq!(
+            failsafe.name(&failsafe.inbound[0], Direction::Ingress),
+            "failsafe tcp/22 inbound from 10.0.0.0/8 at eth0,bond*"
+        );
+        assert_eq!(
+            failsafe.name(&failsafe.outbound[0], Direction::Egress),
+            "failsafe udp/67 outbound at eth0,bond*"
+        );
+        for (list, expected) in [
+            ("\"eth2\"", "'eth2' matches no [[interface]]"),
+            ("\"b*d\"", "cannot be a pattern of interface names"),
+            ("", "failsafe.interfaces is empty"),
+        ] {
+            let errors = parse(&format!("[failsafe]\ninterfaces = [{list}]\n{nics}")).unwrap_err();
+            assert!(errors[0].contains(expected), "{list}: {errors:?}");
+        }
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
         text: Arc::default(),
         hubble: hubble(root.table("hubble"), &node.socket),
         node,
-        failsafe: super::failsafe::read(root.table("failsafe")),
+        failsafe: super::Failsafe::default(),
         policy: policy(root.table("policy"), path),
         limits: limits(root.table("limits")),
         timeouts: timeouts(root.table("timeouts")),
@@ -81,6 +81,8 @@ pub(super) fn read(path: &Path, reader: &Reader<'_>, table: &DeTable<'_>) -> Con
     for section in root.tables("interface") {
         config.interfaces.extend(interface(section, &mut taken));
     }
+    let nics: Vec<&str> = config.interfaces.iter().map(|nic| nic.name.as_str()).collect();
+    config.failsafe = super::failsafe::read(root.table("failsafe"), &nics);
     for section in root.tables("endpoint") {
         config
             .endpoints

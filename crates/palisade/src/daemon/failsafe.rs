@@ -69,7 +69,7 @@ fn policy(config: &Config, port: &FailsafePort, direction: Direction) -> Policy 
     }
     Policy {
         kind: PolicyKind::Failsafe,
-        name: port.name(direction),
+        name: config.failsafe.name(port, direction),
         namespace: None,
         audit: false,
         specs: vec![spec],

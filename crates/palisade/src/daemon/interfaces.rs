@@ -29,6 +29,7 @@ struct Wanted {
     /// Index of the interface of a found workload. An interface of the same name and another index is another one.
     ifindex: Option<u32>,
     ether_types: [u16; ETHER_TYPES],
+    no_failsafe: bool,
     how: config::Attachment,
 }
 
@@ -69,6 +70,7 @@ impl Interfaces {
                 endpoint: NODE,
                 ifindex: None,
                 ether_types: interface.ether_types,
+                no_failsafe: !config.failsafe.is_open_at(&interface.name),
                 how: interface.attachment,
             };
             self.wanted.insert(interface.name.clone(), wanted);
@@ -82,6 +84,7 @@ impl Interfaces {
                 endpoint: *id,
                 ifindex: None,
                 ether_types: [0; ETHER_TYPES],
+                no_failsafe: false,
                 how: endpoint.attachment,
             };
             self.wanted.insert(endpoint.interface.clone(), wanted);
@@ -95,6 +98,7 @@ impl Interfaces {
                 endpoint: *id,
                 ifindex: Some(found.ifindex),
                 ether_types: [0; ETHER_TYPES],
+                no_failsafe: false,
                 how: config::Attachment::AUTO,
             };
             self.wanted.insert(found.interface.clone(), wanted);
@@ -491,6 +495,7 @@ fn attachment(ifindex: u32, wanted: &Wanted, network: &Network) -> Attachment {
         },
         link: network.masters.get(&ifindex).copied().unwrap_or(0),
         ether_types: wanted.ether_types,
+        no_failsafe: wanted.no_failsafe,
     }
 }
 

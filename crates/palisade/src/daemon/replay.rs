@@ -147,25 +147,26 @@ impl FlowResolver for ReplayNames<'_> {
 
 /// Returns the interfaces of the configuration, numbered from 1.
 fn interfaces(config: &Config, inventory: &Inventory) -> Vec<Interface> {
-    let nics = config
-        .interfaces
-        .iter()
-        .map(|nic| (nic.name.clone(), Role::Nic, nic.ether_types));
+    let nics = config.interfaces.iter().map(|nic| {
+        let no_failsafe = !config.failsafe.is_open_at(&nic.name);
+        (nic.name.clone(), Role::Nic, nic.ether_types, no_failsafe)
+    });
     let workloads = config.endpoints.iter().filter_map(|endpoint| {
         let known = inventory
             .endpoints
             .iter()
             .find(|known| known.name == endpoint.name && known.namespace == endpoint.namespace)?;
         let role = Role::Workload(known.id);
-        Some((endpoint.interface.clone(), role, <_>::default()))
+        Some((endpoint.interface.clone(), role, <_>::default(), true))
     });
     nics.chain(workloads)
         .zip(1..)
-        .map(|((name, role, ether_types), index)| Interface {
+        .map(|((name, role, ether_types, no_failsafe), index)| Interface {
             name,
             index,
             role,
             ether_types,
+            no_failsafe,
         })
         .collect()
 }

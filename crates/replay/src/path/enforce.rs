@@ -182,7 +182,7 @@ fn lookup(cx: &Cx, pkt: &mut PacketState<'_>, identity: u32, slot: u32, ingress:
     if pkt.policy == 0 {
         return;
     }
-    let at_nic = matches!(pkt.point, HookPoint::NicIn | HookPoint::NicOut);
+    let at_nic = matches!(pkt.point, HookPoint::NicIn | HookPoint::NicOut) && !pkt.site.no_failsafe;
     let Some(entry) = cx
         .tables
         .policy(pkt.policy, direction(ingress), identity, slot, at_nic)

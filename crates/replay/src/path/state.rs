@@ -56,6 +56,8 @@ pub(crate) struct Site {
     pub is_local: bool,
     /// EtherTypes of frames that pass at this interface.
     pub ether_types: [u16; ETHER_TYPES],
+    /// Whether failsafe ports do not pass at the interface.
+    pub no_failsafe: bool,
 }
 
 /// Result of the policy lookup for a flow in the direction opposite to that in which it is evaluated.

@@ -95,6 +95,7 @@ pub fn settings(compiler: &Compiler) -> Settings {
         index,
         role,
         ether_types: [0; palisade_abi::ETHER_TYPES],
+        no_failsafe: false,
     };
     Settings {
         host: HOST,
