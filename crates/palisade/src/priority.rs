@@ -20,7 +20,7 @@ const SLICE: Duration = Duration::from_micros(100);
 /// Time over which [`Pace`] measures.
 const PERIOD: Duration = Duration::from_millis(100);
 /// Time per [`PERIOD`] for which a thread works while the CPUs are busy.
-const BUSY_WORK: Duration = Duration::from_millis(2);
+const BUSY_WORK: Duration = Duration::from_millis(1);
 /// Kernel's times of the calling thread: running and waiting for a CPU in ns, number of time slices.
 const SCHEDULING_FILE: &str = "/proc/thread-self/schedstat";
 
@@ -86,7 +86,7 @@ impl Pace {
         if self.period.elapsed() >= PERIOD
             && let Some(now) = self.times.as_ref().and_then(read)
         {
-            self.is_busy = is_busy(self.before, now);
+            self.is_busy = is_busy(self.is_busy, self.before, now);
             self.before = now;
             self.period = Instant::now();
         }
@@ -106,10 +106,11 @@ fn parse(text: &str) -> Option<[u64; 2]> {
     Some([numbers.next()?.ok()?, numbers.next()?.ok()?])
 }
 
-/// Returns whether a thread has waited for a CPU for more than half of the time for which it has run.
-const fn is_busy(before: [u64; 2], now: [u64; 2]) -> bool {
+/// Returns whether the CPUs are busy: a thread has waited for one for more than half of the time for which it has run. They
+/// were busy before (`was_busy`): until it waits for less than a tenth, since a thread that works little waits little.
+const fn is_busy(was_busy: bool, before: [u64; 2], now: [u64; 2]) -> bool {
     let (ran, waited) = (now[0].saturating_sub(before[0]), now[1].saturating_sub(before[1]));
-    waited > ran / 2
+    waited > ran / if was_busy { 10 } else { 2 }
 }
 
 #[cfg(test)]
@@ -120,10 +121,17 @@ mod tests {
     fn the_cpus_are_busy_if_a_thread_waits_more_than_half_of_the_time_that_it_runs() {
         assert_eq!(parse("1200 34 5\n"), Some([1_200, 34]));
         assert_eq!(parse("x 34 5"), None);
-        assert!(!is_busy([0, 0], [100, 50]));
-        assert!(is_busy([1_000, 500], [1_100, 551]));
+        assert!(!is_busy(false, [0, 0], [100, 50]));
+        assert!(is_busy(false, [1_000, 500], [1_100, 551]));
         // A thread that did not run.
-        assert!(!is_busy([7, 7], [7, 7]));
+        assert!(!is_busy(false, [7, 7], [7, 7]));
+    }
+
+    #[test]
+    fn the_cpus_stay_busy_while_a_thread_waits_more_than_a_tenth_of_the_time_that_it_runs() {
+        assert!(is_busy(true, [0, 0], [100, 11]));
+        assert!(!is_busy(true, [0, 0], [100, 10]));
+        assert!(!is_busy(true, [7, 7], [7, 7]));
     }
 
     #[test]
