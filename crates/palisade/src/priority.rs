@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_xsk::schedule::{set_batch, set_idle};
+use palisade_xsk::schedule::set_batch;
 use tracing::warn;
 
 /// Nice value (setpriority(2)): the lowest priority. Beside one thread that always runs, a thread of this nice value gets
@@ -24,21 +24,13 @@ const BUSY_WORK: Duration = Duration::from_millis(1);
 /// Kernel's times of the calling thread: running and waiting for a CPU in ns, number of time slices.
 const SCHEDULING_FILE: &str = "/proc/thread-self/schedstat";
 
-/// Lowers the priority of the calling thread, and of threads that it starts afterwards. For threads of the daemon: they
-/// share locks with the threads of events and records, so they must not wait for a CPU as long as with `SCHED_IDLE`.
+/// Lowers the priority of the calling thread, and of threads that it starts afterwards.
+///
+/// `SCHED_IDLE` would give other threads more, but it is too low: threads of the daemon share locks with the threads of
+/// events and records, and a command that gets no CPU for the write deadline of the control socket is disconnected.
 pub(crate) fn lower() {
-    report(set_batch(NICE, SLICE));
-}
-
-/// Gives the calling thread only time in which a CPU would otherwise be idle, and little more. For commands that follow
-/// flows.
-pub(crate) fn lowest() {
-    report(set_idle());
-}
-
-fn report(outcome: std::io::Result<()>) {
     // If the priority cannot be lowered, the thread has the same as the others.
-    if let Err(problem) = outcome {
+    if let Err(problem) = set_batch(NICE, SLICE) {
         warn!(error = %problem, "the priority of a thread that reads flows cannot be lowered");
     }
 }

@@ -27,16 +27,6 @@ pub fn set_batch(nice: i32, slice: Duration) -> io::Result<()> {
     })
 }
 
-/// Sets the policy `SCHED_IDLE` for the calling thread: every thread of another policy that becomes runnable preempts
-/// it. It gets 0.3 % of a CPU that another thread uses all the time. Not for a thread that shares locks with threads of
-/// another policy.
-///
-/// # Errors
-/// `sched_getattr` or `sched_setattr` failed; the attributes are unchanged.
-pub fn set_idle() -> io::Result<()> {
-    change(|attributes| attributes.sched_policy = libc::SCHED_IDLE as u32)
-}
-
 fn nanoseconds(slice: Duration) -> u64 {
     u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -77,14 +67,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_policies_for_background_work_are_set_without_privileges() {
+    fn the_policy_for_background_work_is_set_without_privileges() {
         // SAFETY: the call has no preconditions; thread ID 0 means the calling thread.
         let policy = || unsafe { libc::sched_getscheduler(0) };
         thread::spawn(move || {
             set_batch(19, Duration::from_micros(100)).expect("sched_setattr");
             assert_eq!(policy(), libc::SCHED_BATCH);
-            set_idle().expect("sched_setattr");
-            assert_eq!(policy(), libc::SCHED_IDLE);
         })
         .join()
         .unwrap();

@@ -126,7 +126,7 @@ pub(super) fn monitor(
         ..ObserveRequest::default()
     };
     let mut client = Client::send(socket, &Request::Observe(request))?;
-    priority::lowest();
+    priority::lower();
     let mut out = buffered();
     loop {
         if !client.has_next() {
@@ -244,7 +244,7 @@ fn follow(
     begun: Timestamp,
     mut output: Printed,
 ) -> anyhow::Result<u8> {
-    priority::lowest();
+    priority::lower();
     let mut recent = Recent::default();
     let mut client = Client::send(socket, &Request::Observe(request.clone()))?;
     loop {
