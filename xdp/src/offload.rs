@@ -1,6 +1,6 @@
 //! Offload windows: sequence numbers of a flow that its inspector has declared to need no inspection.
 
-use palisade_abi::{CtEntry, limited_window, protocol, tcp_flags};
+use palisade_abi::{CtEntry, SEND_LIMIT_DISTANCE, limited_window, protocol, tcp_flags};
 use palisade_packet::{Bytes, flags};
 
 use crate::conntrack;
@@ -68,8 +68,14 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> bool 
         if room >= 1 << 31 || acked.wrapping_sub(other_from) >= room {
             return false;
         }
-        if H::LIMITS_WINDOWS && differs != 0 {
-            let limit = limited_window(other_from & 15, other_to.wrapping_sub(acked));
+        let code = other_from & 15;
+        if H::LIMITS_WINDOWS && differs != 0 && code != 0 {
+            let left = other_to.wrapping_sub(acked);
+            // The worker lets the sender send the head of the next message, and has to know what the sender knows.
+            if left <= SEND_LIMIT_DISTANCE {
+                return false;
+            }
+            let limit = limited_window(code, left);
             if u32::from(u16::from_be_bytes([header[14], header[15]])) > limit {
                 pkt.window_limit = limit as u16;
             }

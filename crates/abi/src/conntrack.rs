@@ -108,14 +108,10 @@ pub struct CtEntry {
     pub decided: u64,
 }
 
-/// Number of bytes behind a long message that a limited sender may send: the head of the next message. Twice the size of a
-/// segment or more, so that a receiver acknowledges them at once.
-pub const SEND_ALLOWANCE: u32 = 6_144;
-
-/// Distance from the end of an offload window, bytes, within which an acknowledgement lets a limited sender send
-/// [`SEND_ALLOWANCE`] bytes behind it. Earlier, the sender may send up to the end, so that no super-frame has bytes of
-/// both sides of it.
-pub const SEND_LIMIT_DISTANCE: u32 = 256 << 10;
+/// Distance from the end of an offload window of a limited sender, bytes, within which acknowledgements are punted. The
+/// length of a super-frame: while more is unacknowledged, the sender may send up to the end only, so that few
+/// super-frames have bytes on both sides of it.
+pub const SEND_LIMIT_DISTANCE: u32 = 64 << 10;
 
 /// Returns the low four bits of the start of an offload window of a flow with a limited sender
 /// ([`crate::flow_op::LIMITED_WINDOWS`]): the window scale of the receiver, plus one, if the sender in the window is
@@ -133,12 +129,7 @@ pub const fn limited_window(code: u32, left: u32) -> u32 {
     if code == 0 {
         return u16::MAX as u32;
     }
-    let room = if left > SEND_LIMIT_DISTANCE {
-        left
-    } else {
-        left + SEND_ALLOWANCE
-    };
-    let window = room >> ((code - 1) & 15);
+    let window = left >> ((code - 1) & 15);
     if window > u16::MAX as u32 {
         u16::MAX as u32
     } else {

@@ -33,8 +33,8 @@ pub use class::{
     PROTOCOL_SLOTS, class_slot, class_slot_unknown_port,
 };
 pub use conntrack::{
-    CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SEND_ALLOWANCE, SEND_LIMIT_DISTANCE,
-    SHARE_SLOTS, SHARE_WAYS, Share, ct_flags, limited_window, send_limit_code,
+    CtEntry, CtKey, FlowSlot, FragmentKey, FragmentPorts, FragmentSlot, SEND_LIMIT_DISTANCE, SHARE_SLOTS,
+    SHARE_WAYS, Share, ct_flags, limited_window, send_limit_code,
 };
 pub use event::{BUDGET_SLOTS, Event, EventKind, MatchKind, TracePoint, budget_of, budget_slot, event_flags};
 pub use interface::{

@@ -68,6 +68,8 @@ pub(crate) struct Connection<F> {
     windows: PerSide<[u32; 2]>,
     /// [`palisade_abi::send_limit_code`] of each offload window; 0: its sender is not limited.
     codes: PerSide<u32>,
+    /// Whether the sender of an offload window has to be offered it.
+    offers: PerSide<bool>,
     /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
@@ -120,6 +122,7 @@ impl<F> Connection<F> {
             is_audit: false,
             windows: PerSide::default(),
             codes: PerSide::default(),
+            offers: PerSide::default(),
             window_ends: PerSide::default(),
             command: false,
             rest: PerSide::default(),

@@ -159,6 +159,8 @@ impl Piece {
 pub(super) struct SendLimit {
     /// Position after the last long message, which has an offload window.
     pub(super) end: Position,
+    /// Number of bytes behind `end` that the sender may send: the head of the next message.
+    pub(super) allowance: u64,
     /// Whether bytes behind `end` have a verdict, or a message behind it is not complete.
     pub(super) is_passed: bool,
 }
@@ -228,6 +230,8 @@ pub(super) struct Half<F> {
     pub(super) awaits_peer: bool,
     /// Right edge of the receiver's window.
     pub(super) edge: Position,
+    /// Right edge of the window in the newest segment of the receiver that was punted.
+    pub(super) granted: Position,
     /// Maximum window that the receiver has offered, bytes.
     pub(super) widest: u64,
     /// Highest right edge of a window that was forwarded to the sender. [`Position::MAX`]: not known, because the
@@ -272,6 +276,7 @@ impl<F> Half<F> {
             since: None,
             awaits_peer: false,
             edge: FIRST,
+            granted: FIRST,
             widest: OLD,
             offered: FIRST,
             limit: None,
@@ -302,6 +307,9 @@ impl<F> Half<F> {
 
     /// Updates the acknowledged position and the window from a segment of the receiver.
     pub(super) fn acknowledge(&mut self, position: Position, window: u64) {
+        if position >= self.acked {
+            self.granted = position + window;
+        }
         if position > self.acked {
             self.acked = position;
             self.proxy_acked = self.proxy_acked.max(position);

@@ -4,9 +4,9 @@
 //! counterpart.
 
 use palisade_abi::{
-    Addr, CtEntry, Decision, Direction, EventKind, Inspector, IpcacheEntry, PuntRequest, Reason, TracePoint,
-    class_slot, class_slot_unknown_port, ct_flags, endpoint_flags, entry_flags, event_flags, protocol,
-    punt_flags, tcp_flags,
+    Addr, CtEntry, Decision, Direction, EventKind, Inspector, IpcacheEntry, PuntRequest, Reason,
+    SEND_LIMIT_DISTANCE, TracePoint, class_slot, class_slot_unknown_port, ct_flags, endpoint_flags,
+    entry_flags, event_flags, protocol, punt_flags, tcp_flags,
 };
 use palisade_packet::{Bytes as _, Quote, decode_quote, flags, icmp, icmpv6};
 
@@ -675,7 +675,11 @@ fn is_in_window(pkt: &PacketState<'_>, entry: &CtEntry) -> bool {
     let payload = packet.length - headers;
     if payload == 0 {
         let room = other.1.wrapping_sub(other.0);
-        return room < 1 << 31 && word(8).wrapping_sub(other.0) < room;
+        let acked = word(8);
+        let is_near_end = entry.decided != windowed
+            && other.0 & 15 != 0
+            && other.1.wrapping_sub(acked) <= SEND_LIMIT_DISTANCE;
+        return room < 1 << 31 && acked.wrapping_sub(other.0) < room && !is_near_end;
     }
     let room = window.1.wrapping_sub(window.0);
     let at = word(4).wrapping_sub(window.0);

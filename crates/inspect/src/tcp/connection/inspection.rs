@@ -43,6 +43,7 @@ impl<F> Connection<F> {
                     again = true;
                 }
                 self.flush(side, cx);
+                self.offer_window(side, cx);
             }
         }
         self.note_progress();
@@ -181,6 +182,7 @@ impl<F> Connection<F> {
             let half = &self.halves[side];
             self.windows[side] = [from, half.seq(half.allowed)];
             self.codes[side] = code;
+            self.offers[side] = code != 0;
             self.window_ends[side] = Some(half.allowed + WINDOW_AGE);
             self.command = true;
         }

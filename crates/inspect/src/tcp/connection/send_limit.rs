@@ -3,10 +3,14 @@
 //! A long message has an offload window, so its segments stay in the programs, at many times the rate of a worker. A
 //! sender that may send as much as its receiver permits would have sent most of the next message before the worker has
 //! set the window of that one; all of these segments would be punted, and the worker would never catch up. So the
-//! window that the receiver offers is lowered, in its acknowledgements: the sender may send the long message and
-//! [`SEND_ALLOWANCE`] bytes behind it, in which the head of the next message fits. The programs do this for
-//! acknowledgements inside the offload window (`xdp/src/offload.rs`), the worker for all others.
+//! window that the receiver offers is lowered, in its acknowledgements: the sender may send the long message and, when it
+//! has arrived but for the last [`SEND_LIMIT_DISTANCE`], an allowance behind it, in which the head of the next message
+//! fits. The programs do this for acknowledgements inside the offload window (`xdp/src/offload.rs`), the worker for
+//! those near its end and all others.
 //!
+//! - The sender waits for the verdict on a head, so the worker offers it the window of the message with the head. A
+//!   receiver can delay the acknowledgement of a head of one segment (RFC 9293, 3.8.6.3), or send it when its application
+//!   has read. The worker has seen the newest acknowledgement, an older one would be ignored (RFC 9293, 3.10.7.4).
 //! - A right edge that was offered is not taken back (RFC 9293, 3.8.6), except by less than the unit of a scaled window
 //!   (RFC 7323, 2.4).
 //! - Only for connections with a short round-trip time, since the next message begins a round trip later.
@@ -14,22 +18,28 @@
 //!
 //! Start at [`Connection::limit_sender`].
 
-use palisade_abi::{SEND_ALLOWANCE, SEND_LIMIT_DISTANCE, flow_op, punt_hook, send_limit_code};
+use palisade_abi::{SEND_LIMIT_DISTANCE, flow_op, punt_hook, send_limit_code};
 
 use super::{
-    super::{half::Position, half::SendLimit, shared::Shared, side::Side},
+    super::{
+        half::Position,
+        half::SendLimit,
+        segment::OutSegment,
+        shared::{Shared, TcpCx},
+        side::Side,
+    },
     Connection, Phase,
 };
-use crate::Millis;
+use crate::{Millis, Sink};
 
 /// Longest handshake of a connection whose senders are limited, ms. The clock advances with the tick, at 250 Hz or more.
 pub(super) const NEAR: Millis = 4;
 /// Number of bytes beyond what has arrived that a limited sender may send while it sends short messages. It is also the
 /// length from which a message counts as long, so that the end of a long message lies beyond all that was offered.
-const FLOAT: u64 = SEND_LIMIT_DISTANCE as u64;
-/// Bytes behind a long message that the sender needs for a full segment: if fewer are free, the head of the next message
-/// is longer than the allowance.
-const ROOM: u64 = 3_000;
+const FLOAT: u64 = 256 << 10;
+/// Length of a head for which the allowance suffices, bytes. A sender sends only full segments (RFC 9293, 3.8.6.2.1), so
+/// the allowance is a segment and this length.
+const HEAD: u64 = 512;
 /// Greatest window scale with which the allowance is more than a few units.
 const MAX_SCALE: u8 = 10;
 
@@ -50,11 +60,12 @@ impl<F> Connection<F> {
             .is_some_and(|link| link.route().hook != punt_hook::XDP_INGRESS);
         let may =
             shared.limits.limits_senders && self.is_near && !self.is_shared && is_tc && scale <= MAX_SCALE;
+        let segment = u64::from(self.halves[side.other()].mss);
         let half = &mut self.halves[side];
         match half.limit {
             // The message ends below what the sender may have been offered: the programs offer at most the allowance
             // behind the end of the last long message.
-            Some(limit) if half.allowed < half.offered.max(limit.end + u64::from(SEND_ALLOWANCE)) => {
+            Some(limit) if half.allowed < half.offered.max(limit.end + limit.allowance) => {
                 return None;
             }
             None if !may || missing < FLOAT || half.offered > half.allowed => {
@@ -65,6 +76,7 @@ impl<F> Connection<F> {
         }
         half.limit = Some(SendLimit {
             end: half.allowed,
+            allowance: segment + HEAD + (1 << scale),
             is_passed: false,
         });
         Some(send_limit_code(scale))
@@ -77,7 +89,7 @@ impl<F> Connection<F> {
             let Some(limit) = &mut half.limit else {
                 continue;
             };
-            let is_stuck = highest + ROOM > limit.end + u64::from(SEND_ALLOWANCE);
+            let is_stuck = highest > limit.end + HEAD;
             limit.is_passed |= allowed.max(ahead) > limit.end || (is_stuck && !half.awaits_peer);
         }
     }
@@ -89,11 +101,10 @@ impl<F> Connection<F> {
         let Some(limit) = half.limit.filter(|_| matches!(self.phase, Phase::Open)) else {
             return Position::MAX;
         };
-        let allowance = u64::from(SEND_ALLOWANCE);
         let edge = if acked + u64::from(SEND_LIMIT_DISTANCE) < limit.end {
             limit.end
         } else {
-            limit.end.max(acked) + allowance
+            limit.end.max(acked) + limit.allowance
         };
         // Acknowledgements below the end of the long message stay in the programs, which know only that end: an edge
         // beyond it would be taken back by the next one.
@@ -103,6 +114,31 @@ impl<F> Connection<F> {
             0
         };
         edge.max(floating).max(half.offered)
+    }
+
+    /// Offers a limited sender whose message has got an offload window as much of it as the receiver has offered.
+    pub(super) fn offer_window<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        let must_offer = std::mem::take(&mut self.offers[side]);
+        // The window must be set before the sender fills it.
+        if !must_offer || self.command || !matches!(self.phase, Phase::Open) {
+            return;
+        }
+        let acked = self.halves[side].acked;
+        let edge = self.right_edge(side, acked).min(self.halves[side].granted);
+        if edge <= self.halves[side].offered {
+            return;
+        }
+        let shift = self.scale_of(side.other());
+        let window = edge.saturating_sub(acked) >> shift;
+        let segment = OutSegment {
+            seq: self.halves[side.other()].seq(self.halves[side.other()].sent),
+            ack: Some(self.halves[side].seq(acked)),
+            window: window.min(u64::from(u16::MAX)) as u16,
+            timestamp: self.timestamp(side),
+            ..OutSegment::default()
+        };
+        self.emit(side, &segment, cx);
+        self.halves[side].offered = edge;
     }
 
     /// Returns the operation and the windows of the command that sets the offload windows.
