@@ -28,7 +28,7 @@ use palisade_testbed::{
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::{
     ClientConfig, ClientConnection, HandshakeKind, ProtocolVersion, RootCertStore, StreamOwned,
-    client::Resumption, crypto::ring, pki_types::ServerName, version::TLS13,
+    client::Resumption, crypto::aws_lc_rs, pki_types::ServerName, version::TLS13,
 };
 use tempfile::TempDir;
 
@@ -405,7 +405,7 @@ impl Client {
     fn new(ns: &Ns, at: SocketAddr, trusted: &Pki) -> Result<Self> {
         let mut roots = RootCertStore::empty();
         roots.add(trusted.authority.der().clone())?;
-        let mut tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        let mut tls = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(roots)
             .with_no_client_auth();

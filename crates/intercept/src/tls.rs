@@ -96,9 +96,9 @@ type Leaves = Lru<PeerName, (SystemTime, Arc<CertifiedKey>)>;
 impl Contexts {
     pub(crate) fn new() -> Self {
         Self {
-            provider: Arc::new(rustls::crypto::ring::default_provider()),
+            provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()),
             // Without random bytes no tickets are issued, and each handshake is a full one.
-            tickets: rustls::crypto::ring::Ticketer::new().ok(),
+            tickets: rustls::crypto::aws_lc_rs::Ticketer::new().ok(),
             kept: Mutex::default(),
         }
     }

@@ -147,7 +147,7 @@ fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
 
 /// Returns the SHA-256 of a certificate, hexadecimal.
 pub(crate) fn fingerprint(der: &[u8]) -> String {
-    let hash = rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256
+    let hash = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256
         .tls13()
         .map(|suite| suite.common.hash_provider.hash(der));
     hash.map_or_else(String::new, |hash| hex(hash.as_ref()))

@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use rustls::{
     RootCertStore,
-    crypto::ring::default_provider,
+    crypto::aws_lc_rs::default_provider,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer},
     sign::CertifiedKey,
 };

@@ -33,7 +33,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) const NAME: &str = "api.example.test";
 
 pub(crate) fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
 /// A CA.

@@ -205,7 +205,7 @@ impl CertificateFiles {
 }
 
 fn provider() -> CryptoProvider {
-    rustls::crypto::ring::default_provider()
+    rustls::crypto::aws_lc_rs::default_provider()
 }
 
 fn server_config(own: Arc<CertifiedKey>, verifier: Verifier) -> Result<ServerConfig, String> {

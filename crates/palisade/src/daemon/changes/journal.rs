@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use ring::digest::{SHA256, digest};
+use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use super::{
