@@ -1,5 +1,7 @@
 //! Access to the conntrack table: listing, sweeping and seeding.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use palisade_abi::{Counter, CtEntry, CtKey, ProxyPath, PuntRequest, counter_slot, punt_flags};
 
 use crate::{
@@ -15,6 +17,7 @@ pub struct Conntrack<'a> {
     map: &'a Map<CtKey, CtEntry>,
     counters: &'a PerCpuArray<Counter>,
     shares: &'a Shares,
+    removals: &'a AtomicU64,
 }
 
 /// A flow that was removed.
@@ -64,6 +67,7 @@ impl Datapath {
             map: &self.conntrack,
             counters: &self.counters,
             shares: &self.shares,
+            removals: &self.removals,
         }
     }
 }
@@ -123,6 +127,9 @@ impl Conntrack<'_> {
                 protected.add(&key, &entry);
                 sweep.present += 1;
             }
+        }
+        if !sweep.ended.is_empty() {
+            self.removals.fetch_add(1, Ordering::Release);
         }
         self.shares.correct(&before, &protected);
         self.add(counter_slot::CONNTRACK_SWEPT, sweep.ended.len() as u64)?;
@@ -187,7 +194,9 @@ impl Conntrack<'_> {
     /// # Errors
     /// [`MapError`] if the map cannot be written.
     pub fn remove(&self, key: &CtKey) -> Result<(), MapError> {
-        self.map.take(key).map(drop)
+        self.map.take(key)?;
+        self.removals.fetch_add(1, Ordering::Release);
+        Ok(())
     }
 
     /// Returns the endpoints that have used up the guaranteed part of a share while the pool is used up, too. New flows

@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::fd::{AsFd as _, BorrowedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicU64},
 };
 
 use palisade_abi::{
@@ -60,6 +60,8 @@ pub struct Datapath {
     pub(crate) staged: Mutex<bool>,
     /// Earlier version whose maps existed at the start.
     pub(crate) earlier: Option<u32>,
+    /// Number of removals of flows by this process, for [`crate::ProxiedFlows::removals`].
+    pub(crate) removals: Arc<AtomicU64>,
     pub(crate) shares: Shares,
     pub(crate) sizes: Sizes,
     fresh: bool,
@@ -168,6 +170,7 @@ impl Datapath {
             old_conntrack: Mutex::new(old_conntrack),
             staged: Mutex::new(staged),
             earlier,
+            removals: Arc::default(),
             shares,
             sizes,
             fresh,

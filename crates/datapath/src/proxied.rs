@@ -1,5 +1,10 @@
 //! Look-up of intercepted flows for the proxy.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
 use palisade_abi::{
     Addr, CtEntry, CtKey, Direction, Inspector, IpcacheEntry, ProxiedFlow, ProxiedKey, ProxyPath,
     PuntRequest, ct_flags, protocol, punt_flags,
@@ -13,6 +18,7 @@ pub struct ProxiedFlows {
     conntrack: Map<CtKey, CtEntry>,
     ipcache: Map<Addr, IpcacheEntry>,
     host: u16,
+    removals: Arc<AtomicU64>,
 }
 
 impl Datapath {
@@ -25,11 +31,19 @@ impl Datapath {
             conntrack: self.conntrack.duplicate()?,
             ipcache: self.ipcache.duplicate()?,
             host: host_endpoint,
+            removals: Arc::clone(&self.removals),
         })
     }
 }
 
 impl ProxiedFlows {
+    /// Returns a number that is raised after each removal of flows by this process. A flow that was found stays as it is
+    /// until this number is raised, or the policy changes, or the flow's share evicts it.
+    #[must_use]
+    pub fn removals(&self) -> u64 {
+        self.removals.load(Ordering::Acquire)
+    }
+
     /// Returns an intercepted flow; `None` if no policy intercepts the flow (any more).
     ///
     /// A flow that a new policy denies, or allows without interception, is evaluated with its next packet of either

@@ -35,6 +35,10 @@ pub struct Flow {
 pub trait Flows: Send + Sync {
     /// Returns the flow between two addresses; `None` if it is not intercepted.
     fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow>;
+
+    /// Returns a number that is raised after each removal of flows. While it is the same, and no lookup of all
+    /// connections was requested, [`Self::find`] would return the same flow, so that a request costs no lookup.
+    fn removals(&self) -> u64;
 }
 
 /// Registers listeners with the programs of the namespaces.

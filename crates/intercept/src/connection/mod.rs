@@ -161,6 +161,8 @@ pub(crate) struct Connection {
     responded: bool,
     /// Whether the flow was looked up for the request whose head is arriving.
     checked: bool,
+    /// [`crate::Flows::removals`] before the last lookup of the flow.
+    removals: u64,
     /// Whether later bytes are forwarded without inspection.
     offloaded: bool,
     /// HTTP requests of the connection.
@@ -229,6 +231,8 @@ impl Connection {
             answer: None,
             responded: false,
             checked: false,
+            // The first request looks the flow up again: the policy can have changed since the connection was accepted.
+            removals: u64::MAX,
             offloaded: false,
             requests: 0,
             since: now,
@@ -391,6 +395,8 @@ impl Connection {
 
     /// Updates the request of the policy from the flow.
     fn find(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
+        // Read before the lookup: a removal during the lookup leads to another one.
+        self.removals = cx.flows.removals();
         let (direction, client, server) = (self.context.direction, self.context.client, self.context.server);
         let Some(flow) = cx.flows.find(direction, client, server) else {
             count(&cx.counters.cut);

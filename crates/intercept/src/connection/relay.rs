@@ -333,7 +333,8 @@ impl Connection {
         }
     }
 
-    /// Looks the flow up when the first bytes of a request have arrived, so that the rules in force decide about it.
+    /// Checks when the first bytes of a request have arrived that the flow still exists, so that the rules in force decide
+    /// about the request. After a change of policies the thread has looked up all flows before it handles events.
     fn check_flow(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         let Protocol::Http1(session) = &self.protocol else {
             return Ok(());
@@ -342,7 +343,9 @@ impl Connection {
         if !is_at_request || self.offloaded {
             self.checked = false;
         } else if !self.checked && !self.client.input.is_empty() {
-            self.find(cx)?;
+            if self.removals != cx.flows.removals() {
+                self.find(cx)?;
+            }
             self.checked = true;
         }
         Ok(())

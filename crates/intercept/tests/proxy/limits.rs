@@ -198,6 +198,10 @@ struct Panicking {
 }
 
 impl Flows for Panicking {
+    fn removals(&self) -> u64 {
+        self.inner.removals()
+    }
+
     fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow> {
         assert!(!self.panics.swap(false, Ordering::SeqCst), "a panic for the test");
         self.inner.find(direction, client, server)

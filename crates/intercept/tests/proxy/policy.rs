@@ -42,6 +42,8 @@ fn the_next_request_of_an_open_connection_gets_the_verdict_of_the_new_rules() {
         .as_mut()
         .expect("a flow")
         .ruleset = 2;
+    // As the daemon does after each change of the maps. The request comes right after it, without a wait.
+    world.proxy.recheck();
     assert_eq!(get(&mut client, "/b").status, 200);
     assert_eq!(get(&mut client, "/a").status, 403);
 }
@@ -66,18 +68,20 @@ fn a_connection_that_is_no_longer_intercepted_is_reset() {
 }
 
 #[test]
-fn a_flow_is_looked_up_for_each_request_and_not_for_its_body() {
+fn a_flow_is_looked_up_for_the_first_request_and_after_a_removal_of_flows() {
     let world = World::new(http_rules(&["/.*"]));
     world.http_server();
     let mut client = world.client();
+    let lookups = || world.flows.lookups.load(Ordering::SeqCst);
     for path in ["/1", "/2", "/3"] {
         assert_eq!(get(&mut client, path).status, 200);
     }
     assert_eq!(
-        world.flows.lookups.load(Ordering::SeqCst),
-        4,
-        "one for the connection and one for each request"
+        lookups(),
+        2,
+        "one for the connection and one for the first request"
     );
+    world.flows.removals.fetch_add(1, Ordering::SeqCst);
     send(
         &mut client,
         format!("PUT /4 HTTP/1.1\r\nHost: {NAME}\r\nContent-Length: 100000\r\n\r\n"),
@@ -86,7 +90,16 @@ fn a_flow_is_looked_up_for_each_request_and_not_for_its_body() {
         send(&mut client, [b'x'; 1000]);
     }
     assert_eq!(crate::world::read_answer(&mut client).body, "PUT /4 100000");
-    assert_eq!(world.flows.lookups.load(Ordering::SeqCst), 5);
+    assert_eq!(
+        lookups(),
+        3,
+        "one for the request after the removal, none for its body"
+    );
+    *world.flows.request.lock().expect("the flows") = None;
+    world.flows.removals.fetch_add(1, Ordering::SeqCst);
+    send(&mut client, format!("GET /5 HTTP/1.1\r\nHost: {NAME}\r\n\r\n"));
+    let (_, end) = read_to_end(&mut client);
+    end.expect_err("the flow was removed");
 }
 
 #[test]

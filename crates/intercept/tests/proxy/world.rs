@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -130,11 +130,17 @@ pub(crate) struct TestFlows {
     pub(crate) request: Mutex<Option<PuntRequest>>,
     /// Number of lookups.
     pub(crate) lookups: AtomicUsize,
+    /// Number of removals of flows.
+    pub(crate) removals: AtomicU64,
     /// Endpoint of the clients whose port is in the set.
     pub(crate) endpoints: Mutex<BTreeMap<u16, u16>>,
 }
 
 impl Flows for TestFlows {
+    fn removals(&self) -> u64 {
+        self.removals.load(Ordering::SeqCst)
+    }
+
     fn find(&self, _: Direction, client: SocketAddr, _: SocketAddr) -> Option<Flow> {
         self.lookups.fetch_add(1, Ordering::SeqCst);
         let mut request = (*self.request.lock().expect("the flows"))?;
@@ -234,6 +240,7 @@ impl World {
         let flows = Arc::new(TestFlows {
             request: Mutex::new(Some(request)),
             lookups: AtomicUsize::new(0),
+            removals: AtomicU64::new(0),
             endpoints: Mutex::default(),
         });
         let reports = Arc::new(TestReports::default());

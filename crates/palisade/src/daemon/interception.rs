@@ -451,6 +451,10 @@ struct FlowTable {
 }
 
 impl Flows for FlowTable {
+    fn removals(&self) -> u64 {
+        self.flows.removals()
+    }
+
     fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow> {
         let key = ProxiedKey {
             client: client.ip().into(),
