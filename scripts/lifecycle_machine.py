@@ -22,8 +22,8 @@ PACKAGES = (
 )
 MIRROR = os.environ.get("PALISADE_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 # A check that waits for a state of the machine gives up after this time, s. Emulation on a busy machine is slow.
-PATIENCE = 600
-# Multiplies the time limits of this side; those inside the machine are in its own time.
+WAIT_LIMIT = 600
+# Multiplies the time limits on the host; those inside the machine are in the time of its own clock.
 SLOWNESS = float(os.environ.get("PALISADE_LIFECYCLE_SLOWNESS", "1"))
 
 # Reads lines "ID BASE64" from the host, runs each as a command, and answers "ID EXIT-CODE BASE64".
@@ -145,7 +145,7 @@ def build_root(root):
 
 
 def install_tools():
-    """Installs the packages of this machine that are missing."""
+    """Installs the packages that the host lacks."""
     tools = {"debootstrap": "debootstrap", "qemu-system-x86_64": "qemu-system-x86", "mkfs.ext4": "e2fsprogs"}
     missing = [package for tool, package in tools.items() if not shutil.which(tool)]
     if missing:
@@ -198,7 +198,7 @@ class Machine:
             time.sleep(0.1)
         sys.exit("lifecycle: qemu does not start")
 
-    def shell(self, command, timeout=PATIENCE):
+    def shell(self, command, timeout=WAIT_LIMIT):
         """Returns exit code and output of a command."""
         self.serial += 1
         line = f"{self.serial} {base64.b64encode(command.encode()).decode()}\n"
@@ -226,7 +226,7 @@ class Machine:
 
     def boot(self, before=None):
         """Waits until the machine has booted, not as the boot `before`, and returns its state."""
-        until = time.monotonic() + PATIENCE * SLOWNESS
+        until = time.monotonic() + WAIT_LIMIT * SLOWNESS
         while time.monotonic() < until:
             # A port that no program has opened yet, or any more, answers nothing.
             code, boot = self.shell(self.BOOT, timeout=30)
@@ -249,7 +249,7 @@ class Machine:
         text = self.shell(command)[1]
         return not text.strip(), text
 
-    def until(self, command, timeout=PATIENCE):
+    def until(self, command, timeout=WAIT_LIMIT):
         """Returns whether a command succeeds within the time."""
         end = time.monotonic() + timeout * SLOWNESS
         while time.monotonic() < end:

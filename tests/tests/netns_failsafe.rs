@@ -251,7 +251,7 @@ fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
         "{validated}"
     );
 
-    // A reload moves them to the other interface, and cuts what they had let in.
+    // A reload moves them to the other interface, and the connection that they had allowed gets no more packets.
     let mut session = open(&lan, None, SocketAddr::new(node[0], 22), OPEN).expect("connection");
     assert_eq!(exchange(&mut session, OPEN), Outcome::Open);
     let reload = |interfaces: &str| {

@@ -324,7 +324,7 @@ fn a_change_is_rolled_back_whichever_way_the_boot_clock_has_jumped() {
 /// Root in a workload can add any number of addresses: no more than a bounded number of them is read, and the workload is no
 /// endpoint until there are fewer.
 #[test]
-fn a_workload_with_very_many_addresses_is_named_and_costs_no_time_of_the_daemon() {
+fn a_workload_with_more_addresses_than_are_read_is_no_endpoint_and_does_not_delay_a_reload() {
     let world = world();
     let crowd = Ns::new("app-crowd").expect("namespace");
     world
@@ -439,7 +439,7 @@ fn many_endpoints(number: usize) -> (Duration, u64) {
         let to = format!("{address}:80").parse().expect("address");
         connect(world.ns(from), to, within)
     };
-    // No one listens at the address.
+    // No program listens at the address.
     assert_eq!(reaches("front", OPEN), Outcome::Refused, "{}", daemon.report());
     assert_eq!(reaches("db", CLOSED), Outcome::TimedOut, "{}", daemon.report());
     let attached = daemon.status().expect("status");

@@ -71,7 +71,8 @@ fn is_in_window<H: Hook>(ctx: H, pkt: &mut PacketContext, entry: Entry) -> bool 
         let code = other_from & 15;
         if H::LIMITS_WINDOWS && differs != 0 && code != 0 {
             let left = other_to.wrapping_sub(acked);
-            // The worker lets the sender send the head of the next message, and has to know what the sender knows.
+            // The worker permits the head of the next message, and must have seen the newest acknowledgement before it
+            // offers a window itself: the sender ignores an older one (RFC 9293, 3.10.7.4).
             if left <= SEND_LIMIT_DISTANCE {
                 return false;
             }

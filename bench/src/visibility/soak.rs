@@ -43,15 +43,15 @@ const MEMORY_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Default)]
 struct Received {
     flows: AtomicU64,
-    /// Flows that the reader was told it has lost.
+    /// Flows whose loss was reported to the reader.
     lost: AtomicU64,
-    /// Reports of losses before the ring. They take the places of flows in the ring.
+    /// Reports of losses before the ring. Each has a number in the ring, like a flow.
     reports: AtomicU64,
     /// Numbers in the ring of the first and of the last flow.
     first: OnceLock<u64>,
     last: AtomicU64,
-    /// Whether the reader reads as fast as it can.
-    hurries: AtomicBool,
+    /// Whether the reader reads as fast as possible.
+    is_unpaced: AtomicBool,
 }
 
 impl Received {
@@ -83,8 +83,8 @@ impl Received {
         counter.load(Ordering::Relaxed) as f64
     }
 
-    /// Returns how many places the ring has from the first to the last flow, and how many of them this reader has
-    /// received or was told about.
+    /// Returns how many numbers the ring has assigned from the first to the last flow, and how many of them this reader
+    /// has received or has a report about.
     fn account(&self) -> (u64, u64) {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let first = self.first.get().copied().unwrap_or_default();
@@ -120,7 +120,7 @@ impl Follower {
     }
 }
 
-/// Counts the lines of a reader; `pace`: lines per second until it hurries, as fast as possible without.
+/// Counts the lines of a reader; `pace`: lines per second until [`Received::is_unpaced`]; `None`: as fast as possible.
 fn count(out: ChildStdout, pace: Option<u32>) -> Arc<Received> {
     let received = Arc::<Received>::default();
     let of_thread = Arc::clone(&received);
@@ -130,7 +130,7 @@ fn count(out: ChildStdout, pace: Option<u32>) -> Arc<Received> {
             // A tenth of the lines each 100 ms, so that the reader is slow and not stopped.
             if let Some(pace) = pace
                 && n % (pace / 10) == 0
-                && !of_thread.hurries.load(Ordering::Relaxed)
+                && !of_thread.is_unpaced.load(Ordering::Relaxed)
             {
                 thread::sleep(Duration::from_millis(100));
             }
@@ -202,9 +202,9 @@ pub fn measure(effort: Effort) -> Result<Measure> {
     let fast = count(out, None);
     let (_slow, out) = Follower::start(daemon)?;
     let slow = count(out, Some(SLOW_LINES));
-    let (dead, _never_read) = Follower::start(daemon)?;
+    let (stopped, _never_read) = Follower::start(daemon)?;
     thread::sleep(Duration::from_secs(1));
-    dead.stop()?;
+    stopped.stop()?;
     let begin = Sample::of(daemon)?;
     let packets = (RATE / per_packet * STEP.as_secs_f64()).round() as usize;
     let ended = AtomicBool::new(false);
@@ -225,7 +225,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         Ok::<_, anyhow::Error>((took?, memory??))
     })?;
     let made = Sample::of(daemon)?.events - begin.events;
-    slow.hurries.store(true, Ordering::Relaxed);
+    slow.is_unpaced.store(true, Ordering::Relaxed);
     let drained = Instant::now();
     let last = || [&fast, &slow].map(|reader| reader.last.load(Ordering::Relaxed));
     let mut before = last();
@@ -265,11 +265,13 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         end.export_lost - begin.export_lost,
     );
     let accounted = |name: &str, reader: &Received| {
-        let (places, known) = reader.account();
+        let (numbers, known) = reader.account();
         Goal::at_most(
-            format!("flow records of which the {name} reader was not told, of {places}"),
+            format!(
+                "flow records that the {name} reader neither received nor has a report about, of {numbers}"
+            ),
             0.0,
-            places as f64 - known as f64,
+            numbers as f64 - known as f64,
             "",
         )
     };
@@ -283,7 +285,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "soak-flows",
         title: "Readers at a constant rate of flow records",
         method: format!(
-            "UDP packets of {NEW_FLOWS} flows in turn, with a conntrack map of 4,096 entries, so that nearly each packet begins a flow ({} flow records per packet), at a rate for 50,000 records per second, for {seconds:.0} s. Readers: `palisade observe --follow -o json`; the slow one reads {SLOW_LINES} lines per second, the dead one is stopped. All run on the same CPUs. Memory is VmRSS, each second.",
+            "UDP packets of {NEW_FLOWS} flows in turn, with a conntrack map of 4,096 entries, so that nearly each packet begins a flow ({} flow records per packet), at a rate for 50,000 records per second, for {seconds:.0} s. Readers: `palisade observe --follow -o json`; the slow one reads {SLOW_LINES} lines per second, a third one is stopped (SIGSTOP). All run on the same CPUs. Memory is VmRSS, each second.",
             number(per_packet)
         ),
         goals: vec![

@@ -68,9 +68,9 @@ fn dirs_of_versions(pin_dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
     Ok(dirs)
 }
 
-/// Start of the name of a pin beside the maps of this version, while maps of an earlier version exist. The rest is the
-/// time of the coarse monotonic clock, ns, before which every flow of the earlier version has been copied: a start after
-/// a crash in the middle of an upgrade does not copy flows that have ended since.
+/// Start of the name of a pin in the directory of the maps of this version, while maps of an earlier version exist. The
+/// rest is the time of the coarse monotonic clock, ns, before which every flow of the earlier version has been copied:
+/// a start after a crash in the middle of an upgrade does not copy flows that have ended since.
 pub(crate) const TAKEN: &str = "taken_";
 
 /// Returns the time in the pin of a directory; 0 if it has none.

@@ -121,8 +121,8 @@ impl Datapath {
         Ok(taken)
     }
 
-    /// Writes the time for [`crate::pin::taken_until`]. Without it, a start after a crash copies ended flows once more, so an error
-    /// does not stop the upgrade.
+    /// Writes the time for [`crate::pin::taken_until`]. An error does not stop the upgrade: without the pin, a start after
+    /// a crash copies ended flows once more.
     fn record_taken(&self, until: u64) {
         let is_staged = *self
             .staged

@@ -121,8 +121,8 @@ impl Datapath {
     }
 }
 
-/// Detaches the programs of every interface of which a pin directory has records, removes the punt link and the proxy links, and
-/// removes the directory with its maps. The function opens no maps, so it works for maps of every version.
+/// Detaches the programs of every interface of which a pin directory has records, removes the punt link and the proxy
+/// links, and removes the directory with its maps. The function opens no maps, so it works for maps of every version.
 ///
 /// # Errors
 /// The first [`AttachError`]; the removal continues after an error.

@@ -1,4 +1,4 @@
-//! Maps of an earlier version of `palisade_abi`: which version a pin directory has, and what its maps hand down.
+//! Maps of an earlier version of `palisade_abi`: which version a pin directory has, and what is taken over from its maps.
 //!
 //! ```text
 //! <pin_dir>/v6/        maps of the earlier version; its programs use them until they are replaced
@@ -6,9 +6,9 @@
 //! <pin_dir>/v7/        the same directory after `Datapath::commit`, which precedes the first attachment
 //! ```
 //!
-//! A directory `v<number>` is therefore never half filled, at the first start neither, and a crash at any step leaves at each hook either the old
-//! program with the old maps or the new program with the new maps. The policy maps are not handed down: the daemon
-//! compiles them from the policies. Flows, interfaces and counters of rules have no other source.
+//! A directory `v<number>` is therefore never half filled, also at the first start, and a crash at any step leaves at
+//! each hook either the old program with the old maps or the new program with the new maps. The policy maps are not
+//! taken over: the daemon compiles them from the policies. Flows, interfaces and counters of rules have no other source.
 //!
 //! Depends on [`crate::pin`] and [`crate::maps`]. Start at [`Pinned::find`]. A change of `palisade_abi::VERSION` needs
 //! an entry in [`EARLIER`], with a copy of the former layout if the layout of CONNTRACK has changed.

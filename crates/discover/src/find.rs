@@ -100,7 +100,7 @@ pub fn find(
         let kept = kept.filter(|address| had.is_some_and(|had| had.contains(address)));
         held.extend(kept.map(|address| (*address, name.clone())));
     }
-    // These do not hold an address: the workload that comes for it has labels.
+    // An endpoint with `reserved:init` does not hold an address: the workload that gets labels later must get it.
     claims.extend(initial::claims(rules, workloads, interfaces, before));
     let mut interfaces: BTreeMap<String, String> = BTreeMap::new();
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
@@ -387,15 +387,15 @@ mod tests {
         let rules = [rule("netns", "{name}")];
         let old = workload("zzz", 7, &["10.0.0.2"]);
         let before = run(&rules, std::slice::from_ref(&old), &Outcome::default());
-        let thief = workload("aaa", 8, &["10.0.0.3", "10.0.0.2"]);
-        let outcome = run(&rules, &[thief.clone(), old], &before);
+        let claimant = workload("aaa", 8, &["10.0.0.3", "10.0.0.2"]);
+        let outcome = run(&rules, &[claimant.clone(), old], &before);
         assert_eq!(outcome.found, before.found);
         assert!(
             message(&outcome)
                 .contains("10.0.0.2 belongs to default/zzz (netns:zzz) already; veth8 stays denied")
         );
         // Once the holder is gone, the address is free.
-        let outcome = run(&rules, &[thief], &outcome);
+        let outcome = run(&rules, &[claimant], &outcome);
         assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/aaa"]);
     }
 
@@ -578,11 +578,11 @@ mod tests {
         let mut rules = [rule("netns", "{name}")];
         rules[0].unknown = Unknown::Init;
         let taken = Taken::default();
-        let thief = [veth(7, &["10.0.0.2"])];
-        let before = find(&rules, &[], &thief, &taken, &BTreeMap::new(), 100);
+        let claimant = [veth(7, &["10.0.0.2"])];
+        let before = find(&rules, &[], &claimant, &taken, &BTreeMap::new(), 100);
         assert_eq!(before.found.len(), 1);
         let owner = [workload("web", 8, &["10.0.0.2"])];
-        let outcome = find(&rules, &owner, &thief, &taken, &before.found, 100);
+        let outcome = find(&rules, &owner, &claimant, &taken, &before.found, 100);
         assert_eq!(outcome.found.keys().collect::<Vec<_>>(), ["default/web"]);
         assert!(message(&outcome).contains("10.0.0.2 belongs to default/web"));
         // Between two of them, the first one keeps it, and the configuration wins against both.

@@ -1,5 +1,6 @@
 //! Workloads that are found without an `[[endpoint]]` of the configuration: what sources report (named network
-//! namespaces, Docker, containerd, CNI) becomes endpoints with labels. No I/O: the daemon reads the sources and the interfaces.
+//! namespaces, Docker, containerd, CNI) becomes endpoints with labels. No I/O: the daemon reads the sources and the
+//! interfaces.
 //!
 //! ```text
 //! /run/netns, engines, CNI ──> Workload ─ find ─ Rule (mapping), Taken (configuration) ──> Found, Problem

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use palisade_abi::Reason;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Number of a drop reason; 0 if the packet was not dropped. In JSON, a drop reason is its name: that of the API, or of
-/// [`OWN_NAMES`], or its number if it has no name, as protobuf writes unknown enumeration values.
+/// Number of a drop reason; 0 if the packet was not dropped. In JSON, a drop reason is its name: that of the API, or
+/// Palisade's own name, or its number if it has no name, as protobuf writes unknown enumeration values.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct DropReason(pub u8);
 

@@ -5,7 +5,7 @@
 //! reader of flows is a stream over the ring that converts a flow when the connection has room for the flow: a reader
 //! that is slow, or that stopped reading, delays no other reader and no writer, and its memory is bounded.
 //!
-//! Depends on `palisade-flowlog` (flows, ring, filters). Start at [`Api`], then [`server`].
+//! Depends on `palisade-flowlog` (flows, ring, filters). Start at [`Api`] and [`serve`].
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(unreachable_pub)]

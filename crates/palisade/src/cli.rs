@@ -103,7 +103,7 @@ Examples:
         /// and exit with 1.
         #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
         wait: Option<Duration>,
-        /// Print OK, or what is missing, and exit with 1 if something is.
+        /// Print OK, or a line for each thing that is missing, and exit with 1 then.
         #[arg(long, conflicts_with_all = ["wait", "output"])]
         brief: bool,
         #[command(flatten)]
@@ -334,7 +334,7 @@ Exits 0 if the packet would pass (also by audit mode, or once it was inspected),
   palisade policy confirm
   palisade policy confirm 12
 
-With the number of the change, which `palisade policy apply` prints, another change is not confirmed.
+With the number of the change, which `palisade policy apply` prints, only that change is confirmed.
 Exits 1 if no change waits, for example because it was rolled back, or if another one waits.")]
     Confirm {
         /// Number of the change; without it, the one that waits.
@@ -345,7 +345,7 @@ Exits 1 if no change waits, for example because it was rolled back, or if anothe
   palisade policy cancel
   palisade policy cancel 12
 
-Exits 1 if no change waits, or another one than the given one.")]
+Exits 1 if no change waits, or if another one waits.")]
     Cancel {
         /// Number of the change; without it, the one that waits.
         number: Option<u64>,

@@ -1,6 +1,6 @@
-//! Priority of what only shows flows: threads of the flow API, of clients that read flows and of exports, and commands
-//! that follow flows. On a busy node they get the CPU time that the packet path leaves. If that is too little, they lose
-//! flows and report how many.
+//! Priority of threads and commands that only report flows: threads of the flow API, of clients that read flows and of
+//! exports, and commands that follow flows. On a busy node they get the CPU time that the packet path leaves. If that
+//! is too little, they lose flows and report how many.
 
 use std::{
     fs::File,
@@ -21,7 +21,7 @@ const SLICE: Duration = Duration::from_micros(100);
 const PERIOD: Duration = Duration::from_millis(100);
 /// Time per [`PERIOD`] for which a thread works while the CPUs are busy.
 const BUSY_WORK: Duration = Duration::from_millis(1);
-/// Kernel's times of the calling thread: running and waiting for a CPU in ns, number of time slices.
+/// The kernel's counters of the calling thread: time running and time waiting for a CPU, ns, and number of time slices.
 const SCHEDULING_FILE: &str = "/proc/thread-self/schedstat";
 
 /// Lowers the priority of the calling thread, and of threads that it starts afterwards.
@@ -98,8 +98,8 @@ fn parse(text: &str) -> Option<[u64; 2]> {
     Some([numbers.next()?.ok()?, numbers.next()?.ok()?])
 }
 
-/// Returns whether the CPUs are busy: a thread has waited for one for more than half of the time for which it has run. They
-/// were busy before (`was_busy`): until it waits for less than a tenth, since a thread that works little waits little.
+/// Returns whether the CPUs are busy: a thread has waited for a CPU for more than half of the time for which it has run.
+/// If they were busy before (`was_busy`), more than a tenth suffices, since a thread that is limited waits less.
 const fn is_busy(was_busy: bool, before: [u64; 2], now: [u64; 2]) -> bool {
     let (ran, waited) = (now[0].saturating_sub(before[0]), now[1].saturating_sub(before[1]));
     waited > ran / if was_busy { 10 } else { 2 }

@@ -1,5 +1,5 @@
-//! containerd's API over a Unix socket, as far as Palisade uses it: HTTP/2 and gRPC frames by hand, so that the engine can
-//! also answer nonsense.
+//! containerd's API over a Unix socket, as far as Palisade uses it: HTTP/2 and gRPC frames without a library, so that the
+//! engine can also send malformed answers.
 
 use std::{
     fs,

@@ -68,7 +68,7 @@ pub(crate) struct Connection<F> {
     windows: PerSide<[u32; 2]>,
     /// [`palisade_abi::send_limit_code`] of each offload window; 0: its sender is not limited.
     codes: PerSide<u32>,
-    /// Whether the sender of an offload window has to be offered it.
+    /// Whether the worker still has to offer an offload window to the sender.
     offers: PerSide<bool>,
     /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,

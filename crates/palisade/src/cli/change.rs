@@ -42,7 +42,7 @@ pub(super) const DIFF_HELP: &str = "Examples:
 With one argument the policies in force are compared with it: with FILE or DIR as `palisade policy apply` would put it in
 force, or with a set of the history. Shows verdicts, not text: for which endpoint, direction, peer and ports the verdict
 changes. A number is a set of `palisade policy history`; write ./3 for a file of that name. With --offline no daemon is
-asked: two files or folders are compared for the endpoints and peers of the configuration.
+needed: two files or folders are compared for the endpoints and peers of the configuration.
 
 Exits 0 if nothing differs, 1 if something does or there are errors.";
 
@@ -97,7 +97,7 @@ pub(crate) struct DiffArgs {
     /// With two arguments the first is compared with the second.
     #[arg(value_name = "FILE|DIR|N")]
     pub second: Option<PathBuf>,
-    /// Ask no daemon: compare for the endpoints and peers of the configuration.
+    /// Compare without a daemon, for the endpoints and peers of the configuration.
     #[arg(long, requires = "second")]
     pub offline: bool,
     #[command(flatten)]

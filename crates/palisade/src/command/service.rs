@@ -212,8 +212,8 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
     }
 }
 
-/// Adds the live connections that are denied. A daemon of an earlier version does not know the request, and one that compares
-/// policies can be too busy for it.
+/// Adds the live connections that are denied. Errors are no errors of the status: a daemon of an earlier version has no
+/// such request, and one that compares policies for another command refuses it.
 fn with_denied(socket: &Path, status: Status) -> Status {
     Status {
         denied_connections: ask(socket, &Request::DeniedConnections).unwrap_or_default(),

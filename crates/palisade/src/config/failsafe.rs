@@ -30,7 +30,7 @@ const DEFAULT_OUTBOUND: [(L4Protocol, u16); 2] = [(L4Protocol::Udp, 67), (L4Prot
 pub(crate) struct Failsafe {
     /// Ports of the node.
     pub inbound: Vec<FailsafePort>,
-    /// Ports of others.
+    /// Ports of peers.
     pub outbound: Vec<FailsafePort>,
     /// Interfaces at which the ports are open; `None` for every `[[interface]]`.
     pub interfaces: Option<Vec<InterfacePattern>>,
@@ -124,7 +124,7 @@ pub(super) fn read(section: Section<'_, '_>, nics: &[&str]) -> Failsafe {
     failsafe
 }
 
-/// Reads `interfaces`. A pattern without an interface is an error: nobody would reach the node by these ports.
+/// Reads `interfaces`. A pattern without an interface is an error: the node could not be reached by these ports.
 fn interfaces(section: &Section<'_, '_>, nics: &[&str]) -> Option<Vec<InterfacePattern>> {
     let is_wrong = Cell::new(false);
     let wanted = "a list of interface names or their beginnings: [\"eth0\", \"bond*\"]";

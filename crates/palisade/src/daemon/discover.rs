@@ -5,8 +5,8 @@
 //! and the nftables table drops by the patterns of interface names ([`super::interfaces`]). So how fast a report arrives
 //! decides only when traffic begins.
 //!
-//! Depends on [`sources`] and [`engine`] for the sources, [`place`] and [`links`] for the interfaces. Start at [`Discovery`]; the control thread's
-//! part is in `workloads.rs`.
+//! Depends on [`sources`] and [`engine`] for the sources, [`place`] and [`links`] for the interfaces. Start at
+//! [`Discovery`]; the control thread's part is in `workloads.rs`.
 
 mod containerd;
 mod docker;

@@ -1,7 +1,8 @@
 //! The failsafe ports of the configuration as rules for the compiler.
 //!
-//! Each port is a policy of its own with the node as its subject, in a file of its own for the compiler (`palisade_policy::compile::FAILSAFE_FILE`), so that
-//! reports, counters and flows name the port and its line in the configuration. Start at [`content`].
+//! Each port is a policy of its own with the node as its subject, in a file of its own for the compiler
+//! (`palisade_policy::compile::FAILSAFE_FILE`), so that reports, counters and flows name the port and its line in the
+//! configuration. Start at [`content`].
 
 use ipnet::IpNet;
 use palisade_abi::{DIRECTIONS, Direction};

@@ -8,9 +8,10 @@
 //! fits. The programs do this for acknowledgements inside the offload window (`xdp/src/offload.rs`), the worker for
 //! those near its end and all others.
 //!
-//! - The sender waits for the verdict on a head, so the worker offers it the window of the message with the head. A
-//!   receiver can delay the acknowledgement of a head of one segment (RFC 9293, 3.8.6.3), or send it when its application
-//!   has read. The worker has seen the newest acknowledgement, an older one would be ignored (RFC 9293, 3.10.7.4).
+//! - The sender may send the rest of a message only after the verdict on its head. The worker offers it that rest with
+//!   the verdict, because a receiver can delay the acknowledgement of a head of one segment (RFC 9293, 3.8.6.3) until its
+//!   application has read. The worker can do so because it has seen the newest acknowledgement; the sender ignores an
+//!   older one (RFC 9293, 3.10.7.4).
 //! - A right edge that was offered is not taken back (RFC 9293, 3.8.6), except by less than the unit of a scaled window
 //!   (RFC 7323, 2.4).
 //! - Only for connections with a short round-trip time, since the next message begins a round trip later.

@@ -15,8 +15,8 @@ use palisade_flowlog::Timestamp;
 
 use crate::pcapng::Direction;
 
-/// Longest time for which a punted packet waits for its verdict. A message whose head needs more packets than this has
-/// no verdict in its first ones.
+/// Longest time for which a punted packet waits for its verdict. A message whose head arrives over a longer
+/// time has no verdict at its first packets.
 const MAX_WAIT: Duration = Duration::from_millis(500);
 /// Largest number of packets that wait.
 const MAX_PACKETS: usize = 8_192;
@@ -68,7 +68,7 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(super) struct Held {
     entries: VecDeque<Entry>,
-    /// Number of the first entry; the next ones count on.
+    /// Number of the first entry; the others have the following numbers.
     first: u64,
     /// Numbers of the entries with a key, in ascending order.
     waiting: HashMap<Key, VecDeque<u64>>,

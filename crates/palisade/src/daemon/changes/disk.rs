@@ -45,8 +45,8 @@ pub(super) type Content<'a> = (&'a str, u32);
 pub(super) struct Replaced<'a> {
     /// Number of the change.
     pub number: u64,
-    /// Whether a content is stored elsewhere. Files with another content are put aside under a name that is none of a
-    /// policy file: the daemon has not read them, so their content would be lost.
+    /// Whether a content is stored elsewhere. Files with another content are put aside, under a name that no
+    /// policy file has: the daemon has not read them, so their content would be lost.
     pub is_stored: &'a dyn Fn(&[u8]) -> bool,
 }
 

@@ -245,7 +245,8 @@ pub(in crate::daemon) struct Recovered {
     pub dropped: Option<u64>,
     /// New paths of files of the folder that were put aside.
     pub aside: Vec<PathBuf>,
-    /// Files from before `undone` that are to be enforced in place of those of the folder, because the folder could not be written.
+    /// Files from before `undone` that are to be enforced in place of those of the folder, because the folder could not
+    /// be written.
     pub unwritten: Option<Texts>,
     /// Problem for `palisade status`.
     pub problem: Option<String>,

@@ -16,12 +16,12 @@ pub(super) const MAX_WAITING: usize = 16;
 /// A policy set that was put in force.
 #[derive(Debug)]
 pub(in crate::daemon) struct Enforced {
-    /// Number that [`super::store::Store::prepare`] has assigned; `None` for a new one. Without a number, a set that equals the last
-    /// one is not recorded.
+    /// Number that [`super::store::Store::prepare`] has assigned; `None` for a new one. Without a number, a set that
+    /// equals the last one is not recorded.
     pub number: Option<u64>,
     /// What caused it.
     pub kind: ChangeKind,
-    /// Who caused it.
+    /// The user of the command; `None` without a command.
     pub author: Option<Author>,
     /// The author's message.
     pub message: String,
@@ -48,7 +48,7 @@ pub(in crate::daemon) struct Preparation {
     pub modes: BTreeMap<String, u32>,
     /// Time within which the change must be confirmed.
     pub confirm: Option<Duration>,
-    /// Who makes the change.
+    /// The user of the command.
     pub author: Author,
     /// The author's message.
     pub message: String,

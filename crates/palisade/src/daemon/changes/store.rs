@@ -51,7 +51,8 @@ pub(in crate::daemon) enum StoreEvent {
     Confirmed(Result<(), String>),
     /// The folder has the files from before the change again.
     Undone,
-    /// Files of the folder that no one had read were put aside under these names. Comes before the result of the job.
+    /// Files of the folder that the daemon had not read were put aside under these names. Comes before the result of
+    /// the job.
     Aside(Vec<PathBuf>),
 }
 

@@ -1,5 +1,5 @@
 //! A client of containerd's API. After each event of a container or task, and regularly, it lists the containers and tasks
-//! of its namespaces: the lists have all that is needed, so no container is asked for by itself.
+//! of its namespaces: the lists have all that is needed, so no container is requested alone.
 
 use std::{
     collections::BTreeMap,
@@ -40,7 +40,7 @@ const COLLECT: Duration = Duration::from_millis(5);
 /// After a list, the next one begins after this many times the duration of the list at the earliest, so that events
 /// without end use at most a quarter of a CPU.
 const REST_FACTOR: u32 = 3;
-/// Labels that name a workload, if labels count: the pod, and the name by nerdctl.
+/// Keys of labels with the name of a workload, if labels count: of the kubelet, and of nerdctl.
 const NAMES: [&str; 2] = ["io.kubernetes.pod.name", "nerdctl/name"];
 /// The header field with the namespace of a request.
 const NAMESPACE: &str = "containerd-namespace";
@@ -86,7 +86,7 @@ async fn watch(mut grpc: Grpc<Connection>, namespaces: Vec<String>, sender: Send
         Ok(()) => "the engine has ended the stream of events".to_owned(),
         Err(problem) => format!("events: {problem}"),
     };
-    // An error means that nobody waits for events any more.
+    // An error means that the receiver is dropped: [`follow`] has ended.
     let _ = sender.send(Err(problem)).await;
 }
 
@@ -104,7 +104,7 @@ async fn subscribe(
     while let Some(event) = stream.message().await.map_err(|status| status.to_string())? {
         let namespace = containerd::namespace_of_event(&event.0)?;
         if namespaces.contains(&namespace) {
-            // A full channel has an event that was not taken yet.
+            // If the channel is full, an earlier event already leads to a new list.
             let _ = sender.try_send(Ok(()));
         }
     }
@@ -120,7 +120,7 @@ async fn connect(socket: &Path) -> Result<Grpc<Connection>, String> {
         .await
         .map_err(|_| "connecting takes too long".to_owned())?
         .map_err(|error| error.to_string())?;
-    // An error of the connection arrives at its requests too.
+    // The requests of the connection report its errors.
     tokio::spawn(async move { drop(connection.await) });
     let grpc = Grpc::with_origin(Connection(sender), Uri::from_static("http://localhost"));
     Ok(grpc.max_decoding_message_size(MAX_LIST))

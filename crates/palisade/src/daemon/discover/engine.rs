@@ -83,7 +83,7 @@ impl Engine {
         self.is_ended.load(Ordering::Relaxed)
     }
 
-    /// Replaces the table by a whole list. `count` is the number of containers with those beyond the limit.
+    /// Replaces the table by a whole list. `count`: number of containers, including those beyond the limit.
     pub(super) fn listed(&self, containers: BTreeMap<String, Described>, count: usize) {
         let was_away = {
             let table = self.lock();
@@ -134,10 +134,10 @@ impl Engine {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the table, and wakes the reader of the table.
+    /// Changes the table, and wakes the thread that reads it.
     pub(super) fn change(&self, change: impl FnOnce(&mut Table)) {
         change(&mut self.lock());
-        // An error means that the reader is awake already.
+        // The write fails only if the counter is at its maximum, and then the thread is woken anyway (eventfd(2)).
         let _ = self.wake.write(1);
     }
 }

@@ -1,5 +1,5 @@
-//! The live connections that the policies in force deny, and those that a change of policy files would cut. The client's own thread compiles the change with a copy
-//! of the compiler: neither the control thread nor the packet path waits for it.
+//! The live connections that the policies in force deny, and those that a change of policy files would cut. The client's
+//! own thread compiles the change with a copy of the compiler: neither the control thread nor the packet path waits.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -23,8 +23,8 @@ use crate::{
 const MAX_DENIED: usize = 10;
 
 impl Handlers {
-    /// Returns the live connections that the policies in force deny: their packets are dropped, and the ends notice that
-    /// only by their own timeouts.
+    /// Returns the live connections that the policies in force deny: their packets are dropped, and no
+    /// reset is sent, so the connections stay open at both ends until the timeouts there.
     pub(super) fn denied_connections(&self) -> Result<DeniedConnections, String> {
         // `palisade status` does not wait for a comparison of policies.
         let _turn = match ONE_AT_A_TIME.try_lock() {
