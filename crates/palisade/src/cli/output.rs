@@ -19,8 +19,15 @@ pub(crate) enum Output {
 /// `-o` of the listings.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct OutputArgs {
-    /// Output format: table, json, or jsonpath=TEMPLATE for values of the JSON ('{[*].id}').
-    #[arg(short, long, value_name = "FORMAT", default_value = "table", value_parser = output)]
+    /// Output format: table, json, or jsonpath=TEMPLATE.
+    #[arg(
+        short,
+        long,
+        value_name = "FORMAT",
+        default_value = "table",
+        value_parser = output,
+        help = "Output format: table, json, or jsonpath=TEMPLATE for values of the JSON ('{[*].id}')"
+    )]
     pub output: Output,
 }
 

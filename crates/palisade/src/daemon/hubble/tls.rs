@@ -1,4 +1,4 @@
-//! Certificates of the TCP listener ([`certificate_files`](crate::daemon::certificate_files)). A connection is closed when
+//! Certificates of the TCP listener ([`certificate_files`]). A connection is closed when
 //! the certificate of its client is no longer accepted: since it has expired, or since the authorities have changed.
 
 use std::{
