@@ -1358,7 +1358,10 @@ fn many_connections_are_open_at_the_same_time() {
     limit_open_files(1_024);
     // One endpoint may have all connections.
     let settings = lab.settings_with("max_connections_per_endpoint = 16384");
-    let daemon = lab.daemon(&settings, &[("client.yaml", &policy("client", "egress", &[HTTPS], RULES))]);
+    let daemon = lab.daemon(
+        &settings,
+        &[("client.yaml", &policy("client", "egress", &[HTTPS], RULES))],
+    );
     limit_open_files(open_files);
     let _web = Web::start(lab.apps.ns("internet"), "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
     let at = lab.apps.at("internet", Family::V4, HTTPS);

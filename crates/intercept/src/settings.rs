@@ -29,6 +29,9 @@ pub struct Flow {
     pub request: PuntRequest,
     /// Index of the interface that the flow uses.
     pub ifindex: u32,
+    /// Whether the programs have evaluated the flow under the policy in force. Otherwise the next packet of the flow can
+    /// change its request, for example because the peer's address has another identity now.
+    pub is_evaluated: bool,
 }
 
 /// Finds intercepted flows.
@@ -37,7 +40,8 @@ pub trait Flows: Send + Sync {
     fn find(&self, direction: Direction, client: SocketAddr, server: SocketAddr) -> Option<Flow>;
 
     /// Returns a number that is raised after each removal of flows. While it is the same, and no lookup of all
-    /// connections was requested, [`Self::find`] would return the same flow, so that a request costs no lookup.
+    /// connections was requested, [`Self::find`] returns an evaluated flow unchanged, so that a request costs no lookup.
+    /// Only an entry that was evicted can be made again with another request.
     fn removals(&self) -> u64;
 }
 

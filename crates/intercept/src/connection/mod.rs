@@ -161,8 +161,10 @@ pub(crate) struct Connection {
     responded: bool,
     /// Whether the flow was looked up for the request whose head is arriving.
     checked: bool,
-    /// [`crate::Flows::removals`] before the last lookup of the flow.
-    removals: u64,
+    /// [`crate::Flows::removals`] before the last lookup of the flow; `None` if the next request needs a lookup.
+    removals: Option<u64>,
+    /// Time of the last lookup, ms.
+    found_at: Millis,
     /// Whether later bytes are forwarded without inspection.
     offloaded: bool,
     /// HTTP requests of the connection.
@@ -231,8 +233,9 @@ impl Connection {
             answer: None,
             responded: false,
             checked: false,
-            // The first request looks the flow up again: the policy can have changed since the connection was accepted.
-            removals: u64::MAX,
+            // The policy can have changed since the connection was accepted.
+            removals: None,
+            found_at: now,
             offloaded: false,
             requests: 0,
             since: now,
@@ -396,12 +399,14 @@ impl Connection {
     /// Updates the request of the policy from the flow.
     fn find(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         // Read before the lookup: a removal during the lookup leads to another one.
-        self.removals = cx.flows.removals();
+        let removals = cx.flows.removals();
         let (direction, client, server) = (self.context.direction, self.context.client, self.context.server);
         let Some(flow) = cx.flows.find(direction, client, server) else {
             count(&cx.counters.cut);
             return Err(Stop::Reset);
         };
+        self.removals = flow.is_evaluated.then_some(removals);
+        self.found_at = cx.now;
         let was_audit = self.context.is_audit();
         self.context.request = flow.request;
         // The policy can have changed since the thread last took new settings.

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use palisade_abi::Reason;
 use palisade_inspect::{
-    Side,
+    Millis, Side,
     record::{Record, Verdict, What},
     stream::StreamAction,
 };
@@ -22,6 +22,10 @@ use crate::{
     settings::Reports,
     stats::{Counters, count},
 };
+
+/// Time after which a request looks its flow up even without a removal: an entry that a newer flow of its share has
+/// evicted is made again by the next packet, which can find another identity at the peer's address. ms.
+const LOOKUP_INTERVAL: Millis = 1_000;
 
 impl Connection {
     /// Receives, inspects and forwards once. Returns whether there was progress.
@@ -334,7 +338,8 @@ impl Connection {
     }
 
     /// Checks when the first bytes of a request have arrived that the flow still exists, so that the rules in force decide
-    /// about the request. After a change of policies the thread has looked up all flows before it handles events.
+    /// about the request. After a change of policies the thread has looked up all flows before it handles events. A flow
+    /// that the programs have not evaluated since is looked up for each request.
     fn check_flow(&mut self, cx: &mut Cx<'_>) -> Result<(), Stop> {
         let Protocol::Http1(session) = &self.protocol else {
             return Ok(());
@@ -343,7 +348,8 @@ impl Connection {
         if !is_at_request || self.offloaded {
             self.checked = false;
         } else if !self.checked && !self.client.input.is_empty() {
-            if self.removals != cx.flows.removals() {
+            let is_known = self.removals == Some(cx.flows.removals());
+            if !is_known || cx.now.saturating_sub(self.found_at) >= LOOKUP_INTERVAL {
                 self.find(cx)?;
             }
             self.checked = true;

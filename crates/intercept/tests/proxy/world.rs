@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -130,6 +130,8 @@ pub(crate) struct TestFlows {
     pub(crate) request: Mutex<Option<PuntRequest>>,
     /// Number of lookups.
     pub(crate) lookups: AtomicUsize,
+    /// Whether the programs have not evaluated the flows under the policy in force.
+    pub(crate) is_stale: AtomicBool,
     /// Number of removals of flows.
     pub(crate) removals: AtomicU64,
     /// Endpoint of the clients whose port is in the set.
@@ -147,7 +149,11 @@ impl Flows for TestFlows {
         if let Some(endpoint) = self.endpoints.lock().expect("the endpoints").get(&client.port()) {
             request.endpoint = *endpoint;
         }
-        Some(Flow { request, ifindex: 3 })
+        Some(Flow {
+            request,
+            ifindex: 3,
+            is_evaluated: !self.is_stale.load(Ordering::SeqCst),
+        })
     }
 }
 
@@ -240,6 +246,7 @@ impl World {
         let flows = Arc::new(TestFlows {
             request: Mutex::new(Some(request)),
             lookups: AtomicUsize::new(0),
+            is_stale: AtomicBool::new(false),
             removals: AtomicU64::new(0),
             endpoints: Mutex::default(),
         });

@@ -162,6 +162,11 @@ impl Control {
                     }
                 }
                 Message::Signal(_) => return End::Stay,
+                // A change that failed before is made with the identities. Live connections must follow that change.
+                Message::Fqdn(ControlRequest::Identities) if self.enforcer.is_behind() => {
+                    self.names.rearm(ControlRequest::Identities);
+                    self.enforce(Instant::now());
+                }
                 Message::Fqdn(ControlRequest::Identities) => {
                     let Self {
                         inspectors,

@@ -63,6 +63,11 @@ pub(super) struct Enforcer {
 }
 
 impl Enforcer {
+    /// Returns whether the maps do not hold the compiler's state, so that [`Self::enforce`] is due.
+    pub(super) const fn is_behind(&self) -> bool {
+        self.problem.is_some() || self.good.is_none()
+    }
+
     /// Returns an enforcer that starts from the current content of the maps.
     pub(super) fn new(mut compiler: Compiler, datapath: &Datapath) -> anyhow::Result<Self> {
         let in_maps = found(datapath.dump()?);
@@ -340,10 +345,6 @@ impl Enforcer {
         mut set_rules: impl FnMut(&RuleSets),
     ) {
         names.rearm(ControlRequest::Identities);
-        if self.problem.is_some() || self.good.is_none() {
-            self.enforce(datapath, names, set_rules);
-            return;
-        }
         let mut state = names.lock();
         let before = resolver(self.compiler.snapshot());
         let missing = state.learned_map.missing(&state.view, false);

@@ -471,7 +471,8 @@ impl Flows for FlowTable {
         // The programs evaluate a flow after a change of policies only with the flow's next packet. Until then the proxy
         // evaluates it, because a connection whose bytes are relayed without inspection is looked up only at the change.
         // If the peer's identity no longer exists, only the programs can find the new one, and the connection ends.
-        if request.revision < state.revision {
+        let is_evaluated = request.revision >= state.revision;
+        if !is_evaluated {
             if !snapshot.identities.contains_key(&request.remote_identity) {
                 return None;
             }
@@ -496,6 +497,7 @@ impl Flows for FlowTable {
         Some(Flow {
             request,
             ifindex: flow.ifindex,
+            is_evaluated,
         })
     }
 }
