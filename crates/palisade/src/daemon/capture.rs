@@ -87,6 +87,8 @@ pub(super) struct Recorder {
     names: EventNames,
     /// By interface index and type of the first header.
     interfaces: HashMap<(u32, bool), Interface>,
+    /// Time of the last packet that was taken from the ring.
+    last_taken: Option<Timestamp>,
     /// Packets that are not written yet.
     held: Held,
     /// Flow records of inspectors.
@@ -135,6 +137,7 @@ impl Recorder {
             shared,
             names,
             interfaces: HashMap::new(),
+            last_taken: None,
             held: Held::default(),
             records,
             next: None,
@@ -172,6 +175,7 @@ impl Recorder {
             event.source_mac = [g, h, i, j, k, l];
         }
         let flow = Flow::from_event(&event, &self.names, self.clock_offset);
+        self.last_taken = Some(flow.time);
         if !self.filters.matches(&flow) {
             return;
         }
@@ -256,9 +260,9 @@ impl Recorder {
         }
     }
 
-    /// Returns the time of the last packet that was taken; `None` if no packet waits to be written.
-    pub(super) fn last_taken(&self) -> Option<Timestamp> {
-        self.held.last_time()
+    /// Returns the time of the last packet that was taken, also if the filters do not choose it; `None` if none was.
+    pub(super) const fn last_taken(&self) -> Option<Timestamp> {
+        self.last_taken
     }
 
     /// Returns the number of an interface and describes it if it is new.

@@ -89,11 +89,6 @@ impl Held {
         });
     }
 
-    /// Returns the time of the last packet.
-    pub(super) fn last_time(&self) -> Option<Timestamp> {
-        self.entries.back().map(|entry| entry.packet.time)
-    }
-
     /// Returns whether packets wait for a verdict with this key.
     pub(super) fn waits_for(&self, key: &Key) -> bool {
         self.waiting.contains_key(key)

@@ -255,7 +255,9 @@ fn drain(capture: &mut Capture, recorder: &mut Recorder) -> bool {
     } else {
         Some(begun)
     };
-    recorder.decide(until.unwrap_or(begun));
+    if let Some(until) = until {
+        recorder.decide(until);
+    }
     recorder.write(false);
     is_more
 }
