@@ -1309,6 +1309,50 @@ fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepte
 }
 
 #[test]
+fn a_kept_connection_follows_the_identity_that_a_policy_change_gives_its_server() {
+    let lab = lab();
+    let peer = peer_at(&lab, HTTPS);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let (all, one) = match family {
+            Family::V4 => ("0.0.0.0/0", format!("{}/32", at.ip())),
+            Family::V6 => ("::/0", format!("{}/128", at.ip())),
+        };
+        let base = policy("client", "egress", &[HTTPS], &RULES.replace("/allowed.*", "/.*"));
+        let (head, rules) = base.split_once("  - toEntities: [all]\n").expect("the peers");
+        let before = format!("{head}  - toCIDR: [\"{all}\"]\n{rules}");
+        // The address of the server gets an identity of its own, with fewer paths.
+        let after = format!(
+            "{head}  - toCIDRSet: [{{cidr: \"{all}\", except: [\"{one}\"]}}]\n{rules}  - toCIDR: [\"{one}\"]\n{}",
+            rules.replace("/.*", "/allowed.*")
+        );
+        let daemon = lab.daemon(&lab.settings(), &[("client.yaml", &before)]);
+        let path = format!("/denied/{family:?}");
+        let got = std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                let paths = ["/allowed/first", &path];
+                let codes = ["-w", "%{http_code} %{num_connects},", "--rate", "12/m"];
+                let outputs = ["-o", "/dev/null"].repeat(paths.len());
+                lab.ask_within(
+                    SLOW,
+                    "client",
+                    "www.web.example",
+                    at,
+                    &paths,
+                    &[&codes[..], &outputs].concat(),
+                )
+            });
+            let first = || peer.requests_for("/allowed/first") > 0;
+            wait_until("the first request", OPEN, first).expect("a request");
+            daemon.apply(&[("client.yaml", &after)]).expect("policy");
+            client.join().expect("the client")
+        });
+        assert_eq!(got.body, "200 1,403 0,", "{got:?}\n{}", daemon.report());
+        assert_eq!(peer.requests_for(&path), 0);
+    }
+}
+
+#[test]
 fn an_idle_connection_ends_when_a_new_policy_denies_its_server_name() {
     let lab = lab();
     let _peer = peer_at(&lab, HTTPS);
