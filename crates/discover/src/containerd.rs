@@ -12,7 +12,7 @@ use std::{
 use prost::Message;
 use serde::Deserialize;
 
-use crate::docker::bounded;
+use crate::docker::labels_or_problem;
 
 /// `containerd.services.containers.v1.Containers/List`.
 pub const LIST_CONTAINERS: &str = "/containerd.services.containers.v1.Containers/List";
@@ -41,6 +41,8 @@ pub struct Container {
     pub has_network: bool,
     /// File of that namespace; `None` if only its processes show it.
     pub netns: Option<PathBuf>,
+    /// Why it must stay denied: its labels are too long, or its runtime specification cannot be read.
+    pub problem: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -110,12 +112,11 @@ struct Envelope {
     namespace: String,
 }
 
-/// Parses the answer to [`LIST_CONTAINERS`]: containers by their id. The description of a container is an error if its
-/// labels are longer than [`crate::docker::MAX_LABEL_BYTES`], or its runtime specification cannot be read.
+/// Parses the answer to [`LIST_CONTAINERS`]: containers by their id.
 ///
 /// # Errors
 /// The answer is not of this form, or has an impossible id.
-pub fn containers(answer: &[u8]) -> Result<BTreeMap<String, Result<Container, String>>, String> {
+pub fn containers(answer: &[u8]) -> Result<BTreeMap<String, Container>, String> {
     let answer: ListContainersResponse = decode(answer, "the list of containers")?;
     let containers = answer.containers.into_iter().map(|message| {
         let id = checked_id(&message.id)?.to_owned();
@@ -124,16 +125,22 @@ pub fn containers(answer: &[u8]) -> Result<BTreeMap<String, Result<Container, St
     containers.collect()
 }
 
-fn container(message: ContainerMessage) -> Result<Container, String> {
+fn container(message: ContainerMessage) -> Container {
     let spec = message.spec.unwrap_or_default();
-    let network = network(&spec.value)?;
-    Ok(Container {
+    let (labels, too_long) = labels_or_problem(Some(message.labels.into_iter().collect()));
+    let (network, unreadable) = match network(&spec.value) {
+        Ok(network) => (network, None),
+        // Its processes show where it is.
+        Err(problem) => (Some(PathBuf::new()), Some(problem)),
+    };
+    Container {
         has_network: network.is_some(),
         netns: network.filter(|path| path.is_absolute()),
         is_pod: message.extensions.contains_key(SANDBOX),
-        labels: bounded(Some(message.labels.into_iter().collect()))?,
+        labels,
         image: message.image,
-    })
+        problem: unreadable.or(too_long),
+    }
 }
 
 /// Returns the file of the network namespace in an OCI runtime specification, an empty path if the runtime makes the
@@ -254,13 +261,13 @@ mod tests {
         let mut pod = message("0123abcd", &spec(OWN));
         pod.extensions.insert(SANDBOX.to_owned(), Any::default());
         let found = containers(&list(vec![message("web-1", &spec(OWN)), pod])).unwrap();
-        let web = found["web-1"].as_ref().unwrap();
+        let web = &found["web-1"];
         assert_eq!(
             (web.image.as_str(), web.is_pod),
             ("docker.io/library/web:1", false)
         );
         assert_eq!(web.labels["app"], "web");
-        assert!(web.has_network && found["0123abcd"].as_ref().unwrap().is_pod);
+        assert!(web.has_network && found["0123abcd"].is_pod);
     }
 
     #[test]
@@ -275,7 +282,7 @@ mod tests {
             (r#"{"type":"pid"}"#, None),
         ] {
             let found = containers(&list(vec![message("a", &spec(namespaces))])).unwrap();
-            let found = found["a"].as_ref().unwrap();
+            let found = &found["a"];
             assert_eq!(
                 found.has_network.then(|| found.netns.clone()),
                 own,
@@ -286,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_container_that_cannot_be_described_leaves_the_others_as_they_are() {
-        let mut long = message("long", &spec(OWN));
+        let mut long = message("long", &spec(r#"{"type":"network","path":"/run/netns/x"}"#));
         long.labels.insert("x".to_owned(), "x".repeat(MAX_LABEL_BYTES));
         let mut without = message("without", "");
         without.spec = None;
@@ -297,10 +304,14 @@ mod tests {
             message("good", &spec(OWN)),
         ]);
         let found = containers(&all).unwrap();
-        assert_eq!(found.values().filter(|container| container.is_ok()).count(), 1);
-        assert!(found["long"].as_ref().unwrap_err().contains("its labels have"));
+        let problem = |id: &str| found[id].problem.clone().unwrap_or_default();
+        assert!(found["good"].problem.is_none());
+        // The place of each is known, so its interface stays denied.
+        assert!(problem("long").contains("its labels have"));
+        assert_eq!(found["long"].netns, Some("/run/netns/x".into()));
         for id in ["without", "broken"] {
-            assert!(found[id].as_ref().unwrap_err().contains("runtime specification"));
+            assert!(problem(id).contains("runtime specification"));
+            assert!(found[id].has_network && found[id].netns.is_none());
         }
     }
 

@@ -33,6 +33,8 @@ pub struct Container {
     pub pid: u32,
     /// Whether the container runs, and has a network namespace of its own.
     pub has_network: bool,
+    /// Why it must stay denied: its labels are too long, and then there are none here.
+    pub problem: Option<String>,
 }
 
 /// An event that concerns a container.
@@ -62,8 +64,7 @@ pub fn list(answer: &[u8]) -> Result<BTreeSet<String>, String> {
 /// Parses the answer to `GET /containers/ID/json`.
 ///
 /// # Errors
-/// The answer is not of this form, describes another container than `id`, or has more than [`MAX_LABEL_BYTES`] of
-/// labels.
+/// The answer is not of this form, or describes another container than `id`.
 pub fn inspect(id: &str, answer: &[u8]) -> Result<Container, String> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -142,16 +143,18 @@ pub fn inspect(id: &str, answer: &[u8]) -> Result<Container, String> {
         || mode.starts_with("container:")
         || mode.starts_with("ns:");
     let netns = PathBuf::from(settings.sandbox_key);
+    let (labels, problem) = labels_or_problem(answer.config.labels);
     Ok(Container {
         id: id.to_owned(),
         name: answer.name.strip_prefix('/').unwrap_or(&answer.name).to_owned(),
         image: answer.config.image,
         image_id: answer.image,
-        labels: bounded(answer.config.labels)?,
+        labels,
         addresses: addresses.into_iter().collect(),
         netns: netns.is_absolute().then_some(netns),
         pid: answer.state.pid,
         has_network: answer.state.running && !shares,
+        problem,
     })
 }
 
@@ -222,7 +225,7 @@ pub fn own_labels(
 
 /// Returns the labels unless they are longer than [`MAX_LABEL_BYTES`]. The daemon keeps the labels of every container,
 /// and whoever makes an image can set any number of them.
-pub(crate) fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, String> {
+fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, String> {
     let labels = labels.unwrap_or_default();
     let bytes: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if bytes > MAX_LABEL_BYTES {
@@ -231,6 +234,16 @@ pub(crate) fn bounded(labels: Option<BTreeMap<String, String>>) -> Result<BTreeM
         ));
     }
     Ok(labels)
+}
+
+/// Returns the labels, or no labels and why they are refused.
+pub(crate) fn labels_or_problem(
+    labels: Option<BTreeMap<String, String>>,
+) -> (BTreeMap<String, String>, Option<String>) {
+    match bounded(labels) {
+        Ok(labels) => (labels, None),
+        Err(problem) => (BTreeMap::new(), Some(problem)),
+    }
 }
 
 fn parse<T: DeserializeOwned>(answer: &[u8], what: &str) -> Result<T, String> {
@@ -304,7 +317,11 @@ mod tests {
         assert!(image(MAX_LABEL_BYTES + 1).unwrap_err().contains("65537 bytes"));
         let long = format!(r#""app":"{}""#, "x".repeat(MAX_LABEL_BYTES));
         let container = description("bridge").replace(r#""app":"web""#, &long);
-        assert!(inspect(ID, container.as_bytes()).unwrap_err().contains("labels"));
+        // The place is known, so its interface stays denied.
+        let container = inspect(ID, container.as_bytes()).unwrap();
+        assert!(container.problem.unwrap().contains("its labels have"));
+        assert!(container.labels.is_empty() && container.has_network);
+        assert!(container.netns.is_some());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
     label::{check_key, check_value, is_name, shown},
     own_address::own_addresses,
     template::Subject,
-    workload::{Found, INIT, Interface, Link, MAX_LABELS, Rule, Workload},
+    workload::{Found, INIT, Interface, Link, MAX_LABELS, Rule, Unknown, Workload},
 };
 
 /// Names, interfaces and addresses that belong to the configuration, or to endpoints that stay because their source does
@@ -67,13 +67,17 @@ pub fn find(
 ) -> Outcome {
     let mut outcome = Outcome::default();
     let mut claims = Vec::new();
+    let has_init = rules.iter().any(|rule| rule.unknown == Unknown::Init);
     for workload in workloads {
         let Some(rule) = rules.get(workload.rule) else {
             continue;
         };
         match claims_of(rule, workload) {
             Ok(of_workload) => claims.extend(of_workload.into_iter().map(|found| (workload.rule, found))),
-            Err((message, is_pending)) => {
+            Err((mut message, is_pending)) => {
+                if has_init && initial::has_unknown_place(workload) {
+                    message += "; its interface is not known, so no interface has reserved:init";
+                }
                 outcome.problems.insert(Problem {
                     source: source(rule, workload),
                     message,
@@ -320,7 +324,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{InterfacePattern, LabelTemplate, Template, Unknown, Wildcard};
+    use crate::{InterfacePattern, LabelTemplate, Template, Wildcard};
 
     fn rule(kind: &'static str, name: &str) -> Rule {
         let is_container = kind != "netns";
@@ -571,6 +575,54 @@ mod tests {
         // Without prefixes the addresses of any peer could be taken.
         rules[0].addresses.clear();
         assert!(found(&rules, &[], &initial).found.is_empty());
+    }
+
+    #[test]
+    fn no_interface_is_an_init_endpoint_while_the_place_of_a_refused_workload_is_not_known() {
+        let mut rules = [rule("netns", "{name}")];
+        rules[0].unknown = Unknown::Init;
+        let interfaces = [veth(7, &["10.0.0.2"])];
+        let found = |workloads: &[Workload], before: &BTreeMap<String, Found>| {
+            find(&rules, workloads, &interfaces, &Taken::default(), before, 100)
+        };
+        let before = found(&[], &BTreeMap::new()).found;
+        assert_eq!(before.len(), 1);
+        let mut refused = Workload {
+            name: "db".to_owned(),
+            problem: Some("x".to_owned()),
+            ..Workload::default()
+        };
+        let outcome = found(std::slice::from_ref(&refused), &before);
+        assert!(outcome.found.is_empty());
+        assert!(message(&outcome).contains("no interface has reserved:init"));
+        // Its network namespace is found, and no interface leads there yet.
+        refused.netns = 4;
+        assert_eq!(found(&[refused], &before).found, before);
+    }
+
+    #[test]
+    fn a_section_that_denies_unknown_workloads_wins_against_those_behind_it() {
+        let mut rules = [rule("netns", "{name}"), rule("docker", "{name}")];
+        rules[1].unknown = Unknown::Init;
+        let found = |rules: &[Rule]| {
+            let interfaces = [veth(7, &["10.0.0.2"])];
+            let none = BTreeMap::new();
+            find(rules, &[], &interfaces, &Taken::default(), &none, 100)
+                .found
+                .len()
+        };
+        assert_eq!(found(&rules), 0);
+        rules.swap(0, 1);
+        assert_eq!(found(&rules), 1);
+        // The addresses of a section decide only whether it is that one or a later one with `init`.
+        rules[0].addresses = vec!["192.0.2.0/24".parse().unwrap()];
+        assert_eq!(found(&rules), 0);
+        rules[1].unknown = Unknown::Init;
+        assert_eq!(found(&rules), 1);
+        // Sections for other interfaces do not count.
+        rules[0].interfaces = vec![InterfacePattern::parse("tap*").unwrap()];
+        rules[0].unknown = Unknown::Deny;
+        assert_eq!(found(&rules), 1);
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Workload {
     pub labels: BTreeMap<String, String>,
     /// Addresses by the source; `None` if the source does not know them, and those of the links count.
     pub addresses: Option<Vec<IpAddr>>,
-    /// Number of the network namespace (inode).
+    /// Number of the network namespace (inode); 0 if it is not found.
     pub netns: u64,
     /// Interfaces of the node that lead into the network namespace.
     pub links: Vec<Link>,

@@ -522,12 +522,7 @@ fn list(sections: &Sections, report: &mut Report) -> io::Result<BTreeMap<Key, De
             }
         };
         for (key, mut described) in of_section {
-            let names = &section.rule.names;
-            if names
-                .iter()
-                .any(|pattern| pattern.matches(&described.workload.name))
-                && seen.insert((origin.clone(), key.clone()))
-            {
+            if described.is_for(&section.rule.names) && seen.insert((origin.clone(), key.clone())) {
                 described.workload.origin.clone_from(&origin);
                 listed.insert((rule, key), described);
             }

@@ -166,16 +166,7 @@ impl Client {
         Ok((old.into_iter().chain(new).take(engine.limit).collect(), count))
     }
 
-    fn described(
-        &self,
-        id: &str,
-        pid: u32,
-        container: Result<containerd::Container, String>,
-    ) -> Option<Described> {
-        let container = match container {
-            Ok(container) => container,
-            Err(problem) => return Some(Described::refused(id, problem)),
-        };
+    fn described(&self, id: &str, pid: u32, container: containerd::Container) -> Option<Described> {
         if !container.has_network {
             return None;
         }
@@ -194,6 +185,7 @@ impl Client {
                 labels,
                 // containerd does not know them: those inside the network namespace count.
                 addresses: None,
+                problem: container.problem,
                 ..Workload::default()
             },
             namespace: match container.netns {

@@ -176,7 +176,7 @@ impl Client {
     ) -> Result<Option<Described>, String> {
         let path = format!("/containers/{id}/json");
         let Some((status, answer)) = self.get_description(engine, &path).await? else {
-            let late = || Described::refused(id, "the engine does not describe it in time".to_owned());
+            let late = || Described::refused(id, "the engine does not describe it in time".to_owned(), None);
             return Ok(Some(known.cloned().unwrap_or_else(late)));
         };
         match status {
@@ -187,15 +187,16 @@ impl Client {
                 return Ok(Some(Described::refused(
                     id,
                     format!("the engine answers {other}"),
+                    None,
                 )));
             }
             _ => return Ok(known.cloned()),
         }
-        let mut problem = None;
         let mut container = match docker::inspect(id, &answer) {
             Ok(container) => container,
-            Err(message) => return Ok(Some(Described::refused(id, message))),
+            Err(message) => return Ok(Some(Described::refused(id, message, known))),
         };
+        let mut problem = container.problem.take();
         if !container.has_network {
             return Ok(None);
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::{errno::Errno, fcntl::OFlag, sys::signal::kill, unistd::Pid};
-use palisade_discover::Workload;
+use palisade_discover::{Wildcard, Workload};
 
 use super::links::Numbers;
 
@@ -32,8 +32,10 @@ pub(super) struct Described {
 }
 
 impl Described {
-    /// Returns a container that cannot be described and stays denied.
-    pub(super) fn refused(id: &str, problem: String) -> Self {
+    /// Returns a container that cannot be described and stays denied. With its last description (`known`), its
+    /// interfaces are known.
+    pub(super) fn refused(id: &str, problem: String, known: Option<&Self>) -> Self {
+        let nowhere = || Namespace::File(PathBuf::new());
         Self {
             workload: Workload {
                 name: id.to_owned(),
@@ -41,8 +43,21 @@ impl Described {
                 problem: Some(problem),
                 ..Workload::default()
             },
-            namespace: Namespace::File(PathBuf::new()),
+            namespace: known.map_or_else(nowhere, |known| known.namespace.clone()),
         }
+    }
+
+    /// Returns whether a section with these patterns of names is for the workload. The name of a refused container may
+    /// not be known, and then its id is in its place: it counts, so that its interface is not one without a workload.
+    pub(super) fn is_for(&self, names: &[Wildcard]) -> bool {
+        let Workload {
+            name,
+            container,
+            problem,
+            ..
+        } = &self.workload;
+        let is_nameless = problem.is_some() && container.as_ref() == Some(name);
+        is_nameless || names.iter().any(|pattern| pattern.matches(name))
     }
 }
 
@@ -120,6 +135,21 @@ fn open(path: &Path, flags: OFlag, numbers: &mut Numbers) -> io::Result<Option<(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refused_container_counts_for_sections_with_any_names_and_keeps_its_place() {
+        let names = [Wildcard::parse("web-*").unwrap()];
+        let mut known = Described::refused("0123", "x".to_owned(), None);
+        assert!(known.is_for(&names));
+        known.workload.problem = None;
+        assert!(!known.is_for(&names));
+        known.namespace = Namespace::Process(7, "0123".to_owned());
+        let refused = Described::refused("0123", "x".to_owned(), Some(&known));
+        assert_eq!(refused.namespace, known.namespace);
+        known.workload.name = "db".to_owned();
+        known.workload.problem = Some("x".to_owned());
+        assert!(!known.is_for(&names));
+    }
 
     #[test]
     fn a_cgroup_names_a_container_by_its_whole_id() {
