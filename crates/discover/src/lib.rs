@@ -17,6 +17,7 @@ mod find;
 mod initial;
 mod interface_pattern;
 mod label;
+mod labelled;
 mod own_address;
 mod template;
 mod wildcard;
@@ -25,6 +26,7 @@ mod workload;
 pub use find::{Outcome, Problem, Taken, find};
 pub use interface_pattern::InterfacePattern;
 pub use label::{MAX_KEY_BYTES, MAX_VALUE_BYTES, check_key, check_value};
+pub use labelled::Labelled;
 pub use template::{Subject, Template};
 pub use wildcard::Wildcard;
 pub use workload::{

@@ -34,7 +34,7 @@ use nix::{
         inotify::{AddWatchFlags, InitFlags, Inotify},
     },
 };
-use palisade_discover::{Found, Interface, Outcome, Problem, Rule, Taken, Unknown, Workload, find};
+use palisade_discover::{Found, Interface, Labelled, Outcome, Problem, Rule, Taken, Unknown, Workload, find};
 use tracing::{info, warn};
 
 use engine::Engine;
@@ -74,7 +74,11 @@ struct Report {
     unanswered: BTreeSet<String>,
     /// Index of each interface of the node that leads into another network namespace, by name.
     links: BTreeMap<String, u32>,
-    /// Those that a section with `unknown = "init"` is for, with the addresses inside.
+    /// Names of all interfaces of the node, by index; `None` if they have not been read.
+    present: Option<BTreeMap<u32, String>>,
+    /// Interfaces that lead, or have led, to a workload of a source.
+    labelled: Labelled,
+    /// Those of `links` that a section with `unknown = "init"` is for, with the addresses inside.
     interfaces: Vec<Interface>,
 }
 
@@ -313,13 +317,24 @@ pub(super) fn resolve<C>(
     let mut outcome = find(
         &rules,
         &report.workloads,
-        &report.interfaces,
+        &labelled(discovery, state).others(&report.interfaces),
         &taken,
         &state.discovered,
         limit.saturating_sub(kept.len()),
     );
     outcome.found.extend(kept);
     outcome
+}
+
+/// Returns the interfaces that lead, or have led, to a workload whose labels are known.
+pub(super) fn labelled<C>(discovery: &Discovery, state: &State<C>) -> Labelled {
+    let report = &discovery.report;
+    let mut labelled = state.labelled.clone();
+    labelled.add(&report.labelled);
+    if let Some(present) = &report.present {
+        labelled.keep_present(present);
+    }
+    labelled
 }
 
 fn taken(config: &Config, network: &Network) -> Taken {
@@ -370,6 +385,12 @@ pub(super) fn take_over<C>(
     discovery: &Discovery,
     state: &mut State<C>,
 ) -> Vec<u16> {
+    // The state file of an earlier version has only the endpoints.
+    state.labelled.add_found(state.discovered.values());
+    if let Some(present) = &discovery.report.present {
+        state.labelled.keep_same(present);
+    }
+    state.labelled = labelled(discovery, state);
     let outcome = resolve(config, network, discovery, state);
     let kept = same_runs(&outcome, &state.discovered);
     let gone = state.discovered.keys().filter(|name| !kept.contains_key(*name));
@@ -407,7 +428,14 @@ fn read(shared: &Shared, before: &Report) -> (Report, bool) {
         return (report, false);
     }
     match read_workloads(&sections, &mut report) {
-        Ok(is_unsettled) => (report, is_unsettled),
+        Ok(is_unsettled) => {
+            report.labelled.clone_from(&before.labelled);
+            report.labelled.add_workloads(&report.workloads);
+            if let Some(present) = &report.present {
+                report.labelled.keep_present(present);
+            }
+            (report, is_unsettled)
+        }
         Err(problem) => {
             let problem = format!("{problem}; what was found stays, and what is new stays denied");
             if before.generation == sections.generation {
@@ -416,6 +444,8 @@ fn read(shared: &Shared, before: &Report) -> (Report, bool) {
                 let origins = sections.all.iter().map(|section| section.source.to_string());
                 report.unanswered = origins.collect();
                 report.links.clone_from(&before.links);
+                report.present.clone_from(&before.present);
+                report.labelled.clone_from(&before.labelled);
             }
             report.problems = vec![problem];
             (report, true)
@@ -430,7 +460,7 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
     let mut listed = list(sections, report)?;
     let mut numbers = links::Numbers::open()?;
     let first = locate(&mut listed, &mut numbers);
-    let veths = links::veths()?;
+    let (veths, present) = links::veths()?;
     // A number (nsid) is used again once its network namespace is gone, so a name counts only if it has the same
     // namespace and number after the interfaces were read.
     let again = locate(&mut listed, &mut numbers);
@@ -438,6 +468,7 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         .iter()
         .map(|veth| (veth.interface.clone(), veth.ifindex))
         .collect();
+    report.present = Some(present);
     let mut inside = Namespaces::default();
     let mut is_unsettled = false;
     for (key, described) in listed {

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use palisade_discover::Found;
+use palisade_discover::{Found, Labelled};
 use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
@@ -33,6 +33,9 @@ pub(super) struct State<C> {
     /// Endpoints that were found, by `namespace/name`.
     #[serde(default)]
     pub discovered: BTreeMap<String, Found>,
+    /// Interfaces that lead, or have led, to a workload whose labels are known.
+    #[serde(default)]
+    pub labelled: Labelled,
     /// State of the policy compiler: identities, rule numbers.
     pub compiler: C,
 }

@@ -6,7 +6,7 @@ use tracing::{error, info};
 
 use super::{
     control::Control,
-    discover::{resolve, same_runs},
+    discover::{labelled, resolve, same_runs},
     state::NODE,
 };
 
@@ -27,6 +27,11 @@ impl Control {
     /// Makes endpoints of the workloads that are found, and puts them in force. `is_start`: whether this is the first time.
     pub(super) fn find_workloads(&mut self, is_start: bool) {
         let begun = Instant::now();
+        let labelled = labelled(&self.discovery, &self.state.state);
+        if self.state.state.labelled != labelled {
+            self.state.state.labelled = labelled;
+            self.changed();
+        }
         let outcome = resolve(&self.config, &self.network, &self.discovery, &self.state.state);
         for problem in self.discovery.set_problems(&outcome.problems) {
             if !problem.is_pending {

@@ -53,23 +53,31 @@ impl Veth {
 /// Addresses by the index of their interface.
 pub(super) type Inside = BTreeMap<u32, Vec<IpAddr>>;
 
-/// Returns the interfaces of the node whose peer is in another network namespace.
-pub(super) fn veths() -> io::Result<Vec<Veth>> {
+/// Returns the interfaces of the node whose peer is in another network namespace, and the names of all interfaces of the
+/// node by index.
+pub(super) fn veths() -> io::Result<(Vec<Veth>, BTreeMap<u32, String>)> {
     let mut veths = Vec::new();
+    let mut all = BTreeMap::new();
     network::read_all(
         || RouteNetlinkMessage::GetLink(LinkMessage::default()),
         false,
         |message, is_first| {
             if is_first {
                 veths.clear();
+                all.clear();
             }
             if let RouteNetlinkMessage::NewLink(link) = message {
+                let name = link.attributes.iter().find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+                all.insert(link.header.index, name.unwrap_or_default());
                 veths.extend(veth(&link));
             }
             Ok(())
         },
     )?;
-    Ok(veths)
+    Ok((veths, all))
 }
 
 fn veth(link: &LinkMessage) -> Option<Veth> {
