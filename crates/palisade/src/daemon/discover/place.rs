@@ -103,15 +103,54 @@ fn is_hidden(pid: u32) -> bool {
     exists && !Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// Returns whether the cgroups of a process name a container: `/docker/ID`, `/system.slice/docker-ID.scope`. The id `web`
-/// is not named by `/default/web2`.
+/// What engines put before the id of a container in the name of its cgroup: `docker-ID.scope`.
+const PREFIXES: [&str; 8] = [
+    "docker-",
+    "libpod-",
+    "libpod-payload-",
+    "nerdctl-",
+    "cri-containerd-",
+    "containerd-",
+    "crio-",
+    "podman-",
+];
+/// Cgroups that a container runtime or the container's init makes within that of a container, for its first process:
+/// crun, systemd, and Docker in a container.
+const CHILDREN: [&str; 3] = ["container", "init.scope", "init"];
+
+/// Returns whether the cgroups of a process name a container: `/docker/ID`, `/system.slice/docker-ID.scope`. Only the last
+/// component counts, since a container can name cgroups within its own.
 fn names(cgroup: &str, id: &str) -> bool {
-    let is_part = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    cgroup.match_indices(id).any(|(at, _)| {
-        let (before, rest) = cgroup.split_at(at);
-        let after = rest.get(id.len()..).unwrap_or_default();
-        !is_part(before.chars().next_back()) && !is_part(after.chars().next())
+    let mut paths = cgroup.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    paths.any(|path| {
+        let mut last = path.rsplit('/').peekable();
+        if last
+            .peek()
+            .is_some_and(|name| *name != id && CHILDREN.contains(name))
+        {
+            last.next();
+        }
+        let name = last.next().unwrap_or_default();
+        is_named(name, last.next().unwrap_or_default(), id)
     })
+}
+
+/// Returns whether `name`, below `parent`, is the cgroup of a container.
+fn is_named(name: &str, parent: &str, id: &str) -> bool {
+    // An id has no colon: `SLICE:PREFIX:ID`.
+    if name.rsplit(':').next() == Some(id) {
+        return true;
+    }
+    // An id can have `-` and `.`: without systemd, `docker-web.scope` can be the whole id of another container. Random ids
+    // are no part of another one.
+    let scope = name.strip_suffix(".scope").filter(|_| parent.ends_with(".slice"));
+    let is_random = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
+    let Some(rest) = scope.or_else(|| is_random.then_some(name)) else {
+        return false;
+    };
+    PREFIXES
+        .iter()
+        .any(|prefix| rest.strip_prefix(prefix) == Some(id))
 }
 
 fn open(path: &Path, flags: OFlag, numbers: &mut Numbers) -> io::Result<Option<(u64, Option<i32>)>> {
@@ -158,11 +197,36 @@ mod tests {
             "4:memory:/x\n0::/system.slice/docker-web.scope\n",
             "0::/machine.slice/libpod-web.scope/container",
             "0::/system.slice:cri-containerd:web",
+            "0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-web.scope",
+            "0::/system.slice/nerdctl-web.scope/init.scope",
+            "0::/default/web",
         ] {
             assert!(names(cgroup, "web"), "{cgroup}");
         }
-        for cgroup in ["", "0::/default/web2", "0::/default/xweb", "0::/init"] {
+        for cgroup in [
+            "",
+            "0::/default/web2",
+            "0::/default/xweb",
+            "0::/init",
+            "0::/default/web-2",
+            "0::/default/my.web",
+            "0::/default/docker-web.scope",
+            "0::/system.slice/nerdctl-my-web.scope",
+            "0::/system.slice/web.service",
+            // Made by the container `db`.
+            "0::/default/db/web/x",
+            "0::/web/db",
+        ] {
             assert!(!names(cgroup, "web"), "{cgroup}");
         }
+        let id = "0123456789abcdef".repeat(4);
+        for cgroup in [
+            "libpod_parent/libpod-",
+            "system.slice/x.service/libpod-payload-",
+            "docker/",
+        ] {
+            assert!(names(&format!("0::/{cgroup}{id}"), &id), "{cgroup}");
+        }
+        assert!(!names(&format!("0::/default/x-{id}"), &id));
     }
 }
