@@ -25,6 +25,9 @@ pub const SUBSCRIBE: &str = "/containerd.services.events.v1.Events/Subscribe";
 const SANDBOX: &str = "io.cri-containerd.sandbox.metadata";
 /// Longest id of a container, bytes (containerd: `pkg/identifiers`).
 const MAX_ID: usize = 76;
+/// Maximum number of containers or tasks of one list. One that is decoded needs far more memory than the two bytes of an
+/// empty one in the answer.
+const MAX_ENTRIES: usize = 65_536;
 /// Events after which the containers can be others.
 const TOPICS: &str = r#"topic~="^/(containers/|tasks/(create|start|exit|delete))""#;
 
@@ -117,6 +120,7 @@ struct Envelope {
 /// # Errors
 /// The answer is not of this form, or has an impossible id.
 pub fn containers(answer: &[u8]) -> Result<BTreeMap<String, Container>, String> {
+    check_entries(answer, "the list of containers")?;
     let answer: ListContainersResponse = decode(answer, "the list of containers")?;
     let containers = answer.containers.into_iter().map(|message| {
         let id = checked_id(&message.id)?.to_owned();
@@ -177,6 +181,7 @@ fn network(spec: &[u8]) -> Result<Option<PathBuf>, String> {
 /// # Errors
 /// The answer is not of this form, or has an impossible id.
 pub fn tasks(answer: &[u8]) -> Result<BTreeMap<String, u32>, String> {
+    check_entries(answer, "the list of tasks")?;
     let answer: ListTasksResponse = decode(answer, "the list of tasks")?;
     let mut tasks = BTreeMap::new();
     for task in answer.tasks {
@@ -207,6 +212,28 @@ pub fn subscribe_request() -> Vec<u8> {
 /// The message is no event.
 pub fn namespace_of_event(event: &[u8]) -> Result<String, String> {
     decode::<Envelope>(event, "an event").map(|event| event.namespace)
+}
+
+/// Refuses a message with more than [`MAX_ENTRIES`] fields, before memory is allocated for them.
+fn check_entries(mut message: &[u8], what: &str) -> Result<(), String> {
+    let malformed = || format!("{what} cannot be parsed");
+    let mut entries = 0;
+    while !message.is_empty() {
+        entries += 1;
+        if entries > MAX_ENTRIES {
+            return Err(format!("{what} has more than {MAX_ENTRIES} entries"));
+        }
+        let mut varint = || prost::decode_length_delimiter(&mut message).map_err(|_| malformed());
+        let length = match varint()? & 7 {
+            0 => varint().map(|_| 0)?,
+            1 => 8,
+            2 => varint()?,
+            5 => 4,
+            _ => return Err(malformed()),
+        };
+        message = message.get(length..).ok_or_else(malformed)?;
+    }
+    Ok(())
 }
 
 fn decode<T: Message + Default>(bytes: &[u8], what: &str) -> Result<T, String> {
@@ -319,6 +346,22 @@ mod tests {
     fn ids_that_could_match_another_cgroup_are_refused() {
         for id in ["", "a/b", "..\n", "ä", &"x".repeat(MAX_ID + 1)] {
             assert!(containers(&list(vec![message(id, &spec(OWN))])).is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn lists_with_too_many_entries_are_refused_before_they_are_decoded() {
+        let empty = b"\x0a\x00".repeat(MAX_ENTRIES);
+        assert!(tasks(&empty).unwrap_err().contains("the id of a container"));
+        let more = [empty.as_slice(), b"\x0a\x00"].concat();
+        for problem in [tasks(&more).unwrap_err(), containers(&more).unwrap_err()] {
+            assert!(problem.contains("more than 65536 entries"), "{problem}");
+        }
+        // Fields that are not known, of each type, pass; those that are cut off do not.
+        let unknown = b"\x10\x96\x01\x19aaaaaaaa\x22\x01b\x2dcccc";
+        assert_eq!(tasks(unknown).unwrap().len(), 0);
+        for cut in [1, 2, 5, 13, 14, 16] {
+            assert!(tasks(&unknown[..cut]).is_err(), "{cut}");
         }
     }
 

@@ -28,10 +28,12 @@ use tokio::{
 use tonic::{body::Body, client::Grpc, codegen::Service};
 
 use super::{
-    engine::{DEADLINE, Engine, LIST_INTERVAL, MAX_LIST},
+    engine::{DEADLINE, Engine, LIST_INTERVAL},
     place::{Described, Namespace},
 };
 
+/// Longest list of containers or tasks, bytes: containerd sends no longer message.
+const MAX_LIST: usize = 16 << 20;
 /// Time between the first and the second list. The subscription to events is not confirmed before the first event, so a
 /// change between the first list and the subscription is found by the second one.
 const SECOND_LIST: Duration = Duration::from_secs(1);

@@ -20,7 +20,7 @@ use palisade_discover::{Workload, docker};
 use tokio::{net::UnixStream, time::timeout};
 
 use super::{
-    engine::{DEADLINE, Engine, LIST_INTERVAL, MAX_ANSWER, MAX_LIST},
+    engine::{DEADLINE, Engine, LIST_INTERVAL, MAX_ANSWER},
     place::{Described, Namespace},
 };
 
@@ -30,6 +30,8 @@ const DESCRIBE_DEADLINE: Duration = Duration::from_secs(5);
 /// Number of containers whose description takes too long, among those of one list or one collection of events, beyond
 /// which the engine counts as one that does not answer.
 const MAX_STUCK: usize = 8;
+/// Longest list of containers, bytes.
+const MAX_LIST: usize = 64 << 20;
 /// Time for which further events are collected after the first one, before the containers are described.
 const COLLECT: Duration = Duration::from_millis(5);
 /// Number of containers in collected events beyond which all are listed instead.

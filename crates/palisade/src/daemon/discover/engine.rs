@@ -22,8 +22,6 @@ use crate::config::EngineApi;
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 /// Time after which all containers are listed again, in case an event was lost.
 pub(super) const LIST_INTERVAL: Duration = Duration::from_secs(30);
-/// Longest list of containers, bytes.
-pub(super) const MAX_LIST: usize = 64 << 20;
 /// Longest description of a container or an image, and longest event, bytes.
 pub(super) const MAX_ANSWER: usize = 4 << 20;
 
