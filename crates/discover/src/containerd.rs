@@ -48,6 +48,17 @@ pub struct Container {
     pub problem: Option<String>,
 }
 
+/// The task of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// It has this first process, by the node's number.
+    Running(u32),
+    /// Its first process has ended.
+    Stopped,
+    /// containerd cannot say, for example because the container's shim does not answer.
+    Unknown,
+}
+
 #[derive(Clone, PartialEq, Message)]
 struct ListContainersResponse {
     #[prost(message, repeated, tag = "1")]
@@ -176,11 +187,11 @@ fn network(spec: &[u8]) -> Result<Option<PathBuf>, String> {
     Ok(network.map(|network| network.path.into()))
 }
 
-/// Parses the answer to [`LIST_TASKS`]: the first process of each container that runs, by the id of the container.
+/// Parses the answer to [`LIST_TASKS`]: tasks by the id of their container.
 ///
 /// # Errors
 /// The answer is not of this form, or has an impossible id.
-pub fn tasks(answer: &[u8]) -> Result<BTreeMap<String, u32>, String> {
+pub fn tasks(answer: &[u8]) -> Result<BTreeMap<String, Task>, String> {
     check_entries(answer, "the list of tasks")?;
     let answer: ListTasksResponse = decode(answer, "the list of tasks")?;
     let mut tasks = BTreeMap::new();
@@ -191,10 +202,12 @@ pub fn tasks(answer: &[u8]) -> Result<BTreeMap<String, u32>, String> {
             id => id,
         };
         let id = checked_id(id)?;
-        let ended = [Status::Unknown, Status::Stopped].contains(&task.status());
-        if !ended && task.pid != 0 {
-            tasks.insert(id.to_owned(), task.pid);
-        }
+        let state = match (task.status(), task.pid) {
+            (Status::Stopped, _) => Task::Stopped,
+            (Status::Unknown, _) | (_, 0) => Task::Unknown,
+            (_, pid) => Task::Running(pid),
+        };
+        tasks.insert(id.to_owned(), state);
     }
     Ok(tasks)
 }
@@ -366,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn tasks_that_have_ended_do_not_count() {
+    fn a_task_that_has_ended_is_told_from_one_whose_status_is_not_known() {
         let task = |container_id: &str, id: &str, pid: u32, status: Status| Process {
             container_id: container_id.to_owned(),
             id: id.to_owned(),
@@ -380,11 +393,21 @@ mod tests {
                 task("c", "c", 9, Status::Stopped),
                 task("d", "d", 0, Status::Running),
                 task("e", "e", 10, Status::Paused),
+                task("f", "f", 11, Status::Unknown),
+                task("g", "g", 0, Status::Stopped),
             ],
         };
         let found = tasks(&answer.encode_to_vec()).unwrap();
-        let expected = [("a", 7), ("b", 8), ("e", 10)];
-        assert_eq!(found, expected.map(|(id, pid)| (id.to_owned(), pid)).into());
+        let expected = [
+            ("a", Task::Running(7)),
+            ("b", Task::Running(8)),
+            ("c", Task::Stopped),
+            ("d", Task::Unknown),
+            ("e", Task::Running(10)),
+            ("f", Task::Unknown),
+            ("g", Task::Stopped),
+        ];
+        assert_eq!(found, expected.map(|(id, task)| (id.to_owned(), task)).into());
         assert!(tasks(b"\xff\xff").is_err());
     }
 

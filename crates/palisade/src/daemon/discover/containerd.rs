@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     future::Future,
+    io,
     path::Path,
     pin::Pin,
     task::{Context, Poll},
@@ -17,7 +18,10 @@ use hyper::{
     http::uri::PathAndQuery,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use palisade_discover::{Workload, containerd};
+use palisade_discover::{
+    Workload,
+    containerd::{self, Task},
+};
 use palisade_hubble::wire::{Codec, Encoded};
 use tokio::{
     net::UnixStream,
@@ -135,7 +139,7 @@ struct Client {
 }
 
 impl Client {
-    /// Returns the containers that run and have a network namespace of their own, at most [`Engine::limit`], by
+    /// Returns the containers that run, or may still run, and have a network namespace of their own, at most [`Engine::limit`], by
     /// namespace and id, and their number without the limit.
     async fn list(
         &mut self,
@@ -145,16 +149,21 @@ impl Client {
         let known = engine.table().containers;
         let (mut old, mut new) = (BTreeMap::new(), BTreeMap::new());
         for namespace in namespaces {
-            // Tasks come first: a container without one does not run, and one with a task is in the later list.
+            // Tasks come first: a container with a task is in the later list.
             let tasks = self.get(containerd::LIST_TASKS, namespace).await?;
             let tasks = containerd::tasks(&tasks)?;
             let containers = self.get(containerd::LIST_CONTAINERS, namespace).await?;
             for (id, container) in containerd::containers(&containers)? {
-                let Some(pid) = tasks.get(&id) else { continue };
-                let Some(described) = self.described(&id, *pid, container) else {
+                let key = format!("{namespace}/{id}");
+                let describe = |pid| self.described(&id, pid, container);
+                let Some(described) = current(
+                    tasks.get(&id).copied(),
+                    known.get(&key),
+                    describe,
+                    Namespace::exists,
+                ) else {
                     continue;
                 };
-                let key = format!("{namespace}/{id}");
                 // Whoever starts containers chooses their ids, so known ones come first and keep their places.
                 let list = if known.contains_key(&key) {
                     &mut old
@@ -222,6 +231,25 @@ impl Client {
     }
 }
 
+/// Returns the description of a listed container; `None` if it does not run. containerd lists a task with an unknown
+/// status, or not at all, while its shim does not answer: a container that was known (`known`) then runs as long as its
+/// network namespace `exists`.
+fn current(
+    task: Option<Task>,
+    known: Option<&Described>,
+    describe: impl FnOnce(u32) -> Option<Described>,
+    exists: impl FnOnce(&Namespace) -> io::Result<bool>,
+) -> Option<Described> {
+    match task {
+        Some(Task::Running(pid)) => describe(pid),
+        Some(Task::Stopped) => None,
+        // Without a task, the number of its process can be that of another one by now, which is an error too.
+        Some(Task::Unknown) | None => known
+            .filter(|known| exists(&known.namespace).unwrap_or(task.is_some()))
+            .cloned(),
+    }
+}
+
 /// A connection to the engine, as `tonic` uses one.
 #[derive(Clone, Debug)]
 struct Connection(SendRequest<Body>);
@@ -237,5 +265,35 @@ impl Service<Request<Body>> for Connection {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         Box::pin(self.0.send_request(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_known_container_without_a_reported_process_stays_while_its_network_namespace_exists() {
+        let known = Described::refused("web", String::new(), None);
+        let new = Described::refused("new", String::new(), None);
+        let current = |task, known, exists| {
+            let described = current(task, known, |_| Some(new.clone()), |_| exists);
+            described.map(|described| described.workload.name)
+        };
+        for task in [None, Some(Task::Unknown)] {
+            assert_eq!(
+                current(task, Some(&known), Ok(true)).as_deref(),
+                Some("web"),
+                "{task:?}"
+            );
+            assert_eq!(current(task, Some(&known), Ok(false)), None, "{task:?}");
+            assert_eq!(current(task, None, Ok(true)), None, "{task:?}");
+        }
+        let hidden = || Err(io::Error::other("hidden"));
+        assert_eq!(current(None, Some(&known), hidden()), None);
+        assert!(current(Some(Task::Unknown), Some(&known), hidden()).is_some());
+        assert_eq!(current(Some(Task::Stopped), Some(&known), Ok(true)), None);
+        let running = current(Some(Task::Running(7)), Some(&known), Ok(true));
+        assert_eq!(running.as_deref(), Some("new"));
     }
 }

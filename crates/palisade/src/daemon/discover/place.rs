@@ -62,6 +62,14 @@ impl Described {
 }
 
 impl Namespace {
+    /// Returns whether the namespace exists.
+    ///
+    /// # Errors
+    /// Those of [`Self::find`].
+    pub(super) fn exists(&self) -> io::Result<bool> {
+        self.find(&mut Numbers::open()?).map(|found| found.is_some())
+    }
+
     /// Returns inode and number; `None` if there is no namespace, because it is being made or is gone.
     ///
     /// # Errors
