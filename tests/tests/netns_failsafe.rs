@@ -3,6 +3,11 @@
 use std::{
     fs,
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -193,34 +198,112 @@ fn failsafe_ports_hold_under_enforcement_always_and_are_not_needed_without_enfor
     world.expect(&daemon, EXPECTED);
 }
 
-#[test]
-fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
-    let world = world();
-    let lan = Ns::new("lan").expect("namespace");
+/// A host that the node reaches by a second NIC `nic1`. Addresses of node and host are IPv4, then IPv6.
+struct Lan {
+    ns: Ns,
+    node: [IpAddr; 2],
+    peer: [IpAddr; 2],
+    _echo: [Echo; 2],
+}
+
+fn lan(world: &World) -> Lan {
+    let ns = Ns::new("lan").expect("namespace");
     let node: [IpAddr; 2] = ["198.18.0.1", "fd00:18::1"].map(|text| text.parse().expect("address"));
     let peer: [IpAddr; 2] = ["198.18.0.2", "fd00:18::2"].map(|text| text.parse().expect("address"));
     let addresses = |[v4, v6]: [IpAddr; 2], device: &str| {
         format!("addr add {v4}/24 dev {device}\naddr add {v6}/64 dev {device} nodad\nlink set {device} up\n")
     };
-    let link = format!("link add nic1 type veth peer name {INNER} netns {}\n", lan.name());
+    let link = format!("link add nic1 type veth peer name {INNER} netns {}\n", ns.name());
     let node_ns = &world.topology.node;
     node_ns.ip(&(link + &addresses(node, "nic1"))).expect("link");
-    lan.ip(&addresses(peer, INNER)).expect("addresses");
-    let _node = Echo::start(node_ns, &node, TCP, UDP).expect("echo");
-    let _lan = Echo::start(&lan, &peer, TCP, UDP).expect("echo");
-    let with = |interfaces: &str| Settings {
+    ns.ip(&addresses(peer, INNER)).expect("addresses");
+    let at_node = Echo::start(node_ns, &node, TCP, UDP).expect("echo");
+    let at_peer = Echo::start(&ns, &peer, TCP, UDP).expect("echo");
+    Lan {
+        ns,
+        node,
+        peer,
+        _echo: [at_node, at_peer],
+    }
+}
+
+/// Opens failsafe ports at NICs that `interfaces`, a line of `[failsafe]`, names.
+fn with_nics(interfaces: &str) -> Settings {
+    Settings {
         tables: format!(
             "[failsafe]\ninbound = [\"tcp/22\"]\noutbound = [\"udp/53\"]\n{interfaces}\n[[interface]]\nname = \"nic1\"\n"
         ),
         ..Settings::default()
+    }
+}
+
+/// Returns a thread that sends and receives on a connection without a pause. The thread returns whether the connection
+/// still passes after `end`, or false once an answer is missing.
+fn busy(mut session: TcpStream, end: &Arc<AtomicBool>) -> JoinHandle<bool> {
+    let end = Arc::clone(end);
+    thread::spawn(move || {
+        loop {
+            let is_last = end.load(Ordering::SeqCst);
+            if exchange(&mut session, SHORT) != Outcome::Open {
+                return false;
+            }
+            if is_last {
+                return true;
+            }
+        }
+    })
+}
+
+#[test]
+fn busy_connections_end_when_their_interface_is_closed_to_failsafe_ports() {
+    let world = world();
+    let lan = lan(&world);
+    let mut daemon = world
+        .daemon(with_nics("interfaces = [\"nic*\"]"), &[("node.yaml", CLOSED)])
+        .expect("daemon");
+    let configure = |daemon: &Daemon, interfaces: &str| {
+        daemon
+            .configure(&world.topology, &with_peers(with_nics(interfaces)))
+            .expect("configure");
     };
+    for round in ["reload", "reload", "reload", "restart"] {
+        configure(&daemon, "interfaces = [\"nic*\"]");
+        daemon.cli(&["reload"]).expect("reload");
+        let end = Arc::new(AtomicBool::new(false));
+        let threads: Vec<JoinHandle<bool>> = (0..4)
+            .map(|number| {
+                let to = SocketAddr::new(lan.node[number % 2], 22);
+                busy(open(&lan.ns, None, to, OPEN).expect("connection"), &end)
+            })
+            .collect();
+        configure(&daemon, "interfaces = [\"nic0\"]");
+        match round {
+            "reload" => drop(daemon.cli(&["reload"]).expect("reload")),
+            _ => {
+                daemon.kill9().expect("kill");
+                daemon.restart().expect("restart");
+            }
+        }
+        end.store(true, Ordering::SeqCst);
+        for thread in threads {
+            assert!(!thread.join().expect("thread"), "{round}\n{}", daemon.report());
+        }
+    }
+}
+
+#[test]
+fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
+    let world = world();
+    let lan = lan(&world);
+    let (node, peer, node_ns) = (lan.node, lan.peer, &world.topology.node);
+    let (lan, with) = (&lan.ns, with_nics);
     let daemon = world
         .daemon(with("interfaces = [\"nic1\"]"), &[("node.yaml", CLOSED)])
         .expect("daemon");
     let lan_passes = |expected: bool, daemon: &Daemon| {
         let wait = if expected { OPEN } else { SHORT };
         for (own, other) in node.into_iter().zip(peer) {
-            let inbound = connects(&lan, SocketAddr::new(own, 22), wait) == Outcome::Open;
+            let inbound = connects(lan, SocketAddr::new(own, 22), wait) == Outcome::Open;
             let outbound = udp(node_ns, None, SocketAddr::new(other, 53), 8, wait) == Outcome::Open;
             assert_eq!(
                 (inbound, outbound),
@@ -228,7 +311,7 @@ fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
                 "{own}\n{}",
                 daemon.report()
             );
-            let denied = connects(&lan, SocketAddr::new(own, 80), SHORT);
+            let denied = connects(lan, SocketAddr::new(own, 80), SHORT);
             assert_ne!(denied, Outcome::Open, "{}", daemon.report());
         }
     };
@@ -252,7 +335,7 @@ fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
     );
 
     // A reload moves them to the other interface, and the connection that they had allowed gets no more packets.
-    let mut session = open(&lan, None, SocketAddr::new(node[0], 22), OPEN).expect("connection");
+    let mut session = open(lan, None, SocketAddr::new(node[0], 22), OPEN).expect("connection");
     assert_eq!(exchange(&mut session, OPEN), Outcome::Open);
     let reload = |interfaces: &str| {
         daemon

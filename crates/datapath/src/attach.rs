@@ -62,6 +62,24 @@ impl Datapath {
         })
     }
 
+    /// Closes the failsafe ports of the node at an interface that has programs. Returns whether they were open there.
+    ///
+    /// Must be called before a policy for the closed interface takes effect: a flow that is evaluated while the ports are
+    /// still open gets the revision of that policy, and is not evaluated again. [`Self::attach`] opens them.
+    ///
+    /// # Errors
+    /// [`MapError`](crate::MapError) if the interface table cannot be read or written.
+    pub fn close_failsafe(&self, ifindex: u32) -> std::result::Result<bool, crate::MapError> {
+        let mut interface = self.interfaces.get(&slot(ifindex))?.unwrap_or_default();
+        let is_open = interface.flags & interface_flags::NO_FAILSAFE == 0;
+        if !has_programs(&interface) || interface.ifindex != ifindex || !is_open {
+            return Ok(false);
+        }
+        interface.flags |= interface_flags::NO_FAILSAFE;
+        self.interfaces.insert(&slot(ifindex), &interface)?;
+        Ok(true)
+    }
+
     /// Writes the interfaces without programs to the interface table, because packets that enter by an interface
     /// outside the table are not forwarded. `others` maps the index of each interface to whether it is stacked on an
     /// interface of a workload ([`role::LINK`], else [`role::SEEN`]). `before` is the value of `others` in the last

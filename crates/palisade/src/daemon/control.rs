@@ -478,8 +478,13 @@ impl Control {
         }
         let inventory = (inventory != *self.enforcer.compiler.inventory()).then_some(inventory);
         self.interfaces.configure(&self.config, &self.state.state);
+        let has_closed = self.interfaces.close_failsafe(&self.datapath, &self.network)?;
         self.enforcer.set_failsafe(failsafe::content(&self.config));
         self.enforcer.compile(inventory, &mut self.files);
+        if has_closed {
+            // The failsafe ports may be the same: the name of an interface can have changed.
+            self.enforcer.compiler.reevaluate_flows([NODE]);
+        }
         self.enforce(begun);
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Addr, ETHER_TYPES, role};
 use palisade_datapath::{
-    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, NamePattern, Role, Rules, TcMode,
-    XdpMode, connections, connections_of_netns, monotonic_coarse, seeds,
+    Attached, Attachment, Datapath, Hook, HookKind, LocalEndpoints, MapError, NamePattern, Role, Rules,
+    TcMode, XdpMode, connections, connections_of_netns, monotonic_coarse, seeds,
 };
 use palisade_discover::InterfacePattern;
 use palisade_model::inventory::Inventory;
@@ -103,6 +103,21 @@ impl Interfaces {
             };
             self.wanted.insert(found.interface.clone(), wanted);
         }
+    }
+
+    /// Closes the failsafe ports at the configured interfaces that the configuration no longer opens. Returns whether an
+    /// interface had them open.
+    ///
+    /// # Errors
+    /// The interface table cannot be read or written.
+    pub(super) fn close_failsafe(&self, datapath: &Datapath, network: &Network) -> Result<bool, MapError> {
+        let mut has_closed = false;
+        for (name, ifindex) in self.find(network, &attached(datapath)) {
+            if self.wanted.get(&name).is_some_and(|wanted| wanted.no_failsafe) {
+                has_closed |= datapath.close_failsafe(ifindex)?;
+            }
+        }
+        Ok(has_closed)
     }
 
     /// Attaches the programs to configured interfaces. Interfaces that are attached as configured are left alone; failed
