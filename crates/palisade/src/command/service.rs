@@ -212,16 +212,19 @@ fn status_of(socket: &Path, wait: Option<Duration>, output: Output) -> anyhow::R
     }
 }
 
-/// Adds the live connections that are denied. Errors are no errors of the status: a daemon of an earlier version has no
-/// such request, and one that compares policies for another command refuses it.
+/// Adds the live connections that are denied. Without an answer they are not known, which is no error of the status: a
+/// daemon of an earlier version has no such request.
 fn with_denied(socket: &Path, status: Status) -> Status {
     Status {
-        denied_connections: ask(socket, &Request::DeniedConnections).unwrap_or_default(),
+        denied_connections: ask(socket, &Request::DeniedConnections).ok(),
         ..status
     }
 }
 
-fn write_denied(denied: &DeniedConnections, out: &mut dyn Write) -> io::Result<()> {
+fn write_denied(denied: Option<&DeniedConnections>, out: &mut dyn Write) -> io::Result<()> {
+    let Some(denied) = denied else {
+        return writeln!(out, "\nLive connections that the policies deny: not known");
+    };
     if denied.total == 0 {
         return Ok(());
     }
@@ -391,7 +394,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             }
         }
     }
-    write_denied(&status.denied_connections, out)?;
+    write_denied(status.denied_connections.as_ref(), out)?;
     let mut table = Table::new(&["INTERFACE", "ROLE", "ENDPOINT", "INGRESS", "EGRESS", "REMARK"]);
     for interface in &status.interfaces {
         let hook = |hook: &Option<String>| hook.clone().unwrap_or_else(|| "-".to_owned());

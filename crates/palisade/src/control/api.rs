@@ -850,9 +850,10 @@ pub(crate) struct Status {
     /// Change of policies that waits for its confirmation.
     #[serde(default)]
     pub pending_change: Option<PendingChange>,
-    /// Live connections that the policies in force deny. The command asks for them with a request of their own.
+    /// Live connections that the policies in force deny; `None` if the list is not known. The command asks for them with
+    /// a request of their own.
     #[serde(default)]
-    pub denied_connections: DeniedConnections,
+    pub denied_connections: Option<DeniedConnections>,
     /// Kinds of inspection that policies need and no inspector implements.
     pub missing_inspectors: Vec<MissingInspector>,
     /// Fill levels of the maps.

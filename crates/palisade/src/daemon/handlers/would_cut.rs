@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    sync::TryLockError,
+    sync::{Mutex, PoisonError},
 };
 
 use palisade_datapath::monotonic_coarse;
@@ -22,16 +22,15 @@ use crate::{
 /// Largest number of connections that [`Handlers::denied_connections`] lists.
 const MAX_DENIED: usize = 10;
 
+/// Locked by the thread that lists denied connections, so that the lists of several clients are not in memory at once.
+/// [`ONE_AT_A_TIME`] stays free: a client that polls `status` would make changes of the policies fail.
+static ONE_LIST: Mutex<()> = Mutex::new(());
+
 impl Handlers {
     /// Returns the live connections that the policies in force deny: their packets are dropped, and no
     /// reset is sent, so the connections stay open at both ends until the timeouts there.
     pub(super) fn denied_connections(&self) -> Result<DeniedConnections, String> {
-        // `palisade status` does not wait for a comparison of policies.
-        let _turn = match ONE_AT_A_TIME.try_lock() {
-            Ok(turn) => turn,
-            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err("another command compares policies".to_owned()),
-        };
+        let _turn = ONE_LIST.lock().unwrap_or_else(PoisonError::into_inner);
         let connections =
             cuts::not_passed(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
         if connections.is_empty() {
@@ -47,9 +46,7 @@ impl Handlers {
     }
 
     pub(super) fn would_cut(&self, request: WouldCutRequest) -> Result<WouldCut, String> {
-        let _turn = ONE_AT_A_TIME
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let copy = self.look_up(ClientRequest::Compiler)?;
         let connections = cuts::live(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
         let mut compiler = copy.compiler;
