@@ -33,6 +33,8 @@ pub struct Options {
     /// Whether the proxy, which reads HTTP/2 too, inspects connections with http rules that are in clear text. If not,
     /// the workers inspect them, and HTTP/2 is refused.
     pub clear_text_http2: bool,
+    /// Whether the failsafe ports of the node are open at some of its NICs only.
+    pub some_nics_closed: bool,
 }
 
 impl Default for Options {
@@ -43,6 +45,7 @@ impl Default for Options {
             dual_stack: true,
             audit: false,
             clear_text_http2: false,
+            some_nics_closed: false,
         }
     }
 }

@@ -616,6 +616,7 @@ fn inventory(case: &Case) -> Result<Inventory, String> {
         dual_stack: case.config.dual_stack,
         audit: case.config.audit,
         clear_text_http2: case.config.http.clear_text_http2,
+        some_nics_closed: false,
     };
     let labels = |named: &Named| Labels::new(named.labels.iter().map(|text| parse_label(text)));
     let mut endpoints = Vec::new();

@@ -73,7 +73,8 @@ pub struct Cut {
     pub connection: usize,
     /// Why.
     pub reason: CutReason,
-    /// The rule or policy that decides, with `FILE:LINE`.
+    /// The rule or policy that decides, with `FILE:LINE`; and the failsafe port, if the connection passes at the NICs that
+    /// have it.
     pub decided_by: String,
     /// Place of that rule or policy.
     pub location: Option<Location>,
@@ -86,25 +87,42 @@ pub fn cuts(compiler: &Compiler, connections: &[Connection]) -> Vec<Cut> {
     let mut compiler = Cow::Borrowed(compiler);
     let mut cuts = Vec::new();
     for (number, connection) in connections.iter().enumerate() {
-        let Some(entry) = entry(&mut compiler, connection) else {
+        let Some(deciding) = deciding(&mut compiler, connection) else {
             continue;
         };
-        let Some(reason) = reason(connection, entry) else {
+        let Some(reason) = reason(connection, deciding.entry) else {
             continue;
         };
-        let info = compiler.snapshot().rules.get(&entry.rule);
+        let rules = &compiler.snapshot().rules;
+        let name = |rule| {
+            rules
+                .get(&rule)
+                .map_or_else(|| format!("rule {rule}"), ToString::to_string)
+        };
+        let rule = deciding.entry.rule;
         cuts.push(Cut {
             connection: number,
             reason,
-            decided_by: info.map_or_else(|| format!("rule {}", entry.rule), |info| info.to_string()),
-            location: info.and_then(|info| info.location.clone()),
+            decided_by: match deciding.failsafe {
+                None => name(rule),
+                Some(failsafe) => format!("{}, except by {}", name(rule), name(failsafe)),
+            },
+            location: rules.get(&rule).and_then(|info| info.location.clone()),
         });
     }
     cuts
 }
 
-/// Returns the policy table entry for the first packet of the connection.
-fn entry(compiler: &mut Cow<'_, Compiler>, connection: &Connection) -> Option<PolicyEntry> {
+/// What decides about a connection.
+struct Deciding {
+    entry: PolicyEntry,
+    /// Rule of the failsafe port that decides at some NICs instead.
+    failsafe: Option<u32>,
+}
+
+/// Returns the policy table entry for the first packet of the connection. Which NIC the packet would use is not known, so
+/// a failsafe port that some NICs do not have does not count.
+fn deciding(compiler: &mut Cow<'_, Compiler>, connection: &Connection) -> Option<Deciding> {
     let exact = compiler
         .snapshot()
         .addresses
@@ -121,19 +139,41 @@ fn entry(compiler: &mut Cow<'_, Compiler>, connection: &Connection) -> Option<Po
     };
     let snapshot = compiler.snapshot();
     let is_local = snapshot.identity_of(connection.remote).endpoint != 0;
-    let look_up = if is_local {
-        Snapshot::policy_entry_inside
-    } else {
-        Snapshot::policy_entry
+    let entry = |at_nic: bool| {
+        let look_up = if at_nic {
+            Snapshot::policy_entry
+        } else {
+            Snapshot::policy_entry_inside
+        };
+        look_up(
+            snapshot,
+            connection.endpoint,
+            connection.direction,
+            identity,
+            connection.protocol,
+            Some(connection.port()),
+        )
     };
-    look_up(
-        snapshot,
-        connection.endpoint,
-        connection.direction,
-        identity,
-        connection.protocol,
-        Some(connection.port()),
-    )
+    if is_local {
+        return entry(false).map(|entry| Deciding {
+            entry,
+            failsafe: None,
+        });
+    }
+    let found = entry(true)?;
+    let is_limited =
+        compiler.inventory().options.some_nics_closed && found.flags & entry_flags::FAILSAFE != 0;
+    Some(if is_limited {
+        Deciding {
+            entry: entry(false)?,
+            failsafe: Some(found.rule),
+        }
+    } else {
+        Deciding {
+            entry: found,
+            failsafe: None,
+        }
+    })
 }
 
 /// Returns why an entry cuts the connection; `None` if it does not.

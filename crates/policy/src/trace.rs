@@ -494,6 +494,16 @@ pub fn side(
         })
         .collect();
     let (mut verdict, mut reason) = explain(compiler, &entry);
+    if entry.flags & entry_flags::FAILSAFE != 0
+        && compiler.inventory().options.some_nics_closed
+        && let Some(inside) = snapshot.policy_entry_inside(endpoint, direction, other, protocol, port)
+    {
+        let (elsewhere, why) = explain(compiler, &inside);
+        let by = describe(inside.rule);
+        reason = format!(
+            "{reason}, at interfaces of [failsafe] only; elsewhere {elsewhere} ({why}), decided by {by}"
+        );
+    }
     let mut rule = entry.rule;
     let inspected = Decision::from_u8(entry.decision) == Decision::Inspect;
     let refused = if entry.flags & entry_flags::AUDIT == 0 {

@@ -705,6 +705,10 @@ pub(super) fn inventory<C>(
             dual_stack: true,
             audit: config.policy.audit,
             clear_text_http2: config.http.clear_text_http2,
+            some_nics_closed: config
+                .interfaces
+                .iter()
+                .any(|nic| !config.failsafe.is_open_at(&nic.name)),
         },
         endpoints,
         peers: peers.collect(),

@@ -126,7 +126,9 @@ mod tests {
     use palisade_abi::{Decision, PolicyEntry, entry_flags, protocol};
     use palisade_policy::{
         compile::{Changes, Compiler, CompilerState, FAILSAFE_FILE},
+        cuts::{Connection, CutReason, cuts},
         parse::parse,
+        trace,
     };
 
     use super::*;
@@ -277,6 +279,68 @@ spec:
             assert_eq!(is_failsafe(found.nic), open, "{peer}");
             assert!(!is_failsafe(found.inside), "{peer}");
         }
+    }
+
+    #[test]
+    fn a_session_by_a_failsafe_port_counts_as_cut_unless_every_interface_has_the_port() {
+        let config = |interfaces: &str| {
+            let interfaces = format!("interfaces = [{interfaces}]\n[[endpoint]]");
+            let nics = "[[interface]]\nname = \"nic0\"\n[[interface]]\nname = \"nic1\"\n";
+            CONFIG.replacen("[[endpoint]]", &interfaces, 1) + nics
+        };
+        let session = |remote: &str, local: &str, local_port| Connection {
+            endpoint: NODE,
+            direction: Direction::Ingress,
+            protocol: protocol::TCP,
+            local: local.parse().unwrap(),
+            local_port,
+            remote: remote.parse().unwrap(),
+            remote_port: 40_000,
+            inspector: 0,
+            names: Vec::new(),
+        };
+        let sessions = [
+            session("203.0.113.7", "192.0.2.1", 22),
+            session("2001:db8:9::7", "2001:db8::1", 22),
+        ];
+        assert_eq!(cuts(&compiled(CONFIG, DENY_ALL), &sessions), []);
+        assert_eq!(cuts(&compiled(&config("\"nic*\""), DENY_ALL), &sessions), []);
+        let limited = compiled(&config("\"nic1\""), DENY_ALL);
+        let cut = cuts(&limited, &sessions);
+        assert_eq!(cut.len(), 2, "{cut:?}");
+        for cut in &cut {
+            assert_eq!(cut.reason, CutReason::Denied);
+            assert!(
+                cut.decided_by.contains("policy deny ingressDeny")
+                    && cut
+                        .decided_by
+                        .contains("except by failsafe tcp/22 inbound at nic1"),
+                "{}",
+                cut.decided_by
+            );
+        }
+        // What the policy allows itself passes everywhere.
+        assert_eq!(cuts(&compiled(&config("\"nic1\""), ""), &sessions), []);
+        let question = trace::Question {
+            source: "203.0.113.7".to_owned(),
+            destination: "host".to_owned(),
+            protocol: protocol::TCP,
+            port: 22,
+            ..trace::Question::default()
+        };
+        let traced = |compiler: &Compiler| {
+            let inspectors = palisade_inspect::Inspectors::default();
+            trace::trace(compiler, &question, &inspectors)
+                .unwrap()
+                .to_string()
+        };
+        let text = traced(&limited);
+        assert!(
+            text.contains("at interfaces of [failsafe] only; elsewhere DENIED"),
+            "{text}"
+        );
+        let text = traced(&compiled(&config("\"nic*\""), DENY_ALL));
+        assert!(!text.contains("elsewhere"), "{text}");
     }
 
     #[test]

@@ -95,6 +95,7 @@ pub fn inventory(tape: &mut Tape<'_>) -> Inventory {
         dual_stack: !tape.once_in(4),
         audit: tape.once_in(8),
         clear_text_http2: false,
+        some_nics_closed: false,
     };
     let mut endpoints = Vec::new();
     for id in 1..=4u16 {
