@@ -76,8 +76,10 @@ fn a_workload_that_is_not_known_yet_has_the_identity_init_until_its_labels_are_k
     fs::create_dir(&dir).expect("directory");
     let section = |unknown: &str| {
         format!(
-            "{}[[discover]]\nkind = \"cni\"\ndir = {dir:?}\ncontainer_labels = [\"app\"]\n{unknown}\
-             addresses = [\"10.0.2.0/24\", \"fd00:2::/64\"]\nlabels = {{ app = \"{{label:app}}\" }}\n",
+            "{}interfaces = [\"veth-a\"]\n[[discover]]\nkind = \"cni\"\ndir = {dir:?}\n\
+             container_labels = [\"app\"]\n{unknown}addresses = [\"10.0.2.0/24\", \"fd00:2::/64\"]\n\
+             labels = {{ app = \"{{label:app}}\" }}\n",
+            // The first section that matches an interface decides about it.
             server_section()
         )
     };
