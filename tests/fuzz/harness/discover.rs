@@ -1,5 +1,5 @@
-//! Answers of container engines and results of CNI. The first byte chooses the parser. No input panics, and what is read
-//! keeps its bounds.
+//! Answers of container engines and results of CNI. The first byte chooses the parser. No input
+//! makes a parser panic, and labels and lists that are read keep their limits.
 
 use palisade_discover::{cni, containerd, docker};
 
