@@ -124,7 +124,7 @@ pub fn punt<H: Hook>(ctx: H, pkt: &mut PacketContext) {
             return pkt.set(Reason::PuntFailed);
         }
         if !H::BY_WORKER {
-            if !ctx.redirect_marked(proxy_link, config.mark) {
+            if !ctx.send_to_proxy(pkt.egress != 0, proxy_link, config.mark) {
                 pkt.set(Reason::PuntFailed);
             }
             return;

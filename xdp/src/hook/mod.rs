@@ -118,9 +118,9 @@ pub trait Hook: Copy {
     fn set_tcp_window(self, at: u32, old: u16, new: u16);
     /// Sets the destination MAC address of the frame. Returns whether that succeeded.
     fn set_destination_mac(self, mac: [u8; 6]) -> bool;
-    /// Redirects the packet with `skb->mark` to the egress of an interface. Returns whether that succeeded; always
-    /// false in XDP.
-    fn redirect_marked(self, ifindex: u32, mark: u32) -> bool;
+    /// Sends the packet over the proxy link whose node's end has the index `link`: at egress through that end, with
+    /// `mark` as `skb->mark`. Returns whether that succeeded; always false in XDP.
+    fn send_to_proxy(self, egress: bool, link: u32, mark: u32) -> bool;
     /// Returns the number of the hook in [`palisade_abi::punt_hook`].
     fn number(self, egress: bool) -> u8;
     /// Copies the first `length` bytes of the frame to `into`. Returns whether that succeeded.

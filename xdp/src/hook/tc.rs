@@ -2,13 +2,17 @@
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_REDIRECT, bpf_fib_lookup};
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_head,
-    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
+    bpf_skb_vlan_pop,
 };
 use palisade_abi::{MAX_PUNT_FRAME, MAX_SEGMENT_HEADERS, PuntHeader, Reason, punt_hook};
 use palisade_packet::MAX_HEADERS;
 
 use super::{FAILED, Hook, Linear, field};
+
+/// `skb->pkt_type` of a packet to this host (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
 
 /// Context of a tc program.
 #[derive(Clone, Copy)]
@@ -166,12 +170,21 @@ impl Hook for Skb {
         unsafe { bpf_skb_store_bytes(self.0, 0, mac.as_ptr().cast(), 6, 0) == 0 }
     }
 
+    /// At ingress the packet enters the proxy's end in the same softirq: `bpf_redirect_peer` (Linux 5.10) needs neither
+    /// the egress of the node's end nor a backlog queue. The helper does not work at egress.
     #[inline(always)]
-    fn redirect_marked(self, ifindex: u32, mark: u32) -> bool {
-        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs.
+    fn send_to_proxy(self, egress: bool, link: u32, mark: u32) -> bool {
+        // SAFETY: the kernel passed this context pointer to the program; it is valid while the program runs. The
+        // helpers take only numbers besides.
         unsafe {
-            (*self.0).mark = mark;
-            bpf_redirect(ifindex, 0) == i64::from(TC_ACT_REDIRECT)
+            if egress {
+                (*self.0).mark = mark;
+                return bpf_redirect(link, 0) == i64::from(TC_ACT_REDIRECT);
+            }
+            // Unlike a transmission over the veth, the helper does not compare the destination MAC address with that of
+            // the proxy's end, and the IP layer drops packets to other hosts, as a bridge port receives them.
+            bpf_skb_change_type(self.0, PACKET_HOST) == 0
+                && bpf_redirect_peer(link, 0) == i64::from(TC_ACT_REDIRECT)
         }
     }
 

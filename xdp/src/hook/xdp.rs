@@ -136,7 +136,7 @@ impl Hook for Xdp {
     }
 
     #[inline(always)]
-    fn redirect_marked(self, _: u32, _: u32) -> bool {
+    fn send_to_proxy(self, _: bool, _: u32, _: u32) -> bool {
         false
     }
 
