@@ -17,6 +17,9 @@ pub(crate) const INPUT: usize = 64 << 10;
 /// write. Longer bytes are not copied.
 const SHORT: usize = 4 << 10;
 
+/// Memory that an idle connection keeps for each buffer, bytes: a request after a pause needs no allocation.
+const KEPT: usize = 1 << 10;
+
 /// Value of [`End::bypass`] for a stream that is not inspected any more.
 pub(crate) const FOREVER: u64 = u64::MAX;
 
@@ -41,6 +44,27 @@ pub(crate) enum EndError {
 impl From<io::Error> for EndError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+/// Socket to which a single buffer is written by `send`, which costs less than `writev`. The TLS library calls
+/// `write_vectored` even for one record.
+struct Single<'a>(&'a mut TcpStream);
+
+impl io::Write for Single<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        match buffers {
+            [one] => self.0.write(one),
+            _ => self.0.write_vectored(buffers),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -95,9 +119,9 @@ impl Buffer {
         self.start = 0;
     }
 
-    /// Frees the memory of an empty buffer, so that idle connections have none.
+    /// Frees the memory of an empty buffer above [`KEPT`].
     pub(crate) fn release(&mut self) {
-        if self.is_empty() && self.bytes.capacity() > 0 {
+        if self.is_empty() && self.bytes.capacity() > KEPT {
             *self = Self::default();
         }
     }
@@ -445,7 +469,7 @@ impl End {
         while self.writable && self.is_blocked() {
             let is_own = !self.out.is_empty();
             let written = match &mut self.tls {
-                Some(tls) if !is_own => tls.write_tls(&mut self.socket),
+                Some(tls) if !is_own => tls.write_tls(&mut Single(&mut self.socket)),
                 _ => self.socket.write(self.out.bytes()),
             };
             match written {
