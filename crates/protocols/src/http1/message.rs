@@ -119,10 +119,14 @@ impl<'a> Headers<'a> {
     /// Returns whether there is a field whose name is not in `fields`, but which some servers read as one of `fields`.
     pub(crate) fn has_disguised(&self, fields: &[(&str, &[u8])]) -> bool {
         self.iter().any(|(name, _)| {
-            let folded = Folded::of(name);
-            fields
-                .iter()
-                .any(|(plain, bytes)| folded.is_among(&[bytes]) && !name.eq_ignore_ascii_case(plain))
+            // Most names differ from all `fields` in the first byte of the reduced form.
+            let first = name.bytes().find(u8::is_ascii_alphanumeric);
+            let first = first.map(|byte| byte.to_ascii_lowercase());
+            fields.iter().any(|(plain, bytes)| {
+                bytes.first().copied() == first
+                    && Folded::of(name).is_among(&[bytes])
+                    && !name.eq_ignore_ascii_case(plain)
+            })
         })
     }
 
