@@ -24,6 +24,12 @@ mod trusted_path;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use tikv_jemallocator::Jemalloc;
+
+/// Records of requests are freed by other threads than those that allocate them, and glibc's arenas neither do that
+/// cheaply nor return such memory. Unused memory goes back to the kernel after ten seconds, also that of idle threads.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 fn main() -> ExitCode {
     command::execute(cli::Cli::parse())
