@@ -57,6 +57,10 @@ const UNSETTLED_INTERVAL_MS: u16 = 50;
 const REST_FACTOR: u32 = 3;
 /// Longest such sleep.
 const MAX_REST: Duration = Duration::from_secs(2);
+/// Number of attempts of the first read. It fails for example if links change while the kernel lists them.
+const FIRST_READS: u32 = 5;
+/// Time between these attempts.
+const FIRST_READ_INTERVAL: Duration = Duration::from_millis(100);
 /// Maximum number of problems that `status` shows.
 const MAX_PROBLEMS_SHOWN: usize = 20;
 
@@ -178,7 +182,7 @@ impl Discovery {
         // The notifications are requested before the first read, so that no change is missed.
         let mut watch = Watch::start()?;
         watch.follow(sections);
-        let (report, mut is_unsettled) = read(&shared, &Report::default());
+        let (report, mut is_unsettled) = read_at_start(&shared);
         let mut known = report.clone();
         let of_thread = Arc::clone(&shared);
         thread::Builder::new().name("discover".into()).spawn(move || {
@@ -416,6 +420,19 @@ fn await_engines(sections: &Sections) {
     }
 }
 
+/// As [`read`], but a failed read is repeated a few times: endpoints that the last run of the daemon has found are closed
+/// if it is not known that their interfaces are still there.
+fn read_at_start(shared: &Shared) -> (Report, bool) {
+    for _ in 1..FIRST_READS {
+        let (report, is_unsettled) = read(shared, &Report::default());
+        if report.present.is_some() || report.problems.is_empty() {
+            return (report, is_unsettled);
+        }
+        thread::sleep(FIRST_READ_INTERVAL);
+    }
+    read(shared, &Report::default())
+}
+
 /// Reads the sources and the interfaces. Returns also whether a source has a name without its network namespace yet. If
 /// they cannot be read, the result is that of `before` with the problem.
 fn read(shared: &Shared, before: &Report) -> (Report, bool) {
@@ -491,15 +508,19 @@ fn read_workloads(sections: &Sections, report: &mut Report) -> io::Result<bool> 
         }
         report.workloads.push(workload);
     }
+    // The interface of a container that is missing in a table looks like one without a workload.
+    let engines = sections.engines.iter().flatten();
+    let is_complete = !engines.into_iter().any(|engine| engine.table().notice.is_some());
     let is_initial = |veth: &&links::Veth| {
         let mut sections = sections.all.iter().map(|section| &section.rule);
-        sections.any(|rule| {
-            rule.unknown == Unknown::Init
-                && rule
-                    .interfaces
-                    .iter()
-                    .any(|pattern| pattern.matches(&veth.interface))
-        })
+        is_complete
+            && sections.any(|rule| {
+                rule.unknown == Unknown::Init
+                    && rule
+                        .interfaces
+                        .iter()
+                        .any(|pattern| pattern.matches(&veth.interface))
+            })
     };
     for veth in veths.iter().filter(is_initial) {
         report.interfaces.push(Interface {

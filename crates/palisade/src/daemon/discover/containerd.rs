@@ -233,7 +233,8 @@ impl Client {
 
 /// Returns the description of a listed container; `None` if it does not run. containerd lists a task with an unknown
 /// status, or not at all, while its shim does not answer: a container that was known (`known`) then runs as long as its
-/// network namespace `exists`.
+/// network namespace `exists`. So does one with an unknown status that was not known, since the daemon can have started
+/// after the container, if the specification names the namespace; otherwise the number of its process is missing.
 fn current(
     task: Option<Task>,
     known: Option<&Described>,
@@ -243,6 +244,9 @@ fn current(
     match task {
         Some(Task::Running(pid)) => describe(pid),
         Some(Task::Stopped) => None,
+        Some(Task::Unknown) if known.is_none() => describe(0)
+            .filter(|new| matches!(new.namespace, Namespace::File(_)))
+            .filter(|new| exists(&new.namespace).unwrap_or(false)),
         // Without a task, the number of its process can be that of another one by now, which is an error too.
         Some(Task::Unknown) | None => known
             .filter(|known| exists(&known.namespace).unwrap_or(task.is_some()))
@@ -287,8 +291,19 @@ mod tests {
                 "{task:?}"
             );
             assert_eq!(current(task, Some(&known), Ok(false)), None, "{task:?}");
-            assert_eq!(current(task, None, Ok(true)), None, "{task:?}");
+            assert_eq!(current(task, None, Ok(false)), None, "{task:?}");
         }
+        assert_eq!(current(None, None, Ok(true)), None);
+        let unknown = |new: &Described| {
+            let described = super::current(Some(Task::Unknown), None, |_| Some(new.clone()), |_| Ok(true));
+            described.map(|described| described.workload.name)
+        };
+        assert_eq!(unknown(&new).as_deref(), Some("new"), "the namespace is named");
+        let of_process = Described {
+            namespace: Namespace::Process(0, "new".to_owned()),
+            ..new.clone()
+        };
+        assert_eq!(unknown(&of_process), None);
         let hidden = || Err(io::Error::other("hidden"));
         assert_eq!(current(None, Some(&known), hidden()), None);
         assert!(current(Some(Task::Unknown), Some(&known), hidden()).is_some());
