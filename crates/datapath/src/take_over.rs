@@ -54,9 +54,14 @@ impl Datapath {
         Ok(())
     }
 
-    /// Copies flows that the old programs have opened since the last call. Called after each attachment; with a large
-    /// table and many interfaces at most half of the time is spent in it.
-    pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
+    /// Copies flows that the old programs have opened, and copies that have expired although the old programs have seen
+    /// packets of the flow, since the last call. [`Self::attach`] calls it; with a large table and many interfaces at
+    /// most half of the time is spent in it. After an attachment that has failed, old programs stay attached: call it
+    /// before expired flows are removed.
+    ///
+    /// # Errors
+    /// [`MapError`] if a map cannot be read or written.
+    pub fn follow_old_conntrack(&self) -> Result<(), MapError> {
         for old in self.old_conntrack().iter_mut() {
             if old.last.is_none_or(|(end, took)| end.elapsed() >= took) {
                 self.take_over(old)?;

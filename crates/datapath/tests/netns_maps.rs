@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::{thread, time::Duration};
+
 use common::*;
 use palisade_abi::{
     Addr, CtEntry, CtKey, Decision, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey,
@@ -330,6 +332,32 @@ fn a_resized_table_in_the_middle_of_an_upgrade_loses_no_flow_of_either_kind_of_p
         .unwrap();
     resized.retire_other_versions().unwrap();
     assert_eq!(resized.conntrack().entries().unwrap().len(), 2);
+}
+
+#[test]
+fn a_flow_that_only_old_programs_refresh_is_not_swept() {
+    const LIFETIME: Duration = Duration::from_millis(200);
+    let world = World::new();
+    let old = world.open();
+    let now = monotonic_coarse();
+    let flow = |expires| CtEntry {
+        expires,
+        created: now,
+        ..CtEntry::default()
+    };
+    let copied = flow(now + LIFETIME.as_nanos() as u64);
+    old.conntrack()
+        .seed(&[(ct_key(1), copied), (ct_key(2), copied)])
+        .unwrap();
+    make_earlier(&world);
+    let new = Datapath::open(&world.options).unwrap();
+    assert_eq!(new.take_over_flows().unwrap(), Some(2));
+    old.conntrack().seed(&[(ct_key(1), flow(u64::MAX))]).unwrap();
+    thread::sleep(2 * LIFETIME);
+    new.follow_old_conntrack().unwrap();
+    let swept = new.conntrack().sweep(monotonic_coarse()).unwrap();
+    assert_eq!((swept.ended.len(), swept.present), (1, 1));
+    assert_eq!(new.conntrack().entries().unwrap(), [(ct_key(1), flow(u64::MAX))]);
 }
 
 #[test]

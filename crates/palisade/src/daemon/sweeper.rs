@@ -72,7 +72,9 @@ pub(super) fn run(
         loop {
             thread::sleep(interval.get());
             let now = monotonic_coarse();
-            match datapath.conntrack().sweep(now) {
+            // While an attachment fails in an upgrade, programs of the earlier version refresh flows only in their table.
+            let followed = datapath.follow_old_conntrack();
+            match followed.and_then(|()| datapath.conntrack().sweep(now)) {
                 Ok(sweep) => {
                     let names = EventNames::new(shared.get());
                     let offset = events::clock_offset();
