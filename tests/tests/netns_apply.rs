@@ -17,27 +17,15 @@ use palisade_testbed::{
     process::output,
     topology::{FAMILIES, Family, INNER},
 };
-use palisade_tests::{OPEN, World, with_peers, world};
+use palisade_tests::{
+    OPEN, World,
+    fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
+    with_peers, world,
+};
 use serde_json::Value;
 
 /// Time within which a rollback, a start or a write must have happened.
 const LONG: Duration = Duration::from_secs(120);
-
-const FROM_FRONT: &str = "apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {name: back}
-spec:
-  endpointSelector: {matchLabels: {app: back}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: front}}]
-";
-
-const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
-const ONLY_DB: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 open";
-
-fn from_db() -> String {
-    FROM_FRONT.replace("app: front", "app: db")
-}
 
 struct Bed {
     world: World,
@@ -121,7 +109,10 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
         })
     };
     assert!(row("app=front", "deny") && row("app=db", "allow"), "{diff:#}");
-    assert_eq!(diff["policies"]["changed"][0], "CiliumNetworkPolicy default/back");
+    assert_eq!(
+        diff["policies"]["changed"][0],
+        "CiliumNetworkPolicy default/from-front"
+    );
     let dry = bed.run(&["policy", "apply", &file, "--dry-run"]);
     assert!(
         dry.status.success() && text(&dry).contains("Verdicts:"),
@@ -180,7 +171,7 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
 
     // Edited by hand; then a set of the history comes back.
     daemon
-        .write("more.yaml", &FROM_FRONT.replace("name: back", "name: more"))
+        .write("more.yaml", &FROM_FRONT.replace("name: from-front", "name: more"))
         .expect("write");
     daemon.settle().expect("settle");
     let history = bed.history();
@@ -334,7 +325,7 @@ fn errors_change_nothing_and_name_the_line_of_the_given_file() {
     let outside = bed.candidate("outside", FROM_FRONT);
     let link = bed.daemon.policies().join("link.yaml");
     std::os::unix::fs::symlink(&outside, &link).expect("link");
-    let new = bed.candidate("link.yaml", &from_db().replace("name: back", "name: other"));
+    let new = bed.candidate("link.yaml", &from_db().replace("name: from-front", "name: other"));
     let said = text(&bed.run(&["policy", "apply", &new, "--yes"]));
     assert!(said.contains("symbolic link"), "{said}");
     assert_eq!(fs::read_to_string(&outside).expect("file"), FROM_FRONT);
@@ -349,7 +340,7 @@ fn an_empty_file_is_changed_only_without_a_confirmation() {
     let bed = Bed::new();
     bed.daemon.write("more.yaml", "---\n").expect("write");
     bed.daemon.settle().expect("settle");
-    let more = from_db().replace("name: back", "name: more");
+    let more = from_db().replace("name: from-front", "name: more");
     let file = bed.candidate("more.yaml", &more);
     let refused = bed.run(&["policy", "apply", &file, "--yes", "--confirm", "1h"]);
     let said = text(&refused);

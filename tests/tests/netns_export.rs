@@ -14,19 +14,13 @@ use palisade_testbed::{
     ns::wait_until,
     process::{Process, output},
 };
-use palisade_tests::{World, with_peers, world};
+use palisade_tests::{
+    World,
+    fixtures::back::{FROM_FRONT, ONLY_FRONT},
+    with_peers, world,
+};
 use serde_json::Value;
 
-const FROM_FRONT: &str = "apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {name: from-front}
-spec:
-  endpointSelector: {matchLabels: {app: back}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: front}}]
-";
-
-const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns a daemon, not started yet, whose export has further options.

@@ -18,6 +18,7 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     CLOSED, OPEN, World,
+    fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
     fixtures::traffic::{Traffic, policy},
     with_peers, world,
 };
@@ -135,17 +136,6 @@ impl Drop for Frozen {
     }
 }
 
-const FROM_FRONT: &str = "apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {name: back}
-spec:
-  endpointSelector: {matchLabels: {app: back}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: front}}]
-";
-const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
-const ONLY_DB: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 open";
-
 fn text(output: &Output) -> String {
     format!(
         "{}{}",
@@ -183,7 +173,7 @@ fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
     let frozen = Frozen::freeze(inside.clone());
 
     let file = world.topology.dir().join("back.yaml");
-    fs::write(&file, FROM_FRONT.replace("app: front", "app: db")).expect("candidate");
+    fs::write(&file, from_db()).expect("candidate");
     let file = file.display().to_string();
     let applying = begun(&daemon, &["policy", "apply", &file, "--yes", "--confirm", "1h"]);
     daemon
@@ -292,7 +282,7 @@ fn a_change_is_rolled_back_whichever_way_the_boot_clock_has_jumped() {
     let world = world();
     let mut daemon = prepared(&world, &[("back.yaml", FROM_FRONT)]);
     let file = world.topology.dir().join("back.yaml");
-    fs::write(&file, FROM_FRONT.replace("app: front", "app: db")).expect("candidate");
+    fs::write(&file, from_db()).expect("candidate");
     let file = file.display().to_string();
     let at = |hours: u64| {
         let offset = (hours * 3_600).to_string();

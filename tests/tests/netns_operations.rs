@@ -7,20 +7,11 @@ use palisade_testbed::{
     daemon::{Hooks, Settings},
     topology::WorkloadSpec,
 };
-use palisade_tests::{with_peers, world};
+use palisade_tests::{
+    fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
+    with_peers, world,
+};
 use serde_json::Value;
-
-const FROM_FRONT: &str = "apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {name: from-front}
-spec:
-  endpointSelector: {matchLabels: {app: back}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: front}}]
-";
-
-const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
-const ONLY_DB: &str = "front -> back tcp/80 drop\ndb -> back tcp/80 open";
 
 fn file<'a>(status: &'a Value, name: &str) -> &'a Value {
     let files = status["policy_files"]
@@ -74,9 +65,7 @@ fn a_broken_file_leaves_the_last_good_state_and_is_named_with_line_and_reason() 
             file(s, "other.yaml")["state"] == "unused"
         })
         .expect("status");
-    daemon
-        .write("front.yaml", &FROM_FRONT.replace("app: front", "app: db"))
-        .expect("write");
+    daemon.write("front.yaml", &from_db()).expect("write");
     daemon
         .wait_status("the repaired file is in force", |s| {
             file(s, "front.yaml")["state"] == "in-force"

@@ -6,17 +6,11 @@ use std::{
 };
 
 use palisade_testbed::{daemon::Settings, ns::wait_until, process::output};
-use palisade_tests::world;
+use palisade_tests::{
+    fixtures::back::{FROM_FRONT, ONLY_FRONT},
+    world,
+};
 
-const FROM_FRONT: &str = "apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {name: from-front}
-spec:
-  endpointSelector: {matchLabels: {app: back}}
-  ingress:
-  - fromEndpoints: [{matchLabels: {app: front}}]
-";
-const ONLY_FRONT: &str = "front -> back tcp/80 open\ndb -> back tcp/80 drop";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[test]
