@@ -54,7 +54,7 @@ const KINDS: [Kind; 3] = [
     ),
 ];
 
-fn judging(criterion: &mut Criterion) {
+fn evaluating(criterion: &mut Criterion) {
     for (name, pattern, path) in KINDS {
         let mut group = criterion.benchmark_group(format!("http rules, {name}"));
         for count in [10, 1_000] {
@@ -96,5 +96,5 @@ fn preparing(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, judging, preparing);
+criterion_group!(benches, evaluating, preparing);
 criterion_main!(benches);

@@ -296,13 +296,13 @@ fn every_request_that_a_server_parses_was_inspected() {
         });
     }
     // The logs of both servers list the requests that they parsed; the flow log lists the inspected requests.
-    let judged: Vec<String> = daemon
+    let evaluated: Vec<String> = daemon
         .flows(&["--protocol", "http", "--verdict", "FORWARDED", "--reply", "false"])
         .expect("flows")
         .iter()
         .map(|flow| flow["l7"]["http"]["url"].as_str().unwrap_or_default().to_owned())
         .collect();
-    assert!(judged.len() > 20, "{judged:?}");
+    assert!(evaluated.len() > 20, "{evaluated:?}");
     let seen = web.seen().into_iter().map(|seen| seen.request);
     let noted = careless.noted();
     let noted = noted
@@ -313,8 +313,8 @@ fn every_request_that_a_server_parses_was_inspected() {
     for request in all {
         let path = request.split(' ').nth(1).unwrap_or_default();
         assert!(
-            path.contains("/allowed/") && judged.iter().any(|url| url.ends_with(path)),
-            "{request} was not inspected: {judged:?}\n{}",
+            path.contains("/allowed/") && evaluated.iter().any(|url| url.ends_with(path)),
+            "{request} was not inspected: {evaluated:?}\n{}",
             daemon.report()
         );
     }

@@ -1,4 +1,4 @@
-//! Packets that no program can judge: those that NAT, TPROXY or a mark redirects to the node after the hooks, and those of
+//! Packets that no program can evaluate: those that NAT, TPROXY or a mark redirects to the node after the hooks, and those of
 //! interfaces that are configured and not guarded.
 
 use std::{

@@ -1274,7 +1274,7 @@ fn certificates_are_replaced_while_traffic_runs() {
 }
 
 #[test]
-fn a_policy_change_judges_the_next_request_and_cuts_what_is_no_longer_intercepted() {
+fn a_policy_change_evaluates_the_next_request_and_cuts_what_is_no_longer_intercepted() {
     let lab = lab();
     let _peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);

@@ -328,7 +328,7 @@ fn metadata_response(stream: &mut TcpStream, error: u8, topic: &str) -> Option<(
 }
 
 #[test]
-fn requests_in_any_segments_and_after_a_change_of_the_policy_are_judged() {
+fn requests_in_any_segments_and_after_a_change_of_the_policy_are_evaluated() {
     packages().expect("the packages");
     let apps = apps();
     for family in FAMILIES {

@@ -32,8 +32,8 @@ fn key(pkt: &PacketContext) -> FragmentKey {
 /// fragments. The ports of a first fragment that is malformed, forwarded, or has a spoofed source are not stored.
 #[inline(never)]
 pub fn remember(pkt: &mut PacketContext) -> u32 {
-    let judged = !pkt.is_dropped() || pkt.rule != 0;
-    if !judged || pkt.reason == Reason::Forwarded as u8 {
+    let evaluated = !pkt.is_dropped() || pkt.rule != 0;
+    if !evaluated || pkt.reason == Reason::Forwarded as u8 {
         return 0;
     }
     // `pkt.endpoint` is the node if the node's policy was looked up too, but the slot belongs to the share of the

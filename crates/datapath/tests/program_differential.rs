@@ -24,7 +24,7 @@ fn programs_and_decoder_agree() {
         config.events_per_second = 1_000_000;
         config.fragment = 0;
     });
-    let judged = Cell::new(0);
+    let evaluated = Cell::new(0);
     runner(FRAMES)
         .run(&frames(), |frame| {
             let (packet, result) = decoded(&frame);
@@ -54,7 +54,7 @@ fn programs_and_decoder_agree() {
                     prop_assert!(!malformed, "{:?}: {:?}", hook, got.reason);
                 }
                 for event in &got.events {
-                    judged.set(judged.get() + 1);
+                    evaluated.set(evaluated.get() + 1);
                     prop_assert_eq!(
                         (event.source, event.destination),
                         (packet.source, packet.destination)
@@ -73,5 +73,5 @@ fn programs_and_decoder_agree() {
             Ok(())
         })
         .unwrap();
-    assert!(judged.get() > FRAMES, "{judged:?}");
+    assert!(evaluated.get() > FRAMES, "{evaluated:?}");
 }

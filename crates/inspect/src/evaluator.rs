@@ -86,7 +86,7 @@ fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
         correlation: 0,
         client: request.client_id.as_deref().map(str::as_bytes),
     };
-    let allowed = match rules.judge(&header) {
+    let allowed = match rules.evaluate(&header) {
         // The SASL tokens behind version 0 cannot be inspected.
         KafkaVerdict::Allowed {
             unrestricted: false, ..
@@ -102,7 +102,9 @@ fn kafka_request(rules: &Rules, request: &KafkaRequest) -> Result<u32, Denial> {
         KafkaVerdict::ByTopics(rule) => {
             let mut topics = request.topics.iter();
             topics.try_fold(rule, |_, topic| {
-                rules.judge_topic(&header, topic.as_bytes()).ok_or(Denial::NoRule)
+                rules
+                    .evaluate_topic(&header, topic.as_bytes())
+                    .ok_or(Denial::NoRule)
             })?
         }
         KafkaVerdict::Denied => return Err(Denial::NoRule),
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_of_a_get_is_judged_by_the_option_and_the_rule() {
+    fn a_body_of_a_get_is_evaluated_by_the_option_and_the_rule() {
         let search = || HttpRule {
             path: Some("/x".into()),
             ..HttpRule::default()
@@ -358,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_judged_as_in_queries_and_hellos() {
+    fn names_are_evaluated_as_in_queries_and_hellos() {
         let pattern = FqdnPattern::Pattern("*.example.com".into());
         let with_rule = |reads: Inspector, matcher: Matcher, request: Request| {
             Inspectors::default()
@@ -427,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_inside_tls_are_judged_by_http_rules_and_server_names() {
+    fn requests_inside_tls_are_evaluated_by_http_rules_and_server_names() {
         let alternative = |rule, matcher| Alternative { rule, matcher };
         let intercepted = |names: &[&str], alternatives: Vec<Alternative>| {
             Arc::new(RuleSet {
@@ -455,30 +457,34 @@ mod tests {
             tls: name.map(Into::into),
             ..Request::default()
         };
-        let judged = |set: &Arc<RuleSet>, method: &str, name: Option<&str>| {
+        let evaluated = |set: &Arc<RuleSet>, method: &str, name: Option<&str>| {
             Inspectors::default()
                 .evaluate(set, &request(method, name), HttpOptions::default())
                 .expect("the HTTP inspector reads it")
         };
         let named = intercepted(&["a.test"], vec![alternative(7, Matcher::Http(get.clone()))]);
-        assert_eq!(judged(&named, "GET", None), Ok(7));
-        assert_eq!(judged(&named, "GET", Some("A.test")), Ok(7));
-        assert_eq!(judged(&named, "PUT", Some("a.test")), Err(Denial::NoRule));
+        assert_eq!(evaluated(&named, "GET", None), Ok(7));
+        assert_eq!(evaluated(&named, "GET", Some("A.test")), Ok(7));
+        assert_eq!(evaluated(&named, "PUT", Some("a.test")), Err(Denial::NoRule));
         for name in ["b.test", "", "192.0.2.1"] {
-            assert_eq!(judged(&named, "GET", Some(name)), Err(Denial::NoRule), "{name}");
+            assert_eq!(
+                evaluated(&named, "GET", Some(name)),
+                Err(Denial::NoRule),
+                "{name}"
+            );
         }
-        // The proxy judges requests by http rules alone.
+        // The proxy evaluates requests by http rules alone.
         let names = Matcher::ServerName(FqdnPattern::Pattern("*.b.test".into()));
         let mixed = intercepted(
             &[],
             vec![alternative(7, Matcher::Http(get.clone())), alternative(8, names)],
         );
-        assert_eq!(judged(&mixed, "GET", Some("a.test")), Ok(7));
-        assert_eq!(judged(&mixed, "PUT", Some("x.b.test")), Err(Denial::NoRule));
+        assert_eq!(evaluated(&mixed, "GET", Some("a.test")), Ok(7));
+        assert_eq!(evaluated(&mixed, "PUT", Some("x.b.test")), Err(Denial::NoRule));
         // A hello is no HTTP request.
         let plain = set(Inspector::Http, Matcher::Http(get));
         assert!(matches!(
-            judged(&plain, "GET", Some("a.test")),
+            evaluated(&plain, "GET", Some("a.test")),
             Err(Denial::Refused { .. })
         ));
     }

@@ -99,11 +99,11 @@ struct Flow {
     /// Record fields of the client's packets.
     about: Option<About>,
     /// The last hello.
-    judged: Option<Judged>,
+    evaluated: Option<Evaluated>,
 }
 
 /// A ClientHello, and the rule set and mode with which it was evaluated.
-struct Judged {
+struct Evaluated {
     ruleset: u32,
     audit: bool,
     hello: Box<ClientHello>,
@@ -113,9 +113,9 @@ struct Judged {
 
 impl Offloadable for Flow {
     /// `None` if audit mode has offloaded the connection before a hello was inspected.
-    type OffloadVerdict = Option<Judged>;
+    type OffloadVerdict = Option<Evaluated>;
     fn remember(&mut self) -> Self::OffloadVerdict {
-        self.judged.take()
+        self.evaluated.take()
     }
 }
 
@@ -169,8 +169,8 @@ impl<F> Tls<F> {
             frame,
             Flow::default,
             |flow| TlsStream::new(flow, view, names, ech, stats),
-            |judged, cx| match judged {
-                Some(judged) => recall(judged, view, ech, cx),
+            |evaluated, cx| match evaluated {
+                Some(evaluated) => recall(evaluated, view, ech, cx),
                 // Audit mode has offloaded the connection before a hello was inspected.
                 None if is_audit(view.slot) => Ok(()),
                 None => Err(Reason::TcpMidstream),
@@ -237,17 +237,23 @@ pub(crate) fn evaluate_name(name: &ServerName, rules: &TlsRules, known: bool) ->
 
 /// Evaluates the hello of an offloaded connection with the rule set of a later packet.
 fn recall<F, S: Sink<F>>(
-    judged: &mut Judged,
+    evaluated: &mut Evaluated,
     view: &PacketView<'_>,
     ech: Ech,
     cx: &mut Cx<'_, F, S>,
 ) -> Result<(), Reason> {
     let audit = is_audit(view.slot);
-    if (judged.ruleset, judged.audit) == (view.slot.ruleset, audit) {
+    if (evaluated.ruleset, evaluated.audit) == (view.slot.ruleset, audit) {
         return Ok(());
     }
-    (judged.ruleset, judged.audit) = (view.slot.ruleset, audit);
-    let Err(reason) = evaluate(&judged.hello, cx.rules, view.slot.ruleset, ech, judged.known) else {
+    (evaluated.ruleset, evaluated.audit) = (view.slot.ruleset, audit);
+    let Err(reason) = evaluate(
+        &evaluated.hello,
+        cx.rules,
+        view.slot.ruleset,
+        ech,
+        evaluated.known,
+    ) else {
         return Ok(());
     };
     let about = About::of(view);
@@ -260,7 +266,7 @@ fn recall<F, S: Sink<F>>(
             } else {
                 about.turned()
             },
-            what(&judged.hello),
+            what(&evaluated.hello),
         )
     });
     if audit { Ok(()) } else { Err(reason) }
@@ -362,7 +368,7 @@ impl<'a> TlsStream<'a> {
                 self.stats.denied += 1;
             }
         }
-        self.flow.judged = Some(Judged {
+        self.flow.evaluated = Some(Evaluated {
             ruleset: self.slot.ruleset,
             audit: is_audit(self.slot),
             hello,

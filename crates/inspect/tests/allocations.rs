@@ -1,5 +1,5 @@
 //! Inspection allocates nothing once the tables have grown: for DNS queries, answers, responses, fragments and
-//! segments, for HTTP requests and responses, also of HTTP/2, and for judging them.
+//! segments, for HTTP requests and responses, also of HTTP/2, and for evaluating them.
 #![allow(unsafe_code, reason = "a counting allocator")]
 
 mod common;
@@ -337,7 +337,7 @@ fn http2_requests_allowed_and_denied_allocate_nothing() {
 }
 
 #[test]
-fn judging_requests_allocates_nothing() {
+fn evaluating_requests_allocates_nothing() {
     let alternatives = (0..300_u32)
         .map(|rule| Alternative {
             rule,

@@ -1,4 +1,4 @@
-//! Case files, with requests judged by the inspectors.
+//! Case files, with requests evaluated by the inspectors.
 
 use palisade_inspect::Inspectors;
 use palisade_policy::{
@@ -22,7 +22,7 @@ fn what_an_inspector_refuses_is_denied_whatever_the_rules_say() {
 }
 
 #[test]
-fn requests_of_the_other_case_files_are_judged_the_same() {
+fn requests_of_the_other_case_files_are_evaluated_the_same() {
     let text = include_str!("../../../tests/cases/no-default-deny-with-application-rules.yaml");
     all_pass("no-default-deny-with-application-rules.yaml", text, 16);
     let text = include_str!("../../../tests/cases/kafka-requests.yaml");

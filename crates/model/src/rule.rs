@@ -452,7 +452,7 @@ pub enum MismatchAction {
 }
 
 /// Returns whether a mismatch action may change a header of this name. The request line, the host and the framing of a
-/// message may not be changed: the rules judge them as the client has sent them, and servers must find the same ends of
+/// message may not be changed: the rules evaluate them as the client has sent them, and servers must find the same ends of
 /// messages as the proxy.
 #[must_use]
 pub fn is_editable_header(name: &str) -> bool {

@@ -184,7 +184,7 @@ fn decoder_and_etherparse_agree() {
                     }
                     count("both read");
                 }
-                // What etherparse refuses and the decoder lets through is nothing that it judges: no IP, an unknown
+                // What etherparse refuses and the decoder lets through is nothing that it evaluates: no IP, an unknown
                 // protocol, a later fragment.
                 (Ok(()), None) => {
                     let harmless = packet.is(flags::NOT_IP)

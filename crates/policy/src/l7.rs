@@ -228,7 +228,7 @@ fn kafka_matches(rule: &KafkaRule, kafka: &KafkaRequest) -> bool {
     }
     let topic = rule.topic.as_ref().is_none_or(|topic| {
         match topics_of(kafka.api_key, kafka.api_version) {
-            // Requests that cannot name a topic are not judged by it.
+            // Requests that cannot name a topic are not evaluated by it.
             Some(Topics::None) => true,
             Some(Topics::Admin) => rule.api_keys.contains(&kafka.api_key),
             Some(Topics::Read) => match kafka.topics.first() {

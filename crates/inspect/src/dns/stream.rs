@@ -53,11 +53,11 @@ struct Flow {
     /// Offset up to which the server's messages are forwarded.
     forwarded: u64,
     /// Offset of the first message that is not inspected yet.
-    judged: u64,
+    inspected: u64,
     /// Number of missing bytes of a transfer message whose beginning was forwarded.
     rest: usize,
-    /// Inspected messages between `forwarded` and `judged`.
-    answers: VecDeque<Judged>,
+    /// Inspected messages between `forwarded` and `inspected`.
+    answers: VecDeque<Inspected>,
     /// Reason for which the connection must be aborted.
     broken: Option<Reason>,
 }
@@ -70,11 +70,11 @@ struct Refused {
     replies: Vec<u8>,
     /// Number of inspected bytes, from the beginning of the first denied query; `usize::MAX` after a query for which no
     /// response can be built.
-    judged: usize,
+    inspected: usize,
 }
 
 /// An answer that was inspected.
-struct Judged {
+struct Inspected {
     end: u64,
     /// Whether the answer may be forwarded. If not, its addresses are not committed yet.
     passes: bool,
@@ -94,7 +94,7 @@ impl Flow {
             refused: None,
             transfers: Vec::new(),
             forwarded: 0,
-            judged: 0,
+            inspected: 0,
             rest: 0,
             answers: VecDeque::new(),
             broken: None,
@@ -114,11 +114,15 @@ impl Flow {
         if self.number != place.number {
             return;
         }
-        let Some(judged) = self.answers.iter_mut().find(|judged| judged.end == place.end) else {
+        let Some(inspected) = self
+            .answers
+            .iter_mut()
+            .find(|inspected| inspected.end == place.end)
+        else {
             return;
         };
         match passes {
-            Ok(()) => judged.passes = true,
+            Ok(()) => inspected.passes = true,
             Err(reason) => self.broken = Some(reason),
         }
     }
@@ -323,7 +327,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 self.flow.refused = Some(Refused {
                     reason,
                     replies,
-                    judged: PREFIX + message.len(),
+                    inspected: PREFIX + message.len(),
                 });
                 self.respond(bytes, cx)
             }
@@ -339,7 +343,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             && let Some(refused) = &mut flow.refused
         {
             while refused.replies.len() < REPLIES
-                && let rest = bytes.get(refused.judged..).unwrap_or_default()
+                && let rest = bytes.get(refused.inspected..).unwrap_or_default()
                 && let Ok(Some(message)) = first_message(rest, Limits::QUERY.message)
                 && !is_allowed(view, message, cx)
             {
@@ -349,12 +353,12 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                     _ => None,
                 };
                 let Some(reply) = reply else {
-                    refused.judged = usize::MAX;
+                    refused.inspected = usize::MAX;
                     break;
                 };
                 self.dns.stats.replies += 1;
                 refused.replies.extend(reply);
-                refused.judged += PREFIX + message.len();
+                refused.inspected += PREFIX + message.len();
             }
         }
         // Queries in the same packet before the denied one are forwarded in a generated packet, once they are
@@ -417,24 +421,24 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
             let n = flow.rest.min(bytes.len());
             flow.rest -= n;
             flow.forwarded += n as u64;
-            flow.judged = flow.forwarded;
+            flow.inspected = flow.forwarded;
             return Action::Forward(n);
         }
         loop {
-            let at = (self.flow.judged - self.flow.forwarded) as usize;
-            let unjudged = bytes.get(at..).unwrap_or_default();
-            let message = match first_message(unjudged, Limits::ANSWER.message) {
+            let at = (self.flow.inspected - self.flow.forwarded) as usize;
+            let unevaluated = bytes.get(at..).unwrap_or_default();
+            let message = match first_message(unevaluated, Limits::ANSWER.message) {
                 Ok(Some(message)) => message,
-                Ok(None) if end && !unjudged.is_empty() => {
+                Ok(None) if end && !unevaluated.is_empty() => {
                     return self.refuse("stream ends within a message", cx);
                 }
-                Ok(None) => match self.begin(unjudged, cx) {
+                Ok(None) => match self.begin(unevaluated, cx) {
                     Some(n) => return Action::Forward(n),
                     None => break,
                 },
                 Err(refusal) => return self.malformed(refusal, cx),
             };
-            match self.judge_answer(message, cx) {
+            match self.evaluate_answer(message, cx) {
                 Ok(true) => {}
                 Ok(false) => break,
                 Err(reason) => return Action::Abort(reason),
@@ -442,9 +446,9 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         }
         let flow = &mut *self.flow;
         let before = flow.forwarded;
-        while let Some(judged) = flow.answers.pop_front_if(|judged| judged.passes) {
-            flow.forwarded = judged.end;
-            flow.answered += u64::from(judged.closes);
+        while let Some(inspected) = flow.answers.pop_front_if(|inspected| inspected.passes) {
+            flow.forwarded = inspected.end;
+            flow.answered += u64::from(inspected.closes);
         }
         if flow.forwarded > before {
             return Action::Forward((flow.forwarded - before) as usize);
@@ -454,7 +458,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         let last = flow
             .answers
             .front()
-            .map(|judged| (judged.end - flow.forwarded) as usize - 1);
+            .map(|inspected| (inspected.end - flow.forwarded) as usize - 1);
         Action::ForwardUndecided(last.unwrap_or(bytes.len()))
     }
 
@@ -463,11 +467,11 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
     ///
     /// # Errors
     /// Returns the reason if the connection must be aborted.
-    fn judge_answer<S: Sink<F>>(&mut self, message: &[u8], cx: &mut Cx<'_, F, S>) -> Result<bool, Reason> {
+    fn evaluate_answer<S: Sink<F>>(&mut self, message: &[u8], cx: &mut Cx<'_, F, S>) -> Result<bool, Reason> {
         let Some(view) = self.packet_of(Side::Server) else {
             return Ok(false);
         };
-        let end = self.flow.judged + (PREFIX + message.len()) as u64;
+        let end = self.flow.inspected + (PREFIX + message.len()) as u64;
         let (passes, closes) = if let Some(closes) = self.transferred(view, message, cx) {
             (true, closes)
         } else {
@@ -486,8 +490,8 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
                 }
             }
         };
-        self.flow.judged = end;
-        self.flow.answers.push_back(Judged { end, passes, closes });
+        self.flow.inspected = end;
+        self.flow.answers.push_back(Inspected { end, passes, closes });
         Ok(true)
     }
 
@@ -504,7 +508,7 @@ impl<'a, 'v, F> DnsStream<'a, 'v, F> {
         flow.answered += u64::from(closes);
         flow.rest = usize::from(u16::from_be_bytes(*prefix)) - message.len();
         flow.forwarded += bytes.len() as u64;
-        flow.judged = flow.forwarded;
+        flow.inspected = flow.forwarded;
         Some(bytes.len())
     }
 

@@ -299,7 +299,7 @@ fn other_protocols_are_reset() {
 }
 
 #[test]
-fn bodies_are_followed_and_the_next_request_is_judged() {
+fn bodies_are_followed_and_the_next_request_is_evaluated() {
     for (head, body) in [
         (
             "Content-Length: 30",
@@ -831,7 +831,7 @@ fn audit_mode_forwards_and_records() {
 }
 
 #[test]
-fn the_next_request_is_judged_by_the_new_rules() {
+fn the_next_request_is_evaluated_by_the_new_rules() {
     let mut talk = Talk::new();
     talk.client(get("/public/a").as_bytes());
     talk.server(OK.as_bytes());

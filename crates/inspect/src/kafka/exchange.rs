@@ -78,7 +78,7 @@ pub(super) struct Left {
 }
 
 impl Left {
-    /// Judges an offloaded connection again. Its requests are not read any more, so it ends when its rule set changes.
+    /// Evaluates an offloaded connection again. Its requests are not read any more, so it ends when its rule set changes.
     pub(super) fn may_go_on(self, slot: &PuntRequest) -> Result<(), Reason> {
         let audit = slot.flags & punt_flags::AUDIT != 0;
         if audit || (self.ruleset == slot.ruleset && !self.audit) {
@@ -219,7 +219,7 @@ impl KafkaStream<'_> {
             return self.abort(Reason::UnknownRuleset, Reason::UnknownRuleset.text(), cx);
         };
         let header = &arrived.request.header;
-        match rules.judge(header) {
+        match rules.evaluate(header) {
             KafkaVerdict::Allowed { rule, unrestricted } => {
                 self.allowed_by_header(arrived, rule, unrestricted, cx)
             }
@@ -285,7 +285,7 @@ impl KafkaStream<'_> {
         self.forward(arrived, facts, rule, Verdict::Forwarded, cx)
     }
 
-    /// Judges a request by its topics.
+    /// Evaluates a request by its topics.
     fn by_topics<F, S: Sink<F>>(
         &mut self,
         arrived: &Arrived<'_>,
@@ -296,7 +296,7 @@ impl KafkaStream<'_> {
         let header = &arrived.request.header;
         if arrived.is_complete {
             let mut facts = Facts::default();
-            return match self.judge_topics(&arrived.request, rules, rule, &mut facts) {
+            return match self.evaluate_topics(&arrived.request, rules, rule, &mut facts) {
                 Ok(Decided::Allowed(rule)) => self.forward(arrived, facts, rule, Verdict::Forwarded, cx),
                 Ok(Decided::Denied(error)) => self.denied(arrived, facts, error, cx),
                 Err(error) => self.malformed(error, cx),
@@ -353,7 +353,7 @@ impl KafkaStream<'_> {
                 }
                 _ => return,
             };
-            let rule = name.and_then(|name| rules.judge_topic(header, name));
+            let rule = name.and_then(|name| rules.evaluate_topic(header, name));
             if facts.topic.bytes().is_empty() {
                 facts.topic = Text::from(name.unwrap_or_default());
             }
@@ -367,8 +367,8 @@ impl KafkaStream<'_> {
         Some(self.forward(arrived, facts, rule, Verdict::Forwarded, cx))
     }
 
-    /// Judges the topics of a complete request. `rule`: the rule for a request that names none.
-    fn judge_topics(
+    /// Evaluates the topics of a complete request. `rule`: the rule for a request that names none.
+    fn evaluate_topics(
         &mut self,
         request: &Request<'_>,
         rules: &KafkaRules,
@@ -414,7 +414,7 @@ impl KafkaStream<'_> {
             if facts.topic.bytes().is_empty() {
                 facts.topic = Text::from(name);
             }
-            match rules.judge_topic(header, name) {
+            match rules.evaluate_topic(header, name) {
                 Some(rule) => allowed = rule,
                 None => {
                     denied.get_or_insert_with(|| Text::from(name));

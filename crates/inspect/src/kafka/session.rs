@@ -89,7 +89,7 @@ impl Session {
             return None;
         }
         let mut names = self.topics.names.iter().map(|name| &**name);
-        if let Some(name) = names.find(|name| rules.judge_topic(header, name).is_none()) {
+        if let Some(name) = names.find(|name| rules.evaluate_topic(header, name).is_none()) {
             return Some(name);
         }
         self.allowed = Some(Basis {
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fetch_session_is_judged_again_if_the_rules_or_the_header_change() {
+    fn a_fetch_session_is_evaluated_again_if_the_rules_or_the_header_change() {
         let mut topics = SessionTopics::default();
         topics.add(b"a");
         topics.add(b"b");

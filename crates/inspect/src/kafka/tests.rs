@@ -625,7 +625,7 @@ fn no_response_is_awaited_to_a_produce_request_without_acks() {
 }
 
 #[test]
-fn a_request_is_judged_however_it_is_cut() {
+fn a_request_is_evaluated_however_it_is_cut() {
     let requests = [produce(1, 1, &["a", "b"], 40), metadata(2, &["a", "b"])].concat();
     for size in [1, 2, 3, 7, 40] {
         let mut talk = Talk::new();
@@ -654,7 +654,7 @@ fn a_long_request_for_one_topic_flows_without_being_kept() {
     assert_eq!(talk.stats().tcp.bytes, 0);
     talk.server(&response(1, 30));
     assert!(talk.is_open());
-    // A longer one for several topics cannot be judged as a whole.
+    // A longer one for several topics cannot be evaluated as a whole.
     talk.client(&produce(2, 1, &["a", "b"], 9000));
     assert!(talk.reset);
     assert_eq!(
@@ -730,7 +730,7 @@ fn new_bytes_behind_repeated_ones_arrive_before_the_request_is_complete() {
 
 /// The first packet of an allowed request is lost behind the node, and the client sends another one instead.
 #[test]
-fn a_judged_request_cannot_be_replaced_by_a_retransmission() {
+fn a_evaluated_request_cannot_be_replaced_by_a_retransmission() {
     for length in [1_000, 20_000, 200_000] {
         let by_topic = produce(1, 1, &["b"], length);
         let mut by_client = Message::default().i16(FETCH).i16(11).i32(1).text("admin");
@@ -761,7 +761,7 @@ fn a_judged_request_cannot_be_replaced_by_a_retransmission() {
 }
 
 #[test]
-fn the_client_id_and_unknown_keys_are_judged() {
+fn the_client_id_and_unknown_keys_are_evaluated() {
     let named = |key: i16, version: i16, client: &str| {
         Message::default()
             .i16(key)
@@ -836,7 +836,7 @@ fn metadata_of_all_topics_is_denied_by_a_rule_for_one() {
 }
 
 #[test]
-fn a_topic_id_is_judged_by_the_name_that_metadata_has_told() {
+fn a_topic_id_is_evaluated_by_the_name_that_metadata_has_told() {
     let (known, other, strange) = ([1; 16], [2; 16], [3; 16]);
     let mut talk = Talk::new();
     let ask = head(METADATA, 12, 1).i8(0).i8(1).i8(0).i8(0).i8(0).framed();
@@ -1073,7 +1073,7 @@ fn a_stream_that_ends_within_a_request_is_refused() {
 }
 
 #[test]
-fn a_change_of_the_rules_judges_the_next_request() {
+fn a_change_of_the_rules_evaluates_the_next_request() {
     let mut talk = Talk::new();
     talk.client(&produce(1, 1, &["a"], 3));
     talk.server(&response(1, 30));

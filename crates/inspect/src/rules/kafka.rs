@@ -119,9 +119,9 @@ impl KafkaRules {
         })
     }
 
-    /// Judges a request by its header.
+    /// Evaluates a request by its header.
     #[must_use]
-    pub fn judge(&self, header: &Header<'_>) -> KafkaVerdict {
+    pub fn evaluate(&self, header: &Header<'_>) -> KafkaVerdict {
         if let Some((_, rule)) = self.everything {
             return KafkaVerdict::Allowed {
                 rule,
@@ -172,7 +172,7 @@ impl KafkaRules {
 
     /// Returns the rule that allows a request with this header to name `topic`.
     #[must_use]
-    pub fn judge_topic(&self, header: &Header<'_>, topic: &[u8]) -> Option<u32> {
+    pub fn evaluate_topic(&self, header: &Header<'_>, topic: &[u8]) -> Option<u32> {
         self.matching(header)
             .filter_map(|group| group.topics.get(topic))
             .min()

@@ -386,7 +386,7 @@ fn server(acks: u32) -> Seg {
 }
 
 #[test]
-fn a_packet_waits_until_all_its_bytes_are_judged() {
+fn a_packet_waits_until_all_its_bytes_are_evaluated() {
     let mut bench = Bench::open();
     bench.put(&client(0, b"\x03ab"));
     bench.put(&client(3, b"c\x02d"));
@@ -907,7 +907,7 @@ fn bypassed_bytes_are_forwarded_and_later_ones_are_inspected() {
     assert_eq!(
         (out.released.len(), bench.table.stats().frames),
         (2, 1),
-        "the bypassed bytes are not judged, the later ones are"
+        "the bypassed bytes are not evaluated, the later ones are"
     );
     bench.put(&client(1, b"Z\x4e\x20"));
     assert_eq!(bench.take().released.len(), 1, "skipped with the rest");

@@ -195,7 +195,7 @@ fn other_names_missing_names_and_other_protocols_are_reset() {
 }
 
 #[test]
-fn a_second_hello_is_judged_like_the_first() {
+fn a_second_hello_is_evaluated_like_the_first() {
     for (name, fine) in [("a.test", true), ("x.test", false)] {
         let mut talk = Talk::new(false);
         talk.client(&hello(Some("c.b.test"), 10_000));

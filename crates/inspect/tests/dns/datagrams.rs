@@ -496,7 +496,7 @@ fn malformed_answers_are_dropped_and_their_question_stays_open() {
 }
 
 #[test]
-fn queries_to_the_endpoints_own_server_are_judged_and_teach_nothing() {
+fn queries_to_the_endpoints_own_server_are_evaluated_and_teach_nothing() {
     let mut world = world();
     let ask =
         |world: &mut World, name| world.send(&is_asked(3), &to_server(4000, &query(7, name, A)).frame());

@@ -75,7 +75,7 @@ fn a_fragmented_answer_is_held_until_its_commit() {
 }
 
 #[test]
-fn a_fragmented_query_is_judged_as_a_whole() {
+fn a_fragmented_query_is_evaluated_as_a_whole() {
     let mut world = world();
     for (name, fate) in [
         ("a-name-that-is-long.wild.test", Fate::Released),

@@ -81,10 +81,10 @@ pub(super) fn diagnose(paths: &[PathBuf], config: Option<&Config>) -> anyhow::Re
     together.extend(doubles);
     if let Some(config) = config {
         if compiles {
-            let offers = contents
+            let parsed = contents
                 .into_iter()
                 .map(|(path, content)| (path.display().to_string(), Some(content)));
-            together.extend(daemon::remarks_offline(config, offers.collect())?);
+            together.extend(daemon::remarks_offline(config, parsed.collect())?);
         }
         together.extend(secrets(config, &all));
     }

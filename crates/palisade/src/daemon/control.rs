@@ -272,7 +272,7 @@ impl Control {
 
     pub(super) fn policies_changed(&mut self, changes: &Changes) {
         let begun = Instant::now();
-        let offers = self.files.update(changes);
+        let has_new = self.files.update(changes);
         let read = begun.elapsed();
         if self.closed && self.files.unknown().is_none() {
             info!("all policies can be read again; default deny follows [policy] enforcement");
@@ -284,7 +284,7 @@ impl Control {
             }
         }
         let before = self.enforcer.compiler.snapshot().endpoints.clone();
-        if offers {
+        if has_new {
             self.enforcer.compile(None, &mut self.files);
             let compiled = begun.elapsed();
             self.enforce(begun);

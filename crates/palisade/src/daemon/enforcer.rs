@@ -27,7 +27,7 @@ use tracing::error;
 use super::{
     fqdn::{self, Change, ControlRequest, FqdnManager, IdentityResolver, Transition},
     network::Network,
-    policies::{Offers, PolicyFiles},
+    policies::{ParsedFiles, PolicyFiles},
     state::{NODE, State},
 };
 use crate::config::{Config, with_option};
@@ -104,18 +104,18 @@ impl Enforcer {
     /// are tried separately, so that one bad file does not prevent the others from taking effect.
     pub(super) fn compile(&mut self, inventory: Option<Inventory>, files: &mut PolicyFiles) {
         let failsafe = self.failsafe.take();
-        let with_failsafe = |mut files: Offers| {
+        let with_failsafe = |mut files: ParsedFiles| {
             if let Some(content) = &failsafe {
                 files.insert(FAILSAFE_FILE.to_owned(), Some(content.clone()));
             }
             files
         };
-        let offers = files.offers();
-        let names: Vec<String> = offers.keys().cloned().collect();
-        let offers = with_failsafe(offers);
+        let parsed = files.parsed_files();
+        let names: Vec<String> = parsed.keys().cloned().collect();
+        let parsed = with_failsafe(parsed);
         let Err(problems) = self.compiler.update(Changes {
             inventory: inventory.clone(),
-            files: offers,
+            files: parsed,
         }) else {
             for name in names {
                 files.accepted(&name);
@@ -125,7 +125,7 @@ impl Enforcer {
         if (inventory.is_some() || failsafe.is_some())
             && let Err(problems) = self.compiler.update(Changes {
                 inventory,
-                files: with_failsafe(Offers::new()),
+                files: with_failsafe(ParsedFiles::new()),
             })
         {
             for problem in problems {
@@ -146,13 +146,13 @@ impl Enforcer {
         };
         let (named, rest): (Vec<String>, Vec<String>) = names.iter().cloned().partition(is_named);
         if !named.is_empty() && !rest.is_empty() {
-            let offers = rest
+            let parsed = rest
                 .iter()
-                .map(|name| (name.clone(), files.offered(name)))
+                .map(|name| (name.clone(), files.parsed(name)))
                 .collect();
             let changes = Changes {
                 inventory: None,
-                files: offers,
+                files: parsed,
             };
             if self.compiler.update(changes).is_ok() {
                 for name in &rest {
@@ -165,9 +165,9 @@ impl Enforcer {
     }
 
     fn one_by_one(&mut self, names: &[String], files: &mut PolicyFiles) {
-        let offers = names.iter().map(|name| (name, files.offered(name)));
+        let parsed = names.iter().map(|name| (name, files.parsed(name)));
         // Removals come first, because a removed file can resolve a conflict of an added one.
-        let (gone, here): (Vec<_>, Vec<_>) = offers.partition(|(_, content)| content.is_none());
+        let (gone, here): (Vec<_>, Vec<_>) = parsed.partition(|(_, content)| content.is_none());
         for (name, content) in gone.into_iter().chain(here) {
             let changes = Changes {
                 inventory: None,

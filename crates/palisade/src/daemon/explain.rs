@@ -13,7 +13,7 @@ use palisade_policy::{
     trace::{Outcome, Question},
 };
 
-use super::{compile_offline, policies::Offers, trace, workers::INSPECTORS};
+use super::{compile_offline, policies::ParsedFiles, trace, workers::INSPECTORS};
 use crate::{
     config::{self, Config},
     control::api::{ExplainAnswer, ExplainRequest},
@@ -44,7 +44,7 @@ pub(super) fn answer(
 }
 
 /// Explains a recorded flow with the policies in `files`, which are not put in force, and with the ends as recorded.
-pub(crate) fn explain_record(files: Offers, line: &str) -> anyhow::Result<ExplainAnswer> {
+pub(crate) fn explain_record(files: ParsedFiles, line: &str) -> anyhow::Result<ExplainAnswer> {
     let recorded = parse(line).map_err(anyhow::Error::msg)?;
     let mut compiler = Compiler::default();
     let changes = Changes {
@@ -61,7 +61,7 @@ pub(crate) fn explain_record(files: Offers, line: &str) -> anyhow::Result<Explai
 /// Explains a request with the policies in `files`, which are not put in force, and the endpoints and peers of `config`.
 pub(crate) fn explain_offline(
     config: &Config,
-    files: Offers,
+    files: ParsedFiles,
     request: &ExplainRequest,
 ) -> anyhow::Result<ExplainAnswer> {
     match compile_offline(config, files)? {

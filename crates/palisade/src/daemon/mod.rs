@@ -68,7 +68,7 @@ use network::Network;
 pub(crate) use network::dump as dump_routing;
 use palisade_model::{diagnostic::Diagnostic, inventory::Inventory};
 use palisade_policy::compile::{Compiler, FAILSAFE_FILE};
-use policies::Offers;
+use policies::ParsedFiles;
 pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
 pub(crate) use replay::Offline;
 use state::State;
@@ -90,7 +90,7 @@ pub(crate) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
 /// policies are not put in force.
 pub(crate) fn trace_offline(
     config: &Config,
-    files: Offers,
+    files: ParsedFiles,
     request: &TraceRequest,
 ) -> anyhow::Result<TraceAnswer> {
     let compiler = match compile_offline(config, files)? {
@@ -104,7 +104,7 @@ pub(crate) fn trace_offline(
 }
 
 /// Returns the diagnostics from compiling the policies in `files` with the endpoints and peers of `config`.
-pub(crate) fn remarks_offline(config: &Config, files: Offers) -> anyhow::Result<Vec<Diagnostic>> {
+pub(crate) fn remarks_offline(config: &Config, files: ParsedFiles) -> anyhow::Result<Vec<Diagnostic>> {
     Ok(match compile_offline(config, files)? {
         Ok(compiler) => compiler.snapshot().diagnostics.clone(),
         Err(problems) => problems,
@@ -123,7 +123,7 @@ pub(crate) fn inventory_offline(config: &Config) -> anyhow::Result<Inventory> {
 pub(crate) fn diff_offline(config: &Config, from: &PolicySet, to: &PolicySet) -> anyhow::Result<PolicyPlan> {
     let lines =
         |problems: Vec<Diagnostic>| -> Vec<String> { problems.iter().map(Diagnostic::to_string).collect() };
-    let compiler = compile_offline(config, Offers::new())?
+    let compiler = compile_offline(config, ParsedFiles::new())?
         .map_err(|problems| anyhow::anyhow!("{}", lines(problems).join("\n")))?;
     let base = PolicyBase {
         compiler,
@@ -143,7 +143,7 @@ pub(crate) fn diff_offline(config: &Config, from: &PolicySet, to: &PolicySet) ->
     })
 }
 
-fn compile_offline(config: &Config, files: Offers) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {
+fn compile_offline(config: &Config, files: ParsedFiles) -> anyhow::Result<Result<Compiler, Vec<Diagnostic>>> {
     let mut state = State::<()>::default();
     let inventory = enforcer::inventory(config, &Network::default(), &mut state)?;
     let mut compiler = Compiler::default();

@@ -28,7 +28,7 @@ use crate::control::api::{PolicyFile, PolicyFileState};
 pub(super) const MAX_FILE: u64 = 64 << 20;
 
 /// Content of files for the compiler, by name; `None` if the file was removed.
-pub(super) type Offers = BTreeMap<String, Option<FileContent>>;
+pub(super) type ParsedFiles = BTreeMap<String, Option<FileContent>>;
 
 /// Texts of policy files by name, which are enforced in place of the files of the folder.
 pub(super) type PinnedTexts = BTreeMap<String, Arc<str>>;
@@ -107,7 +107,7 @@ struct File {
     refusals: Vec<Diagnostic>,
     /// Whether the present content has errors or was refused.
     broken: bool,
-    /// Whether the next offers leave out `rejected`.
+    /// Whether the next [`PolicyFiles::parsed_files`] leaves out `rejected`.
     postponed: bool,
 }
 
@@ -476,10 +476,10 @@ impl PolicyFiles {
 
     /// Returns the content for the compiler: removed files, changed files, and files that the compiler has refused
     /// before.
-    pub(super) fn offers(&mut self) -> Offers {
-        let mut offers = Offers::new();
+    pub(super) fn parsed_files(&mut self) -> ParsedFiles {
+        let mut files = ParsedFiles::new();
         for name in std::mem::take(&mut self.removed) {
-            offers.insert(name, None);
+            files.insert(name, None);
         }
         for (name, file) in &mut self.files {
             if std::mem::take(&mut file.postponed) {
@@ -494,15 +494,15 @@ impl PolicyFiles {
                 .as_mut()
                 .and_then(|candidate| candidate.content.take())
             {
-                offers.insert(name.clone(), Some(content));
+                files.insert(name.clone(), Some(content));
             }
         }
-        offers
+        files
     }
 
     /// Returns again the content of a file whose offer the compiler has neither accepted nor refused yet; `None` if
     /// there is none, for example because the file was removed.
-    pub(super) fn offered(&self, name: &str) -> Option<FileContent> {
+    pub(super) fn parsed(&self, name: &str) -> Option<FileContent> {
         let candidate = self.files.get(name)?.candidate.as_ref()?;
         let parsed = parse(&self.dir.join(name).display().to_string(), &candidate.text);
         Candidate::new(Arc::clone(&candidate.text), parsed).content
@@ -693,7 +693,7 @@ mod tests {
 
     impl Compiled {
         fn take(&mut self) {
-            for (name, content) in self.files.offers() {
+            for (name, content) in self.files.parsed_files() {
                 let mut content = content;
                 loop {
                     let names = |content: &FileContent| -> Vec<String> {
@@ -913,7 +913,7 @@ mod tests {
         assert_eq!(names(&files), ["a"]);
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::LastGood);
         assert!(
-            files.files.offers().contains_key("a.yaml"),
+            files.files.parsed_files().contains_key("a.yaml"),
             "it is not tried again"
         );
         // Without a copy nothing of the file is in force.
@@ -1008,7 +1008,7 @@ mod tests {
         folder.write("a.yaml", &policy("refused"));
         let mut files = folder.loaded();
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::Unused);
-        for name in files.files.offers().into_keys() {
+        for name in files.files.parsed_files().into_keys() {
             files.files.accepted(&name);
         }
         assert_eq!(state(&files, "a.yaml"), PolicyFileState::InForce);

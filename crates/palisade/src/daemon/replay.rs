@@ -14,7 +14,7 @@ use super::{
     enforcer::{inventory, names_policy},
     failsafe,
     network::Network,
-    policies::Offers,
+    policies::ParsedFiles,
     startup::fqdn_config,
     state::{NODE, State},
     view::{EventNames, View},
@@ -40,7 +40,7 @@ impl Offline {
     /// The policies cannot be compiled.
     pub(crate) fn new(
         config: &Config,
-        files: Offers,
+        files: ParsedFiles,
         node_addresses: &[IpAddr],
     ) -> anyhow::Result<(Self, Replay)> {
         let network = Network {

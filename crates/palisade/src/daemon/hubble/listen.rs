@@ -46,13 +46,13 @@ type Client = Connection<Pin<Box<dyn Bytes>>>;
 
 /// Sends accepted connections to the server.
 #[derive(Clone)]
-struct Door {
+struct Admission {
     clients: mpsc::Sender<io::Result<Client>>,
     places: Arc<Places<Chain>>,
     reports: Arc<Reports>,
 }
 
-impl Door {
+impl Admission {
     fn new(clients: &mpsc::Sender<io::Result<Client>>, reports: &Arc<Reports>) -> Self {
         Self {
             clients: clients.clone(),
@@ -110,7 +110,7 @@ pub(super) async fn run(
             info!(socket = %options.socket.display(), "the flow API is served");
             reports.get().socket = Some(options.socket.display().to_string());
             let anybody = options.group.is_some();
-            tokio::spawn(accept_unix(listener, anybody, Door::new(&clients, &reports)));
+            tokio::spawn(accept_unix(listener, anybody, Admission::new(&clients, &reports)));
             Some(bound)
         }
         Err(problem) => {
@@ -119,7 +119,7 @@ pub(super) async fn run(
         }
     };
     if let Some(address) = options.listen {
-        let door = Door::new(&clients, &reports);
+        let admission = Admission::new(&clients, &reports);
         let files = options.tls_certificate.zip(options.tls_key);
         let certificates = files.map(|(certificate, key)| {
             let files = CertificateFiles {
@@ -128,10 +128,10 @@ pub(super) async fn run(
                 client_ca: options.client_ca,
             };
             let certificates = Certificates::new(files, &reports);
-            tokio::spawn(Arc::clone(&certificates).watch(Arc::clone(&door.places)));
+            tokio::spawn(Arc::clone(&certificates).watch(Arc::clone(&admission.places)));
             certificates
         });
-        tokio::spawn(accept_tcp(address, certificates, door));
+        tokio::spawn(accept_tcp(address, certificates, admission));
     }
     drop(clients);
     // Without a listener the stream of clients ends, and the server with it; agent events are collected all the same.
@@ -151,15 +151,15 @@ pub(super) async fn run(
 }
 
 /// Accepts clients of the unix socket. `anybody`: whether only the mode of the socket limits access.
-async fn accept_unix(listener: UnixListener, anybody: bool, door: Door) {
+async fn accept_unix(listener: UnixListener, anybody: bool, admission: Admission) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 if !anybody && !is_own_or_root(&stream) {
-                    door.reports.get().refused += 1;
+                    admission.reports.get().refused += 1;
                     continue;
                 }
-                door.enter(stream, Chain::new(), |_| true).await;
+                admission.enter(stream, Chain::new(), |_| true).await;
             }
             Err(problem) => pause("socket", &problem).await,
         }
@@ -175,10 +175,10 @@ fn is_own_or_root(stream: &UnixStream) -> bool {
 }
 
 /// Accepts clients of the TCP listener. With certificates, a connection is served only after the handshake.
-async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>, door: Door) {
-    let listener = bind(address, &door.reports).await;
+async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>, admission: Admission) {
+    let listener = bind(address, &admission.reports).await;
     info!(%address, tls = certificates.is_some(), "the flow API is served");
-    door.reports.get().listen = Some(address.to_string());
+    admission.reports.get().listen = Some(address.to_string());
     let mut handshakes = Handshakes::default();
     loop {
         match listener.accept().await {
@@ -186,9 +186,9 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
                 // Flows are sent as they happen.
                 let _ = stream.set_nodelay(true);
                 match &certificates {
-                    None => door.enter(stream, Chain::new(), |_| true).await,
+                    None => admission.enter(stream, Chain::new(), |_| true).await,
                     Some(certificates) => {
-                        let (certificates, door) = (Arc::clone(certificates), door.clone());
+                        let (certificates, admission) = (Arc::clone(certificates), admission.clone());
                         let evicted = handshakes.begin();
                         tokio::spawn(async move {
                             let result = tokio::select! {
@@ -199,11 +199,12 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
                                 Ok(stream) => {
                                     let chain = stream.get_ref().1.peer_certificates();
                                     let chain = chain.map(<[_]>::to_vec).unwrap_or_default();
-                                    door.enter(stream, chain, |chain| certificates.accepts(chain))
+                                    admission
+                                        .enter(stream, chain, |chain| certificates.accepts(chain))
                                         .await;
                                 }
                                 Err(problem) => {
-                                    door.reports.get().refused += 1;
+                                    admission.reports.get().refused += 1;
                                     debug!(%peer, %problem, "a TLS handshake failed");
                                 }
                             }
