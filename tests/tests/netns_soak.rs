@@ -1,5 +1,6 @@
-//! Mixed traffic for a long time: memory, descriptors and maps of the daemon stay flat, nothing denied passes, nothing
-//! allowed is lost. Ignored in ordinary runs; scripts/soak runs it and prints the table.
+//! Mixed traffic for a long time, with a changed policy each second or with `palisade reload` each second too: memory,
+//! descriptors and maps of the daemon stay flat, nothing denied passes, nothing allowed is lost. Ordinary runs have ten
+//! seconds of reloads only; scripts/soak runs the tests for longer and prints the tables.
 
 use std::{
     fs, thread,
@@ -22,7 +23,6 @@ const HTTP: u16 = 80;
 const TCP: u16 = 7001;
 const UDP: u16 = 7002;
 const DENIED: u16 = 9;
-const PACE: Duration = Duration::from_millis(4);
 
 /// Returns one of several policies with the same effect; prefixes, rules and port classes differ.
 fn policy(n: usize) -> String {
@@ -89,13 +89,24 @@ fn sample(daemon: &Daemon) -> Sample {
     }
 }
 
-#[test]
-#[ignore = "runs for minutes: scripts/soak"]
-fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
-    let seconds: u64 = std::env::var("PALISADE_SOAK")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(600);
+/// How long a run is, and how much traffic it has.
+struct Run {
+    seconds: u64,
+    /// Time between two blocks and two datagrams; between two denied packets it is five times as long.
+    pace: Duration,
+    /// Time between two HTTP requests.
+    requests: Duration,
+}
+
+/// Returns a number of seconds from the environment.
+fn seconds(variable: &str, otherwise: u64) -> u64 {
+    let value = std::env::var(variable).ok();
+    value.and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+/// Runs traffic of both verdicts, and calls `change` each second with the number of the change, from 1. Returns the samples
+/// of the daemon.
+fn run(run: &Run, mut change: impl FnMut(&Daemon, usize)) -> Vec<Sample> {
     let apps = apps();
     let daemon = apps
         .daemon(&Settings::default(), &[("soak.yaml", &policy(0))])
@@ -108,9 +119,9 @@ fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
             let at = |port| apps.at("internet", family, port);
             let source = apps.source("client", "internet", family);
             (
-                TcpLoad::start(client, internet, at(TCP), PACE).expect("tcp"),
-                UdpLoad::start(client, internet, at(UDP), PACE).expect("udp"),
-                Leak::start(client, source, (internet, INNER), at(DENIED), 5 * PACE).expect("leak"),
+                TcpLoad::start(client, internet, at(TCP), run.pace).expect("tcp"),
+                UdpLoad::start(client, internet, at(UDP), run.pace).expect("udp"),
+                Leak::start(client, source, (internet, INNER), at(DENIED), 5 * run.pace).expect("leak"),
             )
         })
         .collect();
@@ -118,9 +129,9 @@ fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
     let requests: Vec<_> = FAMILIES
         .iter()
         .map(|&family| {
-            let (ns, at) = (client.clone(), apps.at("internet", family, HTTP));
+            let (ns, at, pause) = (client.clone(), apps.at("internet", family, HTTP), run.requests);
             Loop::start(move |n| {
-                thread::sleep(Duration::from_millis(100));
+                thread::sleep(pause);
                 let path = if n % 2 == 0 { "open" } else { "closed" };
                 let status =
                     curl(&ns, &[&format!("http://{at}/{path}")], OPEN).map_or(0, |answer| answer.status);
@@ -134,14 +145,15 @@ fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
     println!("|---|---|---|---|---|---|---|");
     let start = Instant::now();
     let mut samples = Vec::new();
-    let mut reloads = 0;
-    let step = (seconds / 20).max(1);
-    while start.elapsed().as_secs() < seconds {
+    let mut changes = 0;
+    let step = (run.seconds / 20).max(1);
+    while start.elapsed().as_secs() < run.seconds {
         let until = start.elapsed() + Duration::from_secs(step);
         while start.elapsed() < until {
-            reloads += 1;
-            daemon.write("soak.yaml", &policy(reloads)).expect("policy");
-            thread::sleep(Duration::from_secs(1));
+            changes += 1;
+            let begun = Instant::now();
+            change(&daemon, changes);
+            thread::sleep(Duration::from_secs(1).saturating_sub(begun.elapsed()));
         }
         let now = sample(&daemon);
         println!(
@@ -184,10 +196,15 @@ fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
     }
     println!(
         "\n{blocks} TCP blocks and {datagrams} datagrams echoed, none lost; {} requests answered and {} refused; {denied} \
-         denied packets, none passed; {reloads} policy changes",
+         denied packets, none passed; {changes} policy changes",
         answers[1], answers[0]
     );
-    // The first quarter fills caches and the flow ring.
+    samples
+}
+
+/// Asserts that nothing grows but what fills caches and the flow ring in the first quarter.
+#[track_caller]
+fn assert_flat(samples: &[Sample]) {
     let (settled, end) = (&samples[samples.len() / 4], &samples[samples.len() - 1]);
     assert!(end.descriptors <= settled.descriptors + 4, "descriptors grow");
     assert!(end.policy <= settled.policy + 16, "policy entries grow");
@@ -198,4 +215,51 @@ fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
         settled.resident_kib,
         end.resident_kib
     );
+}
+
+#[test]
+#[ignore = "runs for minutes: scripts/soak"]
+fn memory_descriptors_and_maps_stay_flat_under_mixed_traffic() {
+    let samples = run(
+        &Run {
+            seconds: seconds("PALISADE_SOAK", 600),
+            pace: Duration::from_millis(4),
+            requests: Duration::from_millis(100),
+        },
+        |daemon, n| daemon.write("soak.yaml", &policy(n)).expect("policy"),
+    );
+    assert_flat(&samples);
+}
+
+/// PALISADE_RELOADS seconds, 10 without it. Few packets, so that hours of it do not need a CPU.
+#[test]
+fn a_changed_policy_and_a_reload_each_second_lose_nothing_and_leak_nothing() {
+    let seconds = seconds("PALISADE_RELOADS", 10);
+    let (mut longest, mut all) = (Duration::ZERO, Duration::ZERO);
+    let mut last = 0;
+    let samples = run(
+        &Run {
+            seconds,
+            pace: Duration::from_millis(20),
+            requests: Duration::from_secs(1),
+        },
+        |daemon, n| {
+            daemon.write("soak.yaml", &policy(n)).expect("policy");
+            let begun = Instant::now();
+            daemon
+                .cli(&["reload"])
+                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+            longest = longest.max(begun.elapsed());
+            all += begun.elapsed();
+            last = n;
+        },
+    );
+    println!(
+        "{last} times palisade reload: {:?} on average, the longest {longest:?}",
+        all / u32::try_from(last).unwrap_or(1)
+    );
+    // A short run is over before the caches are full.
+    if seconds >= 600 {
+        assert_flat(&samples);
+    }
 }
