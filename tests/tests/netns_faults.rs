@@ -262,7 +262,13 @@ fn a_daemon_that_is_killed_for_its_memory_leaves_the_policy_enforced_and_starts_
             wait_until("the group is empty", LONG, || fs::remove_dir(&group).is_ok()).expect("group");
             gone.expect("the daemon goes on");
         }
-        None => daemon.kill9().expect("kill -9"),
+        None => {
+            println!(
+                "NOT TESTED: this machine has no memory controller of cgroups, so the kernel does not end the daemon for its \
+                 memory; kill -9 stands for that here"
+            );
+            daemon.kill9().expect("kill -9");
+        }
     }
     everyone(&daemon);
     assert_eq!(world.check(DENIED).expect("check"), [""; 0]);
