@@ -30,7 +30,7 @@ running() { [ -e /run/palisade.pid ] && kill -0 "$(cat /run/palisade.pid)" 2>/de
 case $command in
 enable) [ "${1-}" = --now ] && start || true ;;
 start) running || start ;;
-stop) palisade stop >/dev/null ;;
+stop) palisade stop >/dev/null; for _ in {1..100}; do running || break; sleep 0.1; done ;;
 restart) running && palisade stop >/dev/null; start ;;
 reload) palisade reload ;;
 is-active) running && echo active || { echo inactive; exit 3; } ;;
@@ -41,10 +41,10 @@ esac
 /// A mount namespace with empty directories of Palisade, and the machine's programs.
 const MOUNTS: &str = r#"set -e
 mount --make-rprivate /
-mkdir -p "$D/etc" "$D/lib" "$D/run/palisade" "$D/log" "$D/bin"
+mkdir -p "$D/etc" "$D/lib" "$D/run/palisade" "$D/log" "$D/bin" "$D/root"
 cp -a /etc/. "$D/etc/"; rm -rf "$D/etc/palisade"; mkdir -p -m 755 "$D/etc/palisade/policies.d"
 mount --bind "$D/etc" /etc; mount --bind "$D/lib" /var/lib; mount --bind "$D/run" /run; mount --bind "$D/log" /var/log
-mount --bind "$D/bin" /usr/local/sbin
+mount --bind "$D/bin" /usr/local/sbin; mount --bind "$D/root" /root
 mount -t bpf -o nosuid,nodev,noexec,mode=0700 bpf /sys/fs/bpf
 touch "$D/ready"
 exec sleep 3600
@@ -176,19 +176,20 @@ impl Machines {
         Path::new(&root).join(path.trim_start_matches('/'))
     }
 
+    /// Writes a file of the node.
+    fn write(&self, path: &str, content: &str) {
+        let path = self.outside(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("folder");
+        fs::write(path, content).expect("file");
+    }
+
     /// Follows a document.
     fn follow(&self, name: &str) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
-        let document = fs::read_to_string(&path).expect("document");
-        let steps = steps(&document).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let steps = steps_of(name);
         let mut commands = 0;
         for step in steps {
             match step {
-                Step::Write { path, content, .. } => {
-                    let path = self.outside(&path);
-                    fs::create_dir_all(path.parent().expect("a folder")).expect("folder");
-                    fs::write(path, content).expect("file");
-                }
+                Step::Write { path, content, .. } => self.write(&path, &content),
                 Step::Run {
                     line,
                     place,
@@ -218,6 +219,13 @@ impl Machines {
         }
         assert!(commands > 3, "{name} has {commands} commands");
     }
+}
+
+/// Returns the steps of a document.
+fn steps_of(name: &str) -> Vec<Step> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
+    let document = fs::read_to_string(&path).expect("document");
+    steps(&document).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 /// Starts a web server on a port of both families.
@@ -292,4 +300,26 @@ fn workloads_on_a_bridge_are_guarded_as_the_page_says() {
 #[test]
 fn the_symptoms_of_troubleshooting_look_as_printed() {
     Machines::new().follow("TROUBLESHOOTING.md");
+}
+
+#[test]
+fn the_commands_for_the_operation_work() {
+    let machines = Machines::new();
+    // The node of the quick start, as its last files leave it.
+    let mut policy = String::new();
+    for step in steps_of("QUICKSTART.md") {
+        if let Step::Write { path, content, .. } = step {
+            machines.write(&path, &content);
+            if path.ends_with(".yaml") {
+                policy = content;
+            }
+        }
+    }
+    let ssh = "- {port: \"22\", protocol: TCP}";
+    let changed = policy.replacen(ssh, &format!("{ssh}\n      {}", ssh.replace("22", "8080")), 1);
+    assert!(changed.contains("8080"), "{policy}");
+    machines.write("/root/policies.new/node.yaml", &changed);
+    let started = output(&mut machines.command("node", "systemctl start palisade"), TIMEOUT);
+    assert!(started.expect("start").status.success());
+    machines.follow("OPERATIONS.md");
 }
