@@ -1,5 +1,14 @@
-//! The HPACK decoder reads what an independent encoder has written, see `hpack/generate.py`.
+//! The HPACK decoder reads what independent encoders have written: the one of `hpack/generate.py`, which writes what the
+//! public stories lack, and those of the public HPACK test stories (http2jp/hpack-test-case).
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+// A development dependency for the public stories, which its package contains. Its code is not used.
+use httlib_hpack as _;
 use palisade_protocols::http2::{Decoder, Fields, encode};
 
 type List = Vec<(Vec<u8>, Vec<u8>, bool)>;
@@ -85,4 +94,61 @@ fn every_cut_or_changed_byte_of_a_block_ends_in_fields_or_an_error() {
         }
         decoder.decode(block, 1 << 20, &mut fields).unwrap();
     });
+}
+
+/// Returns the folder with the public stories, one folder for each encoder.
+fn public_stories() -> PathBuf {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    let package = packages.iter().find(|package| package["name"] == "httlib-hpack");
+    let manifest = package.unwrap()["manifest_path"].as_str().unwrap();
+    Path::new(manifest).with_file_name("fixtures")
+}
+
+fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path())
+}
+
+#[test]
+fn the_public_stories_of_all_encoders_are_decoded() {
+    let mut fields = Fields::default();
+    let (mut encoders, mut blocks) = (0, 0);
+    for encoder in entries(&public_stories()).filter(|path| path.is_dir()) {
+        encoders += 1;
+        for story in entries(&encoder) {
+            let text = fs::read_to_string(&story).unwrap();
+            let story: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let mut decoder = Decoder::strict();
+            let mut size = 4_096;
+            for case in story["cases"].as_array().unwrap() {
+                // SETTINGS_HEADER_TABLE_SIZE from this block on; absent if it stays.
+                let announced = case["header_table_size"].as_u64().unwrap_or(size);
+                if announced != size {
+                    size = announced;
+                    decoder.set_limit(size.try_into().unwrap());
+                }
+                let block = bytes(case["wire"].as_str().unwrap());
+                decoder.decode(&block, 1 << 20, &mut fields).unwrap();
+                let read: Vec<(&[u8], &[u8])> = fields.iter().map(|(name, value, _)| (name, value)).collect();
+                let expected = case["headers"].as_array().unwrap().iter();
+                let expected: Vec<(&[u8], &[u8])> = expected
+                    .flat_map(|field| field.as_object().unwrap())
+                    .map(|(name, value)| (name.as_bytes(), value.as_str().unwrap().as_bytes()))
+                    .collect();
+                assert_eq!(read, expected);
+                blocks += 1;
+            }
+        }
+    }
+    assert_eq!((encoders, blocks), (14, 47_142));
 }
