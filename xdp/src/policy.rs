@@ -125,6 +125,7 @@ fn reason(entry: &PolicyEntry) -> Reason {
     match decision {
         Decision::DenyExplicit => Reason::PolicyDeniedByDenylist,
         Decision::AuthRequired => Reason::AuthRequired,
+        Decision::DenyQuic => Reason::QuicIntercepted,
         Decision::Inspect => match entry.inspector {
             n if n == Inspector::Dns as u8 => Reason::NoDnsInspector,
             n if n == Inspector::Tls as u8 => Reason::NoTlsInspector,

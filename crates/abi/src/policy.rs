@@ -92,6 +92,8 @@ pub enum Decision {
     Inspect = 3,
     /// Drop: the rule requires authentication (reason 189).
     AuthRequired = 4,
+    /// Drop: UDP to a port at which the proxy intercepts TLS; QUIC would not be inspected (reason 208).
+    DenyQuic = 5,
 }
 
 impl Decision {
@@ -103,6 +105,7 @@ impl Decision {
             2 => Self::Allow,
             3 => Self::Inspect,
             4 => Self::AuthRequired,
+            5 => Self::DenyQuic,
             1 => Self::DenyExplicit,
             _ => Self::Deny,
         }

@@ -73,6 +73,8 @@ reasons! {
     /// The rule requires authentication, which Palisade does not implement.
     AuthRequired = 189, "Authentication required";
 
+    /// UDP to a port at which the policy intercepts TLS: QUIC would not be inspected, and its clients then use TCP.
+    QuicIntercepted = 208, "QUIC to an intercepted port";
     /// An intercepted connection failed: the server cannot be reached, or a TLS handshake failed.
     InterceptFailed = 209, "Interception failed";
     /// The program runs on an interface that is not configured.
@@ -162,7 +164,7 @@ reasons! {
     /// A TCP segment that the worker replaces: the worker holds the bytes for a verdict, delivers them in segments of
     /// its own, or resets the connection.
     TcpHeld = 249, "TCP segment replaced by a held or generated one";
-    /// The connection preface of HTTP/2, for which there is no inspector.
+    /// The connection preface of HTTP/2 on a connection that the proxy does not terminate.
     AppHttp2 = 250, "HTTP/2 not supported";
     /// The destination address of the TLS connection is not a learned address of the server name that the client
     /// requests.

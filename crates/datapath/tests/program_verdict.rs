@@ -418,6 +418,7 @@ fn every_decision_has_its_reason() {
         (entry(Decision::Deny, 7), Reason::PolicyDenied),
         (entry(Decision::DenyExplicit, 7), Reason::PolicyDeniedByDenylist),
         (entry(Decision::AuthRequired, 7), Reason::AuthRequired),
+        (entry(Decision::DenyQuic, 7), Reason::QuicIntercepted),
         (inspect(Inspector::Http), Reason::NoHttpInspector),
         (inspect(Inspector::Dns), Reason::NoDnsInspector),
         (inspect(Inspector::Tls), Reason::NoTlsInspector),

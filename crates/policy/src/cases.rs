@@ -509,7 +509,9 @@ fn outcome(
     };
     match Decision::from_u8(entry.decision) {
         Decision::Allow => ("allow".into(), entry.rule, None),
-        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired => (denied(), entry.rule, None),
+        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired | Decision::DenyQuic => {
+            (denied(), entry.rule, None)
+        }
         Decision::Inspect => {
             let Some(set) = snapshot.rulesets.get(&entry.ruleset) else {
                 return ("deny".into(), entry.rule, None);

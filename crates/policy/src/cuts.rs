@@ -183,7 +183,9 @@ fn reason(connection: &Connection, entry: PolicyEntry) -> Option<CutReason> {
     }
     match Decision::from_u8(entry.decision) {
         Decision::Allow => None,
-        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired => Some(CutReason::Denied),
+        Decision::Deny | Decision::DenyExplicit | Decision::AuthRequired | Decision::DenyQuic => {
+            Some(CutReason::Denied)
+        }
         Decision::Inspect if connection.protocol != protocol::TCP => None,
         Decision::Inspect if connection.inspector == Inspector::None as u8 => Some(CutReason::Reset),
         // The proxy holds the two halves of an intercepted connection; a worker cannot continue it, nor the reverse.

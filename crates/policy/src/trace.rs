@@ -633,6 +633,10 @@ fn explain(compiler: &Compiler, entry: &PolicyEntry) -> (Outcome, String) {
             denied,
             "a rule requires authentication, which is not implemented".into(),
         ),
+        Decision::DenyQuic => (
+            denied,
+            "the proxy intercepts TLS at this port, and QUIC would not be inspected".into(),
+        ),
         Decision::Allow => {
             let reason = match info.map(|info| &info.key) {
                 _ if entry.flags & entry_flags::FAILSAFE != 0 => {

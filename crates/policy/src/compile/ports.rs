@@ -42,6 +42,22 @@ impl NumberedDistinctPorts {
     }
 }
 
+/// Returns the UDP ports with the same numbers as TCP ports; `None` for other ports.
+pub(super) fn quic_ports(set: PortSet) -> Option<PortSet> {
+    match set {
+        PortSet::Range {
+            protocol: protocol::TCP,
+            first,
+            last,
+        } => Some(PortSet::Range {
+            protocol: protocol::UDP,
+            first,
+            last,
+        }),
+        PortSet::All | PortSet::Protocol(_) | PortSet::Range { .. } => None,
+    }
+}
+
 impl Compiler {
     /// Returns the port sets that the rules of a spec use.
     pub(super) fn port_sets(&self, unit: &CompiledSpec, own: &NamedPorts) -> Vec<PortSet> {
@@ -51,10 +67,16 @@ impl Compiler {
                 let Ports::OneOf(entries) = &rule.ports else {
                     continue;
                 };
-                for spec in entries.iter().flat_map(|entry| &entry.ports) {
-                    let resolved = self.resolve(spec, section, unit.policy().kind, own);
-                    let apart = resolved.apart.iter().flat_map(NumberedDistinctPorts::sets);
-                    sets.extend(resolved.sets.iter().copied().chain(apart));
+                for entry in entries {
+                    let intercepts = entry.l7.terminating_tls.is_some();
+                    for spec in &entry.ports {
+                        let resolved = self.resolve(spec, section, unit.policy().kind, own);
+                        let apart = resolved.apart.iter().flat_map(NumberedDistinctPorts::sets);
+                        for set in resolved.sets.iter().copied().chain(apart) {
+                            sets.insert(set);
+                            sets.extend(quic_ports(set).filter(|_| intercepts));
+                        }
+                    }
                 }
             }
         }

@@ -9,8 +9,10 @@
 //! 3. An allow with application rules wins over plain allows: `Inspect` ([`Builder::inspect`]). One protocol is
 //!    inspected, the one with the lowest priority number. The application rules of all matching allows are merged
 //!    ([`merge`]); a plain allow among them adds "every request passes".
-//! 4. Any other allow: `Allow`.
-//! 5. No rule: the default verdict of the direction ([`Builder::default_entry`]).
+//! 4. UDP to a port at which a rule intercepts TLS is denied unless an allow names the UDP port: `DenyQuic`
+//!    ([`Builder::decide_by_policy`]). Cilium has no such step.
+//! 5. Any other allow: `Allow`.
+//! 6. No rule: the default verdict of the direction ([`Builder::default_entry`]).
 //!
 //! If several rules lead to the same decision, the entry names the rule with the narrowest ports, then a rule that
 //! names its peers, then the first rule.
@@ -295,6 +297,37 @@ impl<'a> Builder<'a> {
 
     /// Returns the entry that [`Self::decide`] returns without failsafe ports.
     fn decide_by_policy(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
+        if !hits.iter().any(|(_, ports)| ports.quic) {
+            return self.decide_without_quic(hits);
+        }
+        let (quic, others): (Vec<Hit<'_>>, Vec<Hit<'_>>) =
+            hits.iter().copied().partition(|(_, ports)| ports.quic);
+        let entry = self.decide_without_quic(&others);
+        let enforced = narrowest(quic.iter().filter(|(rule, _)| !rule.audit));
+        let Some(hit) = enforced.or_else(|| narrowest(quic.iter())) else {
+            return entry;
+        };
+        // A rule with this UDP port lifts the denial; one for all ports does not, since it does not mean QUIC.
+        let names_port = |(rule, ports): &Hit<'_>| {
+            !rule.denies && ports.l7.is_none() && matches!(ports.set, PortSet::Range { .. })
+        };
+        let is_denied = match Decision::from_u8(entry.decision) {
+            Decision::Allow => !others.iter().any(names_port),
+            Decision::Deny => true,
+            Decision::Inspect => entry.inspector == Inspector::TlsTerminate as u8,
+            Decision::DenyExplicit | Decision::AuthRequired | Decision::DenyQuic => false,
+        };
+        // Where the default verdict is allow, application rules restrict nothing.
+        if !is_denied || self.default_verdict.allow {
+            return entry;
+        }
+        let only_audited = hit.0.audit && entry.decision == Decision::Allow as u8;
+        let audit = only_audited || entry.flags & entry_flags::AUDIT != 0;
+        self.entry(Decision::DenyQuic, hit, audit)
+    }
+
+    /// Returns the entry that [`Self::decide_by_policy`] returns if no rule intercepts TLS at the TCP port of this number.
+    fn decide_without_quic(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let denials = || hits.iter().filter(|(rule, _)| rule.denies);
         if let Some(hit) = narrowest(denials().filter(|(rule, _)| !rule.audit)) {
             return self.entry(Decision::DenyExplicit, hit, false);
@@ -313,7 +346,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Returns the entry that [`Self::decide_by_policy`] would return if `hits` had no rules that deny.
+    /// Returns the entry that [`Self::decide_without_quic`] would return if `hits` had no rules that deny.
     fn decide_allows(&mut self, hits: &[Hit<'_>]) -> PolicyEntry {
         let allows = || hits.iter().filter(|(rule, _)| !rule.denies);
         let authenticating = || allows().filter(|(rule, _)| rule.auth_required);

@@ -15,7 +15,7 @@ use super::{
     compiler::Compiler,
     l7_policy::L7Policy,
     peers::PeerSlot,
-    ports::Resolved,
+    ports::{Resolved, quic_ports},
     select::ResolvedSelector,
     spec::{CompiledPeers, CompiledRule, CompiledSpec, SpecKey},
     subject::Subject,
@@ -171,6 +171,7 @@ impl Compiler {
                 set: PortSet::All,
                 classes: None,
                 l7: None,
+                quic: false,
             });
             return out;
         };
@@ -196,13 +197,21 @@ impl Compiler {
         classes: &mut HashMap<PortSet, Option<Arc<[Class]>>>,
         out: &mut RulePorts,
     ) -> bool {
-        let mut made = |set: PortSet| TablePorts {
-            set,
-            classes: classes.entry(set).or_insert_with(|| self.classes.of(set)).clone(),
-            l7: l7.cloned(),
+        let intercepts = l7.is_some_and(|l7| l7.terminating_tls.is_some());
+        let mut made = |set: PortSet| {
+            let mut ports = |set: PortSet, quic: bool| TablePorts {
+                set,
+                classes: classes.entry(set).or_insert_with(|| self.classes.of(set)).clone(),
+                l7: l7.filter(|_| !quic).cloned(),
+                quic,
+            };
+            let of_quic = quic_ports(set).filter(|_| intercepts);
+            [Some(ports(set, false)), of_quic.map(|set| ports(set, true))]
+                .into_iter()
+                .flatten()
         };
         let mut has_effect = !resolved.sets.is_empty();
-        out.common.extend(resolved.sets.iter().map(|set| made(*set)));
+        out.common.extend(resolved.sets.iter().flat_map(|set| made(*set)));
         for name in &resolved.apart {
             for (set, owners) in &name.own {
                 let members = members.among(owners);
@@ -210,19 +219,19 @@ impl Compiler {
                     continue;
                 }
                 has_effect = true;
-                out.distinct.push(DistinctPorts {
-                    members,
+                out.distinct.extend(made(*set).map(|ports| DistinctPorts {
+                    members: members.clone(),
                     except: None,
-                    ports: made(*set),
-                });
+                    ports,
+                }));
             }
             for set in &name.others {
                 has_effect = true;
-                out.distinct.push(DistinctPorts {
+                out.distinct.extend(made(*set).map(|ports| DistinctPorts {
                     members: members.without(&name.owners),
                     except: matches!(members, Members::Any).then(|| Arc::clone(&name.owners)),
-                    ports: made(*set),
-                });
+                    ports,
+                }));
             }
         }
         has_effect

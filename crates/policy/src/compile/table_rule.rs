@@ -156,6 +156,9 @@ pub(super) struct TablePorts {
     /// Classes of the ports; `None` for every class.
     pub(super) classes: Option<Arc<[Class]>>,
     pub(super) l7: Option<Arc<L7Policy>>,
+    /// Whether these are the UDP ports with the numbers of TCP ports at which the rule intercepts TLS: they allow nothing,
+    /// and QUIC is denied there.
+    pub(super) quic: bool,
 }
 
 /// Verdict of a direction where no rule matches.

@@ -392,6 +392,7 @@ impl Compiler {
                 set: PortSet::All,
                 classes: None,
                 l7: None,
+                quic: false,
             }],
         }
     }

@@ -25,6 +25,7 @@ pub enum Verdict {
     Deny,
     DenyExplicit,
     Auth,
+    DenyQuic,
     Inspect(&'static str),
 }
 

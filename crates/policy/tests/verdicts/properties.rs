@@ -99,6 +99,7 @@ fn table_verdict(snapshot: &Snapshot, packet: &Packet) -> Option<(AuditedVerdict
         Decision::Deny => Verdict::Deny,
         Decision::DenyExplicit => Verdict::DenyExplicit,
         Decision::AuthRequired => Verdict::Auth,
+        Decision::DenyQuic => Verdict::DenyQuic,
         Decision::Inspect => Verdict::Inspect(inspector_name(snapshot.rulesets[&entry.ruleset].reads)),
     };
     Some(((verdict, entry.flags & entry_flags::AUDIT != 0), entry))

@@ -212,6 +212,7 @@ fn lookup(cx: &Cx, pkt: &mut PacketState<'_>, identity: u32, slot: u32, ingress:
         _ if entry.flags & entry_flags::AUDIT != 0 => Reason::Audited,
         Decision::DenyExplicit => Reason::PolicyDeniedByDenylist,
         Decision::AuthRequired => Reason::AuthRequired,
+        Decision::DenyQuic => Reason::QuicIntercepted,
         Decision::Inspect => match entry.inspector {
             n if n == Inspector::Dns as u8 => Reason::NoDnsInspector,
             n if n == Inspector::Tls as u8 => Reason::NoTlsInspector,

@@ -283,7 +283,7 @@ fn verdict(entry: Option<&PolicyEntry>) -> String {
     };
     let text = match Decision::from_u8(entry.decision) {
         Decision::Allow => return "allow".to_owned(),
-        Decision::Deny | Decision::DenyExplicit => "deny".to_owned(),
+        Decision::Deny | Decision::DenyExplicit | Decision::DenyQuic => "deny".to_owned(),
         Decision::AuthRequired => "auth".to_owned(),
         Decision::Inspect => format!("inspect {}", inspector_name(entry.inspector)),
     };

@@ -289,7 +289,7 @@ const fn decision_name(decision: Decision) -> &'static str {
         Decision::Allow => "Allow",
         Decision::Inspect => "Inspect",
         Decision::AuthRequired => "Auth",
-        Decision::Deny | Decision::DenyExplicit => "Deny",
+        Decision::Deny | Decision::DenyExplicit | Decision::DenyQuic => "Deny",
     }
 }
 
