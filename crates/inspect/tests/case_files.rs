@@ -26,7 +26,7 @@ fn requests_of_the_other_case_files_are_evaluated_the_same() {
     let text = include_str!("../../../tests/cases/no-default-deny-with-application-rules.yaml");
     all_pass("no-default-deny-with-application-rules.yaml", text, 16);
     let text = include_str!("../../../tests/cases/kafka-requests.yaml");
-    all_pass("kafka-requests.yaml", text, 12);
+    all_pass("kafka-requests.yaml", text, 16);
     let text = include_str!("../../../tests/cases/intercepted-requests.yaml");
     all_pass("intercepted-requests.yaml", text, 29);
     let text = include_str!("../../../tests/cases/semantics.jsonl");

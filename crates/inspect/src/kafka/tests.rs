@@ -24,6 +24,8 @@ const OTHER: u32 = 5;
 const EVERYTHING: u32 = 6;
 /// Rules of which one has a topic only, and one names an API key that administers the cluster.
 const ADMIN: u32 = 7;
+/// Rules for one version each of Produce, with a topic, and of Heartbeat.
+const VERSIONED: u32 = 8;
 /// API key of AlterClientQuotas.
 const QUOTAS: i16 = 49;
 /// API key of AlterUserScramCredentials.
@@ -36,6 +38,16 @@ const HEARTBEAT: i16 = 12;
 fn rule(keys: &[i16], topic: Option<&str>) -> Matcher {
     Matcher::Kafka(KafkaRule {
         api_keys: keys.to_vec(),
+        topic: topic.map(str::to_owned),
+        ..KafkaRule::default()
+    })
+}
+
+/// Returns a rule for one version of an API key.
+fn version_rule(key: i16, version: i16, topic: Option<&str>) -> Matcher {
+    Matcher::Kafka(KafkaRule {
+        api_keys: vec![key],
+        api_version: Some(version),
         topic: topic.map(str::to_owned),
         ..KafkaRule::default()
     })
@@ -90,6 +102,13 @@ impl Talk {
             (RULESET, allowed),
             (OTHER, set(vec![rule(&[FETCH], Some("a"))])),
             (ADMIN, set(vec![rule(&[], Some("a")), rule(&[QUOTAS], Some("b"))])),
+            (
+                VERSIONED,
+                set(vec![
+                    version_rule(PRODUCE, 7, Some("a")),
+                    version_rule(HEARTBEAT, 0, None),
+                ]),
+            ),
             (EVERYTHING, set(vec![Matcher::Everything])),
         ]);
         let mut engine = Engine::new(&Limits {
@@ -796,6 +815,39 @@ fn the_client_id_and_unknown_keys_are_evaluated() {
         !passes(&named(PRODUCE, 99, "admin"), RULESET),
         "its acks are not known"
     );
+}
+
+#[test]
+fn a_rule_for_a_version_allows_no_other_version() {
+    // Requests of these versions have the same fields.
+    let produce = |version: i16, topic: &str| {
+        let mut request = produce(1, 1, &[topic], 10);
+        request[6..8].copy_from_slice(&version.to_be_bytes());
+        request
+    };
+    let heartbeat = |version: i16| head(HEARTBEAT, version, 1).text("g").i32(1).text("m").framed();
+    for (request, error) in [
+        (produce(7, "a"), None),
+        (produce(6, "a"), Some(29)),
+        (produce(8, "a"), Some(29)),
+        (produce(7, "b"), Some(29)),
+        (heartbeat(0), None),
+        (heartbeat(1), Some(31)),
+        (heartbeat(2), Some(31)),
+    ] {
+        let mut talk = Talk::new();
+        talk.ruleset = VERSIONED;
+        talk.client(&request);
+        let case = format!("{request:?}");
+        let expected = if error.is_none() { &request[..] } else { b"" };
+        assert_eq!(talk.got[0], expected, "{case}");
+        let record = talk.records()[0];
+        let What::Kafka { error: told, .. } = record.what else {
+            panic!("{record:?}")
+        };
+        assert_eq!(told, error.unwrap_or(0), "{case}");
+        assert_eq!(record.verdict == Verdict::Dropped, error.is_some(), "{case}");
+    }
 }
 
 #[test]
