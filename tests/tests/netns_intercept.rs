@@ -860,58 +860,6 @@ fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
     }
 }
 
-#[test]
-fn header_actions_reach_the_server() {
-    let lab = lab();
-    let peer = peer_at(&lab, HTTPS);
-    lab.secrets
-        .write("token", "value", b"of the secret")
-        .expect("secret");
-    let rules = RULES.replace(
-        "path: \"/allowed.*\"}]",
-        "path: \"/allowed.*\", headerMatches: [{name: X-Added, value: by-policy, mismatch: ADD}, \
-         {name: X-Token, secret: {namespace: default, name: token}, mismatch: REPLACE}, \
-         {name: X-Gone, value: never, mismatch: DELETE}]}]",
-    );
-    let daemon = lab.client_only(&[HTTPS], &rules);
-    for family in FAMILIES {
-        let at = lab.apps.at("internet", family, HTTPS);
-        let path = format!("/allowed/{family:?}");
-        let headers = [
-            "-H",
-            "X-Token: of the client",
-            "-H",
-            "X-Gone: secret",
-            "-H",
-            "X-Kept: kept",
-        ];
-        let got = lab.ask("client", "www.web.example", at, &path, &headers);
-        assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
-        let requests = peer.requests();
-        let request = requests
-            .iter()
-            .find(|request| request["path"] == path.as_str())
-            .expect("a request");
-        let values = |name: &str| -> Vec<&str> {
-            let all = request["headers"].as_array().into_iter().flatten();
-            all.filter(|pair| pair[0].as_str().is_some_and(|n| n.eq_ignore_ascii_case(name)))
-                .filter_map(|pair| pair[1].as_str())
-                .collect()
-        };
-        assert_eq!(values("x-added"), ["by-policy"], "{request}");
-        assert_eq!(values("x-token"), ["of the secret"], "{request}");
-        assert_eq!(values("x-gone"), [""; 0], "{request}");
-        assert_eq!(values("x-kept"), ["kept"], "{request}");
-        assert_eq!(values("host").len(), 1, "{request}");
-    }
-    for text in [
-        daemon.log(),
-        daemon.cli(&["observe", "-o", "json", "--all"]).expect("flows"),
-    ] {
-        assert!(!text.contains("of the secret"), "{text}");
-    }
-}
-
 // --- failures at the server's side -------------------------------------------------------------------------------------
 
 #[test]
