@@ -1435,39 +1435,3 @@ fn h2load_over_http_1_1_loses_no_request() {
             .all(|seen| seen.request.starts_with("GET /allowed "))
     );
 }
-
-#[test]
-fn nothing_denied_gets_through_while_the_daemon_is_killed() {
-    let lab = lab();
-    let peer = peer_at(&lab, HTTPS);
-    let mut daemon = lab.client_only(&[HTTPS], RULES);
-    let loads = FAMILIES.map(|family| {
-        let at = lab.apps.at("internet", family, HTTPS);
-        Load::start(lab.apps.ns("client"), "www.web.example", at, &lab.server, 2).expect("load")
-    });
-    for _ in 0..2 {
-        for load in &loads {
-            load.grows("denied", 20).expect("traffic");
-        }
-        daemon.kill9().expect("kill -9");
-        for load in &loads {
-            load.grows("failed", 2).expect("attempts without the daemon");
-        }
-        daemon.restart().expect("restart");
-        for load in &loads {
-            load.grows("allowed", 20)
-                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-        }
-    }
-    for load in &loads {
-        let counts = load.counts();
-        assert!(
-            counts["leaked"] == 0 && counts["unread"] == 0,
-            "{counts}\n{}",
-            daemon.report()
-        );
-    }
-    drop(loads);
-    assert!(peer.requests_for("/allowed/load") >= 80);
-    assert_eq!(peer.requests_for("/denied/load"), 0, "{}", daemon.report());
-}
