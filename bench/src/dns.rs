@@ -2,7 +2,6 @@
 //! from an answer to its forwarding, once its addresses are in the maps.
 
 use std::{
-    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     sync::{
         Arc,
@@ -21,7 +20,9 @@ use palisade_testbed::{
 };
 
 use crate::{
-    Effort, progress,
+    Effort,
+    memory::resident,
+    progress,
     report::{Goal, Measure, Samples, Table, number},
 };
 
@@ -385,10 +386,7 @@ impl Asking {
     /// Returns the daemon's resident memory, bytes.
     fn memory(&self) -> Result<f64> {
         let pid = self.daemon.as_ref().and_then(Daemon::pid).context("no daemon")?;
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-        Ok(kib.context("VmRSS")? * 1024.0)
+        resident(pid)
     }
 }
 

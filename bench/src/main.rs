@@ -46,6 +46,7 @@ const MEASURES: &[Entry] = &[
     ("intercept", intercept::measure),
     ("visibility", visibility::packets),
     ("visibility-http", visibility::http),
+    ("hubble", visibility::api::measure),
     ("soak-flows", visibility::soak::measure),
     ("flow-memory", visibility::memory),
     ("replay", replay::measure),

@@ -1,9 +1,12 @@
-//! Memory use, counted at the allocator.
+//! Memory use, counted at the allocator; memory of other processes.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    fs,
     sync::atomic::{AtomicBool, AtomicIsize, Ordering::Relaxed},
 };
+
+use anyhow::{Context as _, Result};
 
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static NOW: AtomicIsize = AtomicIsize::new(0);
@@ -48,4 +51,24 @@ pub fn count<T>(f: impl FnOnce() -> T) -> (T, f64, f64) {
     let value = f();
     COUNTING.store(false, Relaxed);
     (value, NOW.load(Relaxed) as f64, PEAK.load(Relaxed) as f64)
+}
+
+/// Returns the resident memory of a process, bytes.
+pub fn resident(pid: u32) -> Result<f64> {
+    of_process(pid, "VmRSS")
+}
+
+/// Returns the largest resident memory that a process has had since its program began, bytes.
+pub fn peak_resident(pid: u32) -> Result<f64> {
+    of_process(pid, "VmHWM")
+}
+
+/// Returns a value of `/proc/PID/status`, bytes.
+fn of_process(pid: u32, name: &str) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    Ok(kib.with_context(|| format!("no {name}"))? * 1024.0)
 }

@@ -1,10 +1,12 @@
-//! Speed of `palisade replay`: without inspection, with HTTP and with DNS.
+//! Speed of `palisade replay` without inspection, with HTTP and with DNS, and its memory.
 
 use std::{
     fs::File,
     io::{BufWriter, Write as _},
     path::Path,
-    time::Instant,
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,6 +20,7 @@ use serde_json::Value;
 
 use crate::{
     Effort,
+    memory::peak_resident,
     parsers::{dns_exchange, http_connection},
     policies::files,
     progress,
@@ -29,6 +32,10 @@ use crate::{
 const FLOWS: u16 = 1_000;
 /// Port of these flows.
 const PORT: u16 = 5_000;
+/// Flows that are live at a time while memory is measured, and source ports of that capture. There are more ports, so
+/// that each packet begins a flow.
+const LIVE_FLOWS: u16 = 16_384;
+const PORTS: u16 = 60_000;
 /// First port of the clients whose traffic is inspected.
 const FIRST_PORT: u16 = 1_024;
 /// Application rules for what the workload sends.
@@ -112,6 +119,24 @@ fn rate(daemon: &Daemon, folder: &str, kind: &Kind) -> Result<f64> {
         "not all packets were replayed, or not all messages were inspected and allowed: {text}"
     );
     Ok(f64::from(kind.packets) / took)
+}
+
+/// Replays a capture. Returns the largest resident memory of the command, MiB.
+fn peak(daemon: &Daemon, folder: &str, kind: &Kind) -> Result<f64> {
+    let mut command = daemon.command(&["replay", &kind.file, "--policy", folder, "--summary"]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    let mut peak = 0.0;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        // A process that has ended and was not waited for has no such value.
+        peak = peak_resident(child.id()).unwrap_or(peak);
+        thread::sleep(Duration::from_millis(2));
+    };
+    ensure!(status.success(), "palisade replay: {status}");
+    ensure!(peak > 0.0, "the memory of palisade replay was not read");
+    Ok(peak / f64::from(1 << 20))
 }
 
 /// Writes a capture. `fill` returns the number of messages that are inspected.
@@ -204,14 +229,47 @@ pub fn measure(effort: Effort) -> Result<Measure> {
             )
         });
     }
+    let limits = Settings {
+        tables: format!("[limits]\nconntrack = {LIVE_FLOWS}\n"),
+        ..Settings::default()
+    };
+    daemon.configure(&topology, &limits)?;
+    let mut memory = Table::new(
+        "Largest resident memory, each packet a new flow",
+        &["packets", "MiB"],
+    );
+    let sizes = [packets / 4, packets];
+    let mut peaks = [0.0; 2];
+    for (packets, peak_of) in sizes.into_iter().zip(&mut peaks) {
+        let kind = write(dir.path(), "new flows", |capture| {
+            let frames: Vec<_> = (FIRST_PORT..FIRST_PORT + PORTS)
+                .map(|port| stream.frame(port, PORT))
+                .collect();
+            let mut all = frames.iter().cycle().take(packets as usize);
+            all.try_for_each(|frame| capture.push(frame))?;
+            Ok(0)
+        })?;
+        *peak_of = peak(&daemon, &folder, &kind)?;
+        memory.row(number(packets.into()), &[*peak_of]);
+    }
+    goals.push(Goal::at_most(
+        format!("memory of a replay, {packets} packets against a quarter of them"),
+        1.1,
+        peaks[1] / peaks[0],
+        " ×",
+    ));
+    goals.push(Goal::reported(
+        format!("memory of a replay, {packets} packets"),
+        format!("{} MiB", number(peaks[1])),
+    ));
     Ok(Measure {
         name: "replay",
         title: "Replay of a capture",
         method: format!(
-            "`palisade replay --summary` of pcap files under eleven policies: frames of 60 bytes of {FLOWS} flows, and {clients} HTTP connections and DNS queries that application rules allow; the time is that of the whole command, with compilation. {rounds} rounds."
+            "`palisade replay --summary` of pcap files under eleven policies: frames of 60 bytes of {FLOWS} flows, and {clients} HTTP connections and DNS queries that application rules allow; the time is that of the whole command, with compilation. {rounds} rounds. Memory: VmHWM of one command, with a conntrack table of {LIVE_FLOWS} flows and {PORTS} flows in turn, so that each packet begins a flow and ends another."
         ),
         goals,
-        tables: vec![table],
+        tables: vec![table, memory],
         plot: None,
         notes: Vec::new(),
     })

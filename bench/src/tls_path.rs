@@ -33,6 +33,7 @@ use rustls::{
 use tempfile::TempDir;
 
 use crate::{
+    memory::resident,
     report::Samples,
     web::{self, BLOB, Between, DENIED, HTTPS, ITEM, Load, NAME, patterns, run},
 };
@@ -538,14 +539,6 @@ impl Client {
         const THREADS: usize = 8;
         self.threads(THREADS, || (0..count / THREADS).map(|_| one()).collect())
     }
-}
-
-/// Returns the resident memory of a process, bytes.
-fn resident(pid: u32) -> Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
-    Ok(kib.context("VmRSS")? * 1024.0)
 }
 
 /// Returns requests a second in h2load's output, of which all must have a status of this class.

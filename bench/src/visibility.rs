@@ -1,6 +1,7 @@
 //! Cost of visibility: events, records, metrics and a reader that follows all flows, against as little of them as the
-//! configuration allows; memory of the flow ring. The soak with slow readers is in `soak`.
+//! configuration allows; memory of the flow ring. The flow API is in `api`, the soak with slow readers in `soak`.
 
+pub mod api;
 pub mod soak;
 
 use std::{
@@ -21,6 +22,7 @@ use palisade_testbed::{
     ns::wait_until,
     topology::{INNER, INTERNET_V4, NIC, WorkloadSpec},
 };
+use serde_json::Value;
 use zerocopy::FromZeros as _;
 
 use crate::{
@@ -197,6 +199,12 @@ impl Forwarding {
             arrived as f64 / elapsed.as_secs_f64(),
         ))
     }
+}
+
+/// Returns a number in the daemon's status. `path`: a JSON pointer (RFC 6901).
+fn status_number(status: &Value, path: &str) -> Result<f64> {
+    let value = status.pointer(path).and_then(Value::as_f64);
+    value.with_context(|| format!("{path} is not in the status: {status}"))
 }
 
 /// Measures the packet path with visibility off and on.
