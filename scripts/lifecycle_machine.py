@@ -18,7 +18,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 WORK = REPO / "target/lifecycle"
 PACKAGES = (
     "systemd,systemd-sysv,udev,dbus,openssh-server,openssh-client,nftables,iproute2,iputils-ping,procps,kmod,socat,"
-    "initramfs-tools,openssl,linux-image-cloud-amd64,debsums,apparmor,podman,netavark,crun,iptables,busybox-static"
+    "initramfs-tools,openssl,linux-image-cloud-amd64,debsums,xz-utils,apparmor,podman,netavark,crun,iptables,busybox-static"
 )
 MIRROR = os.environ.get("PALISADE_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 # A check that waits for a state of the machine gives up after this time, s. Emulation on a busy machine is slow.
@@ -168,11 +168,12 @@ class Machine:
         kernel = max((root / "boot").glob("vmlinuz-*"))
         self.path = WORK / "control"
         self.path.unlink(missing_ok=True)
+        self.monitor = WORK / "monitor"
         self.console = WORK / "console.log"
         self.process = subprocess.Popen(
             ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1536", "-smp", "1", "-display", "none"]
             # "stop" and "cont" at the monitor pause the machine with its clock.
-            + ["-monitor", f"unix:{WORK / 'monitor'},server=on,wait=off", "-nodefaults", "-serial", f"file:{self.console}", "-kernel", kernel]
+            + ["-monitor", f"unix:{self.monitor},server=on,wait=off", "-nodefaults", "-serial", f"file:{self.console}", "-kernel", kernel]
             + ["-initrd", str(kernel).replace("vmlinuz", "initrd.img")]
             + ["-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet"]
             + ["-drive", f"file={image},if=virtio,format=raw,cache=unsafe", *card(0), *card(1)]
@@ -184,6 +185,7 @@ class Machine:
         self.socket = None
         self.buffer = b""
         self.serial = 0
+        self.pauses = 0.0
 
     def close(self):
         self.process.kill()
@@ -198,25 +200,46 @@ class Machine:
             time.sleep(0.1)
         sys.exit("lifecycle: qemu does not start")
 
+    def now(self):
+        """Returns the host's time without that in which the machine was paused, s."""
+        return time.monotonic() - self.pauses
+
+    def paused(self):
+        """Returns whether the machine is paused."""
+        text = b""
+        with socket.socket(socket.AF_UNIX) as monitor, contextlib.suppress(OSError):
+            monitor.settimeout(5)
+            monitor.connect(str(self.monitor))
+            monitor.sendall(b"info status\n")
+            while b"\n" not in text.partition(b"VM status: ")[2]:
+                data = monitor.recv(4096)
+                if not data:
+                    break
+                text += data
+        return b"VM status: paused" in text
+
     def shell(self, command, timeout=WAIT_LIMIT):
         """Returns exit code and output of a command."""
         self.serial += 1
         line = f"{self.serial} {base64.b64encode(command.encode()).decode()}\n"
         self.socket.sendall(line.encode())
-        until = time.monotonic() + timeout * SLOWNESS
+        until = self.now() + timeout * SLOWNESS
         while True:
             while b"\n" in self.buffer:
                 answer, self.buffer = self.buffer.split(b"\n", 1)
                 words = answer.decode(errors="replace").split(" ")
                 if words[0] == str(self.serial) and len(words) == 3:
                     return int(words[1]), base64.b64decode(words[2]).decode(errors="replace")
-            left = until - time.monotonic()
+            left = until - self.now()
             if left <= 0:
                 return 255, f"no answer to: {command}\n{self.console.read_text(errors='replace')[-2000:]}"
-            self.socket.settimeout(left)
+            step = time.monotonic()
+            self.socket.settimeout(min(left, 5))
             try:
                 data = self.socket.recv(65536)
             except TimeoutError:
+                if self.paused():
+                    self.pauses += time.monotonic() - step
                 continue
             except ConnectionError:
                 data = b""
@@ -226,8 +249,8 @@ class Machine:
 
     def boot(self, before=None):
         """Waits until the machine has booted, not as the boot `before`, and returns its state."""
-        until = time.monotonic() + WAIT_LIMIT * SLOWNESS
-        while time.monotonic() < until:
+        until = self.now() + WAIT_LIMIT * SLOWNESS
+        while self.now() < until:
             # A port that no program has opened yet, or any more, answers nothing.
             code, boot = self.shell(self.BOOT, timeout=30)
             if code == 0 and boot != before:
@@ -251,8 +274,8 @@ class Machine:
 
     def until(self, command, timeout=WAIT_LIMIT):
         """Returns whether a command succeeds within the time."""
-        end = time.monotonic() + timeout * SLOWNESS
-        while time.monotonic() < end:
+        end = self.now() + timeout * SLOWNESS
+        while self.now() < end:
             if self.holds(command):
                 return True
             time.sleep(1)
