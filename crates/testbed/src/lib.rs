@@ -17,6 +17,7 @@
 pub mod attached;
 pub mod capture;
 pub mod daemon;
+pub mod demo;
 pub mod dns;
 pub mod forge;
 pub mod load;
