@@ -27,7 +27,7 @@ use palisade_tests::{
         apps::policy,
         intercept::{HOSTS, Lab, RULES, Secrets, lab},
         pki::{Authority, Validity},
-        python::{Load, fault_peer, hold, packages, same_port, session},
+        python::{Load, NodeServer, fault_peer, hold, packages, same_port, session},
         s3::{Aws, S3},
     },
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon_with, tables},
@@ -336,54 +336,84 @@ fn every_path(hooks: palisade_testbed::daemon::Hooks) {
             Peer::start_tls(apps.ns(name), HTTPS, &apps.both(name), &lab.server).expect("peer"),
         )
     });
-    let daemon = lab.on_all_paths(hooks, &[HTTPS], RULES);
+    let http2_peers = ["internet", "server"].map(|name| {
+        let ports = [8001, OTHER, 8002];
+        (
+            name,
+            NodeServer::start(apps.ns(name), ports, &apps.both(name), &lab.server).expect("peer"),
+        )
+    });
+    let daemon = lab.on_all_paths(hooks, &[HTTPS, OTHER], RULES);
     for family in FAMILIES {
         for (from, to) in PATHS {
-            let what = format!("{from} -> {to} {family:?}");
-            let at = apps.at(to, family, HTTPS);
-            let name = format!("{from}.web.example");
-            let path = format!("/allowed/{from}/{family:?}");
-            // Both ends' addresses and ports as the client sees them.
-            let seen = "%{stderr}\nstatus:%{http_code}\nends:%{local_ip} %{local_port} %{remote_ip} %{remote_port}\n";
-            let got = lab.ask(from, &name, at, &path, &["-w", seen]);
-            assert_eq!(got.status, 200, "{what}: {got:?}\n{}", daemon.report());
-            let ends = got.error.lines().find_map(|line| line.strip_prefix("ends:"));
-            let ends: Vec<&str> = ends.unwrap_or_default().split(' ').collect();
-            let [ip, port, remote_ip, remote_port] = ends[..] else {
-                panic!("{what}: {got:?}");
-            };
-            assert_eq!(
-                (ip, remote_ip, remote_port),
-                (
-                    apps.source(from, to, family).to_string().as_str(),
-                    at.ip().to_string().as_str(),
-                    HTTPS.to_string().as_str()
-                ),
-                "{what}"
-            );
             let (_, peer) = peers.iter().find(|(name, _)| *name == to).expect("a peer");
-            let requests = peer.requests();
-            let request = requests.iter().find(|request| request["path"] == path.as_str());
-            let request = request.unwrap_or_else(|| panic!("{what}: {requests:?}"));
-            assert_eq!(
-                (&request["from"], &request["port"], &request["server_name"]),
-                (
-                    &Value::from(ip),
-                    &Value::from(port.parse::<u16>().expect("a port")),
-                    &Value::from(name.as_str())
-                ),
-                "{what}: {request}"
-            );
-            is_denied(&what, &lab.ask(from, &name, at, "/denied", &[]), &daemon);
-            is_denied(
-                &what,
-                &lab.ask(from, &name, at, "/allowed", &["-X", "DELETE"]),
-                &daemon,
-            );
+            let (_, http2_peer) = http2_peers.iter().find(|(name, _)| *name == to).expect("a peer");
+            let name = format!("{from}.web.example");
+            for (port, version, option) in [(HTTPS, "1.1", "--http1.1"), (OTHER, "2", "--http2")] {
+                let what = format!("{from} -> {to} {family:?} HTTP/{version}");
+                let at = apps.at(to, family, port);
+                let path = format!("/allowed/{from}/{family:?}");
+                // Both ends' addresses and ports as the client sees them.
+                let seen = "%{stderr}\nstatus:%{http_code}\nends:%{local_ip} %{local_port} %{remote_ip} %{remote_port} \
+                            %{http_version}\n";
+                let got = lab.ask(from, &name, at, &path, &[option, "-w", seen]);
+                assert_eq!(got.status, 200, "{what}: {got:?}\n{}", daemon.report());
+                let ends = got.error.lines().find_map(|line| line.strip_prefix("ends:"));
+                let ends: Vec<&str> = ends.unwrap_or_default().split(' ').collect();
+                let [ip, local_port, remote_ip, remote_port, seen_version] = ends[..] else {
+                    panic!("{what}: {got:?}");
+                };
+                assert_eq!(
+                    (ip, remote_ip, remote_port, seen_version),
+                    (
+                        apps.source(from, to, family).to_string().as_str(),
+                        at.ip().to_string().as_str(),
+                        port.to_string().as_str(),
+                        version
+                    ),
+                    "{what}"
+                );
+                let requests = if port == HTTPS {
+                    peer.requests()
+                } else {
+                    http2_peer.requests()
+                };
+                let request = requests.iter().find(|request| request["path"] == path.as_str());
+                let request = request.unwrap_or_else(|| panic!("{what}: {requests:?}"));
+                assert_eq!(
+                    (&request["from"], &request["port"], &request["server_name"]),
+                    (
+                        &Value::from(ip),
+                        &Value::from(local_port.parse::<u16>().expect("a port")),
+                        &Value::from(name.as_str())
+                    ),
+                    "{what}: {request}"
+                );
+                is_denied(&what, &lab.ask(from, &name, at, "/denied", &[option]), &daemon);
+                is_denied(
+                    &what,
+                    &lab.ask(from, &name, at, "/allowed", &[option, "-X", "DELETE"]),
+                    &daemon,
+                );
+            }
+            let at = apps.at(to, family, HTTPS);
+            for (path, status, part) in [
+                ("/allowed/ws", "HTTP/1.1 101", "echoed 351"),
+                ("/denied", "HTTP/1.1 403", DENIED),
+            ] {
+                let said = peer
+                    .websocket_tls(apps.ns(from), at, path, &name, &lab.ours.cert)
+                    .expect("websocket");
+                assert!(
+                    said.starts_with(status) && said.contains(part),
+                    "{from} -> {at} {path}: {said}\n{}",
+                    daemon.report()
+                );
+            }
         }
     }
-    for (name, peer) in &peers {
-        let requests = peer.requests();
+    let requests = peers.iter().map(|(name, peer)| (name, peer.requests()));
+    for (name, requests) in requests.chain(http2_peers.iter().map(|(name, peer)| (name, peer.requests()))) {
         assert!(
             !requests.is_empty()
                 && requests
@@ -819,44 +849,20 @@ fn generated_certificates_name_what_the_client_asks_for() {
 
 #[test]
 fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
-    // Initial packets of QUIC have at least 1,200 bytes (RFC 9000, section 14.1).
-    const INITIAL: usize = 1_200;
-    const QUIC_DENIED: u8 = 208;
-    const EVERYTHING: &str = "  - toEntities: [all]\n";
     let lab = lab();
-    let intercepted = policy("client", "egress", &[HTTPS], RULES);
-    // Also beside a rule that allows every port.
-    for more in ["", EVERYTHING] {
-        let file = intercepted.clone() + more;
-        let daemon = lab.daemon(&lab.settings(), &[("client.yaml", &file)]);
-        for family in FAMILIES {
-            let at = lab.apps.at("internet", family, HTTPS);
-            let outcome = udp(lab.apps.ns("client"), None, at, INITIAL, CLOSED);
-            assert_eq!(outcome, Outcome::TimedOut, "{family:?} {more}");
-            let to = at.ip().to_string();
-            let flows = daemon.wait_flows(
-                &["--verdict", "dropped", "--protocol", "udp", "--to-ip", &to],
-                "the drop",
-                |flows| flows.iter().any(|flow| flow["drop_reason"] == QUIC_DENIED),
-            );
-            flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
-        }
-    }
-    // For a server, too: what its policy intercepts at its port is not open to QUIC.
-    let daemon = lab.daemon(
-        &lab.settings(),
-        &[(
-            "server.yaml",
-            &(policy("server", "ingress", &[HTTPS], RULES) + "  - fromEntities: [all]\n"),
-        )],
-    );
+    let daemon = lab.client_only(&[HTTPS], RULES);
     for family in FAMILIES {
-        let at = lab.apps.at("server", family, HTTPS);
-        let outcome = udp(lab.apps.ns("internet"), None, at, INITIAL, CLOSED);
-        assert_eq!(outcome, Outcome::TimedOut, "{family:?}\n{}", daemon.report());
-        let beside = lab.apps.at("server", family, HTTPS + 1);
-        let outcome = udp(lab.apps.ns("internet"), None, beside, INITIAL, CLOSED);
-        assert_eq!(outcome, Outcome::Refused, "{family:?}\n{}", daemon.report());
+        let at = lab.apps.at("internet", family, HTTPS);
+        // Initial packets of QUIC have at least 1,200 bytes (RFC 9000, section 14.1).
+        let outcome = udp(lab.apps.ns("client"), None, at, 1_200, CLOSED);
+        assert_eq!(outcome, Outcome::TimedOut, "{family:?}");
+        let to = at.ip().to_string();
+        let flows = daemon.wait_flows(
+            &["--verdict", "dropped", "--protocol", "udp", "--to-ip", &to],
+            "the drop",
+            |flows| flows.iter().any(|flow| flow["drop_reason"] == 133),
+        );
+        flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
     }
 }
 
