@@ -12,7 +12,7 @@ use palisade_tests::{
     fixtures::{
         apps::policy,
         intercept::{Lab, RULES, lab},
-        python::{GrpcServer, grpc, node, packages},
+        python::{GrpcServer, grpc, grpc_js, node, packages},
     },
 };
 
@@ -180,6 +180,15 @@ const CALLS: [(&str, &str); 7] = [
     ("many", "100 100"),
 ];
 
+/// What the gRPC client in JavaScript prints.
+const CALLS_JS: &str = "kinds ok
+large ok
+deadline 4
+cancel 1
+fail 5|no such thing: 100 %|from the server
+denied 12 7
+";
+
 fn grpc_calls(tls: bool) {
     packages().expect("the packages");
     let lab = lab();
@@ -207,6 +216,8 @@ fn grpc_calls(tls: bool) {
             .map(|(action, result)| format!("{action} {result}\n"))
             .collect();
         assert_eq!(said, expected, "{}", daemon.report());
+        let said = grpc_js(lab.apps.ns("client"), "api.web.example", ca, at).expect("node");
+        assert_eq!(said, CALLS_JS, "{}", daemon.report());
         if let Some(ca) = ca {
             let said = node(lab.apps.ns("client"), "api.web.example", ca, at).expect("node");
             assert_eq!(
@@ -221,7 +232,7 @@ fn grpc_calls(tls: bool) {
     assert!(!calls.iter().any(|call| call.starts_with("Denied")), "{calls:?}");
     // The server learns that a caller has given up: at its deadline, and when it cancels.
     let count = |line: &str| calls.iter().filter(|call| *call == line).count();
-    assert_eq!((count("waiting"), count("given up")), (4, 4), "{calls:?}");
+    assert_eq!((count("waiting"), count("given up")), (8, 8), "{calls:?}");
     // The flow records name the methods, with their verdicts.
     for (verdict, path) in [("FORWARDED", "/test.Echo/Sum"), ("DROPPED", "/test.Echo/Denied")] {
         daemon
@@ -242,6 +253,58 @@ fn grpc_calls_of_every_kind_over_intercepted_tls() {
 #[test]
 fn grpc_calls_of_every_kind_in_clear_text() {
     grpc_calls(false);
+}
+
+#[test]
+fn a_server_that_refuses_connections_is_reported_over_http2_and_grpc() {
+    packages().expect("the packages");
+    let lab = lab();
+    let client = lab.apps.ns("client");
+    // Nothing listens at these ports.
+    let rules = |port, tls| {
+        policy("client", "egress", &[port], &grpc_rules(tls)).replace("-egress", &format!("-{port}"))
+    };
+    let mut settings = lab.settings();
+    settings.tables.push_str("[http]\nclear_text_http2 = true\n");
+    let daemon = lab.daemon(
+        &settings,
+        &[
+            ("tls.yaml", &rules(HTTPS, true)),
+            ("clear.yaml", &rules(CLEAR, false)),
+        ],
+    );
+    for family in FAMILIES {
+        let write = "%{stderr}\nstatus:%{http_code}\nversion:%{http_version}\n";
+        let path = "/test.Echo/Unary";
+        let at = lab.apps.at("internet", family, HTTPS);
+        let clear = lab.apps.at("internet", family, CLEAR);
+        let url = format!("http://{clear}{path}");
+        let more = ["-i", "--http2-prior-knowledge", "-d", "", "-w", write, &url];
+        let got = curl(client, &more, OPEN).expect("curl");
+        let header = got
+            .body
+            .lines()
+            .find(|line| line.starts_with("x-palisade-error:"));
+        assert!(
+            got.status == 503
+                && got.error.contains("version:2")
+                && header.is_some_and(|header| header.contains("refused")),
+            "{got:?}\n{}",
+            daemon.report()
+        );
+        // A client of gRPC offers HTTP/2 only, so the proxy selects it without the server.
+        for (at, ca) in [(at, Some(lab.ours.cert.as_path())), (clear, None)] {
+            let said = grpc(client, "api.web.example", ca, at, &["echo"]).expect("client");
+            assert!(
+                // Not the message of the library about a connection of its own.
+                said.starts_with("echo UNAVAILABLE: ")
+                    && said.contains("connection refused")
+                    && !said.contains("failed to connect"),
+                "{said}\n{}",
+                daemon.report()
+            );
+        }
+    }
 }
 
 #[test]
