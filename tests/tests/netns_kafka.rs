@@ -36,8 +36,8 @@ fn run(apps: &Apps, daemon: &Daemon, library: &str, action: &str, at: SocketAddr
         .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
 }
 
-#[test]
-fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
+/// Clients use the allowed topic and get an error for others.
+fn allowed_and_denied((library, error): (&str, &str)) {
     packages().expect("the packages");
     let apps = apps();
     let brokers = FAMILIES.map(|family| {
@@ -46,28 +46,22 @@ fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
         (at, broker)
     });
     let mut daemon = client_only(&apps, &[PORT], RULES);
+    let check = |daemon: &Daemon, at: SocketAddr, action: &str, topic: &str, expected: &str| {
+        assert_eq!(
+            run(&apps, daemon, library, action, at, topic),
+            expected,
+            "{library} {at} {action} {topic}\n{}",
+            daemon.report()
+        );
+    };
     for (at, _) in &brokers {
-        // The broker writes its IPv6 address in brackets, which kafka-python takes for a name.
-        for (library, error) in LIBRARIES.into_iter().take(if at.is_ipv4() { 2 } else { 1 }) {
-            let asks = |action: &str, topic: &str| run(&apps, &daemon, library, action, *at, topic);
-            assert_eq!(
-                asks("produce", "orders"),
-                "ok",
-                "{library} {at}\n{}",
-                daemon.report()
-            );
-            assert_eq!(
-                asks("consume", "orders"),
-                "hello",
-                "{library} {at}\n{}",
-                daemon.report()
-            );
-            assert_eq!(
-                asks("produce", "secret"),
-                error,
-                "{library} {at}\n{}",
-                daemon.report()
-            );
+        for (action, topic, expected) in [
+            ("produce", "orders", "ok"),
+            ("consume", "orders", "hello"),
+            ("produce", "secret", error),
+            ("consume", "secret", error),
+        ] {
+            check(&daemon, *at, action, topic, expected);
         }
     }
     let filters = ["--protocol", "kafka", "--verdict", "dropped"];
@@ -102,19 +96,96 @@ fn clients_use_the_allowed_topic_and_get_an_error_for_others() {
     daemon.kill9().expect("kill");
     daemon.restart().expect("restart");
     for (at, _) in &brokers {
-        let (library, error) = LIBRARIES[0];
+        check(&daemon, *at, "produce", "orders", "ok");
+        check(&daemon, *at, "produce", "secret", error);
+    }
+}
+
+#[test]
+fn confluent_uses_the_allowed_topic_and_gets_an_error_for_others() {
+    allowed_and_denied(LIBRARIES[0]);
+}
+
+#[test]
+fn kafka_python_uses_the_allowed_topic_and_gets_an_error_for_others() {
+    allowed_and_denied(LIBRARIES[1]);
+}
+
+/// With kcat's broker: the broker of the other tests lets the first member of a group wait.
+#[test]
+fn a_consumer_group_reads_the_allowed_topic_only() {
+    packages().expect("the packages");
+    let apps = apps();
+    let places = FAMILIES.map(|family| apps.at("internet", family, PORT));
+    let mock = Mock::start(apps.ns("internet"), &places).expect("broker");
+    let daemon = client_only(&apps, &[PORT], RULES);
+    for at in places {
+        let asks = |action: &str, topic: &str| {
+            mock.client(apps.ns("client"), Some(at), action, topic)
+                .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
+        };
+        assert_eq!(asks("produce", "orders"), "ok", "{at}\n{}", daemon.report());
+        // The first message, and the offset behind it.
+        assert_eq!(asks("group", "orders"), "hello 1", "{at}\n{}", daemon.report());
         assert_eq!(
-            run(&apps, &daemon, library, "produce", *at, "orders"),
-            "ok",
-            "{}",
+            asks("group", "secret"),
+            LIBRARIES[0].1,
+            "{at}\n{}",
             daemon.report()
         );
-        assert_eq!(
-            run(&apps, &daemon, library, "produce", *at, "secret"),
-            error,
-            "{}",
-            daemon.report()
-        );
+    }
+}
+
+/// Allows clients to learn of all topics, so that they send messages also to those that are denied.
+const PRODUCE_RULES: &str =
+    "      rules:\n        kafka: [{apiKey: metadata}, {role: produce, topic: orders}]\n";
+
+/// Waits until there are records of `count` denied Produce requests of each family.
+#[track_caller]
+fn denied_messages_are_recorded(daemon: &Daemon, count: usize) {
+    let filters = ["--protocol", "kafka", "--verdict", "dropped"];
+    let flows = daemon.wait_flows(&filters, "denied messages of both families", |flows| {
+        let produces = |flow: &&serde_json::Value| {
+            let kafka = &flow["l7"]["kafka"];
+            kafka["api_key"] == "produce" && kafka["topic"] == "secret"
+        };
+        ["IPv4", "IPv6"].iter().all(|version| {
+            let of_family = flows.iter().filter(|flow| flow["IP"]["ipVersion"] == *version);
+            of_family.filter(produces).count() >= count
+        })
+    });
+    flows.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+}
+
+/// The brokers of these tests respond to messages without acknowledgement, which real brokers do not, and such a response
+/// ends the connection. So only the connections of denied messages show something, which get no response.
+#[test]
+fn a_message_without_acknowledgement_for_a_denied_topic_ends_the_connection() {
+    packages().expect("the packages");
+    let apps = apps();
+    let internet = apps.ns("internet");
+    let brokers = FAMILIES.map(|family| {
+        let at = apps.at("internet", family, PORT);
+        let broker = Broker::start(internet, at, &["orders", "secret"]).expect("broker");
+        (at, broker)
+    });
+    let daemon = client_only(&apps, &[PORT], PRODUCE_RULES);
+    for (at, _) in &brokers {
+        for (library, _) in LIBRARIES {
+            assert_eq!(
+                run(&apps, &daemon, library, "acks0", *at, "secret"),
+                "closed",
+                "{library} {at}\n{}",
+                daemon.report()
+            );
+            run(&apps, &daemon, library, "acks0", *at, "orders");
+        }
+    }
+    denied_messages_are_recorded(&daemon, LIBRARIES.len());
+    for (at, _) in &brokers {
+        let read = |topic: &str| client(internet, "confluent", "consume", *at, topic, "").expect("consume");
+        assert_eq!(read("orders"), "hello");
+        assert_eq!(read("secret"), "nothing");
     }
 }
 

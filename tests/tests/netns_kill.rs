@@ -7,22 +7,28 @@ use palisade_testbed::{
     topology::FAMILIES,
     web::{Peer, Web},
 };
-use palisade_tests::fixtures::{
-    apps::policy,
-    intercept::{RULES, lab},
-    python::{GrpcServer, Load, packages},
+use palisade_tests::{
+    fixtures::{
+        apps::{apps, policy},
+        intercept::{RULES, lab},
+        kafka::{Broker, client, load},
+        python::{GrpcServer, Load, packages},
+    },
+    setup::client_only,
 };
 
 const HTTPS: u16 = 443;
 const CLEAR: u16 = 80;
+const KAFKA: u16 = 9092;
 const NAME: &str = "www.web.example";
 
-/// Kills the daemon twice under load, and asserts that its clients have got the expected results.
+/// Kills the daemon twice under load, each time after `count` denied requests of each load, and asserts that its clients
+/// have got the expected results.
 #[track_caller]
-fn is_enforced_across_kills(daemon: &mut Daemon, loads: &[Load]) {
+fn is_enforced_across_kills(daemon: &mut Daemon, loads: &[Load], count: u64) {
     for _ in 0..2 {
         for load in loads {
-            load.grows("denied", 20)
+            load.grows("denied", count)
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
         }
         daemon.kill9().expect("kill -9");
@@ -31,7 +37,7 @@ fn is_enforced_across_kills(daemon: &mut Daemon, loads: &[Load]) {
         }
         daemon.restart().expect("restart");
         for load in loads {
-            load.grows("allowed", 20)
+            load.grows("allowed", count)
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
         }
     }
@@ -55,7 +61,7 @@ fn nothing_denied_gets_through_over_http_1_1() {
         let at = lab.apps.at("internet", family, HTTPS);
         Load::start(lab.apps.ns("client"), NAME, at, &lab.server, 2).expect("load")
     });
-    is_enforced_across_kills(&mut daemon, &loads);
+    is_enforced_across_kills(&mut daemon, &loads, 20);
     drop(loads);
     assert!(peer.requests_for("/allowed/load") >= 80);
     assert_eq!(peer.requests_for("/denied/load"), 0, "{}", daemon.report());
@@ -70,7 +76,7 @@ fn nothing_denied_gets_through_over_http2() {
         let at = lab.apps.at("internet", family, HTTPS);
         Load::start_http2(lab.apps.ns("client"), NAME, at, &lab.server, 1).expect("load")
     });
-    is_enforced_across_kills(&mut daemon, &loads);
+    is_enforced_across_kills(&mut daemon, &loads, 20);
     drop(loads);
     let seen = web.seen();
     assert!(
@@ -119,7 +125,7 @@ fn no_denied_grpc_call_gets_through() {
             Load::start_grpc(client, "api.web.example", ca, at, 1).expect("load")
         })
         .collect();
-    is_enforced_across_kills(&mut daemon, &loads);
+    is_enforced_across_kills(&mut daemon, &loads, 20);
     drop(loads);
     for server in &servers {
         let calls = server.calls();
@@ -128,5 +134,29 @@ fn no_denied_grpc_call_gets_through() {
             "{}",
             daemon.report()
         );
+    }
+}
+
+#[test]
+fn nothing_gets_into_a_denied_topic() {
+    packages().expect("the packages");
+    let apps = apps();
+    let internet = apps.ns("internet");
+    let brokers = FAMILIES.map(|family| {
+        let at = apps.at("internet", family, KAFKA);
+        let broker = Broker::start(internet, at, &["orders", "secret"]).expect("broker");
+        (at, broker)
+    });
+    // Producers learn of both topics, so they send messages to both.
+    let rules = "      rules:\n        kafka: [{apiKey: metadata}, {role: produce, topic: orders}]\n";
+    let mut daemon = client_only(&apps, &[KAFKA], rules);
+    let loads =
+        [0, 1].map(|n: usize| load(apps.ns("client"), brokers[n].0, "orders", "secret").expect("load"));
+    is_enforced_across_kills(&mut daemon, &loads, 10);
+    drop(loads);
+    for (at, _) in &brokers {
+        let read = |topic: &str| client(internet, "confluent", "consume", *at, topic, "").expect("client");
+        assert_eq!(read("orders"), "hello");
+        assert_eq!(read("secret"), "nothing", "{}", daemon.report());
     }
 }
