@@ -2,6 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
+    net::TcpStream,
     sync::{Arc, Mutex},
 };
 
@@ -12,7 +13,9 @@ use palisade_model::{
     rule::FqdnPattern,
     snapshot::{Alternative, Matcher, RuleSet},
 };
-use rustls::{ProtocolVersion, server::WebPkiClientVerifier};
+use rustls::{
+    ClientConnection, ProtocolVersion, StreamOwned, pki_types::ServerName, server::WebPkiClientVerifier,
+};
 
 use crate::world::{Ca, NAME, World, accept, get, http_rules, provider, send, serve_http, server_config};
 
@@ -216,6 +219,67 @@ fn sessions_are_resumed_on_both_sides() {
         .and_then(|view| view.server_tls)
         .expect("TLS with the server");
     assert!(tls.is_resumed);
+}
+
+#[test]
+fn no_early_data_is_sent_to_a_server_that_takes_it() {
+    let world = World::new(http_rules(&["/.*"]));
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.max_early_data_size = 16_384;
+    let connections = Arc::new(Mutex::new(Vec::new()));
+    let noted = connections.clone();
+    let address = world.server(move |socket| {
+        let mut stream = accept(config.clone(), socket);
+        stream.conn.complete_io(&mut stream.sock).expect("the handshake");
+        let early = stream.conn.early_data().map(|mut data| {
+            let mut bytes = Vec::new();
+            let _ = data.read_to_end(&mut bytes);
+            String::from_utf8(bytes).expect("text")
+        });
+        let kind = stream.conn.handshake_kind();
+        noted.lock().expect("the connections").push((kind, early));
+        serve_http(&mut stream);
+    });
+    for _ in 0..3 {
+        assert_eq!(get(&mut world.client(), "/a").status, 200);
+    }
+    let resumed = Some(rustls::HandshakeKind::Resumed);
+    {
+        let connections = connections.lock().expect("the connections");
+        assert_eq!(connections.len(), 3);
+        assert!(
+            connections[1..].iter().all(|(kind, _)| *kind == resumed),
+            "{connections:?}"
+        );
+        assert!(
+            connections.iter().all(|(_, early)| early.is_none()),
+            "{connections:?}"
+        );
+    }
+
+    // A client that sends early data to the same server: the server takes it.
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(rustls::ALL_VERSIONS)
+        .expect("versions")
+        .with_root_certificates(world.server_ca.roots())
+        .with_no_client_auth();
+    config.enable_early_data = true;
+    let config = Arc::new(config);
+    let connect = || {
+        let name = ServerName::try_from(NAME).expect("a name");
+        let tls = ClientConnection::new(config.clone(), name).expect("a client");
+        StreamOwned::new(tls, TcpStream::connect(address).expect("the server accepts"))
+    };
+    assert_eq!(get(&mut connect(), "/a").status, 200);
+    let mut client = connect();
+    let mut early = client.conn.early_data().expect("a ticket that allows early data");
+    early.write_all(b"early").expect("early data");
+    client.conn.complete_io(&mut client.sock).expect("the handshake");
+    assert!(client.conn.is_early_data_accepted());
+    world.wait("the server has the early data", |_| {
+        let connections = connections.lock().expect("the connections");
+        connections.last() == Some(&(resumed, Some("early".into())))
+    });
 }
 
 #[test]
