@@ -6,7 +6,7 @@ use std::{env, fmt::Write as _, fs, path::PathBuf};
 use jiff::tz::TimeZone;
 use palisade_abi::{Event, EventKind, MatchKind, Reason, TracePoint, event_flags, identity, protocol};
 use palisade_flowlog::{
-    FieldMask, Flow, TimeFormat, Timestamp, Uuid,
+    FieldMask, Flow, LostSource, TimeFormat, Timestamp, Uuid,
     format::{Format, Listing, Printer, monitor},
     input::{self, Line},
 };
@@ -310,7 +310,13 @@ fn flows() -> Vec<Flow> {
 fn listing(printer: Printer, flows: &[Flow]) -> String {
     let mut listing = Listing::new(printer);
     let mut text: String = flows.iter().map(|flow| listing.flow(flow, None)).collect();
-    text += &listing.lost("HUBBLE_RING_BUFFER", 3);
+    for (source, count) in [
+        (LostSource::HubbleRingBuffer, 3),
+        (LostSource::PerfEventRingBuffer, 4),
+        (LostSource::ObserverEventsQueue, 5),
+    ] {
+        text += &listing.lost(source.as_ref(), count);
+    }
     text + &listing.finish()
 }
 

@@ -199,11 +199,24 @@ fn json_has_the_names_of_the_flow_api() {
 
 #[test]
 fn filters_distinguish_the_records() {
-    // q: the request, a: its response, d: a denied request, n: not found, e: an error, v: a policy verdict
+    // q: the request, a: its response, d: a denied request, n: not found, e: an error, t: a request of a distributed
+    // trace, z: one whose trace has an invalid identifier, v: a policy verdict
     let with = |status| {
         flow(&Record {
             what: answered(status, None),
             ..response()
+        })
+    };
+    let traced = |traceparent: &str| {
+        flow(&Record {
+            what: What::HttpRequest {
+                method: Word::from(&b"POST"[..]),
+                version: 1,
+                url: text("http://web.shop/traced"),
+                headers: text(&format!("Traceparent: {traceparent}\n")),
+                mismatch: false,
+            },
+            ..request()
         })
     };
     let flows = [
@@ -212,13 +225,35 @@ fn filters_distinguish_the_records() {
         ('d', flow(&denied())),
         ('n', with(404)),
         ('e', with(503)),
+        (
+            't',
+            traced("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ),
+        (
+            'z',
+            traced("00-00000000000000000000000000000000-b7ad6b7169203331-01"),
+        ),
         ('v', Flow::from_event(&event(), &World, OFFSET)),
     ];
     assert_eq!(flows[0].1.destination.identity, WEB);
     for (flags, expected) in [
-        (&[("protocol", "http")][..], "qadne"),
-        (&[("protocol", "HTTP,dns,tls")], "qadne"),
-        (&[("protocol", "tcp")], "qadnev"),
+        (&[("protocol", "http")][..], "qadnetz"),
+        (&[("trace-id", "0af7651916cd43dd8448eb211c80319c")], "t"),
+        (
+            &[(
+                "trace-id",
+                "ffffffffffffffffffffffffffffffff,0af7651916cd43dd8448eb211c80319c",
+            )],
+            "t",
+        ),
+        (&[("trace-id", "0af7651916cd43dd8448eb211c80319")], ""),
+        (&[("trace-id", "00000000000000000000000000000000")], ""),
+        (
+            &[("not", ""), ("trace-id", "0af7651916cd43dd8448eb211c80319c")],
+            "qadnezv",
+        ),
+        (&[("protocol", "HTTP,dns,tls")], "qadnetz"),
+        (&[("protocol", "tcp")], "qadnetzv"),
         (&[("not", ""), ("protocol", "http")], "v"),
         (&[("http-status", "404")], "n"),
         (&[("http-status", "4+")], "n"),
@@ -226,7 +261,7 @@ fn filters_distinguish_the_records() {
         (&[("http-status", "2+,5+")], "ae"),
         (&[("http-status", "200"), ("http-status", "404")], "an"),
         (&[("http-status", "1+")], ""),
-        (&[("not", ""), ("http-status", "4+")], "qadev"),
+        (&[("not", ""), ("http-status", "4+")], "qadetzv"),
         (&[("http-method", "get")], "qane"),
         (&[("http-method", "DELETE,PUT")], "d"),
         (&[("http-method", "GET"), ("reply", "true")], "ane"),

@@ -1,6 +1,6 @@
 //! Text and JSON of the records of inspectors.
 
-use palisade_abi::{Addr, EventKind, Reason, identity, protocol};
+use palisade_abi::{Addr, EventKind, Reason, event_flags, identity, protocol};
 use palisade_flowlog::{
     FilterBuilder, Flow, Timestamp, TrafficDirection,
     format::{Format, Printer, Response, json, monitor},
@@ -255,10 +255,18 @@ fn addresses_have_their_resolved_names() {
 
 #[test]
 fn filters_distinguish_the_records() {
-    // q: the query, a: its response, r: a refused query, v: a policy verdict, n: to a learned address
+    // q: the query, a: its response, r: a refused query, v: a policy verdict, n: to a learned address, f: from it
     let named = palisade_abi::Event {
         destination: address("34.117.118.44"),
         ..denied(EventKind::Drop)
+    };
+    let from_named = palisade_abi::Event {
+        source: named.destination,
+        destination: named.source,
+        source_identity: identity::WORLD,
+        destination_identity: named.source_identity,
+        flags: event_flags::FLOW_EGRESS | event_flags::REPLY_UNKNOWN,
+        ..named
     };
     let flows = [
         ('q', flow(&query())),
@@ -266,22 +274,26 @@ fn filters_distinguish_the_records() {
         ('r', flow(&refused())),
         ('v', Flow::from_event(&event(), &World, OFFSET)),
         ('n', Flow::from_event(&named, &World, OFFSET)),
+        ('f', Flow::from_event(&from_named, &World, OFFSET)),
     ];
     for (flags, expected) in [
         (&[("type", "l7")][..], "qar"),
-        (&[("not", ""), ("type", "l7")], "vn"),
+        (&[("not", ""), ("type", "l7")], "vnf"),
         (&[("protocol", "dns")], "qar"),
         (&[("protocol", "udp")], "qar"),
-        (&[("protocol", "tcp,dns")], "qarvn"),
-        (&[("protocol", "tcp")], "vn"),
+        (&[("protocol", "tcp,dns")], "qarvnf"),
+        (&[("protocol", "tcp")], "vnf"),
         (&[("verdict", "dropped"), ("type", "l7")], "r"),
         (&[("dns-query", "^EVIL\\.")], "r"),
         (&[("dns-query", "ifconfig.me.$")], "qa"),
         (&[("dns-query", "evil"), ("dns-query", "me\\.$")], "qar"),
         (&[("drop-reason-desc", "240")], "r"),
-        (&[("fqdn", "ifconfig.me")], "n"),
+        (&[("fqdn", "ifconfig.me")], "nf"),
         (&[("to-fqdn", "*.Example.")], "n"),
-        (&[("from-fqdn", "*")], ""),
+        (&[("from-fqdn", "*.Example.")], "f"),
+        (&[("from-fqdn", "*")], "f"),
+        (&[("from-fqdn", "absent.example")], ""),
+        (&[("not", ""), ("from-fqdn", "ifconfig.me")], "qarvn"),
         (&[("reply", "true"), ("protocol", "dns")], "a"),
         (&[("to-port", "53")], "qr"),
     ] {
