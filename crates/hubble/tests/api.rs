@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use palisade_flowlog::{
-    Flow, Ring, Timestamp,
+    Flow, Lost, LostSource, Ring, Timestamp,
     flow::{Endpoint, EventType, FlowType, Ip, IpVersion, Layer4, TcpFlags, Verdict},
 };
 use palisade_hubble::{
@@ -187,6 +187,53 @@ async fn a_slow_reader_is_told_how_many_flows_it_lost() {
     assert!(said.time.is_some() && said.node_name == "node1");
     assert_eq!(port(&next(&mut slow).await), 35);
     assert_eq!(api.counts().lost, 34);
+}
+
+#[tokio::test]
+async fn losses_before_the_ring_reach_every_reader_with_their_source() {
+    let (ring, api) = api(16, 8);
+    let only_dropped = FlowFilter {
+        verdict: vec![2],
+        ..FlowFilter::default()
+    };
+    let following = |whitelist| GetFlowsRequest {
+        follow: true,
+        whitelist,
+        ..GetFlowsRequest::default()
+    };
+    let mut follower = get(&api, following(Vec::new())).await;
+    let mut filtered = get(&api, following(vec![only_dropped])).await;
+    ring.push(flow(2));
+    for (source, count) in [
+        (LostSource::PerfEventRingBuffer, 7),
+        (LostSource::ObserverEventsQueue, 9),
+    ] {
+        ring.push_lost(Lost { source, count }, Timestamp(2_500_000_000));
+    }
+    ring.push(flow(3));
+    let mut later = get(&api, GetFlowsRequest::default()).await;
+    for (stream, flows) in [
+        (&mut follower, &[2, 3][..]),
+        (&mut filtered, &[3]),
+        (&mut later, &[2, 3]),
+    ] {
+        let (mut ports, mut losses) = (Vec::new(), Vec::new());
+        while ports.last() != Some(&3) {
+            let said = next(stream).await;
+            match said.response_types {
+                Some(ResponseTypes::LostEvents(lost)) => losses.push((lost.source(), lost.num_events_lost)),
+                _ => ports.push(port(&said)),
+            }
+        }
+        assert_eq!(ports, flows);
+        let wanted = [
+            (LostEventSource::PerfEventRingBuffer, 7),
+            (LostEventSource::ObserverEventsQueue, 9),
+        ];
+        assert_eq!(losses, wanted);
+    }
+    // No reader was slow.
+    assert_eq!(api.counts().lost, 0);
 }
 
 #[tokio::test]
