@@ -38,37 +38,60 @@ pub(super) fn watch(
             let of_workers: u64 = workers.iter().map(|worker| worker.records_lost.get()).sum();
             of_workers + intercepted.records_lost()
         };
-        // The map has the counts of earlier daemons. If it cannot be read now, the first read that succeeds counts.
-        let mut in_programs = Since::new(events().ok());
-        let mut in_queues = Since::new(Some(0));
-        let mut quiet = 0_u32;
+        let mut losses = Losses::new(events().ok());
         loop {
             thread::sleep(INTERVAL);
             let now = Timestamp::from_system_time(SystemTime::now());
-            let losses = [
-                (
-                    LostSource::PerfEventRingBuffer,
-                    events().ok().and_then(|total| in_programs.advance(total)),
-                ),
-                (LostSource::ObserverEventsQueue, in_queues.advance(records())),
-            ];
-            quiet = quiet.saturating_sub(1);
-            for (source, count) in losses {
-                let Some(count) = count else { continue };
-                ring.push_lost(Lost { source, count }, now);
-                if quiet == 0 {
-                    warn!(
-                        component = "flows",
-                        count,
-                        source = source.as_ref(),
-                        "flows are lost before the flow ring; no verdict is affected"
-                    );
-                    quiet = LOG_INTERVALS;
-                }
-            }
+            losses.report(&ring, events().ok(), records(), now);
         }
     })?;
     Ok(())
+}
+
+/// The counters of losses, and when the log has last named one.
+struct Losses {
+    in_programs: Since,
+    in_queues: Since,
+    /// Intervals without a line of the log.
+    quiet: u32,
+}
+
+impl Losses {
+    /// `events`: lost events so far; `None` if the map cannot be read.
+    const fn new(events: Option<u64>) -> Self {
+        Self {
+            // The map has the counts of earlier daemons. If it cannot be read now, the first read that succeeds counts.
+            in_programs: Since::new(events),
+            in_queues: Since::new(Some(0)),
+            quiet: 0,
+        }
+    }
+
+    /// Adds a report to the ring for each counter that has grown. `events`: lost events so far, `None` if the map cannot
+    /// be read; `records`: lost records so far.
+    fn report(&mut self, ring: &Ring, events: Option<u64>, records: u64, now: Timestamp) {
+        let losses = [
+            (
+                LostSource::PerfEventRingBuffer,
+                events.and_then(|total| self.in_programs.advance(total)),
+            ),
+            (LostSource::ObserverEventsQueue, self.in_queues.advance(records)),
+        ];
+        self.quiet = self.quiet.saturating_sub(1);
+        for (source, count) in losses {
+            let Some(count) = count else { continue };
+            ring.push_lost(Lost { source, count }, now);
+            if self.quiet == 0 {
+                warn!(
+                    component = "flows",
+                    count,
+                    source = source.as_ref(),
+                    "flows are lost before the flow ring; no verdict is affected"
+                );
+                self.quiet = LOG_INTERVALS;
+            }
+        }
+    }
 }
 
 /// A counter that only grows, and its last value.
@@ -88,7 +111,37 @@ impl Since {
 
 #[cfg(test)]
 mod tests {
+    use palisade_flowlog::Next;
+
     use super::*;
+
+    #[test]
+    fn both_counters_are_reported_to_the_readers_of_the_ring() {
+        let ring = Ring::new(16);
+        let mut reader = ring.follow();
+        // The counts of an earlier daemon are no losses of this one.
+        let mut losses = Losses::new(Some(40));
+        for (events, records) in [
+            (Some(40), 0),
+            (Some(47), 0),
+            (None, 3),
+            (Some(49), 3),
+            (Some(50), 8),
+        ] {
+            losses.report(&ring, events, records, Timestamp(1));
+        }
+        let (programs, queues) = (LostSource::PerfEventRingBuffer, LostSource::ObserverEventsQueue);
+        for (source, count) in [
+            (programs, 7),
+            (queues, 3),
+            (programs, 2),
+            (programs, 1),
+            (queues, 5),
+        ] {
+            assert_eq!(reader.read(), Some(Next::Lost(Lost { source, count })));
+        }
+        assert_eq!(reader.read(), None);
+    }
 
     #[test]
     fn only_the_growth_of_a_counter_is_reported() {
