@@ -210,3 +210,145 @@ fn ipcache<K: Eq + Hash, T: Display>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use palisade_abi::PrefixKey;
+    use palisade_model::{
+        inventory::{Endpoint, Inventory},
+        labels::{Labels, parse_label},
+        snapshot::Snapshot,
+    };
+
+    use super::*;
+
+    const WEB: u32 = 1_000;
+    const DB: u32 = 1_001;
+    const CACHE: u32 = 1_002;
+
+    /// Returns a view with endpoints (number, name, identity, revision) whose addresses are 10.0.0.NUMBER, and with IPv4
+    /// prefixes of 24 bits and their identities.
+    fn view(endpoints: &[(u16, &str, u32, u32)], prefixes: &[(&str, u32)]) -> View {
+        let address = |id: u16| format!("10.0.0.{id}").parse::<IpAddr>().unwrap();
+        let mut snapshot = Snapshot::default();
+        let (mut identities, mut addresses) = (BTreeMap::new(), HashMap::new());
+        let mut inventory = Inventory::default();
+        for (id, name, identity, revision) in endpoints {
+            let labels = Labels::new([parse_label(&format!("k8s:app={name}"))]);
+            identities.insert(*identity, labels.clone());
+            let entry = IpcacheEntry {
+                identity: *identity,
+                endpoint: *id,
+                flags: 0,
+            };
+            addresses.insert(address(*id).into(), entry);
+            let state = EndpointState {
+                policy: 1,
+                revision: *revision,
+                identity: *identity,
+                flags: 0,
+            };
+            snapshot.endpoints.insert(*id, state);
+            inventory.endpoints.push(Endpoint {
+                id: *id,
+                name: (*name).to_owned(),
+                namespace: "shop".to_owned(),
+                labels,
+                named_ports: BTreeMap::new(),
+                addresses: vec![address(*id)],
+                audit: false,
+            });
+        }
+        let prefixes = prefixes.iter().map(|(text, identity)| {
+            let key = PrefixKey {
+                length: 96 + 24,
+                addr: text.parse::<IpAddr>().unwrap().into(),
+            };
+            let entry = IpcacheEntry {
+                identity: *identity,
+                ..IpcacheEntry::default()
+            };
+            (key, entry)
+        });
+        snapshot.prefixes = Arc::new(prefixes.collect());
+        snapshot.identities = Arc::new(identities);
+        snapshot.addresses = Arc::new(addresses);
+        View::new("node1", snapshot, &inventory, &BTreeMap::new(), None, 1)
+    }
+
+    fn reported(before: &View, now: &View) -> Vec<AgentEvent> {
+        let mut events = Vec::new();
+        changes(before, now, |event| events.push(event));
+        events
+    }
+
+    fn endpoint(id: u16, name: &str) -> EndpointName {
+        EndpointName {
+            id,
+            labels: vec![format!("k8s:app={name}")],
+            name: name.to_owned(),
+            namespace: "shop".to_owned(),
+        }
+    }
+
+    fn regenerated(id: u16, name: &str) -> AgentEvent {
+        AgentEvent::EndpointRegenerated {
+            id,
+            labels: vec![format!("k8s:app={name}")],
+            error: None,
+        }
+    }
+
+    fn change(cidr: &str, identity: u32, old_identity: Option<u32>, name: &str) -> IpcacheChange {
+        IpcacheChange {
+            cidr: cidr.to_owned(),
+            identity,
+            old_identity,
+            name: name.to_owned(),
+            namespace: if name.is_empty() { "" } else { "shop" }.to_owned(),
+        }
+    }
+
+    #[test]
+    fn each_difference_of_two_views_is_one_event() {
+        let before = view(
+            &[(2, "web", WEB, 2), (3, "db", DB, 2)],
+            &[("192.0.2.0", 4_000), ("198.51.100.0", 4_001)],
+        );
+        // The policy of web changes, db disappears, cache appears, one prefix changes its identity and one disappears.
+        let now = view(
+            &[(2, "web", WEB, 4), (4, "cache", CACHE, 4)],
+            &[("192.0.2.0", 4_002)],
+        );
+        assert_eq!(
+            reported(&before, &now),
+            [
+                AgentEvent::EndpointDeleted(endpoint(3, "db")),
+                regenerated(2, "web"),
+                AgentEvent::EndpointCreated(endpoint(4, "cache")),
+                regenerated(4, "cache"),
+                AgentEvent::IpcacheDeleted(change("10.0.0.3/32", DB, None, "db")),
+                AgentEvent::IpcacheUpserted(change("10.0.0.4/32", CACHE, None, "cache")),
+                AgentEvent::IpcacheDeleted(change("198.51.100.0/24", 4_001, None, "")),
+                AgentEvent::IpcacheUpserted(change("192.0.2.0/24", 4_002, Some(4_000), "")),
+            ]
+        );
+        assert_eq!(reported(&now, &now), []);
+        // At the start everything is new; at the end everything is deleted.
+        let none = View::default();
+        let kinds = |events: Vec<AgentEvent>| {
+            let deletes = |event: &&AgentEvent| {
+                matches!(
+                    event,
+                    AgentEvent::EndpointDeleted(_) | AgentEvent::IpcacheDeleted(_)
+                )
+            };
+            let deleted = events.iter().filter(deletes).count();
+            (events.len() - deleted, deleted)
+        };
+        assert_eq!(kinds(reported(&none, &now)), (7, 0));
+        assert_eq!(kinds(reported(&now, &none)), (0, 5));
+    }
+}
