@@ -10,6 +10,7 @@ mod tls;
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{self, Receiver},
@@ -149,13 +150,14 @@ fn serve(
 fn node(config: &Config) -> Node {
     let options = &config.hubble;
     let address = match options.listen {
+        // Another node cannot connect to the unspecified address.
         Some(listen) if listen.ip().is_unspecified() => {
-            let own = config
-                .node
-                .addresses
-                .iter()
-                .find(|own| own.is_ipv4() == listen.is_ipv4());
-            own.map_or(listen, |own| (*own, listen.port()).into()).to_string()
+            let mut own = config.node.addresses.iter();
+            let own = own.find(|own| own.is_ipv4() == listen.is_ipv4());
+            match own {
+                Some(own) => SocketAddr::from((*own, listen.port())).to_string(),
+                None => format!("{}:{}", config.node.name, listen.port()),
+            }
         }
         Some(listen) => listen.to_string(),
         None => format!("unix://{}", options.socket.display()),
@@ -191,4 +193,65 @@ fn unix_socket(options: &Options) -> anyhow::Result<(std::os::unix::net::UnixLis
         })
         .with_context(|| options.socket.display().to_string())?;
     Ok((listener, bound))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn other_nodes_can_connect_to_the_address_of_the_node() {
+        let tls = "tls_certificate = \"/c\"\ntls_key = \"/k\"\n";
+        let addresses = "addresses = [\"192.0.2.1\", \"2001:db8::1\"]\n";
+        for (own, hubble, address, tls_name) in [
+            (
+                "",
+                "socket = \"/run/h.sock\"\n".to_owned(),
+                "unix:///run/h.sock",
+                None,
+            ),
+            (
+                "",
+                "listen = \"127.0.0.1:4244\"\n".to_owned(),
+                "127.0.0.1:4244",
+                None,
+            ),
+            (
+                addresses,
+                format!("listen = \"[2001:db8::7]:4244\"\n{tls}"),
+                "[2001:db8::7]:4244",
+                Some("n1"),
+            ),
+            (
+                addresses,
+                format!("listen = \"0.0.0.0:4244\"\n{tls}"),
+                "192.0.2.1:4244",
+                Some("n1"),
+            ),
+            (
+                addresses,
+                format!("listen = \"[::]:4244\"\n{tls}"),
+                "[2001:db8::1]:4244",
+                Some("n1"),
+            ),
+            (
+                "",
+                format!("listen = \"[::]:4244\"\n{tls}"),
+                "n1:4244",
+                Some("n1"),
+            ),
+        ] {
+            let text = format!("[node]\nname = \"n1\"\n{own}[hubble]\n{hubble}");
+            let config = Config::parse(Path::new("/p.toml"), &text)
+                .unwrap_or_else(|errors| panic!("{text}: {errors:?}"));
+            let node = node(&config);
+            assert_eq!(
+                (&*node.address, node.tls_name.as_deref()),
+                (address, tls_name),
+                "{text}"
+            );
+        }
+    }
 }
