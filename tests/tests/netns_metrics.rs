@@ -26,8 +26,10 @@ use palisade_tests::{
     OPEN,
     fixtures::{
         apps::{Apps, apps, policy},
+        intercept::Secrets,
         pki::{Authority, Validity},
     },
+    opaque_tls::{self, Secret},
     setup::{client_only_with, daemon_with, question, tables, webs},
 };
 use serde_json::Value;
@@ -96,6 +98,27 @@ fn expect(daemon: &Daemon, node: &Ns, wanted: &[(&str, f64)]) -> BTreeMap<String
         panic!("{near:#?}\n{}", daemon.report());
     }
     last
+}
+
+/// Metric of the ends of certificates.
+const EXPIRY: &str = "palisade_certificate_expiry_timestamp_seconds";
+
+/// Returns the end of the validity of a certificate, Unix time, s.
+fn end_of(certificate: &Path) -> f64 {
+    let said = |command: &mut Command| {
+        let out = output(command, OPEN).expect("the end of a certificate");
+        assert!(out.status.success(), "{out:?}");
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    };
+    let mut openssl = Command::new("openssl");
+    let end = said(
+        openssl
+            .args(["x509", "-noout", "-enddate", "-in"])
+            .arg(certificate),
+    );
+    let end = end.strip_prefix("notAfter=").expect("a date").to_owned();
+    let seconds = said(Command::new("date").args(["-u", "+%s", "-d", &end]));
+    seconds.parse().expect("a number")
 }
 
 /// Returns what promtool finds wrong with metrics.
@@ -267,6 +290,194 @@ fn a_scrape_counts_exactly_the_traffic_that_was_made() {
     let open = get(node, "/metrics", &["-H", "Accept: application/openmetrics-text"]);
     assert!(open.body.ends_with("# EOF\n"), "{}", open.body);
 }
+
+/// Rules with an inspector of each kind, and a name that is learned.
+const INSPECTED: &str = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: "80", protocol: TCP}]
+      rules:
+        http: [{method: GET, path: /allowed}]
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: "8443", protocol: TCP}]
+      serverNames: [good.example]
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: "53", protocol: UDP}]
+      rules:
+        dns: [{matchName: www.example}]
+  - toFQDNs: [{matchName: www.example}]
+    toPorts:
+    - ports: [{port: "9999", protocol: TCP}]
+"#;
+
+#[test]
+fn metrics_of_workers_rules_events_names_and_secrets_have_their_values() {
+    const DENIED: usize = 50;
+    const BEGINNING: &str = "GET /allowed HTTP/1.1\r\nHost: ";
+    let apps = apps();
+    let node = apps.ns("node");
+    let _webs = webs(&apps, ["internet"], &[WEB], &[]);
+    let _opaque =
+        opaque_tls::server(apps.ns("internet"), &apps.both("internet"), &[OPAQUE]).expect("a TLS server");
+    let _dns = Server::dnsmasq(
+        apps.ns("internet"),
+        &apps.both("internet"),
+        &["www.example. 60 IN A 192.0.2.9"],
+    )
+    .expect("dnsmasq");
+    let dir = temp_dir("secrets").expect("a directory");
+    let secrets = Secrets::new(dir.path()).expect("secrets");
+    secrets.identity("shown", &apps.certificate).expect("a secret");
+    let settings = tables(&format!(
+        "{METRICS}[limits]\nevents_per_second = 1\n{}",
+        secrets.table("")
+    ));
+    let daemon = daemon_with(&apps.topology, &settings, &[("client.yaml", INSPECTED)]);
+    let of_workers =
+        |found: &BTreeMap<String, f64>, name: &str| sum(found, &format!("palisade_worker_{name}{{"));
+    let mut opaque = Vec::new();
+    for family in FAMILIES {
+        let url = format!("http://{}/allowed", apps.at("internet", family, WEB));
+        assert_eq!(curl(apps.ns("client"), &[&url], OPEN).expect("curl").status, 200);
+        assert_eq!(question(&apps, family, "www.example"), Some(0));
+        datagrams(&apps, family, 4_000, DENIED);
+        let to = apps.at("internet", family, OPAQUE);
+        opaque.push(Secret::open(apps.ns("client"), to, "good.example").expect("a connection"));
+    }
+    let denied = 2.0 * DENIED as f64;
+    let found = expect(
+        &daemon,
+        node,
+        &[
+            (
+                r#"palisade_drop_packets_total{reason="POLICY_DENIED",direction="egress"}"#,
+                denied,
+            ),
+            // One name of one endpoint, with one address.
+            ("palisade_learned_names", 1.0),
+            ("palisade_learned_addresses", 1.0),
+            ("palisade_learned_addresses_in_map", 1.0),
+            ("palisade_learned_addresses_unwritten", 0.0),
+            ("palisade_learned_write_failures_total", 0.0),
+            (r#"palisade_dns_answers_total{outcome="committed"}"#, 2.0),
+            (r#"palisade_dns_answers_total{outcome="withheld"}"#, 0.0),
+            ("palisade_offloaded_connections", 2.0),
+            (
+                r#"palisade_inspection_events_total{group="tls.tcp",event="offloaded"}"#,
+                2.0,
+            ),
+            ("palisade_secret_problems", 0.0),
+            ("palisade_inspection_held_packets", 0.0),
+        ],
+    );
+    assert!(found["palisade_learned_names_bytes"] > 0.0);
+    let expiry = found
+        .iter()
+        .find(|(name, _)| name.starts_with(&format!("{EXPIRY}{{secret=\"default/shown\",key=\"tls.crt\"")));
+    assert_eq!(
+        expiry.expect("the certificate").1,
+        &end_of(&apps.certificate.cert)
+    );
+
+    // Each denied packet has an event, or is counted because it has none.
+    let drops = r#"hubble_flows_processed_total{protocol="UDP",type="Drop",subtype="",verdict="DROPPED"}"#;
+    let unsent = [
+        r#"palisade_events_suppressed_total{kind="drop",reason="POLICY_DENIED"}"#,
+        r#"palisade_events_lost_total{kind="drop",reason="POLICY_DENIED"}"#,
+    ];
+    let mut last = BTreeMap::new();
+    let met = wait_until("all events", OPEN, || {
+        last = scrape(node);
+        let value = |name: &str| last.get(name).copied().unwrap_or_default();
+        value(drops) + value(unsent[0]) + value(unsent[1]) == denied
+    });
+    assert!(met.is_ok(), "{last:#?}");
+    // At most one event in each second of each CPU is sent.
+    assert!(last[unsent[0]] > 0.0 && last[drops] > 0.0, "{last:#?}");
+
+    // The denied packets are those of the default deny: IPv4 and IPv6 headers, UDP headers, and one byte each.
+    let of_rule = |name: &str| {
+        let prefix = format!("palisade_rule_{name}_total{{");
+        let rules = found.iter().filter(|(rule, _)| rule.starts_with(&prefix));
+        let denying = rules.filter(|(rule, _)| rule.contains("default deny of egress"));
+        denying.map(|(_, value)| value).sum::<f64>()
+    };
+    assert_eq!(
+        (of_rule("packets"), of_rule("bytes")),
+        (denied, (DENIED * (29 + 49)) as f64),
+        "{found:#?}"
+    );
+
+    // Two messages of each query, and at least the handshake and a message of each TCP connection.
+    assert!(
+        of_workers(&found, "punted_packets_total") >= 2.0 * (2.0 + 4.0 + 4.0),
+        "{found:#?}"
+    );
+    assert!(
+        of_workers(&found, "reinjected_packets_total") >= 2.0 * (2.0 + 4.0 + 4.0),
+        "{found:#?}"
+    );
+    let status = daemon.status().expect("status");
+    let workers = status["workers"]["workers"].as_array().expect("workers");
+    let reported = |field: fn(&Value) -> &Value| -> f64 {
+        workers.iter().filter_map(|worker| field(worker).as_f64()).sum()
+    };
+    let found = scrape(node);
+    let frames = of_workers(&found, "frames");
+    assert!(
+        frames > 0.0 && frames == reported(|worker| &worker["frames"]),
+        "{status:#}"
+    );
+    assert_eq!(of_workers(&found, "umem_bytes"), frames * 4_096.0);
+    assert_eq!(
+        of_workers(&found, "fill_ring_empty_total"),
+        reported(|worker| &worker["ring"]["rx_fill_ring_empty"])
+    );
+    assert_eq!(of_workers(&found, "held_frames"), 0.0);
+    let up = found
+        .keys()
+        .filter(|name| name.starts_with("palisade_worker_up{"));
+    assert_eq!(up.count(), workers.len());
+    assert_eq!(of_workers(&found, "up"), workers.len() as f64);
+
+    // Entries of the conntrack map, while no connection begins or ends.
+    let mut pair = (0.0, 0);
+    wait_until("the entries of the map", OPEN, || {
+        let listed = daemon.json(&["bpf", "ct", "list"]).expect("list");
+        let listed = listed.as_array().map_or(0, Vec::len);
+        pair = (scrape(node)["palisade_map_entries{map=\"conntrack\"}"], listed);
+        pair.0 == listed as f64 && listed >= 6
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {pair:?}"));
+
+    // The beginning of a request is kept until the request is complete.
+    let at = apps.at("internet", Family::V4, WEB);
+    let mut client = apps
+        .ns("client")
+        .enter(|| TcpStream::connect(at).expect("a connection"));
+    let kept = "palisade_inspection_unacknowledged_bytes";
+    client.write_all(BEGINNING.as_bytes()).expect("written");
+    expect(&daemon, node, &[(kept, BEGINNING.len() as f64)]);
+    client
+        .write_all(b"a\r\nConnection: close\r\n\r\n")
+        .expect("written");
+    let mut answer = String::new();
+    client.set_read_timeout(Some(OPEN)).expect("a timeout");
+    client.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    expect(&daemon, node, &[(kept, 0.0)]);
+}
+
+/// Port of a server that does not speak TLS after the hello.
+const OPAQUE: u16 = 8443;
 
 fn sum(samples: &BTreeMap<String, f64>, prefix: &str) -> f64 {
     samples
@@ -616,12 +827,13 @@ fn with_tls_only_clients_with_a_certificate_read_metrics_and_changed_files_are_r
     };
     put(&first.cert, "tls.crt");
     put(&first.key, "tls.key");
-    let tls = format!(
-        "[metrics]\nlisten = \"[::]:9965\"\ntls_certificate = {:?}\ntls_key = {:?}\nclient_ca = {:?}\n",
+    let files = format!(
+        "tls_certificate = {:?}\ntls_key = {:?}\nclient_ca = {:?}\n",
         path("tls.crt"),
         path("tls.key"),
         ours.cert
     );
+    let tls = format!("[metrics]\nlisten = \"[::]:9965\"\n{files}[hubble]\nlisten = \"[::]:4244\"\n{files}");
     let daemon = client_only_with(&apps, &tables(&tls), &[WEB], RULES);
     let ca = ours.cert.to_str().expect("a path");
     let ask = |family: Family, certificate: Option<&Certificate>| {
@@ -656,6 +868,27 @@ fn with_tls_only_clients_with_a_certificate_read_metrics_and_changed_files_are_r
         assert_eq!((got.status, got.body.as_str()), (0, ""), "{got:?}");
     }
     assert!(ask(Family::V4, Some(&client)).error.contains("CN=first"));
+    // The certificates of both listeners, until they are replaced.
+    let expires = |certificate: &Certificate, name: &str| {
+        let end = end_of(&certificate.cert);
+        let met = wait_until(name, OPEN, || {
+            let body = ask(Family::V4, Some(&client)).body;
+            let all = body
+                .lines()
+                .filter_map(|line| line.strip_prefix(EXPIRY)?.rsplit_once(' '));
+            let all: BTreeMap<&str, f64> = all
+                .map(|(labels, value)| (labels, value.parse().expect("a number")))
+                .collect();
+            let wanted = ["hubble", "metrics"].map(|section| {
+                format!(
+                    "{{secret=\"[{section}]\",key=\"tls_certificate\",index=\"0\",subject=\"CN={name}\"}}"
+                )
+            });
+            all.len() == 2 && wanted.iter().all(|labels| all.get(&**labels) == Some(&end))
+        });
+        met.unwrap_or_else(|error| panic!("{error:#}: {end}: {}", ask(Family::V4, Some(&client)).body));
+    };
+    expires(&first, "first");
 
     // A key that does not fit: the first certificate stays in use, and the status says why.
     put(&second.key, "tls.key");
@@ -674,6 +907,7 @@ fn with_tls_only_clients_with_a_certificate_read_metrics_and_changed_files_are_r
     })
     .expect("the second certificate");
     wait_until("no warning", OPEN, || !warned()).expect("no warning");
+    expires(&second, "second");
 
     // Clients that begin no handshake do not keep others from scraping.
     let connect = || TcpStream::connect("127.0.0.1:9965").expect("a connection");

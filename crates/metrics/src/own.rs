@@ -174,7 +174,7 @@ definitions! {
         "Failed writes of learned addresses to the map.";
 
     CERTIFICATE_EXPIRY = "palisade_certificate_expiry_timestamp_seconds", Gauge, SECONDS, ["secret", "key", "index", "subject"],
-        "End of the validity of a certificate of the secrets folder, Unix time.";
+        "End of the validity of a certificate of the secrets folder, or of a listener, Unix time.";
     SECRET_PROBLEMS = "palisade_secret_problems", Gauge, NONE, [],
         "Number of problems of the secrets folder and of secrets that policies name.";
 

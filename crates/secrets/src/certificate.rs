@@ -74,6 +74,26 @@ pub const fn expires_within(not_after: i64, now: i64, days: u32) -> bool {
     not_after < now.saturating_add(days as i64 * DAY)
 }
 
+/// End of the validity of a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expiry {
+    /// Subject of the certificate.
+    pub subject: String,
+    /// Last second of validity, Unix time.
+    pub not_after: i64,
+}
+
+/// Returns the end of the validity of a certificate in DER.
+///
+/// # Errors
+/// The reason as text.
+pub fn expiry(der: &[u8]) -> Result<Expiry, String> {
+    let Parsed {
+        subject, not_after, ..
+    } = parse(der)?;
+    Ok(Expiry { subject, not_after })
+}
+
 /// The parts of a certificate that this crate uses.
 pub(crate) struct Parsed {
     pub subject: String,

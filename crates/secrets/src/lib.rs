@@ -35,7 +35,7 @@ mod store;
 
 use std::{path::Path, sync::Arc};
 
-pub use certificate::{Certificate, Validity, expires_within};
+pub use certificate::{Certificate, Expiry, Validity, expires_within, expiry};
 pub use error::SecretError;
 pub use identity::{Identity, Trust};
 pub use palisade_model::secret_value::SecretValue;

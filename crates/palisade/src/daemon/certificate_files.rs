@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
+use palisade_secrets::{Expiry, expiry};
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::CryptoProvider,
@@ -88,6 +89,14 @@ impl Certificates {
     /// Returns why the files cannot be used.
     pub(super) fn problem(&self) -> Option<String> {
         self.lock().problem.clone()
+    }
+
+    /// Returns the ends of the validity of the server's certificates in use, its own first. A certificate that cannot be
+    /// parsed is left out.
+    pub(super) fn expiries(&self) -> Vec<Expiry> {
+        let own = self.lock().own.clone();
+        let chain = own.iter().flat_map(|own| own.cert.iter());
+        chain.filter_map(|certificate| expiry(certificate).ok()).collect()
     }
 
     /// Returns whether a client with these certificates, its own first, could connect now.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use palisade_metrics::{Histogram, own};
+use palisade_secrets::Expiry;
 
 /// Values that other threads write for the metrics.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub(super) struct Measured {
     pub(super) enforcement: Mutex<Histogram>,
     /// Problems of the server by option of `[metrics]`.
     problems: Mutex<BTreeMap<&'static str, String>>,
+    /// Certificates of the server in use, its own first.
+    pub(super) certificates: Mutex<Vec<Expiry>>,
 }
 
 impl Default for Measured {
@@ -22,6 +25,7 @@ impl Default for Measured {
         Self {
             enforcement: Mutex::new(Histogram::new(own::ENFORCEMENT_BOUNDS)),
             problems: Mutex::default(),
+            certificates: Mutex::default(),
         }
     }
 }

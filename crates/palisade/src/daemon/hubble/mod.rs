@@ -22,6 +22,7 @@ use std::{
 use anyhow::Context as _;
 use palisade_flowlog::Ring;
 use palisade_hubble::{Api, Limits, Node};
+use palisade_secrets::Expiry;
 use tokio::sync::oneshot;
 use tracing::error;
 
@@ -83,6 +84,11 @@ impl Hubble {
             // The result is an error in each case: nothing is ever sent.
             let _ = closed.recv_timeout(CLOSE_GRACE_PERIOD);
         }
+    }
+
+    /// Returns the certificates of the TCP listener in use, that of the server first.
+    pub(super) fn certificates(&self) -> Vec<Expiry> {
+        self.reports.get().certificates.clone()
     }
 
     /// Returns the state of the API, and its problems.

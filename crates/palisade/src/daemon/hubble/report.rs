@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use palisade_secrets::Expiry;
 use tracing::{info, warn};
 
 /// State of the listeners, for `status`.
@@ -13,6 +14,8 @@ pub(super) struct Report {
     pub(super) listen: Option<String>,
     /// Problems by listener, or of the certificates.
     pub(super) problems: Vec<(&'static str, String)>,
+    /// Certificates of the TCP listener in use, that of the server first.
+    pub(super) certificates: Vec<Expiry>,
     /// Connections that were refused because there were too many, or because the client is not allowed to connect.
     pub(super) refused: u64,
 }

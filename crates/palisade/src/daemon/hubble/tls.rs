@@ -73,6 +73,7 @@ impl Certificates {
     }
 
     fn report(&self) {
+        self.reports.get().certificates = self.files.expiries();
         let problem = self.files.problem();
         if problem.is_none() {
             info!("the certificates of the flow API are read");

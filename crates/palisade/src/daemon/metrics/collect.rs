@@ -16,6 +16,7 @@ use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::DropReason;
 use palisade_metrics::{Format, Lost, Report, Table, Value, encode, own};
 use palisade_model::snapshot::{RuleInfo, RuleKey};
+use palisade_secrets::Expiry;
 
 use super::{
     super::{
@@ -92,6 +93,11 @@ impl Collector {
     /// Sets or clears the problem of an option of `[metrics]`, for `status`.
     pub(super) fn set_problem(&self, option: &'static str, problem: Option<String>) {
         self.handlers.measured.set_problem(option, problem);
+    }
+
+    /// Sets the certificates of the server in use, its own first.
+    pub(super) fn set_certificates(&self, certificates: Vec<Expiry>) {
+        *lock(&self.handlers.measured.certificates) = certificates;
     }
 
     /// Returns the metrics as text, at most [`MAX_AGE`] old, or [`MAX_AGE_OF_READS`] times the duration of a read.
@@ -258,22 +264,32 @@ impl Collector {
         report.add(&own::CAPTURED_PACKETS, &[], handlers.capturing.packets());
     }
 
-    /// Adds the certificates that expire first.
+    /// Adds the certificates that expire first: those of the secrets folder and of the listeners.
     fn certificates(&self, state: &mut State, report: &mut Report) {
-        let secrets = self.handlers.interception.secrets();
-        let mut certificates = secrets.store.certificates();
-        certificates.sort_by_key(|certificate| certificate.not_after);
+        let handlers = &*self.handlers;
+        let secrets = handlers.interception.secrets();
+        let in_secrets = secrets.store.certificates().into_iter().map(|certificate| {
+            let expiry = Expiry {
+                subject: certificate.subject,
+                not_after: certificate.not_after,
+            };
+            (certificate.secret, certificate.key, certificate.index, expiry)
+        });
+        let of_listeners = [
+            ("[hubble]", handlers.hubble.certificates()),
+            ("[metrics]", lock(&handlers.measured.certificates).clone()),
+        ];
+        let of_listeners = of_listeners.into_iter().flat_map(|(section, chain)| {
+            let chain = chain.into_iter().enumerate();
+            chain.map(|(index, expiry)| (section.to_owned(), "tls_certificate".to_owned(), index, expiry))
+        });
+        let mut certificates: Vec<_> = in_secrets.chain(of_listeners).collect();
+        certificates.sort_by_key(|(.., expiry)| expiry.not_after);
         let left_out = certificates.len().saturating_sub(self.series_per_metric);
         *state.overflows.entry(own::CERTIFICATE_EXPIRY.name).or_default() += left_out as u64;
-        for certificate in certificates.iter().take(self.series_per_metric) {
-            let number = certificate.index.to_string();
-            let labels = [
-                &*certificate.secret,
-                &certificate.key,
-                &number,
-                &certificate.subject,
-            ];
-            report.add(&own::CERTIFICATE_EXPIRY, &labels, certificate.not_after as f64);
+        for (secret, key, index, expiry) in certificates.iter().take(self.series_per_metric) {
+            let labels = [&**secret, key, &index.to_string(), &expiry.subject];
+            report.add(&own::CERTIFICATE_EXPIRY, &labels, expiry.not_after as f64);
         }
         report.add(&own::SECRET_PROBLEMS, &[], secrets.problems.len());
     }

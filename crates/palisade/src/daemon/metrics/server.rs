@@ -119,8 +119,13 @@ async fn listen(address: SocketAddr, collector: &Collector) -> TcpListener {
 async fn watch(certificates: Arc<Certificates>, collector: Arc<Collector>) {
     loop {
         collector.set_problem("tls_certificate", certificates.problem());
-        time::sleep(CHECK_INTERVAL).await;
-        certificates.refresh();
+        collector.set_certificates(certificates.expiries());
+        loop {
+            time::sleep(CHECK_INTERVAL).await;
+            if certificates.refresh() {
+                break;
+            }
+        }
     }
 }
 
