@@ -124,7 +124,9 @@ impl Collector {
 
     /// Returns whether the control thread and the workers are alive.
     pub(super) fn alive(&self) -> Health {
-        health::alive(&self.handlers)
+        let handlers = &*self.handlers;
+        let heartbeats = handlers.heartbeats.as_deref();
+        health::alive(&handlers.activity, heartbeats, monotonic_coarse())
     }
 
     /// Returns whether everything is attached and in force, at most [`MAX_AGE`] ago.

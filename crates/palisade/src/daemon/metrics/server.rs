@@ -270,3 +270,22 @@ fn response(status: StatusCode, content_type: &'static str, body: Bytes) -> Answ
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_status_of_an_answer_says_whether_the_daemon_is_healthy() {
+        for (is_good, status) in [(true, 200), (false, 503)] {
+            let answer = of_health(Health {
+                is_good,
+                body: json!({"status": "x"}),
+            });
+            assert_eq!(answer.status().as_u16(), status);
+            assert_eq!(answer.headers()[CONTENT_TYPE], "application/json");
+        }
+    }
+}
