@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
+    io::Write as _,
+    net::{IpAddr, TcpStream, UdpSocket},
     path::Path,
     time::Duration,
 };
@@ -16,14 +18,18 @@ use palisade_testbed::{
     daemon::Settings,
     ns::wait_until,
     output,
+    tls::Certificate,
     topology::{FAMILIES, Family},
+    web::curl,
 };
 use palisade_tests::{
     World,
     fixtures::{
         apps::{Apps, apps},
+        dns::{EVIL, names, resolver, site},
         hubble::{Reply, call, calls, credentials, replies, socket, start},
         pki::{Authority, Validity},
+        python::{self, Script},
     },
     setup::{daemon_with, question, request, tables, webs},
     world,
@@ -277,9 +283,24 @@ spec:
         dns: [{matchPattern: \"*.example\"}]
 ";
 
+/// Header fields in records, those of a distributed trace and with a secret among them.
+const HEADERS: &str =
+    "[http]\nrecord_headers = [\"user-agent\", \"traceparent\", \"authorization\", \"cookie\"]\n";
+
 fn l7_daemon(apps: &Apps) -> Daemon {
-    daemon_with(&apps.topology, &Settings::default(), &[("web.yaml", L7_RULES)])
+    daemon_with(&apps.topology, &tables(HEADERS), &[("web.yaml", L7_RULES)])
 }
+
+/// Returns the status of a request with header fields; 0 if there is no response.
+fn request_with(apps: &Apps, family: Family, path: &str, fields: &[&str]) -> u16 {
+    let url = format!("http://{}{path}", apps.at("internet", family, 80));
+    let mut args: Vec<&str> = fields.iter().flat_map(|field| ["-H", field]).collect();
+    args.push(&url);
+    curl(apps.ns("client"), &args, LONG).expect("curl").status
+}
+
+/// Identifier of a distributed trace.
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 
 #[test]
 fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
@@ -292,6 +313,8 @@ fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
         })
         .expect("200");
         assert_eq!(request(&apps, family, "/secret"), Some(403));
+        let traced = format!("traceparent: 00-{TRACE}-b7ad6b7169203331-01");
+        assert_eq!(request_with(&apps, family, "/public/traced", &[&traced]), 200);
         let _ = question(&apps, family, "www.denied.test");
         let _ = question(&apps, family, "api.web.example");
     }
@@ -341,6 +364,9 @@ fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
                 headers.any(|header| header["key"] == "user-agent" && header["value"] == same_agent)
             },
         ),
+        case(json!({"trace_id": [TRACE]}), |flow| {
+            text(flow, "trace_context.parent.trace_id") == TRACE
+        }),
         case(json!({"event_type": [{"type": 129}]}), |flow| {
             number(flow, "Type") == 2
         }),
@@ -363,6 +389,11 @@ fn every_filter_of_messages_chooses_its_flows_and_messages_have_all_fields() {
         .expect("the response");
     assert!(text(answer, "Summary").contains(" 200 "), "{answer:#}");
     assert_eq!(answer["is_reply"], true, "{answer:#}");
+    assert_eq!(answer["egress_allowed_by"][0]["name"], "web", "{answer:#}");
+    assert_eq!(
+        answer["egress_allowed_by"][0]["namespace"], "default",
+        "{answer:#}"
+    );
     let query = all
         .flows()
         .into_iter()
@@ -415,6 +446,8 @@ fn packets_have_all_fields_and_the_other_methods_answer() {
                 .next()
                 .unwrap_or_else(|| panic!("no event {event} of {source} in {flows:#?}"))
         };
+        assert_eq!(number(of(1), "policy_match_type"), 0);
+        assert_eq!(number(of(5), "policy_match_type"), 2);
         for flow in [of(1), of(5)] {
             assert_eq!(number(flow, "verdict"), 2, "{flow:#}");
             assert_eq!(number(flow, "drop_reason"), 181, "{flow:#}");
@@ -441,6 +474,23 @@ fn packets_have_all_fields_and_the_other_methods_answer() {
             assert_eq!(text(flow, "Summary"), "TCP Flags: SYN", "{flow:#}");
             assert_eq!(text(flow, "uuid").len(), 36, "{flow:#}");
         }
+        let verdict = flows.iter().find(|flow| {
+            text(flow, "IP.source") == world.addr("front", family).to_string()
+                && number(flow, "event_type.type") == 5
+                && number(flow, "traffic_direction") == 1
+                && port(flow, "destination") == 80
+        });
+        let verdict = verdict.expect("a policy verdict");
+        assert_eq!(number(verdict, "verdict"), 1, "{verdict:#}");
+        // PEER_AND_PORT: the rule names the peer and the port.
+        assert_eq!(number(verdict, "policy_match_type"), 2, "{verdict:#}");
+        let by = &verdict["ingress_allowed_by"][0];
+        assert_eq!(
+            (text(by, "name"), text(by, "namespace"), text(by, "kind")),
+            ("allow-front", "default", "CiliumNetworkPolicy"),
+            "{verdict:#}"
+        );
+        assert_ne!(text(by, "revision"), "", "{verdict:#}");
         let trace = flows.iter().find(|flow| {
             text(flow, "IP.source") == world.addr("front", family).to_string()
                 && number(flow, "event_type.type") == 4
@@ -475,7 +525,10 @@ fn packets_have_all_fields_and_the_other_methods_answer() {
     );
     assert_eq!(counts["num_connected_nodes"], 1, "{counts}");
     assert!(text(counts, "version").starts_with("palisade v"), "{counts}");
-    assert_eq!(said["nodes"].responses[0]["nodes"][0]["name"], "node1");
+    let address = socket(&daemon).replace("unix:", "unix://");
+    let node = &said["nodes"].responses[0]["nodes"][0];
+    assert_eq!((text(node, "name"), text(node, "address")), ("node1", &*address));
+    assert_eq!(node["tls"], json!({}), "{node}");
     let namespaces = &said["namespaces"].responses[0]["namespaces"];
     assert_eq!(
         namespaces,
@@ -504,7 +557,244 @@ fn packets_have_all_fields_and_the_other_methods_answer() {
     assert_eq!(said["watch"].responses[0]["status"], 1);
     assert_eq!(said["peers"].responses[0]["name"], "node1");
     assert_eq!(said["peers"].responses[0]["type"], 1);
+    assert_eq!(said["peers"].responses[0]["address"], *address);
+    assert!(said["peers"].responses[0].get("tls").is_none());
     assert_eq!(said["nonsense"].code, "UNIMPLEMENTED");
+}
+
+/// The client may query one name, and connect to its addresses; nothing may connect to the client.
+const NAMES: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: by-name}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  ingress:
+  - fromEntities: [host]
+  egress:
+  - toEntities: [world]
+    toPorts:
+    - ports: [{port: \"53\", protocol: ANY}]
+      rules:
+        dns: [{matchName: www.example}]
+  - toFQDNs: [{matchName: www.example}]
+    toPorts:
+    - ports: [{port: \"80\", protocol: TCP}]
+";
+
+#[test]
+fn filters_by_dns_name_choose_the_flows_of_learned_addresses() {
+    const SITE: u8 = 10;
+    let names = names();
+    let daemon = daemon_with(&names.topology, &Settings::default(), &[("p.yaml", NAMES)]);
+    for family in FAMILIES {
+        let address = site(SITE, family);
+        names.resolves(&daemon, "client", resolver(family), "www.example", address);
+        names.reaches(&daemon, "client", SITE, family);
+        names.does_not_reach(&daemon, "client", EVIL, family);
+        // From the learned address to the client, which denies it.
+        let client = (names.topology.addr("client", family), 9_000);
+        names.ns("internet").enter(|| {
+            let socket = UdpSocket::bind((address, 0)).expect("socket");
+            socket.send_to(b"x", client).expect("send");
+        });
+    }
+    for filter in ["--from-fqdn", "--to-fqdn"] {
+        daemon
+            .wait_flows(&[filter, "www.example"], filter, |flows| {
+                let versions: BTreeSet<&str> = flows.iter().map(|flow| text(flow, "IP.ipVersion")).collect();
+                versions.len() == 2
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+    let cases = vec![
+        case(json!({"source_fqdn": ["www.example"]}), |flow| {
+            list(flow, "source_names").contains(&"www.example")
+        }),
+        case(json!({"destination_fqdn": ["www.example"]}), |flow| {
+            list(flow, "destination_names").contains(&"www.example")
+        }),
+        case(
+            json!({"destination_fqdn": ["absent.example", "*.example"]}),
+            |flow| !list(flow, "destination_names").is_empty(),
+        ),
+    ];
+    let ns = names.ns("node");
+    check_filters(&daemon, ns, &cases);
+    let all = &ask(&daemon, ns, &[call("all", "GetFlows", json!({}))])["all"];
+    let flows = all.flows();
+    for family in FAMILIES {
+        let (client, site) = (
+            names.topology.addr("client", family).to_string(),
+            site(SITE, family).to_string(),
+        );
+        let find = |source: &str, destination: &str, event: u64| {
+            let mut flows = flows.iter().filter(|flow| {
+                text(flow, "IP.source") == source
+                    && text(flow, "IP.destination") == destination
+                    && number(flow, "event_type.type") == event
+            });
+            *flows.next().expect("a flow")
+        };
+        let allowed = find(&client, &site, 5);
+        assert_eq!(
+            (number(allowed, "verdict"), number(allowed, "policy_match_type")),
+            (1, 2),
+            "{allowed:#}"
+        );
+        assert_eq!(list(allowed, "destination_names"), ["www.example"], "{allowed:#}");
+        assert_eq!(allowed["egress_allowed_by"][0]["name"], "by-name", "{allowed:#}");
+        let denied = find(&site, &client, 5);
+        assert_eq!(list(denied, "source_names"), ["www.example"], "{denied:#}");
+        assert_eq!(
+            (number(denied, "verdict"), number(denied, "policy_match_type")),
+            (2, 0),
+            "{denied:#}"
+        );
+        assert_eq!(denied["ingress_denied_by"][0]["name"], "by-name", "{denied:#}");
+    }
+}
+
+#[test]
+fn removed_policies_endpoints_and_addresses_and_learned_names_are_agent_events() {
+    let names = names();
+    let other = NAMES
+        .replace("by-name", "other")
+        .replace("app: client", "app: dns");
+    let policies = [("p.yaml", NAMES), ("other.yaml", &*other)];
+    let daemon = daemon_with(&names.topology, &Settings::default(), &policies);
+    let address = site(10, Family::V6);
+    names.resolves(&daemon, "client", resolver(Family::V6), "www.example", address);
+    let gone = FAMILIES.map(|family| names.topology.addr("dns", family));
+    // The workload first: without its policy the endpoint would change once more.
+    let config = fs::read_to_string(daemon.config()).expect("configuration");
+    let (before, rest) = config
+        .split_once("[[endpoint]]\nname = \"dns\"\n")
+        .expect("the workload");
+    let (_, after) = rest.split_once("\n\n").expect("further tables");
+    fs::write(daemon.config(), format!("{before}{after}")).expect("written");
+    daemon
+        .cli(&["reload"])
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    fs::remove_file(daemon.policies().join("other.yaml")).expect("removed");
+    daemon.settle().expect("the policies in force");
+    let ns = names.ns("node");
+    let events = || {
+        let said = ask(&daemon, ns, &[call("events", "GetAgentEvents", json!({}))]);
+        let responses = said["events"].responses.iter();
+        responses
+            .map(|response| response["agent_event"].clone())
+            .collect::<Vec<_>>()
+    };
+    wait_until("the removed policy", LONG, || {
+        events().iter().any(|event| number(event, "type") == 4)
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{:#?}", events()));
+    let events = events();
+    let of = |kind: u64| events.iter().filter(move |event| number(event, "type") == kind);
+    let removed = of(4).next().expect("a removed policy");
+    assert_eq!(
+        list(removed, "policy_update.labels"),
+        ["default/other"],
+        "{removed:#}"
+    );
+    let revision = |event: &Value| {
+        text(event, "policy_update.revision")
+            .parse::<u64>()
+            .unwrap_or_default()
+    };
+    assert!(
+        of(3).all(|updated| revision(updated) < revision(removed)),
+        "{events:#?}"
+    );
+    let deleted: Vec<&Value> = of(8).collect();
+    assert_eq!(deleted.len(), 1, "{events:#?}");
+    assert_eq!(text(deleted[0], "endpoint_update.pod_name"), "dns");
+    assert_eq!(text(deleted[0], "endpoint_update.namespace"), "default");
+    assert!(list(deleted[0], "endpoint_update.labels").contains(&"k8s:app=dns"));
+    for address in gone {
+        let cidr = ipnet_text(address);
+        let change = of(10).find(|event| text(event, "ipcache_update.cidr") == cidr);
+        let change = change.unwrap_or_else(|| panic!("{cidr}: {events:#?}"));
+        assert_eq!(text(change, "ipcache_update.pod_name"), "dns", "{change:#}");
+        assert!(number(change, "ipcache_update.identity") > 255, "{change:#}");
+    }
+    let mut learned = events
+        .iter()
+        .filter(|event| text(event, "unknown.type") == "name-learned");
+    let learned = learned.next().expect("a learned name");
+    let notice = text(learned, "unknown.notification");
+    assert!(
+        notice.ends_with(&format!("has learned {address} by the name www.example")),
+        "{notice}"
+    );
+}
+
+/// Returns a prefix that contains only this address.
+fn ipnet_text(address: IpAddr) -> String {
+    format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 })
+}
+
+#[test]
+fn no_response_has_what_redaction_removed() {
+    let apps = apps();
+    let _webs = webs(&apps, ["internet"], &[80], &[]);
+    let daemon = l7_daemon(&apps);
+    // The last one is the user information of a URL, as curl encodes it in the field Authorization.
+    let secrets = ["token4711", "bearer4711", "cookie4711", "dXNlcjQ3MTE6cHc"];
+    for family in FAMILIES {
+        wait_until("an allowed request", LONG, || {
+            request(&apps, family, "/public/a") == Some(200)
+        })
+        .expect("200");
+        let fields = ["Authorization: Bearer bearer4711", "Cookie: session=cookie4711"];
+        for (path, status) in [
+            ("/public/b?token=token4711", 200),
+            ("/secret?token=token4711", 403),
+        ] {
+            assert_eq!(request_with(&apps, family, path, &fields), status);
+        }
+        let url = format!("http://user4711:pw@{}/public/c", apps.at("internet", family, 80));
+        assert_eq!(curl(apps.ns("client"), &[&url], LONG).expect("curl").status, 200);
+    }
+    let shown = ["--http-url", "token=", "--verdict", "dropped"];
+    daemon
+        .wait_flows(&shown, "the denied requests", |flows| flows.len() >= 2)
+        .expect("records");
+    let whitelist = |filter: Value| json!({"whitelist": [filter]});
+    let header = |value: &str| whitelist(json!({"http_header": [{"key": "authorization", "value": value}]}));
+    let said = ask(
+        &daemon,
+        apps.ns("node"),
+        &[
+            call("flows", "GetFlows", json!({})),
+            call("masked", "GetFlows", json!({"field_mask": "l7,verdict"})),
+            call("events", "GetAgentEvents", json!({})),
+            call("debug", "GetDebugEvents", json!({})),
+            call("status", "ServerStatus", json!({})),
+            call("redacted header", "GetFlows", header("[redacted]")),
+            call("header", "GetFlows", header("Bearer bearer4711")),
+            call(
+                "url",
+                "GetFlows",
+                whitelist(json!({"http_url": ["token4711|user4711"]})),
+            ),
+            call("path", "GetFlows", whitelist(json!({"http_path": ["4711"]}))),
+        ],
+    );
+    for (id, reply) in &said {
+        assert_eq!(reply.code, "OK", "{id}: {reply:?}");
+        let all = format!("{:?}", reply.responses);
+        for secret in secrets {
+            assert!(!all.contains(secret), "{id}: {secret} in {all}");
+        }
+    }
+    // The fields are there, without their values, and a client cannot find the values by filters either.
+    let flows = format!("{:?}", said["masked"].responses);
+    assert!(flows.contains("token=[redacted]"), "{flows}");
+    assert!(!said["redacted header"].flows().is_empty());
+    for id in ["header", "url", "path"] {
+        assert!(said[id].flows().is_empty(), "{id}: {:?}", said[id]);
+    }
 }
 
 #[test]
@@ -631,10 +921,11 @@ fn followers_get_every_flow_while_slow_ones_are_told_their_losses_and_stopped_on
     let (ns, target) = (world.ns("node"), socket(&daemon));
     let follow =
         json!({"follow": true, "whitelist": [{"destination_port": ["80"], "tcp_flags": [{"SYN": true}]}]});
-    let fast = start(ns, &target, &[call("fast", "GetFlows", follow)]).expect("client");
+    let fast = start(ns, &target, None, &[call("fast", "GetFlows", follow)]).expect("client");
     let stopped = start(
         ns,
         &target,
+        None,
         &[call(
             "stopped",
             "GetFlows",
@@ -645,12 +936,11 @@ fn followers_get_every_flow_while_slow_ones_are_told_their_losses_and_stopped_on
     let slow = start(
         ns,
         &target,
+        None,
         &[call("slow", "GetFlows", json!({"follow": true, "number": "1"}))],
     )
     .expect("client");
-    let heard = |script: &palisade_tests::fixtures::python::Script, id: &str| {
-        replies(&script.log()).remove(id).unwrap_or_default()
-    };
+    let heard = |script: &Script, id: &str| replies(&script.log()).remove(id).unwrap_or_default();
     wait_until("readers", LONG, || {
         world
             .check("front -> back tcp/80 open")
@@ -660,7 +950,7 @@ fn followers_get_every_flow_while_slow_ones_are_told_their_losses_and_stopped_on
                 .all(|(script, id)| !heard(script, id).responses.is_empty())
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-    let signal = |script: &palisade_tests::fixtures::python::Script, signal| {
+    let signal = |script: &Script, signal| {
         kill(
             Pid::from_raw(i32::try_from(script.pid()).expect("a process id")),
             signal,
@@ -708,6 +998,60 @@ fn followers_get_every_flow_while_slow_ones_are_told_their_losses_and_stopped_on
         "{status:#}"
     );
     signal(&stopped, Signal::SIGCONT);
+}
+
+#[test]
+fn events_that_the_programs_could_not_send_are_reported_to_readers_and_counted() {
+    let world = world();
+    let daemon = daemon_of(
+        &world,
+        tables("[limits]\nevents_per_second = 1000000\n[metrics]\nlisten = \"127.0.0.1:9965\"\n"),
+    );
+    let ns = world.ns("node");
+    let whitelist = json!({"follow": true, "whitelist": [{"source_port": ["1"]}]});
+    let mut follow = call("follower", "GetFlows", whitelist);
+    follow["timeout"] = json!(600);
+    let follower = start(ns, &socket(&daemon), None, &[follow]).expect("client");
+    let reads = |status: &Value| number(status, "hubble.readers") == 1;
+    daemon.wait_status("the follower", reads).expect("a reader");
+    let process = Pid::from_raw(i32::try_from(daemon.pid().expect("a daemon")).expect("a process id"));
+    kill(process, Signal::SIGSTOP).expect("a signal");
+    // Several times as many events as the ring buffer of the programs has room for.
+    let flood = format!(
+        "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nfor p in range(1, 60000): s.sendto(b'x', ('{}', p))",
+        world.addr("back", Family::V4)
+    );
+    let out = output(world.ns("db").command("python3").args(["-c", &flood]), LONG);
+    kill(process, Signal::SIGCONT).expect("a signal");
+    assert!(out.expect("python3").status.success());
+    let lost = |responses: &[Value]| -> u64 {
+        let lost = responses
+            .iter()
+            .filter(|response| number(response, "lost_events.source") == 1);
+        lost.filter_map(|response| text(response, "lost_events.num_events_lost").parse::<u64>().ok())
+            .sum()
+    };
+    let counted = || {
+        let got = curl(ns, &["http://127.0.0.1:9965/metrics"], LONG).expect("curl");
+        let name = "hubble_lost_events_total{source=\"perf_event_ring_buffer\"} ";
+        let value = got.body.lines().find_map(|line| line.strip_prefix(name));
+        value.expect("a value").parse::<f64>().expect("a number")
+    };
+    let mut found = (0, 0.0);
+    wait_until("the same number everywhere", LONG, || {
+        let all = replies(&follower.log()).remove("follower").unwrap_or_default();
+        found = (lost(&all.responses), counted());
+        found.0 > 10_000 && found.0 as f64 == found.1
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {found:?}\n{}", daemon.report()));
+    // A reader that comes later is told, too, with flows that the ring still has.
+    let said = ask(&daemon, ns, &[call("later", "GetFlows", json!({}))]);
+    assert!(lost(&said["later"].responses) > 0, "{}", daemon.report());
+    assert!(
+        daemon.log().contains("flows are lost before the flow ring"),
+        "{}",
+        daemon.log()
+    );
 }
 
 #[test]
@@ -782,16 +1126,33 @@ fn tcp_needs_tls_off_the_loopback_and_clients_a_certificate_if_configured() {
     let daemon = daemon_of(&world, tables(&section));
     let ask = |at: std::net::SocketAddr, ca: &Path, own: Option<(&Path, &Path)>| {
         let credentials = credentials("node1", ca, own);
-        let list = [
-            call("status", "ServerStatus", json!({})),
-            call("peers", "GetNodes", json!({})),
-        ];
+        let list = [call("status", "ServerStatus", json!({}))];
         calls(world.ns("far"), &at.to_string(), Some(&credentials), &list).expect("the client")["status"]
             .clone()
     };
     let mine = Some((&*client.cert, &*client.key));
     wait_until("the listener", LONG, || ask(v4, &ca.cert, mine).code == "OK")
         .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", ask(v4, &ca.cert, mine), daemon.report()));
+    // The node's address for other nodes, and the name in its certificate.
+    let mut notify = call("peers", "Notify", json!({}));
+    notify["count"] = json!(1);
+    let about = calls(
+        world.ns("far"),
+        &v4.to_string(),
+        Some(&credentials("node1", &ca.cert, mine)),
+        &[call("nodes", "GetNodes", json!({})), notify],
+    )
+    .expect("the client");
+    let node = &about["nodes"].responses[0]["nodes"][0];
+    assert_eq!(node["address"], "node1:4244", "{node}");
+    assert_eq!(
+        node["tls"],
+        json!({"enabled": true, "server_name": "node1"}),
+        "{node}"
+    );
+    let peer = &about["peers"].responses[0];
+    assert_eq!(peer["address"], "node1:4244", "{peer}");
+    assert_eq!(peer["tls"], json!({"server_name": "node1"}), "{peer}");
     assert_eq!(ask(v6, &ca.cert, mine).code, "OK");
     for own in [None, Some((&*stranger.cert, &*stranger.key))] {
         assert_eq!(ask(v4, &ca.cert, own).code, "UNAVAILABLE");
@@ -862,4 +1223,89 @@ fn tcp_needs_tls_off_the_loopback_and_clients_a_certificate_if_configured() {
             "{said}"
         );
     }
+}
+
+#[test]
+fn idle_clients_take_no_place_and_clients_of_a_removed_authority_are_cut() {
+    let world = world();
+    let dir = tempfile::tempdir().expect("a directory");
+    let [ours, theirs] =
+        ["ours", "theirs"].map(|name| Authority::root(dir.path(), name).expect("an authority"));
+    let made = |authority: &Authority, name: &str| {
+        authority
+            .server(name, &[name], Validity::Now, true)
+            .expect("a certificate")
+    };
+    let own = made(&ours, "node1");
+    fs::set_permissions(&own.key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("private");
+    let (old, new) = (made(&ours, "client"), made(&theirs, "client"));
+    let client_ca = dir.path().join("clients.crt");
+    let admit = |authority: &Authority| {
+        let beside = dir.path().join("new");
+        fs::copy(&authority.cert, &beside).expect("copied");
+        fs::rename(&beside, &client_ca).expect("renamed");
+    };
+    admit(&ours);
+    let section = format!(
+        "[hubble]\nlisten = \"[::]:4244\"\ntls_certificate = {:?}\ntls_key = {:?}\nclient_ca = {client_ca:?}\n",
+        own.cert, own.key
+    );
+    let daemon = daemon_of(&world, tables(&section));
+    let target = world.at("node", Family::V4, 4244).to_string();
+    let of = |client: &Certificate| credentials("node1", &ours.cert, Some((&client.cert, &client.key)));
+    let ask = |client: &Certificate| {
+        let list = [call("status", "ServerStatus", json!({}))];
+        calls(world.ns("far"), &target, Some(&of(client)), &list).expect("the client")["status"].clone()
+    };
+    wait_until("the listener", LONG, || ask(&old).code == "OK")
+        .unwrap_or_else(|error| panic!("{error:#}\n{:?}\n{}", ask(&old), daemon.report()));
+    world.expect(&daemon, "front -> back tcp/80 open");
+    let mut follow = call("follower", "GetFlows", json!({"follow": true, "number": "1"}));
+    follow["timeout"] = json!(600);
+    let follower = start(world.ns("far"), &target, Some(&of(&old)), &[follow]).expect("client");
+    let followed = || replies(&follower.log()).remove("follower").unwrap_or_default();
+    wait_until("the follower", LONG, || !followed().responses.is_empty())
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", follower.log()));
+
+    // More handshakes that are not finished, and then more connections without a request, than there are places for.
+    for family in FAMILIES {
+        let at = world.at("node", family, 4244);
+        let unfinished: Vec<TcpStream> = world.ns("far").enter(|| {
+            let begin = || {
+                let mut stream = TcpStream::connect(at)?;
+                // The header of a record with a ClientHello of 508 bytes, and its first bytes.
+                stream.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")?;
+                std::io::Result::Ok(stream)
+            };
+            (0..200).map(|_| begin().expect("a connection")).collect()
+        });
+        let idle = python::idle(world.ns("far"), "node1", &ours.cert, &old, at, 200).expect("python3");
+        idle.line("open 200")
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        assert_eq!(ask(&old).code, "OK", "{family:?}\n{}", daemon.report());
+        drop(unfinished);
+    }
+    // The follower keeps its place.
+    let before = followed().responses.len();
+    wait_until("another flow", LONG, || {
+        world
+            .check("front -> back tcp/80 open")
+            .is_ok_and(|wrong| wrong.is_empty())
+            && followed().responses.len() > before
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", follower.log()));
+
+    admit(&theirs);
+    wait_until("the end of the follower", LONG, || !followed().code.is_empty())
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert_ne!(followed().code, "OK");
+    assert!(
+        daemon
+            .log()
+            .contains("certificates of their clients are no longer accepted"),
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(ask(&old).code, "UNAVAILABLE");
+    assert_eq!(ask(&new).code, "OK");
 }
