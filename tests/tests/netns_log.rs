@@ -175,3 +175,50 @@ fn the_steps_of_the_proxy_are_logged_with_the_reason_of_a_503() {
         wait_step(&daemon, &["refused", "failed", &format!("server={closed}")]);
     }
 }
+
+#[test]
+fn lines_about_interfaces_and_policies_name_them_in_fields() {
+    let mut apps = apps();
+    let rules = policies(&[80], RULES);
+    let client = rules.iter().find(|(name, _)| name == "client-egress.yaml");
+    let (name, text) = client.expect("the policy of the client").clone();
+    let daemon = daemon_with(&apps.topology, &Settings::default(), &[(&name, &text)]);
+    let lines = |parts: &[&str]| {
+        let log = daemon.log();
+        let found = log
+            .lines()
+            .filter(|line| parts.iter().all(|part| line.contains(part)));
+        found.count()
+    };
+    let wait_line = |parts: &[&str], count: usize| {
+        wait_until(parts[0], TIMEOUT, || lines(parts) == count)
+            .unwrap_or_else(|error| panic!("{error:#}: {parts:?}\n{}", daemon.log()));
+    };
+    for (interface, role) in [
+        ("veth-client", "endpoint"),
+        ("veth-server", "endpoint"),
+        ("nic0", "host"),
+    ] {
+        let fields = format!(
+            "component=network event=\"interface-guarded\" interface=\"{interface}\" role=\"{role}\""
+        );
+        wait_line(&["the interface is guarded", &fields], 1);
+    }
+    let fields = "file=\"client-egress.yaml\" policy=\"default/client-egress\" revision=";
+    let of = |event: &str| format!("component=control event=\"{event}\" {fields}");
+    for (event, text) in [
+        ("changed", text.replace("/open", "/other")),
+        ("refused", text.replace("http:", "htpt:")),
+    ] {
+        daemon.write(&name, &text).expect("a file");
+        wait_line(&["policy ", &of(event)], 1);
+    }
+    std::fs::remove_file(daemon.policies().join(&name)).expect("removed");
+    wait_line(
+        &["policy removed", &of("removed"), "endpoints=\"default/client\""],
+        1,
+    );
+    apps.topology.unplug("server").expect("unplug");
+    apps.topology.plug("server").expect("plug");
+    wait_line(&["the interface is guarded", "interface=\"veth-server\""], 2);
+}

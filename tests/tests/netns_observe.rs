@@ -1,8 +1,14 @@
 //! The operator's view: which policy decided, and why.
 
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Child, Stdio},
+};
+
 use palisade_testbed::{
     daemon::Settings,
     ns::wait_until,
+    output,
     process::Process,
     topology::{FAMILIES, Family},
     web::{Web, by_name, curl},
@@ -10,7 +16,9 @@ use palisade_testbed::{
 use palisade_tests::{
     OPEN,
     fixtures::apps::{apps, policy},
-    flows, world,
+    flows,
+    setup::tables,
+    world,
 };
 
 const POLICIES: &str = "apiVersion: cilium.io/v2
@@ -682,6 +690,94 @@ fn flows_are_chosen_by_number_time_and_identifier_and_read_from_a_file() {
         let refused = daemon.try_cli(&[&["observe"], args].concat()).expect("observe");
         let text = String::from_utf8_lossy(&refused.stderr);
         assert!(!refused.status.success() && text.contains(why), "{text}");
+    }
+}
+
+#[test]
+fn a_command_whose_reader_needs_no_more_ends_quietly() {
+    let world = world();
+    let daemon = world
+        .daemon(
+            tables("[limits]\nevents_per_second = 100000\n"),
+            &[("p.yaml", POLICIES)],
+        )
+        .expect("daemon");
+    // The flows of these datagrams are more text than a pipe has room for.
+    let flood = |count: u32| {
+        let flood = format!(
+            "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\nfor _ in range({count}): s.sendto(b'x', ('{}', 9))",
+            world.addr("back", Family::V4)
+        );
+        let out = output(world.ns("far").command("python3").args(["-c", &flood]), OPEN).expect("python3");
+        assert!(out.status.success(), "{out:?}");
+    };
+    flood(1_500);
+    let many = |flows: &[serde_json::Value]| flows.len() > 1_500;
+    daemon
+        .wait_flows(&["--protocol", "udp", "--verdict", "dropped"], "the flows", many)
+        .expect("flows");
+    let begin = |args: &[&str]| -> Child {
+        let mut command = daemon.command(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("palisade")
+    };
+    // As `palisade ARGS | head -1` does.
+    let head = |child: &mut Child| {
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("a pipe");
+        BufReader::new(stdout).read_line(&mut line).expect("a line");
+        line
+    };
+    let ends = |mut child: Child, args: &[&str]| {
+        let ended = wait_until("the end of the command", OPEN, || {
+            child.try_wait().is_ok_and(|status| status.is_some())
+        });
+        if ended.is_err() {
+            let _ = child.kill();
+        }
+        let status = child.wait().expect("the status");
+        let mut said = String::new();
+        let mut stderr = child.stderr.take().expect("a pipe");
+        stderr.read_to_string(&mut said).expect("text");
+        assert_eq!((status.code(), said.as_str()), (Some(0), ""), "{args:?}");
+    };
+    let listings: [&[&str]; 7] = [
+        &["observe", "--all"],
+        &["observe", "--all", "-o", "dict"],
+        &["observe", "--all", "-o", "table"],
+        &["observe", "--all", "-o", "json"],
+        &["observe", "--all", "-o", "jsonpb"],
+        &["endpoint", "list"],
+        &["status"],
+    ];
+    for args in listings {
+        let mut child = begin(args);
+        assert_ne!(head(&mut child), "", "{args:?}");
+        ends(child, args);
+        // The reader has gone before the first line.
+        let mut child = begin(args);
+        drop(child.stdout.take());
+        ends(child, args);
+    }
+    // A follower notices that the reader has gone when there is another flow.
+    for args in [&["observe", "--follow"][..], &["monitor"]] {
+        let mut child = begin(args);
+        let before = std::thread::scope(|scope| {
+            let line = scope.spawn(|| head(&mut child));
+            wait_until("the first line", OPEN, || {
+                flood(1);
+                line.is_finished()
+            })
+            .expect("a line");
+            line.join().expect("a line")
+        });
+        assert_ne!(before, "", "{args:?}");
+        wait_until("the end of the follower", OPEN, || {
+            flood(1);
+            child.try_wait().is_ok_and(|status| status.is_some())
+        })
+        .unwrap_or_else(|error| panic!("{args:?}: {error:#}"));
+        ends(child, args);
     }
 }
 
