@@ -292,7 +292,16 @@ fn a_server_that_refuses_connections_is_reported_over_http2_and_grpc() {
             "{got:?}\n{}",
             daemon.report()
         );
-        // A client of gRPC offers HTTP/2 only, so the proxy selects it without the server.
+        // Clients that offer only HTTP/2, which the proxy selects without the server.
+        let mut command = client.command("nghttp");
+        command.args(["-v", "--data=/dev/null", &format!("https://{at}{path}")]);
+        let out = output(&mut command, OPEN).expect("nghttp");
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert!(
+            said.contains(":status: 503") && said.contains("x-palisade-error: connection refused"),
+            "{said}\n{}",
+            daemon.report()
+        );
         for (at, ca) in [(at, Some(lab.ours.cert.as_path())), (clear, None)] {
             let said = grpc(client, "api.web.example", ca, at, &["echo"]).expect("client");
             assert!(
