@@ -434,6 +434,119 @@ fn a_daemon_that_is_killed_rolls_back_at_its_start_and_a_boot_does_at_once() {
     );
 }
 
+#[test]
+fn a_stop_rolls_back_a_change_that_waits_for_its_confirmation() {
+    let mut bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+    let journal = bed
+        .daemon
+        .policies()
+        .with_file_name("state")
+        .join("policy-change.json");
+    for stop in ["SIGTERM", "palisade stop"] {
+        bed.apply(&[&file, "--yes", "--confirm", "1h"]);
+        bed.world.expect(&bed.daemon, ONLY_DB);
+        assert!(journal.exists());
+        if stop == "SIGTERM" {
+            bed.daemon.terminate().expect("SIGTERM");
+        } else {
+            bed.daemon.cli(&["stop"]).expect("stop");
+        }
+        // No daemon runs: what is attached has the policies from before the change, and so has the folder.
+        bed.world.expect(&bed.daemon, ONLY_FRONT);
+        assert_eq!(bed.folder("back.yaml"), FROM_FRONT, "{stop}");
+        assert!(!journal.exists(), "{stop}");
+        let log = bed.daemon.log();
+        assert!(
+            log.contains("the daemon was stopped before it was confirmed"),
+            "{log}"
+        );
+        bed.daemon.restart().expect("restart");
+        bed.world.expect(&bed.daemon, ONLY_FRONT);
+        let status = bed.daemon.status().expect("status");
+        assert!(status["pending_change"].is_null(), "{status:#}");
+        let history = bed.history();
+        let last: Vec<&Value> = history.iter().rev().take(2).collect();
+        assert_eq!(
+            (&last[0]["kind"], &last[1]["state"]),
+            (&"rolled-back".into(), &"rolled-back".into()),
+            "{history:#?}"
+        );
+    }
+    // A change that needs no confirmation, or has it, stays.
+    bed.apply(&[&file, "--yes"]);
+    bed.daemon.terminate().expect("SIGTERM");
+    bed.world.expect(&bed.daemon, ONLY_DB);
+    assert_eq!((bed.folder("back.yaml"), journal.exists()), (from_db(), false));
+    bed.daemon.restart().expect("restart");
+    let old = bed.candidate("back.yaml", FROM_FRONT);
+    bed.apply(&[&old, "--yes", "--confirm", "1h"]);
+    bed.daemon.cli(&["policy", "confirm"]).expect("confirm");
+    bed.daemon.terminate().expect("SIGTERM");
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    assert_eq!(
+        (bed.folder("back.yaml").as_str(), journal.exists()),
+        (FROM_FRONT, false)
+    );
+}
+
+#[test]
+fn a_stop_while_the_folder_cannot_be_written_keeps_the_rollback_for_the_next_start() {
+    let world = world();
+    let mut daemon = Daemon::prepare(
+        &world.topology,
+        &with_peers(Settings::default()),
+        &[("back.yaml", FROM_FRONT)],
+    )
+    .expect("daemon");
+    let folder = daemon.policies().display().to_string();
+    let script = format!("mount --bind {folder} {folder} && exec \"$@\"");
+    let command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ];
+    daemon.start_through(command.map(str::to_owned).to_vec());
+    daemon.spawn().expect("spawn");
+    daemon.wait().expect("ready");
+    let mut bed = Bed { world, daemon };
+    let file = bed.candidate("back.yaml", &from_db());
+    // Stopped while the rollback at the deadline writes, and while the change still waits.
+    for wait in ["2s", "1h"] {
+        bed.apply(&[&file, "--yes", "--confirm", wait]);
+        let mut mount = std::process::Command::new("nsenter");
+        mount.args([
+            &format!("--mount=/proc/{}/ns/mnt", bed.daemon.pid().expect("pid")),
+            "mount",
+            "-o",
+            "remount,bind,ro",
+            &folder,
+        ]);
+        let mounted = output(&mut mount, LONG).expect("mount");
+        assert!(mounted.status.success(), "{}", text(&mounted));
+        if wait == "2s" {
+            bed.daemon
+                .wait_status("the rollback cannot be written", |status| {
+                    status["warnings"]
+                        .to_string()
+                        .contains("not back in the policy folder")
+                })
+                .expect("status");
+        }
+        bed.daemon.terminate().expect("SIGTERM");
+        bed.world.expect(&bed.daemon, ONLY_FRONT);
+        assert_eq!(bed.folder("back.yaml"), from_db());
+        bed.daemon.restart().expect("restart");
+        assert_eq!(bed.folder("back.yaml"), FROM_FRONT);
+        bed.world.expect(&bed.daemon, ONLY_FRONT);
+    }
+}
+
 const HOST: &str = "apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicy
 metadata: {name: host}

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -114,18 +115,20 @@ fn a_read_only_state_directory_loses_no_packet_and_leaks_none() {
     });
 }
 
-/// A file system that hangs when it is written (fsfreeze(8)), until this value is dropped.
-struct Frozen(PathBuf);
+/// A file system that hangs when it is written (fsfreeze(8)), until this value is dropped. The open folder can be named
+/// also when the process in whose mount namespace it is has ended.
+struct Frozen(fs::File);
 
 impl Frozen {
-    fn freeze(path: PathBuf) -> Self {
-        let frozen = Self(path);
+    fn freeze(path: &Path) -> Self {
+        let frozen = Self(fs::File::open(path).expect("folder"));
         frozen.run("-f");
         frozen
     }
 
     fn run(&self, option: &str) {
-        let status = Command::new("fsfreeze").arg(option).arg(&self.0).status();
+        let folder = format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd());
+        let status = Command::new("fsfreeze").args([option, &folder]).status();
         assert!(status.expect("fsfreeze").success(), "fsfreeze {option}");
     }
 }
@@ -150,10 +153,9 @@ fn begun(daemon: &Daemon, args: &[&str]) -> Child {
     command.spawn().expect("command")
 }
 
-#[test]
-fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
-    let world = world();
-    let mut daemon = prepared(&world, &[("back.yaml", FROM_FRONT)]);
+/// Starts a daemon with its policy folder on a file system of its own. Returns the folder as the daemon sees it.
+fn with_folder_on_a_disk(world: &World) -> (Daemon, PathBuf) {
+    let mut daemon = prepared(world, &[("back.yaml", FROM_FRONT)]);
     let (image, folder) = (world.topology.dir().join("disk.img"), daemon.policies());
     let disk = fs::File::create(&image).expect("image");
     disk.set_len(16 << 20).expect("image");
@@ -170,12 +172,15 @@ fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
     start(&mut daemon);
     world.expect(&daemon, ONLY_FRONT);
     let inside = PathBuf::from(format!("/proc/{}/root{dir}", daemon.pid().expect("pid")));
-    let frozen = Frozen::freeze(inside.clone());
+    (daemon, inside)
+}
 
+/// Begins a change with a confirmation, and waits until it is in force but not written.
+fn apply_to_a_hanging_folder(world: &World, daemon: &Daemon) -> Child {
     let file = world.topology.dir().join("back.yaml");
     fs::write(&file, from_db()).expect("candidate");
     let file = file.display().to_string();
-    let applying = begun(&daemon, &["policy", "apply", &file, "--yes", "--confirm", "1h"]);
+    let applying = begun(daemon, &["policy", "apply", &file, "--yes", "--confirm", "1h"]);
     daemon
         .wait_status("the change is enforced before it is written", |status| {
             status["warnings"]
@@ -183,7 +188,16 @@ fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
                 .contains("not in the policy folder yet")
         })
         .expect("status");
-    world.expect(&daemon, ONLY_DB);
+    world.expect(daemon, ONLY_DB);
+    applying
+}
+
+#[test]
+fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
+    let world = world();
+    let (daemon, inside) = with_folder_on_a_disk(&world);
+    let frozen = Frozen::freeze(&inside);
+    let applying = apply_to_a_hanging_folder(&world, &daemon);
     let refused = |args: &[&str], reason: &str| {
         let output = daemon.try_cli(args).expect("command");
         let said = text(&output);
@@ -217,6 +231,36 @@ fn a_change_whose_folder_hangs_is_in_force_and_can_be_cancelled() {
         "no change waits for its confirmation",
     );
     world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn a_stop_while_the_folder_hangs_rolls_back_at_once() {
+    let world = world();
+    let (mut daemon, inside) = with_folder_on_a_disk(&world);
+    let frozen = Frozen::freeze(&inside);
+    let applying = apply_to_a_hanging_folder(&world, &daemon);
+    let pid = daemon.pid().expect("pid").to_string();
+    world
+        .topology
+        .node
+        .run("kill", &["-TERM", &pid])
+        .expect("SIGTERM");
+    // The rollback does not wait for the disk, and the process ends once the disk answers.
+    let applied = applying.wait_with_output().expect("command");
+    assert!(
+        text(&applied).contains("change 2 was rolled back, because the daemon was stopped"),
+        "{}",
+        text(&applied)
+    );
+    world.expect(&daemon, ONLY_FRONT);
+    drop(frozen);
+    daemon.terminate().expect("the end");
+    world.expect(&daemon, ONLY_FRONT);
+    let journal = daemon
+        .policies()
+        .with_file_name("state")
+        .join("policy-change.json");
+    assert!(!journal.exists(), "{}", daemon.log());
 }
 
 /// Returns a group with a limit of its memory, and the file with the processes of it. cgroup v2, or the memory controller

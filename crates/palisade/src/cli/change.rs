@@ -19,8 +19,8 @@ command shows which verdicts change, which recorded flows of the last hour get a
 would be cut, and asks. Without a terminal it needs --yes.
 
 With --confirm the former policies come back by themselves unless `palisade policy confirm` is run within DURATION, also if
-this command, the shell or the daemon ends; after a boot they come back at once. A set that denies the ssh session in which
-the command runs is refused without --force.
+this command, the shell or the daemon ends; after a boot, and when the daemon is stopped, they come back at once. A set that
+denies the ssh session in which the command runs is refused without --force.
 
 Exits 0 if the policies are in force, 1 if they have errors or are refused, or the answer was no.";
 

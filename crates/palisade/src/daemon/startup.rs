@@ -98,7 +98,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     control.keep_config();
     let end = control.serve(&messages);
     hubble.close();
-    shut_down(control, socket, end)
+    shut_down(control, &messages, socket, end)
 }
 
 /// State file and pinned maps of the previous process.
@@ -398,9 +398,16 @@ fn serve(
     Ok((socket, api))
 }
 
-/// Writes the state and ends the workers. The programs stay attached, unless a client has requested to detach them.
-fn shut_down(mut control: Control, socket: Socket, end: End) -> anyhow::Result<()> {
+/// Ends a change of the policies, writes the state and ends the workers. The programs stay attached, unless a client has
+/// requested to detach them.
+fn shut_down(
+    mut control: Control,
+    messages: &mpsc::Receiver<Message>,
+    socket: Socket,
+    end: End,
+) -> anyhow::Result<()> {
     notify(&[NotifyState::Stopping]);
+    control.end_change(messages);
     if let Err(problem) = control.datapath.end_capture() {
         error!(error = %problem, "the programs of a capture could not be replaced; they enforce the policy");
     }

@@ -1,6 +1,9 @@
 //! The part of a change on the control thread, which owns the timer. Start at [`Control::begin_change`].
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::mpsc::Receiver,
+    time::{Duration, Instant},
+};
 
 use tracing::{error, info, warn};
 
@@ -15,7 +18,11 @@ use super::{
 };
 use crate::{
     control::api::{Author, ChangeKind, ChangeState, PolicyApplied},
-    daemon::{control::Control, message::Reply, watcher},
+    daemon::{
+        control::Control,
+        message::{Message, Reply},
+        watcher,
+    },
 };
 
 impl Control {
@@ -276,6 +283,53 @@ impl Control {
                 applying.send(Err(format!("change {number} was rolled back, because {why}")));
             }
             other => reply.send(Err(self.nothing_waits(other))),
+        }
+    }
+
+    /// Ends the change that is not over, before the daemon ends. A change that needs a confirmation is rolled back: the
+    /// programs stay attached, and while no daemon runs nobody would roll it back at its deadline. A change that needs
+    /// none, or whose confirmation is being written, is completed if the disk answers.
+    pub(in crate::daemon) fn end_change(&mut self, messages: &Receiver<Message>) {
+        // Of a change whose message to this thread comes too late.
+        self.policy_changes.store.abandon();
+        let completes = match &self.policy_changes.current {
+            Some(Current::Confirming { .. }) => true,
+            Some(Current::Writing { change, .. }) => change.deadline.is_none(),
+            _ => false,
+        };
+        if completes {
+            self.finish_jobs(messages);
+        }
+        let why = "the daemon was stopped before it was confirmed";
+        match self.policy_changes.current.take() {
+            Some(Current::Waiting { change, from }) => self.undo(change, from, why, None, None),
+            Some(Current::Writing {
+                change, from, reply, ..
+            }) if change.deadline.is_some() => {
+                let number = change.number;
+                self.undo(change, from, why, None, None);
+                reply.send(Err(format!("change {number} was rolled back, because {why}")));
+            }
+            // The disk hangs. The job of the rollback waits behind that of the confirmation.
+            Some(Current::Confirming { change, from, reply }) => {
+                let number = change.number;
+                self.undo(change, from, why, None, None);
+                reply.send(Err(format!("change {number} was rolled back, because {why}")));
+            }
+            other => self.policy_changes.current = other,
+        }
+        self.finish_jobs(messages);
+        self.write_netfilter();
+    }
+
+    /// Waits until the jobs sent so far are done, for a limited time, and handles their results. Other messages are left
+    /// out, so their clients learn that the daemon ends.
+    fn finish_jobs(&mut self, messages: &Receiver<Message>) {
+        self.policy_changes.store.flush();
+        for message in messages.try_iter() {
+            if let Message::Store(event) = message {
+                self.store_event(event);
+            }
         }
     }
 
