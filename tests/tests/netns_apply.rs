@@ -18,7 +18,7 @@ use palisade_testbed::{
     topology::{FAMILIES, Family, INNER},
 };
 use palisade_tests::{
-    OPEN, World,
+    CLOSED, OPEN, World,
     fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
     with_peers, world,
 };
@@ -629,6 +629,88 @@ fn a_policy_that_denies_the_session_it_is_applied_from_is_refused() {
     assert!(applied.status.success(), "{}", text(&applied));
     bed.rolled_back();
     assert!(echoes(&mut session));
+}
+
+#[test]
+fn a_configuration_that_denies_the_session_it_is_reloaded_from_is_refused() {
+    let world = world();
+    let audit = Settings {
+        audit: true,
+        ..Settings::default()
+    };
+    let daemon = world.daemon(audit, &[("host.yaml", HOST)]).expect("daemon");
+    let bed = Bed { world, daemon };
+    let with = |audit: bool, inbound: &str| {
+        let mut settings = with_peers(Settings {
+            audit,
+            ..Settings::default()
+        });
+        let failsafe = format!("\n[failsafe]\ninbound = [{inbound}]\noutbound = []\n");
+        settings.tables.push_str(&failsafe);
+        bed.daemon
+            .configure(&bed.world.topology, &settings)
+            .expect("configuration");
+    };
+    for family in FAMILIES {
+        with(true, "");
+        bed.daemon.cli(&["reload"]).expect("reload");
+        let node: SocketAddr = bed.world.at("node", family, 22);
+        let mut session =
+            palisade_testbed::probe::open(bed.world.ns("far"), None, node, OPEN).expect("session");
+        let peer = session.local_addr().expect("address");
+        let connection = format!("{} {} {} {}", peer.ip(), peer.port(), node.ip(), node.port());
+        let reload = |args: &[&str]| {
+            let mut command = bed.daemon.command(&[&["reload"], args].concat());
+            output(command.env("SSH_CONNECTION", &connection), LONG).expect("command")
+        };
+        let refused = |what: &str| {
+            let refused = reload(&[]);
+            let said = text(&refused);
+            assert_eq!(refused.status.code(), Some(1), "{what}: {said}");
+            assert!(
+                said.contains("DENY YOUR OWN SESSION")
+                    && said.contains(&format!("{peer} -> {node} ("))
+                    && said.contains("--force"),
+                "{what}: {said}"
+            );
+        };
+        // Enforcement begins: the policy accepts port 8080 only.
+        with(false, "");
+        refused("without audit");
+        assert!(echoes(&mut session), "{family:?}");
+        let status = bed.daemon.status().expect("status");
+        assert_eq!(status["audit"], true);
+        assert!(
+            status["warnings"].to_string().contains("DENY YOUR OWN SESSION"),
+            "{status:#}"
+        );
+        // A failsafe port allows the session.
+        with(false, "\"tcp/22\"");
+        let reloaded = reload(&[]);
+        assert!(reloaded.status.success(), "{}", text(&reloaded));
+        assert!(echoes(&mut session), "{family:?}");
+        let status = bed.daemon.status().expect("status");
+        assert!(
+            !status["warnings"].to_string().contains("DENY YOUR OWN SESSION"),
+            "{status:#}"
+        );
+        // Without it, and with one for other peers only.
+        for narrow in ["", "\"tcp/22 from 192.0.2.254,2001:db8:ffff::1\""] {
+            with(false, narrow);
+            refused("a narrower failsafe port");
+            assert!(echoes(&mut session), "{family:?}");
+        }
+        with(false, "");
+        let forced = reload(&["--force"]);
+        assert!(forced.status.success(), "{}", text(&forced));
+        assert_eq!(
+            palisade_testbed::probe::connect(bed.world.ns("far"), node, CLOSED),
+            palisade_testbed::Outcome::TimedOut
+        );
+        // The session is denied already, which a further reload does not change.
+        let again = reload(&[]);
+        assert!(again.status.success(), "{}", text(&again));
+    }
 }
 
 #[test]

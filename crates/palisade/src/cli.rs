@@ -112,9 +112,18 @@ Examples:
     /// Make the daemon read the configuration and all policies again. A configuration with errors changes nothing.
     #[command(
         after_help = "The same as SIGHUP, but prints errors, also those of policy files; exits 1 if there are any. `palisade status` names
-changed options that need a restart."
+changed options that need a restart.
+
+A configuration with which the policies in force deny the ssh session in which the command runs, for example one without
+[policy] audit, is refused without --force. SIGHUP and `systemctl reload palisade` have no session, and check none. A policy
+file that is saved in [policy] dir is in force at once, without this command and without a check: use
+`palisade policy apply` for a file that could deny your session."
     )]
-    Reload,
+    Reload {
+        /// Use the configuration also if it denies the session in which the command runs.
+        #[arg(long)]
+        force: bool,
+    },
     /// End the daemon. Its programs go on enforcing the last policy unless --detach is given.
     #[command(after_help = "Examples:
   palisade stop             the last policy stays enforced

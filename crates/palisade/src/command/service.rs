@@ -17,6 +17,7 @@ use tracing::{Level, error};
 use super::{
     inspect::endpoint_table,
     output::{EXIT_FAILED, EXIT_NO, EXIT_OK, load_config, show},
+    session::sessions,
 };
 use crate::{
     cli::Output,
@@ -250,13 +251,14 @@ fn write_denied(denied: Option<&DeniedConnections>, out: &mut dyn Write) -> io::
 }
 
 /// Runs `palisade reload`.
-pub(super) fn reload(config: &Path, socket: &Path) -> anyhow::Result<u8> {
+pub(super) fn reload(config: &Path, socket: &Path, force: bool) -> anyhow::Result<u8> {
     // Usually the daemon reads this file too. If the file has errors, the command shows all of them, one per line, and
     // sends no request.
     if config.exists() && load_config(config).is_none() {
         return Ok(EXIT_NO);
     }
-    match ask::<ReloadAnswer>(socket, &Request::Reload) {
+    let sessions = sessions();
+    match ask::<ReloadAnswer>(socket, &Request::Reload { sessions, force }) {
         Ok(answer) => {
             for note in answer.notes {
                 eprintln!("palisade: {note}");

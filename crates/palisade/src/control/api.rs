@@ -15,8 +15,15 @@ pub(crate) enum Request {
     Status,
     /// Ends the daemon; with `detach` everything that the daemon attached is removed.
     Stop { detach: bool },
-    /// Reads the configuration and the policies again.
-    Reload,
+    /// Reads the configuration and the policies again. Returns a [`ReloadAnswer`].
+    Reload {
+        /// TCP sessions of the client's user.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        sessions: Vec<Session>,
+        /// Whether to use the configuration also if it denies a session.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
+    },
     /// Returns the [`PolicySummary`] of the named policy or of every policy.
     PolicyGet { name: Option<String> },
     /// Returns the [`SelectorRow`]s.

@@ -115,7 +115,7 @@ impl Client {
         let changes = matches!(
             request,
             Request::Stop { .. }
-                | Request::Reload
+                | Request::Reload { .. }
                 | Request::EndpointConfig { .. }
                 | Request::Capture(_)
                 | Request::PolicyPlan(_)

@@ -157,7 +157,7 @@ impl Control {
                 }
                 Message::Signal(SIGHUP) => {
                     // `reload` has logged the errors of the file.
-                    if let Err(problem) = self.reload() {
+                    if let Err(problem) = self.reload(&[]) {
                         warn!(error = problem, "the reload after SIGHUP failed");
                     }
                 }

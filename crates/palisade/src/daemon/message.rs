@@ -21,8 +21,8 @@ use super::{
 use crate::{
     config,
     control::api::{
-        Author, Endpoint, PolicyApplied, PolicySummary, ReloadAnswer, SelectorRow, Status, TraceAnswer,
-        TraceRequest,
+        Author, Endpoint, PolicyApplied, PolicySummary, ReloadAnswer, SelectorRow, Session, Status,
+        TraceAnswer, TraceRequest,
     },
 };
 
@@ -60,7 +60,7 @@ impl Message {
             Self::Network(_) => "following a change of interfaces or addresses",
             Self::Workloads => "putting found workloads in force",
             Self::Netfilter(_) => "following a change of nftables",
-            Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload(_)) => {
+            Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload { .. }) => {
                 "reading the configuration again"
             }
             Self::Signal(_) | Self::Stop { .. } => "ending",
@@ -76,8 +76,12 @@ impl Message {
 pub(super) enum ClientRequest {
     /// The part of the status that the control thread has.
     Status(Reply<Status>),
-    /// Reads the configuration and the policies again.
-    Reload(Reply<ReloadAnswer>),
+    /// Reads the configuration and the policies again, unless the configuration denies one of the sessions.
+    Reload {
+        sessions: Vec<Session>,
+        force: bool,
+        reply: Reply<ReloadAnswer>,
+    },
     /// One policy, or all.
     Policies {
         name: Option<String>,

@@ -1,13 +1,15 @@
 //! `palisade reload`. The table [`RULES`] lists which options a reload applies and which need a restart.
 
-use std::time::Instant;
+use std::{collections::BTreeSet, time::Instant};
 
+use palisade_model::inventory::Enforcement;
+use palisade_policy::compile::{Changes as CompilerChanges, FAILSAFE_FILE};
 use tracing::{error, info, warn};
 
-use super::{control::Control, watcher::Changes};
+use super::{changes, control::Control, enforcer::inventory, failsafe, watcher::Changes};
 use crate::{
-    config::{Config, enforcement_name},
-    control::api::{PolicyFile, PolicyFileState, ReloadAnswer},
+    config::{Config, WithoutPolicies, enforcement_name},
+    control::api::{PolicyFile, PolicyFileState, ReloadAnswer, Session},
     text::{chain, milliseconds},
 };
 
@@ -206,11 +208,12 @@ fn broken_files(files: &[PolicyFile]) -> Vec<String> {
 
 impl Control {
     /// Reads the configuration and the policies again. Returns the changed options that need a restart, and the errors
-    /// of broken policy files.
+    /// of broken policy files. `sessions`: TCP sessions that the new configuration must not deny.
     ///
     /// # Errors
-    /// The configuration has errors, and nothing has changed; or the new configuration could not be put in force.
-    pub(super) fn reload(&mut self) -> Result<ReloadAnswer, String> {
+    /// The configuration has errors or denies a session, and nothing has changed; or the new configuration could not be
+    /// put in force.
+    pub(super) fn reload(&mut self, sessions: &[Session]) -> Result<ReloadAnswer, String> {
         let begun = Instant::now();
         let mut config = Config::load(&self.config.path).map_err(|errors| {
             let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -222,8 +225,14 @@ impl Control {
             self.reload_problem = Some(problem.clone());
             problem
         })?;
-        self.reload_problem = None;
         let fixed = keep_running_values(&self.config, &mut config);
+        if let Some(refusal) = self.denies_sessions(&config, sessions) {
+            warn!(error = refusal, "the reload was refused");
+            // A start would use the file, so `status` must say that it differs from what is in force.
+            self.reload_problem = Some(refusal.clone());
+            return Err(refusal);
+        }
+        self.reload_problem = None;
         self.notes.clear();
         if !fixed.is_empty() {
             let note = format!("changed, but only used after a restart: {}", fixed.join(", "));
@@ -278,6 +287,53 @@ impl Control {
         Ok(ReloadAnswer {
             notes: self.notes.clone(),
             broken: broken_files(&self.files.report()),
+        })
+    }
+
+    /// Returns why a configuration is not used: with it the policies in force deny sessions of the client; `None` if they
+    /// deny none. The present policy files count as soon as they are saved, whether there is a reload or not, so they are
+    /// not read here.
+    fn denies_sessions(&self, config: &Config, sessions: &[Session]) -> Option<String> {
+        if sessions.is_empty() {
+            return None;
+        }
+        let mut state = self.state.state.without_compiler();
+        // The reload itself reports such an error.
+        let mut inventory = inventory(config, &self.network, &mut state).ok()?;
+        let is_closed = config.node.on_failure == WithoutPolicies::Closed && self.files.unknown().is_some();
+        if is_closed && inventory.options.enforcement == Enforcement::Default {
+            inventory.options.enforcement = Enforcement::Always;
+        }
+        let mut compiler = self.enforcer.compiler.clone();
+        compiler
+            .update(CompilerChanges {
+                inventory: Some(inventory),
+                files: [(FAILSAFE_FILE.to_owned(), Some(failsafe::content(config)))].into(),
+            })
+            .ok()?;
+        // A session that is denied already goes through an interface without programs, and will as before.
+        let before: BTreeSet<Session> = if config.interfaces == self.config.interfaces {
+            let denied = changes::denied_sessions(&self.enforcer.compiler, sessions);
+            denied.iter().map(|denied| denied.session).collect()
+        } else {
+            BTreeSet::new()
+        };
+        let denied = changes::denied_sessions(&compiler, sessions);
+        let rows: Vec<String> = denied
+            .iter()
+            .filter(|denied| !before.contains(&denied.session))
+            .map(|denied| {
+                let session = denied.session;
+                format!("{} -> {} ({})", session.peer, session.local, denied.decided_by)
+            })
+            .collect();
+        (!rows.is_empty()).then(|| {
+            format!(
+                "the configuration stays as it was: {} would DENY YOUR OWN SESSION {}; allow the session in a policy or \
+                 by [failsafe], keep [policy] audit, or use --force",
+                config.path.display(),
+                rows.join(", ")
+            )
         })
     }
 }

@@ -128,6 +128,18 @@ fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, St
 }
 
 impl<C> State<C> {
+    /// Returns a copy without the state of the compiler, in which an inventory can be tried.
+    pub(super) fn without_compiler(&self) -> State<()> {
+        State {
+            version: self.version,
+            endpoints: self.endpoints.clone(),
+            audit: self.audit.clone(),
+            discovered: self.discovered.clone(),
+            labelled: self.labelled.clone(),
+            compiler: (),
+        }
+    }
+
     /// Returns the number of an endpoint, and assigns one to a new endpoint; `None` if no number is free. Once all
     /// numbers are used, only endpoints for which `configured` returns true keep their numbers.
     pub(super) fn endpoint(&mut self, name: &str, configured: impl Fn(&str) -> bool) -> Option<u16> {

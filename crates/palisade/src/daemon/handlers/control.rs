@@ -36,7 +36,14 @@ impl Control {
     pub(in crate::daemon) fn answer(&mut self, request: ClientRequest) {
         match request {
             ClientRequest::Status(reply) => reply.send(Ok(self.status())),
-            ClientRequest::Reload(reply) => reply.send(self.reload()),
+            ClientRequest::Reload {
+                sessions,
+                force,
+                reply,
+            } => {
+                let checked = if force { &[][..] } else { &sessions };
+                reply.send(self.reload(checked));
+            }
             ClientRequest::Policies { name, reply } => reply.send(self.policy_summaries(name.as_deref())),
             ClientRequest::Selectors(reply) => reply.send(Ok(self.selectors())),
             ClientRequest::Trace(request, reply) => reply.send(self.trace(&request)),

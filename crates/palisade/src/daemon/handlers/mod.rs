@@ -94,7 +94,11 @@ impl Handler for Handlers {
             Request::Stop { detach } => {
                 json(self.send(CHANGE_DEADLINE, |reply| Message::Stop { detach, reply }))
             }
-            Request::Reload => json(self.change(ClientRequest::Reload)),
+            Request::Reload { sessions, force } => json(self.change(|reply| ClientRequest::Reload {
+                sessions,
+                force,
+                reply,
+            })),
             Request::PolicyGet { name } => json(self.policies(name)),
             Request::PolicySelectors => json(self.look_up(ClientRequest::Selectors)),
             Request::PolicyTrace(request) => json(self.look_up(|reply| ClientRequest::Trace(request, reply))),
