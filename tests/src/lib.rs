@@ -22,6 +22,7 @@ pub mod flows;
 pub mod guide;
 pub mod opaque_tls;
 pub mod setup;
+pub mod tmux;
 
 use std::{
     fmt::{self, Write as _},

@@ -20,6 +20,7 @@ use palisade_testbed::{
 use palisade_tests::{
     CLOSED, OPEN, World,
     fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
+    tmux::Tmux,
     with_peers, world,
 };
 use serde_json::Value;
@@ -236,14 +237,114 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
         text(&unknown)
     );
     daemon
-        .cli(&["policy", "rollback", "1", "--yes"])
+        .cli(&["policy", "rollback", "1", "--yes", "-m", "front again"])
         .expect("rollback");
     world.expect(daemon, ONLY_FRONT);
     assert_eq!(
         (bed.folder("back.yaml").as_str(), bed.folder("more.yaml").as_str()),
         (FROM_FRONT, "")
     );
-    assert_eq!(bed.history().last().expect("row")["of"], 1);
+    let history = bed.history();
+    let last = history.last().expect("row");
+    assert_eq!(
+        (&last["of"], &last["message"]),
+        (&1.into(), &"front again".into())
+    );
+    // Who made both sets, and why.
+    let number = last["number"].to_string();
+    let said = text(&bed.run(&["policy", "diff", "2", &number]));
+    for (set, message) in [("2", "db instead of front"), (&number, "front again")] {
+        let line = said
+            .lines()
+            .find(|line| line.starts_with(&format!("Set {set}: ")));
+        let line = line.unwrap_or_else(|| panic!("{said}"));
+        assert!(line.ends_with(&format!(" by root: {message}")), "{line}");
+    }
+    let diff = bed.run(&["policy", "diff", "2", &number, "-o", "json"]);
+    let diff: Value = serde_json::from_slice(&diff.stdout).expect("JSON");
+    assert_eq!(
+        (&diff["from"]["message"], &diff["to"]["message"]),
+        (&"db instead of front".into(), &"front again".into())
+    );
+}
+
+#[test]
+fn a_dry_run_lists_recorded_flows_that_would_get_another_verdict() {
+    let bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+    let dry = |file: &str| -> Value {
+        let mut dry = bed.apply(&[file, "--dry-run"]);
+        dry["plan"].take()
+    };
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+    for verdict in ["FORWARDED", "DROPPED"] {
+        let args = ["--to-port", "80", "--verdict", verdict];
+        bed.daemon
+            .wait_flows(&args, verdict, |flows| !flows.is_empty())
+            .expect("recorded flows");
+    }
+    let plan = dry(&file);
+    let has = |peer: &str, now: &str, then: &str| {
+        plan["flows"].as_array().is_some_and(|rows| {
+            rows.iter().any(|row| {
+                row["direction"] == "ingress"
+                    && row["endpoint"].to_string().contains("back")
+                    && row["peer"].to_string().contains(peer)
+                    && (&row["now"], &row["then"]) == (&now.into(), &then.into())
+                    && row["flows"].as_u64() > Some(0)
+            })
+        })
+    };
+    assert!(
+        has("front", "ALLOWED", "DENIED") && has("db", "DENIED", "ALLOWED"),
+        "{plan:#}"
+    );
+    assert!(plan["flows_evaluated"].as_u64() > Some(0), "{plan:#}");
+    assert_eq!(plan["flows_lost"], 0, "{plan:#}");
+    let since = plan["flows_since"].as_str().expect("a time");
+    let flows = bed.daemon.flows(&[]).expect("flows");
+    assert!(flows.iter().any(|flow| flow["time"] == since), "{flows:#?}");
+    let shown = text(&bed.run(&["policy", "apply", &file, "--dry-run"]));
+    let line = shown.lines().find(|line| line.starts_with("Recorded flows: "));
+    let line = line.unwrap_or_else(|| panic!("{shown}"));
+    assert!(
+        line.contains(&format!("since {since} evaluated")) && line.ends_with("with another verdict:"),
+        "{line}"
+    );
+    // The same policies give the same verdicts.
+    let same = bed.candidate("back.yaml", &format!("# a comment\n{FROM_FRONT}"));
+    let plan = dry(&same);
+    assert_eq!(plan["flows"], Value::Array(Vec::new()), "{plan:#}");
+    let shown = text(&bed.run(&["policy", "apply", &same, "--dry-run"]));
+    assert!(shown.contains("none gets another verdict"), "{shown}");
+    bed.world.expect(&bed.daemon, ONLY_FRONT);
+}
+
+#[test]
+fn on_a_terminal_a_change_is_made_only_after_a_yes() {
+    let bed = Bed::new();
+    let file = bed.candidate("back.yaml", &from_db());
+    let dir = tempfile::tempdir().expect("directory");
+    let apply = Tmux::words(&bed.daemon.command(&["policy", "apply", &file]));
+    let script = format!(
+        "for n in 1 2 3; do {apply} > {}/$n; echo ended $n $?; done; sleep 600",
+        dir.path().display()
+    );
+    let tmux = Tmux::start(dir.path(), &script);
+    // "No" is the default, too.
+    for (number, answer) in [("1", "n"), ("2", ""), ("3", "y")] {
+        let asked = || tmux.screen().matches("apply? [y/N]").count().to_string() == number;
+        wait_until("the question", LONG, asked)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", tmux.screen()));
+        bed.world.expect(&bed.daemon, ONLY_FRONT);
+        tmux.run(&["send-keys", answer, "Enter"]);
+        let code = if answer == "y" { 0 } else { 1 };
+        tmux.wait("the end", &format!("ended {number} {code}"));
+    }
+    assert_eq!(tmux.screen().matches("nothing was changed").count(), 2);
+    let said = fs::read_to_string(dir.path().join("3")).expect("output");
+    assert!(said.contains("is in force"), "{said}");
+    bed.world.expect(&bed.daemon, ONLY_DB);
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! `palisade top` on a live daemon: one screen for scripts, and a terminal.
 
-use std::{
-    process::{Command, Output, Stdio},
-    time::Duration,
-};
+use std::{process::Stdio, time::Duration};
 
 use palisade_testbed::{daemon::Settings, ns::wait_until, process::output};
 use palisade_tests::{
     fixtures::back::{FROM_FRONT, ONLY_FRONT},
+    tmux::Tmux,
     world,
 };
 
@@ -67,36 +65,25 @@ fn the_screen_of_a_terminal_changes_and_ends_by_a_key_with_the_terminal_restored
         .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
         .expect("daemon");
     let dir = tempfile::tempdir().expect("directory");
-    let server = Tmux(dir.path().join("tmux").display().to_string());
-    let tmux = |args: &[&str]| server.run(args);
     let top = daemon.command(&["top", "--interval", "200ms"]);
-    let words: Vec<String> = std::iter::once(top.get_program())
-        .chain(top.get_args())
-        .map(|word| format!("'{}'", word.to_string_lossy()))
-        .collect();
     let script = format!(
         "stty -a > {0}/before; {1}; echo ended $?; stty -a > {0}/after; sleep 600",
         dir.path().display(),
-        words.join(" ")
+        Tmux::words(&top)
     );
-    let begun = tmux(&["new-session", "-d", "-x", "80", "-y", "24", &script]);
-    assert!(begun.status.success(), "{begun:?}");
-    let screen = || String::from_utf8_lossy(&tmux(&["capture-pane", "-p"]).stdout).into_owned();
-    let wait = |what: &str, part: &str| {
-        wait_until(what, TIMEOUT, || screen().contains(part))
-            .unwrap_or_else(|error| panic!("{error:#}\n{}", screen()));
-    };
+    let tmux = Tmux::start(dir.path(), &script);
+    let wait = |what: &str, part: &str| tmux.wait(what, part);
     wait("the screen", "q quit  p pause");
     world.expect(&daemon, ONLY_FRONT);
     wait("a talker", "default/db -> default/back");
-    tmux(&["send-keys", "p"]);
+    tmux.run(&["send-keys", "p"]);
     wait("a pause", "PAUSED");
-    tmux(&["send-keys", "p"]);
-    tmux(&["send-keys", "d"]);
+    tmux.run(&["send-keys", "p"]);
+    tmux.run(&["send-keys", "d"]);
     wait("another order", "DROPPED*");
-    tmux(&["resize-window", "-x", "40", "-y", "10"]);
+    tmux.run(&["resize-window", "-x", "40", "-y", "10"]);
     wait("a small screen", "default/front -> defa");
-    tmux(&["send-keys", "q"]);
+    tmux.run(&["send-keys", "q"]);
     wait("the end", "ended 0");
     wait_until("the shell", TIMEOUT, || dir.path().join("after").exists()).expect("the shell");
     let state = |name: &str| -> String {
@@ -108,21 +95,4 @@ fn the_screen_of_a_terminal_changes_and_ends_by_a_key_with_the_terminal_restored
         state("before") == state("after")
     })
     .expect("restored");
-}
-
-/// A tmux server of its own, with the path of its socket. It ends with this value.
-struct Tmux(String);
-
-impl Tmux {
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = Command::new("tmux");
-        command.args(["-S", &self.0, "-f", "/dev/null"]).args(args);
-        output(&mut command, TIMEOUT).expect("tmux")
-    }
-}
-
-impl Drop for Tmux {
-    fn drop(&mut self) {
-        self.run(&["kill-server"]);
-    }
 }

@@ -240,14 +240,6 @@ pub(super) fn history(socket: &Path, output: Output) -> anyhow::Result<u8> {
     show(&rows, output, |rows, out| {
         let mut table = Table::new(&["N", "TIME", "BY", "STATE", "REVISION", "FILES", "MESSAGE"]);
         for row in rows {
-            let by = match (&row.author, row.kind) {
-                (Some(author), _) => match &author.sudo_user {
-                    Some(before) => format!("{before} ({})", author.user),
-                    None => author.user.clone(),
-                },
-                (None, ChangeKind::RolledBack) => "palisade".to_owned(),
-                (None, _) => "file change".to_owned(),
-            };
             let state = match row.state {
                 _ if row.in_force && row.state == ChangeState::Pending => "IN FORCE, to be confirmed",
                 _ if row.in_force => "in force",
@@ -263,7 +255,7 @@ pub(super) fn history(socket: &Path, output: Output) -> anyhow::Result<u8> {
             table.row([
                 row.number.to_string(),
                 row.time.clone(),
-                by,
+                by(row),
                 state.to_owned(),
                 row.revision.to_string(),
                 files(&row.files, 3),
@@ -349,7 +341,26 @@ fn files(files: &FileChanges, most: usize) -> String {
     parts.join(" ")
 }
 
+/// Returns who caused an entry of the history.
+fn by(row: &HistoryRow) -> String {
+    match (&row.author, row.kind) {
+        (Some(author), _) => match &author.sudo_user {
+            Some(before) => format!("{before} ({})", author.user),
+            None => author.user.clone(),
+        },
+        (None, ChangeKind::RolledBack) => "palisade".to_owned(),
+        (None, _) => "file change".to_owned(),
+    }
+}
+
 fn write_plan(plan: &PolicyPlan, out: &mut dyn Write) -> io::Result<()> {
+    for row in [&plan.from, &plan.to].into_iter().flatten() {
+        let message = match &*printable(&row.message) {
+            "" => String::new(),
+            message => format!(": {message}"),
+        };
+        writeln!(out, "Set {}: {} by {}{message}", row.number, row.time, by(row))?;
+    }
     if plan.files.is_empty() {
         writeln!(out, "no file differs")?;
     } else {
@@ -405,8 +416,23 @@ fn write_plan(plan: &PolicyPlan, out: &mut dyn Write) -> io::Result<()> {
             "there are too many verdicts to compare all of them: the list is not complete"
         )?;
     }
+    if let Some(since) = &plan.flows_since {
+        let lost = match plan.flows_lost {
+            0 => String::new(),
+            lost => format!(", {lost} more lost"),
+        };
+        let result = if plan.flows.is_empty() {
+            "none gets another verdict"
+        } else {
+            "with another verdict:"
+        };
+        let evaluated = plan.flows_evaluated;
+        writeln!(
+            out,
+            "Recorded flows: {evaluated} since {since} evaluated{lost}; {result}"
+        )?;
+    }
     if !plan.flows.is_empty() {
-        writeln!(out, "Recorded flows of the last hour with another verdict:")?;
         let mut table = Table::new(&[
             "FLOWS",
             "DIRECTION",

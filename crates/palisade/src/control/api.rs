@@ -205,6 +205,12 @@ pub(crate) struct Session {
 pub(crate) struct PolicyPlan {
     /// Number of the change in force in the history.
     pub number: u64,
+    /// The entry of the history that is compared, if it was named by its number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<HistoryRow>,
+    /// The entry of the history with which it is compared, if it was named by its number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<HistoryRow>,
     /// Errors, `FILE:LINE:COL: MESSAGE`. All other fields are empty if there are any.
     pub errors: Vec<String>,
     /// Why the set cannot be applied although it has no errors.
@@ -227,6 +233,13 @@ pub(crate) struct PolicyPlan {
     pub flows: Vec<FlowChange>,
     /// Number of recorded flows that were evaluated.
     pub flows_evaluated: u64,
+    /// Time of the oldest recorded flow that was read, RFC 3339, at most an hour ago; without one, the time an hour ago.
+    /// `None` if recorded flows were not read.
+    #[serde(default)]
+    pub flows_since: Option<String>,
+    /// Number of flows since then that were lost before they could be read.
+    #[serde(default)]
+    pub flows_lost: u64,
     /// Sessions of the client's user that would be denied.
     pub denied_sessions: Vec<DeniedSession>,
 }

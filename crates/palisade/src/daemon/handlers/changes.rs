@@ -55,6 +55,14 @@ impl Handlers {
         };
         let mut plan = changes::differences(&from, &to);
         plan.number = number;
+        let entry = |set: &PolicySet| match set {
+            PolicySet::Number(number) => {
+                let rows = changes::rows(&self.policy_store.history());
+                rows.into_iter().find(|row| row.number == *number)
+            }
+            _ => None,
+        };
+        (plan.from, plan.to) = (entry(&request.from), entry(&request.to));
         if request.dry_run {
             plan.refused = self.refusal(&base, &request.to, &to);
             plan.denied_sessions = changes::denied_sessions(&to.compiler, &request.sessions);
@@ -91,22 +99,25 @@ impl Handlers {
         };
         let inspectors = trace::inspectors(&base.http);
         let mut replay = Replay::new(candidate, &inspectors);
-        let since = Timestamp::from_system_time(SystemTime::now()).before(FLOWS_AGE);
-        let mut cursor = self.ring.since(since);
+        let an_hour_ago = Timestamp::from_system_time(SystemTime::now()).before(FLOWS_AGE);
+        let mut cursor = self.ring.since(an_hour_ago);
+        let mut oldest: Option<Timestamp> = None;
         // Flows that arrive meanwhile are left out.
         for _ in 0..=cursor.behind() {
             match cursor.read() {
                 Some(Next::Flow(flow)) => {
+                    oldest = Some(oldest.map_or(flow.time, |oldest| oldest.min(flow.time)));
                     if let Ok(recorded) = Recorded::of_flow(&flow) {
                         replay.push(&recorded).map_err(problems)?;
                     }
                 }
-                Some(Next::Lost(_)) => {}
+                Some(Next::Lost(lost)) => plan.flows_lost += lost.count,
                 None => break,
             }
         }
         let report = replay.finish().map_err(problems)?;
         plan.flows_evaluated = report.evaluated;
+        plan.flows_since = Some(oldest.unwrap_or(an_hour_ago).to_string());
         let differs = |now: Effect, then: Effect| (now == Effect::Denied) != (then == Effect::Denied);
         let changes = report.changes.into_iter();
         plan.flows = changes
