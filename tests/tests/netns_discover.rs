@@ -218,6 +218,72 @@ fn an_address_that_another_workload_gets_has_its_identity_and_none_of_the_old_fl
 }
 
 #[test]
+fn a_workload_with_the_address_of_a_configured_endpoint_stays_denied_and_the_node_is_not_ready() {
+    let topology = Topology::new().and_then(|topology| topology.apps(&["front"]));
+    let topology = topology.unwrap_or_else(|error| panic!("{error:#}"));
+    let mut settings = settings();
+    settings.tables = settings
+        .tables
+        .replace("\"10.0.0.0/16\", \"fd00::/16\"", "\"10.0.0.0/8\", \"fd00::/8\"");
+    let daemon = Daemon::start(&topology, &settings, &[("policies.yaml", POLICIES)])
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let configured = topology.get("front");
+    let (v4, v6) = (configured.v4.to_string(), configured.v6.to_string());
+    for (address, prefix) in [(&v4, 32), (&v6, 128)] {
+        let thief = Workload::new("thief", 5);
+        thief.plug(&topology, "veth-t");
+        wait_found(&daemon, "thief", &thief);
+        let gateway: IpAddr = thief.gateways().0.into();
+        assert_eq!(ping(&thief.ns, None, gateway, 8, OPEN), Outcome::Open);
+        thief
+            .ns
+            .ip(&format!("addr add {address}/{prefix} dev {INNER} nodad"))
+            .expect("address");
+        let conflict = format!(
+            "discover: netns:{}: address {address} belongs to endpoint default/front of the configuration already; veth-t \
+             stays denied",
+            thief.ns.name()
+        );
+        let status = daemon
+            .wait_status("the conflict is an error", |status| {
+                status["missing"]
+                    .as_array()
+                    .is_some_and(|all| all.contains(&conflict.as_str().into()))
+            })
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        assert_eq!(status["ready"], false);
+        assert!(
+            !status["warnings"].to_string().contains("belongs to"),
+            "{status:#}"
+        );
+        let brief = daemon.try_cli(&["status", "--brief"]).expect("status");
+        assert_eq!(brief.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&brief.stdout).contains(&conflict));
+        // The configured endpoint stays, and no packet of the other workload passes.
+        let front = endpoint(&daemon, "front").expect("front");
+        assert_eq!(front["source"], "config");
+        assert!(
+            front["addresses"].to_string().contains(address.as_str()),
+            "{front}"
+        );
+        assert!(endpoint(&daemon, "thief").is_none());
+        assert_eq!(ping(&thief.ns, None, gateway, 8, CLOSED), Outcome::TimedOut);
+        // Without the address it is an endpoint again.
+        thief
+            .ns
+            .ip(&format!("addr del {address}/{prefix} dev {INNER}"))
+            .expect("address");
+        wait_found(&daemon, "thief", &thief);
+        daemon
+            .wait_status("the node is ready", |status| status["ready"] == true)
+            .expect("status");
+        assert_eq!(ping(&thief.ns, None, gateway, 8, OPEN), Outcome::Open);
+        unplugged(&topology, thief, "veth-t");
+        wait_gone(&daemon, "thief");
+    }
+}
+
+#[test]
 fn no_packet_passes_between_the_appearance_of_an_interface_and_the_labels() {
     const ROUNDS: usize = 12;
     let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));

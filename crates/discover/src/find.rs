@@ -39,6 +39,8 @@ pub struct Problem {
     pub message: String,
     /// Whether the workload is only incomplete, for example without an address, which is normal while it starts.
     pub is_pending: bool,
+    /// Whether it claims what is in [`Taken`].
+    pub is_taken: bool,
 }
 
 /// Result of [`find`].
@@ -82,6 +84,7 @@ pub fn find(
                     source: source(rule, workload),
                     message,
                     is_pending,
+                    is_taken: false,
                 });
             }
         }
@@ -110,7 +113,10 @@ pub fn find(
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
     for (_, found) in claims {
         let name = found.qualified_name();
-        let conflict = conflict(&found, &name, taken, &outcome.found, &interfaces, &addresses);
+        let of_taken = with_taken(&found, &name, taken);
+        let is_taken = of_taken.is_some() && found.kind != INIT;
+        let conflict =
+            of_taken.or_else(|| with_accepted(&found, &name, &outcome.found, &interfaces, &addresses));
         let conflict = conflict.or_else(|| {
             let of_another = |address: &&IpAddr| held.get(*address).is_some_and(|by| *by != name);
             let address = found.addresses.iter().find(of_another)?;
@@ -127,6 +133,7 @@ pub fn find(
                 source: found.source(),
                 message: format!("{message}; {} stays denied", found.interface),
                 is_pending: found.kind == INIT,
+                is_taken,
             });
             continue;
         }
@@ -138,44 +145,48 @@ pub fn find(
     outcome
 }
 
-fn conflict(
-    found: &Found,
-    name: &str,
-    taken: &Taken,
-    accepted: &BTreeMap<String, Found>,
-    interfaces: &BTreeMap<String, String>,
-    addresses: &BTreeMap<IpAddr, String>,
-) -> Option<String> {
+/// Returns why a workload conflicts with what it must not get.
+fn with_taken(found: &Found, name: &str, taken: &Taken) -> Option<String> {
     if taken.names.contains(name) {
         return Some(format!(
             "the configuration, or a source that does not answer, has another {name}"
         ));
     }
+    if let Some(other) = taken.interfaces.get(&found.interface) {
+        return Some(belongs_to("interface", &found.interface, other));
+    }
+    found.addresses.iter().find_map(|address| {
+        let mut networks = taken.networks.iter();
+        let other = taken.addresses.get(address).or_else(|| {
+            let (_, by) = networks.find(|(network, _)| network.contains(address))?;
+            Some(by)
+        })?;
+        Some(belongs_to("address", address, other))
+    })
+}
+
+/// Returns why a workload conflicts with the endpoints that were found before it.
+fn with_accepted(
+    found: &Found,
+    name: &str,
+    accepted: &BTreeMap<String, Found>,
+    interfaces: &BTreeMap<String, String>,
+    addresses: &BTreeMap<IpAddr, String>,
+) -> Option<String> {
     if let Some(other) = accepted.get(name) {
         return Some(format!("the name {name} belongs to {} already", other.source()));
     }
-    let of = |map: &BTreeMap<String, String>| map.get(&found.interface).cloned();
-    if let Some(other) = of(&taken.interfaces).or_else(|| of(interfaces)) {
-        return Some(format!(
-            "interface {} belongs to {other} already",
-            found.interface
-        ));
+    if let Some(other) = interfaces.get(&found.interface) {
+        return Some(belongs_to("interface", &found.interface, other));
     }
     found.addresses.iter().find_map(|address| {
-        let network = || {
-            let networks = taken.networks.iter();
-            networks
-                .filter(|(network, _)| network.contains(address))
-                .map(|(_, by)| by)
-                .next()
-        };
-        let other = taken
-            .addresses
-            .get(address)
-            .or_else(|| addresses.get(address))
-            .or_else(network)?;
-        Some(format!("address {address} belongs to {other} already"))
+        let other = addresses.get(address)?;
+        Some(belongs_to("address", address, other))
     })
+}
+
+fn belongs_to(what: &str, name: impl std::fmt::Display, other: &str) -> String {
+    format!("{what} {name} belongs to {other} already")
 }
 
 fn source(rule: &Rule, workload: &Workload) -> String {

@@ -252,17 +252,20 @@ impl Discovery {
         new
     }
 
-    /// Returns the problems for `status`.
+    /// Returns the workloads that claim what the configuration has, for `status`: an error in the configuration, or a
+    /// workload that takes the address of another one.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let mut all = refused(self.problems.iter().filter(|problem| problem.is_taken));
+        all.iter_mut().for_each(|text| text.insert_str(0, "discover: "));
+        all
+    }
+
+    /// Returns the other problems for `status`.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut all: Vec<String> = self.report.problems.clone();
-        let (pending, refused): (Vec<_>, Vec<_>) = self.problems.iter().partition(|p| p.is_pending);
-        let shown = |problem: &&Problem| format!("{}: {}", problem.source, problem.message);
-        all.extend(refused.iter().take(MAX_PROBLEMS_SHOWN).map(shown));
-        if let Some(more) = refused.len().checked_sub(MAX_PROBLEMS_SHOWN)
-            && more > 0
-        {
-            all.push(format!("{more} more workloads are denied for such reasons"));
-        }
+        let others = self.problems.iter().filter(|problem| !problem.is_taken);
+        let (pending, others): (Vec<_>, Vec<_>) = others.partition(|problem| problem.is_pending);
+        all.extend(refused(others.into_iter()));
         if let Some(first) = pending.first() {
             let more = match pending.len() {
                 1 => String::new(),
@@ -273,6 +276,25 @@ impl Discovery {
         all.iter_mut().for_each(|text| text.insert_str(0, "discover: "));
         all
     }
+}
+
+fn shown(problem: &Problem) -> String {
+    format!("{}: {}", problem.source, problem.message)
+}
+
+/// Returns the texts of some workloads that are denied, and the number of the others.
+fn refused<'p>(problems: impl Iterator<Item = &'p Problem>) -> Vec<String> {
+    let problems: Vec<&Problem> = problems.collect();
+    let mut texts: Vec<String> = problems
+        .iter()
+        .take(MAX_PROBLEMS_SHOWN)
+        .map(|problem| shown(problem))
+        .collect();
+    let more = problems.len().saturating_sub(MAX_PROBLEMS_SHOWN);
+    if more > 0 {
+        texts.push(format!("{more} more workloads are denied for such reasons"));
+    }
+    texts
 }
 
 /// Returns which endpoints result from a report, given those that were found before.

@@ -68,6 +68,7 @@ impl Control {
         missing.extend(self.workers.missing());
         missing.extend(self.proxy_link.missing());
         missing.extend(self.interception.missing());
+        missing.extend(self.discovery.missing());
         let mut warnings = self.notes.clone();
         warnings.extend(self.start_notes.iter().cloned());
         if let Some(problem) = self.state.keeper.problem() {
