@@ -9,7 +9,7 @@ use palisade_testbed::{
     probe::connect,
     process::{Process, output},
     server::Echo,
-    topology::{FAMILIES, Family},
+    topology::{FAMILIES, Family, INTERNET_V4, INTERNET_V6},
 };
 use palisade_tests::{CLOSED, OPEN, World, world};
 use serde_json::Value;
@@ -260,4 +260,123 @@ fn doctor_names_a_program_of_other_software_and_what_to_do() {
     // doctor has changed nothing.
     assert!(node.sh("tc filter show dev nic0 ingress").1.contains("u32"));
     assert!(!node.sh("ls /sys/fs/bpf/palisade").0);
+}
+
+#[test]
+fn the_proposal_names_routes_rules_and_sources_of_workloads() {
+    let world = world();
+    let node = Node::new(&world);
+    world
+        .topology
+        .node
+        .ip(&format!(
+            "route add 198.18.0.0/15 via {INTERNET_V4}\nroute add 2001:db8:77::/48 via {INTERNET_V6}"
+        ))
+        .expect("routes");
+    let (done, text) = node.sh("nft 'table inet fw {
+            set admins { type ipv4_addr; elements = { 192.0.2.9 }; }
+            chain input { type filter hook input priority 0; policy drop;
+                ct state established,related accept
+                ip saddr @admins tcp dport 22 accept
+                tcp dport { 80, 443 } counter accept
+                udp dport 53 drop
+            }
+        }'");
+    assert!(done, "{text}");
+    let made = node.sh("mkdir -p /run/netns && touch /run/netns/blue /run/docker.sock");
+    assert!(made.0, "{}", made.1);
+    // As under sudo: only the parent process has the variable.
+    let (client, server) = (world.addr("far", Family::V4), world.addr("node", Family::V4));
+    let script = format!(
+        "env -u SSH_CONNECTION {} init --dry-run; exit $?",
+        binary().expect("binary").display()
+    );
+    let mut command = node.command("sh", &["-c", &script]);
+    command.env("SSH_CONNECTION", format!("{client} 4711 {server} 22"));
+    let out = output(&mut command, TIMEOUT).expect("a shell");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{text}");
+    let (config, policy) = text.split_once("node.yaml\n").expect("both files");
+    for part in [
+        ", default route\n[[interface]]\nname = \"nic0\"",
+        &format!("#   route: 198.18.0.0/15 by {INTERNET_V4} at nic0\n"),
+        &format!("#   route: 2001:db8:77::/48 by {INTERNET_V6} at nic0\n"),
+        "# [[discover]]\n# kind = \"docker\"\n# socket = \"/run/docker.sock\"\n",
+        "# [[discover]]\n# kind = \"netns\"\n# names = [\"blue\"]\n",
+        "#   firewall: nftables: the tables inet fw\n",
+    ] {
+        assert!(config.contains(part), "{part}: {config}");
+    }
+    assert!(!config.contains("route: 0.0.0.0/0"), "{config}");
+    for part in [
+        "#   inet fw input: ct state established,related accept\n".to_owned(),
+        "#   inet fw input: ip saddr @admins tcp dport 22 accept\n".to_owned(),
+        "#   inet fw input: tcp dport { 80, 443 } counter accept\n".to_owned(),
+        format!("  # Your ssh session comes from {client} by this port."),
+    ] {
+        assert!(policy.contains(&part), "{part}: {policy}");
+    }
+    assert!(!policy.contains("udp dport 53"), "{policy}");
+}
+
+#[test]
+fn doctor_reads_limits_mtu_and_reverse_path_filter_and_says_what_to_do() {
+    let world = world();
+    let node = Node::new(&world);
+    node.must("init");
+    let policy = "apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: web}\n\
+        spec:\n  nodeSelector: {}\n  ingress:\n  - toPorts:\n    - ports: [{port: \"80\", protocol: TCP}]\n\
+        \x20     rules: {http: [{method: GET}]}\n";
+    let written = node.sh(&format!(
+        "cat >/etc/palisade/policies.d/web.yaml <<'E'\n{policy}E"
+    ));
+    assert!(written.0, "{}", written.1);
+    world.topology.node.ip("link set nic0 mtu 9000").expect("MTU");
+    world
+        .topology
+        .node
+        .sysctl("ipv4/conf/nic0/rp_filter", "1")
+        .expect("sysctl");
+    let doctor = format!("{} doctor -o json", binary().expect("binary").display());
+    let (done, text) = node.sh(&format!("ulimit -l 64 && exec {doctor}"));
+    assert!(done, "{text}");
+    let findings: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+    for (check, level, part, fix) in [
+        (
+            "locked memory",
+            "warning",
+            "may lock 64 KiB",
+            "ulimit -l unlimited",
+        ),
+        (
+            "interface nic0",
+            "note",
+            "MTU of 9000 exceeds",
+            "an MTU of at most",
+        ),
+        (
+            "interface nic0",
+            "note",
+            "rp_filter is 1",
+            "net.ipv4.conf.nic0.rp_filter=2",
+        ),
+        ("daemon", "warning", "is not running", "systemctl start palisade"),
+    ] {
+        let has = |finding: &Value, key: &str, part: &str| {
+            finding[key].as_str().is_some_and(|text| text.contains(part))
+        };
+        assert!(
+            findings.iter().any(|finding| finding["check"] == check
+                && finding["level"] == level
+                && has(finding, "text", part)
+                && has(finding, "fix", fix)),
+            "{check}, {part}: {findings:#?}"
+        );
+    }
+    for finding in findings.iter().filter(|finding| finding["level"] != "ok") {
+        assert!(
+            finding["fix"].as_str().is_some_and(|fix| !fix.is_empty()),
+            "{finding:#}"
+        );
+    }
 }

@@ -3,11 +3,12 @@
 
 use std::{collections::BTreeMap, io, net::IpAddr};
 
+use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-    route::{RouteAttribute, RouteMessage, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
 };
 
 use crate::daemon::dump_routing;
@@ -46,6 +47,17 @@ impl Link {
     }
 }
 
+/// A route of the main table that is neither a default route nor that of an interface's own network.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Route {
+    /// Destination.
+    pub network: IpNet,
+    /// Next hop; `None` if the destination is on the link.
+    pub gateway: Option<IpAddr>,
+    /// Index of the interface.
+    pub interface: u32,
+}
+
 /// Returns whether an address is link-local.
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
@@ -76,30 +88,57 @@ pub(crate) fn links() -> io::Result<BTreeMap<u32, Link>> {
             }
         },
     )?;
+    unicast_routes(|route| {
+        if route.header.destination_prefix_length != 0 {
+            return;
+        }
+        for attribute in &route.attributes {
+            let indexes = match attribute {
+                RouteAttribute::Oif(index) => vec![*index],
+                RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+                _ => continue,
+            };
+            for index in indexes {
+                if let Some(link) = links.get_mut(&index) {
+                    link.default_route = true;
+                }
+            }
+        }
+    })?;
+    Ok(links)
+}
+
+/// Returns the routes that were added to those that the kernel makes for the networks of the interfaces, without default
+/// routes.
+///
+/// # Errors
+/// A netlink request fails.
+pub(crate) fn routes() -> io::Result<Vec<Route>> {
+    let mut routes = Vec::new();
+    unicast_routes(|message| {
+        if message.header.destination_prefix_length != 0 && message.header.protocol != RouteProtocol::Kernel {
+            routes.extend(route(&message));
+        }
+    })?;
+    routes.sort();
+    routes.dedup();
+    Ok(routes)
+}
+
+/// Passes the unicast routes of the main table to `each`.
+fn unicast_routes(mut each: impl FnMut(RouteMessage)) -> io::Result<()> {
+    /// `RT_TABLE_MAIN`.
+    const MAIN: u8 = 254;
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        /// `RT_TABLE_MAIN`.
-        const MAIN: u8 = 254;
         let mut request = RouteMessage::default();
         request.header.address_family = family;
         request.header.table = MAIN;
         let outcome = dump_routing(RouteNetlinkMessage::GetRoute(request), |message| {
-            let RouteNetlinkMessage::NewRoute(route) = message else {
-                return;
-            };
-            if route.header.destination_prefix_length != 0 || route.header.kind != RouteType::Unicast {
-                return;
-            }
-            for attribute in &route.attributes {
-                let indexes = match attribute {
-                    RouteAttribute::Oif(index) => vec![*index],
-                    RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
-                    _ => continue,
-                };
-                for index in indexes {
-                    if let Some(link) = links.get_mut(&index) {
-                        link.default_route = true;
-                    }
-                }
+            if let RouteNetlinkMessage::NewRoute(route) = message
+                && route.header.kind == RouteType::Unicast
+                && route.header.table == MAIN
+            {
+                each(route);
             }
         });
         // A disabled address family has no table (ENOENT).
@@ -109,7 +148,33 @@ pub(crate) fn links() -> io::Result<BTreeMap<u32, Link>> {
             return Err(error);
         }
     }
-    Ok(links)
+    Ok(())
+}
+
+fn route(message: &RouteMessage) -> Option<Route> {
+    let address = |address: &RouteAddress| match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    };
+    let (mut destination, mut gateway, mut interface) = (None, None, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => destination = address(to),
+            RouteAttribute::Gateway(hop) => gateway = address(hop),
+            RouteAttribute::Oif(index) => interface = *index,
+            // The first of several next hops stands for all.
+            RouteAttribute::MultiPath(hops) => {
+                interface = hops.first().map_or(0, |hop| hop.interface_index);
+            }
+            _ => {}
+        }
+    }
+    Some(Route {
+        network: IpNet::new(destination?, message.header.destination_prefix_length).ok()?,
+        gateway,
+        interface,
+    })
 }
 
 fn link(message: LinkMessage) -> Link {

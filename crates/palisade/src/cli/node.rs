@@ -12,12 +12,13 @@ pub(super) const INIT_HELP: &str = "Examples:
   palisade init
   palisade init --egress --config ./palisade.toml --dir ./policies.d
 
-Looks at interfaces, listening sockets, the ssh session, firewall rules, container engines and network namespaces, and
-changes none of them. Every NIC becomes an interface of the configuration. Every socket that others can reach gets an ingress rule
-from everywhere, with a comment that names its process; sockets at loopback addresses get none. The configuration is in
-audit mode, so nothing is dropped until you remove `audit = true`. Both files are checked before and after they are
-written. A configuration that guards nothing, as the package installs it, is kept as FILE.old. As root, the names of all
-processes are found.";
+Looks at interfaces, routes, listening sockets, the ssh session, firewall rules, container engines and network namespaces,
+and changes none of them. Every NIC becomes an interface of the configuration. Every socket that others can reach gets an
+ingress rule from everywhere, with a comment that names its process; sockets at loopback addresses get none. Routes, accept
+rules of nftables, and sections for workloads that can be found become comments. The configuration is in audit mode, so
+nothing is dropped until you remove `audit = true`. Both files are checked before and after they are written. A
+configuration that guards nothing, as the package installs it, is kept as FILE.old. As root, the names of all processes are
+found.";
 
 /// Flags of `palisade init`.
 #[derive(Clone, Debug, Args)]

@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, bail};
@@ -27,7 +28,10 @@ use crate::{
         client::{ClientError, ask},
     },
     daemon,
-    init::{Generated, Listener, NodeFacts, Outgoing, POLICY_FILE, Session, Transport, generate},
+    init::{
+        Engine, Generated, Listener, NodeFacts, Outgoing, POLICY_FILE, Session, Transport, accept_rules,
+        generate,
+    },
     installation::Installation,
     survey::{self, Link},
     trusted_path::checked_dir,
@@ -273,8 +277,10 @@ fn collect() -> anyhow::Result<NodeFacts> {
         session: session(),
         dns_servers: nameservers(&resolv),
         outgoing,
+        routes: survey::routes()?,
+        accept_rules: accepted_by_nftables(),
         firewall: firewall(),
-        containers: engines(),
+        engines: engines(),
         namespaces: names_in(Path::new("/run/netns")),
     })
 }
@@ -420,12 +426,38 @@ fn nameservers(resolv: &str) -> Vec<IpAddr> {
         .collect()
 }
 
+/// Returns the nftables tables of other software. A kernel without nf_tables has none.
+fn other_tables() -> Vec<String> {
+    let mut tables = palisade_datapath::nftables().unwrap_or_default();
+    tables.retain(|table| !table.ends_with(&format!(" {DEFAULT_INTERFACE}")));
+    tables
+}
+
+/// Returns the accept rules of other software's nftables tables in the words of nft(8), or why they are not known.
+fn accepted_by_nftables() -> Vec<String> {
+    if other_tables().is_empty() {
+        return Vec::new();
+    }
+    let listed = Command::new("nft")
+        .args(["--stateless", "list", "ruleset"])
+        .stdin(Stdio::null())
+        .output();
+    match listed {
+        Ok(listed) if listed.status.success() => {
+            accept_rules(&String::from_utf8_lossy(&listed.stdout), DEFAULT_INTERFACE)
+        }
+        Ok(listed) => vec![format!(
+            "(not known: nft: {})",
+            String::from_utf8_lossy(&listed.stderr).trim()
+        )],
+        Err(error) => vec![format!("(not known: nft: {error})")],
+    }
+}
+
 /// Returns the rules of other software, as a summary.
 fn firewall() -> Vec<String> {
     let mut found = Vec::new();
-    // A kernel without nf_tables has no rules.
-    let mut tables = palisade_datapath::nftables().unwrap_or_default();
-    tables.retain(|table| !table.ends_with(&format!(" {DEFAULT_INTERFACE}")));
+    let tables = other_tables();
     if !tables.is_empty() {
         found.push(format!("nftables: the tables {}", tables.join(", ")));
     }
@@ -443,15 +475,20 @@ fn firewall() -> Vec<String> {
     found
 }
 
-fn engines() -> Vec<String> {
+fn engines() -> Vec<Engine> {
     [
-        ("docker", "/run/docker.sock"),
-        ("containerd", "/run/containerd/containerd.sock"),
-        ("podman", "/run/podman/podman.sock"),
+        ("docker", "docker", "/run/docker.sock"),
+        ("containerd", "containerd", "/run/containerd/containerd.sock"),
+        // Podman has the API of Docker.
+        ("podman", "docker", "/run/podman/podman.sock"),
     ]
     .into_iter()
-    .filter(|(_, path)| Path::new(path).exists())
-    .map(|(name, path)| format!("{name} ({path})"))
+    .filter(|(_, _, path)| Path::new(path).exists())
+    .map(|(name, kind, path)| Engine {
+        name: name.to_owned(),
+        kind,
+        socket: path.to_owned(),
+    })
     .collect()
 }
 

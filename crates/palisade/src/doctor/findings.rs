@@ -36,7 +36,7 @@ pub(crate) struct Finding {
     pub check: String,
     /// What was found, and what it means.
     pub text: String,
-    /// What to do; `None` if there is nothing to do.
+    /// What to do; `None` if everything is in order.
     pub fix: Option<String>,
 }
 
@@ -130,8 +130,7 @@ impl Findings {
         text: impl Into<String>,
         fix: impl Into<String>,
     ) {
-        let fix = Some(fix.into()).filter(|fix| !fix.is_empty());
-        self.push(level, check.into(), text.into(), fix);
+        self.push(level, check.into(), text.into(), Some(fix.into()));
     }
 
     fn push(&mut self, level: Level, check: String, text: String, fix: Option<String>) {
@@ -174,7 +173,7 @@ fn kernel(facts: &Facts, found: &mut Findings) {
             Level::Warning,
             "kernel",
             format!("the release {release:?} has no version number: known faults of kernels are not recognised"),
-            "",
+            "compare the version of the kernel with 6.16.8 to 6.17.10, which panic; see `uname -a`",
         ),
     }
     for (feature, answer) in &facts.features {
@@ -194,7 +193,7 @@ fn kernel(facts: &Facts, found: &mut Findings) {
                     _ => Level::Error,
                 };
                 let fix = if *feature == Feature::Tcx {
-                    String::new()
+                    format!("nothing, or use a kernel of {since} or newer with {option}")
                 } else {
                     format!("use a kernel of {since} or newer with {option}")
                 };
@@ -337,7 +336,12 @@ fn configuration(facts: &Facts, found: &mut Findings) {
         );
     }
     for warning in &configuration.warnings {
-        found.add(Level::Warning, "configuration", warning.clone(), "");
+        found.add(
+            Level::Warning,
+            "configuration",
+            warning.clone(),
+            "correct what the message names; `palisade run --check-config` prints it again",
+        );
     }
     if configuration.errors.is_empty() && configuration.refused.is_empty() {
         found.ok("configuration", format!("{path} is valid"));
@@ -375,7 +379,12 @@ fn policies(facts: &Facts, found: &mut Findings) {
         );
     }
     for warning in &policies.warnings {
-        found.add(Level::Warning, "policies", warning.clone(), "");
+        found.add(
+            Level::Warning,
+            "policies",
+            warning.clone(),
+            "see that the policy means what you want; `palisade policy validate` prints the warning again",
+        );
     }
     let (files, number) = policies.counts;
     if number == 0 && policies.errors.is_empty() {
@@ -417,7 +426,12 @@ fn daemon(facts: &Facts, found: &mut Findings) {
                 );
             }
             for text in warnings {
-                found.add(Level::Warning, "daemon", text.clone(), "");
+                found.add(
+                    Level::Warning,
+                    "daemon",
+                    text.clone(),
+                    "`palisade status` shows the whole state, docs/TROUBLESHOOTING.md the causes",
+                );
             }
         }
         DaemonState::Stopped { interfaces: Some(0) } => found.add(
@@ -521,7 +535,15 @@ fn check_interface(facts: &Facts, interface: &Interface, found: &mut Findings) {
     }
     let before = found.0.len();
     if !interface.up {
-        found.add(Level::Note, check.clone(), "is down", "");
+        found.add(
+            Level::Note,
+            check.clone(),
+            "is down",
+            format!(
+                "nothing if that is intended; else `ip link set dev {} up`",
+                interface.name
+            ),
+        );
     }
     xdp_mode(interface, &check, found);
     if interface.offloads.lro && interface.role == Role::Host {
@@ -539,7 +561,10 @@ fn check_interface(facts: &Facts, interface: &Interface, found: &mut Findings) {
             check.clone(),
             "VLAN interfaces stand on it and the NIC removes the tags of received frames (rxvlan): an XDP program sees \
              these frames without their tag. The verdict does not depend on the tag",
-            "",
+            format!(
+                "nothing; `ethtool -K {} rxvlan off` leaves the tags in captured frames",
+                interface.name
+            ),
         );
     }
     if facts.policies.inspect && interface.mtu + ETHERNET > MAX_FRAME {
@@ -551,7 +576,10 @@ fn check_interface(facts: &Facts, interface: &Interface, found: &mut Findings) {
                  segments, and longer datagrams that need inspection are dropped (232)",
                 interface.mtu
             ),
-            "",
+            format!(
+                "nothing for TCP; for datagrams that need inspection, an MTU of at most {}",
+                MAX_FRAME - ETHERNET
+            ),
         );
     }
     if interface.rp_filter == 1 && interface.role == Role::Host {
@@ -640,7 +668,7 @@ fn xdp_mode(interface: &Interface, check: &str, found: &mut Findings) {
             Level::Note,
             check,
             format!("{driver} has no native XDP: the program runs at tc, after the kernel has allocated its packet buffer"),
-            "",
+            "nothing; a NIC with native XDP drops packets at less cost",
         ),
     }
 }
@@ -688,7 +716,7 @@ fn occupants(interface: &Interface, check: &str, found: &mut Findings) {
                 Level::Note,
                 check,
                 format!("an XDP program of other software, {name}, sees packets before Palisade and can change or redirect them"),
-                "",
+                "see that this program is meant to be there: policies decide about what it leaves",
             ),
             HookKind::Clsact if interface.attachment.tc == TcHook::Clsact && other.priority <= 1 => found.add(
                 Level::Error,
@@ -715,7 +743,7 @@ fn occupants(interface: &Interface, check: &str, found: &mut Findings) {
                 let fix = if level == Level::Warning {
                     "restart the daemon (it attaches in front), or move the other program"
                 } else {
-                    ""
+                    "nothing if you know this program"
                 };
                 found.add(
                     level,

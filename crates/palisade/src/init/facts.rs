@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::survey::Link;
+use crate::survey::{Link, Route};
 
 /// Facts for the first configuration and policy.
 #[derive(Clone, Debug, Default)]
@@ -21,12 +21,27 @@ pub(crate) struct NodeFacts {
     pub dns_servers: Vec<IpAddr>,
     /// Destinations of connections that the node has opened.
     pub outgoing: Vec<Outgoing>,
+    /// Routes other than default routes.
+    pub routes: Vec<Route>,
     /// Rules of other software that translate or filter.
     pub firewall: Vec<String>,
+    /// Accept rules of nftables, as `TABLE CHAIN: RULE`, or why they are not known.
+    pub accept_rules: Vec<String>,
     /// Container engines whose sockets are there.
-    pub containers: Vec<String>,
+    pub engines: Vec<Engine>,
     /// Names of network namespaces (`ip netns`).
     pub namespaces: Vec<String>,
+}
+
+/// A container engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Engine {
+    /// Name.
+    pub name: String,
+    /// `kind` of its `[[discover]]`.
+    pub kind: &'static str,
+    /// Path of its socket.
+    pub socket: String,
 }
 
 /// Transport protocol.

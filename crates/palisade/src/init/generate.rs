@@ -8,13 +8,17 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::facts::{Listener, NodeFacts, Transport};
-use crate::survey::Link;
+use super::facts::{Engine, Listener, NodeFacts, Transport};
+use crate::survey::{Link, is_link_local};
 
 /// Name of the policy file.
 pub(crate) const POLICY_FILE: &str = "node.yaml";
 /// Characters of a comment that comes from names of other software.
 const MAX_NAME: usize = 64;
+/// Characters of a comment with a rule of other software.
+const MAX_RULE: usize = 200;
+/// Number of network namespaces and routes that are listed.
+const MAX_LISTED: usize = 20;
 
 /// The texts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,9 +59,13 @@ pub(crate) fn generate(facts: &NodeFacts, policy_dir: &str, egress: bool) -> Gen
 
 /// Returns a text from the system for a comment: without control characters, which could end the comment, and bounded.
 fn shown(name: &str) -> String {
-    name.chars()
+    shown_within(name, MAX_NAME)
+}
+
+fn shown_within(text: &str, length: usize) -> String {
+    text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
-        .take(MAX_NAME)
+        .take(length)
         .collect()
 }
 
@@ -172,6 +180,7 @@ fn configuration(facts: &NodeFacts, policy_dir: &str) -> (String, usize) {
         text.push('\n');
     }
     workloads(facts, &mut text);
+    sources(facts, &mut text);
     environment(facts, &mut text);
     (text.trim_end().to_owned() + "\n", guarded)
 }
@@ -198,6 +207,79 @@ fn workloads(facts: &NodeFacts, text: &mut String) {
     }
 }
 
+/// Adds proposals for workloads that the daemon can find, as comments: a section closes interfaces.
+fn sources(facts: &NodeFacts, text: &mut String) {
+    let named: Vec<String> = facts
+        .namespaces
+        .iter()
+        .filter(|name| is_plain(name))
+        .take(MAX_LISTED)
+        .map(|name| quoted(name))
+        .collect();
+    let engines: Vec<&Engine> = facts
+        .engines
+        .iter()
+        .filter(|engine| {
+            engine
+                .socket
+                .split('/')
+                .all(|part| part.is_empty() || is_plain(part))
+        })
+        .collect();
+    if named.is_empty() && engines.is_empty() {
+        return;
+    }
+    *text += "# Workloads that the daemon can find by itself (docs/DISCOVERY.md). Remove the # of the sections that you want. While a\n\
+              # section is there, interfaces that its `interfaces` match (default: veth*) pass nothing until their workload is found.\n";
+    for engine in engines {
+        let _ = writeln!(
+            text,
+            "# Containers of {}. container_labels: keys of their labels by which policies select them.\n\
+             # [[discover]]\n# kind = {}\n# socket = {}",
+            shown(&engine.name),
+            quoted(engine.kind),
+            quoted(&engine.socket)
+        );
+        if engine.kind == "containerd" {
+            *text += "# addresses = [\"10.0.0.0/8\", \"fd00::/8\"]\n";
+        }
+        *text += "# container_labels = [\"app\"]\n\n";
+    }
+    if !named.is_empty() {
+        let networks: BTreeSet<IpNet> = facts
+            .links
+            .iter()
+            .filter(|link| usage(link, &facts.links) == Use::Workload)
+            .flat_map(|link| &link.addresses)
+            .filter(|(address, _)| !is_link_local(*address))
+            .filter_map(|(address, length)| IpNet::new(*address, *length).ok())
+            .map(|network| network.trunc())
+            .collect();
+        let networks: Vec<String> = networks
+            .iter()
+            .map(|network| quoted(&network.to_string()))
+            .collect();
+        let networks = if networks.is_empty() {
+            "\"10.0.1.0/24\", \"fd00:1::/64\"".to_owned()
+        } else {
+            networks.join(", ")
+        };
+        let _ = writeln!(
+            text,
+            "# Named network namespaces. addresses: the prefixes of their addresses.\n\
+             # [[discover]]\n# kind = \"netns\"\n# names = [{}]\n# addresses = [{networks}]\n\
+             # labels = {{ app = \"{{name}}\" }}\n",
+            named.join(", ")
+        );
+    }
+}
+
+/// Returns whether a name has only characters that mean themselves in a pattern and in a path.
+fn is_plain(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(is_plain)
+}
+
 /// Adds what else was found, as comments.
 fn environment(facts: &NodeFacts, text: &mut String) {
     let mut lines = Vec::new();
@@ -211,14 +293,40 @@ fn environment(facts: &NodeFacts, text: &mut String) {
         );
         lines.push("  follows the addresses on the wire (docs/OPERATIONS.md, Limits).".to_owned());
     }
-    for engine in &facts.containers {
+    for engine in &facts.engines {
         lines.push(format!(
-            "containers: {}. A published port gets its verdict at the NIC, as a port of the node",
-            shown(engine)
+            "containers: {} ({}). A published port gets its verdict at the NIC, as a port of the node",
+            shown(&engine.name),
+            shown(&engine.socket)
         ));
     }
+    for route in facts.routes.iter().take(MAX_LISTED) {
+        let by = facts.links.iter().find(|link| link.index == route.interface);
+        let by = by.map_or_else(
+            || format!("interface {}", route.interface),
+            |link| shown(&link.name),
+        );
+        let gateway = route
+            .gateway
+            .map_or_else(String::new, |gateway| format!(" by {gateway}"));
+        lines.push(format!("route: {}{gateway} at {by}", route.network));
+    }
+    if facts.routes.len() > MAX_LISTED {
+        lines.push(format!("and {} more routes", facts.routes.len() - MAX_LISTED));
+    }
+    if !facts.routes.is_empty() {
+        lines.push(
+            "  Hosts behind a route are `world` for policies, unless a rule names their prefix or they are a [[peer]]."
+                .to_owned(),
+        );
+    }
     if !facts.namespaces.is_empty() {
-        let names: Vec<String> = facts.namespaces.iter().take(20).map(|name| shown(name)).collect();
+        let names: Vec<String> = facts
+            .namespaces
+            .iter()
+            .take(MAX_LISTED)
+            .map(|name| shown(name))
+            .collect();
         lines.push(format!("network namespaces: {}", names.join(", ")));
     }
     if lines.is_empty() {
@@ -281,11 +389,19 @@ fn policy(facts: &NodeFacts, egress: bool) -> (String, usize) {
          # host --port 22. A change is in force as soon as the file is written.\n\
          #\n\
          # What no rule allows is denied (in audit mode: reported). Replies to what the node sends need no rule, nor do ARP,\n\
-         # neighbour discovery and the loopback.\n\
-         apiVersion: cilium.io/v2\n\
+         # neighbour discovery and the loopback.\n"
+    );
+    if !facts.accept_rules.is_empty() {
+        text += "#\n# What nftables accepts. These rules stay, and are not translated: compare them with the ports below.\n";
+        for rule in &facts.accept_rules {
+            let _ = writeln!(text, "#   {}", shown_within(rule, MAX_RULE));
+        }
+    }
+    text.push_str(
+        "apiVersion: cilium.io/v2\n\
          kind: CiliumClusterwideNetworkPolicy\n\
          metadata:\n  name: node\n\
-         spec:\n  nodeSelector:\n    matchLabels:\n      role: server\n  ingress:\n"
+         spec:\n  nodeSelector:\n    matchLabels:\n      role: server\n  ingress:\n",
     );
     let session_port = facts.session.as_ref().map(|session| session.port);
     let mut written = 0;

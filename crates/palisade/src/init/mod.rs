@@ -3,6 +3,8 @@
 
 mod facts;
 mod generate;
+mod nft;
 
-pub(crate) use facts::{Listener, NodeFacts, Outgoing, Session, Transport};
+pub(crate) use facts::{Engine, Listener, NodeFacts, Outgoing, Session, Transport};
 pub(crate) use generate::{Generated, POLICY_FILE, generate};
+pub(crate) use nft::accept_rules;

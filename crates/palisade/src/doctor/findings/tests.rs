@@ -65,6 +65,7 @@ fn bad(facts: &Facts) -> Vec<(Level, String, String)> {
         .filter(|finding| finding.level != Level::Ok)
         .map(|finding| {
             let fix = finding.fix.unwrap_or_default();
+            assert!(!fix.is_empty(), "{} does not say what to do", finding.text);
             (finding.level, finding.check, format!("{} -> {fix}", finding.text))
         })
         .collect()

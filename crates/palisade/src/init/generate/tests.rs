@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     config::Config,
     init::{Outgoing, Session},
+    survey::Route,
 };
 
 fn link(index: u32, name: &str, kind: &str, addresses: &[&str]) -> Link {
@@ -92,9 +93,37 @@ fn router() -> NodeFacts {
     }
     facts.links[2].default_route = true;
     facts.firewall = vec!["nftables: nat chains with rules (2)".to_owned()];
-    facts.containers = vec!["docker (/run/docker.sock)".to_owned()];
+    facts.engines = vec![
+        engine("docker", "docker", "/run/docker.sock"),
+        engine("containerd", "containerd", "/run/containerd/containerd.sock"),
+        engine("podman", "docker", "/run/podman/podman.sock"),
+    ];
+    facts.routes = vec![
+        Route {
+            network: "10.20.0.0/16".parse().unwrap(),
+            gateway: Some("10.0.0.254".parse().unwrap()),
+            interface: 4,
+        },
+        Route {
+            network: "fd00:20::/32".parse().unwrap(),
+            gateway: None,
+            interface: 8,
+        },
+    ];
+    facts.accept_rules = vec![
+        "inet filter input: ct state established,related accept".to_owned(),
+        "inet filter input: tcp dport { 22, 443 } accept".to_owned(),
+    ];
     facts.namespaces = vec!["blue".to_owned(), "green".to_owned()];
     facts
+}
+
+fn engine(name: &str, kind: &'static str, socket: &str) -> Engine {
+    Engine {
+        name: name.to_owned(),
+        kind,
+        socket: socket.to_owned(),
+    }
 }
 
 /// Compares a text with a file of `golden`. With PALISADE_BLESS=1 the file is written instead.
@@ -136,6 +165,7 @@ fn a_server_gets_its_nic_and_its_reachable_ports() {
 fn a_router_gets_its_bond_and_tunnel_and_explanations_of_the_rest() {
     let generated = generate(&router(), "policies.d", true);
     let config = valid(&generated);
+    assert!(config.discover.is_empty());
     let names: Vec<&str> = config
         .interfaces
         .iter()
@@ -144,6 +174,32 @@ fn a_router_gets_its_bond_and_tunnel_and_explanations_of_the_rest() {
     assert_eq!(names, ["bond0", "wg0"]);
     golden("router.toml", &generated.config);
     golden("router.yaml", &generated.policy);
+}
+
+#[test]
+fn the_proposed_sections_are_valid_without_their_number_signs() {
+    let mut facts = router();
+    // A veth pair to a named namespace.
+    facts
+        .links
+        .push(link(9, "veth5", "veth", &["10.5.0.1/24", "fe80::5/64"]));
+    facts.namespaces.push("a*\"b".to_owned());
+    let mut generated = generate(&facts, "policies.d", false);
+    let mut inside = false;
+    let lines = generated.config.lines().map(|line| {
+        inside = line == "# [[discover]]" || (inside && !line.is_empty());
+        line.strip_prefix("# ").filter(|_| inside).unwrap_or(line)
+    });
+    generated.config = lines.collect::<Vec<_>>().join("\n");
+    let config = valid(&generated);
+    let kinds: Vec<&str> = config.discover.iter().map(|section| section.rule.kind).collect();
+    assert_eq!(kinds, ["docker", "containerd", "docker", "netns"]);
+    assert!(
+        generated.config.contains("names = [\"blue\", \"green\"]")
+            && generated.config.contains("addresses = [\"10.5.0.0/24\"]"),
+        "{}",
+        generated.config
+    );
 }
 
 #[test]
@@ -172,7 +228,11 @@ fn names_of_the_system_cannot_leave_their_comment() {
     }
     facts.outgoing[0].processes = vec![evil.to_owned()];
     facts.hostname = "h\n[[interface]]\nname = \"lo\"".to_owned();
-    facts.containers = vec!["\n[policy]".to_owned()];
+    facts.engines = vec![
+        engine("\n[policy]", "docker", "/run/docker.sock"),
+        engine("docker", "docker", "/run/x\n[policy]"),
+    ];
+    facts.accept_rules = vec![evil.to_owned()];
     facts.links[1].kind = "veth\n[x]".to_owned();
     facts.namespaces = vec!["a\nb = 1".repeat(100)];
     let before = generate(&server(), "p", true);
