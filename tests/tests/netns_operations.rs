@@ -1,10 +1,11 @@
 //! Operation: broken files, interfaces that appear and disappear, and detaching without a trace.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use palisade_testbed::{
     attached,
     daemon::{Hooks, Settings},
+    process::output,
     topology::WorkloadSpec,
 };
 use palisade_tests::{
@@ -366,4 +367,82 @@ fn identities_and_endpoint_numbers_are_the_same_after_a_restart() {
         daemon.json(&["identity", "list"]).expect("identities"),
         identities
     );
+}
+
+#[test]
+fn subfolders_and_edits_behind_links_are_named_or_read_as_the_page_says() {
+    let world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("back.yaml", FROM_FRONT)])
+        .expect("daemon");
+    let team = daemon.policies().join("team");
+    let warns = |status: &Value| {
+        status["warnings"]
+            .to_string()
+            .contains("subfolders are not read: team;")
+    };
+    fs::create_dir(&team).expect("folder");
+    daemon
+        .wait_status("the subfolder is named", warns)
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    fs::write(team.join("more.yaml"), from_db()).expect("file");
+    world.expect(&daemon, ONLY_FRONT);
+    fs::remove_dir_all(&team).expect("remove");
+    daemon
+        .wait_status("the warning ends", |status| !warns(status))
+        .unwrap_or_else(|error| panic!("{error:#}"));
+
+    // An edit of the file to which a link leads is read at a reload, or when the link is replaced.
+    let target = world.topology.dir().join("target.yaml");
+    fs::write(&target, FROM_FRONT).expect("target");
+    let link = daemon.policies().join("back.yaml");
+    let replace_link = || {
+        let new = daemon.policies().join(".new");
+        std::os::unix::fs::symlink(&target, &new).expect("link");
+        fs::rename(new, &link).expect("rename");
+        daemon.settle().expect("settle");
+    };
+    replace_link();
+    world.expect(&daemon, ONLY_FRONT);
+    fs::write(&target, from_db()).expect("edit");
+    daemon.cli(&["reload"]).expect("reload");
+    world.expect(&daemon, ONLY_DB);
+    fs::write(&target, FROM_FRONT).expect("edit");
+    replace_link();
+    world.expect(&daemon, ONLY_FRONT);
+}
+
+#[test]
+fn what_is_broken_is_red_on_a_terminal_only() {
+    const RED: &str = "\x1b[31mBROKEN";
+    let world = world();
+    let daemon = world
+        .daemon(Settings::default(), &[("back.yaml", FROM_FRONT)])
+        .expect("daemon");
+    daemon.write("broken.yaml", "kind: [").expect("write");
+    let missing = |status: &Value| status["ready"] == false;
+    daemon
+        .wait_status("the broken file is named", missing)
+        .expect("status");
+    let plain = daemon.cli(&["status"]).expect("status");
+    assert!(plain.contains("BROKEN") && !plain.contains('\x1b'), "{plain}");
+    // script(1) runs a command on a terminal of its own.
+    let words: Vec<String> = {
+        let command = daemon.command(&["status"]);
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        words
+            .map(|word| format!("'{}'", word.to_string_lossy()))
+            .collect()
+    };
+    let on_a_terminal = |no_color: Option<&str>| {
+        let mut script = std::process::Command::new("script");
+        script.args(["-qec", &words.join(" "), "/dev/null"]);
+        script.env_remove("NO_COLOR").stdin(std::process::Stdio::null());
+        script.envs(no_color.map(|value| ("NO_COLOR", value)));
+        let out = output(&mut script, Duration::from_secs(60)).expect("script");
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let (red, plain) = (on_a_terminal(None), on_a_terminal(Some("1")));
+    assert!(red.contains(RED) && red.contains("\x1b[31mNOT READY"), "{red}");
+    assert!(plain.contains("BROKEN") && !plain.contains("\x1b[31m"), "{plain}");
 }

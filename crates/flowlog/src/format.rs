@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use jiff::tz::TimeZone;
+use palisade_abi::Reason;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -391,13 +392,21 @@ impl Printer {
                 } else {
                     (&flow.destination, &flow.destination_names, ip.destination)
                 };
-                let host = if self.numeric {
+                // The address is what is wrong: the name of the endpoint that has sent the packet would hide it.
+                let is_foreign = source && flow.drop_reason == u32::from(Reason::InvalidSourceIp as u8);
+                let name = match &*end.namespace {
+                    "" => end.pod_name.to_string(),
+                    namespace => format!("{namespace}/{}", end.pod_name),
+                };
+                let sender = if is_foreign && !self.numeric && !end.pod_name.is_empty() {
+                    format!(" sent by {}", clean(&name))
+                } else {
+                    String::new()
+                };
+                let host = if self.numeric || is_foreign {
                     address.to_string()
                 } else if !end.pod_name.is_empty() {
-                    match &*end.namespace {
-                        "" => end.pod_name.to_string(),
-                        namespace => format!("{namespace}/{}", end.pod_name),
-                    }
+                    name
                 } else if names.is_empty() {
                     address.to_string()
                 } else {
@@ -405,7 +414,7 @@ impl Printer {
                 };
                 let host = clean(&host);
                 let ports = flow.l4.and_then(Layer4::ports);
-                match ports.map(|(from, to)| if source { from } else { to }) {
+                let host = match ports.map(|(from, to)| if source { from } else { to }) {
                     None | Some(0) => host,
                     Some(port) => {
                         let port = self.paint(Paint::Port, &port.to_string());
@@ -415,7 +424,8 @@ impl Printer {
                             format!("{host}:{port}")
                         }
                     }
-                }
+                };
+                host + &sender
             }
             (None, Some(ethernet)) => if source {
                 ethernet.source

@@ -50,6 +50,36 @@ fn policy_verdicts_and_drops() {
 }
 
 #[test]
+fn a_packet_with_a_foreign_source_shows_that_address_and_who_has_sent_it() {
+    for (source, shown) in [
+        ("10.9.9.9", "10.9.9.9:54006"),
+        ("fd00:9::9", "[fd00:9::9]:54006"),
+        // The address of another endpoint.
+        ("10.0.1.20", "10.0.1.20:54006"),
+    ] {
+        let spoofed = flow(&Event {
+            reason: Reason::InvalidSourceIp as u8,
+            source: address(source),
+            ..denied(EventKind::Drop)
+        });
+        let begin = format!("Apr 28 01:04:16.656: {shown} ");
+        let line = Printer::default().flow(&spoofed);
+        assert_eq!(
+            line,
+            format!(
+                "{begin}sent by default/internal-client (ID:23217) <> 151.101.3.5:80 (world) Invalid source ip DROPPED (TCP \
+                 Flags: SYN)\n"
+            )
+        );
+        let numeric = Printer {
+            numeric: true,
+            ..Printer::default()
+        };
+        assert!(numeric.flow(&spoofed).starts_with(&format!("{begin}(ID:")));
+    }
+}
+
+#[test]
 fn traces_show_the_direction_of_the_connection() {
     let forward = Event {
         kind: EventKind::Trace as u8,

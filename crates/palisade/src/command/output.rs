@@ -1,7 +1,7 @@
 //! Exit codes, and how commands print answers and configuration errors.
 
 use std::{
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::Path,
 };
 
@@ -29,6 +29,16 @@ pub(super) fn load_config(path: &Path) -> Option<Config> {
 fn print_errors(errors: &[ConfigError]) {
     for error in errors {
         eprintln!("{error}");
+    }
+}
+
+/// Returns a text in red if the standard output is a terminal and NO_COLOR (no-color.org) is not set.
+pub(super) fn alarming(text: &str) -> String {
+    let has_colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    if has_colours {
+        format!("\x1b[31m{text}\x1b[0m")
+    } else {
+        text.to_owned()
     }
 }
 

@@ -29,7 +29,7 @@ use crate::{
         api::{Request, TraceAnswer, TraceHttp, TraceKafka, TraceRequest},
         client::ask,
     },
-    daemon::{self, policy_file_names},
+    daemon::{self, policy_file_names, subfolder_names},
 };
 
 /// What is wrong with policy files.
@@ -437,18 +437,7 @@ impl Sources {
             // A directory that is named like a policy file counts as a broken policy file, as in the daemon.
             self.add(file.clone(), fs::read(file));
         }
-        let folders = fs::read_dir(path)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter(|entry| {
-                let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
-                !hidden && entry.file_type().is_ok_and(|kind| kind.is_dir())
-            });
-        let mut folders: Vec<String> = folders
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .collect();
-        folders.sort();
+        let folders: Vec<String> = subfolder_names(path).into_iter().collect();
         if !folders.is_empty() {
             self.notes.push(format!(
                 "{shown}: note: subfolders are not read: {}",

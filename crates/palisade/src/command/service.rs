@@ -16,7 +16,7 @@ use tracing::{Level, error};
 
 use super::{
     inspect::endpoint_table,
-    output::{EXIT_FAILED, EXIT_NO, EXIT_OK, load_config, show},
+    output::{EXIT_FAILED, EXIT_NO, EXIT_OK, alarming, load_config, show},
     session::sessions,
 };
 use crate::{
@@ -350,11 +350,11 @@ fn detach_without_daemon(installation: &Installation) -> anyhow::Result<u8> {
 
 fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     let ready = if status.ready && status.warnings.is_empty() {
-        "ready: everything is attached and enforced"
+        "ready: everything is attached and enforced".to_owned()
     } else if status.ready {
-        "ready: everything is attached and enforced; see Warnings"
+        "ready: everything is attached and enforced; see Warnings".to_owned()
     } else {
-        "NOT READY"
+        alarming("NOT READY")
     };
     writeln!(out, "Node:        {} ({ready})", status.node)?;
     writeln!(
@@ -434,11 +434,11 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     }
     for file in status.policy_files.iter().filter(|file| !summed || !quiet(file)) {
         let state = match file.state {
-            PolicyFileState::InForce => "in force",
-            PolicyFileState::LastGood => "BROKEN: its last good content is in force",
-            PolicyFileState::Unused => "BROKEN: nothing of it is in force",
+            PolicyFileState::InForce => "in force".to_owned(),
+            PolicyFileState::LastGood => format!("{}: its last good content is in force", alarming("BROKEN")),
+            PolicyFileState::Unused => format!("{}: nothing of it is in force", alarming("BROKEN")),
         };
-        let mut cell = state.to_owned();
+        let mut cell = state;
         for diagnostic in &file.diagnostics {
             cell += &format!("\n{diagnostic}");
         }

@@ -72,7 +72,7 @@ use policies::ParsedFiles;
 pub(crate) use private_dirs::{check as check_dirs, take_for_detaching};
 pub(crate) use replay::Offline;
 use state::State;
-pub(crate) use watcher::policy_file_names;
+pub(crate) use watcher::{policy_file_names, subfolder_names};
 
 use crate::{
     config::Config,

@@ -20,7 +20,7 @@ use tracing::{error, info, warn};
 use super::{
     checked_file,
     keeper::{POLICIES, PolicyTexts},
-    watcher::{Changes, policy_file_names},
+    watcher::{Changes, is_policy_file, policy_file_names, subfolder_names},
 };
 use crate::control::api::{PolicyFile, PolicyFileState};
 
@@ -46,6 +46,8 @@ pub(super) struct PolicyFiles {
     removed: BTreeSet<String>,
     /// Error of the last attempt to read the folder.
     folder_problem: Option<String>,
+    /// Subfolders, which are not read.
+    subfolders: BTreeSet<String>,
     /// Whether no policy is known: the folder could not be read since the start, and there are no copies.
     never_read: bool,
     /// Files that were broken at the start and have no usable last good copy.
@@ -151,6 +153,7 @@ impl PolicyFiles {
             files: BTreeMap::new(),
             removed: BTreeSet::new(),
             folder_problem: None,
+            subfolders: BTreeSet::new(),
             never_read: false,
             lost: BTreeSet::new(),
             news: Vec::new(),
@@ -161,6 +164,42 @@ impl PolicyFiles {
     /// the folder again.
     pub(super) fn pin(&mut self, texts: Option<PinnedTexts>) {
         self.pinned = texts;
+    }
+
+    /// Looks for subfolders, which an operator can take for folders of policies.
+    fn find_subfolders(&mut self) {
+        let mut found = subfolder_names(&self.dir);
+        // One that is named like a policy file counts as a broken file.
+        found.retain(|name| !is_policy_file(name));
+        if found != self.subfolders {
+            self.subfolders = found;
+            if let Some(warning) = self.subfolder_warning() {
+                warn!(%warning, "a subfolder has no effect");
+            }
+        }
+    }
+
+    /// Returns a warning about subfolders for `status`.
+    pub(super) fn subfolder_warning(&self) -> Option<String> {
+        const MAX_NAMED: usize = 10;
+        if self.subfolders.is_empty() {
+            return None;
+        }
+        let named: Vec<&str> = self
+            .subfolders
+            .iter()
+            .take(MAX_NAMED)
+            .map(String::as_str)
+            .collect();
+        let more = match self.subfolders.len().saturating_sub(MAX_NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        Some(format!(
+            "{}: subfolders are not read: {}{more}; move their policy files up",
+            self.dir.display(),
+            named.join(", ")
+        ))
     }
 
     /// Returns the names of the files.
@@ -200,6 +239,7 @@ impl PolicyFiles {
     /// Reads all files for the first time. The last good copy replaces the content of a broken file, and of all files
     /// if the folder cannot be read.
     pub(super) fn load(&mut self) {
+        self.find_subfolders();
         match self.names() {
             Ok(names) => {
                 for name in names {
@@ -259,6 +299,7 @@ impl PolicyFiles {
     pub(super) fn update(&mut self, changes: &Changes) -> bool {
         let mut names = changes.files.clone();
         if changes.rescan {
+            self.find_subfolders();
             match self.names() {
                 Ok(found) => {
                     self.folder_problem = None;

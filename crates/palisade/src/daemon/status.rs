@@ -87,6 +87,7 @@ impl Control {
         }
         warnings.extend(self.reload_problem.clone());
         warnings.extend(self.files.folder_problem().map(ToOwned::to_owned));
+        warnings.extend(self.files.subfolder_warning());
         warnings.extend(self.translation_note());
         warnings.extend(self.netfilter.warnings());
         warnings.extend(self.interception.warnings());

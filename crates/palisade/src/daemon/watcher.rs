@@ -43,6 +43,19 @@ pub(crate) fn policy_file_names(dir: &Path) -> io::Result<BTreeSet<String>> {
     Ok(names)
 }
 
+/// Returns the names of the subfolders of a folder, which are not read. Hidden ones are left out, such as those of a
+/// mounted ConfigMap.
+pub(crate) fn subfolder_names(dir: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| {
+            let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            !hidden && entry.file_type().is_ok_and(|kind| kind.is_dir())
+        })
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
 /// Changes of the folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Changes {
@@ -145,8 +158,9 @@ fn note(batch: &mut Batch, dir: &Path, event: &InotifyEvent, now: Instant) {
     };
     let name = name.to_string_lossy();
     if !is_policy_file(&name) {
-        // A mounted ConfigMap is updated by replacing the link `..data`, through which all files are reached.
-        if name.starts_with("..") {
+        // A mounted ConfigMap is updated by replacing the link `..data`, through which all files are reached. A scan finds
+        // subfolders, which are not read and of which `status` warns.
+        if name.starts_with("..") || event.mask.contains(AddWatchFlags::IN_ISDIR) {
             batch.rescan(now);
         }
         return;
