@@ -1087,47 +1087,98 @@ fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
     lab.secrets
         .write("mixed", "tls.key", &fs::read(&other.key).expect("key"))
         .expect("secret");
-    for name in ["absent", "broken", "mixed"] {
-        let good = policy("client", "egress", &[HTTPS], RULES);
-        let bad = policy(
-            "client",
-            "egress",
-            &[OTHER],
-            &RULES.replace("name: shown", &format!("name: {name}")),
+    lab.secrets.write("lines", "value", b"a\nb").expect("secret");
+    let with_header = |secret: &str| {
+        RULES.replace(
+            "path: \"/allowed.*\"}]",
+            &format!(
+                "path: \"/allowed.*\", headerMatches: [{{name: X-Token, secret: {{namespace: default, name: {secret}}}, \
+                 mismatch: ADD}}]}}]"
+            ),
         )
-        .replace("client-egress", "client-bad");
-        let daemon = lab.daemon(&lab.settings(), &[("good.yaml", &good), ("bad.yaml", &bad)]);
+    };
+    let with = |member: &str, secret: &str| match member {
+        "terminatingTLS" => RULES.replace("name: shown", &format!("name: {secret}")),
+        "originatingTLS" => RULES.replace("name: trusted", &format!("name: {secret}")),
+        _ => with_header(secret),
+    };
+    let settings = lab.settings_with("interception_ca = \"default/no-ca\"\n");
+    lab.secrets.identity("no-ca", &lab.server).expect("secret");
+    // How curl ends: with an error because the connection is reset at once, or with a status.
+    let cases = [
+        ("terminatingTLS", "absent", 0),
+        ("terminatingTLS", "broken", 0),
+        ("terminatingTLS", "mixed", 0),
+        ("terminatingTLS", "no-ca", 0),
+        ("originatingTLS", "absent", 503),
+        ("originatingTLS", "mixed", 503),
+        ("headerMatches", "absent", 403),
+        ("headerMatches", "mixed", 403),
+        ("headerMatches", "lines", 403),
+    ];
+    for (member, name, status) in cases {
+        let what = format!("{member} {name}");
+        let good = policy("client", "egress", &[HTTPS], RULES);
+        let bad = policy("client", "egress", &[OTHER], &with(member, name)).replace("client-egress", "client-bad");
+        let daemon = lab.daemon(&settings, &[("good.yaml", &good), ("bad.yaml", &bad)]);
         for family in FAMILIES {
             let at = |port: u16| lab.apps.at("internet", family, port);
             let got = lab.ask("client", "www.web.example", at(HTTPS), "/allowed", &[]);
-            assert_eq!(got.status, 200, "{name}: {got:?}\n{}", daemon.report());
+            assert_eq!(got.status, 200, "{what}: {got:?}\n{}", daemon.report());
             let got = lab.ask("client", "www.web.example", at(OTHER), "/allowed", &["-k"]);
-            // The connection is reset at once.
             assert!(
-                got.status == 0 && [35, 56].contains(&got.code),
-                "{name}: {got:?}\n{}",
+                got.status == status && (status != 0 || [35, 56].contains(&got.code)),
+                "{what}: {got:?}\n{}",
                 daemon.report()
             );
+            let (address, port) = (at(OTHER).ip().to_string(), OTHER.to_string());
+            let args = ["--verdict", "dropped", "--to-ip", &address, "--to-port", &port];
+            let is_told = |flow: &Value| {
+                flow["drop_reason_desc"] == "SECRET_NOT_USABLE"
+                    && (status == 403 || flow.to_string().contains(&format!("default/{name}")))
+            };
+            daemon
+                .wait_flows(&args, "a flow with the reason", |flows| flows.iter().any(is_told))
+                .unwrap_or_else(|error| panic!("{what}: {error:#}\n{}", daemon.report()));
         }
+        // The entry of `toPorts` is on the line of its ports.
+        let line = 1 + bad.lines().position(|line| line.contains("- ports:")).expect("the entry");
+        let place = format!("bad.yaml:{line}:");
         let secret = format!("default/{name}");
-        let rows = daemon.json(&["intercept", "config"]).expect("configuration");
-        let problems: Vec<&str> = rows
+        let says = |text: &str, place: &str| {
+            text.contains(member) && text.contains(&secret) && text.contains(place)
+        };
+        let json = |args: &[&str]| daemon.json(args).expect("palisade");
+        let of = |value: &Value| -> Vec<String> {
+            let texts = value.as_array().into_iter().flatten();
+            texts.filter_map(Value::as_str).map(ToOwned::to_owned).collect()
+        };
+        let rows = json(&["intercept", "config"]);
+        let problems: Vec<&Value> = rows
             .as_array()
             .into_iter()
             .flatten()
-            .filter_map(|row| row["problem"].as_str())
+            .map(|row| &row["problem"])
             .collect();
         assert!(
-            !problems.is_empty() && problems.iter().all(|problem| problem.contains(&secret)),
-            "{name}: {rows:#}"
+            problems.iter().any(|problem| problem.is_null())
+                && problems
+                    .iter()
+                    .filter_map(|problem| problem.as_str())
+                    .all(|problem| says(problem, ""))
+                && problems.iter().any(|problem| !problem.is_null()),
+            "{what}: {rows:#}"
         );
-        let told = |flows: &[Value]| flows.iter().any(|flow| flow.to_string().contains(&secret));
-        daemon
-            .wait_flows(&["--verdict", "dropped"], "a flow that names the secret", told)
-            .unwrap_or_else(|error| panic!("{error:#}"));
+        for told in [
+            of(&json(&["intercept", "certs"])["problems"]),
+            of(&json(&["status"])["warnings"]),
+            daemon.log().lines().map(ToOwned::to_owned).collect(),
+        ] {
+            assert!(told.iter().any(|text| says(text, &place)), "{what} {place}: {told:#?}");
+        }
     }
     assert_eq!(broken.requests(), [Value::Null; 0]);
-    assert_eq!(peer.requests().len(), 6);
+    assert_eq!(peer.requests().len(), 2 * cases.len());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Reasons of verdicts: why a packet passed or was dropped.
 //!
 //! Packets with a reason below 130 pass. Numbers from 130 to 205 have the meaning and the text of Cilium 1.19
-//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 209 to 253 are Palisade's own.
+//! (`bpf/lib/drop_reasons.h`, Hubble's `DropReason`). Numbers from 207 to 253 are Palisade's own.
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
@@ -73,6 +73,8 @@ reasons! {
     /// The rule requires authentication, which Palisade does not implement.
     AuthRequired = 189, "Authentication required";
 
+    /// The policy requires a secret that is missing or cannot be used.
+    SecretUnusable = 207, "Secret not usable";
     /// UDP to a port at which the policy intercepts TLS: QUIC would not be inspected, and its clients then use TCP.
     QuicIntercepted = 208, "QUIC to an intercepted port";
     /// An intercepted connection failed: the server cannot be reached, or a TLS handshake failed.

@@ -171,6 +171,7 @@ const API_REASONS: &[(u8, &str, &str)] = &[
 
 /// Names of Palisade's own reasons, for which the API has none.
 const OWN_NAMES: &[(Reason, &str)] = &[
+    (Reason::SecretUnusable, "SECRET_NOT_USABLE"),
     (Reason::QuicIntercepted, "QUIC_TO_INTERCEPTED_PORT"),
     (Reason::InterceptFailed, "INTERCEPTION_FAILED"),
     (Reason::NoInterface, "INTERFACE_NOT_CONFIGURED"),

@@ -367,11 +367,33 @@ fn values_come_from_secrets() {
         let rules = with(rule(None, mismatch), None, None);
         assert_eq!(changes(&rules, "/", "X-A: s\r\n"), None);
         assert!(rules.problems()[0].error.contains("secret shop/token"));
+        assert_eq!(
+            evaluate(&rules, &get("/", "X-A: s\r\n"), Paths::Both),
+            Err(HttpDenial::Secret)
+        );
     }
+    // The secret is not the reason if another part of the rule does not match either.
+    let other = HttpRule {
+        path: Some("/a".into()),
+        ..rule(None, MismatchAction::Add)
+    };
+    let rules = with(other, None, None);
+    assert_eq!(
+        evaluate(&rules, &get("/b", ""), Paths::Both),
+        Err(HttpDenial::NoRule)
+    );
+    assert_eq!(
+        evaluate(&rules, &get("/a", ""), Paths::Both),
+        Err(HttpDenial::Secret)
+    );
     // A value that would end the header field.
     let rules = with(rule(None, MismatchAction::Add), Some("s\r\nX-B: 1"), None);
     assert_eq!(changes(&rules, "/", ""), None);
     assert!(rules.problems()[0].error.contains("cannot be in a header"));
+    assert_eq!(
+        evaluate(&rules, &get("/", ""), Paths::Both),
+        Err(HttpDenial::Secret)
+    );
 }
 
 #[test]

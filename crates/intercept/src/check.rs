@@ -93,7 +93,10 @@ fn run(
         let certificate = settings
             .secrets
             .identity(shown)
-            .and_then(|secret| contexts.shown(&secret, issue, &name))
+            .and_then(|secret| {
+                let certificate = contexts.shown(&secret, issue, &name);
+                certificate.map_err(|problem| format!("secret {}: {problem}", shown.secret))
+            })
             .map_err(|problem| CheckStep::failed(format!("certificate for the client: {problem}")))?;
         let made = if issue { ", made for the name" } else { "" };
         let text = certificate.cert.first().map_or_else(String::new, describe);

@@ -3,6 +3,7 @@
 
 use std::io;
 
+use palisade_abi::Reason;
 use rustls::{AlertDescription, CertificateError, Error as TlsError, PeerIncompatible};
 
 use crate::{chain, printable::printable};
@@ -101,6 +102,14 @@ impl From<FailureKind> for Failure {
 }
 
 impl Failure {
+    /// Returns the reason of the verdict.
+    pub(crate) const fn reason(&self) -> Reason {
+        match self.kind {
+            FailureKind::Secret => Reason::SecretUnusable,
+            _ => Reason::InterceptFailed,
+        }
+    }
+
     pub(crate) fn new(kind: FailureKind, detail: impl AsRef<str>) -> Self {
         Self {
             kind,

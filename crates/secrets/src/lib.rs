@@ -39,7 +39,7 @@ pub use certificate::{Certificate, Expiry, Validity, expires_within, expiry};
 pub use error::SecretError;
 pub use identity::{Identity, Trust};
 pub use palisade_model::secret_value::SecretValue;
-pub use policies::{check_policies, interception_ca_error};
+pub use policies::{check_policies, check_rule_set};
 pub use problem::Problem;
 pub use store::Store;
 

@@ -1,8 +1,9 @@
-//! The secrets that policies name, checked against a store.
+//! The secrets that policies and rule sets name, checked against a store.
 
 use palisade_model::{
     diagnostic::Diagnostic,
-    rule::{HttpRule, L7, L7Rules, Location, Policy, PortRule, Ports, TlsContext},
+    rule::{HttpRule, L7Rules, Location, Policy, PortRule, Ports, TlsContext},
+    snapshot::{Matcher, RuleSet},
 };
 
 use crate::{certificate, error::SecretError, store::Store};
@@ -18,9 +19,16 @@ pub fn check_policies<'a>(
 ) -> Vec<Diagnostic> {
     let mut found: Vec<Diagnostic> = Vec::new();
     for entry in policies.into_iter().flat_map(entries) {
-        for (what, error) in errors(&entry.l7, store, interception_ca) {
-            let message = format!("{what}: {error}; the traffic that needs it is denied");
-            let diagnostic = Diagnostic::error(entry.location.clone(), message);
+        let rules = match &entry.l7.rules {
+            L7Rules::Http(rules) => &rules[..],
+            _ => &[],
+        };
+        let contexts = (
+            entry.l7.terminating_tls.as_ref(),
+            entry.l7.originating_tls.as_ref(),
+        );
+        for (what, error) in errors(contexts, rules.iter(), store, interception_ca) {
+            let diagnostic = Diagnostic::error(entry.location.clone(), message(what, &error));
             if !found.contains(&diagnostic) {
                 found.push(diagnostic);
             }
@@ -30,8 +38,7 @@ pub fn check_policies<'a>(
 }
 
 /// Returns why a secret cannot be the interception CA; `None` if it can.
-#[must_use]
-pub fn interception_ca_error(store: &Store, secret: &str) -> Option<SecretError> {
+fn interception_ca_error(store: &Store, secret: &str) -> Option<SecretError> {
     let context = TlsContext {
         secret: secret.to_owned(),
         ..TlsContext::default()
@@ -61,9 +68,42 @@ fn entries(policy: &Policy) -> impl Iterator<Item = &PortRule> {
     })
 }
 
-fn errors(l7: &L7, store: &Store, interception_ca: Option<&str>) -> Vec<(&'static str, SecretError)> {
+/// Returns why secrets that a rule set names cannot be used, each with the member of the policy that names the secret and
+/// the error. The traffic of the rule set that needs them is denied. `interception_ca`: as for [`check_policies`].
+#[must_use]
+pub fn check_rule_set(set: &RuleSet, store: &Store, interception_ca: Option<&str>) -> Vec<String> {
+    let rules = set
+        .alternatives
+        .iter()
+        .filter_map(|alternative| match &alternative.matcher {
+            Matcher::Http(rule) => Some(rule),
+            _ => None,
+        });
+    let contexts = (set.terminating_tls.as_ref(), set.originating_tls.as_ref());
+    let mut found: Vec<String> = Vec::new();
+    for (what, error) in errors(contexts, rules, store, interception_ca) {
+        let message = message(what, &error);
+        if !found.contains(&message) {
+            found.push(message);
+        }
+    }
+    found
+}
+
+fn message(what: &str, error: &SecretError) -> String {
+    format!("{what}: {error}; the traffic that needs it is denied")
+}
+
+/// `contexts`: `terminatingTLS` and `originatingTLS`.
+fn errors<'a>(
+    contexts: (Option<&TlsContext>, Option<&TlsContext>),
+    rules: impl Iterator<Item = &'a HttpRule>,
+    store: &Store,
+    interception_ca: Option<&str>,
+) -> Vec<(&'static str, SecretError)> {
     let mut errors = Vec::new();
-    if let Some(context) = &l7.terminating_tls {
+    let (terminating, originating) = contexts;
+    if let Some(context) = terminating {
         let error = if interception_ca == Some(context.secret.as_str()) {
             interception_ca_error(store, &context.secret)
         } else {
@@ -71,14 +111,13 @@ fn errors(l7: &L7, store: &Store, interception_ca: Option<&str>) -> Vec<(&'stati
         };
         errors.extend(error.map(|error| ("terminatingTLS", error)));
     }
-    if let Some(context) = &l7.originating_tls {
+    if let Some(context) = originating {
         errors.extend(store.trust(context).err().map(|error| ("originatingTLS", error)));
     }
-    if let L7Rules::Http(rules) = &l7.rules {
-        let headers = rules.iter().flat_map(|rule: &HttpRule| &rule.header_matches);
-        for secret in headers
-            .filter(|header| header.value.is_none())
-            .filter_map(|header| header.secret.as_deref())
+    for header in rules.flat_map(|rule| &rule.header_matches) {
+        // The value of the policy stands in for a secret without a value.
+        if let Some(secret) = &header.secret
+            && (header.value.is_none() || store.value(secret).is_some())
         {
             errors.extend(store.value_error(secret).map(|error| ("headerMatches", error)));
         }

@@ -8,7 +8,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use palisade_model::{rule::TlsContext, secret_value::SecretValue};
+use palisade_model::{
+    rule::{TlsContext, is_header_value},
+    secret_value::SecretValue,
+};
 
 use crate::{
     certificate::Certificate,
@@ -149,20 +152,25 @@ impl Store {
         self.secrets.get(name)?.value()
     }
 
-    /// Returns why [`Self::value`] has no value; `None` if it has one.
+    /// Returns why [`Self::value`] has no value, or one that cannot be in a header; `None` if it can be used.
     #[must_use]
     pub fn value_error(&self, name: &str) -> Option<SecretError> {
         match self.secret(name) {
             Err(error) => Some(error),
-            Ok(secret) if secret.value().is_none() => Some(SecretError::Unfit(
-                Problem::error(
-                    secret.source(),
-                    0,
-                    format!("secret {name} must have exactly one value"),
-                )
-                .of(name),
-            )),
-            Ok(_) => None,
+            Ok(secret) => {
+                let text = match secret.value() {
+                    None => format!("secret {name} must have exactly one value"),
+                    Some(value) if !is_header_value(value.reveal()) => {
+                        format!(
+                            "the value of secret {name} cannot be in a header: it has a control character"
+                        )
+                    }
+                    Some(_) => return None,
+                };
+                Some(SecretError::Unfit(
+                    Problem::error(secret.source(), 0, text).of(name),
+                ))
+            }
         }
     }
 

@@ -13,9 +13,12 @@ use std::{
     sync::Arc,
 };
 
-use palisade_model::rule::{Policy, TlsContext};
+use palisade_model::{
+    rule::{HeaderMatch, HttpRule, MismatchAction, Policy, TlsContext},
+    snapshot::{Alternative, Matcher, RuleSet},
+};
 use palisade_policy::parse::parse;
-use palisade_secrets::{Problem, SecretError, Store, Validity, check_policies};
+use palisade_secrets::{Problem, SecretError, Store, Validity, check_policies, check_rule_set};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, Issuer, KeyPair, date_time_ymd,
 };
@@ -488,6 +491,7 @@ fn secrets_of_policies_are_checked_at_the_place_of_the_entry() {
     folder.write("shop/web/tls.key", &key);
     folder.write("shop/roots/ca.crt", &ca.pem());
     folder.write("shop/token/value", "x");
+    folder.write("shop/lines/value", "x\nX-B: y");
     folder.write("infra/ca/tls.crt", &ca.pem());
     folder.write("infra/ca/tls.key", &ca.key().serialize_pem());
     let store = folder.good();
@@ -526,6 +530,46 @@ fn secrets_of_policies_are_checked_at_the_place_of_the_entry() {
             .contains("headerMatches: secret shop/none is missing")
     );
     assert!(found(&header("secret: {name: web}"), None)[0].contains("exactly one value"));
+    assert!(found(&header("secret: {name: lines}, value: x"), None)[0].contains("cannot be in a header"));
+}
+
+#[test]
+fn secrets_of_rule_sets_are_checked_as_those_of_policies() {
+    let folder = Folder::new();
+    folder.write("shop/token/value", "x");
+    let store = folder.good();
+    let rule = |secret: &str| Alternative {
+        rule: 1,
+        matcher: Matcher::Http(HttpRule {
+            header_matches: vec![HeaderMatch {
+                name: "X-A".into(),
+                value: None,
+                secret: Some(secret.into()),
+                mismatch: MismatchAction::Add,
+            }],
+            ..HttpRule::default()
+        }),
+    };
+    let mut set = RuleSet {
+        alternatives: vec![rule("shop/token")],
+        ..RuleSet::default()
+    };
+    assert_eq!(check_rule_set(&set, &store, None), [""; 0]);
+    set.terminating_tls = Some(context("shop/web"));
+    set.originating_tls = Some(context("shop/roots"));
+    set.alternatives.extend([rule("shop/none"), rule("shop/none")]);
+    let found = check_rule_set(&set, &store, Some("shop/web"));
+    for (found, wanted) in found.iter().zip([
+        "terminatingTLS: secret shop/web is missing",
+        "originatingTLS: secret shop/roots is missing",
+        "headerMatches: secret shop/none is missing",
+    ]) {
+        assert!(
+            found.starts_with(wanted) && found.ends_with("; the traffic that needs it is denied"),
+            "{found}"
+        );
+    }
+    assert_eq!(found.len(), 3);
 }
 
 #[test]

@@ -352,11 +352,11 @@ impl HttpStream<'_> {
         }
         let audit = self.is_audit();
         self.report_request(request, verdict, url, cx);
-        if let Err(HttpDenial::NoRule | HttpDenial::Path(_)) = verdict {
+        if let Err(denial) = verdict {
             self.stats.denied += 1;
             if !audit {
                 return self.refuse(Refused {
-                    reason: Reason::AppDenied,
+                    reason: denial.reason(),
                     status: 403,
                     bodiless: request.method == "HEAD",
                     own: 0,
@@ -407,13 +407,13 @@ impl HttpStream<'_> {
                 rule: verdict.rule,
                 ..record
             },
-            Err(_) => Record {
+            Err(denial) => Record {
                 verdict: if self.is_audit() {
                     Verdict::Audit
                 } else {
                     Verdict::Dropped
                 },
-                reason: Reason::AppDenied,
+                reason: denial.reason(),
                 ..record
             },
         });

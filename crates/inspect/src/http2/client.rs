@@ -335,7 +335,7 @@ impl Connection {
             let set = cx.rules.source(cx.request().ruleset);
             rules.explain(request, &cx.stream.about(), set, cx.scratch);
         }
-        let reported = verdict.map_err(|_: HttpDenial| Reason::AppDenied);
+        let reported = verdict.map_err(HttpDenial::reason);
         self.report_request(request, reported, url, cx);
         if reported.is_err() {
             cx.stats.denied += 1;
@@ -462,7 +462,7 @@ impl Connection {
                 ..cx.stream.record(Verdict::Forwarded, Reason::Allowed, what)
             },
             Err(reason) => {
-                let is_audit = cx.stream.is_audit() && reason == Reason::AppDenied;
+                let is_audit = cx.stream.is_audit() && reason != Reason::UnknownRuleset;
                 let verdict = if is_audit {
                     Verdict::Audit
                 } else {

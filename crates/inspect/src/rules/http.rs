@@ -5,6 +5,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use palisade_abi::Reason;
 use palisade_model::{
     rule::{HeaderMatch, HttpRule, MismatchAction, is_editable_header, is_header_value},
     secret_value::SecretValue,
@@ -160,6 +161,18 @@ pub enum HttpDenial {
     NoRule,
     /// The path cannot be resolved, and no rule allows the request without a path.
     Path(PathError),
+    /// A rule would allow the request if the secret of a `headerMatches` entry were usable.
+    Secret,
+}
+
+impl HttpDenial {
+    /// Returns the reason of the verdict.
+    pub(crate) const fn reason(self) -> Reason {
+        match self {
+            Self::NoRule | Self::Path(_) => Reason::AppDenied,
+            Self::Secret => Reason::SecretUnusable,
+        }
+    }
 }
 
 impl HttpRules {
@@ -254,7 +267,9 @@ impl HttpRules {
             request,
             path: (!sent.is_empty()).then_some(sent),
         };
-        let found = self.first(&facts, matched).ok_or(HttpDenial::NoRule)?;
+        let found = self
+            .first(&facts, matched)
+            .ok_or_else(|| self.denial(&facts, matched, HttpDenial::NoRule))?;
         let bodies = request.has_unexpected_body();
         let mut verdict = HttpVerdict {
             rule: found.rule,
@@ -281,7 +296,7 @@ impl HttpRules {
         let facts = Facts { request, path };
         let Some(other) = self.first(&facts, matched) else {
             edits.clear();
-            return Err(denial);
+            return Err(self.denial(&facts, matched, denial));
         };
         if !std::ptr::eq(found, other) {
             verdict.log |= other.record_mismatches(&facts, edits);
@@ -351,6 +366,15 @@ impl HttpRules {
                 .patterns
                 .matching(path, &mut caches.path, &mut matched.path);
         }
+    }
+
+    /// Returns why no alternative allows a request: `other`, unless only an unusable secret prevents it.
+    fn denial(&self, facts: &Facts<'_>, matched: &Matched, other: HttpDenial) -> HttpDenial {
+        let lacks_secret = self.alternatives.iter().any(|alternative| {
+            alternative.headers.iter().any(HeaderTest::lacks_secret)
+                && alternative.holds_with(matched, |test| test.lacks_secret() || test.accepts(facts))
+        });
+        if lacks_secret { HttpDenial::Secret } else { other }
     }
 
     fn takes_bodies(&self, facts: &Facts<'_>, matched: &Matched) -> bool {
@@ -440,13 +464,18 @@ impl Alternative {
     }
 
     fn holds(&self, facts: &Facts<'_>, matched: &Matched) -> bool {
+        self.holds_with(matched, |test| test.accepts(facts))
+    }
+
+    /// As [`Self::holds`], with another test of the headers.
+    fn holds_with(&self, matched: &Matched, accepts: impl Fn(&HeaderTest) -> bool) -> bool {
         let among = |number: Option<u32>, numbers: &[u32]| {
             number.is_none_or(|number| numbers.binary_search(&number).is_ok())
         };
         among(self.path, &matched.path)
             && among(self.method, &matched.method)
             && among(self.host, &matched.host)
-            && self.headers.iter().all(|test| test.accepts(facts))
+            && self.headers.iter().all(accepts)
     }
 
     /// Appends the changes of the headers that mismatch. Returns whether one mismatches.
@@ -471,6 +500,11 @@ impl Alternative {
 }
 
 impl HeaderTest {
+    /// Returns whether the wanted value comes from a secret that cannot be used.
+    const fn lacks_secret(&self) -> bool {
+        matches!(self.wanted, Wanted::Unknown)
+    }
+
     /// Returns whether the alternative can match.
     fn accepts(&self, facts: &Facts<'_>) -> bool {
         match (&self.wanted, &self.mismatch) {
@@ -572,6 +606,9 @@ fn header_tests(rule: &HttpRule, secrets: &Secrets<'_>) -> Box<[HeaderTest]> {
 
 fn header_test(header: &HeaderMatch, secrets: &Secrets<'_>) -> HeaderTest {
     let from_secret = header.secret.as_deref().and_then(secrets);
+    let is_unusable = from_secret
+        .as_ref()
+        .is_some_and(|value| !is_header_value(value.reveal()));
     let text = || {
         header
             .value
@@ -601,6 +638,7 @@ fn header_test(header: &HeaderMatch, secrets: &Secrets<'_>) -> HeaderTest {
         name: (*name).into(),
         mismatch,
         wanted: match value {
+            _ if is_unusable => Wanted::Unknown,
             Some(value) => Wanted::Value(value),
             None if header.secret.is_some() => Wanted::Unknown,
             None => Wanted::Present,

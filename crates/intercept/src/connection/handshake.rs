@@ -45,11 +45,10 @@ impl Connection {
             self.begin_client_tls(cx);
             return Ok(true);
         };
-        let tls = cx
-            .settings
-            .secrets
-            .trust(&context)
-            .and_then(|trust| cx.contexts.client(&trust, &self.name, self.offered.clone()));
+        let tls = cx.settings.secrets.trust(&context).and_then(|trust| {
+            let config = cx.contexts.client(&trust, &self.name, self.offered.clone());
+            config.map_err(|problem| of_secret(&context.secret, &problem))
+        });
         match tls {
             Ok(tls) => {
                 server.tls = Some(Box::new(tls.into()));
@@ -161,16 +160,16 @@ impl Connection {
             }
         };
         let issue = cx.settings.interception_ca.as_deref() == Some(&*context.secret);
-        let config = cx
-            .settings
-            .secrets
-            .identity(&context)
-            .and_then(|secret| cx.contexts.server(&secret, issue, &self.name, chosen.as_deref()));
+        let config = cx.settings.secrets.identity(&context).and_then(|secret| {
+            let config = cx.contexts.server(&secret, issue, &self.name, chosen.as_deref());
+            config.map_err(|problem| of_secret(&context.secret, &problem))
+        });
+        let mut reason = Reason::InterceptFailed;
         let (error, alert) = match config {
             Ok(config) => match accepted.into_connection(config) {
                 Ok(tls) => {
                     if let Err(error) = self.client.accept_tls(tls) {
-                        self.client_failed(&words(&error), cx);
+                        self.client_failed(Reason::InterceptFailed, &words(&error), cx);
                         self.close_after_answer(cx.now);
                     }
                     return;
@@ -184,10 +183,11 @@ impl Connection {
             Err(problem) => {
                 let failure = Failure::new(FailureKind::Secret, problem);
                 cx.counters.count_failure(failure.kind);
+                reason = failure.reason();
                 (failure.to_string(), plain_alert(INTERNAL_ERROR).to_vec())
             }
         };
-        self.client_failed(&error, cx);
+        self.client_failed(reason, &error, cx);
         let _ = self.client.send(&alert);
         self.close_after_answer(cx.now);
     }
@@ -204,14 +204,14 @@ impl Connection {
             Ok(Handshake::Closed) => "the client closed the connection in the TLS handshake".to_owned(),
             Err(error) => words(&error),
         };
-        self.client_failed(&words, cx);
+        self.client_failed(Reason::InterceptFailed, &words, cx);
         Err(Stop::Close)
     }
 
     /// Counts and records a failure of the TLS handshake with the client.
-    fn client_failed(&self, words: &str, cx: &Cx<'_>) {
+    fn client_failed(&self, reason: Reason, words: &str, cx: &Cx<'_>) {
         count(&cx.counters.client_handshakes_failed);
-        self.drop_intercept(Reason::InterceptFailed, words, cx);
+        self.drop_intercept(reason, words, cx);
     }
 
     fn begin_relay(&mut self, cx: &mut Cx<'_>) {
@@ -251,4 +251,9 @@ fn words(error: &EndError) -> String {
         EndError::Tls(error) => format!("TLS handshake with the client: {error}"),
         EndError::Io(error) => format!("TLS handshake with the client: {error}"),
     }
+}
+
+/// Returns the text about a problem with the content of a secret.
+fn of_secret(secret: &str, problem: &str) -> String {
+    format!("secret {secret}: {problem}")
 }

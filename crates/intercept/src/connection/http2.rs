@@ -112,7 +112,7 @@ impl Connection {
             is_ended |= served.is_err() || filter.server(&answers, &mut context, out).is_err();
             if server.has_answered() && filter.streams() == 0 {
                 // All requests are answered, and the client can open another connection for further requests.
-                filter.goaway(Reason::InterceptFailed, out);
+                filter.goaway(failure.reason(), out);
                 is_ended = true;
             }
             out.to_server.clear();

@@ -554,7 +554,7 @@ impl Connection {
         cx.counters.count_failure(failure.kind);
         cx.upstreams
             .note_failure(&self.name, self.context.server, failure);
-        self.drop_intercept(Reason::InterceptFailed, &failure.to_string(), cx);
+        self.drop_intercept(failure.reason(), &failure.to_string(), cx);
         if *cx.log > 0 {
             *cx.log -= 1;
             info!(

@@ -38,7 +38,11 @@ fn expect(world: &World, kind: FailureKind, words: &str) -> Answer {
     let record = world.record("the failure", |record| {
         matches!(record.what, What::Intercept { error, .. } if error.bytes().starts_with(kind.text().as_bytes()))
     });
-    assert_eq!(record.reason, Reason::InterceptFailed);
+    let reason = match kind {
+        FailureKind::Secret => Reason::SecretUnusable,
+        _ => Reason::InterceptFailed,
+    };
+    assert_eq!(record.reason, reason);
     assert!(matches!(record.what, What::Intercept { name, .. } if name.bytes() == NAME.as_bytes()));
     assert!(world.proxy.stats().failures[kind as usize] > 0);
     let upstreams = world.proxy.upstreams();

@@ -177,6 +177,7 @@ impl Control {
                     self.enforcer.extend(&self.datapath, &self.names, |sets| {
                         inspectors.set_rules(sets, workers, interception);
                     });
+                    self.check_secrets();
                     self.publish();
                     self.changed();
                 }
@@ -198,6 +199,7 @@ impl Control {
                     let sets = Arc::clone(&self.enforcer.compiler.snapshot().rulesets);
                     self.inspectors
                         .set_rules(&sets, &self.workers, &mut self.interception);
+                    self.check_secrets();
                 }
                 Message::Stop { detach: true, reply } => return End::Detach(reply),
                 Message::Stop { detach: false, reply } => {
@@ -506,11 +508,20 @@ impl Control {
         }
         self.forget_connections(&gone);
         self.workers.forget_endpoints(&gone);
+        self.check_secrets();
         self.publish();
         self.interception.recheck();
         self.prefetch();
         self.changed();
         self.netfilter_due = true;
+    }
+
+    /// Finds the secrets that the policies in force name and that cannot be used.
+    fn check_secrets(&self) {
+        let compiler = &self.enforcer.compiler;
+        let policies = compiler.files().flat_map(|(_, content)| &content.policies);
+        self.interception
+            .check_secrets(&compiler.snapshot().rulesets, policies);
     }
 
     /// Passes the names in `matchName` selectors and the DNS servers to the prefetcher, or no names if `[dns] prefetch`

@@ -19,8 +19,8 @@ use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, prot
 use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
 use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
 use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings};
-use palisade_model::snapshot::RuleSet;
-use palisade_secrets::{Problem, Store, expires_within};
+use palisade_model::{rule::Policy, snapshot::RuleSet};
+use palisade_secrets::{Problem, Store, check_policies, check_rule_set, expires_within};
 use palisade_worker::TimedRecord;
 use tracing::{error, info, warn};
 
@@ -75,7 +75,6 @@ impl InspectorRules {
         self.0 = Arc::new(rules);
         workers.set_rules(&self.0);
         interception.set_rules(Arc::clone(&self.0));
-        interception.check_secrets(sets);
     }
 }
 
@@ -86,6 +85,10 @@ pub(super) struct View {
     proxy: RwLock<Result<Arc<Proxy>, String>>,
     secrets: RwLock<Arc<Secrets>>,
     records_lost: Arc<AtomicU64>,
+    /// `[tls] interception_ca`.
+    interception_ca: Option<String>,
+    /// Secrets that the policies in force name and that cannot be used, in words, with the places in the policies.
+    unusable: RwLock<Arc<BTreeSet<String>>>,
 }
 
 impl View {
@@ -105,13 +108,23 @@ impl View {
 
     /// Returns why intercepted traffic with this rule set is denied; `None` if nothing prevents the interception.
     pub(super) fn problem_of(&self, set: &RuleSet) -> Option<String> {
-        let secrets = self.secrets();
-        let terminating = set.terminating_tls.as_ref();
-        let originating = set.originating_tls.as_ref();
-        self.proxy()
+        let problems: Vec<String> = self
+            .proxy()
             .err()
-            .or_else(|| Some(secrets.store.identity(terminating?).err()?.to_string()))
-            .or_else(|| Some(secrets.store.trust(originating?).err()?.to_string()))
+            .into_iter()
+            .chain(self.unusable_secrets(set))
+            .collect();
+        (!problems.is_empty()).then(|| problems.join("; "))
+    }
+
+    /// Returns why secrets of a rule set cannot be used.
+    fn unusable_secrets(&self, set: &RuleSet) -> Vec<String> {
+        check_rule_set(set, &self.secrets().store, self.interception_ca.as_deref())
+    }
+
+    /// Returns the secrets that the policies in force name and that cannot be used, in words.
+    pub(super) fn unusable(&self) -> Arc<BTreeSet<String>> {
+        Arc::clone(&self.unusable.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -121,13 +134,10 @@ pub(super) struct Interception {
     limits: Limits,
     known: Option<Arc<SniAddressIndex>>,
     options: Options,
-    interception_ca: Option<String>,
     refuse_nameless: bool,
     rules: Arc<Rules>,
     shared: Arc<Shared>,
     links: Option<Arc<ProxyLinks>>,
-    /// Secrets that policies name and that cannot be used, in words.
-    unusable: BTreeSet<String>,
     reports: Arc<Records>,
 }
 
@@ -153,18 +163,18 @@ impl Interception {
                 problems,
             })),
             records_lost: Arc::clone(&records_lost),
+            interception_ca: tls.interception_ca.clone(),
+            unusable: RwLock::default(),
         });
         let mut interception = Self {
             view,
             limits: limits(config),
             known,
             options: options(config),
-            interception_ca: tls.interception_ca.clone(),
             refuse_nameless: tls.no_sni == NoSni::Refuse,
             rules: Arc::default(),
             shared: Arc::clone(shared),
             links,
-            unusable: BTreeSet::new(),
             reports: Arc::new(Records {
                 queue: sender,
                 lost: records_lost,
@@ -228,7 +238,7 @@ impl Interception {
         Settings {
             rules: Arc::clone(&self.rules),
             secrets: Arc::clone(&self.view.secrets().store) as Arc<dyn palisade_intercept::Secrets>,
-            interception_ca: self.interception_ca.clone(),
+            interception_ca: self.view.interception_ca.clone(),
             http: self.limits.http.clone(),
             ech: self.limits.tls.ech,
             names: self.known.clone(),
@@ -249,30 +259,34 @@ impl Interception {
         self.update();
     }
 
-    /// Logs the secrets that rule sets name and that cannot be used. The traffic of these rule sets is denied.
-    fn check_secrets(&mut self, sets: &BTreeMap<u32, Arc<RuleSet>>) {
-        let secrets = self.view.secrets();
-        let store = &secrets.store;
-        let unusable: BTreeSet<String> = sets
+    /// Finds the secrets that rule sets name and that cannot be used, with their places in `policies`, and logs those that
+    /// were usable before. The traffic that needs them is denied. Policies whose rules no rule set has are not reported.
+    pub(super) fn check_secrets<'a>(
+        &self,
+        sets: &BTreeMap<u32, Arc<RuleSet>>,
+        policies: impl IntoIterator<Item = &'a Policy>,
+    ) {
+        let messages: BTreeSet<String> = sets
             .values()
-            .flat_map(|set| {
-                let terminating = set.terminating_tls.as_ref();
-                let originating = set.originating_tls.as_ref();
-                [
-                    terminating.and_then(|tls| store.identity(tls).err()),
-                    originating.and_then(|tls| store.trust(tls).err()),
-                ]
-            })
-            .flatten()
-            .map(|error| error.to_string())
+            .flat_map(|set| self.view.unusable_secrets(set))
             .collect();
-        for problem in unusable.difference(&self.unusable) {
-            error!(
-                problem,
-                "a policy names a secret that cannot be used; its traffic is denied"
-            );
+        let mut unusable = BTreeSet::new();
+        if !messages.is_empty() {
+            let ca = self.view.interception_ca.as_deref();
+            let found = check_policies(policies, &self.view.secrets().store, ca);
+            let found = found
+                .iter()
+                .filter(|diagnostic| messages.contains(&diagnostic.message));
+            unusable.extend(found.map(ToString::to_string));
         }
-        self.unusable = unusable;
+        for problem in unusable.difference(&self.view.unusable()) {
+            error!(problem, "a policy names a secret that cannot be used");
+        }
+        *self
+            .view
+            .unusable
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(unusable);
     }
 
     /// Ends the connections that the policy in force does not intercept any more.
@@ -362,11 +376,10 @@ impl Interception {
                     )
                 })
             });
-        let unusable = self
-            .unusable
-            .iter()
-            .map(|problem| format!("{problem}; its traffic is denied"));
+        let unusable = self.view.unusable();
         unusable
+            .iter()
+            .cloned()
             .chain(secrets.problems.iter().map(ToString::to_string))
             .chain(expiring)
             .collect()

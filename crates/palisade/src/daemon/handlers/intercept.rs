@@ -110,15 +110,7 @@ impl Handlers {
         let secrets = self.interception.secrets();
         let now = unix_time();
         let mut problems: Vec<String> = secrets.problems.iter().map(ToString::to_string).collect();
-        let view = self.shared.get();
-        // Secrets that policies name and that the folder does not have.
-        for set in view.snapshot.rulesets.values() {
-            if let Some(problem) = self.interception.problem_of(set)
-                && !problems.contains(&problem)
-            {
-                problems.push(problem);
-            }
-        }
+        problems.extend(self.interception.unusable().iter().cloned());
         Certificates {
             dir: self.interception.dir.display().to_string(),
             certificates: secrets

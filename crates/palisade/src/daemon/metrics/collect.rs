@@ -293,7 +293,12 @@ impl Collector {
             let labels = [&**secret, key, &index.to_string(), &expiry.subject];
             report.add(&own::CERTIFICATE_EXPIRY, &labels, expiry.not_after as f64);
         }
-        report.add(&own::SECRET_PROBLEMS, &[], secrets.problems.len());
+        let unusable = self.handlers.interception.unusable();
+        report.add(
+            &own::SECRET_PROBLEMS,
+            &[],
+            secrets.problems.len() + unusable.len(),
+        );
     }
 
     fn proxy(&self, report: &mut Report) {
