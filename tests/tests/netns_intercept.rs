@@ -9,7 +9,13 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
+};
 use palisade_testbed::{
     Daemon, Outcome, Topology,
     dns::Server,
@@ -1465,6 +1471,95 @@ fn many_connections_are_open_at_the_same_time() {
         &lab.ask("client", "www.web.example", at, "/denied", &[]),
         &daemon,
     );
+}
+
+#[test]
+fn connections_beyond_the_share_of_an_endpoint_are_reset_with_a_reason() {
+    let lab = lab();
+    let peer = peer_at(&lab, HTTPS);
+    let settings = lab.settings_with("proxy_threads = 1\nmax_connections_per_endpoint = 2\n");
+    let text = policy("client", "egress", &[HTTPS], RULES);
+    let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 2).expect("clients");
+        assert_eq!(held.line("again").expect("responses"), "again 2");
+        let got = lab.ask("client", "www.web.example", at, "/allowed/beyond", &[]);
+        assert!(
+            got.status == 0 && [35, 56].contains(&got.code),
+            "{got:?}\n{}",
+            daemon.report()
+        );
+        let address = at.ip().to_string();
+        let args = ["--verdict", "dropped", "--to-ip", &address];
+        let is_told = |flow: &Value| {
+            flow["drop_reason_desc"] == "INSPECTION_LIMIT_REACHED"
+                && flow.to_string().contains("has its share of the proxy's connections")
+        };
+        daemon
+            .wait_flows(&args, "a flow with the reason", |flows| flows.iter().any(is_told))
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        let limited = daemon.json(&["intercept", "stats"]).expect("stats")["counters"]["connections"]["limited"].clone();
+        assert!(limited.as_u64() > Some(0), "{limited}");
+        let warned = |status: &Value| status["warnings"].to_string().contains("max_connections_per_endpoint");
+        daemon
+            .wait_status("a warning about the limit", warned)
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        drop(held);
+        let none = || daemon.json(&["intercept", "connections"]).unwrap_or_default() == Value::Array(Vec::new());
+        wait_until("the connections end", OPEN, none).expect("no connection");
+    }
+    assert_eq!(peer.requests_for("/allowed/beyond"), 0);
+}
+
+#[test]
+fn connections_that_the_accept_queues_cannot_take_are_counted_and_told() {
+    // The backlog of a listener is 4,096.
+    const FLOOD: usize = 5_000;
+    let open_files = limit_open_files(2 * FLOOD as u64 + 4_096);
+    assert!(open_files > 2 * FLOOD as u64, "{open_files}");
+    let lab = lab();
+    let peer = peer_at(&lab, HTTPS);
+    let settings = lab.settings_with("proxy_threads = 1\n");
+    let text = policy("client", "egress", &[HTTPS], RULES);
+    let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
+    let overflows = || -> Option<u64> {
+        let stats = daemon.json(&["intercept", "stats"]).ok()?;
+        stats["counters"]["connections"]["accept_overflows"].as_u64()
+    };
+    assert_eq!(overflows(), Some(0));
+    let pid = Pid::from_raw(daemon.pid().expect("a daemon") as i32);
+    for (n, family) in FAMILIES.into_iter().enumerate() {
+        let at = lab.apps.at("internet", family, HTTPS);
+        // A thread that accepts nothing: the kernel completes the connections until the queue is full.
+        kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+        let flood = lab.apps.ns("client").enter(|| {
+            let mut flood = Vec::new();
+            let mut refused = 0;
+            while flood.len() < FLOOD && refused < 3 {
+                match std::net::TcpStream::connect_timeout(&at, Duration::from_millis(300)) {
+                    Ok(stream) => flood.push(stream),
+                    Err(_) => refused += 1,
+                }
+            }
+            flood
+        });
+        kill(pid, Signal::SIGCONT).expect("SIGCONT");
+        assert!((4_096..FLOOD).contains(&flood.len()), "{family:?}: {}", flood.len());
+        drop(flood);
+        let before = n as u64;
+        wait_until("the overflows are counted", OPEN, || overflows() > Some(before))
+            .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        let warned = |status: &Value| status["warnings"].to_string().contains("accept queues of the proxy were full");
+        daemon
+            .wait_status("a warning about the accept queues", warned)
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        let served = || lab.ask("client", "www.web.example", at, "/allowed/after", &[]).status == 200;
+        wait_until("the proxy serves again", OPEN, served)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    }
+    assert!(daemon.log().contains("accept queues of the proxy were full"), "{}", daemon.log());
+    assert!(peer.requests_for("/allowed/after") >= 2);
 }
 
 #[test]

@@ -34,6 +34,7 @@ mod failure;
 pub mod fuzzing;
 mod listen;
 mod lru;
+mod overflow;
 mod printable;
 mod protocol;
 mod proxy;

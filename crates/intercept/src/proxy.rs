@@ -22,6 +22,7 @@ use tracing::{error, info};
 use crate::{
     check::{CheckRequest, CheckStep, check},
     listen::{Listener, Place, Resolver, listen},
+    overflow::overflows,
     settings::{Flows, Listeners, Namespace, Options, Reports, Settings},
     stats::{Counters, Stats},
     thread::{Shared, Show, Thread, WAKER, register},
@@ -207,6 +208,15 @@ impl Proxy {
             stats.add(&thread.state.counters);
         }
         stats
+    }
+
+    /// Returns the number of connections of clients that the kernel has dropped because the accept queue of their
+    /// listener was full, since the namespaces of the proxy exist.
+    ///
+    /// # Errors
+    /// The error of a namespace or of its counters.
+    pub fn accept_overflows(&self) -> io::Result<u64> {
+        overflows(&self.shared.places)
     }
 
     /// Returns at most `most` live connections of each thread. A thread that does not answer within a second is left out.

@@ -46,6 +46,13 @@ const ACCEPT_PAUSE: Millis = 100;
 const SCRATCH: usize = 128 << 10;
 /// Maximum number of log lines per second.
 const LOG_LINES: u32 = 10;
+/// Maximum number of records per second about connections that a limit ends. A flood of connections must not displace
+/// other records.
+const LIMIT_RECORDS: u32 = 100;
+/// Details of these records.
+const SHARE_FULL: &str = "the endpoint has its share of the proxy's connections";
+const TABLE_FULL: &str = "the proxy has no room for further connections";
+const EVICTED: &str = "idle connection ended for one of another endpoint: the proxy has no room";
 
 /// A request for the state of a thread. The thread sends the state through the sender in the request.
 pub(crate) enum Show {
@@ -115,8 +122,12 @@ pub(crate) struct Thread<'a> {
     started: Instant,
     scratch: Scratch,
     bytes: Box<[u8]>,
-    /// Second, and number of log lines that are left in it.
-    log: (Millis, u32),
+    /// Current second of the next two limits.
+    second: Millis,
+    /// Number of log lines that are left in the second.
+    log: u32,
+    /// Number of records about connections that a limit ends that are left in the second.
+    limit_records: u32,
 }
 
 impl<'a> Thread<'a> {
@@ -148,7 +159,9 @@ impl<'a> Thread<'a> {
             started: Instant::now(),
             scratch: Scratch::default(),
             bytes: vec![0; SCRATCH].into_boxed_slice(),
-            log: (0, LOG_LINES),
+            second: 0,
+            log: LOG_LINES,
+            limit_records: LIMIT_RECORDS,
         }
     }
 
@@ -167,8 +180,9 @@ impl<'a> Thread<'a> {
                 Err(error) => return Err(error),
             }
             let now = self.now();
-            if now / 1000 != self.log.0 {
-                self.log = (now / 1000, LOG_LINES);
+            if now / 1000 != self.second {
+                self.second = now / 1000;
+                (self.log, self.limit_records) = (LOG_LINES, LIMIT_RECORDS);
             }
             self.follow_settings(poll, now);
             self.show(now);
@@ -269,7 +283,7 @@ impl<'a> Thread<'a> {
             registry: poll.registry(),
             upstreams: &mut self.upstreams,
             entered: &mut self.entered,
-            log: &mut self.log.1,
+            log: &mut self.log,
         };
         match call(connection, &mut cx) {
             Next::Close => self.remove(key),
@@ -378,14 +392,6 @@ impl<'a> Thread<'a> {
             self.settings = self.shared.settings();
         }
         let endpoint = flow.request.endpoint;
-        if !self.has_room(endpoint) {
-            count(&self.counters.limited);
-            refuse(&socket);
-            return;
-        }
-        let _ = socket.set_nodelay(true);
-        self.next_id += 1;
-        let id = self.next_id;
         let context = StreamContext {
             request: flow.request,
             direction,
@@ -393,6 +399,14 @@ impl<'a> Thread<'a> {
             server,
             ifindex: flow.ifindex,
         };
+        if let Err(detail) = self.make_room(endpoint) {
+            self.report_limit(&context, detail);
+            refuse(&socket);
+            return;
+        }
+        let _ = socket.set_nodelay(true);
+        self.next_id += 1;
+        let id = self.next_id;
         if !self.settings.rules.knows(flow.request.ruleset) {
             let (reason, detail) = (Reason::UnknownRuleset, Reason::UnknownRuleset.text());
             let record = context.record(Verdict::Dropped, reason, What::Unreadable { detail });
@@ -424,39 +438,47 @@ impl<'a> Thread<'a> {
         self.work(key, id, poll, now, Connection::drive);
     }
 
-    /// Returns whether an endpoint can have one more connection. If the table is full, the endpoint with the most
-    /// connections loses the one that has been idle for the longest time, unless the new connection is of that endpoint.
-    fn has_room(&mut self, endpoint: u16) -> bool {
+    /// Counts and records a connection that a limit ends.
+    fn report_limit(&mut self, context: &StreamContext, detail: &'static str) {
+        count(&self.counters.limited);
+        if let Some(left) = self.limit_records.checked_sub(1) {
+            self.limit_records = left;
+            let what = What::Unreadable { detail };
+            let record = context.record(Verdict::Dropped, Reason::InspectLimit, what);
+            self.shared.reports.record(&record);
+        }
+    }
+
+    /// Makes room for one more connection of an endpoint. If the table is full, the endpoint with the most connections
+    /// loses the one that has been idle for the longest time, unless the new connection is of that endpoint.
+    ///
+    /// # Errors
+    /// The limit that the new connection would exceed, in words.
+    fn make_room(&mut self, endpoint: u16) -> Result<(), &'static str> {
         let options = &self.shared.options;
         let own = self.of_endpoint.get(&endpoint).copied().unwrap_or(0);
         if own >= (options.connections * options.endpoint_share / 100).max(1) {
-            return false;
+            return Err(SHARE_FULL);
         }
         if self.connections.len() < options.connections {
-            return true;
+            return Ok(());
         }
         let largest = self.of_endpoint.iter().max_by_key(|(_, number)| **number);
-        let Some((&largest, &number)) = largest else {
-            return false;
-        };
+        let (&largest, &number) = largest.ok_or(TABLE_FULL)?;
         if largest == endpoint || number <= own + 1 {
-            return false;
+            return Err(TABLE_FULL);
         }
-        let oldest = self
+        let (key, oldest) = self
             .connections
             .iter()
             .filter(|(_, one)| one.endpoint == largest)
             .min_by_key(|(_, one)| one.idle_since())
-            .map(|(key, _)| key);
-        let Some(key) = oldest else {
-            return false;
-        };
-        count(&self.counters.limited);
-        if let Some(connection) = self.connections.get(key) {
-            connection.reset();
-        }
+            .ok_or(TABLE_FULL)?;
+        oldest.reset();
+        let context = *oldest.context();
+        self.report_limit(&context, EVICTED);
         self.remove(key);
-        true
+        Ok(())
     }
 }
 

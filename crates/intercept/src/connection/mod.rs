@@ -335,6 +335,11 @@ impl Connection {
         }
     }
 
+    /// Returns the addresses of the connection and the request of the policy.
+    pub(crate) const fn context(&self) -> &StreamContext {
+        &self.context
+    }
+
     /// Returns the time of the last progress, ms.
     pub(crate) const fn idle_since(&self) -> Millis {
         self.active

@@ -11,10 +11,25 @@ use std::{
     time::Duration,
 };
 
-use palisade_abi::Direction;
+use palisade_abi::{Direction, Reason};
+use palisade_inspect::record::{Verdict, What};
 use palisade_intercept::{Flow, Flows, Options, Proxy};
 
 use crate::world::{NAME, PATIENCE, World, get, http_rules, read_answer, read_to_end, send, serve_http};
+
+/// Returns the endpoints of the connections that a limit has ended, and the details of their records.
+fn limit_records(world: &World) -> Vec<(u16, &'static str)> {
+    let records = world.reports.0.lock().expect("the records");
+    let of_limits = records
+        .iter()
+        .filter(|record| (record.verdict, record.reason) == (Verdict::Dropped, Reason::InspectLimit));
+    of_limits
+        .map(|record| match record.what {
+            What::Unreadable { detail } => (record.endpoint, detail),
+            _ => panic!("{record:?}"),
+        })
+        .collect()
+}
 
 #[test]
 fn one_endpoint_cannot_take_all_connections() {
@@ -25,6 +40,14 @@ fn one_endpoint_cannot_take_all_connections() {
         world.proxy.stats().limited == 16
     });
     assert_eq!(world.proxy.stats().open, 4);
+    let records = limit_records(&world);
+    assert!(
+        records.len() == 16
+            && records
+                .iter()
+                .all(|record| *record == (9, "the endpoint has its share of the proxy's connections")),
+        "{records:?}"
+    );
     // Another endpoint is served.
     let socket = connect_as(&world, 10);
     let name = rustls::pki_types::ServerName::try_from(NAME).expect("a name");
@@ -300,7 +323,32 @@ fn a_full_table_takes_the_connection_that_is_idle_for_the_longest_time_from_the_
     // A further connection of the largest endpoint takes none from itself.
     let (_, end) = read_to_end(&mut world.socket());
     end.expect_err("refused");
+    assert_eq!(
+        limit_records(&world),
+        [
+            (
+                9,
+                "idle connection ended for one of another endpoint: the proxy has no room"
+            ),
+            (9, "the proxy has no room for further connections")
+        ]
+    );
     drop((rest, other));
+}
+
+#[test]
+fn a_flood_of_connections_beyond_a_limit_has_few_records() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| options.connections = 2);
+    let begun = std::time::Instant::now();
+    let flood: Vec<TcpStream> = (0..300).map(|_| world.socket()).collect();
+    world.wait("the flood is refused", |world| world.proxy.stats().limited == 299);
+    let seconds = begun.elapsed().as_secs() as usize + 2;
+    let records = limit_records(&world).len();
+    assert!(
+        (100..=100 * seconds).contains(&records),
+        "{records} in {seconds} s"
+    );
+    drop(flood);
 }
 
 /// Returns the resident memory of the process, KiB.

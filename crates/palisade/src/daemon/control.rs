@@ -251,6 +251,7 @@ impl Control {
             self.record_policies();
         }
         self.repair_links();
+        self.interception.watch_limits();
         self.attach();
         self.retry_replacement();
     }

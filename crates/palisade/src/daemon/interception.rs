@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -44,6 +44,8 @@ const RESERVED_FILES: usize = 1_024;
 const FILES_PER_CONNECTION: usize = 2;
 /// Limit on open files if the kernel does not report it.
 const DEFAULT_FILES: u64 = 1_024;
+/// Time for which the status reports that the proxy had no room for connections.
+const LIMIT_WARNING: Duration = Duration::from_mins(1);
 /// Remaining validity below which a certificate is reported, days.
 const EXPIRY_WARNING_DAYS: u32 = 30;
 
@@ -138,6 +140,9 @@ pub(super) struct Interception {
     rules: Arc<Rules>,
     shared: Arc<Shared>,
     links: Option<Arc<ProxyLinks>>,
+    /// Connections that ended because of a limit of the proxy threads, and overflows of their accept queues.
+    limited: Rise,
+    overflows: Rise,
     reports: Arc<Records>,
 }
 
@@ -175,6 +180,8 @@ impl Interception {
             rules: Arc::default(),
             shared: Arc::clone(shared),
             links,
+            limited: Rise::default(),
+            overflows: Rise::default(),
             reports: Arc::new(Records {
                 queue: sender,
                 lost: records_lost,
@@ -334,6 +341,22 @@ impl Interception {
         self.start_proxy(datapath);
     }
 
+    /// Looks whether the proxy has dropped connections for lack of room, and logs it.
+    pub(super) fn watch_limits(&mut self) {
+        let Ok(proxy) = self.view.proxy() else {
+            return;
+        };
+        if self.limited.update(proxy.stats().limited) {
+            warn!(total = self.limited.count, "{LIMITED}");
+        }
+        // Without the counters of a namespace its links are gone, which is reported elsewhere.
+        if let Ok(count) = proxy.accept_overflows()
+            && self.overflows.update(count)
+        {
+            warn!(total = count, "{OVERFLOWED}");
+        }
+    }
+
     /// Returns what prevents interception.
     pub(super) fn missing(&self) -> Option<String> {
         match self.view.proxy() {
@@ -376,13 +399,49 @@ impl Interception {
                     )
                 })
             });
+        let limits = [(&self.limited, LIMITED), (&self.overflows, OVERFLOWED)]
+            .into_iter()
+            .filter(|(rise, _)| rise.is_recent())
+            .map(|(rise, text)| format!("{text} ({} in total)", rise.count));
         let unusable = self.view.unusable();
         unusable
             .iter()
             .cloned()
+            .chain(limits)
             .chain(secrets.problems.iter().map(ToString::to_string))
             .chain(expiring)
             .collect()
+    }
+}
+
+const LIMITED: &str = "the proxy has reset connections for lack of room: see [tls] max_connections and \
+                       max_connections_per_endpoint, the flows with the reason 238, and the limit on open files";
+const OVERFLOWED: &str = "clients could not connect because the accept queues of the proxy were full: more [tls] \
+                          proxy_threads accept faster";
+
+/// A counter, and when it was last found to have risen.
+#[derive(Debug, Default)]
+struct Rise {
+    count: u64,
+    at: Option<Instant>,
+}
+
+impl Rise {
+    /// Takes the counter's value. Returns whether the counter has risen, and had not for [`LIMIT_WARNING`].
+    fn update(&mut self, count: u64) -> bool {
+        // New threads and namespaces begin at 0.
+        let has_risen = count > self.count;
+        self.count = count;
+        let is_new = has_risen && !self.is_recent();
+        if has_risen {
+            self.at = Some(Instant::now());
+        }
+        is_new
+    }
+
+    /// Returns whether the counter has risen within [`LIMIT_WARNING`].
+    fn is_recent(&self) -> bool {
+        self.at.is_some_and(|at| at.elapsed() < LIMIT_WARNING)
     }
 }
 

@@ -35,7 +35,10 @@ impl Control {
     /// Answers a request of a client.
     pub(in crate::daemon) fn answer(&mut self, request: ClientRequest) {
         match request {
-            ClientRequest::Status(reply) => reply.send(Ok(self.status())),
+            ClientRequest::Status(reply) => {
+                self.interception.watch_limits();
+                reply.send(Ok(self.status()));
+            }
             ClientRequest::Reload {
                 sessions,
                 force,

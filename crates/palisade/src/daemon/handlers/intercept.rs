@@ -397,6 +397,9 @@ impl Handlers {
         };
         let mut connections = stats.named();
         connections.push(("records_lost", self.interception.records_lost()));
+        if let Ok(overflows) = proxy.accept_overflows() {
+            connections.push(("accept_overflows", overflows));
+        }
         InterceptStats {
             threads: threads
                 .map(|(number, thread)| InterceptThread {
