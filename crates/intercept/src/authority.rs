@@ -11,11 +11,12 @@ use rcgen::{
 };
 use rustls::{
     SignatureScheme,
-    crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer},
+    crypto::aws_lc_rs::sign::any_supported_type,
+    pki_types::{CertificateDer, PrivatePkcs8KeyDer},
     sign::{CertifiedKey, SigningKey},
 };
 use x509_parser::prelude::{FromDer as _, X509Certificate};
+use zeroize::Zeroizing;
 
 /// Lifetime of a certificate that is made on demand.
 const LIFETIME: Duration = Duration::from_hours(7 * 24);
@@ -28,18 +29,14 @@ pub(crate) struct Authority {
     chain: Vec<CertificateDer<'static>>,
     /// Period in which the CA's certificate is valid, s since 1970.
     valid: (i64, i64),
-    leaf: KeyPair,
+    leaf: Zeroizing<KeyPair>,
     leaf_key: Arc<dyn SigningKey>,
 }
 
 impl Authority {
     /// # Errors
     /// A description of what is wrong with the CA.
-    pub(crate) fn new(
-        chain: &[CertificateDer<'static>],
-        key: Arc<dyn SigningKey>,
-        provider: &CryptoProvider,
-    ) -> Result<Self, String> {
+    pub(crate) fn new(chain: &[CertificateDer<'static>], key: Arc<dyn SigningKey>) -> Result<Self, String> {
         let ca = chain.first().ok_or("no certificate")?;
         let (_, parsed) =
             X509Certificate::from_der(ca).map_err(|error| format!("CA certificate: {error}"))?;
@@ -52,11 +49,10 @@ impl Authority {
         let key = CaKey::new(key, public)?;
         let issuer = Issuer::from_ca_cert_der(ca, key).map_err(|error| format!("CA certificate: {error}"))?;
         let leaf = KeyPair::generate().map_err(|error| error.to_string())?;
-        let der = PrivateKeyDer::try_from(leaf.serialize_der()).map_err(str::to_owned)?;
-        let leaf_key = provider
-            .key_provider
-            .load_private_key(der)
-            .map_err(|error| error.to_string())?;
+        let leaf = Zeroizing::new(leaf);
+        // The key is borrowed: a copy would not be overwritten when it is dropped.
+        let der = PrivatePkcs8KeyDer::from(leaf.serialized_der());
+        let leaf_key = any_supported_type(&der.into()).map_err(|error| error.to_string())?;
         Ok(Self {
             issuer,
             chain: chain.to_vec(),
@@ -90,7 +86,7 @@ impl Authority {
         params.not_before = date(seconds(now - BACKDATE).max(self.valid.0))?;
         params.not_after = date(seconds(now + LIFETIME).min(self.valid.1))?;
         let certificate = params
-            .signed_by(&self.leaf, &self.issuer)
+            .signed_by(&*self.leaf, &self.issuer)
             .map_err(|error| error.to_string())?;
         let mut chain = vec![certificate.der().clone()];
         chain.extend_from_slice(&self.chain);

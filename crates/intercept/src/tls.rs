@@ -155,7 +155,7 @@ impl Contexts {
         }
         config.send_tls13_tickets = 1;
         let authority = if issue {
-            let authority = Authority::new(&secret.cert, Arc::clone(&secret.key), &self.provider)?;
+            let authority = Authority::new(&secret.cert, Arc::clone(&secret.key))?;
             Some((authority, Mutex::new(Lru::new(KEPT_LEAVES))))
         } else {
             None

@@ -4,16 +4,13 @@ use std::{fmt, sync::Arc};
 
 use rustls::{
     RootCertStore,
-    crypto::aws_lc_rs::default_provider,
+    crypto::aws_lc_rs::sign::any_supported_type,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer},
     sign::CertifiedKey,
 };
-use zeroize::Zeroizing;
 
 /// A certificate chain with the private key of its first certificate.
 pub struct Identity {
-    form: Form,
-    key: Zeroizing<Vec<u8>>,
     certified: Arc<CertifiedKey>,
 }
 
@@ -43,11 +40,7 @@ pub(crate) struct Unfit {
 }
 
 impl Identity {
-    pub(crate) fn new(
-        chain: Vec<CertificateDer<'static>>,
-        label: &str,
-        key: Zeroizing<Vec<u8>>,
-    ) -> Result<Self, Unfit> {
+    pub(crate) fn new(chain: Vec<CertificateDer<'static>>, label: &str, key: &[u8]) -> Result<Self, Unfit> {
         let unfit = |in_certificate, text| Unfit { in_certificate, text };
         let form = match label {
             "PRIVATE KEY" => Form::Pkcs8,
@@ -60,9 +53,8 @@ impl Identity {
                 ));
             }
         };
-        let signer = default_provider()
-            .key_provider
-            .load_private_key(form.with(&key).clone_key())
+        // The key is borrowed: rustls would drop a copy of its own without overwriting it.
+        let signer = any_supported_type(&form.with(key))
             .map_err(|error| unfit(false, format!("the private key cannot be used: {error}")))?;
         let certified = CertifiedKey::new(chain, signer);
         certified.keys_match().map_err(|error| match error {
@@ -72,8 +64,6 @@ impl Identity {
             other => unfit(true, format!("the certificate cannot be used: {other}")),
         })?;
         Ok(Self {
-            form,
-            key,
             certified: Arc::new(certified),
         })
     }
@@ -83,12 +73,6 @@ impl Identity {
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
-    }
-
-    /// Returns the private key. The caller must not keep a copy.
-    #[must_use]
-    pub fn key(&self) -> PrivateKeyDer<'_> {
-        self.form.with(&self.key)
     }
 
     /// Returns chain and key as rustls uses them.

@@ -9,8 +9,8 @@
 //! Start at [`Store::load`]. A path is read only if no user other than root and the user of this process can change it.
 //! A secret that becomes malformed keeps its last good content until the process ends; a secret that is removed is gone.
 //!
-//! Memory with keys is overwritten when it is dropped, as far as this crate holds it. The YAML parser and rustls keep
-//! copies of their own that they do not overwrite.
+//! Memory with keys is overwritten when it is dropped, as far as this crate holds it. The YAML parser keeps copies
+//! that it does not overwrite; aws-lc overwrites its own.
 #![forbid(unsafe_code)]
 #![deny(
     clippy::unwrap_used,

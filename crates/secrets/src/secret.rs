@@ -266,7 +266,7 @@ impl Secret {
             .iter()
             .map(|section| CertificateDer::from(section.der.to_vec()))
             .collect();
-        Identity::new(chain, &private.label, private.der.clone()).map_err(|error| {
+        Identity::new(chain, &private.label, &private.der).map_err(|error| {
             if error.in_certificate {
                 self.unfit(item, first.line, error.text)
             } else {
