@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use palisade_abi::{Counter, CtEntry, CtKey, ProxyPath, PuntRequest, counter_slot, punt_flags};
+use palisade_abi::{
+    Counter, CtEntry, CtKey, Direction, ProxyPath, PuntRequest, counter_slot, ct_flags, punt_flags,
+};
 
 use crate::{
     Datapath, MapError,
@@ -159,7 +161,7 @@ impl Conntrack<'_> {
     }
 
     /// Creates the entry of an intercepted flow that the daemon opens itself, so that the programs forward its packets
-    /// as those of an endpoint's own flow. The entry expires at `expires`, a time of [`crate::monotonic_coarse`].
+    /// as those of a flow from an endpoint, or to it. The entry expires at `expires`, a time of [`crate::monotonic_coarse`].
     /// Returns false if a flow with this key exists.
     ///
     /// # Errors
@@ -167,6 +169,7 @@ impl Conntrack<'_> {
     pub fn insert_intercepted(
         &self,
         key: &CtKey,
+        direction: Direction,
         request: &PuntRequest,
         path: ProxyPath,
         expires: u64,
@@ -184,6 +187,10 @@ impl Conntrack<'_> {
             serial: request.serial,
             inspector: request.inspector,
             punt_flags: request.flags & punt_flags::AUDIT,
+            flags: match direction {
+                Direction::Ingress => ct_flags::INGRESS,
+                Direction::Egress => 0,
+            },
             ..CtEntry::default()
         };
         self.map.insert_new(key, &entry)

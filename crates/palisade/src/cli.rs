@@ -664,27 +664,46 @@ pub(crate) enum InterceptCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Open a TLS connection to a server as an intercepted connection of an endpoint would be opened, and show each
-    /// step: address, server name and ALPN sent, certificates, alerts.
+    /// Open a TLS connection to a server as an intercepted connection from an endpoint, or to an endpoint, would be
+    /// opened, and show each step: address, server name and ALPN sent, certificates, alerts.
     #[command(after_help = "Examples:
   palisade intercept check bucket.s3.example.com --from default/backup
   palisade intercept check api.example.com:8443 --from default/frontend --address 192.0.2.7
+  palisade intercept check shop.example.com --to default/shop --client 198.51.100.7
 
 Without --address the address is one that the endpoint has learned by this name.
-Exits 0 if a connection of the endpoint would be established, 1 if not.")]
+Exits 0 if the connection would be established, 1 if not.")]
     Check {
         /// Name of the server, with a port unless it is 443.
         #[arg(value_name = "NAME[:PORT]")]
         server: String,
-        /// The endpoint: number, name or address.
-        #[arg(long, value_name = "ENDPOINT")]
-        from: String,
-        /// Address of the server.
-        #[arg(long, value_name = "ADDRESS")]
-        address: Option<std::net::IpAddr>,
+        #[command(flatten)]
+        ends: CheckArgs,
         #[command(flatten)]
         output: OutputArgs,
     },
+}
+
+/// Ends of the connection of `palisade intercept check`.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct CheckArgs {
+    /// The endpoint that opens the connection: number, name or address.
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        required_unless_present = "to",
+        conflicts_with = "to"
+    )]
+    pub from: Option<String>,
+    /// Address of the server.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "to")]
+    pub address: Option<std::net::IpAddr>,
+    /// The endpoint that is the server: number, name or address.
+    #[arg(long, value_name = "ENDPOINT", requires = "client")]
+    pub to: Option<String>,
+    /// Address of the client of a connection to an endpoint.
+    #[arg(long, value_name = "ADDRESS", requires = "to")]
+    pub client: Option<std::net::IpAddr>,
 }
 
 /// `palisade bpf`.

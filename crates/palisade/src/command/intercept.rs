@@ -1,16 +1,16 @@
 //! Commands about intercepted connections.
 
-use std::{net::IpAddr, path::Path};
+use std::path::Path;
 
 use anyhow::bail;
 
 use super::output::{EXIT_NO, EXIT_OK, show};
 use crate::{
-    cli::Output,
+    cli::{CheckArgs, Output},
     control::{
         api::{
-            Certificates, InterceptCheck, InterceptRow, InterceptStats, InterceptedRow, Request, TlsRow,
-            UpstreamRow,
+            Certificates, CheckEnds, InterceptCheck, InterceptRow, InterceptStats, InterceptedRow, Request,
+            TlsRow, UpstreamRow,
         },
         client::ask,
     },
@@ -202,13 +202,20 @@ fn tls_text(tls: Option<&TlsRow>) -> String {
     }
 }
 
-pub(super) fn check(
-    socket: &Path,
-    server: &str,
-    from: &str,
-    address: Option<IpAddr>,
-    output: Output,
-) -> anyhow::Result<u8> {
+pub(super) fn check(socket: &Path, server: &str, ends: &CheckArgs, output: Output) -> anyhow::Result<u8> {
+    let ends = match ends.clone() {
+        CheckArgs {
+            from: Some(endpoint),
+            address: server,
+            ..
+        } => CheckEnds::From { endpoint, server },
+        CheckArgs {
+            to: Some(endpoint),
+            client: Some(client),
+            ..
+        } => CheckEnds::To { endpoint, client },
+        _ => bail!("write --from ENDPOINT, or --to ENDPOINT with --client ADDRESS"),
+    };
     let (name, port) = match server.rsplit_once(':') {
         Some((name, port)) => match port.parse::<u16>() {
             Ok(port @ 1..) => (name, port),
@@ -219,8 +226,7 @@ pub(super) fn check(
     let request = Request::InterceptCheck {
         name: name.to_owned(),
         port,
-        from: from.to_owned(),
-        address,
+        ends,
     };
     let answer: InterceptCheck = ask(socket, &request)?;
     show(&answer, output, |answer, out| {

@@ -183,12 +183,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             InterceptCommand::Connections { limit, output } => {
                 intercept::connections(&socket()?, *limit, output.output)
             }
-            InterceptCommand::Check {
-                server,
-                from,
-                address,
-                output,
-            } => intercept::check(&socket()?, server, from, *address, output.output),
+            InterceptCommand::Check { server, ends, output } => {
+                intercept::check(&socket()?, server, ends, output.output)
+            }
         },
         Command::Bpf(command) => match command {
             BpfCommand::Policy(BpfPolicyCommand::Get {

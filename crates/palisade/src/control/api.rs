@@ -79,10 +79,8 @@ pub(crate) enum Request {
         name: String,
         /// Port of the server.
         port: u16,
-        /// The endpoint, by number, name or address.
-        from: String,
-        /// Address of the server; `None`: an address that the endpoint has learned by the name.
-        address: Option<std::net::IpAddr>,
+        /// The ends of the connection.
+        ends: CheckEnds,
     },
     /// Streams [`Answer::Flow`]s.
     Observe(ObserveRequest),
@@ -621,6 +619,25 @@ pub(crate) struct TlsRow {
     pub cipher: String,
     /// Protocol chosen by ALPN; empty for none.
     pub alpn: String,
+}
+
+/// Ends of the connection of `palisade intercept check`. Endpoints are given by number, name or address.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum CheckEnds {
+    /// A connection of an endpoint.
+    From {
+        /// The endpoint.
+        endpoint: String,
+        /// Address of the server; `None`: an address that the endpoint has learned by the name.
+        server: Option<std::net::IpAddr>,
+    },
+    /// A connection to an endpoint.
+    To {
+        /// The endpoint.
+        endpoint: String,
+        /// Address of the client.
+        client: std::net::IpAddr,
+    },
 }
 
 /// Result of `palisade intercept check`.

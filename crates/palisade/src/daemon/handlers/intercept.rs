@@ -7,8 +7,13 @@ use std::{
     time::Duration,
 };
 
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+};
 use palisade_abi::{
     CtKey, Decision, Direction, INSIDE, Inspector, LearnedKey, ProxyPath, PuntRequest, identity, protocol,
+    punt_flags,
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_inspect::stream::StreamContext;
@@ -19,11 +24,11 @@ use palisade_model::{
 };
 
 use super::{
-    super::{interception::unix_time, message::ClientRequest, view::class_names},
+    super::{dump_routing, interception::unix_time, message::ClientRequest, view::class_names},
     Handlers, map_error,
 };
 use crate::control::api::{
-    CertificateRow, Certificates, CheckStep as CheckRow, Endpoint, InterceptCheck, InterceptRow,
+    CertificateRow, Certificates, CheckEnds, CheckStep as CheckRow, Endpoint, InterceptCheck, InterceptRow,
     InterceptStats, InterceptThread, InterceptedRow, TlsRow, UpstreamRow,
 };
 
@@ -31,6 +36,8 @@ use crate::control::api::{
 const CHECK_PORTS: RangeInclusive<u16> = 65_500..=65_535;
 /// Time for which the programs know the flow of a check.
 const CHECK_LIFETIME: Duration = Duration::from_secs(60);
+/// A port for finding a route, to which nothing is sent.
+const DISCARD: u16 = 9;
 /// Number of seconds of a day.
 const SECONDS_PER_DAY: i64 = 86_400;
 
@@ -210,87 +217,73 @@ impl Handlers {
             .collect())
     }
 
-    /// Opens a connection to a server as an intercepted connection of an endpoint would be opened.
+    /// Opens a connection to a server as an intercepted connection of an endpoint, or to an endpoint, would be opened.
     pub(super) fn intercept_check(
         &self,
         name: &str,
         port: u16,
-        from: String,
-        address: Option<IpAddr>,
+        ends: CheckEnds,
     ) -> Result<InterceptCheck, String> {
         let proxy = self.interception.proxy()?;
-        let endpoint = self.endpoint(from)?;
         let mut check = InterceptCheck::default();
-        let server = match address {
-            Some(address) => address,
-            None => {
-                let learned = self.learned_names(Some(endpoint.id.to_string()))?;
-                let wanted = name.trim_end_matches('.').to_ascii_lowercase();
-                let found = learned
-                    .iter()
-                    .find(|row| row.name.trim_end_matches('.') == wanted);
-                let address = found.and_then(|row| row.address.parse().ok());
-                let Some(address) = address else {
-                    check.fail(
-                        "address",
-                        format!(
-                            "endpoint {} has learned no address of {wanted}; resolve the name in the endpoint, or give \
-                             --address",
-                            endpoint.name
-                        ),
-                    );
-                    return Ok(check);
+        let wanted = match ends {
+            CheckEnds::From { endpoint, server } => {
+                let endpoint = self.endpoint(endpoint)?;
+                let server = match server {
+                    Some(address) => Ok(address),
+                    None => self.learned_address(&endpoint, name)?,
                 };
-                address
+                server.and_then(|server| {
+                    let own = endpoint.address_of_family(&server)?;
+                    check.pass("address", SocketAddr::new(server, port).to_string());
+                    Ok((endpoint, Direction::Egress, own, server))
+                })
+            }
+            CheckEnds::To { endpoint, client } => {
+                let endpoint = self.endpoint(endpoint)?;
+                endpoint.address_of_family(&client).map(|own| {
+                    check.pass("address", SocketAddr::new(own, port).to_string());
+                    (endpoint, Direction::Ingress, own, client)
+                })
             }
         };
-        let server = SocketAddr::new(server, port);
-        check.pass("address", format!("{server}"));
-        let own = endpoint
-            .addresses
-            .iter()
-            .filter_map(|address| address.parse::<IpAddr>().ok())
-            .find(|own| own.is_ipv4() == server.is_ipv4() && !is_link_local(own));
-        let Some(own) = own else {
-            check.fail(
-                "policy",
-                format!("endpoint {} has no address of this family", endpoint.name),
-            );
-            return Ok(check);
+        let (endpoint, direction, own, peer) = match wanted {
+            Ok(wanted) => wanted,
+            Err(problem) => {
+                check.fail("address", problem);
+                return Ok(check);
+            }
         };
         let view = self.shared.get();
         let learned = LearnedKey {
-            addr: server.ip().into(),
+            addr: peer.into(),
             endpoint: endpoint.id.into(),
         };
-        let identity = self
-            .names
-            .identities()
-            .get(&learned)
-            .copied()
-            .unwrap_or_else(|| view.snapshot.identity_of(server.ip()).identity);
-        let entry = view.snapshot.policy_entry(
-            endpoint.id,
-            Direction::Egress,
-            identity,
-            protocol::TCP,
-            Some(port),
-        );
+        let learned = match direction {
+            Direction::Egress => self.names.identities().get(&learned).copied(),
+            Direction::Ingress => None,
+        };
+        let identity = learned.unwrap_or_else(|| view.snapshot.identity_of(peer).identity);
+        let entry = view
+            .snapshot
+            .policy_entry(endpoint.id, direction, identity, protocol::TCP, Some(port));
         let Some(entry) = entry.filter(|entry| {
             Decision::from_u8(entry.decision) == Decision::Inspect
                 && entry.inspector == Inspector::TlsTerminate as u8
         }) else {
+            let way = match direction {
+                Direction::Egress => format!("to {}", SocketAddr::new(peer, port)),
+                Direction::Ingress => format!("from {peer} to port {port}"),
+            };
+            let name = &endpoint.name;
             check.fail(
                 "policy",
-                format!(
-                    "the policy of {} does not intercept connections to {server}",
-                    endpoint.name
-                ),
+                format!("the policy of {name} does not intercept connections {way}"),
             );
             return Ok(check);
         };
         check.pass("policy", view.rule(entry.rule));
-        let (ifindex, near) = self.egress_interface(&endpoint, server)?;
+        let path = self.check_path(&endpoint, direction, own, peer)?;
         let request = PuntRequest {
             rule: entry.rule,
             ruleset: entry.ruleset,
@@ -299,32 +292,38 @@ impl Handlers {
             serial: 0,
             endpoint: endpoint.id,
             inspector: entry.inspector,
-            flags: 0,
+            flags: match direction {
+                Direction::Ingress => punt_flags::INGRESS,
+                Direction::Egress => 0,
+            },
         };
         let conntrack = self.datapath.conntrack();
         let expires = monotonic_coarse() + CHECK_LIFETIME.as_nanos() as u64;
-        // A flow of the endpoint can use one of the ports already; the entry of that flow is not changed.
-        for own_port in CHECK_PORTS {
+        // A flow can use one of the ports already; the entry of that flow is not changed.
+        for client_port in CHECK_PORTS {
+            let (local_port, remote_port) = match direction {
+                Direction::Egress => (client_port, port),
+                Direction::Ingress => (port, client_port),
+            };
+            let (local, remote) = (
+                SocketAddr::new(own, local_port),
+                SocketAddr::new(peer, remote_port),
+            );
+            let (client, server) = match direction {
+                Direction::Egress => (local, remote),
+                Direction::Ingress => (remote, local),
+            };
             let key = CtKey {
                 local: own.into(),
-                remote: server.ip().into(),
-                local_port: own_port,
-                remote_port: port,
+                remote: peer.into(),
+                local_port,
+                remote_port,
                 endpoint: endpoint.id,
                 protocol: protocol::TCP,
                 zero: 0,
             };
-            let path = ProxyPath {
-                near,
-                far: near,
-                ifindex: if endpoint.interface.is_some() {
-                    ifindex | ProxyPath::RESOLVED
-                } else {
-                    ifindex
-                },
-            };
             if !conntrack
-                .insert_intercepted(&key, &request, path, expires)
+                .insert_intercepted(&key, direction, &request, path, expires)
                 .map_err(map_error)?
             {
                 continue;
@@ -332,10 +331,10 @@ impl Handlers {
             let steps = proxy.check(&CheckRequest {
                 context: StreamContext {
                     request,
-                    direction: Direction::Egress,
-                    client: SocketAddr::new(own, own_port),
+                    direction,
+                    client,
                     server,
-                    ifindex,
+                    ifindex: path.ifindex & !ProxyPath::RESOLVED,
                 },
                 name: Some(name.to_owned()),
                 protocols: vec!["h2".to_owned(), "http/1.1".to_owned()],
@@ -355,17 +354,57 @@ impl Handlers {
         Err("all ports of checks are in use; try again".to_owned())
     }
 
-    /// Returns the index and the MAC address of the interface by which packets of an endpoint go to `server`.
-    fn egress_interface(&self, endpoint: &Endpoint, server: SocketAddr) -> Result<(u32, [u8; 6]), String> {
-        let name = match &endpoint.interface {
-            Some(name) => name.clone(),
-            None => interface_of_route(server)?,
+    /// Returns an address that an endpoint has learned by a name, or why there is none.
+    fn learned_address(&self, endpoint: &Endpoint, name: &str) -> Result<Result<IpAddr, String>, String> {
+        let learned = self.learned_names(Some(endpoint.id.to_string()))?;
+        let wanted = name.trim_end_matches('.').to_ascii_lowercase();
+        let found = learned
+            .iter()
+            .find(|row| row.name.trim_end_matches('.') == wanted);
+        Ok(found.and_then(|row| row.address.parse().ok()).ok_or_else(|| {
+            format!(
+                "endpoint {} has learned no address of {wanted}; resolve the name in the endpoint, or give --address",
+                endpoint.name
+            )
+        }))
+    }
+
+    /// Returns the interface at which the flow of a check is intercepted, with the MAC addresses of both sides. The MAC
+    /// address of the far side is used only for frames to a workload.
+    fn check_path(
+        &self,
+        endpoint: &Endpoint,
+        direction: Direction,
+        own: IpAddr,
+        peer: IpAddr,
+    ) -> Result<ProxyPath, String> {
+        let Some(interface) = &endpoint.interface else {
+            let (ifindex, near) = self.interface(&interface_of_route(peer)?)?;
+            return Ok(ProxyPath {
+                near,
+                far: near,
+                ifindex,
+            });
         };
+        let (ifindex, near) = self.interface(interface)?;
+        let far = match direction {
+            Direction::Egress => near,
+            Direction::Ingress => neighbour(own)?,
+        };
+        Ok(ProxyPath {
+            near,
+            far,
+            ifindex: ifindex | ProxyPath::RESOLVED,
+        })
+    }
+
+    /// Returns the index and the MAC address of a configured interface.
+    fn interface(&self, name: &str) -> Result<(u32, [u8; 6]), String> {
         let view = self.shared.get();
         let (index, _) = view
             .interfaces
             .iter()
-            .find(|(_, known)| ***known == *name)
+            .find(|(_, known)| &***known == name)
             .ok_or_else(|| format!("there is no interface {name}"))?;
         // The address is read by a system call, because /sys/class/net can belong to another network namespace.
         let mac = nix::ifaddrs::getifaddrs()
@@ -428,6 +467,18 @@ fn time_text(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds).map_or_else(|_| seconds.to_string(), |time| time.to_string())
 }
 
+impl Endpoint {
+    /// Returns the first address of the same family as `other`, or that there is none. Link-local addresses do not
+    /// count: their packets are not intercepted.
+    fn address_of_family(&self, other: &IpAddr) -> Result<IpAddr, String> {
+        self.addresses
+            .iter()
+            .filter_map(|address| address.parse::<IpAddr>().ok())
+            .find(|own| own.is_ipv4() == other.is_ipv4() && !is_link_local(own))
+            .ok_or_else(|| format!("endpoint {} has no address of this family", self.name))
+    }
+}
+
 impl InterceptCheck {
     fn pass(&mut self, step: &str, text: String) {
         self.steps.push(CheckRow {
@@ -446,8 +497,9 @@ impl InterceptCheck {
     }
 }
 
-/// Returns the name of the interface that has the address from which the node would send to `server`.
-fn interface_of_route(server: SocketAddr) -> Result<String, String> {
+/// Returns the name of the interface that has the address from which the node would send to `address`.
+fn interface_of_route(address: IpAddr) -> Result<String, String> {
+    let server = SocketAddr::new(address, DISCARD);
     let any: SocketAddr = if server.is_ipv4() {
         (Ipv4Addr::UNSPECIFIED, 0).into()
     } else {
@@ -458,7 +510,7 @@ fn interface_of_route(server: SocketAddr) -> Result<String, String> {
             socket.connect(server)?;
             socket.local_addr()
         })
-        .map_err(|error| format!("no route to {server}: {error}"))?;
+        .map_err(|error| format!("no route to {address}: {error}"))?;
     let addresses = nix::ifaddrs::getifaddrs().map_err(|error| error.to_string())?;
     addresses
         .filter_map(|found| {
@@ -472,6 +524,36 @@ fn interface_of_route(server: SocketAddr) -> Result<String, String> {
         })
         .next()
         .ok_or_else(|| format!("no interface has the address {}", source.ip()))
+}
+
+/// Returns the MAC address that the kernel knows for the address of a workload.
+fn neighbour(address: IpAddr) -> Result<[u8; 6], String> {
+    let wanted = match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    };
+    let mut found = None;
+    dump_routing(
+        RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()),
+        |message| {
+            let RouteNetlinkMessage::NewNeighbour(message) = message else {
+                return;
+            };
+            let attributes = &message.attributes;
+            if attributes.contains(&NeighbourAttribute::Destination(wanted.clone())) {
+                found = found.or(attributes.iter().find_map(|attribute| match attribute {
+                    NeighbourAttribute::LinkLayerAddress(mac) => mac.as_slice().try_into().ok(),
+                    _ => None,
+                }));
+            }
+        },
+    )
+    .map_err(|error| format!("the neighbours of the node cannot be listed: {error}"))?;
+    found.ok_or_else(|| {
+        format!(
+            "the kernel does not know the MAC address of {address}; exchange a packet with the endpoint first"
+        )
+    })
 }
 
 /// Returns whether an address is unique only on its link, so that no packet of it is intercepted.

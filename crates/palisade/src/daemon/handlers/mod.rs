@@ -142,12 +142,7 @@ impl Handler for Handlers {
             Request::InterceptCerts => json(Ok(self.intercept_certs())),
             Request::InterceptStats => json(Ok(self.intercept_stats())),
             Request::InterceptConnections { limit } => json(self.intercept_connections(limit)),
-            Request::InterceptCheck {
-                name,
-                port,
-                from,
-                address,
-            } => json(self.intercept_check(&name, port, from, address)),
+            Request::InterceptCheck { name, port, ends } => json(self.intercept_check(&name, port, ends)),
         };
         sink.send(&match answer {
             Ok(value) => api::Answer::Ok(value),
