@@ -18,7 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, protocol, punt_flags};
 use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
 use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
-use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings};
+use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings, ThreadState};
 use palisade_model::{rule::Policy, snapshot::RuleSet};
 use palisade_secrets::{Problem, Store, check_policies, check_rule_set, expires_within};
 use palisade_worker::TimedRecord;
@@ -289,11 +289,7 @@ impl Interception {
         for problem in unusable.difference(&self.view.unusable()) {
             error!(problem, "a policy names a secret that cannot be used");
         }
-        *self
-            .view
-            .unusable
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Arc::new(unusable);
+        *self.view.unusable.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(unusable);
     }
 
     /// Ends the connections that the policy in force does not intercept any more.
@@ -361,19 +357,7 @@ impl Interception {
     pub(super) fn missing(&self) -> Option<String> {
         match self.view.proxy() {
             Err(problem) => Some(format!("no proxy threads: {problem}")),
-            Ok(proxy) => {
-                let threads = proxy.threads();
-                let down: Vec<_> = threads.iter().filter(|thread| !thread.is_running).collect();
-                let why = down.iter().find_map(|thread| thread.failure.clone());
-                (!down.is_empty()).then(|| {
-                    format!(
-                        "{} of {} proxy threads do not run: {}",
-                        down.len(),
-                        threads.len(),
-                        why.unwrap_or_default()
-                    )
-                })
-            }
+            Ok(proxy) => threads_down(&proxy.threads()),
         }
     }
 
@@ -388,10 +372,11 @@ impl Interception {
             .filter_map(|certificate| {
                 let days = (certificate.not_after - now).div_euclid(86_400);
                 expires_within(certificate.not_after, now, EXPIRY_WARNING_DAYS).then(|| {
-                    let state = if days < 0 {
-                        "has expired".to_owned()
-                    } else {
-                        format!("expires in {days} days")
+                    let state = match days {
+                        ..0 => "has expired".to_owned(),
+                        0 => "expires in less than a day".to_owned(),
+                        1 => "expires in 1 day".to_owned(),
+                        _ => format!("expires in {days} days"),
                     };
                     format!(
                         "the certificate {} of secret {} {state}",
@@ -443,6 +428,20 @@ impl Rise {
     fn is_recent(&self) -> bool {
         self.at.is_some_and(|at| at.elapsed() < LIMIT_WARNING)
     }
+}
+
+/// Returns how many threads do not run, and why; `None` if all run.
+fn threads_down(threads: &[ThreadState]) -> Option<String> {
+    let down: Vec<_> = threads.iter().filter(|thread| !thread.is_running).collect();
+    let why = down.iter().find_map(|thread| thread.failure.as_deref());
+    (!down.is_empty()).then(|| {
+        format!(
+            "{} of {} proxy threads do not run: {}",
+            down.len(),
+            threads.len(),
+            why.unwrap_or("starting")
+        )
+    })
 }
 
 /// Returns the time since 1970, s.
@@ -596,5 +595,48 @@ impl Reports for Records {
         if self.queue.push((SystemTime::now(), *record)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_do_not_run_are_told_with_the_last_failure() {
+        let thread = |is_running, failure: Option<&str>| ThreadState {
+            is_running,
+            connections: 0,
+            restarts: 1,
+            failure: failure.map(ToOwned::to_owned),
+        };
+        // A failure before the last restart is none now.
+        assert_eq!(threads_down(&[thread(true, Some("before"))]), None);
+        assert_eq!(
+            threads_down(&[
+                thread(true, Some("before")),
+                thread(false, None),
+                thread(false, Some("panic: why"))
+            ])
+            .as_deref(),
+            Some("2 of 3 proxy threads do not run: panic: why")
+        );
+        assert_eq!(
+            threads_down(&[thread(false, None)]).as_deref(),
+            Some("1 of 1 proxy threads do not run: starting")
+        );
+    }
+
+    #[test]
+    fn a_counter_that_rises_is_recent_and_new_only_once() {
+        let mut rise = Rise::default();
+        assert!(!rise.update(0) && !rise.is_recent());
+        assert!(rise.update(3) && rise.is_recent());
+        assert!(!rise.update(5) && !rise.update(5) && rise.is_recent());
+        // New threads begin at 0.
+        assert!(!rise.update(0));
+        assert_eq!(rise.count, 0);
+        rise.at = Instant::now().checked_sub(LIMIT_WARNING);
+        assert!(!rise.is_recent() && rise.update(1));
     }
 }
