@@ -18,6 +18,7 @@ use nix::{
 };
 use palisade_testbed::{
     Daemon, Outcome, Topology,
+    daemon::Settings,
     dns::Server,
     ns::wait_until,
     probe::udp,
@@ -30,7 +31,7 @@ use palisade_testbed::{
 use palisade_tests::{
     CLOSED, OPEN,
     fixtures::{
-        apps::policy,
+        apps::{borrowed, policy},
         intercept::{HOSTS, Lab, RULES, Secrets, lab},
         pki::{Authority, Validity},
         python::{Load, NodeServer, fault_peer, hold, packages, same_port, session},
@@ -77,7 +78,32 @@ fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[
     );
     let body = got.body.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     assert!(told(body), "{name} {at}: {got:?}");
+    let address = at.ip().to_string();
     is_noted(daemon, name, &told);
+    // The other family can have failed before in the same way.
+    let flows = daemon.wait_flows(
+        &["--type", "l7", "--to-ip", &address],
+        "a flow to the address",
+        |flows| {
+            flows.iter().any(|flow| {
+                let text = flow.to_string();
+                text.contains(name) && told(&text)
+            })
+        },
+    );
+    flows.unwrap_or_else(|error| panic!("{name} {at}: {error:#}\n{}", daemon.report()));
+    let clusters = daemon.json(&["intercept", "clusters"]).expect("clusters");
+    let row = clusters
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|row| row["name"] == name && row["address"] == at.to_string());
+    assert!(
+        row.is_some_and(
+            |row| told(&row["failures_by_reason"].to_string()) || told(&row["last_failure"].to_string())
+        ),
+        "{name} {at}: {clusters:#}"
+    );
 }
 
 /// Asserts that flows, `clusters` and log name the failure of a server.
@@ -800,17 +826,47 @@ fn a_client_certificate_of_the_policy_is_shown_to_the_server() {
             daemon.report()
         );
     }
+    let checked = |daemon: &Daemon, family: Family| {
+        let address = lab.apps.at("internet", family, HTTPS).ip().to_string();
+        let args = [
+            "intercept",
+            "check",
+            "www.web.example",
+            "--from",
+            "default/client",
+            "--address",
+            &address,
+        ];
+        let out = daemon.try_cli(&args).expect("palisade");
+        (
+            out.status.code(),
+            String::from_utf8_lossy(&out.stdout).to_lowercase(),
+        )
+    };
+    for family in FAMILIES {
+        let (code, text) = checked(&daemon, family);
+        assert!(
+            code == Some(0) && text.contains("cn=server"),
+            "{family:?}: {text}"
+        );
+    }
     // Without the certificate the server refuses.
     drop(daemon);
     daemon = lab.client_only(&[HTTPS], RULES);
-    let at = lab.apps.at("internet", Family::V4, HTTPS);
-    is_reported(
-        &lab,
-        &daemon,
-        "www.web.example",
-        at,
-        &["certificate_required", "certificate required", "handshake"],
-    );
+    for family in FAMILIES {
+        is_reported(
+            &lab,
+            &daemon,
+            "www.web.example",
+            lab.apps.at("internet", family, HTTPS),
+            &["certificate_required", "certificate required", "handshake"],
+        );
+        let (code, text) = checked(&daemon, family);
+        assert!(
+            code == Some(1) && text.contains("failed") && text.contains("certificate_required"),
+            "{family:?}: {text}"
+        );
+    }
 }
 
 #[test]
@@ -869,6 +925,394 @@ fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
             |flows| flows.iter().any(|flow| flow["drop_reason"] == 133),
         );
         flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+    }
+}
+
+// --- what operators see -------------------------------------------------------------------------------------------------
+
+/// Returns the output of `palisade intercept ARGS` as text, and as JSON.
+#[track_caller]
+fn console(daemon: &Daemon, args: &[&str]) -> (String, Value) {
+    let args = [&["intercept"], args].concat();
+    let text = daemon.cli(&args).unwrap_or_else(|error| panic!("{error:#}"));
+    (
+        text,
+        daemon.json(&args).unwrap_or_else(|error| panic!("{error:#}")),
+    )
+}
+
+/// Returns the only element of an array that has these members.
+#[track_caller]
+fn row<'a>(rows: &'a Value, members: &[(&str, &str)]) -> &'a Value {
+    let fits = |row: &&Value| members.iter().all(|(name, value)| row[name] == *value);
+    let found: Vec<&Value> = rows.as_array().into_iter().flatten().filter(fits).collect();
+    assert_eq!(found.len(), 1, "{members:?}: {rows:#}");
+    found[0]
+}
+
+/// Asserts that each text is in one line of a table, in this order.
+#[track_caller]
+fn line_has(table: &str, cells: &[&str]) {
+    let has = |line: &str| {
+        cells
+            .iter()
+            .try_fold(line, |rest, cell| Some(rest.split_once(cell)?.1))
+            .is_some()
+    };
+    assert!(table.lines().any(has), "{cells:?}: {table}");
+}
+
+#[test]
+fn the_console_shows_policies_servers_certificates_counters_and_connections() {
+    let lab = lab();
+    let client = lab.apps.ns("client");
+    let _web = Web::start_http2(lab.apps.ns("internet"), "nginx", &[], &[HTTPS], &lab.server).expect("nginx");
+    let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
+    let at = |family: Family, port: u16| lab.apps.at("internet", family, port);
+    let held = FAMILIES
+        .map(|family| hold(client, "www.web.example", &lab.ours.cert, at(family, HTTPS), 1).expect("client"));
+    for (family, held) in FAMILIES.into_iter().zip(&held) {
+        assert_eq!(held.line("again").expect("responses"), "again 1");
+        let got = lab.ask(
+            "client",
+            "refused.web.example",
+            at(family, OTHER),
+            "/allowed",
+            &[],
+        );
+        assert_eq!(got.status, 503, "{got:?}");
+        is_denied(
+            "denied",
+            &lab.ask("client", "www.web.example", at(family, HTTPS), "/denied", &[]),
+            &daemon,
+        );
+    }
+
+    let (text, rows) = console(&daemon, &["config"]);
+    line_has(
+        &text,
+        &[
+            "default/client",
+            "egress",
+            "default/shown",
+            "default/trusted",
+            "http",
+            "any",
+            "1",
+            "in force",
+        ],
+    );
+    for row in rows.as_array().expect("rows") {
+        assert_eq!(
+            [
+                &row["endpoint_name"],
+                &row["direction"],
+                &row["terminating"],
+                &row["originating"],
+                &row["protocol"]
+            ],
+            [
+                "default/client",
+                "egress",
+                "default/shown",
+                "default/trusted",
+                "http"
+            ],
+            "{rows:#}"
+        );
+        let decided_by = row["decided_by"].as_str().unwrap_or_default();
+        assert!(
+            decided_by.contains("client.yaml:") && row["problem"].is_null(),
+            "{rows:#}"
+        );
+    }
+    let ports = rows.to_string();
+    assert!(ports.contains("443") && ports.contains("8443"), "{rows:#}");
+
+    let (text, rows) = console(&daemon, &["clusters"]);
+    for family in FAMILIES {
+        let address = at(family, HTTPS).to_string();
+        let good = row(&rows, &[("name", "www.web.example"), ("address", &address)]);
+        let latency = |name: &str| good[name].as_f64().unwrap_or_default();
+        assert!(
+            good["successes"] == 2
+                && good["failures"] == 0
+                && good["open"] == 1
+                && (0.0..1_000.0).contains(&latency("connect_ms"))
+                && (0.1..1_000.0).contains(&latency("handshake_ms")),
+            "{rows:#}"
+        );
+        let handshake = format!("{:.1} ms", latency("handshake_ms"));
+        line_has(
+            &text,
+            &["www.web.example", &address, "1", "2", "0", " ms", &handshake],
+        );
+        let address = at(family, OTHER).to_string();
+        let bad = row(&rows, &[("name", "refused.web.example"), ("address", &address)]);
+        assert!(
+            bad["failures_by_reason"]["connection refused"] == 1
+                && bad["successes"] == 0
+                && bad["failures"] == 1,
+            "{rows:#}"
+        );
+        line_has(
+            &text,
+            &[
+                "refused.web.example",
+                &address,
+                "0",
+                "0",
+                "1",
+                "1 connection refused",
+            ],
+        );
+    }
+
+    let (text, answer) = console(&daemon, &["certs"]);
+    let rows = &answer["certificates"];
+    assert_eq!(answer["problems"], Value::Array(Vec::new()), "{answer:#}");
+    for (secret, key, subject, issuer, is_ca) in [
+        ("default/shown", "tls.crt", "CN=shown", "CN=interception", false),
+        ("default/trusted", "ca.crt", "CN=root", "CN=root", true),
+        (
+            "default/trusted",
+            "ca.crt",
+            "CN=interception",
+            "CN=interception",
+            true,
+        ),
+    ] {
+        let row = row(rows, &[("secret", secret), ("key", key), ("subject", subject)]);
+        let name = secret.trim_start_matches("default/");
+        let file = lab.secrets.folder(name).join(key).display().to_string();
+        assert_eq!(
+            (&row["issuer"], &row["file"], &row["is_ca"]),
+            (&issuer.into(), &file.as_str().into(), &is_ca.into())
+        );
+        // Two days, less the time since they were made.
+        assert_eq!(row["days_left"], 1, "{row:#}");
+        let not_after = row["not_after"].as_str().expect("a time");
+        let not_before = row["not_before"].as_str().expect("a time");
+        assert!(not_before < not_after, "{row:#}");
+        let expires = format!("{not_after} (1 days)");
+        line_has(
+            &text,
+            &[
+                secret,
+                key,
+                subject,
+                issuer,
+                if is_ca { "yes" } else { "no" },
+                &expires,
+                &file,
+            ],
+        );
+    }
+    let shown = row(rows, &[("secret", "default/shown")]);
+    let sans = HOSTS.map(|host| format!("DNS:{host}"));
+    assert_eq!(shown["sans"], Value::from(sans.to_vec()), "{shown:#}");
+    assert!(HOSTS.iter().all(|host| text.contains(host)), "{text}");
+
+    let (text, stats) = console(&daemon, &["stats"]);
+    let counters = &stats["counters"]["connections"];
+    for (name, count) in [
+        ("requests", 8),
+        ("denied", 2),
+        ("client_handshakes", 6),
+        ("limited", 0),
+    ] {
+        assert_eq!(counters[name], count, "{name}: {stats:#}");
+        line_has(&text, &["connections", name, &count.to_string()]);
+    }
+    assert_eq!(
+        stats["counters"]["upstream failures"]["connection refused"], 2,
+        "{stats:#}"
+    );
+    line_has(&text, &["upstream failures", "connection refused", "2"]);
+    let threads = stats["threads"].as_array().expect("threads");
+    assert!(
+        !threads.is_empty()
+            && threads
+                .iter()
+                .all(|thread| thread["state"] == "running" && thread["restarts"] == 0),
+        "{stats:#}"
+    );
+    line_has(&text, &["0", "running"]);
+
+    let (text, rows) = console(&daemon, &["connections"]);
+    for family in FAMILIES {
+        let server = at(family, HTTPS).to_string();
+        let open = row(&rows, &[("server", &server)]);
+        let source = lab.apps.source("client", "internet", family);
+        let client = open["client"].as_str().expect("an address");
+        assert!(
+            client
+                .parse::<SocketAddr>()
+                .is_ok_and(|client| client.ip() == source)
+                && open["name"] == "www.web.example"
+                && open["protocol"] == "http/1.1"
+                && open["direction"] == "egress"
+                && open["requests"] == 2,
+            "{rows:#}"
+        );
+        for side in ["client_tls", "server_tls"] {
+            let tls = &open[side];
+            assert!(
+                tls["version"] == "TLSv1.3"
+                    && tls["alpn"] == "http/1.1"
+                    && tls["cipher"]
+                        .as_str()
+                        .is_some_and(|cipher| cipher.starts_with("TLS13_")),
+                "{rows:#}"
+            );
+        }
+        let both = "TLSv1.3 TLS13_";
+        line_has(
+            &text,
+            &[
+                "egress",
+                client,
+                &server,
+                "www.web.example",
+                both,
+                " http/1.1",
+                both,
+                " http/1.1",
+                "2",
+            ],
+        );
+    }
+
+    for family in FAMILIES {
+        let address = at(family, HTTPS).ip().to_string();
+        let args = [
+            "check",
+            "www.web.example",
+            "--from",
+            "default/client",
+            "--address",
+            &address,
+        ];
+        let (text, check) = console(&daemon, &args);
+        assert_eq!(check["ok"], true, "{check:#}");
+        let steps: Vec<&str> = check["steps"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|step| step["text"].as_str())
+            .collect();
+        for words in [
+            &["client.yaml:"][..],
+            &[
+                "the client gets the certificate of secret default/shown",
+                "CN=shown",
+                "CN=interception",
+            ],
+            &["ClientHello with server name www.web.example", "h2, http/1.1"],
+            &[
+                "certificate from the server",
+                "CN=server",
+                "*.web.example",
+                "CN=world",
+            ],
+            &["issuer from the server", "CN=world", "CN=root"],
+            &["the certificate is valid for www.web.example", "default/trusted"],
+            &["TLSv1.3 with TLS13_", "application protocol h2"],
+        ] {
+            let has = |step: &&str| words.iter().all(|word| step.contains(word));
+            assert!(steps.iter().any(has), "{words:?}: {check:#}");
+            line_has(&text, &[&["ok"], words].concat());
+        }
+        // A server that refuses: the command fails, and both forms say why.
+        let server = format!("refused.web.example:{OTHER}");
+        let args = [
+            "intercept",
+            "check",
+            &server,
+            "--from",
+            "default/client",
+            "--address",
+            &address,
+        ];
+        for form in [&[][..], &["-o", "json"]] {
+            let out = daemon.try_cli(&[&args[..], form].concat()).expect("palisade");
+            let text = String::from_utf8_lossy(&out.stdout);
+            assert!(
+                out.status.code() == Some(1) && text.contains("connection refused"),
+                "{out:?}"
+            );
+        }
+    }
+    drop(held);
+}
+
+#[test]
+fn a_check_opens_connections_to_workloads_between_them_and_from_the_node() {
+    let lab = lab();
+    let apps = &lab.apps;
+    let peers = ["internet", "server"]
+        .map(|name| Peer::start_tls(apps.ns(name), HTTPS, &apps.both(name), &lab.server).expect("peer"));
+    for hooks in [XDP_AT_THE_NIC, TCX] {
+        let daemon = lab.on_all_paths(hooks, &[HTTPS], RULES);
+        let (_, config) = console(&daemon, &["config"]);
+        let of_node = config.as_array().into_iter().flatten().find(|row| {
+            row["decided_by"]
+                .as_str()
+                .is_some_and(|rule| rule.contains("node.yaml:"))
+        });
+        let node = of_node.and_then(|row| row["endpoint_name"].as_str());
+        let node = node.unwrap_or_else(|| panic!("{config:#}"));
+        for family in FAMILIES {
+            // The kernel knows the MAC addresses of the workloads once packets were exchanged.
+            let at = |name: &str| apps.at(name, family, HTTPS);
+            let got = lab.ask(
+                "internet",
+                "www.web.example",
+                at("server"),
+                "/allowed/before",
+                &[],
+            );
+            assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+            let ip = |name: &str| at(name).ip().to_string();
+            let world = apps.source("internet", "server", family).to_string();
+            for (ends, policy, certificate) in [
+                (
+                    ["--to", "default/server", "--client", &world],
+                    "server.yaml:",
+                    "CN=server",
+                ),
+                (
+                    ["--from", node, "--address", &ip("internet")],
+                    "node.yaml:",
+                    "CN=server",
+                ),
+                // The second interception shows its own certificate to the first.
+                (
+                    ["--from", "default/client", "--address", &ip("server")],
+                    "client.yaml:",
+                    "CN=shown",
+                ),
+            ] {
+                let what = format!("{ends:?} {family:?}");
+                let (text, check) = console(&daemon, &[&["check", "www.web.example"][..], &ends].concat());
+                assert_eq!(check["ok"], true, "{what}: {check:#}\n{}", daemon.report());
+                line_has(&text, &["policy", "ok", policy]);
+                line_has(&text, &["ok", "certificate from the server", certificate]);
+                line_has(&text, &["ok", "the certificate is valid for www.web.example"]);
+            }
+            let ends = ["--to", "default/client", "--client", &world];
+            let args = [&["intercept", "check", "www.web.example"][..], &ends].concat();
+            let out = daemon.try_cli(&args).expect("palisade");
+            let text = String::from_utf8_lossy(&out.stdout);
+            assert!(
+                out.status.code() == Some(1) && text.contains("does not intercept connections from"),
+                "{out:?}"
+            );
+        }
+    }
+    // A check sends no request.
+    for peer in &peers {
+        assert_eq!(peer.requests().len(), peer.requests_for("/allowed/before"));
     }
 }
 
@@ -981,12 +1425,11 @@ fn a_server_that_breaks_off_at_any_step_is_reported() {
     let internet = lab.apps.ns("internet");
     let _peer = fault_peer(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
     let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
-    for (n, (fault, words)) in FAULTS.iter().enumerate() {
-        // Both families, in turn: the messages do not depend on them.
-        let at = lab.apps.at("internet", FAMILIES[n % 2], HTTPS);
-        is_reported(&lab, &daemon, &format!("{fault}.fault.example"), at, words);
-    }
     for family in FAMILIES {
+        for (fault, words) in FAULTS {
+            let at = lab.apps.at("internet", family, HTTPS);
+            is_reported(&lab, &daemon, &format!("{fault}.fault.example"), at, words);
+        }
         is_reported(
             &lab,
             &daemon,
@@ -1017,17 +1460,75 @@ fn a_server_that_stalls_is_reported() {
         .nft("table inet silent {\nchain i {\ntype filter hook input priority 0;\ntcp dport 8443 drop;\n}\n}\n")
         .expect("nft");
     let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
-    let at = |port: u16| lab.apps.at("internet", Family::V4, port);
     std::thread::scope(|scope| {
-        for (name, port) in [
-            ("hello-stall.fault.example", HTTPS),
-            ("part-stall.fault.example", HTTPS),
-            ("silent.web.example", OTHER),
-        ] {
-            let (lab, daemon, at) = (&lab, &daemon, at(port));
-            scope.spawn(move || is_reported(lab, daemon, name, at, &["timeout", "timed out", "no answer"]));
+        for family in FAMILIES {
+            for (name, port) in [
+                ("hello-stall.fault.example", HTTPS),
+                ("part-stall.fault.example", HTTPS),
+                ("silent.web.example", OTHER),
+            ] {
+                let (lab, daemon, at) = (&lab, &daemon, lab.apps.at("internet", family, port));
+                scope.spawn(move || {
+                    is_reported(lab, daemon, name, at, &["timeout", "timed out", "no answer"])
+                });
+            }
         }
     });
+}
+
+#[test]
+fn a_server_that_stalls_after_the_handshake_does_not_hold_its_client() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let _peer = fault_peer(internet, HTTPS, &lab.apps.both("internet"), &lab.server).expect("peer");
+    let settings = Settings {
+        tables: lab.secrets.table("idle_timeout = \"3s\"\n") + "[http]\nheader_timeout = \"3s\"\n",
+        ..lab.settings()
+    };
+    let text = policy("client", "egress", &[HTTPS], RULES);
+    let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
+    std::thread::scope(|scope| {
+        for family in FAMILIES {
+            // The bytes of the response before the stall are forwarded only if its head is complete.
+            for (fault, status) in [("shaken", 0), ("request", 0), ("head", 0), ("body", 200)] {
+                let (lab, daemon) = (&lab, &daemon);
+                scope.spawn(move || {
+                    let at = lab.apps.at("internet", family, HTTPS);
+                    let name = format!("{fault}-stall.fault.example");
+                    let got = lab.ask_within(SLOW, "client", &name, at, &["/allowed/stalls"], &[]);
+                    // 28 is curl's own timeout.
+                    assert!(
+                        got.status == status && got.code != 0 && got.code != 28,
+                        "{fault} {family:?}: {got:?}\n{}",
+                        daemon.report()
+                    );
+                });
+            }
+        }
+    });
+    for family in FAMILIES {
+        let address = lab.apps.at("internet", family, HTTPS).ip().to_string();
+        // The head that does not end is the only one of the stalls that keeps a verdict from being made.
+        let late = |flows: &[Value]| {
+            flows
+                .iter()
+                .any(|flow| flow["drop_reason_desc"] == "NO_VERDICT_IN_TIME")
+        };
+        daemon
+            .wait_flows(
+                &["--verdict", "dropped", "--ip", &address],
+                "a flow about the head",
+                late,
+            )
+            .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+    }
+    let stats = daemon.json(&["intercept", "stats"]).expect("stats");
+    let counters = &stats["counters"]["connections"];
+    assert_eq!(
+        (&counters["timeouts"], &counters["open"]),
+        (&Value::from(8), &Value::from(0)),
+        "{stats:#}"
+    );
 }
 
 // --- clients that do something else ------------------------------------------------------------------------------------
@@ -1080,7 +1581,6 @@ fn clients_without_tls_without_a_name_or_that_break_off() {
 fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
     let lab = lab();
     let peer = peer_at(&lab, HTTPS);
-    let broken = peer_at(&lab, OTHER);
     lab.secrets
         .write("broken", "tls.crt", b"no certificate")
         .expect("secret");
@@ -1122,22 +1622,39 @@ fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
         ("headerMatches", "mixed", 403),
         ("headerMatches", "lines", 403),
     ];
-    for (member, name, status) in cases {
-        let what = format!("{member} {name}");
-        let good = policy("client", "egress", &[HTTPS], RULES);
-        let bad = policy("client", "egress", &[OTHER], &with(member, name)).replace("client-egress", "client-bad");
-        let daemon = lab.daemon(&settings, &[("good.yaml", &good), ("bad.yaml", &bad)]);
-        for family in FAMILIES {
-            let at = |port: u16| lab.apps.at("internet", family, port);
-            let got = lab.ask("client", "www.web.example", at(HTTPS), "/allowed", &[]);
-            assert_eq!(got.status, 200, "{what}: {got:?}\n{}", daemon.report());
-            let got = lab.ask("client", "www.web.example", at(OTHER), "/allowed", &["-k"]);
+    // One policy and port for each case.
+    let port_of = |n: usize| 8500 + n as u16;
+    let ports: Vec<u16> = (0..cases.len()).map(port_of).collect();
+    let web = Web::start(lab.apps.ns("internet"), "nginx", &[], &ports, &lab.server).expect("nginx");
+    let mut policies = vec![(
+        "good.yaml".to_owned(),
+        policy("client", "egress", &[HTTPS], RULES),
+    )];
+    for (n, (member, name, _)) in cases.into_iter().enumerate() {
+        let text = policy("client", "egress", &[port_of(n)], &with(member, name));
+        policies.push((
+            format!("bad-{n}.yaml"),
+            text.replace("client-egress", &format!("client-bad-{n}")),
+        ));
+    }
+    // The entry of `toPorts` is on the line of its ports.
+    let entry = policies[0].1.lines().position(|line| line.contains("- ports:"));
+    let line = 1 + entry.expect("the entry");
+    let daemon = lab.daemon(&settings, &borrowed(&policies));
+    for family in FAMILIES {
+        let at = |port: u16| lab.apps.at("internet", family, port);
+        let got = lab.ask("client", "www.web.example", at(HTTPS), "/allowed", &[]);
+        assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+        for (n, (member, name, status)) in cases.into_iter().enumerate() {
+            let what = format!("{member} {name} {family:?}");
+            let at = at(port_of(n));
+            let got = lab.ask("client", "www.web.example", at, "/allowed", &["-k"]);
             assert!(
                 got.status == status && (status != 0 || [35, 56].contains(&got.code)),
                 "{what}: {got:?}\n{}",
                 daemon.report()
             );
-            let (address, port) = (at(OTHER).ip().to_string(), OTHER.to_string());
+            let (address, port) = (at.ip().to_string(), at.port().to_string());
             let args = ["--verdict", "dropped", "--to-ip", &address, "--to-port", &port];
             let is_told = |flow: &Value| {
                 flow["drop_reason_desc"] == "SECRET_NOT_USABLE"
@@ -1147,44 +1664,45 @@ fn a_missing_or_invalid_secret_denies_only_its_own_traffic() {
                 .wait_flows(&args, "a flow with the reason", |flows| flows.iter().any(is_told))
                 .unwrap_or_else(|error| panic!("{what}: {error:#}\n{}", daemon.report()));
         }
-        // The entry of `toPorts` is on the line of its ports.
-        let line = 1 + bad.lines().position(|line| line.contains("- ports:")).expect("the entry");
-        let place = format!("bad.yaml:{line}:");
+        let got = lab.ask("client", "www.web.example", at(HTTPS), "/allowed", &[]);
+        assert_eq!(got.status, 200, "{got:?}\n{}", daemon.report());
+    }
+    let json = |args: &[&str]| daemon.json(args).expect("palisade");
+    let of = |value: &Value| -> Vec<String> {
+        let texts = value.as_array().into_iter().flatten();
+        texts.filter_map(Value::as_str).map(ToOwned::to_owned).collect()
+    };
+    let rows = json(&["intercept", "config"]);
+    let row_of = |file: &str| {
+        let mut rows = rows.as_array().into_iter().flatten();
+        rows.find(|row| row["decided_by"].as_str().is_some_and(|rule| rule.contains(file)))
+            .unwrap_or_else(|| panic!("{file}: {rows:#?}"))
+    };
+    assert!(row_of("good.yaml:")["problem"].is_null(), "{rows:#}");
+    let places = [
+        of(&json(&["intercept", "certs"])["problems"]),
+        of(&json(&["status"])["warnings"]),
+        daemon.log().lines().map(ToOwned::to_owned).collect(),
+    ];
+    for (n, (member, name, _)) in cases.into_iter().enumerate() {
         let secret = format!("default/{name}");
-        let says = |text: &str, place: &str| {
-            text.contains(member) && text.contains(&secret) && text.contains(place)
-        };
-        let json = |args: &[&str]| daemon.json(args).expect("palisade");
-        let of = |value: &Value| -> Vec<String> {
-            let texts = value.as_array().into_iter().flatten();
-            texts.filter_map(Value::as_str).map(ToOwned::to_owned).collect()
-        };
-        let rows = json(&["intercept", "config"]);
-        let problems: Vec<&Value> = rows
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|row| &row["problem"])
-            .collect();
+        let says =
+            |text: &str, place: &str| text.contains(member) && text.contains(&secret) && text.contains(place);
+        let problem = &row_of(&format!("bad-{n}.yaml:"))["problem"];
         assert!(
-            problems.iter().any(|problem| problem.is_null())
-                && problems
-                    .iter()
-                    .filter_map(|problem| problem.as_str())
-                    .all(|problem| says(problem, ""))
-                && problems.iter().any(|problem| !problem.is_null()),
-            "{what}: {rows:#}"
+            problem.as_str().is_some_and(|problem| says(problem, "")),
+            "{member} {name}: {rows:#}"
         );
-        for told in [
-            of(&json(&["intercept", "certs"])["problems"]),
-            of(&json(&["status"])["warnings"]),
-            daemon.log().lines().map(ToOwned::to_owned).collect(),
-        ] {
-            assert!(told.iter().any(|text| says(text, &place)), "{what} {place}: {told:#?}");
+        let place = format!("bad-{n}.yaml:{line}:");
+        for told in &places {
+            assert!(
+                told.iter().any(|text| says(text, &place)),
+                "{member} {name} {place}: {told:#?}"
+            );
         }
     }
-    assert_eq!(broken.requests(), [Value::Null; 0]);
-    assert_eq!(peer.requests().len(), 2 * cases.len());
+    assert!(web.seen().is_empty(), "{:?}", web.seen());
+    assert_eq!(peer.requests().len(), 4);
 }
 
 #[test]
@@ -1263,24 +1781,22 @@ fn certificates_are_replaced_while_traffic_runs() {
         .expect("certificate");
     let _second = Peer::start_tls(internet, OTHER, &lab.apps.both("internet"), &certificate).expect("peer");
     let daemon = lab.client_only(&[HTTPS, OTHER], RULES);
-    let at = |port: u16| lab.apps.at("internet", Family::V4, port);
-    let load = Load::start(
-        lab.apps.ns("client"),
-        "www.web.example",
-        at(HTTPS),
-        &lab.server,
-        2,
-    )
-    .expect("load");
-    load.grows("allowed", 10).expect("traffic");
-    is_reported(
-        &lab,
-        &daemon,
-        "late.web.example",
-        at(OTHER),
-        &["unknown ca", "issuer", "unknown authority"],
-    );
-    assert_eq!(shown(&lab, at(HTTPS)), "CN = shown");
+    let at = |family: Family, port: u16| lab.apps.at("internet", family, port);
+    let loads = FAMILIES.map(|family| {
+        let at = at(family, HTTPS);
+        Load::start(lab.apps.ns("client"), "www.web.example", at, &lab.server, 2).expect("load")
+    });
+    for (family, load) in FAMILIES.into_iter().zip(&loads) {
+        load.grows("allowed", 10).expect("traffic");
+        is_reported(
+            &lab,
+            &daemon,
+            "late.web.example",
+            at(family, OTHER),
+            &["unknown ca", "issuer", "unknown authority"],
+        );
+        assert_eq!(shown(&lab, at(family, HTTPS)), "CN = shown");
+    }
 
     // The two files are replaced one after the other: while they do not fit, the old pair stays in use.
     let new = lab
@@ -1289,23 +1805,24 @@ fn certificates_are_replaced_while_traffic_runs() {
         .expect("certificate");
     lab.secrets.identity("shown", &new).expect("secret");
     lab.secrets.trust("trusted", &[&lab.root, &late]).expect("secret");
-    let changed = || shown(&lab, at(HTTPS)) == "CN = replaced";
-    wait_until("the new certificate is shown", OPEN, changed)
-        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-    let trusted = || {
-        lab.ask("client", "late.web.example", at(OTHER), "/allowed", &[])
-            .status
-            == 200
-    };
-    wait_until("the new authority is trusted", OPEN, trusted)
-        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-    load.grows("allowed", 10).expect("traffic");
-    let counts = load.counts();
-    assert!(
-        counts["failed"] == 0 && counts["leaked"] == 0 && counts["unread"] == 0,
-        "{counts}\n{}",
-        daemon.report()
-    );
+    for (family, load) in FAMILIES.into_iter().zip(&loads) {
+        let changed = || shown(&lab, at(family, HTTPS)) == "CN = replaced";
+        wait_until("the new certificate is shown", OPEN, changed)
+            .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        let trusted = || {
+            let got = lab.ask("client", "late.web.example", at(family, OTHER), "/allowed", &[]);
+            got.status == 200
+        };
+        wait_until("the new authority is trusted", OPEN, trusted)
+            .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        load.grows("allowed", 10).expect("traffic");
+        let counts = load.counts();
+        assert!(
+            counts["failed"] == 0 && counts["leaked"] == 0 && counts["unread"] == 0,
+            "{family:?}: {counts}\n{}",
+            daemon.report()
+        );
+    }
 }
 
 #[test]
@@ -1313,14 +1830,18 @@ fn a_policy_change_evaluates_the_next_request_and_cuts_what_is_no_longer_interce
     let lab = lab();
     let _peer = peer_at(&lab, HTTPS);
     let daemon = lab.client_only(&[HTTPS], RULES);
-    let at = lab.apps.at("internet", Family::V4, HTTPS);
-    let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients");
-    assert_eq!(held.line("again").expect("responses"), "again 3");
+    let held = FAMILIES.map(|family| {
+        let at = lab.apps.at("internet", family, HTTPS);
+        hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients")
+    });
+    for held in &held {
+        assert_eq!(held.line("again").expect("responses"), "again 3");
+    }
     let connections = || -> usize {
         let all = daemon.json(&["intercept", "connections"]).unwrap_or_default();
         all.as_array().map_or(0, Vec::len)
     };
-    assert_eq!(connections(), 3, "{}", daemon.report());
+    assert_eq!(connections(), 6, "{}", daemon.report());
     let text = policy(
         "client",
         "egress",
@@ -1328,15 +1849,16 @@ fn a_policy_change_evaluates_the_next_request_and_cuts_what_is_no_longer_interce
         &RULES.replace("/allowed.*", "/changed.*"),
     );
     daemon.apply(&[("client.yaml", &text)]).expect("policy");
-    is_denied(
-        "changed",
-        &lab.ask("client", "www.web.example", at, "/allowed", &[]),
-        &daemon,
-    );
-    assert_eq!(
-        lab.ask("client", "www.web.example", at, "/changed", &[]).status,
-        200
-    );
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        is_denied(
+            &format!("changed {family:?}"),
+            &lab.ask("client", "www.web.example", at, "/allowed", &[]),
+            &daemon,
+        );
+        let got = lab.ask("client", "www.web.example", at, "/changed", &[]);
+        assert_eq!(got.status, 200, "{family:?}: {got:?}");
+    }
     let text = policy("client", "egress", &[OTHER], RULES);
     daemon.apply(&[("client.yaml", &text)]).expect("policy");
     wait_until("the connections are cut", OPEN, || connections() == 0)
@@ -1396,15 +1918,19 @@ fn an_idle_connection_ends_when_a_new_policy_denies_its_server_name() {
         format!("{tls}serverNames: [\"{name}\"]\n")
     };
     let daemon = lab.client_only(&[HTTPS], &rules("www.web.example"));
-    let at = lab.apps.at("internet", Family::V4, HTTPS);
-    let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients");
-    assert_eq!(held.line("again").expect("responses"), "again 3");
+    let held = FAMILIES.map(|family| {
+        let at = lab.apps.at("internet", family, HTTPS);
+        hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 3).expect("clients")
+    });
+    for held in &held {
+        assert_eq!(held.line("again").expect("responses"), "again 3");
+    }
     // The connections send nothing more, so the programs do not evaluate their flows again.
     let text = policy("client", "egress", &[HTTPS], &rules("other.web.example"));
     daemon.apply(&[("client.yaml", &text)]).expect("policy");
+    let connections = || daemon.json(&["intercept", "connections"]).unwrap_or_default();
     wait_until("the connections are cut", OPEN, || {
-        let all = daemon.json(&["intercept", "connections"]).unwrap_or_default();
-        all.as_array().is_some_and(Vec::is_empty)
+        connections().as_array().is_some_and(Vec::is_empty)
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
 }
@@ -1477,7 +2003,8 @@ fn many_connections_are_open_at_the_same_time() {
 fn connections_beyond_the_share_of_an_endpoint_are_reset_with_a_reason() {
     let lab = lab();
     let peer = peer_at(&lab, HTTPS);
-    let settings = lab.settings_with("proxy_threads = 1\nmax_connections_per_endpoint = 2\n");
+    let settings =
+        lab.settings_with("proxy_threads = 1\nmax_connections = 4\nmax_connections_per_endpoint = 2\n");
     let text = policy("client", "egress", &[HTTPS], RULES);
     let daemon = lab.daemon(&settings, &[("client.yaml", &text)]);
     for family in FAMILIES {
@@ -1494,19 +2021,28 @@ fn connections_beyond_the_share_of_an_endpoint_are_reset_with_a_reason() {
         let args = ["--verdict", "dropped", "--to-ip", &address];
         let is_told = |flow: &Value| {
             flow["drop_reason_desc"] == "INSPECTION_LIMIT_REACHED"
-                && flow.to_string().contains("has its share of the proxy's connections")
+                && flow
+                    .to_string()
+                    .contains("has its share of the proxy's connections")
         };
         daemon
             .wait_flows(&args, "a flow with the reason", |flows| flows.iter().any(is_told))
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
-        let limited = daemon.json(&["intercept", "stats"]).expect("stats")["counters"]["connections"]["limited"].clone();
+        let limited =
+            daemon.json(&["intercept", "stats"]).expect("stats")["counters"]["connections"]["limited"]
+                .clone();
         assert!(limited.as_u64() > Some(0), "{limited}");
-        let warned = |status: &Value| status["warnings"].to_string().contains("max_connections_per_endpoint");
+        let warned = |status: &Value| {
+            status["warnings"]
+                .to_string()
+                .contains("max_connections_per_endpoint")
+        };
         daemon
             .wait_status("a warning about the limit", warned)
             .unwrap_or_else(|error| panic!("{error:#}"));
         drop(held);
-        let none = || daemon.json(&["intercept", "connections"]).unwrap_or_default() == Value::Array(Vec::new());
+        let none =
+            || daemon.json(&["intercept", "connections"]).unwrap_or_default() == Value::Array(Vec::new());
         wait_until("the connections end", OPEN, none).expect("no connection");
     }
     assert_eq!(peer.requests_for("/allowed/beyond"), 0);
@@ -1545,20 +2081,36 @@ fn connections_that_the_accept_queues_cannot_take_are_counted_and_told() {
             flood
         });
         kill(pid, Signal::SIGCONT).expect("SIGCONT");
-        assert!((4_096..FLOOD).contains(&flood.len()), "{family:?}: {}", flood.len());
+        assert!(
+            (4_096..FLOOD).contains(&flood.len()),
+            "{family:?}: {}",
+            flood.len()
+        );
         drop(flood);
         let before = n as u64;
         wait_until("the overflows are counted", OPEN, || overflows() > Some(before))
             .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
-        let warned = |status: &Value| status["warnings"].to_string().contains("accept queues of the proxy were full");
+        let warned = |status: &Value| {
+            status["warnings"]
+                .to_string()
+                .contains("accept queues of the proxy were full")
+        };
         daemon
             .wait_status("a warning about the accept queues", warned)
             .unwrap_or_else(|error| panic!("{error:#}"));
-        let served = || lab.ask("client", "www.web.example", at, "/allowed/after", &[]).status == 200;
+        let served = || {
+            lab.ask("client", "www.web.example", at, "/allowed/after", &[])
+                .status
+                == 200
+        };
         wait_until("the proxy serves again", OPEN, served)
             .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
     }
-    assert!(daemon.log().contains("accept queues of the proxy were full"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("accept queues of the proxy were full"),
+        "{}",
+        daemon.log()
+    );
     assert!(peer.requests_for("/allowed/after") >= 2);
 }
 

@@ -14,19 +14,20 @@ use std::{
 
 use palisade_testbed::{
     Daemon, Ns, Process,
+    daemon::Settings,
     dns::Server,
     ns::{temp_dir, wait_until},
     output,
     process::output_with_input,
     tls::Certificate,
     topology::{FAMILIES, Family},
-    web::{Curl, curl},
+    web::{Curl, Peer, curl},
 };
 use palisade_tests::{
     OPEN,
     fixtures::{
         apps::{Apps, apps, policy},
-        intercept::Secrets,
+        intercept::{HOSTS, RULES as INTERCEPTED, Secrets, lab},
         pki::{Authority, Validity},
     },
     opaque_tls::{self, Secret},
@@ -532,6 +533,111 @@ fn dashboard_and_alert_rules_use_only_metrics_of_a_scrape() {
         let out = output(&mut promtool, OPEN).expect("promtool");
         assert!(out.status.success(), "{out:?}");
     }
+}
+
+/// Returns the end of the validity of a certificate as openssl says it, Unix time.
+fn expiry(certificate: &Path) -> f64 {
+    let script = "date -u -d \"$(openssl x509 -noout -enddate -in \"$0\" | cut -d= -f2)\" +%s";
+    let out = output(Command::new("sh").args(["-c", script]).arg(certificate), OPEN).expect("openssl");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    text.trim().parse().unwrap_or_else(|_| panic!("{out:?}"))
+}
+
+#[test]
+fn certificates_secrets_and_intercepted_connections_are_measured() {
+    const HTTPS: u16 = 443;
+    const REFUSED: u16 = 8443;
+    const WITHOUT_SECRET: u16 = 8444;
+    let lab = lab();
+    let node = lab.apps.ns("node");
+    let internet = lab.apps.both("internet");
+    let _peer = Peer::start_tls(lab.apps.ns("internet"), HTTPS, &internet, &lab.server).expect("peer");
+    let settings = Settings {
+        tables: lab.secrets.table("proxy_threads = 1\n") + METRICS,
+        ..Settings::default()
+    };
+    let good = policy("client", "egress", &[HTTPS, REFUSED], INTERCEPTED);
+    let absent = INTERCEPTED.replace("name: shown", "name: absent");
+    let bad = policy("client", "egress", &[WITHOUT_SECRET], &absent).replace("client-egress", "client-bad");
+    let daemon = lab.daemon(&settings, &[("good.yaml", &good), ("bad.yaml", &bad)]);
+    for family in FAMILIES {
+        let at = |port: u16| lab.apps.at("internet", family, port);
+        for (port, path, status) in [
+            (HTTPS, "/allowed", 200),
+            (HTTPS, "/denied", 403),
+            (REFUSED, "/allowed", 503),
+        ] {
+            let got = lab.ask("client", "www.web.example", at(port), path, &[]);
+            assert_eq!(got.status, status, "{got:?}\n{}", daemon.report());
+        }
+    }
+    // The lab's certificates are valid for two days.
+    let shown = lab.secrets.folder("shown").join("tls.crt");
+    let soon = "the certificate tls.crt of secret default/shown expires in 1 day";
+    let samples = expect(
+        &daemon,
+        node,
+        &[
+            (
+                "palisade_certificate_expiry_timestamp_seconds{secret=\"default/shown\",key=\"tls.crt\",index=\"0\",\
+                 subject=\"CN=shown\"}",
+                expiry(&shown),
+            ),
+            ("palisade_secret_problems", 1.0),
+            (
+                "palisade_proxy_failures_total{reason=\"connection refused\"}",
+                2.0,
+            ),
+            ("palisade_proxy_failures_total{reason=\"connect timeout\"}", 0.0),
+            ("palisade_proxy_events_total{event=\"requests\"}", 6.0),
+            ("palisade_proxy_events_total{event=\"denied\"}", 2.0),
+            ("palisade_proxy_events_total{event=\"client_handshakes\"}", 6.0),
+            ("palisade_proxy_events_total{event=\"upstream_handshakes\"}", 4.0),
+            ("palisade_proxy_events_total{event=\"accept_overflows\"}", 0.0),
+            ("palisade_proxy_connections{thread=\"0\"}", 0.0),
+            ("palisade_proxy_thread_up{thread=\"0\"}", 1.0),
+            ("palisade_proxy_restarts_total{thread=\"0\"}", 0.0),
+        ],
+    );
+    for from in ["clients", "servers"] {
+        let bytes = samples[&format!("palisade_proxy_bytes_total{{from=\"{from}\"}}")];
+        assert!(bytes > 0.0, "{from}: {bytes}");
+    }
+    let status = daemon.status().expect("status");
+    let warnings = status["warnings"].to_string();
+    assert!(
+        warnings.contains(soon) && warnings.contains("secret default/absent is missing"),
+        "{status:#}"
+    );
+    let text = daemon.cli(&["status"]).expect("status");
+    assert!(text.contains(soon), "{text}");
+
+    // The missing secret comes, and one with an expired certificate.
+    let made = |name: &str, validity| {
+        lab.ours
+            .server(name, &HOSTS, validity, true)
+            .expect("certificate")
+    };
+    lab.secrets
+        .identity("absent", &made("late", Validity::Now))
+        .expect("secret");
+    expect(&daemon, node, &[("palisade_secret_problems", 0.0)]);
+    let old = made("old", Validity::Expired);
+    lab.secrets.identity("old", &old).expect("secret");
+    let old_expiry = "palisade_certificate_expiry_timestamp_seconds{secret=\"default/old\",key=\"tls.crt\",index=\"0\",\
+                      subject=\"CN=old\"}";
+    expect(
+        &daemon,
+        node,
+        &[("palisade_secret_problems", 1.0), (old_expiry, expiry(&old.cert))],
+    );
+    daemon
+        .wait_status("a warning about the expired certificate", |status| {
+            let warnings = status["warnings"].to_string();
+            warnings.contains("the certificate tls.crt of secret default/old has expired")
+                && !warnings.contains("absent is missing")
+        })
+        .unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]

@@ -116,7 +116,9 @@ fn missing_proxy_links_are_made_once_their_name_is_free() {
         let told = wait_until("status says it", LONG, || {
             daemon.status().is_ok_and(|status| {
                 let missing = status["missing"].to_string();
-                missing.contains("no proxy links") && missing.contains("[worker] interface")
+                missing.contains("no proxy links")
+                    && missing.contains("no proxy threads: there are no proxy links")
+                    && missing.contains("[worker] interface")
             })
         });
         told.unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
