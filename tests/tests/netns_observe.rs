@@ -219,6 +219,64 @@ fn observe_and_monitor_follow_new_flows() {
     .unwrap_or_else(|error| panic!("{error:#}: {}", monitor.log()));
 }
 
+#[test]
+fn monitor_shows_events_of_the_daemon_and_outlives_it() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("p.yaml", POLICIES)])
+        .expect("daemon");
+    let dir = world.topology.dir();
+    let start = |name: &str, args: &[&str]| {
+        let command = daemon.command(&[&["monitor", "--type"], args].concat());
+        Process::spawn(name, command, dir).expect("monitor")
+    };
+    let all = start("monitor", &["drop,agent"]);
+    let to_back = start("monitor-v", &["drop", "-v", "--to", "default/back"]);
+    let from_back = start("monitor-from", &["drop", "-v", "--from", "default/back"]);
+    let seen = || {
+        world
+            .check("far -> back tcp/80 drop\nfront -> back tcp/80 open")
+            .map(drop)
+            .expect("check")
+    };
+    let drops = |process: &Process| process.log().matches("drop (Policy denied)").count();
+    wait_until("monitor shows the drop", OPEN, || {
+        seen();
+        drops(&all) > 0 && to_back.log().contains(" DROP: ")
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}{}", all.log(), to_back.log()));
+    let log = to_back.log();
+    for part in [
+        ", reason Policy denied, ",
+        "\nRule default deny of ingress",
+        " tcp SYN\n",
+    ] {
+        assert!(log.contains(part), "{part}\n{log}");
+    }
+    assert_eq!(from_back.log(), "");
+    assert!(!all.log().contains("flow 0x0"), "{}", all.log());
+
+    daemon.apply(&[("q.yaml", POLICIES)]).expect("the same policies");
+    wait_until("monitor shows the change", OPEN, || {
+        all.log().contains(">> Policy updated: {\"labels\":")
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", all.log()));
+
+    daemon.kill9().expect("kill");
+    daemon.restart().expect("restart");
+    wait_until("monitor shows the start", OPEN, || {
+        all.log().contains(">> Palisade started: {\"time\":")
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", all.log()));
+    let before = drops(&all);
+    wait_until("monitor shows drops of the next daemon", OPEN, || {
+        seen();
+        drops(&all) > before
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", all.log()));
+    assert!(all.log().contains("the daemon answers again"), "{}", all.log());
+}
+
 const INSPECTED: &str = "apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
 metadata: {name: parser-only}

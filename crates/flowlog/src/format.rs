@@ -1,6 +1,6 @@
 //! Output of flows as text and as JSON.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::IpAddr};
 
 use jiff::tz::TimeZone;
 use palisade_abi::Reason;
@@ -667,17 +667,7 @@ fn line<F: Serialize>(response: &Response<F>) -> String {
 /// Returns a flow as a line of `palisade monitor`, with numbers and addresses instead of names.
 #[must_use]
 pub fn monitor(flow: &Flow) -> String {
-    let identity = |end: &Endpoint| match reserved_name(end.identity) {
-        Some(name) => name.to_owned(),
-        None => end.identity.to_string(),
-    };
-    let identities = || {
-        format!(
-            "identity {}->{}",
-            identity(&flow.source),
-            identity(&flow.destination)
-        )
-    };
+    let identities = || identities(flow);
     let local_is_source = flow.source_is_local();
     let (local, remote) = if local_is_source {
         (&flow.source, &flow.destination)
@@ -687,6 +677,7 @@ pub fn monitor(flow: &Flow) -> String {
     let interface = flow.interface.as_ref();
     let ifindex = interface.map_or(0, |i| i.index);
     let packet = packet_text(flow);
+    let hash = flow_hash(flow);
     let mut line = match flow.event_type.kind {
         event_type::POLICY_VERDICT => {
             let action = match flow.verdict {
@@ -699,7 +690,7 @@ pub fn monitor(flow: &Flow) -> String {
                 TrafficDirection::Ingress | TrafficDirection::Unknown => "ingress",
             };
             format!(
-                "Policy verdict log: flow 0x0 local EP ID {}, remote ID {}, proto {}, {direction}, action {action}, auth: disabled, match {}, {packet}",
+                "Policy verdict log: flow {hash:#x} local EP ID {}, remote ID {}, proto {}, {direction}, action {action}, auth: disabled, match {}, {packet}",
                 local.id,
                 remote.identity,
                 flow.palisade.protocol,
@@ -721,32 +712,137 @@ pub fn monitor(flow: &Flow) -> String {
             )
         }
         event_type::DROP => format!(
-            "xx drop ({}) flow 0x0 to endpoint {}, ifindex {ifindex}, {}: {packet}",
+            "xx drop ({}) flow {hash:#x} to endpoint {}, ifindex {ifindex}, {}: {packet}",
             flow.drop_reason_desc.text(),
             flow.destination.id,
             identities(),
         ),
         _ => {
-            let state = match (flow.palisade.progress.map(|p| p.at), flow.is_reply) {
-                (Some(Moment::Start), _) => "new",
-                (Some(Moment::End), _) => "closed",
-                (_, Some(true)) => "reply",
-                (_, Some(false)) => "established",
-                (_, None) => "unknown",
-            };
+            let state = connection_state(flow);
             let to = match flow.trace_observation_point.as_ref() {
                 "to-endpoint" => format!("endpoint {}", local.id),
                 point => point.trim_start_matches("to-").to_owned(),
             };
             let name = interface.map_or("", |i| &*i.name);
             format!(
-                "-> {to} flow 0x0, {} state {state} ifindex {name}: {packet}",
+                "-> {to} flow {hash:#x}, {} state {state} ifindex {name}: {packet}",
                 identities()
             )
         }
     };
     line.push('\n');
     line
+}
+
+/// Separator of [`monitor_verbose`].
+const MONITOR_SEPARATOR: &str =
+    "------------------------------------------------------------------------------\n";
+
+/// Returns a flow as `palisade monitor -v` prints it: drops and traces with length, headers and the deciding rule; other
+/// events as [`monitor`].
+#[must_use]
+pub fn monitor_verbose(flow: &Flow) -> String {
+    if matches!(
+        flow.event_type.kind,
+        event_type::POLICY_VERDICT | event_type::ACCESS_LOG
+    ) {
+        return monitor(flow);
+    }
+    let mut text = String::from(MONITOR_SEPARATOR);
+    // Writing to a string does not fail.
+    let _ = write!(text, "MARK {:#x} FROM {} ", flow_hash(flow), flow.source.id);
+    let _ = match flow.event_type.kind {
+        event_type::DROP => write!(
+            text,
+            "DROP: {} bytes, reason {}",
+            flow.palisade.length,
+            flow.drop_reason_desc.text()
+        ),
+        _ => write!(
+            text,
+            "{}: {} bytes, state {}",
+            flow.trace_observation_point.as_ref(),
+            flow.palisade.length,
+            connection_state(flow)
+        ),
+    };
+    if let Some(interface) = &flow.interface {
+        let _ = write!(text, ", interface {}", clean(&interface.name));
+    }
+    let _ = write!(text, ", {}", identities(flow));
+    if flow.destination.id != 0 {
+        let _ = write!(text, ", to endpoint {}", flow.destination.id);
+    }
+    text.push('\n');
+    if let Some(ethernet) = &flow.ethernet {
+        let _ = writeln!(text, "Ethernet {} -> {}", ethernet.source, ethernet.destination);
+    }
+    let what = packet_text(flow);
+    let _ = match flow.ip {
+        Some(ip) => writeln!(text, "{} {what}", ip.version.as_ref()),
+        None => writeln!(text, "{what}"),
+    };
+    if let Some(progress) = &flow.palisade.progress {
+        let _ = writeln!(
+            text,
+            "Flow {} packets, {} bytes; replies {} packets, {} bytes",
+            progress.forward_packets, progress.forward_bytes, progress.reply_packets, progress.reply_bytes
+        );
+    }
+    if let Some(rule) = &flow.palisade.rule {
+        let _ = write!(text, "Rule {}", clean(&rule.text));
+        if !rule.location.is_empty() {
+            let _ = write!(text, " ({})", clean(&rule.location));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn identities(flow: &Flow) -> String {
+    let identity = |end: &Endpoint| match reserved_name(end.identity) {
+        Some(name) => name.to_owned(),
+        None => end.identity.to_string(),
+    };
+    format!(
+        "identity {}->{}",
+        identity(&flow.source),
+        identity(&flow.destination)
+    )
+}
+
+fn connection_state(flow: &Flow) -> &'static str {
+    match (flow.palisade.progress.map(|progress| progress.at), flow.is_reply) {
+        (Some(Moment::Start), _) => "new",
+        (Some(Moment::End), _) => "closed",
+        (_, Some(true)) => "reply",
+        (_, Some(false)) => "established",
+        (_, None) => "unknown",
+    }
+}
+
+/// Returns a number that is the same for all packets of a flow, of both directions: FNV-1a over protocol, addresses and
+/// ports; 0 if the packet is not IP. Cilium prints the hash of the kernel, which the programs do not read.
+fn flow_hash(flow: &Flow) -> u32 {
+    let Some(ip) = flow.ip else { return 0 };
+    let (from, to) = flow.l4.and_then(Layer4::ports).unwrap_or_default();
+    let mut ends = [(ip.source, from), (ip.destination, to)];
+    ends.sort_unstable();
+    let mut hash = 0x811c_9dc5_u32;
+    let mut add = |bytes: &[u8]| {
+        for byte in bytes {
+            hash = (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+        }
+    };
+    add(&[flow.palisade.protocol]);
+    for (address, port) in ends {
+        match address {
+            IpAddr::V4(address) => add(&address.octets()),
+            IpAddr::V6(address) => add(&address.octets()),
+        }
+        add(&port.to_be_bytes());
+    }
+    hash
 }
 
 impl Flow {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use palisade_flowlog::Timestamp;
+use prost::Message as _;
 
 use crate::{
     convert::{encode, time},
@@ -213,6 +214,17 @@ fn message(event: AgentEvent, at: Timestamp) -> pb::AgentEvent {
     }
 }
 
+/// Result of a read of the events, see [`crate::Api::agent_events`].
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct AgentRead {
+    /// The events with their times.
+    pub events: Vec<(Timestamp, pb::AgentEvent)>,
+    /// Number of the next event.
+    pub next: u64,
+    /// Number of events that were overwritten before this read.
+    pub lost: u64,
+}
+
 /// The most recent events.
 #[derive(Debug, Default)]
 pub(crate) struct AgentRing(Mutex<Content>);
@@ -238,6 +250,26 @@ impl AgentRing {
             content.first += 1;
         }
         content.events.push_back((at, encoded));
+    }
+
+    /// Returns the events from a number on.
+    pub(crate) fn read(&self, from: u64) -> AgentRead {
+        let content = self.content();
+        let lost = content.first.saturating_sub(from);
+        let skipped = usize::try_from(from.saturating_sub(content.first)).unwrap_or(usize::MAX);
+        let next = content.first + content.events.len() as u64;
+        let encoded: Vec<_> = content.events.iter().skip(skipped).cloned().collect();
+        // Writers do not wait while the events are decoded.
+        drop(content);
+        let events = encoded.into_iter().filter_map(|(time, encoded)| {
+            let response = GetAgentEventsResponse::decode(encoded.0).ok()?;
+            Some((time, response.agent_event?))
+        });
+        AgentRead {
+            events: events.collect(),
+            next,
+            lost,
+        }
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
@@ -271,8 +303,6 @@ impl Source for AgentRing {
 
 #[cfg(test)]
 mod tests {
-    use prost::Message as _;
-
     use super::*;
 
     #[test]
@@ -298,6 +328,24 @@ mod tests {
             panic!("{event:?}");
         };
         assert_eq!((update.id, &*update.pod_name), (1, "web"));
+    }
+
+    #[test]
+    fn a_read_continues_after_the_last_one_and_counts_lost_events() {
+        let ring = AgentRing::default();
+        assert_eq!(ring.read(0), AgentRead::default());
+        ring.push(AgentEvent::Started, "node", Timestamp(1));
+        let read = ring.read(0);
+        assert_eq!((read.events.len(), read.next, read.lost), (1, 1, 0));
+        assert_eq!(read.events[0].0, Timestamp(1));
+        assert_eq!(read.events[0].1.r#type(), AgentEventType::AgentStarted);
+        assert!(ring.read(1).events.is_empty());
+        for time in 0..=CAPACITY as i64 {
+            ring.push(AgentEvent::Started, "node", Timestamp(time));
+        }
+        let read = ring.read(1);
+        assert_eq!((read.events.len(), read.lost), (CAPACITY, 1));
+        assert_eq!(read.next, CAPACITY as u64 + 2);
     }
 
     #[test]

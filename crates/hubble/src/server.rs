@@ -24,7 +24,7 @@ use tonic::{
 };
 
 use crate::{
-    agent::{AgentEvent, AgentRing},
+    agent::{AgentEvent, AgentRead, AgentRing},
     connection::{ConnectionId, OpenStream},
     namespaces::Namespaces,
     proto::services::{
@@ -126,6 +126,12 @@ impl Api {
         let now = Timestamp::from_system_time(SystemTime::now());
         self.0.agent.push(event, &self.0.node.name, now);
         self.0.wake.notify().notify_waiters();
+    }
+
+    /// Returns the events of the daemon that are kept, from the number `from` on.
+    #[must_use]
+    pub fn agent_events(&self, from: u64) -> AgentRead {
+        self.0.agent.read(from)
     }
 
     /// Returns the counters of readers.

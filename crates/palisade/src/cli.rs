@@ -4,6 +4,7 @@ mod capture;
 mod change;
 mod json_path;
 pub(crate) mod log;
+mod monitor;
 mod node;
 mod observe;
 mod output;
@@ -17,6 +18,7 @@ use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
 pub(crate) use self::change::{ApplyArgs, ChangeArgs, DiffArgs, RollbackArgs};
+pub(crate) use self::monitor::{MonitorArgs, MonitorType};
 use self::node::{DOCTOR_HELP, INIT_HELP, UNINSTALL_HELP};
 pub(crate) use self::node::{InitArgs, UninstallArgs};
 use self::observe::OBSERVE_HELP;
@@ -191,20 +193,8 @@ Talkers are counted since the command began, or since key r. NO_COLOR=1 turns co
     #[command(after_help = CAPTURE_HELP)]
     Capture(Box<CaptureArgs>),
     /// Show each event of the programs as it arrives, one per line.
-    #[command(after_help = "Examples:
-  palisade monitor --type drop
-  palisade monitor --type drop,policy-verdict --related-to default/frontend")]
-    Monitor {
-        /// Only events of these types: drop, policy-verdict, trace, l7.
-        #[arg(short = 't', long = "type", value_name = "TYPE", value_delimiter = ',',
-              value_parser = ["drop", "policy-verdict", "trace", "l7"])]
-        types: Vec<String>,
-        /// Only events of this endpoint: number or name.
-        #[arg(long, value_name = "ENDPOINT")]
-        related_to: Option<String>,
-        #[command(flatten)]
-        output: OutputArgs,
-    },
+    #[command(after_help = monitor::HELP)]
+    Monitor(MonitorArgs),
     /// Print the completion script for a shell. Needs neither daemon nor root.
     #[command(after_help = "The Debian package installs the scripts for bash, zsh and fish.
 

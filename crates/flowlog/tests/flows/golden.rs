@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use palisade_abi::{Event, EventKind, MatchKind, Reason, TracePoint, event_flags, identity, protocol};
 use palisade_flowlog::{
     FieldMask, Flow, LostSource, TimeFormat, Timestamp, Uuid,
-    format::{Format, Listing, Printer, monitor},
+    format::{Format, Listing, Printer, monitor, monitor_verbose},
     input::{self, Line},
 };
 use palisade_inspect::record::{Record, Text, Verdict, What, Word};
@@ -362,6 +362,10 @@ fn every_format() {
     };
     check("flows-mask.json", &listing(masked, &flows));
     check("flows.monitor", &flows.iter().map(monitor).collect::<String>());
+    check(
+        "flows.monitor-verbose",
+        &flows.iter().map(monitor_verbose).collect::<String>(),
+    );
 }
 
 #[test]

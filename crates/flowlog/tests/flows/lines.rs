@@ -357,15 +357,15 @@ fn monitor_lines() {
     };
     assert_eq!(
         monitor(&flow(&audited)),
-        "Policy verdict log: flow 0x0 local EP ID 12, remote ID 2, proto 6, ingress, action audit, auth: disabled, match none, 192.0.2.7:54006 -> 10.0.1.20:80 tcp SYN\n"
+        "Policy verdict log: flow 0xb5ebcf85 local EP ID 12, remote ID 2, proto 6, ingress, action audit, auth: disabled, match none, 192.0.2.7:54006 -> 10.0.1.20:80 tcp SYN\n"
     );
     assert_eq!(
         monitor(&flow(&denied(EventKind::PolicyVerdict))),
-        "Policy verdict log: flow 0x0 local EP ID 11, remote ID 2, proto 6, egress, action deny, auth: disabled, match none, 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
+        "Policy verdict log: flow 0x7bdf660 local EP ID 11, remote ID 2, proto 6, egress, action deny, auth: disabled, match none, 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
     );
     assert_eq!(
         monitor(&flow(&denied(EventKind::Drop))),
-        "xx drop (Policy denied) flow 0x0 to endpoint 0, ifindex 5, identity 23217->world: 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
+        "xx drop (Policy denied) flow 0x7bdf660 to endpoint 0, ifindex 5, identity 23217->world: 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
     );
     // A denied answer: the local end is still the web server.
     let answer = Event {
@@ -386,7 +386,7 @@ fn monitor_lines() {
     };
     assert_eq!(
         monitor(&flow(&trace)),
-        "-> endpoint 12 flow 0x0, identity 23217->17513 state new ifindex veth-client: 10.0.1.10:54006 -> 10.0.1.20:80 tcp SYN\n"
+        "-> endpoint 12 flow 0xd70f4af3, identity 23217->17513 state new ifindex veth-client: 10.0.1.10:54006 -> 10.0.1.20:80 tcp SYN\n"
     );
 }
 

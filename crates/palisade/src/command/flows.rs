@@ -1,30 +1,30 @@
-//! `palisade observe` and `palisade monitor`.
+//! `palisade observe`.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, Read as _, StdoutLock, Write as _},
     path::Path,
-    thread,
-    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
 use palisade_flowlog::{
-    FilterBuilder, Filters, Flow, Timestamp, Uuid,
+    Filters, Flow,
     filter::{ApiFilter, ApiFilters},
-    format::{self, Listing, RawFlow},
+    format::{Listing, RawFlow},
     input::{self, Line},
 };
 
-use super::output::{EXIT_NO, EXIT_OK};
+use super::{
+    follow::{FollowOutput, Recent, buffered, follow},
+    output::{EXIT_NO, EXIT_OK},
+};
 use crate::{
-    cli::{ObserveArgs, Output},
+    cli::ObserveArgs,
     control::{
         api::{Answer, ObserveRequest, Request},
-        client::{Client, ClientError, Received, ask},
+        client::Client,
     },
-    priority,
 };
 
 /// Flows shown without `--last`.
@@ -33,15 +33,6 @@ const DEFAULT_COUNT: usize = 20;
 const MAX_LINE: u64 = 1 << 20;
 /// Largest `--last` with `--input-file`.
 const MAX_LAST_OF_FILE: usize = 1_000_000;
-/// First and longest wait before the next attempt to reach the daemon while following.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Number of received flows whose identifiers are kept while following.
-const MAX_RECENT: usize = 16_384;
-/// Size of the buffer of the standard output, bytes.
-const OUTPUT_BUFFER: usize = 64 * 1024;
-/// Time before the newest flow in which a flow that was recorded earlier can still be missing, ns. The daemon sorts flows
-/// within a much shorter time.
-const LATE_NS: i64 = 1_000_000_000;
 
 /// Runs `palisade observe`. `socket` returns the path of the control socket; it is not called if no daemon is needed.
 pub(super) fn observe<S: AsRef<Path>>(
@@ -78,91 +69,24 @@ pub(super) fn observe<S: AsRef<Path>>(
         follow: args.follow,
         first: args.first,
         last,
-        after: None,
+        ..ObserveRequest::default()
     };
     let socket = socket()?;
     if args.follow {
-        return follow(socket.as_ref(), request, args.now, output);
+        return follow(socket.as_ref(), request, args.now, &mut output);
     }
     let mut client = Client::send(socket.as_ref(), &Request::Observe(request))?;
     loop {
         match client.next()? {
             Some(Answer::Flow(flow)) => output.flow(&flow, None)?,
             Some(Answer::Lost(lost)) => output.lost(lost.source.as_ref(), lost.count)?,
-            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => break,
+            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Agent(_) | Answer::Alive) => break,
             Some(Answer::Error(message)) => bail!(message),
             None => bail!("the daemon closed the connection before the end of the answer"),
         }
     }
     output.finish()?;
     Ok(EXIT_OK)
-}
-
-/// Runs `palisade monitor`.
-pub(super) fn monitor(
-    socket: &Path,
-    types: &[String],
-    related_to: Option<&str>,
-    output: Output,
-) -> anyhow::Result<u8> {
-    // Without this check the command would wait for flows of an endpoint that does not exist.
-    for endpoint in related_to.iter().flat_map(|list| list.split(',')) {
-        let request = Request::EndpointGet {
-            endpoint: endpoint.trim().to_owned(),
-        };
-        let _: crate::control::api::Endpoint = ask(socket, &request)?;
-    }
-    let mut builder = FilterBuilder::new(Timestamp::default());
-    for kind in types {
-        builder.flag("type", kind)?;
-    }
-    if let Some(endpoint) = related_to {
-        builder.flag("endpoint", endpoint)?;
-    }
-    let request = ObserveRequest {
-        query: builder.finish_api()?,
-        follow: true,
-        last: Some(0),
-        ..ObserveRequest::default()
-    };
-    let mut client = Client::send(socket, &Request::Observe(request))?;
-    priority::lower();
-    let mut out = buffered();
-    loop {
-        if !client.has_next() {
-            out.flush()?;
-        }
-        match client.next()? {
-            Some(Answer::Flow(flow)) => {
-                let text = match output {
-                    Output::Table => format::monitor(&flow),
-                    Output::Json => format::json(&flow),
-                    Output::JsonPath(template) => {
-                        let value = serde_json::from_str(&format::json(&flow))?;
-                        template.render(&value) + "\n"
-                    }
-                };
-                out.write_all(text.as_bytes())?;
-            }
-            Some(Answer::Lost(lost)) => {
-                let (count, source) = (lost.count, lost.source.as_ref());
-                eprintln!("palisade: {count} flows were lost ({source})");
-            }
-            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => {
-                out.flush()?;
-                return Ok(EXIT_OK);
-            }
-            Some(Answer::Error(message)) => bail!(message),
-            None => bail!(
-                "the daemon has ended, or has disconnected this command because it did not read fast enough"
-            ),
-        }
-    }
-}
-
-/// Returns the standard output with a buffer. Without it, each line would be a system call.
-fn buffered() -> BufWriter<StdoutLock<'static>> {
-    BufWriter::with_capacity(OUTPUT_BUFFER, io::stdout().lock())
 }
 
 /// The output of `palisade observe`.
@@ -180,8 +104,14 @@ impl Printed {
         self.out.write_all(text.unwrap_or_default().as_bytes())
     }
 
-    /// Prints a flow in JSON that a follower has received, unless it was printed before. The inner error is that of the
-    /// JSON.
+    fn finish(mut self) -> io::Result<()> {
+        let text = self.listing.take().map(Listing::finish).unwrap_or_default();
+        self.out.write_all(text.as_bytes())?;
+        self.out.flush()
+    }
+}
+
+impl FollowOutput for Printed {
     fn received(&mut self, json: &str, recent: &mut Recent) -> io::Result<Result<(), serde_json::Error>> {
         let is_raw = self.listing.as_ref().is_some_and(Listing::is_raw);
         if is_raw {
@@ -189,7 +119,7 @@ impl Printed {
                 Ok(flow) => flow,
                 Err(error) => return Ok(Err(error)),
             };
-            if self.is_new(flow.time, &flow.uuid, recent)? {
+            if recent.is_new(flow.time, &flow.uuid, self)? {
                 let text = self.listing.as_ref().map(|listing| listing.raw(&flow));
                 self.out.write_all(text.unwrap_or_default().as_bytes())?;
             }
@@ -198,19 +128,11 @@ impl Printed {
                 Ok(flow) => flow,
                 Err(error) => return Ok(Err(error)),
             };
-            if self.is_new(flow.time, &flow.uuid, recent)? {
+            if recent.is_new(flow.time, &flow.uuid, self)? {
                 self.flow(&flow, None)?;
             }
         }
         Ok(Ok(()))
-    }
-
-    /// Returns whether a flow was not received before.
-    fn is_new(&mut self, time: Timestamp, uuid: &Uuid, recent: &mut Recent) -> io::Result<bool> {
-        if std::mem::take(&mut recent.reconnected) && recent.is_other_ring(uuid) {
-            self.warn("the daemon was restarted: flows that it had not sent before are lost")?;
-        }
-        Ok(recent.insert(time, uuid))
     }
 
     fn lost(&mut self, source: &str, count: u64) -> io::Result<()> {
@@ -230,135 +152,8 @@ impl Printed {
         Ok(())
     }
 
-    fn finish(mut self) -> io::Result<()> {
-        let text = self.listing.take().map(Listing::finish).unwrap_or_default();
-        self.out.write_all(text.as_bytes())?;
+    fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
-    }
-}
-
-/// Prints flows as they arrive. When the daemon ends, waits for the next one and continues after the last flow.
-fn follow(
-    socket: &Path,
-    mut request: ObserveRequest,
-    begun: Timestamp,
-    mut output: Printed,
-) -> anyhow::Result<u8> {
-    priority::lower();
-    let mut recent = Recent::default();
-    let mut client = Client::send(socket, &Request::Observe(request.clone()))?;
-    loop {
-        let why = match follow_once(&mut client, &mut recent, &mut output)? {
-            None => return Ok(EXIT_OK),
-            Some(why) => why,
-        };
-        output.warn(&format!(
-            "the connection to the daemon has ended ({why}); waiting for the daemon"
-        ))?;
-        request.after = Some(recent.resume().map_or_else(String::new, |uuid| uuid.to_string()));
-        // Without a flow to continue after, the flows since the start of this command are to be shown.
-        if recent.last.is_none() {
-            request.query.since = request.query.since.max(Some(begun));
-        }
-        client = reconnect(socket, &request)?;
-        output.warn("the daemon answers again")?;
-        recent.reconnected = true;
-    }
-}
-
-/// Prints flows until the connection ends, and returns why; `None` if the daemon has sent everything.
-fn follow_once(
-    client: &mut Client,
-    recent: &mut Recent,
-    output: &mut Printed,
-) -> anyhow::Result<Option<String>> {
-    loop {
-        if !client.has_next() {
-            output.out.flush()?;
-        }
-        match client.next_raw() {
-            Ok(Some(Received::Flow(json))) => {
-                if let Err(error) = output.received(json, recent)? {
-                    return Ok(Some(format!("a flow cannot be read: {error}")));
-                }
-            }
-            Ok(Some(Received::Other(answer))) => match answer {
-                Answer::Lost(lost) => output.lost(lost.source.as_ref(), lost.count)?,
-                Answer::Error(message) => bail!(message),
-                Answer::Ok(_) | Answer::Capture(_) | Answer::Alive | Answer::Flow(_) => return Ok(None),
-            },
-            Ok(None) => return Ok(Some("the daemon closed it".to_owned())),
-            Err(ClientError::Broken(error)) => return Ok(Some(error.to_string())),
-            Err(error @ ClientError::Hangs { .. }) => {
-                output.warn(&error.to_string())?;
-                return Ok(Some("no answer".to_owned()));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Sends the request as soon as a daemon answers. The kernel also connects clients to a daemon that hangs, as long as the
-/// queue of its socket is not full, so an answer is required first.
-fn reconnect(socket: &Path, request: &ObserveRequest) -> anyhow::Result<Client> {
-    let (mut wait, longest) = RETRY;
-    loop {
-        thread::sleep(wait);
-        let sent = ask::<serde_json::Value>(socket, &Request::Ping)
-            .and_then(|_| Client::send(socket, &Request::Observe(request.clone())));
-        match sent {
-            Ok(client) => return Ok(client),
-            Err(ClientError::NotRunning { .. } | ClientError::Broken(_) | ClientError::Hangs { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-        wait = (wait * 2).min(longest);
-    }
-}
-
-/// The flows that a follower has received last. They are not printed again after a reconnection.
-#[derive(Default)]
-struct Recent {
-    order: VecDeque<(Timestamp, Uuid)>,
-    known: HashSet<Uuid>,
-    last: Option<Uuid>,
-    reconnected: bool,
-}
-
-impl Recent {
-    /// Returns whether the flow is new.
-    fn insert(&mut self, time: Timestamp, uuid: &Uuid) -> bool {
-        if uuid.is_none() {
-            return true;
-        }
-        if !self.known.insert(uuid.clone()) {
-            return false;
-        }
-        self.order.push_back((time, uuid.clone()));
-        self.last = Some(uuid.clone());
-        if self.order.len() > MAX_RECENT
-            && let Some((_, oldest)) = self.order.pop_front()
-        {
-            self.known.remove(&oldest);
-        }
-        true
-    }
-
-    fn is_other_ring(&self, uuid: &Uuid) -> bool {
-        self.last.as_ref().is_some_and(|last| !last.same_ring(uuid))
-    }
-
-    /// Returns the flow after which to continue: all flows before it were received. Flows are sorted by time within a short
-    /// window, so a flow that was recorded shortly before the last one can be missing.
-    fn resume(&self) -> Option<&Uuid> {
-        let last = self.last.as_ref()?;
-        let newest = self.order.iter().map(|(time, _)| time.0).max()?;
-        let late = self
-            .order
-            .iter()
-            .filter(|(time, uuid)| time.0 >= newest.saturating_sub(LATE_NS) && uuid.same_ring(last));
-        late.map(|(_, uuid)| uuid)
-            .min_by_key(|uuid| uuid.number())
-            .or(Some(last))
     }
 }
 
@@ -464,42 +259,9 @@ fn raw_filters(query: &ApiFilters) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use palisade_flowlog::{FilterBuilder, Timestamp};
+
     use super::*;
-
-    fn insert(recent: &mut Recent, key: u64, number: u64, time: i64) -> bool {
-        recent.insert(Timestamp(time), &Uuid::new(key, number))
-    }
-
-    #[test]
-    fn flows_are_not_printed_twice_and_none_is_skipped() {
-        let mut recent = Recent::default();
-        assert!(recent.resume().is_none());
-        let second = 1_000_000_000;
-        for (number, time) in [
-            (1, second),
-            (5, 10 * second),
-            (4, 10 * second + 1),
-            (7, 10 * second + 2),
-        ] {
-            assert!(insert(&mut recent, 1, number, time));
-        }
-        assert!(!insert(&mut recent, 1, 4, 10 * second + 1));
-        // 6 can still be missing, and 3 is older than every flow that can.
-        assert_eq!(recent.resume().and_then(Uuid::number), Some(4));
-        assert!(!recent.is_other_ring(&Uuid::new(1, 9)) && recent.is_other_ring(&Uuid::new(2, 9)));
-        // After a restart of the daemon, flows of the new ring count.
-        assert!(insert(&mut recent, 2, 4, 10 * second + 3));
-        assert_eq!(recent.resume(), Some(&Uuid::new(2, 4)));
-    }
-
-    #[test]
-    fn the_memory_of_a_follower_is_bounded() {
-        let mut recent = Recent::default();
-        for number in 0..MAX_RECENT as u64 + 10 {
-            insert(&mut recent, 1, number, 0);
-        }
-        assert_eq!((recent.order.len(), recent.known.len()), (MAX_RECENT, MAX_RECENT));
-    }
 
     #[test]
     fn raw_filters_are_yaml_with_json() {

@@ -5,11 +5,13 @@ mod config;
 mod doctor;
 mod explain;
 mod flows;
+mod follow;
 mod init;
 mod inspect;
 mod intercept;
 mod log;
 mod manual;
+mod monitor;
 mod output;
 mod policy;
 mod policy_change;
@@ -207,11 +209,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Capture(args) => capture::capture(&socket()?, args),
         Command::Observe(args) => flows::observe(socket, args),
         Command::Top(args) => top::run(&socket()?, args),
-        Command::Monitor {
-            types,
-            related_to,
-            output,
-        } => flows::monitor(&socket()?, types, related_to.as_deref(), output.output),
+        Command::Monitor(args) => monitor::monitor(&socket()?, args),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Requests and answers of the control socket. `-o json` prints answers in this form.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use palisade_flowlog::{Flow, Lost, Timestamp, filter::ApiFilters};
 use serde::{Deserialize, Serialize};
@@ -675,6 +675,20 @@ pub(crate) struct ObserveRequest {
     pub after: Option<String>,
     /// Number of most recent matching flows to send; `None` for all.
     pub last: Option<usize>,
+    /// With `follow`: also send the events of the daemon after this time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_events: Option<Timestamp>,
+}
+
+/// An event of the daemon: a change of policies, endpoints, the ipcache or learned names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct AgentNotice {
+    /// Time of the event.
+    pub time: Timestamp,
+    /// Kind of the event, as in `cilium monitor`.
+    pub subtype: Cow<'static, str>,
+    /// What has changed.
+    pub message: serde_json::Value,
 }
 
 /// Levels of the log for a limited time.
@@ -834,6 +848,8 @@ pub(crate) enum Answer {
     Flow(Box<Flow>),
     /// Flows that were lost, and where.
     Lost(Lost),
+    /// An event of the daemon.
+    Agent(Box<AgentNotice>),
     /// Whole pcapng blocks, in base64.
     Capture(String),
     /// The stream continues, but there is no flow to send.

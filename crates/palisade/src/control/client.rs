@@ -283,9 +283,11 @@ impl Client {
                 serde_json::from_value(value).map_err(|error| ClientError::Broken(error.into()))
             }
             Some(Answer::Error(message)) => Err(ClientError::Refused(message)),
-            Some(Answer::Flow(_) | Answer::Lost(_) | Answer::Capture(_) | Answer::Alive) => Err(
-                ClientError::Broken(io::Error::other("a stream came where one answer was expected")),
-            ),
+            Some(
+                Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Capture(_) | Answer::Alive,
+            ) => Err(ClientError::Broken(io::Error::other(
+                "a stream came where one answer was expected",
+            ))),
             None => Err(ClientError::Broken(io::ErrorKind::UnexpectedEof.into())),
         }
     }

@@ -1,6 +1,7 @@
 //! Requests of clients. Module `maps` answers from the published view and the maps, module `control` on the control
 //! thread. Module `observe` sends flows. This module dispatches the requests.
 
+mod agent;
 mod capture;
 mod changes;
 mod control;
@@ -88,7 +89,9 @@ impl Handler for Handlers {
     fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
         let answer = match request {
             Request::Capture(request) => return self.capture(&request, sink),
-            Request::Observe(request) => return observe::observe(&self.ring, &request, sink),
+            Request::Observe(request) => {
+                return observe::observe(&self.ring, self.hubble.api(), &request, sink);
+            }
             Request::Ping => Ok(Value::Null),
             Request::Status => json(self.status()),
             Request::Stop { detach } => {

@@ -6,13 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use palisade_flowlog::{Cursor, Filters, Flow, Next, Ordered, Ring};
-use serde_json::Value;
+use palisade_flowlog::{Cursor, Filters, Flow, Next, Ordered, Ring, Timestamp};
+use palisade_hubble::Api;
+use serde_json::{Value, json};
 
+use super::agent::notice;
 use crate::{
     control::{
         ALIVE_INTERVAL,
-        api::{Answer, ObserveRequest},
+        api::{AgentNotice, Answer, ObserveRequest},
         server::Sink,
     },
     priority::{self, Pace},
@@ -33,8 +35,14 @@ const MAX_REORDERED_FLOWS: usize = 4_096;
 /// Flows between two checks of [`Pace`].
 const FLOWS_PER_CHECK: u32 = 64;
 
-/// Sends the flows of a request.
-pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn Sink) -> io::Result<()> {
+/// Sends the flows of a request, and the events of the daemon if the request asks for them. `agent`: where these events
+/// are kept; `None` if the flow API does not work.
+pub(super) fn observe(
+    ring: &Arc<Ring>,
+    agent: Option<&Api>,
+    request: &ObserveRequest,
+    sink: &mut dyn Sink,
+) -> io::Result<()> {
     // The thread serves no other request.
     priority::lower();
     let filters = match Filters::compile(&request.query) {
@@ -61,6 +69,19 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
         let why = "too many clients follow flows at the same time; end one of them".to_owned();
         return sink.send(&Answer::Error(why));
     }
+    let mut agent = match (request.agent_events, agent) {
+        (None, _) => None,
+        (Some(since), Some(api)) => Some(AgentCursor {
+            api,
+            number: 0,
+            since,
+        }),
+        (Some(_), None) => {
+            let why = "events of the type agent are not kept, because the flow API could not be started; see \
+                       `palisade status`";
+            return sink.send(&Answer::Error(why.to_owned()));
+        }
+    };
     let mut said = Instant::now();
     let mut ordered = Ordered::new(REORDER_WINDOW, MAX_REORDERED_FLOWS);
     let mut pace = Pace::new();
@@ -79,6 +100,9 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
         while let Some(flow) = ordered.due(Instant::now()) {
             sink.queue_flow(&flow)?;
         }
+        if let Some(agent) = &mut agent {
+            agent.send(sink)?;
+        }
         sink.flush()?;
         pace.rest();
         let more = if ordered.is_empty() {
@@ -93,6 +117,38 @@ pub(super) fn observe(ring: &Arc<Ring>, request: &ObserveRequest, sink: &mut dyn
             sink.send(&Answer::Alive)?;
             said = Instant::now();
         }
+    }
+}
+
+/// Position in the events of the daemon.
+struct AgentCursor<'a> {
+    api: &'a Api,
+    /// Number of the next event.
+    number: u64,
+    /// Events up to this time are not sent.
+    since: Timestamp,
+}
+
+impl AgentCursor<'_> {
+    /// Sends the events that are new.
+    fn send(&mut self, sink: &mut dyn Sink) -> io::Result<()> {
+        let read = self.api.agent_events(self.number);
+        // The first read begins before the oldest event, and nothing was lost by that.
+        if read.lost > 0 && self.number > 0 {
+            let notice = AgentNotice {
+                time: self.since,
+                subtype: "Message".into(),
+                message: json!(format!("{} events of the daemon were lost", read.lost)),
+            };
+            sink.queue(&Answer::Agent(Box::new(notice)))?;
+        }
+        self.number = read.next;
+        for (time, event) in read.events {
+            if time > self.since {
+                sink.queue(&Answer::Agent(Box::new(notice(event, time))))?;
+            }
+        }
+        Ok(())
     }
 }
 

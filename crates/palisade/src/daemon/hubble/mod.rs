@@ -76,6 +76,11 @@ impl Hubble {
         }
     }
 
+    /// Returns the services; `None` if they could not be started.
+    pub(super) const fn api(&self) -> Option<&Api> {
+        self.api.as_ref()
+    }
+
     /// Closes the sockets, and removes the unix socket. Waits at most [`CLOSE_GRACE_PERIOD`].
     pub(super) fn close(&self) {
         drop(self.end.lock().unwrap_or_else(PoisonError::into_inner).take());
