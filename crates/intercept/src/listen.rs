@@ -48,12 +48,12 @@ pub(crate) fn listen(
 ) -> io::Result<Vec<Vec<Listener>>> {
     // Entering a namespace changes the calling thread, so a separate thread creates the sockets.
     let lists: Vec<Vec<Listener>> = thread::scope(|scope| {
-        scope
-            .spawn(|| {
+        thread::Builder::new()
+            .spawn_scoped(scope, || {
                 (0..threads)
                     .map(|_| listeners(namespaces))
                     .collect::<io::Result<_>>()
-            })
+            })?
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread that creates sockets has failed")))
     })?;

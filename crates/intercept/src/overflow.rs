@@ -18,8 +18,8 @@ const NETSTAT: &str = "/proc/thread-self/net/netstat";
 pub(crate) fn overflows(places: &[(Direction, Place)]) -> io::Result<u64> {
     // Entering a namespace changes the calling thread, so a separate thread reads the counters.
     thread::scope(|scope| {
-        scope
-            .spawn(|| {
+        thread::Builder::new()
+            .spawn_scoped(scope, || {
                 let mut sum = 0;
                 for (_, place) in places {
                     if let Place::Namespace(_) = place {
@@ -30,7 +30,7 @@ pub(crate) fn overflows(places: &[(Direction, Place)]) -> io::Result<u64> {
                     }
                 }
                 Ok(sum)
-            })
+            })?
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread that reads counters has failed")))
     })

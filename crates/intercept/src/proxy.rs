@@ -283,18 +283,21 @@ impl Proxy {
         };
         // Entering the namespace changes the thread.
         thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    check(
-                        request,
-                        place,
-                        &self.shared.options,
-                        &settings,
-                        &self.shared.contexts,
-                    )
-                })
-                .join()
-                .unwrap_or_else(|_| vec![CheckStep::failed("the check has failed")])
+            let thread = thread::Builder::new().spawn_scoped(scope, || {
+                check(
+                    request,
+                    place,
+                    &self.shared.options,
+                    &settings,
+                    &self.shared.contexts,
+                )
+            });
+            match thread {
+                Ok(thread) => thread
+                    .join()
+                    .unwrap_or_else(|_| vec![CheckStep::failed("the check has failed")]),
+                Err(_) => vec![CheckStep::failed("no thread can be started for the check")],
+            }
         })
     }
 
