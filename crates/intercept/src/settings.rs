@@ -67,8 +67,8 @@ pub struct Options {
     pub threads: usize,
     /// Maximum number of connections of one thread.
     pub connections: usize,
-    /// Maximum part of the connections of one thread that one endpoint can have, percent.
-    pub endpoint_share: usize,
+    /// Maximum number of connections of one thread that one endpoint can have.
+    pub endpoint_connections: usize,
     /// Time for the connection to a server.
     pub connect: Duration,
     /// Time for the TLS handshake with either side.
@@ -84,7 +84,7 @@ impl Default for Options {
         Self {
             threads: 2,
             connections: 16_384,
-            endpoint_share: 50,
+            endpoint_connections: 8_192,
             connect: Duration::from_secs(10),
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(30),

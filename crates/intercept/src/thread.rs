@@ -457,7 +457,7 @@ impl<'a> Thread<'a> {
     fn make_room(&mut self, endpoint: u16) -> Result<(), &'static str> {
         let options = &self.shared.options;
         let own = self.of_endpoint.get(&endpoint).copied().unwrap_or(0);
-        if own >= (options.connections * options.endpoint_share / 100).max(1) {
+        if own >= options.endpoint_connections {
             return Err(SHARE_FULL);
         }
         if self.connections.len() < options.connections {

@@ -33,7 +33,10 @@ fn limit_records(world: &World) -> Vec<(u16, &'static str)> {
 
 #[test]
 fn one_endpoint_cannot_take_all_connections() {
-    let world = World::with(http_rules(&["/.*"]), |_, options| options.connections = 8);
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.connections = 8;
+        options.endpoint_connections = 4;
+    });
     world.http_server();
     let flood: Vec<TcpStream> = (0..20).map(|_| world.socket()).collect();
     world.wait("the flood has its share", |world| {
@@ -302,7 +305,7 @@ fn connect_as(world: &World, endpoint: u16) -> TcpStream {
 fn a_full_table_takes_the_connection_that_is_idle_for_the_longest_time_from_the_largest_endpoint() {
     let world = World::with(http_rules(&["/.*"]), |_, options| {
         options.connections = 4;
-        options.endpoint_share = 100;
+        options.endpoint_connections = 4;
     });
     world.http_server();
     let mut oldest = world.socket();
@@ -338,7 +341,10 @@ fn a_full_table_takes_the_connection_that_is_idle_for_the_longest_time_from_the_
 
 #[test]
 fn a_flood_of_connections_beyond_a_limit_has_few_records() {
-    let world = World::with(http_rules(&["/.*"]), |_, options| options.connections = 2);
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.connections = 2;
+        options.endpoint_connections = 1;
+    });
     let begun = std::time::Instant::now();
     let flood: Vec<TcpStream> = (0..300).map(|_| world.socket()).collect();
     world.wait("the flood is refused", |world| world.proxy.stats().limited == 299);

@@ -462,7 +462,6 @@ fn raise_open_files() -> usize {
 
 fn options(config: &Config) -> Options {
     let tls = &config.tls;
-    let share = (tls.max_connections_per_endpoint * 100).div_ceil(tls.max_connections.max(1));
     let threads = match tls.proxy_threads {
         0 => thread::available_parallelism().map_or(1, |n| n.get().min(8)),
         threads => threads,
@@ -477,9 +476,12 @@ fn options(config: &Config) -> Options {
             "the limit on open files allows fewer connections of each proxy thread than [tls] max_connections"
         );
     }
+    let connections = tls.max_connections.min(room.max(1));
     Options {
-        connections: tls.max_connections.min(room.max(1)),
-        endpoint_share: share.clamp(1, 100),
+        connections,
+        // Where open files allow fewer connections, an endpoint keeps its part of them.
+        endpoint_connections: (connections * tls.max_connections_per_endpoint / tls.max_connections.max(1))
+            .max(1),
         threads,
         connect: tls.connect_timeout,
         handshake: tls.handshake_timeout,
