@@ -23,7 +23,8 @@ impl Datapath {
     /// Copies the flows of the conntrack table that programs of an earlier start use, if there is such a table and its
     /// layout is known. Returns the number of copied flows; `None` if there is no such table.
     ///
-    /// Call it before the first attachment; [`Self::attach`] copies what has changed since.
+    /// Call it before the first attachment; [`Self::attach`] copies what has changed since. After an attachment that has
+    /// failed, old programs stay attached and refresh flows only in their table: call it before expired flows are removed.
     ///
     /// # Errors
     /// [`MapError`] if a map cannot be read or written.
@@ -54,14 +55,9 @@ impl Datapath {
         Ok(())
     }
 
-    /// Copies flows that the old programs have opened, and copies that have expired although the old programs have seen
-    /// packets of the flow, since the last call. [`Self::attach`] calls it; with a large table and many interfaces at
-    /// most half of the time is spent in it. After an attachment that has failed, old programs stay attached: call it
-    /// before expired flows are removed.
-    ///
-    /// # Errors
-    /// [`MapError`] if a map cannot be read or written.
-    pub fn follow_old_conntrack(&self) -> Result<(), MapError> {
+    /// Copies flows that the old programs have opened since the last call. Called after each attachment; with a large
+    /// table and many interfaces at most half of the time is spent in it.
+    pub(crate) fn follow_old_conntrack(&self) -> Result<(), MapError> {
         for old in self.old_conntrack().iter_mut() {
             if old.last.is_none_or(|(end, took)| end.elapsed() >= took) {
                 self.take_over(old)?;

@@ -359,7 +359,7 @@ fn a_flow_that_only_old_programs_refresh_is_not_swept() {
     while monotonic_coarse() <= copied.expires {
         thread::sleep(LIFETIME / 20);
     }
-    new.follow_old_conntrack().unwrap();
+    new.take_over_flows().unwrap();
     let swept = new.conntrack().sweep(monotonic_coarse()).unwrap();
     assert_eq!((swept.ended.len(), swept.present), (1, 1));
     assert_eq!(new.conntrack().entries().unwrap(), [(ct_key(1), flow(u64::MAX))]);

@@ -73,8 +73,8 @@ pub(super) fn run(
             thread::sleep(interval.get());
             let now = monotonic_coarse();
             // While an attachment fails in an upgrade, programs of the earlier version refresh flows only in their table.
-            let followed = datapath.follow_old_conntrack();
-            match followed.and_then(|()| datapath.conntrack().sweep(now)) {
+            let copied = datapath.take_over_flows();
+            match copied.and_then(|_| datapath.conntrack().sweep(now)) {
                 Ok(sweep) => {
                     let names = EventNames::new(shared.get());
                     let offset = events::clock_offset();
