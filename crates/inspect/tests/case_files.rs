@@ -28,7 +28,7 @@ fn requests_of_the_other_case_files_are_evaluated_the_same() {
     let text = include_str!("../../../tests/cases/kafka-requests.yaml");
     all_pass("kafka-requests.yaml", text, 16);
     let text = include_str!("../../../tests/cases/intercepted-requests.yaml");
-    all_pass("intercepted-requests.yaml", text, 29);
+    all_pass("intercepted-requests.yaml", text, 35);
     let text = include_str!("../../../tests/cases/semantics.jsonl");
     all_pass("semantics.jsonl", text, 467);
 }

@@ -307,22 +307,30 @@ impl<'a> Builder<'a> {
         let Some(hit) = enforced.or_else(|| narrowest(quic.iter())) else {
             return entry;
         };
-        // A rule with this UDP port lifts the denial; one for all ports does not, since it does not mean QUIC.
-        let names_port = |(rule, ports): &Hit<'_>| {
-            !rule.denies && ports.l7.is_none() && matches!(ports.set, PortSet::Range { .. })
+        // A rule with this UDP port lifts the denial, and so does the one by which the node may always reach its workloads.
+        // A rule for all ports does not, since it does not mean QUIC.
+        let lifts = |(rule, ports): &Hit<'_>| {
+            let names_port = ports.l7.is_none() && matches!(ports.set, PortSet::Range { .. });
+            !rule.denies && (names_port || rule.members.is_localhost())
         };
+        let is_audited = entry.flags & entry_flags::AUDIT != 0;
         let is_denied = match Decision::from_u8(entry.decision) {
-            Decision::Allow => !others.iter().any(names_port),
+            Decision::Allow => !others.iter().any(lifts),
             Decision::Deny => true,
             Decision::Inspect => entry.inspector == Inspector::TlsTerminate as u8,
-            Decision::DenyExplicit | Decision::AuthRequired | Decision::DenyQuic => false,
+            // A policy in audit mode must not open what another policy denies.
+            Decision::DenyExplicit | Decision::AuthRequired => {
+                is_audited && !self.audit && !others.iter().any(lifts)
+            }
+            Decision::DenyQuic => false,
         };
         // Where the default verdict is allow, application rules restrict nothing.
         if !is_denied || self.default_verdict.allow {
             return entry;
         }
-        let only_audited = hit.0.audit && entry.decision == Decision::Allow as u8;
-        let audit = only_audited || entry.flags & entry_flags::AUDIT != 0;
+        // Without the policies in audit mode, the packet passes if only these intercept TLS or deny by default.
+        let passes = is_audited || entry.decision == Decision::Allow as u8;
+        let audit = self.default_verdict.audit || (hit.0.audit && passes);
         self.entry(Decision::DenyQuic, hit, audit)
     }
 

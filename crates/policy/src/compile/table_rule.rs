@@ -22,6 +22,11 @@ pub(super) enum Members {
 }
 
 impl Members {
+    /// Returns whether the rule is the one by which the node may always reach its workloads.
+    pub(super) fn is_localhost(&self) -> bool {
+        matches!(self, Self::Of(peers) if peers.iter().any(|member| member.peer == Member::LOCALHOST))
+    }
+
     /// Returns the members, reduced to the given identities.
     pub(super) fn among(&self, identities: &Arc<BTreeSet<Identity>>) -> Self {
         Self::Of(match self {
@@ -91,6 +96,9 @@ impl Member {
             Learned::Labels(resolved) => resolved.matches(&identity.labels),
         }
     }
+
+    /// Number of the peer of the rule by which the node may always reach its workloads.
+    pub(super) const LOCALHOST: u32 = u32::MAX;
 
     /// Number of the peer "any" in rules that were split by identities because peers number a port name differently.
     pub(super) const ANY: u32 = u32::MAX - 1;

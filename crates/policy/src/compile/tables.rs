@@ -380,7 +380,7 @@ impl Compiler {
             audit: false,
             auth_required: false,
             members: Members::Of(vec![Member {
-                peer: u32::MAX,
+                peer: Member::LOCALHOST,
                 members: Arc::new(
                     self.identity_index
                         .select(&ResolvedSelector::Entity(Entity::Host)),
