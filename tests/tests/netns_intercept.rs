@@ -911,20 +911,44 @@ fn generated_certificates_name_what_the_client_asks_for() {
 
 #[test]
 fn datagrams_of_quic_are_denied_so_that_clients_use_tcp() {
+    // Initial packets of QUIC have at least 1,200 bytes (RFC 9000, section 14.1).
+    const INITIAL: usize = 1_200;
+    const QUIC_DENIED: u8 = 208;
+    const EVERYTHING: &str = "  - toEntities: [all]\n";
     let lab = lab();
-    let daemon = lab.client_only(&[HTTPS], RULES);
+    let intercepted = policy("client", "egress", &[HTTPS], RULES);
+    // Also beside a rule that allows every port.
+    for more in ["", EVERYTHING] {
+        let file = intercepted.clone() + more;
+        let daemon = lab.daemon(&lab.settings(), &[("client.yaml", &file)]);
+        for family in FAMILIES {
+            let at = lab.apps.at("internet", family, HTTPS);
+            let outcome = udp(lab.apps.ns("client"), None, at, INITIAL, CLOSED);
+            assert_eq!(outcome, Outcome::TimedOut, "{family:?} {more}");
+            let to = at.ip().to_string();
+            let flows = daemon.wait_flows(
+                &["--verdict", "dropped", "--protocol", "udp", "--to-ip", &to],
+                "the drop",
+                |flows| flows.iter().any(|flow| flow["drop_reason"] == QUIC_DENIED),
+            );
+            flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        }
+    }
+    // For a server, too: what its policy intercepts at its port is not open to QUIC.
+    let daemon = lab.daemon(
+        &lab.settings(),
+        &[(
+            "server.yaml",
+            &(policy("server", "ingress", &[HTTPS], RULES) + "  - fromEntities: [all]\n"),
+        )],
+    );
     for family in FAMILIES {
-        let at = lab.apps.at("internet", family, HTTPS);
-        // Initial packets of QUIC have at least 1,200 bytes (RFC 9000, section 14.1).
-        let outcome = udp(lab.apps.ns("client"), None, at, 1_200, CLOSED);
-        assert_eq!(outcome, Outcome::TimedOut, "{family:?}");
-        let to = at.ip().to_string();
-        let flows = daemon.wait_flows(
-            &["--verdict", "dropped", "--protocol", "udp", "--to-ip", &to],
-            "the drop",
-            |flows| flows.iter().any(|flow| flow["drop_reason"] == 133),
-        );
-        flows.unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        let at = lab.apps.at("server", family, HTTPS);
+        let outcome = udp(lab.apps.ns("internet"), None, at, INITIAL, CLOSED);
+        assert_eq!(outcome, Outcome::TimedOut, "{family:?}\n{}", daemon.report());
+        let beside = lab.apps.at("server", family, HTTPS + 1);
+        let outcome = udp(lab.apps.ns("internet"), None, beside, INITIAL, CLOSED);
+        assert_eq!(outcome, Outcome::Refused, "{family:?}\n{}", daemon.report());
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, endpoint_flags, entry_flags};
+use palisade_abi::{Decision, Direction, Inspector, PolicyEntry, endpoint_flags, entry_flags, identity};
 use palisade_model::{
     inventory::{Endpoint, Inventory, Options},
     labels::{Labels, parse_label},
@@ -316,6 +316,30 @@ fn rules_that_change_requests_go_through_the_proxy() {
         let back = "fromEndpoints: [{matchLabels: {app: back}}]";
         let all = compiled(&[("one", &with(members)), ("other", &http(back, "/b"))]);
         assert!(all.is_read_as("back", Inspector::Http));
+    }
+}
+
+#[test]
+fn quic_to_an_intercepted_port_is_denied_to_all_but_the_node() {
+    const UDP: u8 = 17;
+    let spec = "  ingress:\n  - fromEntities: [all]\n    toPorts:\n    - ports: [{port: '80', protocol: TCP}]\n      \
+                terminatingTLS: {secret: {name: a}}\n  - fromEntities: [all]";
+    let mut all = compiled(&[("one", spec)]);
+    let decision = |all: &Compiled, identity, port| {
+        let snapshot = all.0.snapshot();
+        let entry = snapshot.policy_entry(1, Direction::Ingress, identity, UDP, Some(port));
+        Decision::from_u8(entry.unwrap().decision)
+    };
+    for allow_localhost in [true, false] {
+        all.set_options(|options| options.allow_localhost = allow_localhost);
+        let from_node = if allow_localhost {
+            Decision::Allow
+        } else {
+            Decision::DenyQuic
+        };
+        assert_eq!(decision(&all, identity::HOST, 80), from_node);
+        assert_eq!(decision(&all, identity::WORLD, 80), Decision::DenyQuic);
+        assert_eq!(decision(&all, identity::WORLD, 81), Decision::Allow);
     }
 }
 
