@@ -341,7 +341,7 @@ fn files(files: &FileChanges, most: usize) -> String {
     parts.join(" ")
 }
 
-/// Returns who caused an entry of the history.
+/// Returns the author of an entry of the history, or what caused the entry.
 fn by(row: &HistoryRow) -> String {
     match (&row.author, row.kind) {
         (Some(author), _) => match &author.sudo_user {

@@ -287,8 +287,8 @@ impl Control {
     }
 
     /// Ends the change that is not over, before the daemon ends. A change that needs a confirmation is rolled back: the
-    /// programs stay attached, and while no daemon runs nobody would roll it back at its deadline. A change that needs
-    /// none, or whose confirmation is being written, is completed if the disk answers.
+    /// programs stay attached, and without a daemon the change would not be rolled back at its deadline. A change that
+    /// needs no confirmation, or whose confirmation is being written, is completed if the disk answers.
     pub(in crate::daemon) fn end_change(&mut self, messages: &Receiver<Message>) {
         // Of a change whose message to this thread comes too late.
         self.policy_changes.store.abandon();
