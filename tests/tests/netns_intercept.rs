@@ -2036,8 +2036,9 @@ fn connections_beyond_the_share_of_an_endpoint_are_reset_with_a_reason() {
         let held = hold(lab.apps.ns("client"), "www.web.example", &lab.ours.cert, at, 2).expect("clients");
         assert_eq!(held.line("again").expect("responses"), "again 2");
         let got = lab.ask("client", "www.web.example", at, "/allowed/beyond", &[]);
+        // The reset arrives before curl sees the connection as established (7), in the handshake (35) or after it (56).
         assert!(
-            got.status == 0 && [35, 56].contains(&got.code),
+            got.status == 0 && [7, 35, 56].contains(&got.code),
             "{got:?}\n{}",
             daemon.report()
         );
