@@ -39,8 +39,8 @@ pub struct Problem {
     pub message: String,
     /// Whether the workload is only incomplete, for example without an address, which is normal while it starts.
     pub is_pending: bool,
-    /// Whether it claims what is in [`Taken`].
-    pub is_taken: bool,
+    /// Whether it claims a name, an interface or an address that belongs to another.
+    pub is_conflict: bool,
 }
 
 /// Result of [`find`].
@@ -84,7 +84,7 @@ pub fn find(
                     source: source(rule, workload),
                     message,
                     is_pending,
-                    is_taken: false,
+                    is_conflict: false,
                 });
             }
         }
@@ -113,16 +113,15 @@ pub fn find(
     let mut addresses: BTreeMap<IpAddr, String> = BTreeMap::new();
     for (_, found) in claims {
         let name = found.qualified_name();
-        let of_taken = with_taken(&found, &name, taken);
-        let is_taken = of_taken.is_some() && found.kind != INIT;
-        let conflict =
-            of_taken.or_else(|| with_accepted(&found, &name, &outcome.found, &interfaces, &addresses));
+        let conflict = with_taken(&found, &name, taken)
+            .or_else(|| with_accepted(&found, &name, &outcome.found, &interfaces, &addresses));
         let conflict = conflict.or_else(|| {
             let of_another = |address: &&IpAddr| held.get(*address).is_some_and(|by| *by != name);
             let address = found.addresses.iter().find(of_another)?;
             let by = held.get(address)?;
-            Some(format!("address {address} belongs to {by} already"))
+            Some(belongs_to("address", address, by))
         });
+        let is_conflict = conflict.is_some() && found.kind != INIT;
         let conflict = conflict.or_else(|| {
             (outcome.found.len() >= limit).then(|| {
                 format!("there are {limit} endpoints of this kind already: raise [limits] discovered")
@@ -133,7 +132,7 @@ pub fn find(
                 source: found.source(),
                 message: format!("{message}; {} stays denied", found.interface),
                 is_pending: found.kind == INIT,
-                is_taken,
+                is_conflict,
             });
             continue;
         }

@@ -51,6 +51,10 @@ definitions! {
         "Duration of the last change, from its beginning to the write of the last map entry.";
     ENDPOINTS = "palisade_endpoints", Gauge, NONE, ["direction", "enforcement"],
         "Number of endpoints by the enforcement of a direction.";
+    REFUSED_WORKLOADS = "palisade_refused_workloads", Gauge, NONE, [],
+        "Number of found workloads that are no endpoints and stay denied, without those that start.";
+    WORKLOAD_CONFLICTS = "palisade_workload_conflicts_total", Counter, NONE, [],
+        "Times that a found workload claimed a name, an interface or an address of another.";
     INTERFACE_GUARDED = "palisade_interface_guarded", Gauge, NONE, ["interface", "role"],
         "Whether all programs are attached to a configured interface (1).";
 

@@ -903,6 +903,9 @@ pub(crate) struct Status {
     /// Change of policies that waits for its confirmation.
     #[serde(default)]
     pub pending_change: Option<PendingChange>,
+    /// Found workloads that are no endpoints.
+    #[serde(default)]
+    pub refused_workloads: RefusedWorkloads,
     /// Live connections that the policies in force deny; `None` if the list is not known. The command asks for them with
     /// a request of their own.
     #[serde(default)]
@@ -1203,6 +1206,15 @@ pub(crate) struct WorkerRing {
     pub rx_fill_ring_empty: u64,
     /// Number of invalid descriptors.
     pub invalid: u64,
+}
+
+/// Numbers of found workloads that are no endpoints and stay denied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RefusedWorkloads {
+    /// Workloads that are denied now, without those that are incomplete because they start.
+    pub now: usize,
+    /// Times that a workload claimed a name, an interface or an address of another, since the start of the daemon.
+    pub conflicts_total: u64,
 }
 
 /// Counters of the conntrack map.

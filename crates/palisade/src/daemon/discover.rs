@@ -41,7 +41,10 @@ use engine::Engine;
 use place::Described;
 
 use super::{network::Network, state::State};
-use crate::config::{Config, Discover, DiscoverSource};
+use crate::{
+    config::{Config, Discover, DiscoverSource},
+    control::api::RefusedWorkloads,
+};
 
 /// Multicast groups of rtnetlink: links, IPv4 addresses, IPv6 addresses, and `RTNLGRP_NSID` (28).
 const GROUPS: u32 = 0x1 | 0x10 | 0x100 | 1 << 27;
@@ -152,6 +155,8 @@ pub(super) struct Discovery {
     report: Report,
     /// Workloads that are no endpoints.
     problems: BTreeSet<Problem>,
+    /// Number of conflicts since the daemon began.
+    conflicts: u64,
 }
 
 impl Discovery {
@@ -207,6 +212,7 @@ impl Discovery {
             shared,
             report,
             problems: BTreeSet::new(),
+            conflicts: 0,
         })
     }
 
@@ -247,24 +253,30 @@ impl Discovery {
 
     /// Replaces the list of workloads that are no endpoints. Returns those that are new in it.
     pub(super) fn set_problems(&mut self, problems: &BTreeSet<Problem>) -> Vec<Problem> {
-        let new = problems.difference(&self.problems).cloned().collect();
+        let new: Vec<Problem> = problems.difference(&self.problems).cloned().collect();
+        let conflicts = new.iter().filter(|problem| problem.is_conflict).count();
+        self.conflicts = self.conflicts.saturating_add(conflicts as u64);
         self.problems.clone_from(problems);
         new
     }
 
-    /// Returns the workloads that claim what the configuration has, for `status`: an error in the configuration, or a
-    /// workload that takes the address of another one.
-    pub(super) fn missing(&self) -> Vec<String> {
-        let mut all = refused(self.problems.iter().filter(|problem| problem.is_taken));
-        all.iter_mut().for_each(|text| text.insert_str(0, "discover: "));
-        all
+    /// Returns the numbers of workloads that are no endpoints, and of conflicts.
+    pub(super) fn refusals(&self) -> RefusedWorkloads {
+        RefusedWorkloads {
+            now: self.problems.iter().filter(|problem| !problem.is_pending).count(),
+            conflicts_total: self.conflicts,
+        }
     }
 
-    /// Returns the other problems for `status`.
+    /// Returns the problems for `status`. None of them makes the node unready, because a workload can cause each of them,
+    /// and only its own traffic is denied.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut all: Vec<String> = self.report.problems.clone();
-        let others = self.problems.iter().filter(|problem| !problem.is_taken);
-        let (pending, others): (Vec<_>, Vec<_>) = others.partition(|problem| problem.is_pending);
+        let (conflicts, others): (Vec<_>, Vec<_>) =
+            self.problems.iter().partition(|problem| problem.is_conflict);
+        let (pending, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|problem| problem.is_pending);
+        // Two lists, so that workloads that are refused for other reasons do not hide a conflict.
+        all.extend(refused(conflicts.into_iter()));
         all.extend(refused(others.into_iter()));
         if let Some(first) = pending.first() {
             let more = match pending.len() {

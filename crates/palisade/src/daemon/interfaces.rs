@@ -424,10 +424,15 @@ impl Interfaces {
             .any(|outcome| matches!(outcome, Outcome::Failed(_)))
     }
 
-    /// Returns for `status` the attachment of each configured interface, or the problem if it is not guarded.
+    /// Returns for `status` the attachment of each configured interface, or the problem if it is not guarded. The
+    /// interface of a found workload is left out once it is gone, since the workload itself can remove it and the next
+    /// report of the sources removes the endpoint.
     pub(super) fn report(&self, datapath: &Datapath) -> Vec<InterfaceStatus> {
         let kernel = datapath.attachments();
-        let report = self.wanted.iter().map(|(name, wanted)| {
+        let wanted = self.wanted.iter();
+        let wanted =
+            wanted.filter(|(name, wanted)| wanted.ifindex.is_none() || self.present.contains_key(*name));
+        let report = wanted.map(|(name, wanted)| {
             let mut status = InterfaceStatus {
                 name: name.clone(),
                 ifindex: self.present.get(name).copied().unwrap_or(0),

@@ -68,7 +68,6 @@ impl Control {
         missing.extend(self.workers.missing());
         missing.extend(self.proxy_link.missing());
         missing.extend(self.interception.missing());
-        missing.extend(self.discovery.missing());
         let mut warnings = self.notes.clone();
         warnings.extend(self.start_notes.iter().cloned());
         if let Some(problem) = self.state.keeper.problem() {
@@ -141,6 +140,7 @@ impl Control {
             policy_dir: self.config.policy.dir.display().to_string(),
             policy_files,
             pending_change: self.policy_changes.pending(),
+            refused_workloads: self.discovery.refusals(),
             workers: self.workers.report(),
             exports,
             ..Status::default()

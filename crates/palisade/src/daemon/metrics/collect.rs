@@ -361,6 +361,12 @@ impl Collector {
 fn of_control(status: &Status, report: &mut Report) {
     report.add(&own::READY, &[], status.ready);
     report.add(&own::MISSING, &[], status.missing.len());
+    report.add(&own::REFUSED_WORKLOADS, &[], status.refused_workloads.now);
+    report.add(
+        &own::WORKLOAD_CONFLICTS,
+        &[],
+        status.refused_workloads.conflicts_total,
+    );
     report.add(&own::POLICY_REVISION, &[], status.revision);
     report.add(&own::POLICY_LAST_CHANGE, &[], status.last_change_ms / 1e3);
     let files = |state| {
