@@ -14,14 +14,17 @@ use palisade_testbed::{
     ns::wait_until,
     probe::connect,
     process::Process,
+    tls::certificate,
     topology::{FAMILIES, Family, INNER, Topology},
-    web::{by_name, curl},
+    web::{Web, by_name, curl},
 };
 use palisade_tests::{
     CLOSED, OPEN,
     fixtures::{
         apps::apps,
         dns::{names, resolver, site},
+        kafka::{Broker, client as kafka_client},
+        python::packages,
     },
     setup::webs,
 };
@@ -190,6 +193,91 @@ fn requests_and_server_names_get_the_verdicts_that_were_enforced() {
     std::thread::sleep(CLOSED);
     let file = dump.finish();
     assert_replayed(&daemon, &file, apps.both("client"), 16);
+}
+
+#[test]
+fn http2_gets_the_verdicts_that_were_enforced() {
+    let apps = apps();
+    let names = certificate(apps.topology.dir(), &["www.allowed.example"]).expect("certificate");
+    let web = Web::start_http2(apps.ns("internet"), "nginx", &[80, 8080], &[], &names).expect("nginx");
+    let daemon = apps
+        .daemon(&Settings::default(), &[("web.yaml", WEB)])
+        .expect("daemon");
+    let client = apps.ns("client");
+    let dump = Tcpdump::start(&apps.topology, client, "client-http2");
+    for family in FAMILIES {
+        let status = |port: u16, path: &str| {
+            let url = format!("http://{}{path}", apps.at("internet", family, port));
+            let args = ["--http2-prior-knowledge", &url];
+            curl(client, &args, OPEN).expect("curl").status
+        };
+        // Rules for requests that the proxy does not evaluate are for HTTP/1: the connection is reset.
+        assert_eq!(status(80, "/allowed"), 0);
+        // Without such rules the connection is not inspected.
+        assert_eq!(status(8080, "/any"), 200);
+    }
+    assert_eq!(web.seen().len(), FAMILIES.len());
+    let filters = ["--to-port", "80", "--type", "l7", "--verdict", "DROPPED"];
+    daemon
+        .wait_flows(&filters, "refused connections", |flows| {
+            flows.len() >= FAMILIES.len()
+        })
+        .expect("flows");
+    std::thread::sleep(CLOSED);
+    let file = dump.finish();
+    assert_replayed(&daemon, &file, apps.both("client"), 6);
+}
+
+const TOPICS: &str = "apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: client}
+spec:
+  endpointSelector: {matchLabels: {app: client}}
+  egress:
+  - toEntities: [all]
+    toPorts:
+    - ports: [{port: \"9092\", protocol: TCP}]
+      rules:
+        kafka: [{role: produce, topic: orders}, {role: consume, topic: orders}]
+";
+
+#[test]
+fn kafka_requests_get_the_verdicts_that_were_enforced() {
+    packages().expect("the packages");
+    let apps = apps();
+    let brokers = FAMILIES.map(|family| {
+        let at = apps.at("internet", family, 9092);
+        let broker = Broker::start(apps.ns("internet"), at, &["orders", "secret"]).expect("broker");
+        (at, broker)
+    });
+    let daemon = apps
+        .daemon(&Settings::default(), &[("topics.yaml", TOPICS)])
+        .expect("daemon");
+    let client = apps.ns("client");
+    let dump = Tcpdump::start(&apps.topology, client, "client-kafka");
+    for (at, _) in &brokers {
+        let ask = |action: &str, topic: &str| {
+            kafka_client(client, "confluent", action, *at, topic, "hello").expect("client")
+        };
+        assert_eq!(ask("produce", "orders"), "ok", "{}", daemon.report());
+        assert_eq!(ask("consume", "orders"), "hello", "{}", daemon.report());
+        assert_eq!(
+            ask("produce", "secret"),
+            "TOPIC_AUTHORIZATION_FAILED",
+            "{}",
+            daemon.report()
+        );
+    }
+    let filters = ["--protocol", "kafka", "--verdict", "DROPPED"];
+    daemon
+        .wait_flows(&filters, "denied requests", |flows| {
+            let secret = |flow: &&Value| flow["l7"]["kafka"]["topic"] == "secret";
+            flows.iter().filter(secret).count() >= brokers.len()
+        })
+        .expect("flows");
+    std::thread::sleep(CLOSED);
+    let file = dump.finish();
+    assert_replayed(&daemon, &file, apps.both("client"), 20);
 }
 
 const NAMES: &str = "apiVersion: cilium.io/v2

@@ -253,8 +253,9 @@ pub(crate) struct Inspection {
     rules: Arc<Rules>,
     effects: Effects,
     held: Slab<Held>,
-    /// Sequence numbers of the held segments of each direction.
-    held_segments: HashMap<Direction, Vec<u32>, RandomState>,
+    /// Numbers in `held` and sequence numbers of the held segments of each direction. A segment that is not held can
+    /// have the sequence number of a held one, as a reset that answers an acknowledgement before it.
+    held_segments: HashMap<Direction, Vec<(usize, u32)>, RandomState>,
     /// Reused memory of a frame with room for a punt header.
     buffer: Vec<u8>,
     /// Connections that are not inspected any more, and their order.
@@ -385,7 +386,10 @@ impl Inspection {
         if let Some((direction, seq)) = segment
             && self.held.contains(handle)
         {
-            self.held_segments.entry(direction).or_default().push(seq);
+            self.held_segments
+                .entry(direction)
+                .or_default()
+                .push((handle, seq));
         }
     }
 
@@ -408,9 +412,9 @@ impl Inspection {
         let (seq, ack) = (word(header, 4)?, word(header, 8)?);
         let held = self.held_segments.get(&(destination, source));
         let first = held.and_then(|held| {
-            let reference = *held.first()?;
+            let (_, reference) = *held.first()?;
             held.iter()
-                .copied()
+                .map(|(_, seq)| *seq)
                 .min_by_key(|seq| seq.wrapping_sub(reference).wrapping_add(1 << 31))
         });
         if let Some(first) = first
@@ -428,10 +432,10 @@ impl Inspection {
     /// Removes a frame that the engine has returned.
     fn take_held(&mut self, handle: usize) -> Option<Held> {
         let held = self.held.try_remove(handle)?;
-        if let Some((direction, seq)) = held.segment
+        if let Some((direction, _)) = held.segment
             && let Some(held) = self.held_segments.get_mut(&direction)
         {
-            if let Some(at) = held.iter().position(|other| *other == seq) {
+            if let Some(at) = held.iter().position(|(other, _)| *other == handle) {
                 held.remove(at);
             }
             if held.is_empty() {

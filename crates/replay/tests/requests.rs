@@ -195,6 +195,30 @@ fn a_request_in_pieces_is_acknowledged_before_its_verdict() {
 }
 
 #[test]
+fn a_reset_with_the_number_of_a_held_segment_does_not_hide_it() {
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let mut connection = Connection::open(&mut world, end(a, 4000), end(server, 80));
+        let (piece, rest) = GOOD.split_at(7);
+        // The piece has no verdict yet.
+        connection.segment(&mut world, From::Client, "A", piece);
+        // The client has closed its socket: it answers an older segment of the server with a reset that has the
+        // acknowledgment number of that segment.
+        let next = connection.next[0];
+        connection.next[0] = next.wrapping_sub(7);
+        connection.segment(&mut world, From::Client, "R", b"");
+        connection.next[0] = next;
+        // What follows on the wire acknowledges the held piece.
+        connection.segment(&mut world, From::Server, "A", b"");
+        connection.segment(&mut world, From::Client, "A", rest);
+        connection.segment(&mut world, From::Server, "A", b"");
+        let records = connection.seen();
+        assert_eq!(records.len(), 1, "{records:?}");
+        assert_eq!(records[0].1, Reason::Allowed);
+    }
+}
+
+#[test]
 fn the_own_response_in_a_capture_is_recognised() {
     let mut world = World::new(HTTP);
     let mut connection = Connection::open(&mut world, end(AS[0], 4000), end(WORLDS[0], 80));
