@@ -83,6 +83,15 @@ impl Conntrack<'_> {
         self.map.entries()
     }
 
+    /// Passes each entry to `each`, expired ones included, in no particular order. The entries are read in batches, so the
+    /// memory does not depend on their number.
+    ///
+    /// # Errors
+    /// [`MapError`] if the map cannot be read.
+    pub fn for_each(&self, each: impl FnMut(CtKey, CtEntry)) -> Result<(), MapError> {
+        self.map.for_each(each)
+    }
+
     /// Returns the entry of a key.
     ///
     /// # Errors

@@ -84,23 +84,50 @@ pub struct Cut {
 /// endpoint that the compiler does not know is left out.
 #[must_use]
 pub fn cuts(compiler: &Compiler, connections: &[Connection]) -> Vec<Cut> {
-    let mut compiler = Cow::Borrowed(compiler);
-    let mut cuts = Vec::new();
-    for (number, connection) in connections.iter().enumerate() {
-        let Some(deciding) = deciding(&mut compiler, connection) else {
-            continue;
-        };
-        let Some(reason) = reason(connection, deciding.entry) else {
-            continue;
-        };
-        let rules = &compiler.snapshot().rules;
+    let mut finder = CutFinder::new(compiler);
+    connections
+        .iter()
+        .enumerate()
+        .filter_map(|(number, connection)| finder.find(number, connection))
+        .collect()
+}
+
+/// Evaluates connections one by one, for callers that do not have all of them in memory.
+#[derive(Debug)]
+pub struct CutFinder<'c> {
+    /// A copy once identities of learned names were added to it.
+    compiler: Cow<'c, Compiler>,
+}
+
+impl<'c> CutFinder<'c> {
+    /// Uses the policies of `compiler`.
+    #[must_use]
+    pub const fn new(compiler: &'c Compiler) -> Self {
+        Self {
+            compiler: Cow::Borrowed(compiler),
+        }
+    }
+
+    /// Returns whether the policies would cut a connection.
+    pub fn is_cut(&mut self, connection: &Connection) -> bool {
+        deciding(&mut self.compiler, connection)
+            .and_then(|deciding| reason(connection, deciding.entry))
+            .is_some()
+    }
+
+    /// Returns why the policies would cut a connection; `None` if they would not. `number`: value of
+    /// [`Cut::connection`].
+    pub fn find(&mut self, number: usize, connection: &Connection) -> Option<Cut> {
+        let deciding = deciding(&mut self.compiler, connection)?;
+        let reason = reason(connection, deciding.entry)?;
+        let rules = &self.compiler.snapshot().rules;
         let name = |rule| {
             rules
                 .get(&rule)
                 .map_or_else(|| format!("rule {rule}"), ToString::to_string)
         };
         let rule = deciding.entry.rule;
-        cuts.push(Cut {
+        Some(Cut {
             connection: number,
             reason,
             decided_by: match deciding.failsafe {
@@ -108,9 +135,8 @@ pub fn cuts(compiler: &Compiler, connections: &[Connection]) -> Vec<Cut> {
                 Some(failsafe) => format!("{}, except by {}", name(rule), name(failsafe)),
             },
             location: rules.get(&rule).and_then(|info| info.location.clone()),
-        });
+        })
     }
-    cuts
 }
 
 /// What decides about a connection.

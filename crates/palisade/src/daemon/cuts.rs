@@ -1,58 +1,89 @@
 //! Live connections from the conntrack map, and the report of those that a set of policies would cut.
 //!
-//! `palisade_policy::cuts` decides. Start at [`live`] and [`report`].
-
-use std::collections::HashSet;
+//! `palisade_policy::cuts` decides. Start at [`would_cut`] and [`denied`].
 
 use palisade_abi::{CtEntry, CtKey, Direction, ct_flags, protocol};
 use palisade_datapath::{Datapath, MapError};
 use palisade_policy::{
     compile::Compiler,
-    cuts::{Connection, Cut, CutReason, cuts},
+    cuts::{Connection, Cut, CutFinder, CutReason},
 };
 
 use super::{fqdn::FqdnManager, state::NODE, view::View};
-use crate::control::api::{CutRow, WouldCut};
+use crate::control::api::{CutRow, Session, WouldCut};
 
 /// Largest number of connections in a report.
 const MAX_ROWS: usize = 1_000;
 
-/// Returns the live connections of all endpoints: those that both ends have used and that pass now. `now`: ns of the coarse
-/// monotonic clock.
-pub(super) fn live(datapath: &Datapath, names: &FqdnManager, now: u64) -> Result<Vec<Connection>, MapError> {
-    let entries = datapath.conntrack().entries()?;
-    let live = entries.iter().filter(|(key, entry)| is_live(key, entry, now));
-    Ok(live
-        .map(|(key, entry)| {
-            connection(key, entry, |address| {
-                let names = names.names_of(key.endpoint, address);
-                names.iter().map(|name| name.to_string()).collect()
-            })
-        })
-        .collect())
-}
-
-/// Returns the connections that both ends have used and that have not ended, without those that the programs have passed
-/// under the policy in force. `now`: ns of the coarse monotonic clock.
-pub(super) fn not_passed(
+/// Returns the live connections that the policies of `after` cut and those of `before` do not. Live are the connections of
+/// all endpoints that both ends have used and that pass now. `now`: ns of the coarse monotonic clock.
+pub(super) fn would_cut(
     datapath: &Datapath,
     names: &FqdnManager,
+    view: &View,
+    [before, after]: [&Compiler; 2],
     now: u64,
-) -> Result<Vec<Connection>, MapError> {
+) -> Result<WouldCut, MapError> {
+    let (mut cut_before, mut cut_after) = (CutFinder::new(before), CutFinder::new(after));
+    let mut report = Report::default();
+    datapath.conntrack().for_each(|key, entry| {
+        if !is_live(&key, &entry, now) {
+            return;
+        }
+        report.live += 1;
+        let connection = with_names(&key, &entry, names);
+        if let Some(cut) = cut_after.find(0, &connection)
+            && !cut_before.is_cut(&connection)
+        {
+            report.add(cut, connection);
+        }
+    })?;
+    Ok(report.finish(view, after))
+}
+
+/// Returns the connections that the policies of `compiler` cut, of those that both ends have used and that have not ended,
+/// without those that the programs have passed under the policy in force. `compiler` is called only if there is such a
+/// connection. `now`: ns of the coarse monotonic clock.
+///
+/// # Errors
+/// The map cannot be read, or `compiler` fails.
+pub(super) fn denied<C: AsRef<Compiler>>(
+    datapath: &Datapath,
+    names: &FqdnManager,
+    view: &View,
+    compiler: impl FnOnce() -> Result<C, String>,
+    now: u64,
+) -> Result<WouldCut, String> {
     let states = datapath.endpoint_states();
-    let entries = datapath.conntrack().entries()?;
-    let suspects = entries.iter().filter(|(key, entry)| {
+    let is_suspect = |key: &CtKey, entry: &CtEntry| {
         let in_force = states.get(&key.endpoint).map_or(0, |state| state.revision);
         (entry.revision == 0 || entry.revision != in_force) && is_live(key, &evaluated(entry), now)
-    });
-    Ok(suspects
-        .map(|(key, entry)| {
-            connection(key, entry, |address| {
-                let names = names.names_of(key.endpoint, address);
-                names.iter().map(|name| name.to_string()).collect()
-            })
+    };
+    let error = |error: MapError| error.to_string();
+    let mut has_suspects = false;
+    let conntrack = datapath.conntrack();
+    conntrack
+        .for_each(|key, entry| has_suspects = has_suspects || is_suspect(&key, &entry))
+        .map_err(error)?;
+    if !has_suspects {
+        return Ok(WouldCut::default());
+    }
+    let compiler = compiler()?;
+    let mut finder = CutFinder::new(compiler.as_ref());
+    let mut report = Report::default();
+    conntrack
+        .for_each(|key, entry| {
+            if !is_suspect(&key, &entry) {
+                return;
+            }
+            report.live += 1;
+            let connection = with_names(&key, &entry, names);
+            if let Some(cut) = finder.find(0, &connection) {
+                report.add(cut, connection);
+            }
         })
-        .collect())
+        .map_err(error)?;
+    Ok(report.finish(view, compiler.as_ref()))
 }
 
 /// Returns an entry as if the policy had not denied the connection since.
@@ -63,52 +94,53 @@ fn evaluated(entry: &CtEntry) -> CtEntry {
     }
 }
 
-/// Returns the connections that the policies of `compiler` cut, as indices.
-pub(super) fn cut_numbers(compiler: &Compiler, connections: &[Connection]) -> HashSet<usize> {
-    cuts(compiler, connections)
-        .into_iter()
-        .map(|cut| cut.connection)
-        .collect()
+/// Connections that are cut: their number, and at most [`MAX_ROWS`] of them with their reasons, so that the memory does
+/// not depend on the size of the conntrack map.
+#[derive(Default)]
+struct Report {
+    cut: Vec<(Cut, Connection)>,
+    total: usize,
+    live: usize,
 }
 
-/// Returns the report on the connections that the policies of `compiler` cut. `before`: connections that the policies in
-/// force cut as well, which are left out.
-pub(super) fn report(
-    compiler: &Compiler,
-    view: &View,
-    connections: &[Connection],
-    before: &HashSet<usize>,
-) -> WouldCut {
-    let mut cut: Vec<(Cut, &Connection)> = cuts(compiler, connections)
-        .into_iter()
-        .filter(|cut| !before.contains(&cut.connection))
-        .filter_map(|cut| {
-            let connection = connections.get(cut.connection)?;
-            Some((cut, connection))
-        })
-        .collect();
-    let total = cut.len();
-    cut.sort_by_key(|(_, connection)| {
-        let to_node = connection.endpoint == NODE && connection.direction == Direction::Ingress;
-        let is_tcp = connection.protocol == protocol::TCP;
-        (
-            !is_tcp,
-            !to_node,
-            connection.endpoint,
-            connection.remote,
-            connection.port(),
-        )
-    });
-    cut.truncate(MAX_ROWS);
-    let snapshot = compiler.snapshot();
-    WouldCut {
-        connections: cut
-            .iter()
-            .map(|(cut, connection)| row(view, cut, connection))
-            .collect(),
-        total,
-        live: connections.len(),
-        warnings: snapshot.diagnostics.iter().map(ToString::to_string).collect(),
+impl Report {
+    fn add(&mut self, cut: Cut, connection: Connection) {
+        self.total += 1;
+        self.cut.push((cut, connection));
+        if self.cut.len() >= 2 * MAX_ROWS {
+            self.keep_first();
+        }
+    }
+
+    /// Keeps the connections that are shown first: TCP connections, and of these the ones to the node.
+    fn keep_first(&mut self) {
+        self.cut.sort_by_key(|(_, connection)| {
+            let to_node = connection.endpoint == NODE && connection.direction == Direction::Ingress;
+            let is_tcp = connection.protocol == protocol::TCP;
+            (
+                !is_tcp,
+                !to_node,
+                connection.endpoint,
+                connection.remote,
+                connection.port(),
+            )
+        });
+        self.cut.truncate(MAX_ROWS);
+    }
+
+    fn finish(mut self, view: &View, compiler: &Compiler) -> WouldCut {
+        self.keep_first();
+        let diagnostics = &compiler.snapshot().diagnostics;
+        WouldCut {
+            connections: self
+                .cut
+                .iter()
+                .map(|(cut, connection)| row(view, cut, connection))
+                .collect(),
+            total: self.total,
+            live: self.live,
+            warnings: diagnostics.iter().map(ToString::to_string).collect(),
+        }
     }
 }
 
@@ -120,18 +152,43 @@ pub(super) fn cut_sessions(
     now: u64,
 ) -> Result<(Vec<String>, usize), MapError> {
     const NAMED: usize = 5;
-    let entries = datapath.conntrack().entries()?;
-    let sessions: Vec<Connection> = entries
-        .iter()
-        .filter(|(key, entry)| is_session(key, entry, now))
-        .map(|(key, entry)| connection(key, entry, |_| Vec::new()))
-        .collect();
-    let cut = cuts(compiler, &sessions);
-    let named = cut.iter().take(NAMED).filter_map(|cut| {
-        let [peer, node] = sessions.get(cut.connection)?.opener_and_responder();
-        Some(format!("{peer} -> {node} by {}", cut.decided_by))
-    });
-    Ok((named.collect(), cut.len()))
+    let mut finder = CutFinder::new(compiler);
+    let (mut named, mut total) = (Vec::new(), 0);
+    datapath.conntrack().for_each(|key, entry| {
+        if !is_session(&key, &entry, now) {
+            return;
+        }
+        let connection = connection(&key, &entry, |_| Vec::new());
+        if named.len() >= NAMED {
+            total += usize::from(finder.is_cut(&connection));
+        } else if let Some(cut) = finder.find(0, &connection) {
+            total += 1;
+            let [peer, node] = connection.opener_and_responder();
+            named.push(format!("{peer} -> {node} by {}", cut.decided_by));
+        }
+    })?;
+    Ok((named, total))
+}
+
+/// Returns the connection of a TCP session of an endpoint, as the programs know it; `None` if they do not.
+pub(super) fn of_session(
+    datapath: &Datapath,
+    names: &FqdnManager,
+    endpoint: u16,
+    session: &Session,
+    now: u64,
+) -> Option<Connection> {
+    let key = CtKey {
+        local: session.local.ip().to_canonical().into(),
+        remote: session.peer.ip().to_canonical().into(),
+        local_port: session.local.port(),
+        remote_port: session.peer.port(),
+        endpoint,
+        protocol: protocol::TCP,
+        zero: 0,
+    };
+    let entry = datapath.conntrack().get(&key).ok()??;
+    is_live(&key, &evaluated(&entry), now).then(|| with_names(&key, &entry, names))
 }
 
 /// Returns whether the flow is a TCP connection that a peer has opened to the node and that has not ended.
@@ -147,6 +204,13 @@ fn is_live(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
     let passes = entry.revision != 0 && entry.flags & ct_flags::CLOSED == 0;
     let has_ports = matches!(key.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
     has_ports && is_used && passes && entry.expires > now
+}
+
+fn with_names(key: &CtKey, entry: &CtEntry, names: &FqdnManager) -> Connection {
+    connection(key, entry, |address| {
+        let names = names.names_of(key.endpoint, address);
+        names.iter().map(|name| name.to_string()).collect()
+    })
 }
 
 fn connection(
@@ -274,5 +338,39 @@ mod tests {
         let (node, peer) = ("192.0.2.1:22".to_owned(), "198.51.100.7:40000".to_owned());
         assert_eq!(ends(ct_flags::INGRESS), (peer.clone(), node.clone(), 0));
         assert_eq!(ends(0), (node, peer, 1));
+    }
+
+    #[test]
+    fn a_report_of_a_million_connections_keeps_the_first_rows_and_the_number() {
+        const ALL: u32 = 1_000_000;
+        let mut report = Report::default();
+        for n in (0..ALL).rev() {
+            let cut = Cut {
+                connection: 0,
+                reason: CutReason::Denied,
+                decided_by: String::new(),
+                location: None,
+            };
+            let connection = Connection {
+                endpoint: 2,
+                direction: Direction::Egress,
+                protocol: protocol::TCP,
+                local: std::net::Ipv4Addr::new(192, 0, 2, 1).into(),
+                local_port: 40_000,
+                remote: std::net::Ipv4Addr::from(n).into(),
+                remote_port: 443,
+                inspector: 0,
+                names: Vec::new(),
+            };
+            report.add(cut, connection);
+            assert!(report.cut.len() < 2 * MAX_ROWS);
+        }
+        report.keep_first();
+        assert_eq!((report.total, report.cut.len()), (ALL as usize, MAX_ROWS));
+        let kept: Vec<std::net::IpAddr> = report.cut.iter().map(|(_, kept)| kept.remote).collect();
+        let first: Vec<std::net::IpAddr> = (0..MAX_ROWS as u32)
+            .map(|n| std::net::Ipv4Addr::from(n).into())
+            .collect();
+        assert_eq!(kept, first);
     }
 }

@@ -74,9 +74,14 @@ impl Handlers {
 
     /// Adds the live connections that a set would cut and the other one does not.
     fn add_cuts(&self, plan: &mut PolicyPlan, from: &Candidate, to: &Candidate) -> Result<(), String> {
-        let live = cuts::live(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
-        let before = cuts::cut_numbers(&from.compiler, &live);
-        let found = cuts::report(&to.compiler, &self.shared.get(), &live, &before);
+        let found = cuts::would_cut(
+            &self.datapath,
+            &self.names,
+            &self.shared.get(),
+            [&from.compiler, &to.compiler],
+            monotonic_coarse(),
+        )
+        .map_err(map_error)?;
         plan.cut = found.total;
         plan.cuts = found.connections;
         plan.cuts.truncate(MAX_ROWS);

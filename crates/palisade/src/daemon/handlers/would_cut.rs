@@ -2,7 +2,7 @@
 //! own thread compiles the change with a copy of the compiler: neither the control thread nor the packet path waits.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, PoisonError},
 };
 
@@ -31,13 +31,13 @@ impl Handlers {
     /// reset is sent, so the connections stay open at both ends until the timeouts there.
     pub(super) fn denied_connections(&self) -> Result<DeniedConnections, String> {
         let _turn = ONE_LIST.lock().unwrap_or_else(PoisonError::into_inner);
-        let connections =
-            cuts::not_passed(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
-        if connections.is_empty() {
-            return Ok(DeniedConnections::default());
-        }
-        let copy = self.look_up(ClientRequest::Compiler)?;
-        let mut denied = cuts::report(&copy.compiler, &self.shared.get(), &connections, &HashSet::new());
+        let mut denied = cuts::denied(
+            &self.datapath,
+            &self.names,
+            &self.shared.get(),
+            || Ok(Box::new(self.look_up(ClientRequest::Compiler)?.compiler)),
+            monotonic_coarse(),
+        )?;
         denied.connections.truncate(MAX_DENIED);
         Ok(DeniedConnections {
             connections: denied.connections,
@@ -48,12 +48,18 @@ impl Handlers {
     pub(super) fn would_cut(&self, request: WouldCutRequest) -> Result<WouldCut, String> {
         let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let copy = self.look_up(ClientRequest::Compiler)?;
-        let connections = cuts::live(&self.datapath, &self.names, monotonic_coarse()).map_err(map_error)?;
-        let mut compiler = copy.compiler;
-        let before = cuts::cut_numbers(&compiler, &connections);
+        let before = copy.compiler;
+        let mut compiler = before.clone();
         let shown = |name: &str| copy.policy_dir.join(name).display().to_string();
         let mut warnings = update(&mut compiler, request, shown)?;
-        let mut cut = cuts::report(&compiler, &self.shared.get(), &connections, &before);
+        let mut cut = cuts::would_cut(
+            &self.datapath,
+            &self.names,
+            &self.shared.get(),
+            [&before, &compiler],
+            monotonic_coarse(),
+        )
+        .map_err(map_error)?;
         warnings.append(&mut cut.warnings);
         cut.warnings = warnings;
         Ok(cut)
