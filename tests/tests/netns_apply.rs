@@ -815,6 +815,113 @@ fn a_configuration_that_denies_the_session_it_is_reloaded_from_is_refused() {
 }
 
 #[test]
+fn a_reload_is_refused_if_it_guards_the_interface_of_the_session_and_not_if_another_one() {
+    let world = world();
+    for name in ["other8", "other9"] {
+        let node = &world.topology.node;
+        node.ip(&format!("link add {name} type veth peer name p{name}"))
+            .expect("veth");
+        node.ip(&format!("link set {name} up")).expect("up");
+    }
+    let settings = |nic: bool, others: &[&str]| {
+        let mut settings = Settings {
+            nic,
+            ..Settings::default()
+        };
+        settings.tables += "\n[failsafe]\ninbound = []\noutbound = []\n";
+        for name in others {
+            settings.tables += &format!("\n[[interface]]\nname = \"{name}\"\nrole = \"host\"\n");
+        }
+        settings
+    };
+    // The policy denies port 22, and the NIC has no programs.
+    let daemon = world
+        .daemon(settings(false, &["other9"]), &[("host.yaml", HOST)])
+        .expect("daemon");
+    let bed = Bed { world, daemon };
+    let configure = |nic: bool, others: &[&str]| {
+        let settings = with_peers(settings(nic, others));
+        let configured = bed.daemon.configure(&bed.world.topology, &settings);
+        configured.expect("configuration");
+    };
+    for family in FAMILIES {
+        configure(false, &["other9"]);
+        bed.daemon.cli(&["reload"]).expect("reload");
+        let node: SocketAddr = bed.world.at("node", family, 22);
+        let mut session =
+            palisade_testbed::probe::open(bed.world.ns("far"), None, node, OPEN).expect("session");
+        assert!(echoes(&mut session), "{family:?}");
+        let peer = session.local_addr().expect("address");
+        let connection = format!("{} {} {} {}", peer.ip(), peer.port(), node.ip(), node.port());
+        let reload = || {
+            let mut command = bed.daemon.command(&["reload"]);
+            output(command.env("SSH_CONNECTION", &connection), LONG).expect("command")
+        };
+        for others in [&["other9", "other8"][..], &["other8"], &["other8", "other9"]] {
+            configure(false, others);
+            let reloaded = reload();
+            assert!(
+                reloaded.status.success(),
+                "{family:?} {others:?}: {}",
+                text(&reloaded)
+            );
+            assert!(echoes(&mut session), "{family:?}");
+        }
+        configure(true, &["other9"]);
+        let refused = reload();
+        assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+        let said = text(&refused);
+        assert!(
+            said.contains(&format!("DENY YOUR OWN SESSION {peer} -> {node} (")),
+            "{said}"
+        );
+        assert!(echoes(&mut session), "{family:?}");
+    }
+}
+
+#[test]
+fn the_end_of_audit_mode_that_denies_the_session_it_is_ordered_from_is_refused() {
+    let bed = Bed::new();
+    let node = bed.daemon.json(&["endpoint", "list"]).expect("endpoints");
+    let node = node.as_array().expect("rows").iter();
+    let node = node
+        .clone()
+        .find(|row| row["labels"].to_string().contains("reserved:host"));
+    let id = node.expect("node")["id"].to_string();
+    for family in FAMILIES {
+        bed.run(&["endpoint", "config", &id, "PolicyAuditMode=Enabled"]);
+        let file = bed.candidate("host.yaml", HOST);
+        bed.apply(&[&file, "--yes"]);
+        let at: SocketAddr = bed.world.at("node", family, 22);
+        let mut session =
+            palisade_testbed::probe::open(bed.world.ns("far"), None, at, OPEN).expect("session");
+        let peer = session.local_addr().expect("address");
+        let connection = format!("{} {} {} {}", peer.ip(), peer.port(), at.ip(), at.port());
+        let end = |args: &[&str]| {
+            let all = [&["endpoint", "config", &id, "PolicyAuditMode=Disabled"], args].concat();
+            let mut command = bed.daemon.command(&all);
+            output(command.env("SSH_CONNECTION", &connection), LONG).expect("command")
+        };
+        let refused = end(&[]);
+        let said = text(&refused);
+        assert!(!refused.status.success(), "{said}");
+        assert!(
+            said.contains(&format!("DENY YOUR OWN SESSION {peer} -> {at} (")) && said.contains("--force"),
+            "{said}"
+        );
+        assert!(echoes(&mut session), "{family:?}");
+        let forced = end(&["--force"]);
+        assert!(forced.status.success(), "{}", text(&forced));
+        assert_eq!(
+            palisade_testbed::probe::connect(bed.world.ns("far"), at, CLOSED),
+            palisade_testbed::Outcome::TimedOut
+        );
+        fs::remove_file(bed.daemon.policies().join("host.yaml")).expect("remove");
+        bed.daemon.settle().expect("settle");
+    }
+}
+
+#[test]
 fn what_both_sets_deny_never_passes_while_they_are_switched() {
     let bed = Bed::new();
     let leaks: Vec<Leak> = FAMILIES

@@ -563,6 +563,9 @@ Options:
         /// OPTION=Enabled or OPTION=Disabled.
         #[arg(value_name = "OPTION=VALUE")]
         options: Vec<String>,
+        /// Set them also if that denies the session in which the command runs.
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         output: OutputArgs,
     },

@@ -9,7 +9,10 @@ use std::{
 use anyhow::bail;
 use serde::Serialize;
 
-use super::output::{EXIT_OK, show};
+use super::{
+    output::{EXIT_OK, show},
+    session::sessions,
+};
 use crate::{
     cli::{Output, PolicyOutput},
     control::{
@@ -291,6 +294,7 @@ pub(super) fn endpoint_config(
     socket: &Path,
     endpoint: &str,
     options: &[String],
+    force: bool,
     output: Output,
 ) -> anyhow::Result<u8> {
     let mut wanted = BTreeMap::new();
@@ -311,6 +315,8 @@ pub(super) fn endpoint_config(
     let request = Request::EndpointConfig {
         endpoint: endpoint.to_owned(),
         options: wanted,
+        sessions: sessions(),
+        force,
     };
     let answer: BTreeMap<String, bool> = ask(socket, &request)?;
     let code = show(&answer, output, |options, out| {

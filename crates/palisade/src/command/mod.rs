@@ -158,8 +158,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             EndpointCommand::Config {
                 endpoint,
                 options,
+                force,
                 output,
-            } => inspect::endpoint_config(&socket()?, endpoint, options, output.output),
+            } => inspect::endpoint_config(&socket()?, endpoint, options, *force, output.output),
         },
         Command::Identity(command) => match command {
             IdentityCommand::List { output } => inspect::identities(&socket()?, output.output),

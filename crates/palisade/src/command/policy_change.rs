@@ -85,8 +85,8 @@ fn change(socket: &Path, set: PolicySet, args: &ChangeArgs) -> anyhow::Result<u8
     }
     for denied in &plan.denied_sessions {
         eprintln!(
-            "palisade: these policies DENY YOUR OWN SESSION {} -> {} ({})",
-            denied.session.peer, denied.session.local, denied.decided_by
+            "palisade: these policies DENY YOUR OWN SESSION {} ({})",
+            denied.session, denied.decided_by
         );
     }
     if args.dry_run {

@@ -2,7 +2,8 @@
 //!
 //! sshd sets SSH_CONNECTION (ssh(1)), but sudo removes it from the environment. The parent processes are searched too:
 //! the user's shell has it. The variable can be forged by its process, so it only adds sessions to the check; the
-//! sockets of parent processes, of which sshd is one, are added as well.
+//! connections of parent processes, of which sshd is one, are added as well. One that a parent process has opened itself
+//! can be the user's way to the node, too (a reverse tunnel, an agent), so it is added as what it is: an outgoing one.
 
 use std::{
     collections::BTreeSet,
@@ -20,6 +21,8 @@ use crate::control::api::{Author, Session};
 const MAX_PARENTS: usize = 64;
 /// State of an established connection in /proc/net/tcp.
 const ESTABLISHED: &str = "01";
+/// State of a listening socket there.
+const LISTEN: &str = "0A";
 
 /// Returns the user of this process.
 pub(super) fn author() -> Author {
@@ -59,16 +62,37 @@ pub(super) fn sessions() -> Vec<Session> {
             _ => break,
         }
     }
-    for table in ["/proc/self/net/tcp", "/proc/self/net/tcp6"] {
-        let table = fs::read_to_string(table).unwrap_or_default();
-        found.extend(
-            table
-                .lines()
-                .skip(1)
-                .filter_map(|line| established(line, &sockets)),
-        );
-    }
+    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
+        .map(|table| fs::read_to_string(table).unwrap_or_default());
+    of_tables(&mut found, &tables, &sockets);
     found.into_iter().collect()
+}
+
+/// Adds the established connections of some sockets. Those of `found` are known to be incoming.
+fn of_tables(found: &mut BTreeSet<Session>, tables: &[String], sockets: &BTreeSet<u64>) {
+    let lines = || tables.iter().flat_map(|table| table.lines().skip(1));
+    let listening: BTreeSet<SocketAddr> = lines().filter_map(listens).collect();
+    for mut session in lines().filter_map(|line| established(line, sockets)) {
+        session.outgoing = !is_accepted(session.local, &listening);
+        let incoming = Session {
+            outgoing: false,
+            ..session
+        };
+        if !found.contains(&incoming) {
+            found.insert(session);
+        }
+    }
+}
+
+/// Returns whether a socket listens at an address and port. A socket that listens at `::` also accepts IPv4.
+fn is_accepted(local: SocketAddr, listening: &BTreeSet<SocketAddr>) -> bool {
+    let any_v6 = IpAddr::from(Ipv6Addr::UNSPECIFIED);
+    let any = match local {
+        SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => any_v6,
+    };
+    let mut addresses = [local.ip(), any, any_v6].into_iter();
+    addresses.any(|address| listening.contains(&SocketAddr::new(address, local.port())))
 }
 
 /// Returns the session of an SSH_CONNECTION variable: address and port of the client, then of the server.
@@ -85,6 +109,7 @@ fn parse(text: &str) -> Option<Session> {
     Some(Session {
         peer: end()?,
         local: end()?,
+        outgoing: false,
     })
 }
 
@@ -119,8 +144,16 @@ fn established(line: &str, sockets: &BTreeSet<u64>) -> Option<Session> {
     let session = Session {
         local: end(words.get(1)?)?,
         peer: end(words.get(2)?)?,
+        outgoing: false,
     };
     (is_wanted && !session.peer.ip().is_loopback()).then_some(session)
+}
+
+/// Returns the address in a line of /proc/net/tcp or tcp6, if it is that of a listening socket.
+fn listens(line: &str) -> Option<SocketAddr> {
+    let mut words = line.split_ascii_whitespace().skip(1);
+    let local = end(words.next()?)?;
+    (words.nth(1)? == LISTEN).then_some(local)
 }
 
 /// Returns an address of /proc/net/tcp: words of the network order in the byte order of the node, and the port.
@@ -149,7 +182,88 @@ mod tests {
         Session {
             peer: peer.parse().unwrap(),
             local: local.parse().unwrap(),
+            outgoing: false,
         }
+    }
+
+    #[test]
+    fn a_connection_that_a_parent_process_has_opened_is_an_outgoing_one() {
+        let line = |local: &str, peer: &str, state: &str, inode: u64| {
+            format!("0: {local} {peer} {state} 00000000:00000000 00:00000000 00000000 0 0 {inode} 1 0")
+        };
+        let v4 = |address: [u8; 4], port: u16| format!("{:08X}:{port:04X}", u32::from_ne_bytes(address));
+        let v6 = |address: Ipv6Addr, port: u16| {
+            let octets = address.octets();
+            let words = octets
+                .chunks_exact(4)
+                .map(|word| u32::from_ne_bytes(word.try_into().unwrap()));
+            let words: String = words.map(|word| format!("{word:08X}")).collect();
+            format!("{words}:{port:04X}")
+        };
+        let node: Ipv6Addr = "2001:db8::1".parse().unwrap();
+        let peer: Ipv6Addr = "2001:db8::7".parse().unwrap();
+        let listens = |local: &str| line(local, "0:0", LISTEN, 9);
+        let of = |listeners: &[String]| {
+            let connections = [
+                line(
+                    &v4([192, 0, 2, 1], 22),
+                    &v4([198, 51, 100, 7], 40_000),
+                    ESTABLISHED,
+                    1,
+                ),
+                line(
+                    &v4([192, 0, 2, 1], 40_001),
+                    &v4([198, 51, 100, 7], 443),
+                    ESTABLISHED,
+                    2,
+                ),
+                line(&v6(node, 22), &v6(peer, 40_000), ESTABLISHED, 3),
+                line(&v6(node, 40_001), &v6(peer, 443), ESTABLISHED, 4),
+                // Not of a parent process.
+                line(
+                    &v4([192, 0, 2, 1], 40_002),
+                    &v4([198, 51, 100, 7], 443),
+                    ESTABLISHED,
+                    5,
+                ),
+            ];
+            let table = [
+                vec!["header".to_owned()],
+                listeners.to_vec(),
+                connections.to_vec(),
+            ]
+            .concat();
+            let mut found = BTreeSet::new();
+            of_tables(&mut found, &[table.join("\n")], &(1..=4).collect());
+            let mut shown: Vec<String> = found.iter().map(ToString::to_string).collect();
+            shown.sort();
+            shown
+        };
+        let expected = [
+            "192.0.2.1:40001 -> 198.51.100.7:443",
+            "198.51.100.7:40000 -> 192.0.2.1:22",
+            "[2001:db8::1]:40001 -> [2001:db8::7]:443",
+            "[2001:db8::7]:40000 -> [2001:db8::1]:22",
+        ];
+        let listeners = [listens(&v4([0; 4], 22)), listens(&v6(Ipv6Addr::UNSPECIFIED, 22))];
+        assert_eq!(of(&listeners), expected);
+        assert_eq!(of(&listeners[1..]), expected, "a socket at :: accepts IPv4");
+        let exact = [listens(&v4([192, 0, 2, 1], 22)), listens(&v6(node, 22))];
+        assert_eq!(of(&exact), expected);
+        // What SSH_CONNECTION has is incoming, also if sshd listens no more.
+        let table = [
+            "header".to_owned(),
+            line(
+                &v4([192, 0, 2, 1], 22),
+                &v4([198, 51, 100, 7], 40_000),
+                ESTABLISHED,
+                1,
+            ),
+        ];
+        let known = session("198.51.100.7:40000", "192.0.2.1:22");
+        let mut found = BTreeSet::from([known]);
+        of_tables(&mut found, &[table.join("\n")], &[1].into());
+        assert_eq!(found, [known].into());
     }
 
     #[test]

@@ -42,6 +42,12 @@ pub(crate) enum Request {
     EndpointConfig {
         endpoint: String,
         options: BTreeMap<String, bool>,
+        /// TCP sessions of the client's user.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        sessions: Vec<Session>,
+        /// Whether to set them also if that denies a session.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
     },
     /// Returns the [`IdentityRow`]s.
     IdentityList,
@@ -196,6 +202,21 @@ pub(crate) struct Session {
     pub peer: std::net::SocketAddr,
     /// Address and port of this node.
     pub local: std::net::SocketAddr,
+    /// Whether the node seems to have opened the connection: no socket listens at `local`. The programs' entry of the
+    /// connection counts more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub outgoing: bool,
+}
+
+/// The end that opened the connection, and the other one.
+impl std::fmt::Display for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (from, to) = match self.outgoing {
+            false => (self.peer, self.local),
+            true => (self.local, self.peer),
+        };
+        write!(f, "{from} -> {to}")
+    }
 }
 
 /// What another set of policies would change.

@@ -112,6 +112,8 @@ pub(super) enum ClientRequest {
     EndpointConfig {
         endpoint: String,
         options: BTreeMap<String, bool>,
+        /// TCP sessions that the options must not deny.
+        sessions: Vec<Session>,
         reply: Reply<BTreeMap<String, bool>>,
     },
     /// Attaches the programs of a capture.

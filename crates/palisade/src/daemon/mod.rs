@@ -12,6 +12,7 @@
 
 mod capture;
 mod capturing;
+mod carriers;
 mod certificate_files;
 mod changes;
 mod checked_file;
@@ -39,6 +40,7 @@ mod metrics;
 mod nat;
 mod netfilter;
 mod network;
+mod own_session;
 mod policies;
 mod private_dirs;
 mod proxy_link;

@@ -280,6 +280,30 @@ fn dump_with(
     }
 }
 
+/// Sends a request of rtnetlink that has one answer.
+///
+/// # Errors
+/// Those of the socket and the kernel, for example if there is no route.
+pub(super) fn request(request: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut packet = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(request));
+    packet.header.flags = NLM_F_REQUEST;
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let (received, _) = socket.recv_from_full()?;
+    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&received)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    match answer.payload {
+        NetlinkPayload::InnerMessage(message) => Ok(message),
+        NetlinkPayload::Error(error) => Err(error.to_io()),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
 /// Reads interfaces and addresses, again and again while a change interrupts the dump (`NLM_F_DUMP_INTR`).
 fn read_whole() -> io::Result<Network> {
     loop {

@@ -1,14 +1,12 @@
 //! `palisade reload`. The table [`RULES`] lists which options a reload applies and which need a restart.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::time::Instant;
 
-use palisade_model::inventory::Enforcement;
-use palisade_policy::compile::{Changes as CompilerChanges, FAILSAFE_FILE};
 use tracing::{error, info, warn};
 
-use super::{changes, control::Control, enforcer::inventory, failsafe, watcher::Changes};
+use super::{control::Control, watcher::Changes};
 use crate::{
-    config::{Config, WithoutPolicies, enforcement_name},
+    config::{Config, enforcement_name},
     control::api::{PolicyFile, PolicyFileState, ReloadAnswer, Session},
     text::{chain, milliseconds},
 };
@@ -291,50 +289,14 @@ impl Control {
     }
 
     /// Returns why a configuration is not used: with it the policies in force deny sessions of the client; `None` if they
-    /// deny none. The present policy files count as soon as they are saved, whether there is a reload or not, so they are
-    /// not read here.
+    /// deny none.
     fn denies_sessions(&self, config: &Config, sessions: &[Session]) -> Option<String> {
-        if sessions.is_empty() {
-            return None;
-        }
-        let mut state = self.state.state.without_compiler();
-        // The reload itself reports such an error.
-        let mut inventory = inventory(config, &self.network, &mut state).ok()?;
-        let is_closed = config.node.on_failure == WithoutPolicies::Closed && self.files.unknown().is_some();
-        if is_closed && inventory.options.enforcement == Enforcement::Default {
-            inventory.options.enforcement = Enforcement::Always;
-        }
-        let mut compiler = self.enforcer.compiler.clone();
-        compiler
-            .update(CompilerChanges {
-                inventory: Some(inventory),
-                files: [(FAILSAFE_FILE.to_owned(), Some(failsafe::content(config)))].into(),
-            })
-            .ok()?;
-        // A session that is denied already goes through an interface without programs, and will as before.
-        let before: BTreeSet<Session> = if config.interfaces == self.config.interfaces {
-            let denied = changes::denied_sessions(&self.enforcer.compiler, sessions);
-            denied.iter().map(|denied| denied.session).collect()
-        } else {
-            BTreeSet::new()
-        };
-        let denied = changes::denied_sessions(&compiler, sessions);
-        let rows: Vec<String> = denied
-            .iter()
-            .filter(|denied| !before.contains(&denied.session))
-            .map(|denied| {
-                let session = denied.session;
-                format!("{} -> {} ({})", session.peer, session.local, denied.decided_by)
-            })
-            .collect();
-        (!rows.is_empty()).then(|| {
-            format!(
-                "the configuration stays as it was: {} would DENY YOUR OWN SESSION {}; allow the session in a policy or \
-                 by [failsafe], keep [policy] audit, or use --force",
-                config.path.display(),
-                rows.join(", ")
-            )
-        })
+        let denied = self.sessions_denied_by_reload(config, sessions)?;
+        Some(format!(
+            "the configuration stays as it was: {} would DENY YOUR OWN SESSION {denied}; allow the session in a policy or by \
+             [failsafe], keep [policy] audit, or use --force",
+            config.path.display()
+        ))
     }
 }
 

@@ -281,8 +281,13 @@ fn resources(place: &str, document: Value, found: &mut BTreeMap<String, Value>) 
     found.insert(key, Value::Object(object));
 }
 
-/// Returns the sessions that a set would cut. A session with an address of no endpoint counts as one of the node.
-pub(in crate::daemon) fn denied_sessions(compiler: &Compiler, sessions: &[Session]) -> Vec<DeniedSession> {
+/// Returns the sessions that a set would cut. A session with an address of no endpoint counts as one of the node. `known`
+/// returns the connection of a session of an endpoint as the programs know it.
+pub(in crate::daemon) fn denied_sessions(
+    compiler: &Compiler,
+    sessions: &[Session],
+    known: impl Fn(u16, &Session) -> Option<Connection>,
+) -> Vec<DeniedSession> {
     let connections: Vec<Connection> = sessions
         .iter()
         .map(|session| {
@@ -290,14 +295,20 @@ pub(in crate::daemon) fn denied_sessions(compiler: &Compiler, sessions: &[Sessio
                 session.local.ip().to_canonical(),
                 session.peer.ip().to_canonical(),
             );
+            let endpoint = match compiler.snapshot().identity_of(local).endpoint {
+                0 => NODE,
+                endpoint => endpoint,
+            };
+            if let Some(known) = known(endpoint, session) {
+                return known;
+            }
             Connection {
-                endpoint: match compiler.snapshot().identity_of(local).endpoint {
-                    0 => NODE,
-                    endpoint => endpoint,
+                endpoint,
+                // The packets of both directions belong to one flow, whose verdict is that of the opener's direction.
+                direction: match session.outgoing {
+                    false => Direction::Ingress,
+                    true => Direction::Egress,
                 },
-                // The peer has opened the session. The packets of both directions belong to its flow, whose verdict is
-                // that of the opener's direction.
-                direction: Direction::Ingress,
                 protocol: protocol::TCP,
                 local,
                 local_port: session.local.port(),
@@ -310,8 +321,12 @@ pub(in crate::daemon) fn denied_sessions(compiler: &Compiler, sessions: &[Sessio
         .collect();
     let cut = cuts(compiler, &connections).into_iter();
     cut.filter_map(|cut| {
+        let direction = connections.get(cut.connection)?.direction;
         Some(DeniedSession {
-            session: *sessions.get(cut.connection)?,
+            session: Session {
+                outgoing: direction == Direction::Egress,
+                ..*sessions.get(cut.connection)?
+            },
             decided_by: cut.decided_by,
         })
     })
@@ -494,6 +509,7 @@ spec:
         let session = |peer: &str, local: &str| Session {
             peer: peer.parse().unwrap(),
             local: local.parse().unwrap(),
+            outgoing: false,
         };
         let sessions = [
             session("198.51.100.7:40000", "192.0.2.1:22"),
@@ -502,11 +518,42 @@ spec:
             session("[2001:db8:2::7]:40000", "[2001:db8::1]:22"),
             session("[::ffff:203.0.113.8]:40000", "[::ffff:192.0.2.1]:22"),
         ];
-        let denied: Vec<Session> = denied_sessions(&base.compiler, &sessions)
-            .into_iter()
-            .map(|denied| denied.session)
-            .collect();
-        assert_eq!(denied, [sessions[1], sessions[3], sessions[4]]);
+        let denied =
+            |sessions: &[Session], known: &dyn Fn(u16, &Session) -> Option<Connection>| -> Vec<Session> {
+                let denied = denied_sessions(&base.compiler, sessions, known).into_iter();
+                denied.map(|denied| denied.session).collect()
+            };
+        assert_eq!(
+            denied(&sessions, &|_, _| None),
+            [sessions[1], sessions[3], sessions[4]]
+        );
+
+        // The policy says nothing about connections from the node.
+        let outgoing = sessions.map(|session| Session {
+            outgoing: true,
+            ..session
+        });
+        assert_eq!(denied(&outgoing, &|_, _| None), []);
+        assert_eq!(outgoing[1].to_string(), "192.0.2.1:22 -> 203.0.113.7:40000");
+        // The direction of the programs' entry counts more than that of the client.
+        let flow = |direction| {
+            move |endpoint, session: &Session| {
+                Some(Connection {
+                    endpoint,
+                    direction,
+                    protocol: protocol::TCP,
+                    local: session.local.ip().to_canonical(),
+                    local_port: session.local.port(),
+                    remote: session.peer.ip().to_canonical(),
+                    remote_port: session.peer.port(),
+                    inspector: 0,
+                    names: Vec::new(),
+                })
+            }
+        };
+        assert_eq!(denied(&sessions, &flow(Direction::Egress)), []);
+        let incoming = [sessions[1], sessions[3], sessions[4]];
+        assert_eq!(denied(&outgoing, &flow(Direction::Ingress)), incoming);
     }
 
     #[test]

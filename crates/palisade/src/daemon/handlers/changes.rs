@@ -12,10 +12,13 @@ use palisade_advice::{
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::{Next, Timestamp};
+use palisade_policy::compile::Compiler;
 
 use super::{CHANGE_DEADLINE, Handlers, NO_ANSWER, explain::ONE_AT_A_TIME, map_error};
 use crate::{
-    control::api::{ApplyRequest, FlowChange, PlanRequest, PolicyApplied, PolicyPlan, PolicySet},
+    control::api::{
+        ApplyRequest, DeniedSession, FlowChange, PlanRequest, PolicyApplied, PolicyPlan, PolicySet, Session,
+    },
     daemon::{
         changes::{self, Candidate, PolicyBase, Preparation, Switch},
         cuts,
@@ -65,11 +68,18 @@ impl Handlers {
         (plan.from, plan.to) = (entry(&request.from), entry(&request.to));
         if request.dry_run {
             plan.refused = self.refusal(&base, &request.to, &to);
-            plan.denied_sessions = changes::denied_sessions(&to.compiler, &request.sessions);
+            plan.denied_sessions = self.denied_sessions(&to.compiler, &request.sessions);
             self.add_cuts(&mut plan, &from, &to)?;
             self.add_flows(&mut plan, &base, &to)?;
         }
         Ok(plan)
+    }
+
+    fn denied_sessions(&self, compiler: &Compiler, sessions: &[Session]) -> Vec<DeniedSession> {
+        let now = monotonic_coarse();
+        changes::denied_sessions(compiler, sessions, |endpoint, session| {
+            cuts::of_session(&self.datapath, &self.names, endpoint, session, now)
+        })
     }
 
     /// Adds the live connections that a set would cut and the other one does not.
@@ -175,11 +185,11 @@ impl Handlers {
             );
         }
         if !request.force
-            && let Some(denied) = changes::denied_sessions(&to.compiler, &request.sessions).first()
+            && let Some(denied) = self.denied_sessions(&to.compiler, &request.sessions).first()
         {
             return Err(format!(
-                "this set denies your own session {} -> {} ({}); nothing was applied. Allow it, or use --force",
-                denied.session.peer, denied.session.local, denied.decided_by
+                "this set denies your own session {} ({}); nothing was applied. Allow it, or use --force",
+                denied.session, denied.decided_by
             ));
         }
         let of = match request.set {

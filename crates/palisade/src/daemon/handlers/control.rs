@@ -14,7 +14,7 @@ use palisade_model::{
 };
 use palisade_policy::parse::yaml_to_json;
 use serde_json::Value;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::super::{
     control::Control,
@@ -25,8 +25,8 @@ use super::super::{
 };
 use crate::{
     control::api::{
-        Endpoint, InterfaceStatus, PolicyFileState, PolicySummary, RuleSummary, SelectorRow, TraceAnswer,
-        TraceRequest,
+        Endpoint, InterfaceStatus, PolicyFileState, PolicySummary, RuleSummary, SelectorRow, Session,
+        TraceAnswer, TraceRequest,
     },
     text::{chain, milliseconds},
 };
@@ -67,8 +67,9 @@ impl Control {
             ClientRequest::EndpointConfig {
                 endpoint,
                 options,
+                sessions,
                 reply,
-            } => reply.send(self.configure_endpoint(&endpoint, options)),
+            } => reply.send(self.configure_endpoint(&endpoint, options, &sessions)),
             ClientRequest::BeginCapture(programs, reply) => {
                 let begun = self.datapath.begin_capture(programs);
                 if begun.is_err()
@@ -108,11 +109,19 @@ impl Control {
         &mut self,
         endpoint: &str,
         options: BTreeMap<String, bool>,
+        sessions: &[Session],
     ) -> Result<BTreeMap<String, bool>, String> {
         let name = full_name(self.find_endpoint(endpoint)?);
         for (option, enabled) in options {
             if option != "PolicyAuditMode" {
                 return Err(format!("there is no option '{option}'"));
+            }
+            if !enabled && let Some(denied) = self.sessions_denied_without_audit(&name, sessions) {
+                warn!(endpoint = name, denied, "the end of the audit mode was refused");
+                return Err(format!(
+                    "nothing was changed: without PolicyAuditMode the policies DENY YOUR OWN SESSION {denied}; allow the \
+                     session, or use --force"
+                ));
             }
             self.set_audit(name.clone(), enabled)?;
         }

@@ -119,13 +119,17 @@ impl Handler for Handlers {
             Request::PolicyHistory => json(Ok(rows(&self.policy_store.history()))),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
             Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
-            Request::EndpointConfig { endpoint, options } => {
-                json(self.change(|reply| ClientRequest::EndpointConfig {
-                    endpoint,
-                    options,
-                    reply,
-                }))
-            }
+            Request::EndpointConfig {
+                endpoint,
+                options,
+                sessions,
+                force,
+            } => json(self.change(|reply| ClientRequest::EndpointConfig {
+                endpoint,
+                options,
+                sessions: if force { Vec::new() } else { sessions },
+                reply,
+            })),
             Request::IdentityList => json(Ok(self.identities())),
             Request::IdentityGet { identity } => json(self.identity(identity)),
             Request::BpfPolicyGet { endpoint } => json(self.policy_table(endpoint)),
