@@ -44,6 +44,7 @@ const MEASURES: &[Entry] = &[
     ("tls", http::tls),
     ("kafka", kafka::measure),
     ("intercept", intercept::measure),
+    ("intercept-bulk", intercept::bodies),
     ("visibility", visibility::packets),
     ("visibility-http", visibility::http),
     ("hubble", visibility::api::measure),
