@@ -5,6 +5,7 @@ use std::{
     process::{Child, Stdio},
 };
 
+use palisade_abi::identity;
 use palisade_testbed::{
     daemon::Settings,
     ns::wait_until,
@@ -232,6 +233,7 @@ fn monitor_shows_events_of_the_daemon_and_outlives_it() {
     };
     let all = start("monitor", &["drop,agent"]);
     let to_back = start("monitor-v", &["drop", "-v", "--to", "default/back"]);
+    let numbers = start("monitor-n", &["drop", "-n"]);
     let from_back = start("monitor-from", &["drop", "-v", "--from", "default/back"]);
     let seen = || {
         world
@@ -242,9 +244,13 @@ fn monitor_shows_events_of_the_daemon_and_outlives_it() {
     let drops = |process: &Process| process.log().matches("drop (Policy denied)").count();
     wait_until("monitor shows the drop", OPEN, || {
         seen();
-        drops(&all) > 0 && to_back.log().contains(" DROP: ")
+        drops(&all) > 0 && drops(&numbers) > 0 && to_back.log().contains(" DROP: ")
     })
     .unwrap_or_else(|error| panic!("{error:#}: {}{}", all.log(), to_back.log()));
+    assert!(all.log().contains(", identity world-ipv4->"), "{}", all.log());
+    let (log, world_ipv4) = (numbers.log(), identity::WORLD_IPV4);
+    assert!(log.contains(&format!(", identity {world_ipv4}->")), "{log}");
+    assert!(!log.contains("world"), "{log}");
     let log = to_back.log();
     for part in [
         ", reason Policy denied, ",

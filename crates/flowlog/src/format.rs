@@ -664,10 +664,19 @@ fn line<F: Serialize>(response: &Response<F>) -> String {
     line
 }
 
+/// How `palisade monitor` prints reserved identities. It prints all others as numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReservedAs {
+    /// `world`.
+    Names,
+    /// `2`.
+    Numbers,
+}
+
 /// Returns a flow as a line of `palisade monitor`, with numbers and addresses instead of names.
 #[must_use]
-pub fn monitor(flow: &Flow) -> String {
-    let identities = || identities(flow);
+pub fn monitor(flow: &Flow, reserved: ReservedAs) -> String {
+    let identities = || identities(flow, reserved);
     let local_is_source = flow.source_is_local();
     let (local, remote) = if local_is_source {
         (&flow.source, &flow.destination)
@@ -741,12 +750,12 @@ const MONITOR_SEPARATOR: &str =
 /// Returns a flow as `palisade monitor -v` prints it: drops and traces with length, headers and the deciding rule; other
 /// events as [`monitor`].
 #[must_use]
-pub fn monitor_verbose(flow: &Flow) -> String {
+pub fn monitor_verbose(flow: &Flow, reserved: ReservedAs) -> String {
     if matches!(
         flow.event_type.kind,
         event_type::POLICY_VERDICT | event_type::ACCESS_LOG
     ) {
-        return monitor(flow);
+        return monitor(flow, reserved);
     }
     let mut text = String::from(MONITOR_SEPARATOR);
     // Writing to a string does not fail.
@@ -769,7 +778,7 @@ pub fn monitor_verbose(flow: &Flow) -> String {
     if let Some(interface) = &flow.interface {
         let _ = write!(text, ", interface {}", clean(&interface.name));
     }
-    let _ = write!(text, ", {}", identities(flow));
+    let _ = write!(text, ", {}", identities(flow, reserved));
     if flow.destination.id != 0 {
         let _ = write!(text, ", to endpoint {}", flow.destination.id);
     }
@@ -799,10 +808,10 @@ pub fn monitor_verbose(flow: &Flow) -> String {
     text
 }
 
-fn identities(flow: &Flow) -> String {
+fn identities(flow: &Flow, reserved: ReservedAs) -> String {
     let identity = |end: &Endpoint| match reserved_name(end.identity) {
-        Some(name) => name.to_owned(),
-        None => end.identity.to_string(),
+        Some(name) if reserved == ReservedAs::Names => name.to_owned(),
+        _ => end.identity.to_string(),
     };
     format!(
         "identity {}->{}",

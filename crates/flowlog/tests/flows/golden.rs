@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use palisade_abi::{Event, EventKind, MatchKind, Reason, TracePoint, event_flags, identity, protocol};
 use palisade_flowlog::{
     FieldMask, Flow, LostSource, TimeFormat, Timestamp, Uuid,
-    format::{Format, Listing, Printer, monitor, monitor_verbose},
+    format::{Format, Listing, Printer, ReservedAs, monitor, monitor_verbose},
     input::{self, Line},
 };
 use palisade_inspect::record::{Record, Text, Verdict, What, Word};
@@ -361,11 +361,13 @@ fn every_format() {
         ..Printer::default()
     };
     check("flows-mask.json", &listing(masked, &flows));
-    check("flows.monitor", &flows.iter().map(monitor).collect::<String>());
-    check(
-        "flows.monitor-verbose",
-        &flows.iter().map(monitor_verbose).collect::<String>(),
-    );
+    type Line = fn(&Flow, ReservedAs) -> String;
+    for (name, reserved) in [("", ReservedAs::Names), ("-numeric", ReservedAs::Numbers)] {
+        for (kind, line) in [("monitor", monitor as Line), ("monitor-verbose", monitor_verbose)] {
+            let lines: String = flows.iter().map(|flow| line(flow, reserved)).collect();
+            check(&format!("flows.{kind}{name}"), &lines);
+        }
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use palisade_abi::{Reason, protocol};
 use palisade_flowlog::{
     FilterBuilder, Flow, Timestamp,
-    format::{Format, Printer, Response, json, monitor},
+    format::{Format, Printer, ReservedAs, Response, json, monitor},
 };
 use palisade_inspect::record::{Record, Text, Verdict, What, Word};
 use serde_json::{Value, json};
@@ -118,7 +118,7 @@ fn lines() {
     };
     assert!(compact(&audited).contains("http-request AUDIT (HTTP/1.0 DELETE http://web.shop/admin)"));
     assert_eq!(
-        monitor(&flow(&denied())),
+        monitor(&flow(&denied()), ReservedAs::Names),
         "-> http-request from endpoint 11 to endpoint 12, identity 23217->17513, verdict dropped (Denied by application rules), 10.0.1.10:54006 -> 10.0.1.20:80 tcp: HTTP/1.0 DELETE http://web.shop/admin\n"
     );
     let dict = Printer {

@@ -4,7 +4,7 @@ use crate::world::{CLIENT, DATABASE, UNENFORCED, WEB, address, denied, event, fl
 use palisade_abi::{Event, EventKind, MatchKind, Reason, TracePoint, event_flags, identity, protocol};
 use palisade_flowlog::{
     Flow,
-    format::{Format, Printer, Response, json, monitor},
+    format::{Format, Printer, ReservedAs, Response, json, monitor},
 };
 
 fn compact(event: &Event) -> String {
@@ -356,15 +356,15 @@ fn monitor_lines() {
         ..event()
     };
     assert_eq!(
-        monitor(&flow(&audited)),
+        monitor(&flow(&audited), ReservedAs::Names),
         "Policy verdict log: flow 0xb5ebcf85 local EP ID 12, remote ID 2, proto 6, ingress, action audit, auth: disabled, match none, 192.0.2.7:54006 -> 10.0.1.20:80 tcp SYN\n"
     );
     assert_eq!(
-        monitor(&flow(&denied(EventKind::PolicyVerdict))),
+        monitor(&flow(&denied(EventKind::PolicyVerdict)), ReservedAs::Names),
         "Policy verdict log: flow 0x7bdf660 local EP ID 11, remote ID 2, proto 6, egress, action deny, auth: disabled, match none, 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
     );
     assert_eq!(
-        monitor(&flow(&denied(EventKind::Drop))),
+        monitor(&flow(&denied(EventKind::Drop)), ReservedAs::Names),
         "xx drop (Policy denied) flow 0x7bdf660 to endpoint 0, ifindex 5, identity 23217->world: 10.0.1.10:54006 -> 151.101.3.5:80 tcp SYN\n"
     );
     // A denied answer: the local end is still the web server.
@@ -378,14 +378,14 @@ fn monitor_lines() {
         ..event()
     };
     assert!(flow(&answer).is_reply.is_none() && flow(&answer).palisade.reply);
-    assert!(monitor(&flow(&answer)).contains("local EP ID 12, remote ID 23217"));
+    assert!(monitor(&flow(&answer), ReservedAs::Names).contains("local EP ID 12, remote ID 23217"));
     let trace = Event {
         kind: EventKind::Trace as u8,
         trace_point: TracePoint::Start as u8,
         ..event()
     };
     assert_eq!(
-        monitor(&flow(&trace)),
+        monitor(&flow(&trace), ReservedAs::Names),
         "-> endpoint 12 flow 0xd70f4af3, identity 23217->17513 state new ifindex veth-client: 10.0.1.10:54006 -> 10.0.1.20:80 tcp SYN\n"
     );
 }
@@ -407,7 +407,7 @@ fn an_event_with_unknown_values_is_shown() {
         ..event()
     };
     assert!(!compact(&odd).is_empty());
-    assert!(!monitor(&flow(&odd)).is_empty());
+    assert!(!monitor(&flow(&odd), ReservedAs::Names).is_empty());
     let of_flow = flow(&odd);
     assert_eq!(of_flow.palisade.reason, unknown.to_string());
 }

@@ -3,7 +3,7 @@
 use palisade_abi::{Addr, EventKind, Reason, event_flags, identity, protocol};
 use palisade_flowlog::{
     FilterBuilder, Flow, Timestamp, TrafficDirection,
-    format::{Format, Printer, Response, json, monitor},
+    format::{Format, Printer, ReservedAs, Response, json, monitor},
 };
 use palisade_inspect::record::{Record, Text, Verdict, What};
 use serde_json::Value;
@@ -312,7 +312,7 @@ fn filters_distinguish_the_records() {
 #[test]
 fn monitor_and_dict() {
     assert_eq!(
-        monitor(&flow(&refused())),
+        monitor(&flow(&refused()), ReservedAs::Names),
         "-> dns-request proxy from endpoint 11 to endpoint 12, identity 23217->17513, verdict dropped (Denied by application rules), 10.0.1.10:60700 -> 10.0.1.20:53 udp: DNS Query evil.example. AAAA\n"
     );
     let dict = Printer {

@@ -34,6 +34,10 @@ pub(crate) struct MonitorArgs {
     /// Show drops and traces with length, headers and rule. Without effect on JSON.
     #[arg(short, long, action = ArgAction::Count)]
     pub verbose: u8,
+    /// Print all identities as numbers, reserved ones (world) too. Addresses are printed without names in any case.
+    /// Without effect on JSON.
+    #[arg(short, long)]
+    pub numeric: bool,
     #[command(flatten)]
     pub output: OutputArgs,
 }

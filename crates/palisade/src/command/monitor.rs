@@ -10,7 +10,7 @@ use anyhow::bail;
 use palisade_flowlog::{
     FilterBuilder, Flow, Timestamp,
     filter::{ApiFilter, ApiFilters},
-    format,
+    format::{self, ReservedAs},
 };
 use serde_json::{Value, json};
 
@@ -78,6 +78,11 @@ pub(super) fn monitor(socket: &Path, args: &MonitorArgs) -> anyhow::Result<u8> {
         out: buffered(),
         output: args.output.output,
         is_verbose: args.verbose > 0,
+        reserved: if args.numeric {
+            ReservedAs::Numbers
+        } else {
+            ReservedAs::Names
+        },
     };
     follow(socket, request, now, &mut output)
 }
@@ -114,6 +119,7 @@ struct Printed {
     out: BufWriter<StdoutLock<'static>>,
     output: Output,
     is_verbose: bool,
+    reserved: ReservedAs,
 }
 
 impl FollowOutput for Printed {
@@ -126,8 +132,8 @@ impl FollowOutput for Printed {
             return Ok(Ok(()));
         }
         let text = match &self.output {
-            Output::Table if self.is_verbose => format::monitor_verbose(&flow),
-            Output::Table => format::monitor(&flow),
+            Output::Table if self.is_verbose => format::monitor_verbose(&flow, self.reserved),
+            Output::Table => format::monitor(&flow, self.reserved),
             Output::Json => format::json(&flow),
             Output::JsonPath(template) => match serde_json::from_str(&format::json(&flow)) {
                 Ok(value) => template.render(&value) + "\n",
