@@ -2,7 +2,7 @@
 //! allowed is lost, nothing denied passes.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -12,15 +12,17 @@ use nix::unistd::Pid;
 use palisade_testbed::{
     Daemon,
     daemon::Settings,
-    dns::{PORT, PerfPlan},
+    dns::{PORT, PerfPlan, query, rtype},
     load::{Leak, TcpLoad},
     ns::wait_until,
     topology::{FAMILIES, Family, INNER},
+    web::curl,
 };
 use palisade_tests::{
     OPEN,
     fixtures::dns::{EVIL, Finish, Names, counted, names, resolver, site},
 };
+use serde_json::Value;
 
 /// Port of a connection that lasts for the whole test.
 const LOAD: u16 = 8082;
@@ -347,4 +349,111 @@ fn on_failure_pass_forwards_queries_while_workers_are_stopped() {
     }
     daemon.restart().expect("restart");
     names.is_refused(&daemon, "client", resolver(family), "other.example");
+}
+
+/// Sends datagrams with a query, and returns how many were sent.
+fn flood(names: &Names, family: Family, name: &str, count: u64) -> u64 {
+    let any: IpAddr = match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let message = query(7, &[(name, rtype::A)]);
+    names.ns("client").enter(|| {
+        let socket = UdpSocket::bind((any, 0)).expect("socket");
+        for _ in 0..count {
+            let sent = socket.send_to(&message, (resolver(family), PORT));
+            assert_eq!(sent.expect("send"), message.len());
+        }
+    });
+    count
+}
+
+#[test]
+fn packets_beyond_the_frames_of_a_stopped_worker_are_counted_drops() {
+    let names = names();
+    let daemon = start(
+        &names,
+        "[worker]\nthreads = 1\nframes = 256\n[metrics]\nlisten = \"127.0.0.1:9965\"\n",
+    );
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+    }
+    let before = daemon.status().expect("status");
+    let worker = |status: &Value, path: &str| {
+        let worker = &status["workers"]["workers"][0];
+        let value = path.split('.').fold(worker, |value, key| &value[key]);
+        value.as_u64().expect("a number")
+    };
+    let since = |status: &Value, path: &str| worker(status, path) - worker(&before, path);
+    // Within the time that a heartbeat counts the programs go on to punt to the stopped worker.
+    let pid = Pid::from_raw(daemon.pid().expect("pid").cast_signed());
+    kill(pid, Signal::SIGSTOP).expect("SIGSTOP");
+    let sent: u64 = FAMILIES
+        .map(|family| flood(&names, family, "evil.example", 2_000))
+        .iter()
+        .sum();
+    kill(pid, Signal::SIGCONT).expect("SIGCONT");
+    let by_programs = |status: &Value| -> u64 {
+        let drops = status["drops"].as_array().into_iter().flatten();
+        drops
+            .filter(|drop| drop["reason"] == 230 || drop["reason"] == 231)
+            .filter_map(|drop| drop["packets"].as_u64())
+            .sum()
+    };
+    let at_rings = |status: &Value| since(status, "ring.rx_dropped") + since(status, "ring.rx_ring_full");
+    let status = daemon
+        .wait_status("each packet is received or counted as lost", |status| {
+            let lost = at_rings(status) + by_programs(status) - by_programs(&before);
+            since(status, "packets_in") + lost == sent
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{before:#}\n{}", daemon.report()));
+    // Most of the packets found the fill ring empty, and the kernel drops a packet each time.
+    let starved = since(&status, "ring.rx_fill_ring_empty");
+    assert!(starved > sent / 2, "{status:#}");
+    assert_eq!(starved, since(&status, "ring.rx_dropped"), "{status:#}");
+    // The drops have the reason 234. The worker itself can shed some of the packets that it has received.
+    let overloaded = counted(&status, 234) - counted(&before, 234);
+    assert!(overloaded >= at_rings(&status), "{status:#}");
+    let scrape = curl(names.ns("node"), &["http://127.0.0.1:9965/metrics"], OPEN).expect("curl");
+    let metric = |name: &str| -> u64 {
+        let line = scrape.body.lines().find_map(|line| line.strip_prefix(name));
+        let value = line.unwrap_or_else(|| panic!("{name}: {}", scrape.body));
+        value.trim().parse().expect("a number")
+    };
+    assert_eq!(
+        metric("palisade_worker_fill_ring_empty_total{worker=\"0\"}"),
+        worker(&status, "ring.rx_fill_ring_empty")
+    );
+    assert_eq!(
+        metric("palisade_worker_ring_lost_packets_total{worker=\"0\",cause=\"dropped\"}"),
+        worker(&status, "ring.rx_dropped")
+    );
+    assert_eq!(
+        metric("palisade_worker_dropped_packets_total{worker=\"0\",reason=\"OVERLOADED\"}"),
+        counted(&status, 234)
+    );
+    // Nothing has passed, and no frame is lost: the worker answers queries as before.
+    assert_eq!(names.resolver.requests_for("evil.example"), 0);
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+    }
+    daemon
+        .wait_status("no frame is held", |status| worker(status, "held") == 0)
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+    assert_eq!(
+        worker(&daemon.status().expect("status"), "frames"),
+        worker(&before, "frames")
+    );
 }

@@ -129,7 +129,7 @@ definitions! {
     WORKER_HANDOFF_IN = "palisade_worker_handoff_received_packets_total", Counter, NONE, ["worker"],
         "Packets that other workers have handed off to this one.";
     WORKER_DROPPED = "palisade_worker_dropped_packets_total", Counter, NONE, ["worker", "reason"],
-        "Punted packets that a worker has dropped.";
+        "Punted packets that a worker has dropped, or that were lost at the rings of its socket (OVERLOADED).";
     WORKER_HELD = "palisade_worker_held_frames", Gauge, NONE, ["worker"],
         "Number of frames with packets that wait for a verdict.";
     WORKER_FRAMES = "palisade_worker_frames", Gauge, NONE, ["worker"],

@@ -127,8 +127,12 @@ impl Default for Counters {
 impl Counters {
     /// Counts a dropped packet.
     pub(crate) fn count_drop(&self, reason: Reason) {
+        self.count_drops(reason, 1);
+    }
+
+    fn count_drops(&self, reason: Reason, packets: u64) {
         if let Some(count) = self.dropped.get(reason as usize) {
-            count.add(1);
+            count.add(packets);
         }
     }
 
@@ -139,7 +143,8 @@ impl Counters {
             .filter(|(_, count)| *count != 0)
     }
 
-    /// Adds the losses of a socket between two readings.
+    /// Adds the losses of a socket between two readings. The kernel drops these packets because the worker does not take
+    /// packets out of the rings in time, so they are counted as drops of an overloaded worker too.
     pub(crate) fn add_ring_losses(&self, before: &PortStatistics, now: &PortStatistics) {
         let of = |statistics: &PortStatistics| {
             [
@@ -152,6 +157,8 @@ impl Counters {
         for ((count, before), now) in self.ring.iter().zip(of(before)).zip(of(now)) {
             count.add(now.saturating_sub(before));
         }
+        let lost = |statistics: &PortStatistics| statistics.rx_dropped + statistics.rx_ring_full;
+        self.count_drops(Reason::WorkerOverload, lost(now).saturating_sub(lost(before)));
     }
 
     /// Returns the losses in the rings of all sockets of this worker.
@@ -239,6 +246,30 @@ mod tests {
 
     use super::*;
     use crate::held::Handle;
+
+    #[test]
+    fn packets_lost_at_the_rings_are_drops_with_a_reason() {
+        let counters = Counters::default();
+        let before = PortStatistics {
+            rx_dropped: 5,
+            rx_ring_full: 2,
+            rx_fill_ring_empty: 5,
+            invalid: 0,
+        };
+        let now = PortStatistics {
+            rx_dropped: 8,
+            rx_ring_full: 12,
+            rx_fill_ring_empty: 8,
+            invalid: 1,
+        };
+        counters.add_ring_losses(&PortStatistics::default(), &before);
+        counters.add_ring_losses(&before, &now);
+        assert_eq!(counters.ring(), now);
+        assert_eq!(
+            counters.drops().collect::<Vec<_>>(),
+            [(Reason::WorkerOverload as u8, 20)]
+        );
+    }
 
     #[test]
     fn counters_continue_and_gauges_restart_with_a_new_engine() {
