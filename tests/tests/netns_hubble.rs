@@ -16,8 +16,10 @@ use nix::{
 use palisade_testbed::{
     Daemon,
     daemon::Settings,
+    dns::{self, query, rtype},
     ns::wait_until,
     output,
+    process::Process,
     tls::Certificate,
     topology::{FAMILIES, Family},
     web::curl,
@@ -1052,6 +1054,146 @@ fn events_that_the_programs_could_not_send_are_reported_to_readers_and_counted()
         "{}",
         daemon.log()
     );
+}
+
+/// Stops threads of a process until it ends (ptrace(2)), and says so.
+const STOP_THREADS: &str = "
+import ctypes, os, sys, time
+ptrace = ctypes.CDLL(None).ptrace
+ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+SEIZE, INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
+for thread in map(int, sys.argv[1:]):
+    assert ptrace(SEIZE, thread, None, None) == 0
+    assert ptrace(INTERRUPT, thread, None, None) == 0
+    os.waitpid(thread, WALL)
+print('stopped', flush=True)
+time.sleep(600)
+";
+
+#[test]
+fn records_that_the_queue_had_no_room_for_are_reported_to_readers_and_counted() {
+    let names = names();
+    let settings = tables("[worker]\nthreads = 1\n[metrics]\nlisten = \"127.0.0.1:9965\"\n");
+    let daemon = daemon_with(&names.topology, &settings, &[("p.yaml", NAMES)]);
+    let (node, dir) = (names.ns("node"), names.topology.dir());
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+    }
+    // Readers that get no flow get the reports.
+    let whitelist = json!({"follow": true, "whitelist": [{"source_port": ["1"]}]});
+    let mut follow = call("follower", "GetFlows", whitelist);
+    follow["timeout"] = json!(600);
+    let follower = start(node, &socket(&daemon), None, &[follow]).expect("client");
+    let reads = |status: &Value| number(status, "hubble.readers") == 1;
+    daemon.wait_status("the follower", reads).expect("a reader");
+    let observe = Process::spawn(
+        "observe",
+        daemon.command(&["observe", "--follow", "--from-port", "1", "-o", "json"]),
+        dir,
+    )
+    .expect("observe");
+    let metric = |name: &str| {
+        let got = curl(node, &["http://127.0.0.1:9965/metrics"], LONG).expect("curl");
+        let value = got.body.lines().find_map(|line| line.strip_prefix(name));
+        value.expect("a value").trim().parse::<u64>().expect("a number")
+    };
+    wait_until("the command follows", LONG, || {
+        metric("palisade_control_clients{kind=\"following\"}") == 1
+    })
+    .expect("a follower");
+
+    // The threads that take records out of the queues stand still, and everything else goes on.
+    let tasks = format!("/proc/{}/task", daemon.pid().expect("a daemon"));
+    let threads: Vec<String> = fs::read_dir(tasks)
+        .expect("threads")
+        .map(|task| task.expect("a thread").path())
+        .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "records\n"))
+        .filter_map(|task| Some(task.file_name()?.to_str()?.to_owned()))
+        .collect();
+    assert_eq!(threads.len(), 2, "{}", daemon.report());
+    let mut command = node.command("python3");
+    command.args(["-c", STOP_THREADS]).args(&threads);
+    let mut stopper = Process::spawn("stopper", command, dir).expect("python3");
+    wait_until("the threads stand", LONG, || stopper.log().contains("stopped"))
+        .unwrap_or_else(|error| panic!("{error:#}: {}", stopper.log()));
+    // More queries than the queue has room for, each with a record.
+    let mut sent = 0;
+    let lost_so_far = |status: &Value| number(&status["workers"]["workers"][0], "records_lost");
+    wait_until("the queue is full", LONG, || {
+        for family in FAMILIES {
+            let any: IpAddr = match family {
+                Family::V4 => [0; 4].into(),
+                Family::V6 => [0; 16].into(),
+            };
+            let message = query(7, &[("evil.example", rtype::A)]);
+            names.ns("client").enter(|| {
+                let socket = UdpSocket::bind((any, 0)).expect("socket");
+                for _ in 0..100 {
+                    socket
+                        .send_to(&message, (resolver(family), dns::PORT))
+                        .expect("send");
+                }
+            });
+            sent += 100;
+        }
+        lost_so_far(&daemon.status().expect("status")) > 500
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {sent} sent\n{}", daemon.report()));
+    // Inspection goes on without its records.
+    assert_eq!(names.resolver.requests_for("evil.example"), 0);
+    for family in FAMILIES {
+        names.resolves(
+            &daemon,
+            "client",
+            resolver(family),
+            "www.example",
+            site(10, family),
+        );
+    }
+    stopper.terminate(LONG).expect("the end of python3");
+
+    let by_api = || -> u64 {
+        let all = replies(&follower.log()).remove("follower").unwrap_or_default();
+        let reports = all.responses.iter();
+        reports
+            .filter(|response| number(response, "lost_events.source") == 2)
+            .filter_map(|response| text(response, "lost_events.num_events_lost").parse::<u64>().ok())
+            .sum()
+    };
+    let by_command = || -> u64 {
+        let lines: Vec<Value> = observe
+            .log()
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        lines
+            .iter()
+            .filter(|line| line["lost_events"]["source"] == "OBSERVER_EVENTS_QUEUE")
+            .filter_map(|line| {
+                let count = &line["lost_events"]["num_events_lost"];
+                count.as_u64().or_else(|| count.as_str()?.parse().ok())
+            })
+            .sum()
+    };
+    let mut found = [0; 4];
+    wait_until("the same number everywhere", LONG, || {
+        let lost = lost_so_far(&daemon.status().expect("status"));
+        let counted = metric("hubble_lost_events_total{source=\"observer_events_queue\"}");
+        found = [lost, by_api(), by_command(), counted];
+        lost > 500 && found == [lost; 4]
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {found:?}\n{}\n{}", observe.log(), daemon.report()));
+    // The queue is read again: the records that it had room for, and those of new queries.
+    let denied = daemon
+        .flows(&["--protocol", "dns", "--verdict", "DROPPED"])
+        .expect("flows");
+    assert!(denied.len() > 1_000, "{}", denied.len());
 }
 
 #[test]
