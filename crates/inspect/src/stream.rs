@@ -219,6 +219,20 @@ impl HttpSession {
         self.flow.awaits_response()
     }
 
+    /// Returns whether a request was forwarded as a whole, or announced its body (`Expect: 100-continue`), of whose response
+    /// no byte was forwarded. `body`: whether the client is within a body that is forwarded without inspection.
+    #[must_use]
+    pub fn awaits_head(&self, body: bool) -> bool {
+        self.flow.awaits_response() && self.flow.has_whole_request(body)
+    }
+
+    /// Returns whether a side is within a message after its head. Bodies that [`StreamAction::Bypass`] forwards do not
+    /// count from then on.
+    #[must_use]
+    pub fn is_within(&self, side: Side) -> bool {
+        self.flow.is_within(side)
+    }
+
     /// Returns whether all forwarded requests but the last one have their whole responses, and the last one has no byte of
     /// its response.
     #[must_use]

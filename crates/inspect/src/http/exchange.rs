@@ -200,6 +200,22 @@ impl Flow {
         self.current.is_some() && self.server.is_between_messages()
     }
 
+    /// Returns whether the server has the whole request to which the next response belongs, or has to ask for its body
+    /// (`Expect: 100-continue`). `body`: whether the client is within a body that is forwarded without inspection.
+    pub(crate) fn has_whole_request(&self, body: bool) -> bool {
+        let is_within = body || !self.client.is_between_messages();
+        self.current.is_some()
+            && (!self.behind.is_empty() || !is_within || self.announced == Announced::Waits)
+    }
+
+    /// Returns whether a side is within a message after its head.
+    pub(crate) fn is_within(&self, side: Side) -> bool {
+        match side {
+            Side::Client => !self.client.is_between_messages(),
+            Side::Server => !self.server.is_between_messages(),
+        }
+    }
+
     /// Returns whether at most the last request has no response, and the next byte of the server begins a response.
     pub(crate) fn awaits_last_only(&self) -> bool {
         self.pending() <= 1 && self.server.is_between_messages()

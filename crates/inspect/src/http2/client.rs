@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Maximum length of a generated frame, bytes: the value that every peer accepts.
-const GENERATED_FRAME: usize = 16_384;
+pub(super) const GENERATED_FRAME: usize = 16_384;
 
 impl Connection {
     /// Handles the next part of the client's bytes.
@@ -99,6 +99,9 @@ impl Connection {
                         stream.left = left.flatten();
                         stream.client_open = !ends;
                         self.forward_data(Side::Client, header, padding, rest, out);
+                        if ends {
+                            self.streams.begin_wait(id, cx.now);
+                        }
                         self.end_stream(id, cx);
                         return Ok(());
                     }
@@ -392,6 +395,7 @@ impl Connection {
 
     /// Adds a stream whose request was forwarded. `left`: Content-Length, bytes.
     fn open_stream(&mut self, open: OpenBlock, report: Report, left: Option<u64>, tunnel: Option<Tunnel>) {
+        let since = report.since;
         self.streams.open.insert(
             open.stream,
             Stream {
@@ -401,8 +405,10 @@ impl Connection {
                 responded: false,
                 report: Some(report),
                 tunnel,
+                since,
             },
         );
+        self.streams.begin_wait(open.stream, since);
     }
 
     /// Encodes fields without a dynamic table, with the changes of the rule that allows the request, and forwards them.
@@ -503,6 +509,7 @@ impl Connection {
             stream.client_open = false;
         }
         self.forward_block(open, fields, &[], block, out);
+        self.streams.begin_wait(id, cx.now);
         self.end_stream(id, cx);
         Ok(())
     }

@@ -55,7 +55,8 @@ pub struct Buffers {
 ///
 /// A call generates at most a constant multiple of its input. The caller can therefore bound its memory: it does not
 /// read from the client while many bytes for the client or for the server wait, nor from the server while many bytes
-/// for the client wait. [`super::Filter::server`] appends at most a GOAWAY for the server. The caller should read from
+/// for the client wait. [`super::Filter::server`] appends at most a GOAWAY for the server, and for 16 KiB of data on
+/// streams that [`super::Filter::answer_overdue`] has answered a WINDOW_UPDATE. The caller should read from
 /// the server even while bytes for the server wait, because a server that reads only after it has written would
 /// otherwise wait forever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,6 +6,8 @@
 //! request leaves no gap in the state of the server's decoder. All other frames are forwarded unchanged, except:
 //! - A denied request gets a response in the server's place, and the server never sees its stream. DATA on it is
 //!   dropped, and the client gets its connection window back.
+//! - A request whose response is overdue gets one in the server's place, and the server gets a reset of the stream. What
+//!   the server has sent on the stream is dropped; from then on its header blocks are encoded again as well.
 //! - Settings are rewritten to what the filter can follow. Server push is switched off.
 //! - Frames of unknown types are dropped (RFC 9113, 5.5), and frames on streams that the server does not know.
 //!
@@ -25,13 +27,14 @@ use palisade_abi::Reason;
 use palisade_protocols::http2::{ErrorCode, Frames, PREFACE, ParseError};
 
 use crate::{
-    Side,
+    Millis, Side,
     record::{Verdict, What},
 };
 pub use config::{Http2Limits, Http2Stats, Rate};
 use connection::Connection;
 use context::reason_of;
 pub use context::{Buffers, ConnectionEnd, Context, Output};
+pub use respond::LateAnswer;
 use streams::Tunnel;
 
 /// A stream without a final response.
@@ -157,6 +160,41 @@ impl Filter {
             .collect();
         streams.sort_unstable_by_key(|stream| stream.id);
         Some(streams)
+    }
+
+    /// Returns whether the server has sent its SETTINGS, which must precede all other frames for the client.
+    #[must_use]
+    pub const fn has_server_begun(&self) -> bool {
+        self.connection.server.announced.is_some()
+    }
+
+    /// Returns a time before which no stream began to wait for the head of its response, ms. `None` if none waits, or if
+    /// no response of the filter can be sent now, because the server's bytes end within a DATA frame.
+    #[must_use]
+    pub const fn waits_since(&self) -> Option<Millis> {
+        if self.end.is_some() || self.connection.server.within_data {
+            return None;
+        }
+        self.connection.streams.waits_since()
+    }
+
+    /// Answers the requests that have waited for the head of their response since `time` or longer, and resets their
+    /// streams at the server. Other streams go on. Returns the number of answers.
+    pub fn answer_overdue(
+        &mut self,
+        time: Millis,
+        answer: &LateAnswer<'_>,
+        buffers: &mut Buffers,
+        out: &mut Output,
+    ) -> usize {
+        if self.waits_since().is_none() {
+            return 0;
+        }
+        let overdue = self.connection.streams.overdue(time);
+        for id in &overdue {
+            self.connection.respond_late(*id, answer, &mut buffers.block, out);
+        }
+        overdue.len()
     }
 
     /// Returns the number of bytes that complete the last DATA frame for the server; 0 if the bytes for the server end

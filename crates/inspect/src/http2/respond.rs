@@ -54,6 +54,19 @@ impl Refusal {
     }
 }
 
+/// Answer to requests that the server has got and not responded to.
+#[derive(Clone, Copy, Debug)]
+pub struct LateAnswer<'a> {
+    /// Status of the response.
+    pub status: &'a str,
+    /// Status of the response to a gRPC request.
+    pub grpc_status: &'a str,
+    /// Value of the field `x-palisade-error`: visible ASCII and spaces.
+    pub error: &'a str,
+    /// Content.
+    pub body: &'a str,
+}
+
 impl Connection {
     /// Responds to a request that the server does not see.
     pub(super) fn respond(
@@ -65,18 +78,7 @@ impl Connection {
         out: &mut Output,
     ) -> Result<(), ParseError> {
         let id = open.stream;
-        // The block must not change the dynamic table of the client's decoder, because the server's encoder has the
-        // same table and never sees this block. But the client can require a size update in the first block after an
-        // acknowledged reduction (RFC 9113, 4.3.1).
-        block.clear();
-        let required = self.responses.required_update();
-        encode::size_updates(
-            SizeUpdates {
-                least: required,
-                last: required,
-            },
-            block,
-        );
+        self.begin_response(block);
         let text = refusal.text.as_bytes();
         let has_body = !refusal.grpc && !refusal.bodiless && self.take_room(text);
         let mut put = |name: &str, value: &str| {
@@ -114,9 +116,78 @@ impl Connection {
                 id,
                 by_client: open.end_stream,
                 forwarded: false,
+                answered: false,
             });
         }
         self.count_denial(cx)
+    }
+
+    /// Begins the header block of a response of the filter.
+    ///
+    /// The block must not change the dynamic table of the client's decoder, because the server's encoder has the same
+    /// table and never sees this block. But the client can require a size update in the first block after an
+    /// acknowledged reduction (RFC 9113, 4.3.1).
+    fn begin_response(&self, block: &mut Vec<u8>) {
+        block.clear();
+        let required = self.responses.required_update();
+        encode::size_updates(
+            SizeUpdates {
+                least: required,
+                last: required,
+            },
+            block,
+        );
+    }
+
+    /// Responds to a request that the server has got and not responded to, and resets its stream at the server.
+    pub(super) fn respond_late(
+        &mut self,
+        id: u32,
+        answer: &LateAnswer<'_>,
+        block: &mut Vec<u8>,
+        out: &mut Output,
+    ) {
+        let Some(stream) = self.streams.remove(id, false) else {
+            return;
+        };
+        self.streams.note_answer(id);
+        let report = stream.report.as_ref();
+        let is_grpc = report.is_some_and(|report| report.grpc);
+        let is_head = report.is_some_and(|report| report.method.bytes() == b"HEAD");
+        self.begin_response(block);
+        let text = answer.body.as_bytes();
+        let has_body = !is_grpc && !is_head && self.take_room(text);
+        let mut put = |name: &str, value: &str| {
+            encode::field(name.as_bytes(), value.as_bytes(), false, block);
+        };
+        if is_grpc {
+            // A response of trailers only. A percent sign would begin an escape.
+            put(":status", "200");
+            put("content-type", "application/grpc");
+            put("grpc-status", answer.grpc_status);
+            put("grpc-message", &answer.error.replace('%', "?"));
+        } else {
+            put(":status", answer.status);
+            put("content-type", "text/plain; charset=utf-8");
+            let length = if has_body || is_head { text.len() } else { 0 };
+            put("content-length", &length.to_string());
+        }
+        put("x-palisade-error", answer.error);
+        let to_client = self.client_out(out);
+        headers_of(id, !has_body, None, block, 16_384, to_client);
+        if has_body {
+            FrameHeader {
+                length: 0,
+                kind: kind::DATA,
+                flags: flags::END_STREAM,
+                stream: id,
+            }
+            .write_with(text, to_client);
+        }
+        if stream.client_open {
+            FrameHeader::rst_stream(id, ErrorCode::NoError, to_client);
+        }
+        FrameHeader::rst_stream(id, ErrorCode::Cancel, self.server_out(out));
     }
 
     /// Charges the content of a response to the client's flow-control windows. Returns whether the windows suffice.

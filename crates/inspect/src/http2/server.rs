@@ -2,12 +2,14 @@
 //! streams.
 
 use palisade_abi::Reason;
-use palisade_protocols::http2::{FrameHeader, ParseError, Piece, flags, fragment_of, kind, response};
+use palisade_protocols::http2::{
+    ErrorCode, FrameHeader, ParseError, Piece, encode, flags, fragment_of, headers_of, kind, response,
+};
 
 use super::{
-    client::{check_connection_frame, check_length, increment_of},
+    client::{GENERATED_FRAME, check_connection_frame, check_length, increment_of},
     connection::{Connection, KEPT_CAPACITY},
-    context::{Context, Output},
+    context::{Buffers, Context, Output},
     streams::{Report, Stream},
 };
 use crate::{
@@ -15,7 +17,7 @@ use crate::{
     http::redact,
     record::{Record, Text, Verdict, What},
 };
-use std::fmt::Write as _;
+use std::{fmt::Write as _, mem};
 
 impl Connection {
     /// Handles the next part of the server's bytes.
@@ -78,6 +80,12 @@ impl Connection {
     ) -> Result<(), ParseError> {
         self.check_known(header)?;
         self.server.take_window(header.length)?;
+        if self.streams.is_answered(header.stream) {
+            if header.length == 0 {
+                self.server.control(cx.now)?;
+            }
+            return self.drop_late_data(header.length, out);
+        }
         let ends = header.has(flags::END_STREAM);
         if rest > u32::from(padding.unwrap_or(0)) {
             self.credit();
@@ -112,15 +120,46 @@ impl Connection {
         let Some(open) = self.server.open.take() else {
             return Err(ParseError::Continuation);
         };
-        let fields = &mut cx.buffers.fields;
-        self.responses
+        let Buffers { fields, block, .. } = &mut *cx.buffers;
+        let updates = self
+            .responses
             .decode(&self.server.block, self.limits.head.block, fields)?;
         let head = response(fields);
         self.server.end_block();
+        if self.streams.is_answered(open.stream) {
+            self.rewrites = true;
+            self.response_updates.merge(updates);
+            self.held.clear();
+            self.held.shrink_to(KEPT_CAPACITY);
+            return self.server.control(cx.now);
+        }
         self.credit();
-        out.to_client.append(&mut self.held);
+        if self.rewrites {
+            self.response_updates.merge(updates);
+            self.held.clear();
+            if fields.is_truncated() {
+                cx.refuse(ParseError::ListTooLong, Verdict::Dropped);
+                self.reset(open.stream, ErrorCode::InternalError, out);
+                return Ok(());
+            }
+            block.clear();
+            encode::size_updates(mem::take(&mut self.response_updates), block);
+            for (name, value, sensitive) in fields.iter() {
+                encode::field(name, value, sensitive, block);
+            }
+            headers_of(
+                open.stream,
+                open.end_stream,
+                None,
+                block,
+                GENERATED_FRAME,
+                &mut out.to_client,
+            );
+        } else {
+            out.to_client.append(&mut self.held);
+            header.write_with(payload, &mut out.to_client);
+        }
         self.held.shrink_to(KEPT_CAPACITY);
-        header.write_with(payload, &mut out.to_client);
         let Some(stream) = self.streams.open.get_mut(&open.stream) else {
             return Ok(());
         };
@@ -146,6 +185,8 @@ impl Connection {
             if !waits && let Some(report) = stream.report.take() {
                 self.report_response(&report, head.grpc_status, true, cx);
             }
+        } else {
+            self.streams.begin_wait(open.stream, cx.now);
         }
         self.end_stream(open.stream, cx);
         Ok(())

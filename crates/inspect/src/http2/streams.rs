@@ -30,6 +30,15 @@ pub(super) struct Stream {
     pub(super) report: Option<Report>,
     /// For CONNECT, what allows the tunnel.
     pub(super) tunnel: Option<Tunnel>,
+    /// Time of the whole request, or of the last interim response (1xx), ms.
+    pub(super) since: Millis,
+}
+
+impl Stream {
+    /// Returns whether the server has to send the head of the final response. The data of a CONNECT follow its response.
+    pub(super) const fn waits(&self) -> bool {
+        !self.responded && (!self.client_open || self.tunnel.is_some())
+    }
 }
 
 /// What allows a tunnel.
@@ -61,9 +70,12 @@ pub(super) struct Closed {
     pub(super) by_client: bool,
     /// Whether the server knows the stream.
     pub(super) forwarded: bool,
+    /// Whether the filter has responded after the server got the request. Frames of the server that are under way must
+    /// not follow that response.
+    pub(super) answered: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Streams {
     pub(super) open: HashMap<u32, Stream>,
     /// Streams with a response of the filter whose client still sends, and the number of bytes that it may send.
@@ -71,9 +83,70 @@ pub(super) struct Streams {
     closed: VecDeque<Closed>,
     /// Highest identifier that the client has used.
     pub(super) last: u32,
+    /// No open stream has waited for its response since an earlier time, ms. The time can be too early, because a
+    /// response does not change it: the search for the earliest stream would cost time for each response.
+    waits_since: Millis,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self {
+            open: HashMap::default(),
+            draining: HashMap::default(),
+            closed: VecDeque::new(),
+            last: 0,
+            waits_since: Millis::MAX,
+        }
+    }
 }
 
 impl Streams {
+    /// Notes that the wait of a stream for its response begins now, if it waits.
+    pub(super) fn begin_wait(&mut self, id: u32, now: Millis) {
+        if let Some(stream) = self.open.get_mut(&id)
+            && stream.waits()
+        {
+            stream.since = now;
+            self.waits_since = self.waits_since.min(now);
+        }
+    }
+
+    /// Returns a time before which no stream began to wait; `None` if no stream waits.
+    pub(super) const fn waits_since(&self) -> Option<Millis> {
+        if self.waits_since == Millis::MAX {
+            None
+        } else {
+            Some(self.waits_since)
+        }
+    }
+
+    /// Returns the streams that have waited for their response since `time` or longer, by their identifiers.
+    pub(super) fn overdue(&mut self, time: Millis) -> Vec<u32> {
+        let mut overdue = Vec::new();
+        self.waits_since = Millis::MAX;
+        for (&id, stream) in self.open.iter().filter(|(_, stream)| stream.waits()) {
+            if stream.since <= time {
+                overdue.push(id);
+            } else {
+                self.waits_since = self.waits_since.min(stream.since);
+            }
+        }
+        overdue.sort_unstable();
+        overdue
+    }
+
+    /// Notes that the filter has responded to a closed stream.
+    pub(super) fn note_answer(&mut self, id: u32) {
+        if let Some(closed) = self.closed.iter_mut().rev().find(|closed| closed.id == id) {
+            closed.answered = true;
+        }
+    }
+
+    /// Returns whether the filter has responded to a stream after the server got its request.
+    pub(super) fn is_answered(&self, id: u32) -> bool {
+        !self.open.contains_key(&id) && self.closed(id).is_some_and(|closed| closed.answered)
+    }
+
     /// Returns whether the client has not used the identifier.
     pub(super) const fn is_idle(&self, id: u32) -> bool {
         id > self.last || id.is_multiple_of(2)
@@ -105,6 +178,7 @@ impl Streams {
                 id,
                 by_client,
                 forwarded: false,
+                answered: false,
             });
         }
         was_drained
@@ -135,6 +209,7 @@ impl Streams {
             id,
             by_client: by_client || !stream.client_open,
             forwarded: true,
+            answered: false,
         });
         Some(stream)
     }

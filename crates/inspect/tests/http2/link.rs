@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use palisade_abi::{Direction, Inspector, PuntRequest, punt_flags};
 use palisade_inspect::{
     HttpScratch, Rules,
-    http2::{Buffers, ConnectionEnd, Context, Filter, Http2Limits, Http2Stats, Output},
+    http2::{Buffers, ConnectionEnd, Context, Filter, Http2Limits, Http2Stats, LateAnswer, Output},
     record::{Record, What},
     stream::StreamContext,
 };
@@ -140,6 +140,18 @@ impl Link {
 
     pub(crate) fn server(&mut self, bytes: &[u8]) -> Result<(), ConnectionEnd> {
         self.call(|filter, cx, out| filter.server(bytes, cx, out))
+    }
+
+    /// Answers the requests that have waited since `time`.
+    pub(crate) fn answer_overdue(&mut self, time: u64) -> usize {
+        let answer = LateAnswer {
+            status: "504",
+            grpc_status: "4",
+            error: "response timeout",
+            body: "late",
+        };
+        self.filter
+            .answer_overdue(time, &answer, &mut self.buffers, &mut self.out)
     }
 
     pub(crate) fn recheck(&mut self) {

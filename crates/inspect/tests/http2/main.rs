@@ -5,6 +5,7 @@ mod attacks;
 mod conformance;
 mod h2spec;
 mod link;
+mod overdue;
 mod peers;
 mod requests;
 mod settings;
