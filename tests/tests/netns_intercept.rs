@@ -34,7 +34,7 @@ use palisade_tests::{
         apps::{borrowed, policy},
         intercept::{HOSTS, Lab, RULES, Secrets, lab},
         pki::{Authority, Validity},
-        python::{Load, NodeServer, fault_peer, hold, packages, same_port, session},
+        python::{GrpcServer, Load, NodeServer, fault_peer, grpc, hold, packages, same_port, session},
         s3::{Aws, S3},
     },
     setup::{TCX, XDP_AND_CLSACT, XDP_AT_THE_NIC, daemon_with, tables},
@@ -65,6 +65,12 @@ fn peer_at(lab: &Lab, port: u16) -> Peer {
 /// Asserts that a request has failed at the server's side, and that the client, flows, `clusters` and log name the reason.
 #[track_caller]
 fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[&str]) {
+    is_reported_as(503, lab, daemon, name, at, words);
+}
+
+/// As [`is_reported`], with the status of the answer.
+#[track_caller]
+fn is_reported_as(status: u16, lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[&str]) {
     let got = lab.ask_within(SLOW, "client", name, at, &["/allowed/why"], &["-i"]);
     let told = |text: &str| words.iter().any(|word| text.to_lowercase().contains(word));
     let header = got
@@ -72,7 +78,7 @@ fn is_reported(lab: &Lab, daemon: &Daemon, name: &str, at: SocketAddr, words: &[
         .lines()
         .find(|line| line.to_lowercase().starts_with("x-palisade-error:"));
     assert!(
-        got.status == 503 && header.is_some_and(told),
+        got.status == status && header.is_some_and(told),
         "{name} {at}, expected one of {words:?}: {got:?}\n{}",
         daemon.report()
     );
@@ -1514,7 +1520,7 @@ fn a_server_that_stalls_after_the_handshake_does_not_hold_its_client() {
     std::thread::scope(|scope| {
         for family in FAMILIES {
             // The bytes of the response before the stall are forwarded only if its head is complete.
-            for (fault, status) in [("shaken", 0), ("request", 0), ("head", 0), ("body", 200)] {
+            for (fault, status) in [("shaken", 504), ("request", 504), ("head", 504), ("body", 200)] {
                 let (lab, daemon) = (&lab, &daemon);
                 scope.spawn(move || {
                     let at = lab.apps.at("internet", family, HTTPS);
@@ -1522,7 +1528,7 @@ fn a_server_that_stalls_after_the_handshake_does_not_hold_its_client() {
                     let got = lab.ask_within(SLOW, "client", &name, at, &["/allowed/stalls"], &[]);
                     // 28 is curl's own timeout.
                     assert!(
-                        got.status == status && got.code != 0 && got.code != 28,
+                        got.status == status && (got.code != 0) == (fault == "body") && got.code != 28,
                         "{fault} {family:?}: {got:?}\n{}",
                         daemon.report()
                     );
@@ -1531,20 +1537,34 @@ fn a_server_that_stalls_after_the_handshake_does_not_hold_its_client() {
         }
     });
     for family in FAMILIES {
-        let address = lab.apps.at("internet", family, HTTPS).ip().to_string();
-        // The head that does not end is the only one of the stalls that keeps a verdict from being made.
-        let late = |flows: &[Value]| {
-            flows
-                .iter()
-                .any(|flow| flow["drop_reason_desc"] == "NO_VERDICT_IN_TIME")
-        };
-        daemon
-            .wait_flows(
-                &["--verdict", "dropped", "--ip", &address],
-                "a flow about the head",
-                late,
-            )
-            .unwrap_or_else(|error| panic!("{family:?}: {error:#}\n{}", daemon.report()));
+        let at = lab.apps.at("internet", family, HTTPS);
+        let clusters = daemon.json(&["intercept", "clusters"]).expect("clusters");
+        for (fault, words) in [
+            ("shaken", "response timeout: no byte within 3s"),
+            ("request", "response timeout: no byte within 3s"),
+            (
+                "head",
+                "response timeout: the head of the response did not end within 3s",
+            ),
+            ("body", "stalled within response: no byte within 3s"),
+        ] {
+            let name = format!("{fault}-stall.fault.example");
+            let is_about = |flow: &Value| {
+                let text = flow.to_string();
+                flow["drop_reason_desc"] == "INTERCEPTION_FAILED"
+                    && text.contains(&name)
+                    && text.contains(words)
+            };
+            daemon
+                .wait_flows(
+                    &["--verdict", "dropped", "--ip", &at.ip().to_string()],
+                    "a flow about the stall",
+                    |flows| flows.iter().any(is_about),
+                )
+                .unwrap_or_else(|error| panic!("{fault} {family:?}: {error:#}\n{}", daemon.report()));
+            let row = row(&clusters, &[("name", &name), ("address", &at.to_string())]);
+            assert!(row["last_failure"].to_string().contains(words), "{clusters:#}");
+        }
     }
     let stats = daemon.json(&["intercept", "stats"]).expect("stats");
     let counters = &stats["counters"]["connections"];
@@ -1553,6 +1573,47 @@ fn a_server_that_stalls_after_the_handshake_does_not_hold_its_client() {
         (&Value::from(8), &Value::from(0)),
         "{stats:#}"
     );
+}
+
+#[test]
+fn a_response_that_does_not_begin_in_time_is_answered_and_reported() {
+    let lab = lab();
+    let internet = lab.apps.ns("internet");
+    let addresses = lab.apps.both("internet");
+    let _peer = fault_peer(internet, HTTPS, &addresses, &lab.server).expect("peer");
+    let server = GrpcServer::start(internet, OTHER, &addresses, Some(&lab.server)).expect("server");
+    let settings = lab.settings_with("response_timeout = \"2s\"\n");
+    let rules = RULES.replace("/allowed.*", "/(allowed|test.Echo).*");
+    assert_ne!(rules, RULES);
+    let daemon = lab.daemon(
+        &settings,
+        &[(
+            "client.yaml",
+            &policy("client", "egress", &[HTTPS, OTHER], &rules),
+        )],
+    );
+    for family in FAMILIES {
+        let at = lab.apps.at("internet", family, HTTPS);
+        let words = &["response timeout: no head of a response within 2s"];
+        is_reported_as(504, &lab, &daemon, "request-stall.fault.example", at, words);
+        // One call of a connection is late. A call whose response has begun is silent for longer, and goes on.
+        let at = lab.apps.at("internet", family, OTHER);
+        let ca = Some(lab.ours.cert.as_path());
+        let said = grpc(lab.apps.ns("client"), "www.web.example", ca, at, &["late"]).expect("calls");
+        assert_eq!(
+            said.trim(),
+            "late DEADLINE_EXCEEDED|response timeout: no head of a response within 2s|b'<0>' b'<1>'|cba",
+            "{}",
+            daemon.report()
+        );
+        // The server learns that nothing waits for its response.
+        wait_until("the server stops", OPEN, || {
+            server.calls().iter().any(|line| line == "given up")
+        })
+        .expect("a cancelled call");
+    }
+    let stats = daemon.json(&["intercept", "stats"]).expect("stats");
+    assert!(stats.to_string().contains("\"response timeout\":4"), "{stats:#}");
 }
 
 // --- clients that do something else ------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ use crate::failure::Failure;
 pub(crate) const MISDIRECTED: &[u8] = b"HTTP/1.1 421 Misdirected Request\r\ncontent-type: text/plain\r\n\
     content-length: 21\r\nconnection: close\r\n\r\nMisdirected request\r\n";
 
-/// Returns a 503 response with the reason why the server cannot be reached. `is_head`: whether the request is HEAD; a
+/// Returns a response with the reason why there is none of the server. `is_head`: whether the request is HEAD; a
 /// response to HEAD has no body.
 pub(crate) fn unavailable(failure: &Failure, is_head: bool) -> Vec<u8> {
     let body = body(failure);
+    let (status, phrase) = failure.status();
     format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\nx-palisade-error: {}\r\n\
+        "HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\nx-palisade-error: {}\r\n\
          content-length: {}\r\nconnection: close\r\n\r\n{}",
         header(failure),
         body.len(),

@@ -66,6 +66,10 @@ kinds! {
     ResponseReset = "reset before response";
     /// The server closed the connection before the head of a response.
     ResponseClosed = "closed before response";
+    /// The server did not send the head of a response in time.
+    ResponseTimeout = "response timeout";
+    /// The server stopped within a response, and the connection was idle for too long.
+    ResponseStalled = "stalled within response";
     /// A secret of the policy is missing or cannot be used.
     Secret = "secret not usable";
 }
@@ -102,6 +106,23 @@ impl From<FailureKind> for Failure {
 }
 
 impl Failure {
+    /// Returns the status of the answer, and its phrase. 504 tells the client that the server can have handled the request.
+    pub(crate) const fn status(&self) -> (&'static str, &'static str) {
+        match self.kind {
+            FailureKind::ResponseTimeout => ("504", "Gateway Timeout"),
+            _ => ("503", "Service Unavailable"),
+        }
+    }
+
+    /// Returns the status of the answer to a gRPC request: DEADLINE_EXCEEDED or UNAVAILABLE. Clients may repeat a request
+    /// after UNAVAILABLE without being asked to.
+    pub(crate) const fn grpc_status(&self) -> &'static str {
+        match self.kind {
+            FailureKind::ResponseTimeout => "4",
+            _ => "14",
+        }
+    }
+
     /// Returns the reason of the verdict.
     pub(crate) const fn reason(&self) -> Reason {
         match self.kind {

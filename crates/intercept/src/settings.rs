@@ -75,6 +75,8 @@ pub struct Options {
     pub handshake: Duration,
     /// Time for a message head.
     pub head: Duration,
+    /// Time for the head of a response after the whole request; zero: no deadline but that of an idle connection.
+    pub response: Duration,
     /// Time without any byte after which a connection is closed.
     pub idle: Duration,
 }
@@ -88,6 +90,7 @@ impl Default for Options {
             connect: Duration::from_secs(10),
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(30),
+            response: Duration::from_secs(3_600),
             idle: Duration::from_secs(8_000),
         }
     }

@@ -276,6 +276,7 @@ impl<'a> Thread<'a> {
             newest: &|| self.shared.settings(),
             flows: &*self.shared.flows,
             reports: &*self.shared.reports,
+            options: &self.shared.options,
             contexts: &self.shared.contexts,
             counters: self.counters,
             bytes: &mut self.bytes,

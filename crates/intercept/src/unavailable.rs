@@ -1,4 +1,4 @@
-//! An HTTP/2 server that answers every request with 503, for connections whose server cannot be reached. It reads the
+//! An HTTP/2 server that answers every request with 503 or 504, for connections whose server cannot be reached. It reads the
 //! output of the filter for the server, so denied requests never reach it.
 
 use palisade_inspect::http2::Unanswered;
@@ -202,13 +202,13 @@ fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
     let error = answer::header(failure);
     let body = answer::body(failure);
     if to.is_grpc {
-        // A response of trailers only, with the status UNAVAILABLE. A percent sign would begin an escape.
+        // A response of trailers only. A percent sign would begin an escape.
         put(b":status", b"200");
         put(b"content-type", b"application/grpc");
-        put(b"grpc-status", b"14");
+        put(b"grpc-status", failure.grpc_status().as_bytes());
         put(b"grpc-message", error.replace('%', "?").as_bytes());
     } else {
-        put(b":status", b"503");
+        put(b":status", failure.status().0.as_bytes());
         put(b"content-type", b"text/plain; charset=utf-8");
         put(b"content-length", body.len().to_string().as_bytes());
     }

@@ -161,7 +161,7 @@ impl Connection {
     }
 
     /// Sends the output of the filter to both sides, and puts its buffers back for the next call.
-    fn deliver(&mut self, mut output: Output, cx: &mut Cx<'_>) -> Result<(), Stop> {
+    pub(super) fn deliver(&mut self, mut output: Output, cx: &mut Cx<'_>) -> Result<(), Stop> {
         if !output.to_client.is_empty() {
             self.client.send(&output.to_client).map_err(|_| Stop::Reset)?;
         }

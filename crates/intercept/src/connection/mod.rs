@@ -5,6 +5,7 @@ mod handshake;
 mod hello;
 mod hello_reader;
 mod http2;
+mod overdue;
 mod relay;
 
 use std::{sync::Arc, time::Duration};
@@ -53,6 +54,7 @@ pub(crate) struct Cx<'a> {
     pub(crate) newest: &'a dyn Fn() -> Arc<Settings>,
     pub(crate) flows: &'a dyn Flows,
     pub(crate) reports: &'a dyn Reports,
+    pub(crate) options: &'a Options,
     pub(crate) contexts: &'a Contexts,
     pub(crate) counters: &'a Counters,
     /// Buffer for bytes from sockets.
@@ -167,6 +169,10 @@ pub(crate) struct Connection {
     found_at: Millis,
     /// Whether later bytes are forwarded without inspection.
     offloaded: bool,
+    /// Time since which a whole HTTP/1 request waits for the head of its response, ms.
+    waits_since: Option<Millis>,
+    /// Last time at which bytes waited for the client's socket, so that no response could be read, ms.
+    blocked_at: Millis,
     /// HTTP requests of the connection.
     requests: u64,
     /// Time at which the connection was accepted, ms.
@@ -237,6 +243,8 @@ impl Connection {
             removals: None,
             found_at: now,
             offloaded: false,
+            waits_since: None,
+            blocked_at: now,
             requests: 0,
             since: now,
             phase_since: now,
@@ -271,8 +279,6 @@ impl Connection {
 
     /// Returns the time at which the connection must be called again even without an event, ms.
     pub(crate) fn deadline(&self, options: &Options) -> Millis {
-        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        let after = |since: Millis, duration| since.saturating_add(ms(duration));
         match &self.phase {
             Phase::Hello(_) | Phase::UpstreamTls | Phase::ClientTls => {
                 after(self.phase_since, options.handshake)
@@ -290,6 +296,7 @@ impl Connection {
                 .head_since()
                 .map_or(Millis::MAX, |since| after(since, options.head))
                 .min(after(self.active, options.idle))
+                .min(self.response_deadline(options))
                 .min(if self.is_within_frame() || self.is_answered() {
                     after(self.active, options.head)
                 } else {
@@ -368,12 +375,15 @@ impl Connection {
             Phase::Connect(_) => self.fail(Kind::ConnectTimeout.into(), cx),
             Phase::UpstreamTls => self.fail(Kind::HandshakeTimeout.into(), cx),
             Phase::Linger { .. } => return Next::Close,
-            Phase::Relay if self.head_since().is_none() && !self.is_within_frame() => {
-                count(&cx.counters.timeouts);
-                self.reset();
-                return Next::Close;
+            Phase::Relay => {
+                if self.expire_relay(cx).is_err() {
+                    // Bytes that were allowed before are still sent.
+                    let _ = self.client.flush();
+                    self.reset();
+                    return Next::Close;
+                }
             }
-            Phase::Hello(_) | Phase::Host(_) | Phase::ClientTls | Phase::Relay => {
+            Phase::Hello(_) | Phase::Host(_) | Phase::ClientTls => {
                 count(&cx.counters.timeouts);
                 self.drop_record(Reason::InspectDeadline, Reason::InspectDeadline.text(), cx);
                 self.reset();
@@ -596,6 +606,11 @@ impl Connection {
             idle: now.saturating_sub(self.active),
         }
     }
+}
+
+/// Returns the time a duration after another time, ms.
+fn after(since: Millis, duration: Duration) -> Millis {
+    since.saturating_add(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Returns the token of one side of the connection with a key.

@@ -30,6 +30,9 @@ const LOOKUP_INTERVAL: Millis = 1_000;
 impl Connection {
     /// Receives, inspects and forwards once. Returns whether there was progress.
     pub(super) fn relay(&mut self, cx: &mut Cx<'_>) -> Step {
+        if self.client.is_blocked() {
+            self.blocked_at = cx.now;
+        }
         for side in Side::BOTH {
             let (Some(own), other) = self.ends(side) else {
                 continue;
@@ -49,6 +52,7 @@ impl Connection {
         if !matches!(self.phase, Phase::Relay) {
             return Ok(true);
         }
+        self.note_wait(cx.now);
         let is_written = self.flush(cx)?;
         let is_ended = |side: Side| match side {
             Side::Client => self.client.is_forwarded,
@@ -140,15 +144,26 @@ impl Connection {
             self.failure = Some(failure);
             return Ok(true);
         }
-        let bytes = answer::unavailable(&failure, session.is_head());
+        let is_head = session.is_head();
+        self.answer_failure(failure, is_head, cx)?;
+        Ok(true)
+    }
+
+    /// Answers a request in the place of the server, which is reset.
+    pub(super) fn answer_failure(
+        &mut self,
+        failure: Failure,
+        is_head: bool,
+        cx: &mut Cx<'_>,
+    ) -> Result<(), Stop> {
+        let bytes = answer::unavailable(&failure, is_head);
         self.report_failure(&failure, cx);
         if let Some(server) = &self.server {
             server.reset();
         }
         self.server = None;
         self.failure = Some(failure);
-        self.respond(&bytes, cx)?;
-        Ok(true)
+        self.respond(&bytes, cx)
     }
 
     /// Sends an answer in the server's place, and ends both streams.
@@ -394,6 +409,8 @@ impl Connection {
             self.checked = false;
         } else if n > 0 {
             self.responded = true;
+            // An interim response (1xx) begins the wait again.
+            self.waits_since = None;
         }
         let (Some(own), Some(other)) = self.ends(side) else {
             return Err(Stop::Reset);

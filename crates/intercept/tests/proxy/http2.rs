@@ -347,6 +347,99 @@ fn requests_without_a_response_are_answered_when_the_server_fails() {
     );
 }
 
+#[test]
+fn streams_that_stall_are_answered_and_others_go_on() {
+    const STALLED: u32 = 60;
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.response = Duration::from_millis(500);
+    });
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    world.server(move |socket| {
+        let mut peer = Peer::new(accept(config.clone(), socket));
+        peer.stream.read_exact(&mut [0; 24]).expect("a preface");
+        let mut out = Vec::new();
+        header(kind::SETTINGS, 0, 0).write_with(&[], &mut out);
+        peer.send(&out);
+        // A response of which nothing follows the head, requests without a response, and after each of them one with.
+        let mut canceled = 0;
+        while let Some((header, payload)) = peer.next() {
+            if header.kind == kind::RST_STREAM {
+                canceled += 1;
+            }
+            if header.kind != kind::HEADERS {
+                continue;
+            }
+            let (_, block) = fragment_of(header, &payload).expect("a block");
+            let mut fields = Fields::default();
+            peer.decoder.decode(block, 1 << 16, &mut fields).expect("fields");
+            let path = fields.value(b":path").expect("a path").to_vec();
+            let (mut block, mut out) = (Vec::new(), Vec::new());
+            encode::field(b":status", b"200", false, &mut block);
+            encode::field(b"x-canceled", canceled.to_string().as_bytes(), false, &mut block);
+            if path != b"/stall" {
+                headers_of(header.stream, path != b"/open", None, &block, 16_384, &mut out);
+                peer.send(&out);
+            }
+        }
+    });
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/open", &[]);
+    assert!(
+        client
+            .headers()
+            .expect("a response")
+            .1
+            .starts_with(":status: 200\n")
+    );
+    for round in 0..2 {
+        let first = 3 + round * 2 * (STALLED + 1);
+        for stream in 0..STALLED {
+            client.request(first + stream * 2, "GET", "/stall", &[]);
+        }
+        for stream in 0..STALLED {
+            let (answered, fields) = client.headers().expect("an answer");
+            assert_eq!(answered, first + stream * 2);
+            let words = "x-palisade-error: response timeout: no head of a response within 500ms";
+            assert!(
+                fields.starts_with(":status: 504\n") && fields.contains(words),
+                "{fields}"
+            );
+        }
+        client.request(first + STALLED * 2, "GET", "/served", &[]);
+        let (_, fields) = client.headers().expect("a response");
+        let canceled = format!("x-canceled: {}\n", (round + 1) * STALLED);
+        assert!(
+            fields.starts_with(":status: 200\n") && fields.contains(&canceled),
+            "{fields}"
+        );
+    }
+    let failures = world.proxy.stats().failures;
+    let kind = palisade_intercept::FailureKind::ResponseTimeout as usize;
+    assert_eq!(failures[kind], u64::from(2 * STALLED));
+    assert_eq!(world.proxy.upstreams()[0].failures[kind], u64::from(2 * STALLED));
+}
+
+#[test]
+fn a_server_without_settings_is_late_for_all_streams() {
+    let world = World::with(http_rules(&["/.*"]), |_, options| {
+        options.response = Duration::from_millis(300);
+    });
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    world.server(move |socket| {
+        let _ = crate::world::read_to_end(&mut accept(config.clone(), socket));
+    });
+    let mut client = h2_client(&world);
+    let grpc = [("content-type", "application/grpc"), ("te", "trailers")];
+    client.request(1, "GET", "/a", &[]);
+    client.request(3, "POST", "/b", &grpc);
+    let (stream, fields) = client.headers().expect("an answer");
+    assert!(stream == 1 && fields.contains(":status: 504\n"), "{fields}");
+    let (stream, fields) = client.headers().expect("an answer");
+    assert!(stream == 3 && fields.contains("grpc-status: 4\n"), "{fields}");
+}
+
 /// Content that exceeds the buffers of all sockets between two peers, bytes.
 const LARGE: usize = 32 << 20;
 /// Length of the frames of [`LARGE`] bytes.

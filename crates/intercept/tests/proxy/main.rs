@@ -6,6 +6,7 @@ mod http1;
 mod http2;
 mod limits;
 mod namespace;
+mod overdue;
 mod policy;
 mod tls;
 mod world;

@@ -244,6 +244,8 @@ pub(crate) struct Tls {
     pub handshake_timeout: Duration,
     /// Time for a TCP connection of the proxy to a server.
     pub connect_timeout: Duration,
+    /// Time of a server for the head of a response after the whole request; zero: no such deadline.
+    pub response_timeout: Duration,
     /// Time without any byte after which the proxy closes a connection.
     pub idle_timeout: Duration,
     /// Number of threads of the proxy; 0 for one per CPU, at most eight.

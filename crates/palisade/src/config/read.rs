@@ -407,6 +407,12 @@ fn tls(section: Section<'_, '_>, config: &Path) -> Tls {
         no_sni: section.choice("no_sni", &nameless).unwrap_or(NoSni::CheckAddress),
         handshake_timeout: handshake(&section, "handshake_timeout", 10),
         connect_timeout: handshake(&section, "connect_timeout", 10),
+        response_timeout: section
+            .duration(
+                "response_timeout",
+                Duration::ZERO..Duration::from_secs(7 * 86_400),
+            )
+            .unwrap_or(Duration::from_secs(3_600)),
         idle_timeout: section
             .duration(
                 "idle_timeout",

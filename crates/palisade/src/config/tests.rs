@@ -57,6 +57,7 @@ interception_ca = "infra/ca"
 no_sni = "refuse"
 handshake_timeout = "3s"
 connect_timeout = "4s"
+response_timeout = "2m"
 idle_timeout = "5m"
 proxy_threads = 3
 max_connections = 100
@@ -135,6 +136,7 @@ fn every_option_is_parsed() {
             no_sni: NoSni::Refuse,
             handshake_timeout: Duration::from_secs(3),
             connect_timeout: Duration::from_secs(4),
+            response_timeout: Duration::from_secs(120),
             idle_timeout: Duration::from_secs(300),
             proxy_threads: 3,
             max_connections: 100,
@@ -234,6 +236,7 @@ fn an_empty_file_is_a_node_without_endpoints() {
     assert_eq!(config.tls.interception_ca, None);
     assert_eq!(config.tls.no_sni, NoSni::CheckAddress);
     assert_eq!(config.tls.idle_timeout, Duration::from_secs(3_600));
+    assert_eq!(config.tls.response_timeout, Duration::from_secs(3_600));
     assert_eq!(
         (
             config.tls.max_connections,

@@ -486,6 +486,7 @@ fn options(config: &Config) -> Options {
         connect: tls.connect_timeout,
         handshake: tls.handshake_timeout,
         head: config.http.header_timeout,
+        response: tls.response_timeout,
         idle: tls.idle_timeout,
     }
 }

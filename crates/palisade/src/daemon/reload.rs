@@ -99,6 +99,7 @@ const RULES: &[(&str, &str, Effect)] = &[
     ("tls", "no_sni", restart!(tls.no_sni)),
     ("tls", "handshake_timeout", restart!(tls.handshake_timeout)),
     ("tls", "connect_timeout", restart!(tls.connect_timeout)),
+    ("tls", "response_timeout", restart!(tls.response_timeout)),
     ("tls", "idle_timeout", restart!(tls.idle_timeout)),
     ("tls", "proxy_threads", restart!(tls.proxy_threads)),
     ("tls", "max_connections", restart!(tls.max_connections)),
