@@ -341,10 +341,23 @@ fn failsafe_ports_pass_only_at_the_interfaces_that_the_configuration_names() {
     let reload = |interfaces: &str| {
         daemon
             .configure(&world.topology, &with_peers(with(interfaces)))
-            .and_then(|()| daemon.cli(&["reload"]))
+            .and_then(|()| daemon.cli(&["reload", "--force"]))
             .expect("reload");
     };
-    reload("interfaces = [\"nic0\"]");
+    // The test, a parent process of the command, has the connection, so the command is refused without `--force`.
+    let nic0 = "interfaces = [\"nic0\"]";
+    daemon
+        .configure(&world.topology, &with_peers(with(nic0)))
+        .expect("configuration");
+    let refused = daemon
+        .cli(&["reload"])
+        .expect_err("a reload that ends the session");
+    assert!(
+        format!("{refused:#}").contains("DENY YOUR OWN SESSION"),
+        "{refused:#}"
+    );
+    assert_eq!(exchange(&mut session, OPEN), Outcome::Open);
+    reload(nic0);
     assert_ne!(
         exchange(&mut session, SHORT),
         Outcome::Open,
