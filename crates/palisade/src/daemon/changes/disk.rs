@@ -14,6 +14,7 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
+use rustix::fs::RenameFlags;
 use tracing::warn;
 
 use crate::{
@@ -120,8 +121,69 @@ impl Disk {
         self.aside.take()
     }
 
-    /// Renames a file whose content is stored nowhere else.
-    fn put_aside(&self, path: &Path, replaced: &Replaced<'_>) -> io::Result<()> {
+    /// Replaces a policy file. An edit that is saved between the read by [`Self::put_aside`] and the replacement is put
+    /// aside too: the files are exchanged, and what comes out is compared again.
+    fn replace(&self, path: &Path, bytes: &[u8], mode: u32, replaced: &Replaced<'_>) -> io::Result<()> {
+        self.put_aside(path, path, replaced)?;
+        let temporary = temporary(path)?;
+        let written = self
+            .write_temporary(&temporary, bytes, mode)
+            .and_then(|()| self.put_in_place(&temporary, path));
+        match written {
+            Ok(true) => self.discard(&temporary, path, replaced),
+            Ok(false) => Ok(()),
+            Err(error) => {
+                if self.step().is_ok() {
+                    let _ = fs::remove_file(&temporary);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Renames a file to `path`. Returns whether there was a file; it is at `temporary` then. Where the file system cannot
+    /// exchange two files (NFS), the file that was there is replaced.
+    fn put_in_place(&self, temporary: &Path, path: &Path) -> io::Result<bool> {
+        /// Attempts while another process creates and removes the file.
+        const ATTEMPTS: usize = 16;
+        for _ in 0..ATTEMPTS {
+            self.step()?;
+            match rename_with(temporary, path, RenameFlags::NOREPLACE) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) if is_unsupported(&error) => return fs::rename(temporary, path).map(|()| false),
+                other => return other.map(|()| false),
+            }
+            match rename_with(temporary, path, RenameFlags::EXCHANGE) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if is_unsupported(&error) => return fs::rename(temporary, path).map(|()| false),
+                other => return other.map(|()| true),
+            }
+        }
+        Err(io::Error::other(
+            "another process creates and removes the file again and again",
+        ))
+    }
+
+    /// Removes a policy file. As in [`Self::replace`], an edit at the last moment is put aside.
+    fn take_out(&self, path: &Path, replaced: &Replaced<'_>) -> io::Result<()> {
+        self.put_aside(path, path, replaced)?;
+        let temporary = temporary(path)?;
+        self.step()?;
+        match fs::rename(path, &temporary) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => self.discard(&temporary, path, replaced),
+        }
+    }
+
+    /// Removes the file that was at `path` and is at `temporary` now, or puts it aside.
+    fn discard(&self, temporary: &Path, path: &Path, replaced: &Replaced<'_>) -> io::Result<()> {
+        self.put_aside(temporary, path, replaced)?;
+        self.remove(temporary)
+    }
+
+    /// Renames a file whose content is stored nowhere else. `path`: its path; `of`: the path of the policy file.
+    fn put_aside(&self, path: &Path, of: &Path, replaced: &Replaced<'_>) -> io::Result<()> {
         let Ok(there) = fs::symlink_metadata(path) else {
             return Ok(());
         };
@@ -136,23 +198,23 @@ impl Disk {
         if content.is_some_and(|content| (replaced.is_stored)(&content)) {
             return Ok(());
         }
-        let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let mut name = of.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         name.push(format!(".edited-{}", replaced.number));
-        let mut to = path.with_file_name(&name);
+        let mut to = of.with_file_name(&name);
         for other in 2..=MAX_ASIDE {
             if fs::symlink_metadata(&to).is_err() {
                 break;
             }
             let mut next = name.clone();
             next.push(format!("-{other}"));
-            to = path.with_file_name(next);
+            to = of.with_file_name(next);
         }
         self.step()?;
         fs::rename(path, &to)?;
         warn!(
             event = "policy-edit-kept",
             number = replaced.number,
-            file = %path.display(),
+            file = %of.display(),
             kept = %to.display(),
             "a change of the policies replaces a file that the daemon had not read; the file is kept under another name"
         );
@@ -178,19 +240,16 @@ impl Disk {
         }
         for (name, (text, mode)) in files {
             let path = dir.join(name);
-            if has(&path, text) {
+            if has(&path, text.as_bytes()) {
                 continue;
             }
-            self.put_aside(&path, replaced)
-                .and_then(|()| self.write(&path, text.as_bytes(), *mode))
+            self.replace(&path, text.as_bytes(), *mode, replaced)
                 .map_err(|error| at(&path, error))?;
         }
         for name in policy_file_names(dir).map_err(|error| at(dir, error))? {
             if !files.contains_key(&*name) {
                 let path = dir.join(name);
-                self.put_aside(&path, replaced)
-                    .and_then(|()| self.remove(&path))
-                    .map_err(|error| at(&path, error))?;
+                self.take_out(&path, replaced).map_err(|error| at(&path, error))?;
             }
         }
         self.sync(dir).map_err(|error| at(dir, error))
@@ -206,10 +265,23 @@ fn temporary(path: &Path) -> io::Result<PathBuf> {
 
 /// Returns whether the daemon reads this text from a file. A symbolic link is followed, as the daemon does, so that an
 /// unchanged link stays a link.
-fn has(path: &Path, text: &str) -> bool {
+fn has(path: &Path, text: &[u8]) -> bool {
     let is_there =
         fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == text.len() as u64);
-    is_there && fs::read(path).is_ok_and(|there| there == text.as_bytes())
+    is_there && fs::read(path).is_ok_and(|there| there == text)
+}
+
+fn rename_with(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
+    rustix::fs::renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, flags).map_err(Into::into)
+}
+
+/// Returns whether the file system, or the kernel, has no such flag of renameat2(2).
+fn is_unsupported(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let known = [Errno::EINVAL, Errno::ENOSYS, Errno::EOPNOTSUPP];
+    error
+        .raw_os_error()
+        .is_some_and(|number| known.contains(&Errno::from_raw(number)))
 }
 
 /// Returns the mode that a written file gets: that of the present file without write permissions of others.
@@ -327,6 +399,54 @@ mod tests {
         );
         assert_eq!(fs::read_to_string(dir.join(kept[0])).unwrap(), "edited");
         assert!(policy_file_names(&dir).unwrap().len() == 2);
+    }
+
+    #[test]
+    fn an_edit_that_is_saved_while_the_file_is_replaced_or_removed_is_kept() {
+        let (_root, dir) = folder();
+        for (name, is_link) in [
+            ("a.yaml", false),
+            ("gone.yaml", false),
+            ("a.yaml", true),
+            ("gone.yaml", true),
+        ] {
+            let path = dir.join(name);
+            fs::write(&path, "known").unwrap();
+            // The edit is saved after the content was read: in place, or by a rename.
+            let is_first = Cell::new(true);
+            let is_stored = |content: &[u8]| {
+                if is_first.replace(false) {
+                    let edited = dir.join("saving");
+                    fs::write(&edited, "edited").unwrap();
+                    match is_link {
+                        true => fs::rename(&edited, &path).unwrap(),
+                        false => {
+                            fs::write(&path, "edited").unwrap();
+                            fs::remove_file(&edited).unwrap();
+                        }
+                    }
+                }
+                content == b"known"
+            };
+            let replaced = Replaced {
+                number: 7,
+                is_stored: &is_stored,
+            };
+            let files = match name {
+                "a.yaml" => BTreeMap::from([(name, ("new", 0o644))]),
+                _ => BTreeMap::new(),
+            };
+            let disk = Disk::default();
+            disk.make(&dir, &files, &replaced).unwrap();
+            let kept = dir.join(format!("{name}.edited-7"));
+            assert_eq!(disk.take_aside(), std::slice::from_ref(&kept));
+            assert_eq!(fs::read_to_string(&kept).unwrap(), "edited");
+            let now = fs::read_to_string(&path).ok();
+            assert_eq!(now.as_deref(), files.get(name).map(|(text, _)| *text));
+            fs::remove_file(kept).unwrap();
+            let _ = fs::remove_file(path);
+            assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "nothing else stays");
+        }
     }
 
     #[test]
