@@ -80,6 +80,18 @@ impl Datapath {
         Ok(true)
     }
 
+    /// Waits until all runs of the programs that have begun before have ended. What was closed in a map before is then
+    /// closed for all packets: a run can use a value that it has read before the write until it ends.
+    ///
+    /// # Errors
+    /// [`MapError`](crate::MapError) if the kernel refuses the maps that the wait needs.
+    pub fn wait_for_programs(&self) -> std::result::Result<(), crate::MapError> {
+        crate::sys::bpf::wait_for_programs().map_err(|source| crate::MapError::Syscall {
+            map: "palisade_wait".to_owned(),
+            source,
+        })
+    }
+
     /// Writes the interfaces without programs to the interface table, because packets that enter by an interface
     /// outside the table are not forwarded. `others` maps the index of each interface to whether it is stacked on an
     /// interface of a workload ([`role::LINK`], else [`role::SEEN`]). `before` is the value of `others` in the last

@@ -141,6 +141,13 @@ mod tests {
     use crate::sys::bpf::map_type;
 
     #[test]
+    fn running_programs_can_be_awaited_again_and_again() {
+        for _ in 0..3 {
+            bpf::wait_for_programs().unwrap();
+        }
+    }
+
+    #[test]
     fn entries_beyond_4096_come_back_whole() {
         let fd = bpf::map_create("T", map_type::HASH, 4, 8, 20_000, 1).unwrap();
         let map = Map::<u32, u64>::new(RawMap::new("POLICY", fd).unwrap()).unwrap();

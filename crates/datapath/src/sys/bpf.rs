@@ -45,6 +45,7 @@ pub(crate) mod map_type {
     pub(crate) const PERCPU_ARRAY: u32 = 6;
     pub(crate) const LRU_HASH: u32 = 9;
     pub(crate) const LPM_TRIE: u32 = 11;
+    pub(crate) const ARRAY_OF_MAPS: u32 = 12;
     pub(crate) const RINGBUF: u32 = 27;
 
     /// Returns the name of a map type without its prefix `BPF_MAP_TYPE_`.
@@ -55,6 +56,7 @@ pub(crate) mod map_type {
             PERCPU_ARRAY => "PERCPU_ARRAY".into(),
             LRU_HASH => "LRU_HASH".into(),
             LPM_TRIE => "LPM_TRIE".into(),
+            ARRAY_OF_MAPS => "ARRAY_OF_MAPS".into(),
             RINGBUF => "RINGBUF".into(),
             other => format!("map type {other}"),
         }
@@ -257,6 +259,40 @@ pub(crate) fn map_create(
     max_entries: u32,
     map_flags: u32,
 ) -> Result<OwnedFd> {
+    create(
+        name,
+        map_type,
+        [key_size, value_size, max_entries, map_flags],
+        None,
+    )
+}
+
+/// Waits until all runs of BPF programs that have begun before have ended, so that what was written to maps before holds
+/// for all packets.
+///
+/// The system call that changes a map of maps waits for an RCU grace period (`maybe_wait_bpf_programs` in
+/// kernel/bpf/syscall.c), for this purpose; programs at XDP and tc hooks run in RCU read-side critical sections.
+///
+/// # Errors
+/// The maps cannot be created or written; it is then not known whether the runs have ended.
+pub(crate) fn wait_for_programs() -> Result<()> {
+    let inner = map_create("palisade_wait", map_type::ARRAY, 4, 4, 1, 0)?;
+    let outer = create(
+        "palisade_wait",
+        map_type::ARRAY_OF_MAPS,
+        [4, 4, 1, 0],
+        Some(inner.as_fd()),
+    )?;
+    let value = inner.as_raw_fd().to_ne_bytes();
+    update(outer.as_fd(), &0_u32.to_ne_bytes(), &value, 0)
+}
+
+fn create(
+    name: &str,
+    map_type: u32,
+    [key_size, value_size, max_entries, map_flags]: [u32; 4],
+    inner: Option<BorrowedFd<'_>>,
+) -> Result<OwnedFd> {
     let mut map_name = [0; 16];
     for (to, from) in map_name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
@@ -267,7 +303,7 @@ pub(crate) fn map_create(
         value_size,
         max_entries,
         map_flags,
-        inner_map_fd: 0,
+        inner_map_fd: inner.map_or(0, |inner| inner.as_raw_fd().cast_unsigned()),
         numa_node: 0,
         map_name,
     };

@@ -482,6 +482,10 @@ impl Control {
         let inventory = (inventory != *self.enforcer.compiler.inventory()).then_some(inventory);
         self.interfaces.configure(&self.config, &self.state.state);
         let has_closed = self.interfaces.close_failsafe(&self.datapath, &self.network)?;
+        if has_closed {
+            // A program that has read the open ports must not write a flow with the new revision.
+            self.datapath.wait_for_programs()?;
+        }
         self.enforcer.set_failsafe(failsafe::content(&self.config));
         self.enforcer.compile(inventory, &mut self.files);
         if has_closed {
@@ -560,6 +564,11 @@ impl Control {
     pub(super) fn forget_connections(&self, endpoints: &[u16]) {
         if endpoints.is_empty() {
             return;
+        }
+        // A program that has read the state of an endpoint before it was removed can insert a flow after the walk, which
+        // would count for the next endpoint of the same number.
+        if let Err(problem) = self.datapath.wait_for_programs() {
+            warn!(error = %problem, "running programs cannot be awaited before connections are removed");
         }
         let outcome = self
             .datapath
