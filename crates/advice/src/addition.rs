@@ -410,7 +410,7 @@ fn in_policy(
     let yaml = rules.emit();
     let of_rule = part_content(part)?;
     let mut trial = compiler.clone();
-    let mut content = trial.files().find(|(name, _)| *name == file)?.1.clone();
+    let mut content = FileContent::clone(trial.files().find(|(name, _)| *name == file)?.1);
     let [allow, _] = Section::of(part.direction);
     let target = &mut content
         .policies

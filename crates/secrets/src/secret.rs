@@ -21,11 +21,12 @@ use crate::{
 /// Largest number of certificates in the chain of an identity.
 const MAX_CHAIN: usize = 16;
 
-/// Identities and trusts that have been made from a secret, so that each connection finds them ready.
+/// Identities and trusts that have been made from a secret, or why they cannot be made, so that each connection finds them
+/// ready. The keys are those that policies name.
 #[derive(Default)]
 struct Made {
-    identities: HashMap<(String, String), Arc<Identity>>,
-    trusts: HashMap<(String, String, String), Arc<Trust>>,
+    identities: HashMap<(String, String), Result<Arc<Identity>, SecretError>>,
+    trusts: HashMap<(String, String, String), Result<Arc<Trust>, SecretError>>,
     value: Option<SecretValue>,
 }
 
@@ -218,11 +219,11 @@ impl Secret {
         let made_as = (certificate.to_owned(), key.to_owned());
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(identity) = made.identities.get(&made_as) {
-            return Ok(Arc::clone(identity));
+            return identity.clone();
         }
-        let identity = Arc::new(self.make_identity(certificate, key)?);
-        made.identities.insert(made_as, Arc::clone(&identity));
-        Ok(identity)
+        let identity = self.make_identity(certificate, key).map(Arc::new);
+        made.identities.insert(made_as, identity.clone());
+        identity
     }
 
     fn make_identity(&self, certificate: &str, key: &str) -> Result<Identity, SecretError> {
@@ -284,12 +285,12 @@ impl Secret {
             made.trusts.get(&made_as).cloned()
         };
         if let Some(trust) = known {
-            return Ok(trust);
+            return trust;
         }
-        let trust = Arc::new(self.make_trust(ca, certificate, key)?);
+        let trust = self.make_trust(ca, certificate, key).map(Arc::new);
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        made.trusts.insert(made_as, Arc::clone(&trust));
-        Ok(trust)
+        made.trusts.insert(made_as, trust.clone());
+        trust
     }
 
     fn make_trust(&self, ca: &str, certificate: &str, key: &str) -> Result<Trust, SecretError> {

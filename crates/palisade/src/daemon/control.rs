@@ -522,11 +522,11 @@ impl Control {
     }
 
     /// Finds the secrets that the policies in force name and that cannot be used.
-    fn check_secrets(&self) {
+    fn check_secrets(&mut self) {
         let compiler = &self.enforcer.compiler;
-        let policies = compiler.files().flat_map(|(_, content)| &content.policies);
+        let files = compiler.files().map(|(_, content)| content);
         self.interception
-            .check_secrets(&compiler.snapshot().rulesets, policies);
+            .check_secrets(&compiler.snapshot().rulesets, files);
     }
 
     /// Passes the names in `matchName` selectors and the DNS servers to the prefetcher, or no names if `[dns] prefetch`

@@ -19,7 +19,8 @@ use palisade_abi::{Decision, Direction, Inspector, ProxiedKey, entry_flags, prot
 use palisade_datapath::{Datapath, ProxiedFlows, ProxyLinks};
 use palisade_inspect::{Limits, Rules, SniAddressIndex, record::Record};
 use palisade_intercept::{Flow, Flows, Listeners, Namespace, Options, Proxy, Reports, Settings, ThreadState};
-use palisade_model::{rule::Policy, snapshot::RuleSet};
+use palisade_model::snapshot::RuleSet;
+use palisade_policy::compile::FileContent;
 use palisade_secrets::{Problem, Store, check_policies, check_rule_set, expires_within};
 use palisade_worker::TimedRecord;
 use tracing::{error, info, warn};
@@ -144,6 +145,47 @@ pub(super) struct Interception {
     limited: Rise,
     overflows: Rise,
     reports: Arc<Records>,
+    checked: SecretCheck,
+}
+
+/// What the last check of secrets was about, so that answers of DNS servers, which change policy tables many times a
+/// second, cause no further check. The objects are kept, so an equal address means the same object.
+#[derive(Default)]
+struct SecretCheck(Option<Checked>);
+
+struct Checked {
+    sets: Arc<BTreeMap<u32, Arc<RuleSet>>>,
+    files: Vec<Arc<FileContent>>,
+    store: Arc<Store>,
+}
+
+impl SecretCheck {
+    /// Returns whether the check is not that of the last call.
+    fn is_due(
+        &mut self,
+        sets: &Arc<BTreeMap<u32, Arc<RuleSet>>>,
+        files: &[Arc<FileContent>],
+        store: &Arc<Store>,
+    ) -> bool {
+        let is_same = self.0.as_ref().is_some_and(|last| {
+            Arc::ptr_eq(&last.sets, sets)
+                && Arc::ptr_eq(&last.store, store)
+                && last.files.len() == files.len()
+                && last
+                    .files
+                    .iter()
+                    .zip(files)
+                    .all(|(old, new)| Arc::ptr_eq(old, new))
+        });
+        if !is_same {
+            self.0 = Some(Checked {
+                sets: Arc::clone(sets),
+                files: files.to_vec(),
+                store: Arc::clone(store),
+            });
+        }
+        !is_same
+    }
 }
 
 impl Interception {
@@ -186,6 +228,7 @@ impl Interception {
                 queue: sender,
                 lost: records_lost,
             }),
+            checked: SecretCheck::default(),
         };
         interception.log_problems(&[]);
         interception.start_proxy(datapath);
@@ -266,13 +309,19 @@ impl Interception {
         self.update();
     }
 
-    /// Finds the secrets that rule sets name and that cannot be used, with their places in `policies`, and logs those that
-    /// were usable before. The traffic that needs them is denied. Policies whose rules no rule set has are not reported.
+    /// Finds the secrets that rule sets name and that cannot be used, with their places in the policies of `files`, and
+    /// logs those that were usable before. The traffic that needs them is denied. Policies whose rules no rule set has are
+    /// not reported. Does nothing if neither rule sets, policies nor secrets have changed.
     pub(super) fn check_secrets<'a>(
-        &self,
-        sets: &BTreeMap<u32, Arc<RuleSet>>,
-        policies: impl IntoIterator<Item = &'a Policy>,
+        &mut self,
+        sets: &Arc<BTreeMap<u32, Arc<RuleSet>>>,
+        files: impl Iterator<Item = &'a Arc<FileContent>>,
     ) {
+        let files: Vec<Arc<FileContent>> = files.map(Arc::clone).collect();
+        if !self.checked.is_due(sets, &files, &self.view.secrets().store) {
+            return;
+        }
+        let policies = files.iter().flat_map(|content| &content.policies);
         let messages: BTreeSet<String> = sets
             .values()
             .flat_map(|set| self.view.unusable_secrets(set))
@@ -628,6 +677,25 @@ mod tests {
             threads_down(&[thread(false, None)]).as_deref(),
             Some("1 of 1 proxy threads do not run: starting")
         );
+    }
+
+    #[test]
+    fn secrets_are_checked_once_for_each_change() {
+        let mut check = SecretCheck::default();
+        let mut sets = Arc::default();
+        let mut files = vec![Arc::<FileContent>::default()];
+        let mut store = Arc::default();
+        assert!(check.is_due(&sets, &files, &store));
+        assert!(!check.is_due(&sets, &files, &store));
+        // A change makes another object of the one that the check keeps, even with equal content.
+        Arc::make_mut(&mut sets).insert(1, Arc::<RuleSet>::default());
+        assert!(check.is_due(&sets, &files, &store) && !check.is_due(&sets, &files, &store));
+        files[0] = Arc::default();
+        assert!(check.is_due(&sets, &files, &store) && !check.is_due(&sets, &files, &store));
+        files.push(Arc::default());
+        assert!(check.is_due(&sets, &files, &store) && !check.is_due(&sets, &files, &store));
+        store = Arc::default();
+        assert!(check.is_due(&sets, &files, &store) && !check.is_due(&sets, &files, &store));
     }
 
     #[test]

@@ -163,11 +163,11 @@ impl Compiler {
     }
 
     /// Returns the content of each policy file in use, with the name of the file. [`FAILSAFE_FILE`] is left out.
-    pub fn files(&self) -> impl Iterator<Item = (&str, &FileContent)> {
+    pub fn files(&self) -> impl Iterator<Item = (&str, &Arc<FileContent>)> {
         self.files
             .iter()
             .filter(|(name, _)| *name != FAILSAFE_FILE)
-            .map(|(name, content)| (name.as_str(), &**content))
+            .map(|(name, content)| (name.as_str(), content))
     }
 
     /// Returns each distinct peer of the policies, with the number of its uses in rules and the identities that the

@@ -107,7 +107,12 @@ impl Handlers {
         let files = to.compiler.files();
         let candidate = ReplayCandidate {
             files: files
-                .map(|(name, content)| (name.to_owned(), Some(content.clone())))
+                .map(|(name, content)| {
+                    (
+                        name.to_owned(),
+                        Some(palisade_policy::compile::FileContent::clone(content)),
+                    )
+                })
                 .collect(),
             inventory: to.compiler.inventory().clone(),
             http: trace::http_options(&base.http),
