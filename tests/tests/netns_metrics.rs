@@ -480,6 +480,73 @@ fn metrics_of_workers_rules_events_names_and_secrets_have_their_values() {
 /// Port of a server that does not speak TLS after the hello.
 const OPAQUE: u16 = 8443;
 
+#[test]
+fn series_of_removed_rules_are_gone_and_those_of_others_continue() {
+    let apps = apps();
+    let node = apps.ns("node");
+    let changing = |n: usize| {
+        DNS.replace("{name: dns}", &format!("{{name: changing-{n}}}"))
+            .replace("\"53\"", "\"4000\"")
+            .split("      rules:")
+            .next()
+            .expect("a policy")
+            .to_owned()
+    };
+    let policies = [("dns.yaml", DNS), ("changing.yaml", &*changing(0))];
+    let daemon = daemon_with(&apps.topology, &tables(METRICS), &policies);
+    for n in 0..4 {
+        if n > 0 {
+            let changes = "palisade_policy_enforcement_delay_seconds_count";
+            let before = scrape(node)[changes];
+            daemon.write("changing.yaml", &changing(n)).expect("a file");
+            expect(&daemon, node, &[(changes, before + 1.0)]);
+        }
+        for family in FAMILIES {
+            datagrams(&apps, family, 4_000, 3);
+            datagrams(&apps, family, 53, 1);
+        }
+        // Each change makes a rule, which counts the datagrams, and ICMP errors about them. The rule that stays has
+        // counted the packets of all rounds.
+        let wanted = (
+            BTreeSet::from([format!("default/changing-{n}")]),
+            2.0 * (n + 1) as f64,
+        );
+        let mut counted = 0.0;
+        let mut found = Default::default();
+        wait_until("the rules in force", OPEN, || {
+            let samples = scrape(node);
+            let of_policy = |name: &str| -> Vec<(String, f64)> {
+                let rules = samples
+                    .iter()
+                    .filter(|(rule, _)| rule.starts_with("palisade_rule_packets_total{"));
+                rules
+                    .filter_map(|(rule, value)| {
+                        let (_, policy) = rule.split_once("policy=\"")?;
+                        let (policy, _) = policy.split_once('"')?;
+                        (policy.starts_with(name) && rule.contains("egress rule 1"))
+                            .then(|| (policy.to_owned(), *value))
+                    })
+                    .collect()
+            };
+            let (changing, dns) = (of_policy("default/changing-"), of_policy("default/dns"));
+            found = (
+                changing.iter().map(|(policy, _)| policy.clone()).collect(),
+                dns.iter().map(|(_, value)| value).sum::<f64>(),
+            );
+            counted = changing.iter().map(|(_, value)| value).sum::<f64>();
+            found == wanted && counted >= 6.0
+        })
+        .unwrap_or_else(|error| {
+            panic!(
+                "{error:#}: {found:?} and {counted}, not {wanted:?}\n{}",
+                get(node, "/metrics", &[]).body
+            )
+        });
+        let text = get(node, "/metrics", &[]).body;
+        assert!(!text.contains("no rule of"), "{text}");
+    }
+}
+
 fn sum(samples: &BTreeMap<String, f64>, prefix: &str) -> f64 {
     samples
         .iter()

@@ -5,7 +5,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -40,6 +40,8 @@ const MAX_AGE: Duration = Duration::from_secs(1);
 const MAX_AGE_OF_READS: u32 = 10;
 /// Longest wait for the control thread.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(2);
+/// Number under which the programs count rules whose number exceeds the map.
+const BEYOND_LIMIT: u32 = 0;
 /// Memory of one frame, bytes.
 const FRAME_BYTES: u64 = 4_096;
 /// Names of the inspectors' values that are gauges; all others are counters.
@@ -226,12 +228,29 @@ impl Collector {
         let columns: Vec<(&'static str, bool)> = labels.iter().map(|name| (*name, false)).collect();
         let table = |definition| Table::new(definition, &columns, self.series_per_metric, &[]);
         let (mut packets, mut bytes) = (table(&own::RULE_PACKETS), table(&own::RULE_BYTES));
+        // The programs keep the counters of removed rules, and the snapshot their names.
+        let entries = view
+            .snapshot
+            .tables
+            .values()
+            .flat_map(|table| table.entries.values());
+        let in_force: HashSet<u32> = entries.map(|entry| entry.rule).collect();
         for (rule, count) in counts {
-            let known = view.snapshot.rules.get(&rule);
+            let known = view
+                .snapshot
+                .rules
+                .get(&rule)
+                .filter(|_| in_force.contains(&rule));
+            if known.is_none() && rule != BEYOND_LIMIT {
+                continue;
+            }
             let labels = [
                 rule.to_string().into(),
                 known.map_or("", |rule| policy_of(&rule.key)).into(),
-                known.map_or_else(|| unknown(rule), |rule| description(rule).into()),
+                known.map_or_else(
+                    || Cow::Borrowed("all rules beyond [limits] rules"),
+                    |rule| description(rule).into(),
+                ),
             ];
             packets.add(&labels, count.packets);
             bytes.add(&labels, count.bytes);
@@ -528,14 +547,6 @@ fn description(rule: &RuleInfo) -> String {
         ..rule.clone()
     }
     .to_string()
-}
-
-/// Returns the description of a rule number without a rule.
-const fn unknown(rule: u32) -> Cow<'static, str> {
-    Cow::Borrowed(match rule {
-        0 => "all rules beyond [limits] rules",
-        _ => "no rule of the present policies",
-    })
 }
 
 const fn direction_name(direction: Direction) -> &'static str {
