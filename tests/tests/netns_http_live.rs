@@ -10,6 +10,7 @@ use palisade_testbed::{
     Daemon,
     capture::Capture,
     daemon::Settings,
+    ns::wait_until,
     packet::protocol,
     topology::{FAMILIES, Family, INNER},
     web::{Talk, Web, Wrk, curl, random_file, sha256},
@@ -91,7 +92,7 @@ fn each_request_is_matched_against_the_rules_in_force() {
     let apps = apps();
     let web = web(&apps);
     let daemon = start(&apps, &paths(&["/a", "/b"]));
-    for family in FAMILIES {
+    for (n, family) in FAMILIES.into_iter().enumerate() {
         daemon.apply(&[("p.yaml", &paths(&["/a", "/b"]))]).expect("apply");
         let (mut one, mut two) = (talk(&apps, family), talk(&apps, family));
         for talk in [&mut one, &mut two] {
@@ -106,13 +107,18 @@ fn each_request_is_matched_against_the_rules_in_force() {
         // No rule for the port any more.
         let mut four = talk(&apps, family);
         assert_eq!(ask(&daemon, &mut four, "/b"), Some(200));
-        let seen = web.seen().len();
+        // The server logs a request after its response.
+        let allowed = 7 * (n + 1);
+        wait_until("the allowed requests are logged", OPEN, || {
+            web.seen().len() >= allowed
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
         daemon
             .apply(&[("p.yaml", &policy("client", "egress", &[443], ""))])
             .expect("apply");
         let _ = four.send(b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n");
         thread::sleep(Duration::from_millis(300));
-        assert_eq!(web.seen().len(), seen, "{}", daemon.report());
+        assert_eq!(web.seen().len(), allowed, "{}", daemon.report());
         // SO_LINGER 0: otherwise the kernel retransmits the request until the rules of the other family allow it again.
         socket2::SockRef::from(four.stream())
             .set_linger(Some(Duration::ZERO))

@@ -6,6 +6,7 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -118,10 +119,21 @@ impl Web {
         self.dir.path().join("files")
     }
 
-    /// Returns the access log.
+    /// Returns the access log once it has not grown for a moment, or after a second. nginx writes a line after it has sent
+    /// the response, so the line of a response that the client has got can still be missing.
     #[must_use]
     pub fn seen(&self) -> Vec<Seen> {
-        let log = fs::read(self.dir.path().join("access.log")).unwrap_or_default();
+        const MOMENT: Duration = Duration::from_millis(50);
+        let read = || fs::read(self.dir.path().join("access.log")).unwrap_or_default();
+        let mut log = read();
+        for _ in 0..20 {
+            thread::sleep(MOMENT);
+            let later = read();
+            if later.len() == log.len() {
+                break;
+            }
+            log = later;
+        }
         String::from_utf8_lossy(&log)
             .lines()
             .filter_map(|line| {

@@ -315,9 +315,19 @@ impl World {
     }
 
     pub(crate) fn socket(&self) -> TcpStream {
-        let socket = TcpStream::connect(self.address()).expect("the proxy accepts");
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        socket
+        self.socket_or_reset().expect("the proxy accepts")
+    }
+
+    /// Connects to a proxy that can refuse the connection. `None` if the reset has arrived before `connect` returned.
+    pub(crate) fn socket_or_reset(&self) -> Option<TcpStream> {
+        match TcpStream::connect(self.address()) {
+            Ok(socket) => {
+                socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                Some(socket)
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => None,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     pub(crate) fn client_config(&self) -> ClientConfig {
