@@ -176,6 +176,15 @@ impl<F> Engine<F> {
         inspectors.fragments.tick(cx);
     }
 
+    /// Sends what was put off until no packet waits in the worker. Must be called when no packet is left to inspect.
+    ///
+    /// Only HTTP and Kafka have messages with an offload window.
+    pub fn settle(&mut self, now: Millis, sink: &mut impl Sink<F>) {
+        let (mut cx, inspectors) = self.parts(now, sink);
+        inspectors.http.settle(&mut cx);
+        inspectors.kafka.settle(&mut cx);
+    }
+
     /// Returns the time of the next timeout, ms.
     #[must_use]
     pub fn deadline(&self) -> Option<Millis> {

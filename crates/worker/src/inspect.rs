@@ -25,6 +25,8 @@ pub trait Inspect {
     fn committed(&mut self, now: Millis, learned: CommitResult, sink: &mut impl Sink<Handle>);
     /// Acts on the deadlines that have passed.
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>);
+    /// Sends what was put off until no packet is left to inspect.
+    fn settle(&mut self, _now: Millis, _sink: &mut impl Sink<Handle>) {}
     /// Returns the time of the next deadline; `None` if there is no deadline.
     fn deadline(&self) -> Option<Millis>;
     /// Drops the state and the held packets of a deleted endpoint.
@@ -58,6 +60,10 @@ impl Inspect for Engine<Handle> {
 
     fn tick(&mut self, now: Millis, sink: &mut impl Sink<Handle>) {
         Self::tick(self, now, sink);
+    }
+
+    fn settle(&mut self, now: Millis, sink: &mut impl Sink<Handle>) {
+        Self::settle(self, now, sink);
     }
 
     fn deadline(&self) -> Option<Millis> {

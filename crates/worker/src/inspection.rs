@@ -283,6 +283,12 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
         }
     }
 
+    /// Calls [`Inspect::settle`].
+    pub(crate) fn settle(&mut self, port: &mut P) {
+        self.engine.settle(millis(self.now), &mut self.effects);
+        self.run_effects(port);
+    }
+
     /// Returns the time until the engine's next deadline, ms.
     pub(crate) fn time_to_deadline(&self) -> Option<Millis> {
         let deadline = self.engine.deadline()?;

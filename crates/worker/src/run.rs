@@ -132,6 +132,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
         busy |= self.inspect_handoffs();
         busy |= self.inspection.take_commits(&mut self.port);
         self.inspection.expire(&mut self.port);
+        if !busy {
+            self.inspection.settle(&mut self.port);
+        }
         self.unsent = self.port.flush()? != 0;
         self.inspection.flush();
         self.rx.wake_peers();

@@ -87,6 +87,10 @@ impl<F> Http<F> {
         self.connections.tick(cx);
     }
 
+    pub(crate) fn settle<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        self.connections.settle(cx);
+    }
+
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.connections.deadline()
     }

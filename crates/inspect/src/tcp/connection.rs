@@ -32,6 +32,7 @@ use crate::{
     steps::{self, Detail},
 };
 use phase::{Announcement, FIRST_TRY, Phase, TRIES};
+use send_limit::OffloadWindow;
 
 /// Interval between two records of one connection about packets dropped for the same reason, ms.
 const REPORT_EVERY: Millis = 1_000;
@@ -70,6 +71,8 @@ pub(crate) struct Connection<F> {
     codes: PerSide<u32>,
     /// Whether the worker still has to offer an offload window to the sender.
     offers: PerSide<bool>,
+    /// Offload windows that are put off ([`Connection::open_window`]).
+    put_off: PerSide<Option<OffloadWindow>>,
     /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
@@ -123,6 +126,7 @@ impl<F> Connection<F> {
             windows: PerSide::default(),
             codes: PerSide::default(),
             offers: PerSide::default(),
+            put_off: PerSide::default(),
             window_ends: PerSide::default(),
             command: false,
             rest: PerSide::default(),
@@ -427,7 +431,7 @@ impl<F> Connection<F> {
         }
         match self.receive(&arrived, frame, cx) {
             Ok(true) => self.inspect(inspector, cx),
-            Ok(false) => {}
+            Ok(false) => self.settle_acknowledged(side.other(), cx),
             Err((reason, frame)) => self.reject(&arrived, reason, frame, cx),
         }
         self.arm(cx);
@@ -492,14 +496,19 @@ impl<F> Connection<F> {
             cx.sink.release_with(frame, &self.flow_command(op));
             return;
         }
+        let command = self.next_command(cx);
+        cx.sink.release_with(frame, &command);
+    }
+
+    /// Returns the command for the offload or the windows.
+    fn next_command<S>(&mut self, cx: &mut TcpCx<'_, F, S>) -> FlowCommand {
         // OFFLOAD and WINDOWS imply OPENED.
         self.opened = Announcement::Sent;
         if matches!(self.phase, Phase::Offloaded) {
             steps::of(&self.about, Detail::Debug, None, || {
                 "the programs forward the rest of the connection without inspection".to_owned()
             });
-            cx.sink.release_with(frame, &self.flow_command(flow_op::OFFLOAD));
-            return;
+            return self.flow_command(flow_op::OFFLOAD);
         }
         cx.shared.stats.windows += 1;
         let (op, windows) = self.windows_command();
@@ -510,10 +519,9 @@ impl<F> Connection<F> {
                  inspection"
             )
         });
-        let command = FlowCommand {
+        FlowCommand {
             windows,
             ..self.flow_command(op)
-        };
-        cx.sink.release_with(frame, &command);
+        }
     }
 }

@@ -2,7 +2,9 @@
 
 use super::{
     config::{TcpLimits, TcpStats},
+    half::Position,
     segment::{Link, OutSegment},
+    side::Side,
 };
 use crate::{Millis, Sink, context::Cx, frames::Spare, rules::Rules};
 
@@ -19,6 +21,37 @@ pub(crate) struct Shared {
     reports: (Millis, u32),
     /// Buffer for the allowed part of a packet.
     pub(super) part: Vec<u8>,
+    /// Allowed bytes of the segment that the inspector is about to see.
+    pub(super) start: AllowedStart,
+}
+
+/// Allowed bytes at the beginning of a segment whose last bytes have no verdict yet, if no [`super::half::Half`] keeps
+/// them.
+#[derive(Default)]
+pub(super) struct AllowedStart {
+    at: Option<(Side, Position)>,
+    bytes: Vec<u8>,
+}
+
+impl AllowedStart {
+    /// Keeps a copy of `bytes`, which begin at a position of the stream of `side`.
+    pub(super) fn set(&mut self, side: Side, at: Position, bytes: &[u8]) {
+        self.at = Some((side, at));
+        self.bytes.clear();
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Removes and returns the position and the bytes, if they are of `side`. The caller gives the buffer back with
+    /// [`AllowedStart::give_back`].
+    pub(super) fn take(&mut self, side: Side) -> Option<(Position, Vec<u8>)> {
+        let (_, at) = self.at.take_if(|(of, _)| *of == side)?;
+        Some((at, std::mem::take(&mut self.bytes)))
+    }
+
+    /// Takes the buffer of [`AllowedStart::take`] back, so that the next segment needs no allocation.
+    pub(super) fn give_back(&mut self, buffer: Vec<u8>) {
+        self.bytes = buffer;
+    }
 }
 
 impl Shared {
@@ -29,6 +62,7 @@ impl Shared {
             out: Vec::new(),
             reports: (0, REPORTS),
             part: Vec::new(),
+            start: AllowedStart::default(),
         }
     }
 

@@ -34,6 +34,8 @@ struct Entry<F, T> {
     due: Millis,
     /// Number of the connection in [`Share::half_open`]; `None` if the connection is open.
     half_open: Option<u64>,
+    /// Whether the connection is in [`Connections::unsettled`].
+    is_unsettled: bool,
 }
 
 /// An offloaded connection: the BPF programs forward its packets as long as its rules do not change.
@@ -97,6 +99,8 @@ pub(crate) struct Connections<F, T: Offloadable> {
     oldest_first: VecDeque<(CtKey, u32)>,
     /// Deadlines of all connections, the earliest first.
     due: BTreeSet<(Millis, Key)>,
+    /// Connections that wait for [`Connections::settle`]. Removed connections stay until then.
+    unsettled: Vec<CtKey>,
     shared: Shared,
 }
 
@@ -145,6 +149,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             offloaded_flows: HashMap::new(),
             oldest_first: VecDeque::new(),
             due: BTreeSet::new(),
+            unsettled: Vec::new(),
             shared: Shared::new(limits),
         }
     }
@@ -218,6 +223,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         let mut inspector = inspector(&mut entry.inspector);
         let cx = &mut self.shared.context(cx);
         entry.connection.packet(view, frame, &mut inspector, cx);
+        if entry.connection.is_unsettled() && !std::mem::replace(&mut entry.is_unsettled, true) {
+            self.unsettled.push(key);
+        }
         let due = entry.connection.deadline(cx.shared);
         if due < entry.due {
             schedule(&mut self.due, &mut entry.due, due, Key(key, slot));
@@ -487,6 +495,7 @@ impl<F, T: Offloadable> Connections<F, T> {
             inspector,
             due: Millis::MAX,
             half_open: Some(self.number),
+            is_unsettled: false,
         });
         match key.1 {
             Slot::Candidate => self.candidates.insert(key.0, entry),
@@ -747,6 +756,16 @@ impl<F, T: Offloadable> Connections<F, T> {
     /// Returns the time at which [`Connections::tick`] must be called, ms.
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.due.first().map(|(due, _)| *due)
+    }
+
+    /// Sends what connections have put off until no packet waits in the worker.
+    pub(crate) fn settle<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {
+        while let Some(key) = self.unsettled.pop() {
+            if let Some(entry) = self.entries.get_mut(&key) {
+                entry.is_unsettled = false;
+                entry.connection.settle(&mut self.shared.context(cx));
+            }
+        }
     }
 
     /// Handles the timeouts that are due.

@@ -340,6 +340,11 @@ impl Bench {
         with_context(now, &mut self.out, |cx| self.table.tick(cx));
     }
 
+    /// Lets the connections know that no packet is left to inspect.
+    fn settle(&mut self) {
+        with_context(self.now, &mut self.out, |cx| self.table.settle(cx));
+    }
+
     /// Removes all connections.
     fn forget(&mut self) {
         with_context(self.now, &mut self.out, |cx| self.table.forget(None, cx));

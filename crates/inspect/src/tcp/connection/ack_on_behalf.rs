@@ -91,6 +91,7 @@ impl<F> Connection<F> {
     /// Does nothing if two policies inspect the packets, because the inspector of the second policy would not see the
     /// generated packet.
     pub(super) fn split<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        self.send_allowed_start(side, cx);
         while let Some((from, to)) = self.halves[side].part().filter(|_| !self.is_shared) {
             let part = self.halves[side].bytes(from, to);
             if part.is_empty() {
@@ -102,6 +103,18 @@ impl<F> Connection<F> {
             self.send_part(side, from, &bytes, cx);
             cx.shared.part = bytes;
         }
+    }
+
+    /// Forwards the allowed bytes at the beginning of the segment that the inspector has just seen, if the segment is
+    /// still held. [`Connection::split`] forwards those that a [`Half`](super::super::half::Half) keeps.
+    pub(super) fn send_allowed_start<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        let Some((at, bytes)) = cx.shared.start.take(side) else {
+            return;
+        };
+        if self.halves[side].held.iter().any(|held| held.start == at) {
+            self.send_part(side, at, &bytes, cx);
+        }
+        cx.shared.start.give_back(bytes);
     }
 
     /// Sends bytes of `side` in generated packets, beginning at position `from`.

@@ -11,6 +11,7 @@ use super::{
     },
     Connection, Phase,
     phase::Response,
+    send_limit::OffloadWindow,
 };
 use crate::Sink;
 
@@ -31,6 +32,7 @@ impl<F> Connection<F> {
         cx: &mut TcpCx<'_, F, S>,
     ) {
         if matches!(self.phase, Phase::Responding(_)) {
+            self.send_allowed_starts(cx);
             self.respond_when_due(cx);
             return;
         }
@@ -42,10 +44,12 @@ impl<F> Connection<F> {
                 while matches!(self.phase, Phase::Open) && self.inspect_once(side, inspector, cx) {
                     again = true;
                 }
+                self.open_window(side);
                 self.flush(side, cx);
                 self.offer_window(side, cx);
             }
         }
+        self.send_allowed_starts(cx);
         self.note_progress();
         for (half, allowed) in self.halves.both_mut().into_iter().zip([allowed.0, allowed.1]) {
             if half.undecided().is_empty() {
@@ -53,6 +57,13 @@ impl<F> Connection<F> {
             } else if half.since.is_none() || half.allowed > allowed {
                 half.since = Some(cx.now);
             }
+        }
+    }
+
+    /// Forwards the allowed bytes of a segment that stays held after the inspector has seen it.
+    fn send_allowed_starts<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
+        for side in Side::BOTH {
+            self.send_allowed_start(side, cx);
         }
     }
 
@@ -169,7 +180,7 @@ impl<F> Connection<F> {
             half.pass(n);
             return;
         }
-        let from = half.seq(half.allowed);
+        let (from, was_limited) = (half.allowed, half.limit.is_some());
         let is_skipped = half.skip(taken);
         self.rest[side] = n - taken;
         // Acknowledgements of bytes in an offload window are not punted, so no window is set while bytes acknowledged
@@ -179,13 +190,26 @@ impl<F> Connection<F> {
             && self.is_drained()
             && let Some(code) = self.limit_sender(side, n - available, shared)
         {
-            let half = &self.halves[side];
-            self.windows[side] = [from, half.seq(half.allowed)];
-            self.codes[side] = code;
+            let window = OffloadWindow {
+                from,
+                end: self.halves[side].allowed,
+                code,
+            };
             self.offers[side] = code != 0;
-            self.window_ends[side] = Some(half.allowed + WINDOW_AGE);
-            self.command = true;
+            self.put_off[side] = (was_limited && code != 0).then_some(window);
+            if self.put_off[side].is_none() {
+                self.set_window(side, &window);
+            }
         }
+    }
+
+    /// Sets an offload window of `side`.
+    pub(super) fn set_window(&mut self, side: Side, window: &OffloadWindow) {
+        let half = &self.halves[side];
+        self.windows[side] = [half.seq(window.from), half.seq(window.end)];
+        self.codes[side] = window.code;
+        self.window_ends[side] = Some(window.end + WINDOW_AGE);
+        self.command = true;
     }
 
     /// Forwards the held packets of `side` that may be forwarded; after an offload, those of both sides.

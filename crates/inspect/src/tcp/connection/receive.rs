@@ -275,6 +275,11 @@ impl<F> Connection<F> {
     /// Forwards, in generated packets, the allowed bytes at the beginning of a segment whose last bytes have no verdict
     /// yet. Bytes that are still kept are forwarded by [`Connection::split`]; this function forwards them again only if
     /// the sender retransmits them.
+    ///
+    /// The inspector sees a new segment first ([`Connection::send_allowed_start`]). If it decides about the last bytes
+    /// at once, the segment is forwarded as a whole, and the receiver would report bytes that it has got before as
+    /// duplicates (RFC 2883). Linux no longer reverts the window reduction after a spurious retransmission once its
+    /// peer has reported more duplicates than were retransmitted (`tcp_dsack_seen`).
     fn send_allowed_part<S: Sink<F>>(
         &mut self,
         side: Side,
@@ -289,7 +294,12 @@ impl<F> Connection<F> {
             return;
         }
         let length = (own.allowed - at.start) as usize;
-        self.send_part(side, at.start, payload.get(..length).unwrap_or(payload), cx);
+        let part = payload.get(..length).unwrap_or(payload);
+        if is_new {
+            cx.shared.start.set(side, at.start, part);
+        } else {
+            self.send_part(side, at.start, part, cx);
+        }
     }
 
     /// Drops a segment that [`Connection::receive`] has refused. A retransmission of held bytes is not recorded,

@@ -41,8 +41,19 @@ const FLOAT: u64 = 256 << 10;
 /// Length of a head for which the allowance suffices, bytes. A sender sends only full segments (RFC 9293, 3.8.6.2.1), so
 /// the allowance is a segment and this length.
 const HEAD: u64 = 512;
+/// Greatest [`send_limit_code`]: all low bits that hold it.
+const CODES: u32 = 15;
 /// Greatest window scale with which the allowance is more than a few units.
 const MAX_SCALE: u8 = 10;
+
+/// An offload window of one direction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OffloadWindow {
+    pub(super) from: Position,
+    pub(super) end: Position,
+    /// [`send_limit_code`]; 0: the sender is not limited.
+    pub(super) code: u32,
+}
 
 impl<F> Connection<F> {
     /// Returns the window scale of the windows that `side` offers (RFC 7323, 2.3).
@@ -102,6 +113,9 @@ impl<F> Connection<F> {
         let Some(limit) = half.limit.filter(|_| matches!(self.phase, Phase::Open)) else {
             return Position::MAX;
         };
+        if self.put_off[side].is_some() {
+            return half.offered;
+        }
         let edge = if acked + u64::from(SEND_LIMIT_DISTANCE) < limit.end {
             limit.end
         } else {
@@ -117,12 +131,76 @@ impl<F> Connection<F> {
         edge.max(floating).max(half.offered)
     }
 
+    /// Sets the offload window that was put off, if all bytes have arrived that its sender was permitted to send.
+    ///
+    /// The window of a sender that was limited before is put off, because some of these bytes can wait in the worker.
+    /// The rest of the message, which the programs forward, would overtake them. A sender takes that for a loss and
+    /// reduces its congestion window: at first it waits only for a quarter of the minimum round-trip time (RFC 8985,
+    /// 6.2), less than a worker needs for a segment. A sender can send less than is permitted, so the window is put off
+    /// at most until no packet waits in the worker ([`Connection::settle`]), or until the receiver has acknowledged all
+    /// that has arrived.
+    pub(super) fn open_window(&mut self, side: Side) {
+        let half = &self.halves[side];
+        let is_due = half.highest >= half.offered;
+        if let Some(window) = self.put_off[side].take_if(|_| is_due) {
+            self.begin_window(side, window);
+        }
+    }
+
+    /// Sets the window that was put off, and offers it.
+    fn open_and_offer<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        if let Some(window) = self.put_off[side].take() {
+            self.begin_window(side, window);
+            self.offer_window(side, cx);
+        }
+    }
+
+    /// Sets a window that was put off. It begins behind the bytes that have arrived: acknowledgements of these are still
+    /// punted, so that the programs do not permit the rest of the message while such bytes wait in the worker.
+    fn begin_window(&mut self, side: Side, mut window: OffloadWindow) {
+        // Bytes may have been acknowledged on behalf of a receiver since the window was put off (`Connection::skip`).
+        if !matches!(self.phase, Phase::Open) || !self.is_drained() {
+            self.offers[side] = false;
+            return;
+        }
+        let arrived = self.halves[side].highest.min(window.end);
+        // The next segment must lie in the window as a whole, and [`coded`] raises the start.
+        window.from = window.from.max(arrived - 2 * u64::from(CODES));
+        self.set_window(side, &window);
+    }
+
+    /// Sets the window that was put off once the receiver has acknowledged all that has arrived.
+    pub(super) fn settle_acknowledged<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
+        let half = &self.halves[side];
+        if half.acked >= half.highest {
+            self.open_and_offer(side, cx);
+        }
+    }
+
+    /// Returns whether [`Connection::settle`] must be called.
+    pub(in super::super) const fn is_unsettled(&self) -> bool {
+        self.put_off.client.is_some() || self.put_off.server.is_some()
+    }
+
+    /// Sets the windows that were put off, because no segment waits in the worker.
+    pub(in super::super) fn settle<S: Sink<F>>(&mut self, cx: &mut TcpCx<'_, F, S>) {
+        for side in Side::BOTH {
+            self.open_and_offer(side, cx);
+        }
+    }
+
     /// Offers a limited sender whose message has got an offload window as much of it as the receiver has offered.
     pub(super) fn offer_window<S: Sink<F>>(&mut self, side: Side, cx: &mut TcpCx<'_, F, S>) {
-        let must_offer = std::mem::take(&mut self.offers[side]);
-        // The window must be set before the sender fills it.
-        if !must_offer || self.command || !matches!(self.phase, Phase::Open) {
+        if self.put_off[side].is_some() || !std::mem::take(&mut self.offers[side]) {
             return;
+        }
+        if !matches!(self.phase, Phase::Open) {
+            return;
+        }
+        // The window must be set before the sender fills it.
+        if std::mem::take(&mut self.command) {
+            let command = self.next_command(cx);
+            cx.sink.command(&command);
         }
         let acked = self.halves[side].acked;
         let edge = self.right_edge(side, acked).min(self.halves[side].granted);
@@ -130,16 +208,16 @@ impl<F> Connection<F> {
             return;
         }
         let shift = self.scale_of(side.other());
-        let window = edge.saturating_sub(acked) >> shift;
+        let window = u16::try_from(edge.saturating_sub(acked) >> shift).unwrap_or(u16::MAX);
         let segment = OutSegment {
             seq: self.halves[side.other()].seq(self.halves[side.other()].sent),
             ack: Some(self.halves[side].seq(acked)),
-            window: window.min(u64::from(u16::MAX)) as u16,
+            window,
             timestamp: self.timestamp(side),
             ..OutSegment::default()
         };
         self.emit(side, &segment, cx);
-        self.halves[side].offered = edge;
+        self.halves[side].offered = acked + (u64::from(window) << shift);
     }
 
     /// Returns the operation and the windows of the command that sets the offload windows.
@@ -161,17 +239,19 @@ impl<F> Connection<F> {
         let limit = self.right_edge(sender, acked);
         let edge = acked + (u64::from(window) << shift);
         let half = &mut self.halves[sender];
-        half.offered = half.offered.max(edge.min(limit));
         if edge <= limit {
+            half.offered = half.offered.max(edge);
             return None;
         }
-        let lowered = u16::try_from(limit.saturating_sub(acked) >> shift).unwrap_or(u16::MAX);
-        self.halves[side].window = lowered.min(window);
+        // Not more than the window of the segment, since the limit is below the edge.
+        let lowered = (limit.saturating_sub(acked) >> shift) as u16;
+        half.offered = half.offered.max(acked + (u64::from(lowered) << shift));
+        self.halves[side].window = lowered;
         Some(lowered)
     }
 }
 
 /// Returns the start of an offload window that begins at or shortly behind `from`, with a code in its low bits.
 const fn coded(from: u32, code: u32) -> u32 {
-    (from.wrapping_add(15) & !15).wrapping_add(code)
+    (from.wrapping_add(CODES) & !CODES).wrapping_add(code)
 }

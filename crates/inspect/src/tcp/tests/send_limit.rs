@@ -85,7 +85,7 @@ impl Path {
     fn deliver(&mut self) {
         let out = self.bench.take();
         assert!(out.discarded.is_empty(), "{:?}", out.discarded);
-        for command in out.commands {
+        for command in out.commands.into_iter().chain(out.bare_commands) {
             if matches!(command.op, flow_op::WINDOWS | flow_op::LIMITED_WINDOWS) {
                 let [from, to, ..] = command.windows;
                 self.open = Some(([from, to], command.op == flow_op::LIMITED_WINDOWS));
@@ -148,10 +148,22 @@ impl Path {
             punted.push(seg);
         }
         for seg in punted {
-            self.bench.put(&seg);
-            self.deliver();
+            self.inspect(&seg);
         }
+        self.settle();
         any
+    }
+
+    /// The worker inspects a punted segment.
+    fn inspect(&mut self, seg: &Seg) {
+        self.bench.put(seg);
+        self.deliver();
+    }
+
+    /// The worker has no packet left to inspect.
+    fn settle(&mut self) {
+        self.bench.settle();
+        self.deliver();
     }
 
     /// The receiver acknowledges all that it has.
@@ -179,11 +191,14 @@ impl Path {
     /// Sends messages until the receiver has all of them. The clock does not advance, so no timer helps.
     fn run(&mut self, messages: &[Vec<u8>]) {
         self.stream.extend(messages.concat());
+        let mut rounds = 0;
         while self.received < self.stream.len() as u32 {
             let before = self.received;
             let any = self.send();
             self.deliver();
             self.acknowledge();
+            rounds += 1;
+            assert!(rounds < 100_000, "stalled at {}", self.sent);
             assert!(
                 any || self.received > before || self.edge >= self.sent + MSS,
                 "stalled at {} of {}, edge {}, window {:?}",
@@ -219,6 +234,48 @@ fn the_head_of_a_long_message_is_answered_with_the_window_for_the_rest() {
     // The receiver has acknowledged nothing of the second message.
     let (before, after) = (long.len() as u32, path.stream.len() as u32);
     assert_eq!(path.edge, before + ((after - before) & !15));
+}
+
+#[test]
+fn the_rest_is_not_offered_while_permitted_segments_can_wait_in_the_worker() {
+    let mut path = Path::new(limits(), SCALE, 60_000, 0);
+    let long = message(1 << 20, 10);
+    path.run(std::slice::from_ref(&long));
+    let (before, permitted) = (long.len() as u32, path.edge);
+    path.stream.extend(&long);
+    let bytes = |from: u32, to: u32| client(from, &path.stream[from as usize..to as usize]);
+    let first = bytes(before, before + MSS);
+    let last = bytes(before + MSS, permitted);
+    path.inspect(&first);
+    assert_eq!(path.edge, permitted, "the last segment would be overtaken");
+    // The sender has sent all that was permitted, so the offer waits for nothing.
+    path.inspect(&last);
+    assert!(path.edge > permitted + (512 << 10), "{}", path.edge);
+}
+
+#[test]
+fn an_allowed_start_of_a_segment_is_forwarded_once() {
+    let mut path = Path::new(limits(), SCALE, 60_000, 0);
+    let long = message(1 << 20, 10);
+    path.run(std::slice::from_ref(&long));
+    // A segment with the end of a message and the head of the next one, on which the verdict is possible at once.
+    path.stream.extend(long.repeat(2));
+    let (end, behind) = (2 * long.len() as u32, 2 * long.len() as u32 + 500);
+    path.send();
+    path.received = end - 500;
+    path.bench.put(&server(end - 500));
+    path.deliver();
+    path.bench.put(&client(
+        end - 500,
+        &path.stream[(end - 500) as usize..behind as usize],
+    ));
+    let out = path.bench.take();
+    let sent: Vec<_> = out.released.iter().map(|seg| seg.data.len()).collect();
+    assert_eq!(sent, [1_000], "the segment");
+    assert!(
+        out.emitted.iter().all(|(seg, _)| seg.data.is_empty()),
+        "no part of it"
+    );
 }
 
 #[test]
