@@ -31,6 +31,8 @@ pub(crate) struct Unavailable {
     has_announced: bool,
     /// Number of bytes of unfinished requests that are still read.
     left: u64,
+    /// Number of bytes of content that the client's flow-control windows permit.
+    room: u32,
 }
 
 impl Unavailable {
@@ -48,26 +50,17 @@ impl Unavailable {
             has_answered: false,
             has_announced: false,
             left: DRAINED,
+            room: 0,
         }
     }
 
     /// Takes the place of a server that has failed: appends answers to all of `streams`, which have no response yet.
-    /// `content`: number of bytes that complete the last DATA frame for the failed server.
-    pub(crate) fn resume(streams: &[Unanswered], content: u32, failure: &Failure, out: &mut Vec<u8>) -> Self {
+    /// `room`: number of bytes of content that the client's flow-control windows permit.
+    pub(crate) fn resume(streams: &[Unanswered], room: u32, failure: &Failure, out: &mut Vec<u8>) -> Self {
         let mut own = Self::new();
         own.preface = PREFACE.len();
         own.has_greeted = true;
-        if content > 0 {
-            // The rest of the frame counts for the connection only.
-            let mut header = Vec::new();
-            let length = content;
-            FrameHeader {
-                length,
-                ..frame(kind::DATA, 0)
-            }
-            .write(&mut header);
-            let _ = own.frames.next(&mut &header[..]);
-        }
+        own.room = room;
         // The server can have failed before its SETTINGS, which must come first (RFC 9113, section 3.4).
         frame(kind::SETTINGS, 0).write_with(&[], out);
         for stream in streams {
@@ -83,7 +76,7 @@ impl Unavailable {
 
     /// Answers a request.
     fn respond(&mut self, to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
-        respond(to, failure, out);
+        respond(to, failure, &mut self.room, out);
         self.has_answered = true;
         if !to.is_complete && !self.has_announced {
             // The connection stays open for the rest of the request. Further requests need a connection of their own.
@@ -112,16 +105,18 @@ impl Unavailable {
         }
     }
 
-    /// Handles bytes for the server, and appends the answers.
+    /// Handles bytes for the server, and appends the answers. `room`: as for [`Self::resume`].
     ///
     /// # Errors
     /// [`ParseError`] if the bytes are malformed, which the filter's output is not.
     pub(crate) fn serve(
         &mut self,
         bytes: &[u8],
+        room: u32,
         failure: &Failure,
         out: &mut Vec<u8>,
     ) -> Result<(), ParseError> {
+        self.room = room;
         let mut input = bytes;
         let missing = PREFACE.len() - self.preface;
         let taken = input.len().min(missing);
@@ -195,12 +190,14 @@ fn read(first: FrameHeader, fields: &Fields) -> Unanswered {
     }
 }
 
-/// Appends the answer to a request.
-fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
+/// Appends the answer to a request. Its content is left out if it exceeds `room`.
+fn respond(to: Unanswered, failure: &Failure, room: &mut u32, out: &mut Vec<u8>) {
     let mut block = Vec::new();
     let mut put = |name: &[u8], value: &[u8]| encode::field(name, value, false, &mut block);
     let error = answer::header(failure);
     let body = answer::body(failure);
+    let left = room.checked_sub(body.len() as u32);
+    let has_body = !to.is_grpc && !to.is_head && left.is_some();
     if to.is_grpc {
         // A response of trailers only. A percent sign would begin an escape.
         put(b":status", b"200");
@@ -210,12 +207,13 @@ fn respond(to: Unanswered, failure: &Failure, out: &mut Vec<u8>) {
     } else {
         put(b":status", failure.status().0.as_bytes());
         put(b"content-type", b"text/plain; charset=utf-8");
-        put(b"content-length", body.len().to_string().as_bytes());
+        let length = if has_body || to.is_head { body.len() } else { 0 };
+        put(b"content-length", length.to_string().as_bytes());
     }
     put(b"x-palisade-error", error.as_bytes());
-    let has_body = !to.is_grpc && !to.is_head;
     headers_of(to.id, !has_body, None, &block, 16_384, out);
-    if has_body {
+    if let Some(left) = left.filter(|_| has_body) {
+        *room = left;
         let header = FrameHeader {
             stream: to.id,
             ..frame(kind::DATA, flags::END_STREAM)
@@ -248,7 +246,7 @@ mod tests {
         }
         let mut out = Vec::new();
         let failure = FailureKind::Refused.into();
-        server.serve(&input, &failure, &mut out).expect("frames");
+        server.serve(&input, 1_000, &failure, &mut out).expect("frames");
         let mut frames = Frames::new(LIST as u32);
         let mut rest = &out[..];
         let mut seen = Vec::new();

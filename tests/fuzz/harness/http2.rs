@@ -20,6 +20,9 @@ use palisade_model::{
 };
 use palisade_protocols::http2::{Decoder, Fields, FrameHeader, PREFACE, fragment_of};
 
+#[path = "../../../crates/inspect/tests/http2/join.rs"]
+mod join;
+
 /// A connection has few bytes of its own, besides those of incomplete frames.
 const HELD: usize = 300_000;
 
@@ -37,9 +40,20 @@ pub fn run(input: &[u8]) {
     }
     static RULES: LazyLock<Rules> = LazyLock::new(rules);
     let whole = play(&RULES, &calls, usize::MAX);
-    assert_eq!(play(&RULES, &calls, usize::from(cut % 32) + 1), whole);
+    let parts = play(&RULES, &calls, usize::from(cut % 32) + 1);
+    for (parts, whole) in [
+        (&parts.to_server, &whole.to_server),
+        (&parts.to_client, &whole.to_client),
+    ] {
+        assert_eq!(joined(parts), joined(whole));
+    }
     check_server_gets(whole.to_server.strip_prefix(PREFACE).unwrap_or(&whole.to_server));
     check_client_gets(&whole.to_client);
+}
+
+/// Returns the frames in a form that does not depend on the cuts.
+fn joined(stream: &[u8]) -> Vec<u8> {
+    join::join(stream.strip_prefix(PREFACE).unwrap_or(stream))
 }
 
 fn rules() -> Rules {

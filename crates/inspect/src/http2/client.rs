@@ -39,8 +39,10 @@ impl Connection {
     ) -> Result<(), ParseError> {
         self.client.check_order(&piece)?;
         match piece {
-            Piece::Content { bytes, ends } => {
-                self.content(Side::Client, bytes, ends, out);
+            Piece::Content { bytes, .. } => {
+                if let Some(id) = self.content(Side::Client, bytes, out) {
+                    self.client_ends(id, cx);
+                }
                 Ok(())
             }
             Piece::Data {
@@ -97,12 +99,10 @@ impl Connection {
                     Some(Some(1..)) if ends => ParseError::ContentLength,
                     _ => {
                         stream.left = left.flatten();
-                        stream.client_open = !ends;
-                        self.forward_data(Side::Client, header, padding, rest, out);
-                        if ends {
-                            self.streams.begin_wait(id, cx.now);
+                        let is_forwarded = self.forward_data(Side::Client, header, padding, rest, out);
+                        if ends && is_forwarded {
+                            self.client_ends(id, cx);
                         }
-                        self.end_stream(id, cx);
                         return Ok(());
                     }
                 }
@@ -122,10 +122,19 @@ impl Connection {
         self.fail_stream(id, error, cx, out)
     }
 
+    /// Handles the end of the client's side of a stream, which was forwarded.
+    fn client_ends(&mut self, id: u32, cx: &mut Context<'_>) {
+        match self.streams.open.get_mut(&id) {
+            Some(stream) => stream.client_open = false,
+            None => self.streams.close_by_client(id),
+        }
+        self.streams.begin_wait(id, cx.now);
+        self.end_stream(id, cx);
+    }
+
     /// Drops a DATA frame. The server never sees the frame, so the filter returns its part of the connection window to
     /// the client.
     fn drop_data(&mut self, length: u32, out: &mut Output) {
-        self.client.forwards = false;
         if length > 0 {
             self.client.window += i64::from(length);
             FrameHeader::window_update(0, length, self.client_out(out));
@@ -489,10 +498,8 @@ impl Connection {
         out: &mut Output,
     ) -> Result<(), ParseError> {
         let id = open.stream;
-        let stream = self.streams.open.get_mut(&id);
-        let misses_content = stream
-            .as_ref()
-            .is_some_and(|stream| stream.left.is_some_and(|left| left > 0));
+        let stream = self.streams.open.get(&id);
+        let misses_content = stream.is_some_and(|stream| stream.left.is_some_and(|left| left > 0));
         let checked = if fields.is_truncated() {
             Err(ParseError::ListTooLong)
         } else if !open.end_stream {
@@ -505,12 +512,8 @@ impl Connection {
         if let Err(error) = checked {
             return self.fail_stream(id, error, cx, out);
         }
-        if let Some(stream) = stream {
-            stream.client_open = false;
-        }
         self.forward_block(open, fields, &[], block, out);
-        self.streams.begin_wait(id, cx.now);
-        self.end_stream(id, cx);
+        self.client_ends(id, cx);
         Ok(())
     }
 

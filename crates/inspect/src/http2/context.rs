@@ -67,8 +67,7 @@ pub struct Output {
     pub to_server: Vec<u8>,
 }
 
-/// The end of a connection. The output has a GOAWAY for each peer that is not within a frame. The caller delivers the
-/// output and closes both sides.
+/// The end of a connection. The output has a GOAWAY for each peer. The caller delivers the output and closes both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionEnd {
     /// The reason, as records show it.

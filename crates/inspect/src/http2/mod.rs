@@ -4,6 +4,8 @@
 //! The filter is no endpoint: stream identifiers, flow-control windows, settings and their acknowledgements are those of
 //! the peers. The client's header blocks are decoded and encoded again without a dynamic table, so that a denied
 //! request leaves no gap in the state of the server's decoder. All other frames are forwarded unchanged, except:
+//! - What has arrived of a DATA frame is forwarded as a frame of its own, so a peer that stalls within a frame does not
+//!   delay frames of the filter.
 //! - A denied request gets a response in the server's place, and the server never sees its stream. DATA on it is
 //!   dropped, and the client gets its connection window back.
 //! - A request whose response is overdue gets one in the server's place, and the server gets a reset of the stream. What
@@ -138,14 +140,9 @@ impl Filter {
         self.connection.streams.open.len()
     }
 
-    /// Returns the streams whose request was forwarded and that have no final response, by their identifiers; `None` if
-    /// the server's bytes end within a frame or a header block, so that no frames can follow.
+    /// Returns the streams whose request was forwarded and that have no final response, by their identifiers.
     #[must_use]
-    pub fn unanswered(&self) -> Option<Vec<Unanswered>> {
-        let server = &self.connection.server;
-        if self.server.is_within_data() || self.server.held() > 0 || !server.block.is_empty() {
-            return None;
-        }
+    pub fn unanswered(&self) -> Vec<Unanswered> {
         let open = self.connection.streams.open.iter();
         let mut streams: Vec<Unanswered> = open
             .filter(|(_, stream)| !stream.responded)
@@ -159,7 +156,17 @@ impl Filter {
             })
             .collect();
         streams.sort_unstable_by_key(|stream| stream.id);
-        Some(streams)
+        streams
+    }
+
+    /// Ends the connection to the server, in whose place the caller answers from now on by [`Self::server`]. What has
+    /// arrived of an incomplete frame of the server is discarded. The output for the server has a reset of each open
+    /// stream, so that the server stops its work for them, and a GOAWAY.
+    pub fn leave_server(&mut self, out: &mut Output) {
+        let limit = self.server.limit();
+        self.server = Frames::new(self.connection.limits.block);
+        self.server.raise_limit(limit);
+        self.connection.leave_server(out);
     }
 
     /// Returns whether the server has sent its SETTINGS, which must precede all other frames for the client.
@@ -168,11 +175,10 @@ impl Filter {
         self.connection.server.announced.is_some()
     }
 
-    /// Returns a time before which no stream began to wait for the head of its response, ms. `None` if none waits, or if
-    /// no response of the filter can be sent now, because the server's bytes end within a DATA frame.
+    /// Returns a time before which no stream began to wait for the head of its response, ms; `None` if none waits.
     #[must_use]
     pub const fn waits_since(&self) -> Option<Millis> {
-        if self.end.is_some() || self.connection.server.within_data {
+        if self.end.is_some() {
             return None;
         }
         self.connection.streams.waits_since()
@@ -197,21 +203,17 @@ impl Filter {
         overdue.len()
     }
 
-    /// Returns the number of bytes that complete the last DATA frame for the server; 0 if the bytes for the server end
-    /// between frames.
-    #[must_use]
-    pub const fn server_content_left(&self) -> u32 {
-        if self.connection.client.forwards {
-            self.client.content_left()
-        } else {
-            0
-        }
-    }
-
     /// Returns whether the client has sent the complete preface.
     #[must_use]
     pub const fn has_begun(&self) -> bool {
         self.preface == PREFACE.len()
+    }
+
+    /// Returns the number of bytes of content for the client that both its windows permit on a new response of the caller.
+    #[must_use]
+    pub fn room(&self) -> u32 {
+        let window = u32::try_from(self.connection.server.window).unwrap_or(0);
+        window.min(self.connection.least_window())
     }
 
     /// Returns the number of bytes that the filter holds: incomplete frames and header blocks, and generated frames that
@@ -219,10 +221,14 @@ impl Filter {
     #[must_use]
     pub fn held(&self) -> usize {
         let Connection {
-            client, server, held, ..
+            client,
+            server,
+            held,
+            early,
+            ..
         } = &self.connection;
-        let of_peers = [client, server].map(|peer| peer.block.len() + peer.waiting.len());
-        self.client.held() + self.server.held() + held.len() + of_peers.into_iter().sum::<usize>()
+        let blocks = client.block.len() + server.block.len();
+        self.client.held() + self.server.held() + held.len() + early.len() + blocks
     }
 
     /// Returns the number of bytes of the preface, the frame or the header block of a peer that is incomplete.
@@ -276,7 +282,7 @@ impl Filter {
             }
         }
         self.client.release();
-        self.connection.check_waiting()
+        self.connection.check_early()
     }
 
     fn server_bytes(
@@ -293,7 +299,7 @@ impl Filter {
             }
         }
         self.server.release();
-        self.connection.check_waiting()
+        Ok(())
     }
 
     /// Ends the connection because of an error of a peer.

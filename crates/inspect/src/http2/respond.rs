@@ -187,7 +187,8 @@ impl Connection {
         if stream.client_open {
             FrameHeader::rst_stream(id, ErrorCode::NoError, to_client);
         }
-        FrameHeader::rst_stream(id, ErrorCode::Cancel, self.server_out(out));
+        FrameHeader::rst_stream(id, ErrorCode::Cancel, &mut out.to_server);
+        self.drop_rest(id, out);
     }
 
     /// Charges the content of a response to the client's flow-control windows. Returns whether the windows suffice.
@@ -196,16 +197,20 @@ impl Connection {
     /// available for responses, because the filter has withheld it from the server.
     fn take_room(&mut self, text: &[u8]) -> bool {
         let length = text.len() as u32;
+        if self.reserve < length || self.least_window() < length {
+            return false;
+        }
+        self.reserve -= length;
+        true
+    }
+
+    /// Returns the lowest window that a new stream can have at the client, bytes: the client's settings can be under way.
+    pub(super) fn least_window(&self) -> u32 {
         let outstanding = self
             .client
             .outstanding
             .iter()
             .map(|(announced, _)| announced.window);
-        let window = outstanding.fold(self.client.acknowledged.window, u32::min);
-        if self.reserve < length || window < length {
-            return false;
-        }
-        self.reserve -= length;
-        true
+        outstanding.fold(self.client.acknowledged.window, u32::min)
     }
 }

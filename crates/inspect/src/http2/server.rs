@@ -29,8 +29,10 @@ impl Connection {
     ) -> Result<(), ParseError> {
         self.server.check_order(&piece)?;
         match piece {
-            Piece::Content { bytes, ends } => {
-                self.content(Side::Server, bytes, ends, out);
+            Piece::Content { bytes, .. } => {
+                if let Some(id) = self.content(Side::Server, bytes, out) {
+                    self.server_ends(id, cx);
+                }
                 Ok(())
             }
             Piece::Data {
@@ -92,17 +94,24 @@ impl Connection {
         } else if !ends {
             self.server.control(cx.now)?;
         }
-        if let Some(stream) = self.streams.open.get_mut(&header.stream) {
-            if !stream.server_open {
-                return Err(ParseError::ClosedStream);
-            }
-            stream.server_open = !ends;
+        let stream = self.streams.open.get(&header.stream);
+        if stream.is_some_and(|stream| !stream.server_open) {
+            return Err(ParseError::ClosedStream);
         }
         // DATA of a stream that the client has reset is forwarded too: the client ignores it, and returns the
         // connection window.
-        self.forward_data(Side::Server, header, padding, rest, out);
-        self.end_stream(header.stream, cx);
+        if self.forward_data(Side::Server, header, padding, rest, out) && ends {
+            self.server_ends(header.stream, cx);
+        }
         Ok(())
+    }
+
+    /// Handles the end of the server's side of a stream, which was forwarded.
+    fn server_ends(&mut self, id: u32, cx: &mut Context<'_>) {
+        if let Some(stream) = self.streams.open.get_mut(&id) {
+            stream.server_open = false;
+        }
+        self.end_stream(id, cx);
     }
 
     /// Keeps a frame of a header block, and forwards the block once it is complete.
@@ -247,7 +256,7 @@ impl Connection {
         self.settings_of(Side::Server, header, payload, cx, out)?;
         if !header.has(flags::ACK) {
             // Generated responses wait for the first SETTINGS of the server.
-            out.to_client.append(&mut self.client.waiting);
+            out.to_client.append(&mut self.early);
         }
         Ok(())
     }

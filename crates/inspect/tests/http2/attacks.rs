@@ -3,7 +3,7 @@
 use palisade_abi::Reason;
 use palisade_inspect::{
     Side,
-    http2::{Http2Limits, Rate},
+    http2::{Http2Limits, Output, Rate},
 };
 use palisade_protocols::http2::{ErrorCode, PREFACE, ParseError, encode, flags, kind};
 
@@ -181,14 +181,26 @@ fn a_header_block_that_expands_is_not_stored() {
 }
 
 #[test]
+fn a_server_without_settings_does_not_make_responses_pile_up() {
+    let mut link = Link::fresh(&Default::default());
+    link.client(&[PREFACE, &settings(&[])].concat()).unwrap();
+    let (count, error) = flood(&mut link, Side::Client, 5_000, |n| get(2 * n + 1, "/secret"));
+    assert_eq!(error, ParseError::Backlog);
+    assert!(count > 500, "{count}");
+}
+
+#[test]
 fn a_server_that_stalls_within_a_frame_does_not_make_responses_pile_up() {
     let mut link = Link::new();
     link.client(&get(1, "/public/a")).unwrap();
     link.server(&headers(1, false, &[(":status", "200")])).unwrap();
     link.server(&data(1, 10_000, false)[..20]).unwrap();
-    let (count, error) = flood(&mut link, Side::Client, 5_000, |n| get(2 * n + 3, "/secret"));
-    assert_eq!(error, ParseError::Backlog);
-    assert!(count > 500, "{count}");
+    link.out = Output::default();
+    for n in 0..5_000 {
+        link.client(&get(2 * n + 3, "/secret")).unwrap();
+        assert_eq!(link.filter.held(), 0);
+    }
+    assert_eq!(link.client_gets().len(), 5_000);
 }
 
 #[test]

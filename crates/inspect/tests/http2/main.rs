@@ -4,6 +4,7 @@ mod attacks;
 
 mod conformance;
 mod h2spec;
+mod join;
 mod link;
 mod overdue;
 mod peers;

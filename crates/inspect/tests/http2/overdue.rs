@@ -1,7 +1,7 @@
 //! Requests whose response is overdue: the answer, the stream at the server, and what the server sends afterwards.
 
 use palisade_inspect::http2::{Http2Limits, Output};
-use palisade_protocols::http2::{Decoder, ErrorCode, Fields, fragment_of, headers_of};
+use palisade_protocols::http2::{Decoder, ErrorCode, Fields, flags, fragment_of, headers_of, kind};
 
 use crate::link::*;
 
@@ -215,4 +215,130 @@ fn late_content_and_waits_are_bounded() {
         assert!(sent <= 32 << 20);
     }
     assert_eq!(sent, 16 << 20);
+}
+
+#[test]
+fn a_server_that_stalls_within_content_delays_no_other_answer() {
+    let mut link = Link::new();
+    let post = request(5, false, "POST", "/public/a", &[]);
+    link.client(&[get(1, "/public/a"), get(3, "/public/b"), post].concat())
+        .unwrap();
+    let response = [headers(1, false, &[(":status", "200")]), data(1, 10_000, true)].concat();
+    let (begin, end) = response.split_at(response.len() - 9_989);
+    link.server(begin).unwrap();
+    let _ = link.server_gets();
+    assert_eq!(link.client_gets(), ["HEADERS 1 :status=200", "DATA 1 11"]);
+    assert_eq!(link.filter.waits_since(), Some(1_000));
+    assert_eq!(link.answer_overdue(1_000), 1);
+    assert_eq!(
+        link.client_gets(),
+        [format!("HEADERS 3 end :status=504 {ANSWER}")]
+    );
+    // The client stalls within its content too.
+    let content = data(5, 100, true);
+    link.client(&content[..29]).unwrap();
+    assert_eq!(link.server_gets(), ["RST_STREAM 3 8", "DATA 5 20"]);
+    assert_eq!((link.filter.streams(), link.filter.waits_since()), (2, None));
+    // The wait for the response begins with the end of the request.
+    link.now += 500;
+    link.client(&content[29..]).unwrap();
+    assert_eq!(link.server_gets(), ["DATA 5 end 80"]);
+    assert_eq!(link.filter.waits_since(), Some(1_500));
+    link.server(end).unwrap();
+    assert_eq!(link.client_gets(), ["DATA 1 end 9989"]);
+    assert_eq!((link.filter.streams(), link.filter.held()), (1, 0));
+}
+
+#[test]
+fn the_parts_of_a_frame_charge_the_windows_with_its_length() {
+    let mut link = Link::new();
+    link.client(&request(1, false, "POST", "/public/a", &[])).unwrap();
+    let _ = link.server_gets();
+    let padded = |content: usize, pad: u8| {
+        let payload = [vec![pad], vec![b'd'; content], vec![0; pad.into()]].concat();
+        frame(kind::DATA, flags::END_STREAM | flags::PADDED, 1, &payload)
+    };
+    let bytes = padded(10, 5);
+    for part in [&bytes[..14], &bytes[14..18], &bytes[18..22], &bytes[22..]] {
+        link.client(part).unwrap();
+    }
+    assert_eq!(
+        link.server_gets(),
+        ["DATA 1 padding 5 9", "DATA 1 4", "DATA 1 end 2"]
+    );
+    // Padding only.
+    link.server(&[headers(1, false, &[(":status", "200")]), padded(0, 9)].concat())
+        .unwrap();
+    assert_eq!(
+        link.client_gets(),
+        ["HEADERS 1 :status=200", "DATA 1 end padding 9 9"]
+    );
+    assert_eq!((link.filter.streams(), link.filter.held()), (0, 0));
+}
+
+#[test]
+fn the_rest_of_a_frame_is_dropped_when_its_stream_is_reset() {
+    let connect = headers(1, false, &[(":method", "CONNECT"), (":authority", "a.test:443")]);
+    let mut link = Link::new();
+    link.client(&connect).unwrap();
+    link.client(&data(1, 100, false)[..59]).unwrap();
+    let _ = link.server_gets();
+    assert_eq!(link.answer_overdue(1_000), 1);
+    assert_eq!(link.server_gets(), ["RST_STREAM 1 8"]);
+    assert_eq!(
+        link.client_gets(),
+        [
+            &*format!("HEADERS 1 end :status=504 {ANSWER}"),
+            "RST_STREAM 1 0",
+            "WINDOW_UPDATE 0 50"
+        ]
+    );
+    link.client(&[b'd'; 50]).unwrap();
+    assert_eq!((link.server_gets(), link.client_gets()), (vec![], vec![]));
+
+    // A tunnel that the policy ends while both peers are within a frame.
+    let mut link = Link::new();
+    link.client(&connect).unwrap();
+    link.server(&headers(1, false, &[(":status", "200")])).unwrap();
+    link.client(&data(1, 100, false)[..59]).unwrap();
+    link.server(&data(1, 100, false)[..39]).unwrap();
+    let _ = (link.server_gets(), link.client_gets());
+    link.stream.request.ruleset += 1;
+    link.recheck();
+    assert_eq!(link.server_gets(), ["RST_STREAM 1 8", "WINDOW_UPDATE 0 70"]);
+    assert_eq!(link.client_gets(), ["RST_STREAM 1 8", "WINDOW_UPDATE 0 50"]);
+    link.client(&[b'd'; 50]).unwrap();
+    link.server(&[b'd'; 70]).unwrap();
+    assert_eq!((link.server_gets(), link.client_gets()), (vec![], vec![]));
+}
+
+#[test]
+fn a_server_that_is_left_learns_of_each_stream_and_another_one_can_take_its_place() {
+    let response = headers(1, false, &[(":status", "200")]);
+    let incomplete = [
+        data(1, 100, false)[..40].to_vec(),
+        frame(kind::HEADERS, 0, 3, &block(&[(":status", "200")])),
+        response[..4].to_vec(),
+        data(1, 100, false)[..9].to_vec(),
+        Vec::new(),
+    ];
+    for incomplete in incomplete {
+        let mut link = Link::new();
+        link.client(&[get(1, "/public/a"), get(3, "/public/b"), get(5, "/secret")].concat())
+            .unwrap();
+        link.server(&response).unwrap();
+        link.server(&incomplete).unwrap();
+        let _ = (link.server_gets(), link.client_gets());
+        let unanswered: Vec<_> = link.filter.unanswered().iter().map(|stream| stream.id).collect();
+        assert_eq!(unanswered, [3]);
+        link.filter.leave_server(&mut link.out);
+        assert_eq!(
+            link.server_gets(),
+            ["RST_STREAM 1 8", "RST_STREAM 3 8", "GOAWAY 0 0"]
+        );
+        let answer = [settings(&[]), headers(3, true, &[(":status", "504")])].concat();
+        link.server(&answer).unwrap();
+        assert_eq!(link.client_gets()[1..], ["HEADERS 3 end :status=504"]);
+        assert_eq!((link.filter.streams(), link.filter.held()), (1, 0));
+    }
 }

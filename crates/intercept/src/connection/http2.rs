@@ -107,7 +107,7 @@ impl Connection {
         if let (Some(failure), None) = (&self.failure, &self.server) {
             let server = unavailable.get_or_insert_with(Unavailable::new);
             let mut answers = Vec::new();
-            let served = server.serve(&out.to_server, failure, &mut answers);
+            let served = server.serve(&out.to_server, filter.room(), failure, &mut answers);
             out.to_server.clear();
             is_ended |= served.is_err() || filter.server(&answers, &mut context, out).is_err();
             if server.has_answered() && filter.streams() == 0 {
@@ -120,9 +120,9 @@ impl Connection {
         Some(is_ended)
     }
 
-    /// Answers all requests that have no response with 503, because the server has failed. Returns false if the failure
-    /// must be passed on to the client instead: there is no such request, no frame can follow the server's last bytes,
-    /// or the server has closed the connection (its GOAWAY names the last stream that it has processed).
+    /// Answers all requests that have no response with 503 or 504, because the server has failed. Returns false if the
+    /// failure must be passed on to the client instead: there is no such request, or the server has closed the connection
+    /// (its GOAWAY names the last stream that it has processed).
     pub(super) fn fail_http2(&mut self, failure: Failure, cx: &mut Cx<'_>) -> Step {
         let Protocol::Http2(http2) = &mut self.protocol else {
             return Ok(false);
@@ -130,34 +130,51 @@ impl Connection {
         if failure.kind == FailureKind::ResponseClosed {
             return Ok(false);
         }
-        let Some(streams) = http2.filter.unanswered() else {
-            return Ok(false);
-        };
+        let streams = http2.filter.unanswered();
         let is_first = self.requests == 0 && !self.responded;
         if streams.is_empty() && !is_first {
             return Ok(false);
         }
         // A response that has begun cannot be completed, so the client must see the end of the connection.
         let is_cut = http2.filter.streams() > streams.len();
+        let mut output = std::mem::take(&mut cx.scratch.output);
+        http2.filter.leave_server(&mut output);
         let mut answers = Vec::new();
         if !streams.is_empty() {
-            let content = http2.filter.server_content_left();
-            http2.unavailable = Some(Unavailable::resume(&streams, content, &failure, &mut answers));
+            let room = http2.filter.room();
+            http2.unavailable = Some(Unavailable::resume(&streams, room, &failure, &mut answers));
         }
+        if failure.kind == FailureKind::ResponseTimeout {
+            self.leave_server(&output.to_server);
+        }
+        output.to_server.clear();
         self.report_failure(&failure, cx);
         self.server = None;
         self.failure = Some(failure);
         if streams.is_empty() {
+            cx.scratch.output = output;
             // The first request gets the answer.
             return Ok(true);
         }
-        let mut output = std::mem::take(&mut cx.scratch.output);
         let result = self.run_filter(Side::Server, &answers, &mut output, cx);
         self.deliver(output, cx)?;
         if result.ok_or(Stop::Reset)? || is_cut {
             self.close_after_answer(cx.now);
         }
         Ok(true)
+    }
+
+    /// Sends the last bytes to a server that is late, which has the connection still open. A server that does not take
+    /// them at once gets a reset.
+    fn leave_server(&mut self, bytes: &[u8]) {
+        let Some(server) = &mut self.server else {
+            return;
+        };
+        let sent = server.send(bytes);
+        server.finish(Ending::Clean);
+        if sent.is_err() || !server.flush().unwrap_or(false) {
+            server.reset();
+        }
     }
 
     /// Sends the output of the filter to both sides, and puts its buffers back for the next call.

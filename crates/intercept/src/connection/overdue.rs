@@ -3,7 +3,7 @@
 use palisade_abi::Reason;
 use palisade_inspect::{Millis, Side, http2::LateAnswer};
 
-use super::{Connection, Cx, Stop, after};
+use super::{Connection, Cx, Step, Stop, after};
 use crate::{
     answer,
     failure::{Failure, FailureKind},
@@ -66,16 +66,34 @@ impl Connection {
         }
         let is_due = |since: Millis| after(since, options.head) <= cx.now;
         if self.head_since().is_some_and(is_due) || (self.is_within_frame() && is_due(self.active)) {
-            let of_server = self.server.as_ref().and_then(|server| server.head_since);
-            if of_server.is_some_and(is_due) && self.awaits_head() {
-                let detail = format!("the head of the response did not end within {:?}", options.head);
-                return self.answer_overdue(Failure::new(FailureKind::ResponseTimeout, detail), cx);
-            }
             count(&cx.counters.timeouts);
+            let of_server = self.server.as_ref().and_then(|server| server.head_since);
+            if of_server.is_some_and(is_due) && self.answer_incomplete(cx)? {
+                return Ok(());
+            }
             self.drop_record(Reason::InspectDeadline, Reason::InspectDeadline.text(), cx);
             return Err(Stop::Reset);
         }
         self.end_idle(cx)
+    }
+
+    /// Answers the requests without a response because the server's frame or head did not end in time. Returns false if
+    /// there are none.
+    fn answer_incomplete(&mut self, cx: &mut Cx<'_>) -> Step {
+        let head = cx.options.head;
+        let failed = |what: &str| {
+            let detail = format!("the {what} did not end within {head:?}");
+            Failure::new(FailureKind::ResponseTimeout, detail)
+        };
+        match &self.protocol {
+            Protocol::Http1(session) if self.awaits_head() => {
+                let is_head = session.is_head();
+                self.answer_failure(failed("head of the response"), is_head, cx)?;
+                Ok(true)
+            }
+            Protocol::Http2(_) => self.fail_http2(failed("frame of the server"), cx),
+            _ => Ok(false),
+        }
     }
 
     /// Answers the requests whose responses have not begun in time.
@@ -153,11 +171,8 @@ impl Connection {
             }
             Protocol::Http2(http2) => {
                 let streams = http2.filter.streams();
-                let unanswered = http2
-                    .filter
-                    .unanswered()
-                    .is_some_and(|streams| !streams.is_empty());
-                if unanswered && self.fail_http2(timeout, cx)? {
+                let is_unanswered = !http2.filter.unanswered().is_empty();
+                if is_unanswered && self.fail_http2(timeout, cx)? {
                     return Ok(());
                 }
                 if streams > 0 {

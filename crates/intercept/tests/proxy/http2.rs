@@ -440,6 +440,134 @@ fn a_server_without_settings_is_late_for_all_streams() {
     assert!(stream == 3 && fields.contains("grpc-status: 4\n"), "{fields}");
 }
 
+/// Returns a world whose server sends its SETTINGS, runs `stall` once it has the request of stream 3, and returns the type
+/// and stream of each frame that it gets afterwards. The end of its bytes by a close_notify is `(255, 0)`.
+fn stalling_world(
+    change: impl FnOnce(&mut palisade_intercept::Options),
+    stall: impl Fn(&mut dyn Write) + Send + Sync + 'static,
+) -> (World, std::sync::mpsc::Receiver<(u8, u32)>) {
+    let world = World::with(http_rules(&["/.*"]), |_, options| change(options));
+    let mut config = server_config(world.server_ca.issue(NAME, |_| {}));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let (seen, frames) = std::sync::mpsc::channel();
+    world.server(move |socket| {
+        let mut peer = Peer::new(accept(config.clone(), socket));
+        peer.stream.read_exact(&mut [0; 24]).expect("a preface");
+        let mut is_stalled = false;
+        while let Some((header, _)) = peer.next() {
+            if is_stalled {
+                let _ = seen.send((header.kind, header.stream));
+            } else if header.kind == kind::HEADERS && header.stream == 3 {
+                stall(&mut peer.stream);
+                peer.stream.flush().expect("bytes are sent");
+                is_stalled = true;
+            }
+        }
+        if peer.stream.read(&mut [0; 1]).is_ok_and(|n| n == 0) {
+            let _ = seen.send((255, 0));
+        }
+    });
+    (world, frames)
+}
+
+/// Appends SETTINGS, and the head of a response to stream 1.
+fn begin_response(out: &mut Vec<u8>) {
+    header(kind::SETTINGS, 0, 0).write_with(&[], out);
+    let mut block = Vec::new();
+    encode::field(b":status", b"200", false, &mut block);
+    headers_of(1, false, None, &block, 16_384, out);
+}
+
+#[test]
+fn a_server_that_stalls_within_the_content_of_a_stream_delays_no_answer_of_another() {
+    let (world, frames) = stalling_world(
+        |options| options.response = Duration::from_millis(300),
+        |stream| {
+            let mut out = Vec::new();
+            begin_response(&mut out);
+            let mut content = Vec::new();
+            header(kind::DATA, flags::END_STREAM, 1).write_with(b"content", &mut content);
+            out.extend_from_slice(&content[..12]);
+            stream.write_all(&out).expect("bytes are sent");
+            stream.flush().expect("bytes are sent");
+            thread::sleep(Duration::from_millis(900));
+            stream.write_all(&content[12..]).expect("bytes are sent");
+        },
+    );
+    let mut client = h2_client(&world);
+    client.request(1, "GET", "/content", &[]);
+    client.request(3, "GET", "/stall", &[]);
+    let (stream, fields) = client.headers().expect("a response");
+    assert!(stream == 1 && fields.contains(":status: 200\n"), "{fields}");
+    let mut content = Vec::new();
+    let mut answered = false;
+    while content != b"content" {
+        let (header, payload) = client.next().expect("a frame");
+        match (header.kind, header.stream) {
+            (kind::DATA, 1) => content.extend(payload),
+            (kind::HEADERS, 3) => {
+                assert_eq!(content, b"con");
+                answered = true;
+            }
+            _ => {}
+        }
+    }
+    assert!(answered);
+    let cancel = frames.recv_timeout(PATIENCE).expect("a frame");
+    assert_eq!(cancel, (kind::RST_STREAM, 3));
+}
+
+#[test]
+fn a_late_server_learns_that_its_streams_are_cancelled() {
+    let short = Duration::from_millis(300);
+    let nothing = |_: &mut dyn Write| {};
+    // Within the header of a frame.
+    let within_head = |stream: &mut dyn Write| {
+        let mut out = Vec::new();
+        begin_response(&mut out);
+        out.extend_from_slice(&[0, 0, 9]);
+        stream.write_all(&out).expect("bytes are sent");
+    };
+    let response = move |options: &mut palisade_intercept::Options| options.response = short;
+    let head = move |options: &mut palisade_intercept::Options| options.head = short;
+    let idle = move |options: &mut palisade_intercept::Options| {
+        options.response = Duration::ZERO;
+        options.idle = short;
+    };
+    let worlds = [
+        (stalling_world(response, nothing), 1, "504"),
+        (stalling_world(head, within_head), 3, "504"),
+        (stalling_world(idle, nothing), 1, "504"),
+        (stalling_world(idle, within_head), 3, "504"),
+    ];
+    for ((world, frames), first, status) in worlds {
+        let mut client = h2_client(&world);
+        client.request(1, "GET", "/a", &[]);
+        client.request(3, "GET", "/b", &[]);
+        if first == 3 {
+            let (stream, fields) = client.headers().expect("a response");
+            assert!(stream == 1 && fields.contains(":status: 200\n"), "{fields}");
+        }
+        for expected in (first..=3).step_by(2) {
+            let (stream, fields) = client.headers().expect("an answer");
+            assert!(
+                stream == expected && fields.contains(&format!(":status: {status}\n")),
+                "{stream} {fields}"
+            );
+        }
+        let seen: Vec<_> = std::iter::from_fn(|| frames.recv_timeout(PATIENCE).ok())
+            .filter(|(kind, _)| *kind != kind::SETTINGS)
+            .collect();
+        let expected = [
+            (kind::RST_STREAM, 1),
+            (kind::RST_STREAM, 3),
+            (kind::GOAWAY, 0),
+            (255, 0),
+        ];
+        assert_eq!(seen, expected);
+    }
+}
+
 /// Content that exceeds the buffers of all sockets between two peers, bytes.
 const LARGE: usize = 32 << 20;
 /// Length of the frames of [`LARGE`] bytes.
@@ -673,7 +801,7 @@ fn an_upload_whose_server_fails_can_be_sent_to_its_end() {
     client.content();
     client.send(end);
     send_parts(&mut client, 2, 0);
-    wait_for_windows(&mut client, 2 * PART);
+    wait_for_windows(&mut client, end.len() + 2 * PART);
     send_parts(&mut client, 1, flags::END_STREAM);
     let rest = rest(&mut client);
     assert_eq!(rest.len(), 1, "{rest:?}");

@@ -313,21 +313,6 @@ impl Frames {
         self.limit
     }
 
-    /// Returns whether the bytes so far end within a DATA frame.
-    #[must_use]
-    pub const fn is_within_data(&self) -> bool {
-        matches!(self.state, State::Content(1..))
-    }
-
-    /// Returns the number of bytes of the current DATA frame that have not arrived.
-    #[must_use]
-    pub const fn content_left(&self) -> u32 {
-        match self.state {
-            State::Content(left) => left,
-            _ => 0,
-        }
-    }
-
     /// Returns the next part and removes its bytes from `input`; `None` if more bytes are needed.
     ///
     /// # Errors
