@@ -4,7 +4,9 @@ use std::{collections::VecDeque, mem};
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};
 use palisade_model::request::GetBodies;
-use palisade_protocols::http1::{Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response};
+use palisade_protocols::http1::{
+    Body, Chunks, Head, HeaderBuffer, ParseError, Piece, Request, Response, TrailerNames,
+};
 
 use super::{
     config::{HttpLimits, HttpStats},
@@ -45,19 +47,13 @@ impl Default for Place {
 }
 
 impl Place {
-    fn of(body: Body) -> Self {
+    /// `chunks`: the parser of a chunked body.
+    fn of(body: Body, chunks: impl FnOnce() -> Chunks) -> Self {
         match body {
             Body::None | Body::Tunnel | Body::Length(0) => Self::default(),
             Body::Length(n) => Self::Body(n),
-            Body::Chunked => Self::Chunks(Chunks::default()),
+            Body::Chunked => Self::Chunks(chunks()),
             Body::UntilClose => Self::Rest,
-        }
-    }
-
-    fn of_answer(body: Body) -> Self {
-        match body {
-            Body::Chunked => Self::Chunks(Chunks::of_answer()),
-            other => Self::of(other),
         }
     }
 
@@ -233,9 +229,16 @@ impl Flow {
         self.left.may_go_on(slot)
     }
 
-    /// Adds a forwarded request.
-    fn begin(&mut self, request: &Request<'_>, may_switch: bool, url: Text, now: Millis) {
-        self.client = Place::of(request.body);
+    /// Adds a forwarded request. `guarded`: names that its trailers must not have.
+    fn begin(
+        &mut self,
+        request: &Request<'_>,
+        guarded: &TrailerNames,
+        may_switch: bool,
+        url: Text,
+        now: Millis,
+    ) {
+        self.client = Place::of(request.body, || Chunks::of_request(guarded.clone()));
         self.announced = if request.expects_continue() && !self.client.is_between_messages() {
             Announced::Waits
         } else {
@@ -393,7 +396,8 @@ impl HttpStream<'_> {
                 cx,
             );
         }
-        self.flow.begin(request, may_switch, url, cx.now);
+        self.flow
+            .begin(request, rules.trailer_names(), may_switch, url, cx.now);
         Action::Forward(length)
     }
 
@@ -634,7 +638,7 @@ impl HttpStream<'_> {
             };
             return Action::Offload;
         }
-        self.flow.server = Place::of_answer(response.body);
+        self.flow.server = Place::of(response.body, Chunks::of_answer);
         if self.flow.server.is_between_messages() {
             self.flow.pop();
         }

@@ -703,6 +703,26 @@ fn a_disguised_copy_of_a_matched_header_denies_the_request() {
     }
 }
 
+#[test]
+fn a_trailer_does_not_repeat_a_matched_header() {
+    let role = Matcher::Http(HttpRule {
+        headers: vec![("X-Role".into(), Some("reader".into()))],
+        ..HttpRule::default()
+    });
+    let sets = BTreeMap::from([(RULESET, set(vec![role]))]);
+    for (trailer, passes) in [
+        ("X-Sum: 1", true),
+        ("X-Role: admin", false),
+        ("x_role: admin", false),
+    ] {
+        let mut talk = Talk::new();
+        talk.engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
+        let head = "POST / HTTP/1.1\r\nHost: a\r\nX-Role: reader\r\nTransfer-Encoding: chunked\r\n\r\n";
+        talk.client(format!("{head}1\r\na\r\n0\r\n{trailer}\r\n\r\n").as_bytes());
+        assert_eq!(talk.at_server().contains(trailer), passes, "{trailer}");
+    }
+}
+
 /// Returns a head, the body of an upload with this length, and then a request that no rule allows.
 fn upload(length: usize) -> (String, Vec<u8>, String) {
     let head = format!("POST /public/up HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");

@@ -507,7 +507,9 @@ impl Connection {
         } else if misses_content {
             Err(ParseError::ContentLength)
         } else {
-            trailers(fields)
+            let rules = cx.rules.http(cx.request().ruleset);
+            let guarded = rules.map(|rules| rules.trailer_names().clone());
+            trailers(fields, &guarded.unwrap_or_default())
         };
         if let Err(error) = checked {
             return self.fail_stream(id, error, cx, out);

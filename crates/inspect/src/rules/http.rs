@@ -11,7 +11,7 @@ use palisade_model::{
     secret_value::SecretValue,
     snapshot::{Matcher, RuleSet},
 };
-use palisade_protocols::http1::{PathError, Request, resolved};
+use palisade_protocols::http1::{PathError, Request, TrailerNames, resolved};
 
 use super::patterns::{DfaCache, Numbered, Patterns};
 use crate::{
@@ -42,6 +42,8 @@ pub struct HttpRules {
     folded_host: Patterns,
     /// Indexes of the alternatives without an expression for path, host or method.
     bare: Vec<u32>,
+    /// Names of the headers that the alternatives read or change.
+    trailer_names: TrailerNames,
 }
 
 /// Expressions for one part of a request.
@@ -235,7 +237,18 @@ impl HttpRules {
             let list = lead.map_or(&mut rules.bare, |(_, list)| list);
             list.push(place as u32);
         }
+        let tests = rules
+            .alternatives
+            .iter()
+            .flat_map(|alternative| &alternative.headers);
+        let names = tests.map(|test| &*test.name);
+        rules.trailer_names = TrailerNames::new(names.filter(|name| !name.starts_with(':')));
         rules
+    }
+
+    /// Returns the names that the trailers of a request must not have.
+    pub(crate) const fn trailer_names(&self) -> &TrailerNames {
+        &self.trailer_names
     }
 
     /// Returns the verdict on a request, with the rule of the first alternative that allows the request as sent. Unless

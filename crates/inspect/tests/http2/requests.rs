@@ -167,6 +167,30 @@ fn the_changes_of_a_rule_are_made_in_the_forwarded_request() {
 }
 
 #[test]
+fn trailers_do_not_repeat_a_header_that_a_rule_changes() {
+    for (name, passes) in [("x-sum", true), ("x-tenant", false), ("x_tenant", false)] {
+        let mut link = Link::new();
+        link.rules = prepare(vec![Matcher::Http(HttpRule {
+            header_matches: vec![HeaderMatch {
+                name: "X-Tenant".into(),
+                value: Some("a".into()),
+                secret: None,
+                mismatch: MismatchAction::Replace,
+            }],
+            ..HttpRule::default()
+        })]);
+        link.client(&request(1, false, "POST", "/a", &[])).unwrap();
+        link.client(&headers(1, true, &[(name, "b")])).unwrap();
+        let last = if passes {
+            format!("HEADERS 1 end {name}=b")
+        } else {
+            "RST_STREAM 1 1".to_owned()
+        };
+        assert_eq!(link.server_gets().last(), Some(&last), "{name}");
+    }
+}
+
+#[test]
 fn a_denied_grpc_call_gets_trailers_only() {
     let mut link = Link::new();
     let grpc = [("content-type", "application/grpc+proto"), ("te", "trailers")];

@@ -2,7 +2,7 @@
 
 use super::{
     ParseError,
-    head::{Folded, is_token},
+    head::{Folded, TrailerNames, is_token},
 };
 
 /// Maximum number of digits of a chunk size.
@@ -94,6 +94,8 @@ pub struct Chunks {
     trailer: usize,
     /// Name of the current trailer field.
     name: Folded,
+    /// Names that the trailers must not have besides [`NO_TRAILERS`].
+    guarded: TrailerNames,
     /// Whether this is the body of a response, see [`Chunks::of_answer`].
     is_answer: bool,
 }
@@ -115,6 +117,15 @@ pub(crate) const NO_TRAILERS: [&[u8]; 11] = [
 ];
 
 impl Chunks {
+    /// Creates a parser for the body of a request, whose trailers must not have these names.
+    #[must_use]
+    pub fn of_request(guarded: TrailerNames) -> Self {
+        Self {
+            guarded,
+            ..Self::default()
+        }
+    }
+
     /// Creates a parser for the body of a response.
     ///
     /// Chunk extensions of a response can contain all bytes except control characters other than tab: recipients ignore
@@ -216,7 +227,7 @@ impl Chunks {
                 self.name(byte)?
             }
             (State::Name, b':') => {
-                if self.name.is_among(&NO_TRAILERS) {
+                if self.name.is_among(&NO_TRAILERS) || self.guarded.has(&self.name) {
                     return Err(ParseError::BadTrailer);
                 }
                 State::Value

@@ -1,5 +1,7 @@
 //! Finds the end of a head in a stream, and refuses bytes that are not allowed in a head.
 
+use std::sync::Arc;
+
 use super::ParseError;
 
 /// Limits on a head.
@@ -151,6 +153,8 @@ impl Head {
 pub(crate) struct Folded {
     bytes: [u8; 24],
     length: usize,
+    /// Hash of the whole reduced name.
+    hash: u64,
 }
 
 impl Folded {
@@ -168,6 +172,8 @@ impl Folded {
             *place = byte.to_ascii_lowercase();
         }
         self.length += 1;
+        // FNV-1a, with another start. A name that is made to collide with one of `TrailerNames` is only refused.
+        self.hash = (self.hash ^ u64::from(byte.to_ascii_lowercase())).wrapping_mul(0x0100_0000_01b3);
     }
 
     /// Returns whether the reduced name is one of `names`. `names`: reduced names of at most 24 bytes.
@@ -175,6 +181,26 @@ impl Folded {
         self.bytes
             .get(..self.length)
             .is_some_and(|bytes| names.contains(&bytes))
+    }
+}
+
+/// Names of header fields that rules read or change. A request must not repeat them in its trailers, because some servers
+/// merge trailer fields into the header fields (RFC 9110, section 6.5.1), and would get another value than the one that
+/// the verdict was for. Names with the same letters and digits count as equal, in any case.
+#[derive(Clone, Debug, Default)]
+pub struct TrailerNames(Option<Arc<[u64]>>);
+
+impl TrailerNames {
+    /// Returns the set of these names.
+    pub fn new<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut hashes: Vec<u64> = names.map(|name| Folded::of(name).hash).collect();
+        hashes.sort_unstable();
+        hashes.dedup();
+        Self((!hashes.is_empty()).then(|| hashes.into()))
+    }
+
+    pub(crate) fn has(&self, name: &Folded) -> bool {
+        self.0.as_ref().is_some_and(|hashes| hashes.contains(&name.hash))
     }
 }
 

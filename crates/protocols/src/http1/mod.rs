@@ -34,7 +34,7 @@ pub mod re2;
 pub(crate) use chunked::NO_TRAILERS;
 pub use chunked::{Chunks, Piece};
 pub(crate) use head::{Folded, is_token};
-pub use head::{Head, Limits};
+pub use head::{Head, Limits, TrailerNames};
 pub use message::{Body, HeaderBuffer, Headers, MAX_HEADERS, Request, Response, Target};
 pub(crate) use message::{FRAMING, is_authority};
 pub use path::{PathError, resolved};

@@ -552,6 +552,32 @@ fn chunks_are_parsed_up_to_the_end_of_the_body() {
     assert_eq!(unchunk(&endless, 1), Err(ParseError::HeadTooLong));
 }
 
+#[test]
+fn trailers_do_not_repeat_names_that_rules_read() {
+    let long = "x-forwarded-client-certificate-chain";
+    let names = TrailerNames::new(["x-role", long].into_iter());
+    for (name, passes) in [
+        ("X-Role", false),
+        ("x_role", false),
+        ("xrole", false),
+        ("x-roles", true),
+        ("x-rol", true),
+        ("X_Forwarded-Client-Certificate-Chain", false),
+        ("x-forwarded-client-certificate-chains", true),
+    ] {
+        for cut in [1, 100] {
+            let stream = format!("0\r\nx-other: a\r\n{name}: a\r\n\r\n");
+            let found = unchunk_by(Chunks::of_request(names.clone()), stream.as_bytes(), cut);
+            let expected = if passes {
+                Ok((Vec::new(), Some(stream.len())))
+            } else {
+                Err(ParseError::BadTrailer)
+            };
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn a_head_ends_at_the_same_byte_however_the_stream_is_segmented(

@@ -7,7 +7,8 @@ use std::str;
 
 use super::{Fields, ParseError};
 use crate::http1::{
-    self, Body, FRAMING, Folded, Headers, MAX_HEADERS, NO_TRAILERS, Target, is_authority, is_token,
+    self, Body, FRAMING, Folded, Headers, MAX_HEADERS, NO_TRAILERS, Target, TrailerNames, is_authority,
+    is_token,
 };
 
 /// Fields that have a meaning for one HTTP/1 connection only (RFC 9113, section 8.2.2).
@@ -181,11 +182,11 @@ pub fn request<'a>(
     })
 }
 
-/// Checks the fields of a trailer section of a request.
+/// Checks the fields of a trailer section of a request. `guarded`: names that it must not have because of the rules.
 ///
 /// # Errors
 /// [`ParseError`] if a field is malformed or not allowed in trailers.
-pub fn trailers(fields: &Fields) -> Result<(), ParseError> {
+pub fn trailers(fields: &Fields, guarded: &TrailerNames) -> Result<(), ParseError> {
     for (name, value, _) in fields.iter() {
         if name.starts_with(b":") {
             return Err(ParseError::PseudoHeader);
@@ -196,7 +197,8 @@ pub fn trailers(fields: &Fields) -> Result<(), ParseError> {
             return Err(ParseError::ConnectionField);
         }
         // Some servers merge trailer fields into the header fields (RFC 9110, section 6.5.1).
-        if Folded::of(name).is_among(&NO_TRAILERS) {
+        let folded = Folded::of(name);
+        if folded.is_among(&NO_TRAILERS) || guarded.has(&folded) {
             return Err(ParseError::Trailers);
         }
     }
