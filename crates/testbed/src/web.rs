@@ -83,7 +83,7 @@ impl Web {
              log_format seen '$ssl_server_name|$remote_addr|$status|$request';\naccess_log {0}/access.log seen;\n\
              client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;\n\
              uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;\n\
-             client_max_body_size 0; keepalive_requests 10000000; ssl_protocols TLSv1.2 TLSv1.3;\n\
+             client_max_body_size 0; keepalive_requests 10000000; keepalive_timeout 1h; ssl_protocols TLSv1.2 TLSv1.3;\n\
              ssl_certificate {1}; ssl_certificate_key {2};\n\
              server {{\n{listen}    root {0};\n\
              location /files/ {{ dav_methods PUT; }}\n    location = /empty {{ return 204; }}\n    \
