@@ -15,7 +15,10 @@ use palisade_testbed::{
 };
 use palisade_tests::{
     OPEN,
-    fixtures::apps::{Apps, apps},
+    fixtures::{
+        apps::{Apps, apps},
+        nasty::{HIDDEN, http1},
+    },
     setup::{client_only, client_only_with},
 };
 
@@ -30,7 +33,6 @@ const RULES: &str = "      rules:
         - {path: \"/allowed(/.*)?\"}
 ";
 const DENIED: &str = "Access denied\r\n";
-const HIDDEN: &str = "DELETE /denied/all HTTP/1.1\r\nHost: x\r\n\r\n";
 
 /// A server that parses requests in the ways that known attacks on firewalls rely on.
 struct Careless {
@@ -92,181 +94,6 @@ fn said(apps: &Apps, to: SocketAddr, bytes: &[u8]) -> String {
     talk.text()
 }
 
-/// Returns streams in which servers find different requests. Each request has its number in its path.
-fn nasty() -> Vec<Vec<u8>> {
-    let length = HIDDEN.len();
-    let chunk = format!("{length:x}\r\n{HIDDEN}\r\n0\r\n\r\n");
-    let mut streams: Vec<String> = Vec::new();
-    let mut head = |line: &str, fields: &str, body: &str| {
-        streams.push(format!("{line} HTTP/1.1\r\nHost: x\r\n{fields}\r\n{body}"));
-    };
-    // Bodies that some servers ignore.
-    for method in ["GET", "HEAD", "DELETE", "OPTIONS", "TRACE", "get"] {
-        head(
-            &format!("{method} /allowed/N"),
-            &format!("Content-Length: {length}\r\n"),
-            HIDDEN,
-        );
-        head(
-            &format!("{method} /allowed/N"),
-            "Transfer-Encoding: chunked\r\n",
-            &chunk,
-        );
-    }
-    // Framing fields with unusual spellings.
-    for name in [
-        "Transfer_Encoding",
-        "Transfer.Encoding",
-        "transfer-encoding ",
-        "Transfer-Encoding\t",
-        "\x0bTransfer-Encoding",
-        "_Transfer-Encoding",
-        "Transfer-Encoding_",
-        "Transfer\0-Encoding",
-        "X: y\n Transfer-Encoding",
-        "X: y\nTransfer-Encoding",
-        "X: y\rTransfer-Encoding",
-    ] {
-        let rest = format!("0\r\n\r\n{HIDDEN}");
-        head(
-            "POST /allowed/N",
-            &format!("Content-Length: {}\r\n{name}: chunked\r\n", rest.len()),
-            &rest,
-        );
-    }
-    for name in [
-        "Content_Length",
-        "Content-Length ",
-        "Content.Length",
-        "\x0cContent-Length",
-        "Content-Length\0",
-    ] {
-        head(
-            "POST /allowed/N",
-            &format!("{name}: 0\r\nContent-Length: {length}\r\n"),
-            HIDDEN,
-        );
-        head(
-            "POST /allowed/N",
-            &format!("{name}: 0\r\nTransfer-Encoding: chunked\r\n"),
-            &chunk,
-        );
-    }
-    // Repeated or malformed framing fields.
-    for fields in [
-        format!("Content-Length: {length}\r\nContent-Length: 0\r\n"),
-        format!("Content-Length: 0\r\nContent-Length: {length}\r\n"),
-        format!("Content-Length: {length}, 0\r\n"),
-        format!("Content-Length: +{length}\r\n"),
-        format!("Content-Length: 0x{length:x}\r\n"),
-        format!("Content-Length: {length} 0\r\n"),
-        format!(
-            "Content-Length: {}\r\n",
-            u128::from(u64::MAX) + 1 + length as u128
-        ),
-        format!("Content-Length: {length}\r\nConnection: Content-Length\r\n"),
-        format!("Content-Length: {length}\r\nTransfer-Encoding: identity\r\n"),
-    ] {
-        head("POST /allowed/N", &fields, HIDDEN);
-    }
-    for coding in [
-        "chunked, identity",
-        "identity, chunked",
-        "xchunked",
-        "chunked\x0b",
-        "\"chunked\"",
-        "chunked;q=1",
-    ] {
-        head(
-            "POST /allowed/N",
-            &format!("Transfer-Encoding: {coding}\r\n"),
-            &format!("0\r\n\r\n{HIDDEN}"),
-        );
-    }
-    // Chunks.
-    for size in [
-        "0x0",
-        "+0",
-        "-0",
-        " 0",
-        "0 ",
-        "0;a\n",
-        "0\n",
-        "0;\"\r\n",
-        "00000000000000000",
-        "0_0",
-        "1_0",
-    ] {
-        head(
-            "POST /allowed/N",
-            "Transfer-Encoding: chunked\r\n",
-            &format!("{size}\r\n\r\n{HIDDEN}"),
-        );
-    }
-    for size in ["10000000000000000", "fffffffffffffffff", "100000000"] {
-        head(
-            "POST /allowed/N",
-            "Transfer-Encoding: chunked\r\n",
-            &format!("{size}\r\n\r\n0\r\n\r\n{HIDDEN}"),
-        );
-    }
-    for trailer in [
-        "Content-Length: 5",
-        "Transfer_Encoding: chunked",
-        "Host: y",
-        "Upgrade: h2c",
-        " folded",
-    ] {
-        head(
-            "POST /allowed/N",
-            "Transfer-Encoding: chunked\r\n",
-            &format!("0\r\n{trailer}\r\n\r\n{HIDDEN}"),
-        );
-    }
-    // Expect fields.
-    for expect in [
-        "100-continue",
-        "y 100-continue",
-        "100-continue, 100-continue",
-        "x",
-    ] {
-        head(
-            "POST /allowed/N/unread",
-            &format!("Expect: {expect}\r\nContent_Length: 1\r\nContent-Length: {length}\r\n"),
-            HIDDEN,
-        );
-    }
-    // Targets and hosts.
-    head("GET http://y/allowed/N", "", "");
-    head("GET /allowed/N/../../denied/N", "", "");
-    head("GET /allowed/N\tHTTP/1.1\r\nX: GET /denied/N", "", "");
-    head("GET /denied/N HTTP/1.1\r\n\r\nGET /allowed/N", "", "");
-    head("GET  /denied/N /allowed/N", "", "");
-    head("GET /allowed/N", "Host: y\r\n", "");
-    head("GET /allowed/N", "Host_: y\r\n", "");
-    // Requests after requests.
-    for end in ["\n\n", "\r\n\n", "\r\r", "\r\n \r\n\r\n"] {
-        streams.push(format!("GET /allowed/N HTTP/1.1\r\nHost: x{end}{HIDDEN}"));
-    }
-    streams.push(format!("GET /allowed/N HTTP/1.1\r\nHost: x\r\n\r\n{HIDDEN}"));
-    streams.push(format!(
-        "\r\n\r\nGET /allowed/N HTTP/1.1\r\nHost: x\r\n\r\n\r\n\r\n{HIDDEN}"
-    ));
-    streams.push("GET /denied/N\r\n".into());
-    streams.push("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nGET /denied/N HTTP/1.1\r\nHost: x\r\n\r\n".into());
-    streams.push(format!(
-        "GET /allowed/N HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{HIDDEN}"
-    ));
-    streams.push(format!(
-        "POST /allowed/N HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}"
-    ));
-    streams
-        .iter()
-        .enumerate()
-        .map(|(n, text)| text.replace("/N", &format!("/{n}")).into_bytes())
-        .collect()
-}
-
 #[test]
 fn every_request_that_a_server_parses_was_inspected() {
     let apps = apps();
@@ -274,7 +101,7 @@ fn every_request_that_a_server_parses_was_inspected() {
     let careless = Careless::start(&apps);
     let _caddy = Caddy::start(apps.ns("internet"), "caddy", CADDY, 8443, &apps.certificate).expect("caddy");
     let daemon = client_only(&apps, PORTS, RULES);
-    let streams = nasty();
+    let streams = http1("x");
     for family in FAMILIES {
         thread::scope(|scope| {
             for port in PORTS {
