@@ -79,7 +79,7 @@ impl Datapath {
         if !moved.is_empty() {
             let ended = self
                 .conntrack()
-                .remove_if(|key, _| moved.contains(&(key.endpoint, key.local)));
+                .remove_if(|key, _| moved.contains(&(key.endpoint, key.local)), |_, _, _| {});
             ended.map_err(|source| ApplyError::Map {
                 step: ops.len(),
                 steps: ops.len(),

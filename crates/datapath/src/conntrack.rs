@@ -1,6 +1,9 @@
 //! Access to the conntrack table: listing, sweeping and seeding.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    ops::ControlFlow,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use palisade_abi::{
     Counter, CtEntry, CtKey, Direction, ProxyPath, PuntRequest, counter_slot, ct_flags, punt_flags,
@@ -22,22 +25,22 @@ pub struct Conntrack<'a> {
     removals: &'a AtomicU64,
 }
 
-/// A flow that was removed.
+/// What [`Conntrack::remove_if`] has done with a flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Ended {
-    /// Addresses, ports, protocol and endpoint.
-    pub key: CtKey,
-    /// Last entry of the flow. If it has the flag [`palisade_abi::ct_flags::CLOSED`], the programs have already
+pub enum Fate {
+    /// The flow was removed. If its last entry has the flag [`palisade_abi::ct_flags::CLOSED`], the programs have already
     /// reported the end.
-    pub entry: CtEntry,
+    Removed,
+    /// The flow stays.
+    Stays,
 }
 
-/// Result of a sweep.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Sweep {
+/// Numbers of flows after [`Conntrack::remove_if`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Removal {
     /// Removed flows.
-    pub ended: Vec<Ended>,
-    /// Number of remaining flows.
+    pub removed: u64,
+    /// Remaining flows.
     pub present: u64,
 }
 
@@ -100,51 +103,65 @@ impl Conntrack<'_> {
         self.map.get(key)
     }
 
-    /// Removes flows that have expired at `now`, a time of [`crate::monotonic_coarse`].
+    /// Passes all entries to `each` in chunks of bounded size, expired ones included, in no particular order, until it
+    /// returns a break.
     ///
     /// # Errors
-    /// [`MapError`] if the map cannot be read or written.
-    pub fn sweep(&self, now: u64) -> Result<Sweep, MapError> {
-        self.remove_if(|_, entry| entry.expires <= now)
+    /// [`MapError`] if the map cannot be read.
+    pub fn for_each_chunk(
+        &self,
+        mut each: impl FnMut(&[(CtKey, CtEntry)]) -> ControlFlow<()>,
+    ) -> Result<(), MapError> {
+        self.map.for_each_chunk(|chunk| Ok(each(chunk)))
     }
 
-    /// Removes the flows for which `dead` returns true, for example those of a removed endpoint.
+    /// Removes the flows for which `dead` returns true, and passes each flow with its last entry to `each`. The entries are
+    /// read and removed in batches, so the memory does not depend on their number.
     ///
     /// # Errors
     /// [`MapError`] if the map cannot be read or written.
-    pub fn remove_if(&self, dead: impl Fn(&CtKey, &CtEntry) -> bool) -> Result<Sweep, MapError> {
-        let mut sweep = Sweep::default();
-        let mut keys = Vec::new();
+    pub fn remove_if(
+        &self,
+        dead: impl Fn(&CtKey, &CtEntry) -> bool,
+        mut each: impl FnMut(Fate, &CtKey, &CtEntry),
+    ) -> Result<Removal, MapError> {
+        let mut outcome = Removal::default();
         let before = self.shares.counts();
         let mut protected = ProtectedCounts::default();
-        self.map.for_each(|key, entry| {
-            if dead(&key, &entry) {
-                keys.push(key);
-            } else {
-                protected.add(&key, &entry);
-                sweep.present += 1;
+        let walk = self.map.for_each_chunk(|chunk| {
+            for (key, entry) in chunk {
+                let last = if dead(key, entry) {
+                    match self.map.take(key)? {
+                        None => continue,
+                        Some(last) if dead(key, &last) => {
+                            outcome.removed += 1;
+                            each(Fate::Removed, key, &last);
+                            continue;
+                        }
+                        // A packet has refreshed the flow since the lookup, so the entry is inserted again. If a program has
+                        // created a new entry for the key meanwhile, the new entry stays.
+                        Some(last) => {
+                            self.map.insert_new(key, &last)?;
+                            last
+                        }
+                    }
+                } else {
+                    *entry
+                };
+                protected.add(key, &last);
+                outcome.present += 1;
+                each(Fate::Stays, key, &last);
             }
-        })?;
-        for key in keys {
-            let Some(entry) = self.map.take(&key)? else {
-                continue;
-            };
-            if dead(&key, &entry) {
-                sweep.ended.push(Ended { key, entry });
-            } else {
-                // A packet has refreshed the flow since the walk, so the entry is inserted again. If a program has
-                // created a new entry for the key meanwhile, the new entry stays.
-                self.map.insert_new(&key, &entry)?;
-                protected.add(&key, &entry);
-                sweep.present += 1;
-            }
-        }
-        if !sweep.ended.is_empty() {
+            Ok(ControlFlow::Continue(()))
+        });
+        // Also after an error, because flows may be gone.
+        if outcome.removed != 0 {
             self.removals.fetch_add(1, Ordering::Release);
+            self.add(counter_slot::CONNTRACK_SWEPT, outcome.removed)?;
         }
+        walk?;
         self.shares.correct(&before, &protected);
-        self.add(counter_slot::CONNTRACK_SWEPT, sweep.ended.len() as u64)?;
-        Ok(sweep)
+        Ok(outcome)
     }
 
     /// Adds seeded flows whose keys have no entry yet. Returns the number of added flows.
@@ -159,7 +176,7 @@ impl Conntrack<'_> {
             seeded += usize::from(self.map.insert_new(key, &entry)?);
         }
         // `protect` has also counted flows that already had an entry. The walk of `remove_if` corrects the counts.
-        self.remove_if(|_, _| false)?;
+        self.remove_if(|_, _| false, |_, _, _| {})?;
         self.count_seeded(seeded)?;
         Ok(seeded)
     }

@@ -56,7 +56,7 @@ mod upgrade;
 pub use apply::ApplyError;
 pub use capture::{Capture, CapturePrograms};
 pub use clock::{Clock, is_clock_synchronised, monotonic_coarse};
-pub use conntrack::{Conntrack, ConntrackCounts, Ended, Sweep};
+pub use conntrack::{Conntrack, ConntrackCounts, Fate, Removal};
 pub use counters::{Counters, EventBudget};
 pub use dump::{Dump, Fill};
 pub use error::OpenError;

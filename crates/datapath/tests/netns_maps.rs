@@ -9,7 +9,7 @@ use palisade_abi::{
     Addr, CtEntry, CtKey, Decision, EndpointState, IpcacheEntry, LearnedKey, PolicyEntry, PolicyKey,
     PrefixKey, class_slot, protocol,
 };
-use palisade_datapath::{Datapath, Hook, Limits, OpenError, Options, Role, TcMode, monotonic_coarse};
+use palisade_datapath::{Datapath, Fate, Hook, Limits, OpenError, Options, Role, TcMode, monotonic_coarse};
 use palisade_model::op::Op;
 
 fn entry(rule: u32) -> PolicyEntry {
@@ -360,8 +360,11 @@ fn a_flow_that_only_old_programs_refresh_is_not_swept() {
         thread::sleep(LIFETIME / 20);
     }
     new.take_over_flows().unwrap();
-    let swept = new.conntrack().sweep(monotonic_coarse()).unwrap();
-    assert_eq!((swept.ended.len(), swept.present), (1, 1));
+    let swept = new
+        .conntrack()
+        .remove_if(|_, entry| entry.expires <= monotonic_coarse(), |_, _, _| {})
+        .unwrap();
+    assert_eq!((swept.removed, swept.present), (1, 1));
     assert_eq!(new.conntrack().entries().unwrap(), [(ct_key(1), flow(u64::MAX))]);
 }
 
@@ -423,18 +426,25 @@ fn a_sweep_removes_expired_flows_and_counts_them() {
     let conntrack = datapath.conntrack();
     assert_eq!(conntrack.seed(&flows).unwrap(), 300);
     assert_eq!(conntrack.seed(&flows[..10]).unwrap(), 0);
-    let sweep = conntrack.sweep(now).unwrap();
-    assert_eq!((sweep.ended.len(), sweep.present), (100, 200));
-    assert!(sweep.ended.iter().all(|e| e.key.local_port % 3 == 0));
+    let mut fates = [Vec::new(), Vec::new()];
+    let sweep = conntrack
+        .remove_if(
+            |_, entry| entry.expires <= now,
+            |fate, key, _| fates[usize::from(fate == Fate::Stays)].push(key.local_port),
+        )
+        .unwrap();
+    assert_eq!((sweep.removed, sweep.present), (100, 200));
+    assert_eq!(fates.each_ref().map(Vec::len), [100, 200]);
+    assert!(fates[0].iter().all(|port| port % 3 == 0));
     let counts = conntrack.counts().unwrap();
     assert_eq!(
         (counts.seeded, counts.swept, counts.present, counts.evicted),
         (300, 100, 200, 0)
     );
     let gone = conntrack
-        .remove_if(|key, _| key.endpoint == HOST_ENDPOINT)
+        .remove_if(|key, _| key.endpoint == HOST_ENDPOINT, |_, _, _| {})
         .unwrap();
-    assert_eq!(gone.ended.len(), 200);
+    assert_eq!(gone.removed, 200);
     // The counters survive the process.
     drop(datapath);
     let counts = world.open().conntrack().counts().unwrap();
@@ -538,7 +548,7 @@ fn every_endpoint_with_a_policy_has_a_share() {
     // Removed flows release their share.
     datapath
         .conntrack()
-        .remove_if(|key, _| key.endpoint == 4)
+        .remove_if(|key, _| key.endpoint == 4, |_, _, _| {})
         .unwrap();
     assert!(datapath.conntrack().exhausted().is_empty());
     assert_eq!(datapath.conntrack().counts().unwrap().protected, 2);
@@ -568,4 +578,84 @@ fn maps_of_other_versions_are_removed_on_request() {
     assert!(!other.exists());
     assert!(own.join("POLICY").exists());
     assert_eq!(datapath.attachments().unwrap().len(), 1);
+}
+
+/// Time, CPU time and growth of the peak memory of a walk through a full table. `cargo test --release ... -- --ignored
+/// --nocapture` prints them.
+#[test]
+#[ignore = "a measure: takes a minute and 200 MB of kernel memory"]
+fn a_walk_through_a_million_flows() {
+    const FLOWS: u32 = 1_000_000;
+    let mut world = World::new();
+    world.options.limits.conntrack_entries = 1_200_000;
+    let datapath = world.open();
+    let conntrack = datapath.conntrack();
+    let now = monotonic_coarse();
+    for part in 0..FLOWS / 50_000 {
+        let flow = |n: u32| {
+            let key = CtKey {
+                remote: Addr::from_v4(n.to_be_bytes()),
+                ..ct_key(1)
+            };
+            let expires = if n % 4 == 0 { now } else { u64::MAX };
+            (
+                key,
+                CtEntry {
+                    expires,
+                    ..CtEntry::default()
+                },
+            )
+        };
+        let flows: Vec<_> = (part * 50_000..(part + 1) * 50_000).map(flow).collect();
+        conntrack.seed(&flows).unwrap();
+    }
+    let present = conntrack.counts().unwrap().present;
+    let mut all = 0;
+    measure("read in batches", || {
+        conntrack.for_each(|_, _| all += 1).unwrap();
+    });
+    measure("read at once", || {
+        assert_eq!(conntrack.entries().unwrap().len(), all)
+    });
+    let mut removed = 0;
+    measure("remove the expired quarter", || {
+        let walk = conntrack.remove_if(|_, entry| entry.expires <= now, |_, _, _| {});
+        removed = walk.unwrap().removed;
+    });
+    println!("{present} entries, {removed} removed");
+    assert!(
+        all as u64 == present && removed > 200_000,
+        "{present} {all} {removed}"
+    );
+}
+
+fn measure(what: &str, work: impl FnOnce()) {
+    let peak = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let cpu = || {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let fields: Vec<u64> = stat
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse().unwrap())
+            .collect();
+        fields.iter().sum::<u64>() * 10
+    };
+    // The kernel sets the peak to the present memory.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let (begun, memory, used) = (std::time::Instant::now(), peak(), cpu());
+    work();
+    println!(
+        "{what}: {:?}, {} ms of CPU, peak memory + {} KiB",
+        begun.elapsed(),
+        cpu() - used,
+        peak() - memory
+    );
 }

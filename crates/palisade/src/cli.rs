@@ -14,6 +14,7 @@ pub(crate) mod top;
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use palisade_flowlog::duration;
 
 pub(crate) use self::capture::{CAPTURE_HELP, CaptureArgs};
@@ -735,14 +736,86 @@ pub(crate) enum BpfPolicyCommand {
 /// `palisade bpf ct`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BpfCtCommand {
-    /// List all connections.
+    /// List the entries of connections, in the order of endpoint, protocol and addresses; more than 10,000 as they are read.
+    #[command(after_help = "Examples:
+  palisade bpf ct list
+  palisade bpf ct list shop/web --protocol tcp --port 443 -o json
+  palisade bpf ct list --address 198.51.100.0/24 --direction ingress")]
     List {
-        /// Accepted for compatibility with Cilium; there is one table for all endpoints.
-        #[arg(value_parser = ["global"], hide = true)]
-        scope: Option<String>,
+        #[command(flatten)]
+        connections: ConnectionArgs,
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// Remove the entries of connections, so that their next packets get a new verdict.
+    #[command(after_help = "Examples:
+  palisade bpf ct flush shop/web
+  palisade bpf ct flush --address 198.51.100.7 --port 22
+  palisade bpf ct flush global --yes
+
+Connections that no policy inspects go on if the policies allow them. Inspected and intercepted ones are reset at both
+ends, and answers to DNS queries that are under way are dropped. Entries of connections that the policies deny stay.
+
+Without endpoint and filter it asks, or needs --yes. Exits 1 if the answer was no.")]
+    Flush {
+        #[command(flatten)]
+        connections: ConnectionArgs,
+        /// Do not ask.
+        #[arg(short, long, visible_alias = "force")]
+        yes: bool,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+/// Which connections `palisade bpf ct` is about. Different options must all match.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct ConnectionArgs {
+    /// Number, name or address of an endpoint, or global for all.
+    #[arg(value_name = "ENDPOINT|global")]
+    pub scope: Option<String>,
+    /// Number, name or address of the endpoint.
+    #[arg(long, value_name = "ENDPOINT", conflicts_with = "scope")]
+    pub endpoint: Option<String>,
+    /// Address or prefix of either end. Several are alternatives.
+    #[arg(long = "address", visible_alias = "ip", value_name = "ADDRESS[/LENGTH]", value_delimiter = ',', value_parser = prefix)]
+    pub addresses: Vec<IpNet>,
+    /// Port of either end. Several are alternatives.
+    #[arg(long = "port", value_name = "PORT", value_delimiter = ',')]
+    pub ports: Vec<u16>,
+    /// tcp, udp, sctp, icmp, icmpv6, or a number.
+    #[arg(long, value_name = "PROTOCOL")]
+    pub protocol: Option<String>,
+    /// Whether the peer opened the connection (ingress) or the endpoint (egress).
+    #[arg(long, value_enum)]
+    pub direction: Option<ConnectionDirection>,
+    /// Number of the peer's identity.
+    #[arg(long, value_name = "NUMBER")]
+    pub identity: Option<u32>,
+}
+
+/// End that opened a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConnectionDirection {
+    /// The peer.
+    Ingress,
+    /// The endpoint.
+    Egress,
+}
+
+impl ConnectionDirection {
+    /// Returns whether the peer opened the connection.
+    pub(crate) fn is_ingress(self) -> bool {
+        self == Self::Ingress
+    }
+}
+
+/// Returns an address as the prefix that has only this address, or a prefix.
+fn prefix(text: &str) -> Result<IpNet, String> {
+    let address = text.parse::<std::net::IpAddr>().map(IpNet::from);
+    address
+        .or_else(|_| text.parse())
+        .map_err(|_| "it is no address and no prefix".to_owned())
 }
 
 /// `palisade bpf ipcache`.

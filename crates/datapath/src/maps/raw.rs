@@ -1,6 +1,7 @@
 //! Access to maps by bytes, with batch operations where the kernel has them.
 
 use std::{
+    ops::ControlFlow,
     os::fd::{AsFd as _, OwnedFd},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -61,10 +62,7 @@ impl RawMap {
                 max_entries: self.info.max_entries,
             };
         }
-        MapError::Syscall {
-            map: self.name.to_lowercase(),
-            source,
-        }
+        self.failed(source)
     }
 
     pub(crate) fn count(&self) -> Result<usize> {
@@ -160,6 +158,21 @@ impl RawMap {
 
     /// Calls `each` for all elements. During concurrent writes an element can be missed or visited twice.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
+        self.for_each_chunk(|keys, values| {
+            for (key, value) in elements(keys, values, self.key_size(), self.value_stride) {
+                each(key, value);
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    /// Passes all elements to `each` in chunks, contiguous keys and values, until it returns a break or an error. It may
+    /// delete elements of the chunk, because no position depends on them. During concurrent writes an element can be missed
+    /// or passed twice.
+    pub(crate) fn for_each_chunk(
+        &self,
+        mut each: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
+    ) -> Result<()> {
         if self.batches.load(Ordering::Relaxed) && self.walk_by_batches(&mut each)? {
             return Ok(());
         }
@@ -168,7 +181,10 @@ impl RawMap {
 
     /// Walks the map by batch lookups. Returns false, without a call of `each`, if the kernel has no batch operation
     /// for this map type.
-    fn walk_by_batches(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<bool> {
+    fn walk_by_batches(
+        &self,
+        each: &mut impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>,
+    ) -> Result<bool> {
         let (k, v) = (self.key_size(), self.value_stride);
         // Batch lookups of hash maps continue at a bucket number (4 bytes), batch lookups of other maps at a key.
         let mut cursor = vec![0_u8; k.max(8)];
@@ -200,18 +216,10 @@ impl RawMap {
                     self.batches.store(false, Ordering::Relaxed);
                     return Ok(false);
                 }
-                Some(source) => {
-                    return Err(MapError::Syscall {
-                        map: self.name.to_lowercase(),
-                        source,
-                    });
-                }
+                Some(source) => return Err(self.failed(source)),
             };
             let done = outcome.done.min(size);
-            for (key, value) in keys.chunks_exact(k).zip(values.chunks_exact(v)).take(done) {
-                each(key, value);
-            }
-            if end {
+            if each(&keys[..done * k], &values[..done * v])?.is_break() || end {
                 return Ok(true);
             }
             std::mem::swap(&mut cursor, &mut next);
@@ -219,24 +227,49 @@ impl RawMap {
         }
     }
 
-    fn walk_by_keys(&self, each: &mut impl FnMut(&[u8], &[u8])) -> Result<()> {
-        let fail = |source| MapError::Syscall {
-            map: self.name.to_lowercase(),
-            source,
-        };
+    fn walk_by_keys(&self, each: &mut impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>>) -> Result<()> {
         let mut key = vec![0; self.key_size()];
         let mut next = key.clone();
         let mut value = vec![0; self.value_stride];
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut have = false;
-        while bpf::next_key(self.fd.as_fd(), have.then_some(key.as_slice()), &mut next).map_err(fail)? {
-            if bpf::lookup(self.fd.as_fd(), &next, &mut value).map_err(fail)? {
-                each(&next, &value);
+        loop {
+            // The next key is read before `each` can delete the present one, because a walk begins again at a key that is
+            // gone.
+            let more = bpf::next_key(self.fd.as_fd(), have.then_some(key.as_slice()), &mut next)
+                .map_err(|source| self.failed(source))?;
+            if !more || values.len() >= BATCH * self.value_stride {
+                if each(&keys, &values)?.is_break() || !more {
+                    return Ok(());
+                }
+                keys.clear();
+                values.clear();
+            }
+            if bpf::lookup(self.fd.as_fd(), &next, &mut value).map_err(|source| self.failed(source))? {
+                keys.extend_from_slice(&next);
+                values.extend_from_slice(&value);
             }
             std::mem::swap(&mut key, &mut next);
             have = true;
         }
-        Ok(())
     }
+
+    fn failed(&self, source: SyscallError) -> MapError {
+        MapError::Syscall {
+            map: self.name.to_lowercase(),
+            source,
+        }
+    }
+}
+
+/// Returns the elements of contiguous keys and values of these sizes.
+pub(super) fn elements<'a>(
+    keys: &'a [u8],
+    values: &'a [u8],
+    key_size: usize,
+    value_size: usize,
+) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+    keys.chunks_exact(key_size).zip(values.chunks_exact(value_size))
 }
 
 fn transient(e: &SyscallError) -> bool {

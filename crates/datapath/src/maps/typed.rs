@@ -2,6 +2,7 @@
 
 use std::{
     marker::PhantomData,
+    ops::ControlFlow,
     os::fd::{AsFd as _, BorrowedFd},
 };
 
@@ -9,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
     error::MapError,
-    raw::{BATCH, RawMap, check_layout},
+    raw::{BATCH, RawMap, check_layout, elements},
 };
 use crate::sys::bpf;
 
@@ -122,6 +123,24 @@ where
         })
     }
 
+    /// Passes all entries to `each` in chunks of bounded size, until it returns a break or an error. It may delete entries
+    /// of the chunk.
+    pub(crate) fn for_each_chunk(
+        &self,
+        mut each: impl FnMut(&[(K, V)]) -> Result<ControlFlow<()>>,
+    ) -> Result<()> {
+        let mut chunk = Vec::new();
+        self.raw.for_each_chunk(|keys, values| {
+            chunk.clear();
+            chunk.extend(
+                elements(keys, values, size_of::<K>(), size_of::<V>()).filter_map(|(key, value)| {
+                    K::read_from_bytes(key).ok().zip(V::read_from_bytes(value).ok())
+                }),
+            );
+            each(&chunk)
+        })
+    }
+
     pub(crate) fn entries(&self) -> Result<Vec<(K, V)>> {
         let mut entries = Vec::new();
         self.for_each(|key, value| entries.push((key, value)))?;
@@ -183,6 +202,42 @@ mod tests {
         read.sort_unstable();
         assert_eq!(read.len(), 498);
         assert_eq!(read[1], (3, 3));
+    }
+
+    #[test]
+    fn a_walk_in_chunks_can_delete_what_it_has_been_given() {
+        for batches in [true, false] {
+            let fd = bpf::map_create("T", map_type::HASH, 4, 8, 20_000, 1).unwrap();
+            let map = Map::<u32, u64>::new(RawMap::new("POLICY", fd).unwrap()).unwrap();
+            map.raw.batches.store(batches, Ordering::Relaxed);
+            let entries: Vec<_> = (0..10_000_u32).map(|i| (i, u64::from(i))).collect();
+            map.insert_all(&entries).unwrap();
+            let (mut seen, mut largest) = (Vec::new(), 0);
+            map.for_each_chunk(|chunk| {
+                largest = largest.max(chunk.len());
+                seen.extend(chunk.iter().map(|(key, _)| *key));
+                map.remove_all(&chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())?;
+                Ok(ControlFlow::Continue(()))
+            })
+            .unwrap();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(
+                (seen.len(), map.entries().unwrap().len()),
+                (10_000, 0),
+                "{batches}"
+            );
+            assert!(largest <= BATCH, "{batches}: {largest}");
+
+            map.insert_all(&entries).unwrap();
+            let mut chunks = 0;
+            map.for_each_chunk(|_| {
+                chunks += 1;
+                Ok(ControlFlow::Break(()))
+            })
+            .unwrap();
+            assert_eq!(chunks, 1, "{batches}");
+        }
     }
 
     #[test]

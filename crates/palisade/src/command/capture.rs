@@ -78,7 +78,9 @@ pub(super) fn capture(socket: &Path, args: &CaptureArgs) -> anyhow::Result<u8> {
                 break serde_json::from_value(value).context("the daemon's summary")?;
             }
             Some(Answer::Error(message)) => bail!(message),
-            Some(Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Alive) => {}
+            Some(
+                Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Connections(_) | Answer::Alive,
+            ) => {}
             None => {
                 output.flush()?;
                 bail!(

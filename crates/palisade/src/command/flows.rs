@@ -80,7 +80,13 @@ pub(super) fn observe<S: AsRef<Path>>(
         match client.next()? {
             Some(Answer::Flow(flow)) => output.flow(&flow, None)?,
             Some(Answer::Lost(lost)) => output.lost(lost.source.as_ref(), lost.count)?,
-            Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Agent(_) | Answer::Alive) => break,
+            Some(
+                Answer::Ok(_)
+                | Answer::Capture(_)
+                | Answer::Connections(_)
+                | Answer::Agent(_)
+                | Answer::Alive,
+            ) => break,
             Some(Answer::Error(message)) => bail!(message),
             None => bail!("the daemon closed the connection before the end of the answer"),
         }

@@ -105,7 +105,11 @@ fn follow_once(
                     output.agent(&event)?;
                 }
                 Answer::Error(message) => bail!(message),
-                Answer::Ok(_) | Answer::Capture(_) | Answer::Alive | Answer::Flow(_) => return Ok(None),
+                Answer::Ok(_)
+                | Answer::Capture(_)
+                | Answer::Connections(_)
+                | Answer::Alive
+                | Answer::Flow(_) => return Ok(None),
             },
             Ok(None) => return Ok(Some("the daemon closed it".to_owned())),
             Err(ClientError::Broken(error)) => return Ok(Some(error.to_string())),

@@ -17,8 +17,8 @@ use crate::{
     cli::{Output, PolicyOutput},
     control::{
         api::{
-            ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request,
-            SelectorRow, Status,
+            Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request, SelectorRow,
+            Status,
         },
         client::ask,
     },
@@ -459,36 +459,6 @@ fn policy_rows(rows: &[PolicyRow], numeric: bool) -> Table {
         table.row(cells);
     }
     table
-}
-
-pub(super) fn connections(socket: &Path, output: Output) -> anyhow::Result<u8> {
-    let answer: Vec<ConnectionRow> = ask(socket, &Request::BpfCtList)?;
-    show(&answer, output, |rows, out| {
-        for row in rows {
-            writeln!(
-                out,
-                "{} {} {} -> {} expires={} Packets={} Bytes={} ReplyPackets={} ReplyBytes={} \
-                 TxFlagsSeen={:#04x} RxFlagsSeen={:#04x} Flags=[ {} ] Endpoint={} Identity={} Revision={} Rule={}",
-                row.protocol,
-                row.direction,
-                row.source,
-                row.destination,
-                row.expires,
-                row.forward_packets,
-                row.forward_bytes,
-                row.reply_packets,
-                row.reply_bytes,
-                row.forward_tcp,
-                row.reply_tcp,
-                row.flags.join(" "),
-                row.endpoint,
-                row.identity,
-                row.revision,
-                row.rule,
-            )?;
-        }
-        Ok(())
-    })
 }
 
 pub(super) fn ipcache(socket: &Path, output: Output) -> anyhow::Result<u8> {

@@ -2,6 +2,7 @@
 
 mod capture;
 mod config;
+mod conntrack;
 mod doctor;
 mod explain;
 mod flows;
@@ -197,9 +198,14 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 numeric,
                 output,
             }) => inspect::policy_table(&socket()?, endpoint.as_deref(), *numeric, output.output),
-            BpfCommand::Ct(BpfCtCommand::List { output, .. }) => {
-                inspect::connections(&socket()?, output.output)
+            BpfCommand::Ct(BpfCtCommand::List { connections, output }) => {
+                conntrack::list(&socket()?, connections, output.output)
             }
+            BpfCommand::Ct(BpfCtCommand::Flush {
+                connections,
+                yes,
+                output,
+            }) => conntrack::flush(&socket()?, connections, *yes, output.output),
             BpfCommand::Ipcache(BpfIpcacheCommand::List { output }) => {
                 inspect::ipcache(&socket()?, output.output)
             }

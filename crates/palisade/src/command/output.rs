@@ -1,10 +1,11 @@
 //! Exit codes, and how commands print answers and configuration errors.
 
 use std::{
-    io::{self, IsTerminal as _, Write as _},
+    io::{self, BufRead as _, IsTerminal as _, Write as _},
     path::Path,
 };
 
+use anyhow::bail;
 use serde::Serialize;
 
 use crate::{
@@ -40,6 +41,20 @@ pub(super) fn alarming(text: &str) -> String {
     } else {
         text.to_owned()
     }
+}
+
+/// Asks a question on the terminal. Returns whether the answer is yes.
+///
+/// # Errors
+/// There is no terminal. `instead`: what --yes is for, in the error.
+pub(super) fn confirmed(question: &str, instead: &str) -> anyhow::Result<bool> {
+    if !io::stdin().is_terminal() {
+        bail!("there is no terminal to ask on: use --yes {instead}");
+    }
+    eprint!("{question} [y/N] ");
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line)?;
+    Ok(matches!(line.trim(), "y" | "Y" | "yes"))
 }
 
 /// Prints an answer as JSON, or with `table`. Returns [`EXIT_OK`].

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{self, BufRead as _, IsTerminal as _, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +13,7 @@ use palisade_flowlog::duration;
 use serde::Serialize;
 
 use super::{
-    output::{EXIT_NO, EXIT_OK, load_config, show},
+    output::{EXIT_NO, EXIT_OK, confirmed, load_config, show},
     session::{author, sessions},
 };
 use crate::{
@@ -102,7 +102,7 @@ fn change(socket: &Path, set: PolicySet, args: &ChangeArgs) -> anyhow::Result<u8
         }
         return finish(None, EXIT_OK);
     }
-    if !args.yes && !args.force && !confirmed()? {
+    if !args.yes && !args.force && !confirmed("apply?", "to apply it, or --dry-run to see what it changes")? {
         eprintln!("palisade: nothing was changed");
         return finish(None, EXIT_NO);
     }
@@ -150,20 +150,6 @@ fn change(socket: &Path, set: PolicySet, args: &ChangeArgs) -> anyhow::Result<u8
         }
     }
     finish(Some(&applied), EXIT_OK)
-}
-
-/// Asks on the terminal.
-///
-/// # Errors
-/// There is no terminal.
-fn confirmed() -> anyhow::Result<bool> {
-    if !io::stdin().is_terminal() {
-        bail!("there is no terminal to ask on: use --yes to apply it, or --dry-run to see what it changes");
-    }
-    eprint!("apply? [y/N] ");
-    let mut line = String::new();
-    io::stdin().lock().read_line(&mut line)?;
-    Ok(matches!(line.trim(), "y" | "Y" | "yes"))
 }
 
 /// Runs `palisade policy confirm`.

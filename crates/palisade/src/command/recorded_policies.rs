@@ -270,7 +270,9 @@ impl Source {
                     kept.push(Recorded::of_flow(&flow).map_err(anyhow::Error::msg)?);
                 }
                 Some(Answer::Lost(_) | Answer::Agent(_)) => {}
-                Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Alive) => return Ok(Self::Kept(kept)),
+                Some(Answer::Ok(_) | Answer::Capture(_) | Answer::Connections(_) | Answer::Alive) => {
+                    return Ok(Self::Kept(kept));
+                }
                 Some(Answer::Error(message)) => bail!(message),
                 None => bail!("the daemon closed the connection before the end of the answer"),
             }

@@ -2,6 +2,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
+use ipnet::IpNet;
 use palisade_flowlog::{Flow, Lost, Timestamp, filter::ApiFilters};
 use serde::{Deserialize, Serialize};
 
@@ -55,8 +56,10 @@ pub(crate) enum Request {
     IdentityGet { identity: u32 },
     /// Returns the [`PolicyRow`]s of an endpoint.
     BpfPolicyGet { endpoint: String },
-    /// Returns the [`ConnectionRow`]s.
-    BpfCtList,
+    /// Streams [`Answer::Connections`].
+    BpfCtList(ConnectionFilter),
+    /// Removes conntrack entries. Returns [`Flushed`].
+    BpfCtFlush(ConnectionFilter),
     /// Returns the [`IpcacheRow`]s.
     BpfIpcacheList,
     /// Returns the [`FqdnRow`]s of one endpoint or of all.
@@ -873,6 +876,8 @@ pub(crate) enum Answer {
     Agent(Box<AgentNotice>),
     /// Whole pcapng blocks, in base64.
     Capture(String),
+    /// Some conntrack entries.
+    Connections(Vec<ConnectionRow>),
     /// The stream continues, but there is no flow to send.
     Alive,
 }
@@ -1461,6 +1466,40 @@ pub(crate) struct PolicyRow {
     pub bytes: u64,
     /// Packets that the rule has decided, over all policy table entries of the rule.
     pub packets: u64,
+}
+
+/// Which conntrack entries a request is about: all that match every member.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ConnectionFilter {
+    /// Number, name or address of the endpoint.
+    pub endpoint: Option<String>,
+    /// Prefixes of which one has the address of one end; empty for all addresses.
+    pub addresses: Vec<IpNet>,
+    /// Ports of which one is that of one end; empty for all ports.
+    pub ports: Vec<u16>,
+    /// IP protocol number.
+    pub protocol: Option<u8>,
+    /// Whether the peer opened the connection.
+    pub ingress: Option<bool>,
+    /// Identity of the peer.
+    pub identity: Option<u32>,
+}
+
+impl ConnectionFilter {
+    /// Returns whether all entries match.
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Answer of `palisade bpf ct flush`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Flushed {
+    /// Number of removed entries.
+    pub flushed: u64,
+    /// Number of entries that stay, because the policies in force deny their flows.
+    pub kept: u64,
 }
 
 /// A conntrack entry.

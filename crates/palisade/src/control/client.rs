@@ -27,8 +27,8 @@ use super::{
 
 /// Longest wait for a connection, and for each part of an answer unless [`CHANGE_TIMEOUT`] applies.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for each part of the answer to a stop, a reload, a change of options or a capture, whose programs the
-/// control thread attaches. The daemon itself gives up after a minute.
+/// Longest wait for each part of the answer to a stop, a reload, a change of options, a flush of a large table or a capture,
+/// whose programs the control thread attaches. The daemon itself gives up after a minute.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(70);
 /// Lower limit of the wait for a daemon, even if the caller asks for less.
 const MIN_TIMEOUT: Duration = Duration::from_millis(500);
@@ -117,6 +117,7 @@ impl Client {
             Request::Stop { .. }
                 | Request::Reload { .. }
                 | Request::EndpointConfig { .. }
+                | Request::BpfCtFlush(_)
                 | Request::Capture(_)
                 | Request::PolicyPlan(_)
                 | Request::PolicyApply(_)
@@ -284,7 +285,12 @@ impl Client {
             }
             Some(Answer::Error(message)) => Err(ClientError::Refused(message)),
             Some(
-                Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Capture(_) | Answer::Alive,
+                Answer::Flow(_)
+                | Answer::Lost(_)
+                | Answer::Agent(_)
+                | Answer::Capture(_)
+                | Answer::Connections(_)
+                | Answer::Alive,
             ) => Err(ClientError::Broken(io::Error::other(
                 "a stream came where one answer was expected",
             ))),

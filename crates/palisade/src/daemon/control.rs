@@ -573,7 +573,7 @@ impl Control {
         let outcome = self
             .datapath
             .conntrack()
-            .remove_if(|key, _| endpoints.contains(&key.endpoint));
+            .remove_if(|key, _| endpoints.contains(&key.endpoint), |_, _, _| {});
         if let Err(problem) = outcome {
             warn!(error = %problem, "connections of removed endpoints cannot be removed");
         }

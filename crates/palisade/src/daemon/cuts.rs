@@ -2,7 +2,9 @@
 //!
 //! `palisade_policy::cuts` decides. Start at [`would_cut`] and [`denied`].
 
-use palisade_abi::{CtEntry, CtKey, Direction, ct_flags, protocol};
+use std::collections::BTreeMap;
+
+use palisade_abi::{CtEntry, CtKey, Direction, EndpointState, ct_flags, protocol};
 use palisade_datapath::{Datapath, MapError};
 use palisade_policy::{
     compile::Compiler,
@@ -56,8 +58,7 @@ pub(super) fn denied<C: AsRef<Compiler>>(
 ) -> Result<WouldCut, String> {
     let states = datapath.endpoint_states();
     let is_suspect = |key: &CtKey, entry: &CtEntry| {
-        let in_force = states.get(&key.endpoint).map_or(0, |state| state.revision);
-        (entry.revision == 0 || entry.revision != in_force) && is_live(key, &evaluated(entry), now)
+        is_unsettled(&states, key, entry) && is_live(key, &evaluated(entry), now)
     };
     let error = |error: MapError| error.to_string();
     let mut has_suspects = false;
@@ -84,6 +85,33 @@ pub(super) fn denied<C: AsRef<Compiler>>(
         })
         .map_err(error)?;
     Ok(report.finish(view, compiler.as_ref()))
+}
+
+/// Returns whether the programs have not passed a flow under the policy in force, so that it can be denied. `states`: those
+/// of all endpoints.
+pub(super) fn is_unsettled(states: &BTreeMap<u16, EndpointState>, key: &CtKey, entry: &CtEntry) -> bool {
+    let in_force = states.get(&key.endpoint).map_or(0, |state| state.revision);
+    entry.revision == 0 || entry.revision != in_force
+}
+
+/// Returns whether the policies of `finder` deny an unsettled flow. Of protocols without ports, those that the programs have
+/// denied.
+pub(super) fn is_denied(
+    finder: &mut CutFinder<'_>,
+    names: &FqdnManager,
+    key: &CtKey,
+    entry: &CtEntry,
+) -> bool {
+    if !has_ports(key) {
+        return entry.revision == 0;
+    }
+    let cut = finder.find(0, &with_names(key, entry, names));
+    cut.is_some_and(|cut| cut.reason == CutReason::Denied)
+}
+
+/// Returns whether the protocol of a flow has ports.
+pub(super) const fn has_ports(key: &CtKey) -> bool {
+    matches!(key.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
 }
 
 /// Returns an entry as if the policy had not denied the connection since.
@@ -202,8 +230,7 @@ fn is_session(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
 fn is_live(key: &CtKey, entry: &CtEntry, now: u64) -> bool {
     let is_used = entry.flags & (ct_flags::REPLIED | ct_flags::SEEDED) != 0;
     let passes = entry.revision != 0 && entry.flags & ct_flags::CLOSED == 0;
-    let has_ports = matches!(key.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
-    has_ports && is_used && passes && entry.expires > now
+    has_ports(key) && is_used && passes && entry.expires > now
 }
 
 fn with_names(key: &CtKey, entry: &CtEntry, names: &FqdnManager) -> Connection {

@@ -14,7 +14,7 @@ use std::{
 };
 
 use palisade_abi::{Event, ct_flags};
-use palisade_datapath::{Datapath, MapError, monotonic_coarse};
+use palisade_datapath::{Datapath, Fate, MapError, monotonic_coarse};
 use palisade_flowlog::{Flow, Ring};
 use tracing::error;
 
@@ -49,17 +49,6 @@ impl Interval {
     }
 }
 
-/// Returns the remote addresses of live egress connections, by endpoint.
-fn in_use(datapath: &Datapath, now: u64) -> Result<HashMap<u16, HashSet<IpAddr>>, MapError> {
-    let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
-    for (key, entry) in datapath.conntrack().entries()? {
-        if entry.expires > now && entry.flags & (ct_flags::INGRESS | ct_flags::CLOSED) == 0 {
-            in_use.entry(key.endpoint).or_default().insert(key.remote.into());
-        }
-    }
-    Ok(in_use)
-}
-
 /// Starts the thread.
 pub(super) fn run(
     datapath: Arc<Datapath>,
@@ -71,29 +60,51 @@ pub(super) fn run(
     thread::Builder::new().name("sweeper".into()).spawn(move || {
         loop {
             thread::sleep(interval.get());
-            let now = monotonic_coarse();
             // While an attachment fails in an upgrade, programs of the earlier version refresh flows only in their table.
             let copied = datapath.take_over_flows();
-            match copied.and_then(|_| datapath.conntrack().sweep(now)) {
-                Ok(sweep) => {
-                    let names = EventNames::new(shared.get());
-                    let offset = events::clock_offset();
-                    let ends = sweep.ended.iter();
-                    let ends = ends.filter_map(|ended| Event::of_expired(&ended.key, &ended.entry, now));
-                    for event in ends.take(MAX_END_EVENTS) {
-                        ring.push(Flow::from_event(&event, &names, offset));
-                    }
-                }
-                Err(error) => error!(%error, "expired connections cannot be swept"),
-            }
-            match in_use(&datapath, now) {
+            match copied.and_then(|_| sweep(&datapath, &ring, &shared, &learned)) {
                 Ok(in_use) => learned.sweep(&in_use),
                 // While the addresses in use are unknown, all learned names are kept.
-                Err(error) => {
-                    error!(%error, "learned names are not swept, because the connections cannot be read")
-                }
+                Err(error) => error!(
+                    %error,
+                    "expired connections and learned names are not swept, because the connections cannot be read"
+                ),
             }
         }
     })?;
     Ok(())
+}
+
+/// Removes expired flows. Returns the learned addresses of live egress connections, by endpoint.
+fn sweep(
+    datapath: &Datapath,
+    ring: &Ring,
+    shared: &Shared,
+    learned: &FqdnManager,
+) -> Result<HashMap<u16, HashSet<IpAddr>>, MapError> {
+    let now = monotonic_coarse();
+    let names = EventNames::new(shared.get());
+    let offset = events::clock_offset();
+    let mut reported = 0;
+    let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
+    datapath.conntrack().remove_if(
+        |_, entry| entry.expires <= now,
+        |fate, key, entry| match fate {
+            Fate::Removed if reported < MAX_END_EVENTS => {
+                if let Some(event) = Event::of_expired(key, entry, now) {
+                    reported += 1;
+                    ring.push(Flow::from_event(&event, &names, offset));
+                }
+            }
+            Fate::Removed => {}
+            Fate::Stays => {
+                let remote = key.remote.into();
+                let is_outgoing = entry.flags & (ct_flags::INGRESS | ct_flags::CLOSED) == 0;
+                if is_outgoing && learned.has_learned(key.endpoint, remote) {
+                    in_use.entry(key.endpoint).or_default().insert(remote);
+                }
+            }
+        },
+    )?;
+    Ok(in_use)
 }

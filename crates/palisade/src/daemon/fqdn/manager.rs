@@ -579,6 +579,12 @@ impl FqdnManager {
             .unwrap_or_default()
     }
 
+    /// Returns whether an endpoint has learned an address.
+    pub(crate) fn has_learned(&self, endpoint: EndpointId, address: IpAddr) -> bool {
+        let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
+        known.contains_key(&(endpoint, address.to_canonical()))
+    }
+
     fn source_of(&self, endpoint: EndpointId, address: IpAddr) -> Source {
         let known = self.known_as.read().unwrap_or_else(PoisonError::into_inner);
         known
@@ -586,7 +592,7 @@ impl FqdnManager {
             .map_or(Source::Answer, |known| known.source)
     }
 
-    /// Removes addresses that have expired and are not in use. `in_use`: remote addresses of live connections, by
+    /// Removes addresses that have expired and are not in use. `in_use`: learned addresses of live connections, by
     /// endpoint.
     pub(crate) fn sweep(&self, in_use: &HashMap<EndpointId, HashSet<IpAddr>>) {
         let endpoints = self.lock().learned_map.cache.endpoints();

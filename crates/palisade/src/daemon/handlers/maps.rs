@@ -2,10 +2,7 @@
 
 use std::net::IpAddr;
 
-use palisade_abi::{
-    Counter, Decision, Direction, INSIDE, Identity, LearnedKey, ct_flags, entry_flags, identity, protocol,
-};
-use palisade_datapath::monotonic_coarse;
+use palisade_abi::{Counter, Decision, Direction, INSIDE, Identity, LearnedKey, entry_flags, identity};
 use palisade_fqdn::{SelectorId, Selectors};
 use palisade_model::{rule::FqdnPattern, snapshot::inspector_name};
 use palisade_protocols::dns::Name;
@@ -17,9 +14,7 @@ use super::{
     },
     Handlers, map_error,
 };
-use crate::control::api::{
-    ConnectionRow, Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary,
-};
+use crate::control::api::{Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary};
 
 impl Handlers {
     pub(super) fn policies(&self, name: Option<String>) -> Result<Vec<PolicySummary>, String> {
@@ -107,65 +102,13 @@ impl Handlers {
         Ok(rows)
     }
 
-    pub(super) fn connections(&self) -> Result<Vec<ConnectionRow>, String> {
-        let mut entries = self.datapath.conntrack().entries().map_err(map_error)?;
-        entries.sort_by_key(|(key, _)| (key.endpoint, key.protocol, key.local, key.local_port, key.remote));
-        let now = monotonic_coarse();
-        let rows = entries
-            .into_iter()
-            .map(|(key, entry)| {
-                let end = |address, port: u16| {
-                    let address = IpAddr::from(address);
-                    match (address, key.protocol) {
-                        (address, protocol::ICMP | protocol::ICMPV6) => address.to_string(),
-                        (IpAddr::V4(address), _) => format!("{address}:{port}"),
-                        (IpAddr::V6(address), _) => format!("[{address}]:{port}"),
-                    }
-                };
-                let ingress = entry.flags & ct_flags::INGRESS != 0;
-                let (local, remote) = (end(key.local, key.local_port), end(key.remote, key.remote_port));
-                let (source, destination) = if ingress { (remote, local) } else { (local, remote) };
-                let flags = [
-                    (ct_flags::AUDIT, "Audit"),
-                    (ct_flags::REPLIED, "Replied"),
-                    (ct_flags::SEEDED, "Seeded"),
-                    (ct_flags::MIDSTREAM, "Midstream"),
-                    (ct_flags::CLOSED, "Closed"),
-                ];
-                ConnectionRow {
-                    protocol: protocol_name(key.protocol),
-                    direction: if ingress { "IN" } else { "OUT" }.to_owned(),
-                    source,
-                    destination,
-                    endpoint: key.endpoint,
-                    expires: seconds_until(entry.expires, now),
-                    forward_packets: entry.forward_packets,
-                    forward_bytes: entry.forward_bytes,
-                    reply_packets: entry.reply_packets,
-                    reply_bytes: entry.reply_bytes,
-                    forward_tcp: entry.forward_tcp,
-                    reply_tcp: entry.reply_tcp,
-                    identity: entry.remote_identity,
-                    revision: entry.revision,
-                    rule: entry.rule,
-                    flags: flags
-                        .into_iter()
-                        .filter(|(bit, _)| entry.flags & bit != 0)
-                        .map(|(_, name)| name.to_owned())
-                        .collect(),
-                }
-            })
-            .collect();
-        Ok(rows)
-    }
-
     /// Returns an endpoint that is given by number, name or address.
     pub(super) fn endpoint(&self, endpoint: String) -> Result<Endpoint, String> {
         self.look_up(|reply| ClientRequest::Endpoint { endpoint, reply })
     }
 
     /// Returns the number of an endpoint that is given by number, name or address; `None` if none is given.
-    fn endpoint_number(&self, endpoint: Option<String>) -> Result<Option<u16>, String> {
+    pub(super) fn endpoint_number(&self, endpoint: Option<String>) -> Result<Option<u16>, String> {
         let Some(endpoint) = endpoint else { return Ok(None) };
         Ok(Some(self.endpoint(endpoint)?.id))
     }
@@ -279,27 +222,11 @@ fn known_or_number(view: &View, identity: Identity) -> Vec<String> {
     }
 }
 
-fn seconds_until(time: u64, now: u64) -> i64 {
-    let difference = i128::from(time) - i128::from(now);
-    i64::try_from(difference / 1_000_000_000).unwrap_or(i64::MAX)
-}
-
 const fn decision_name(decision: Decision) -> &'static str {
     match decision {
         Decision::Allow => "Allow",
         Decision::Inspect => "Inspect",
         Decision::AuthRequired => "Auth",
         Decision::Deny | Decision::DenyExplicit | Decision::DenyQuic => "Deny",
-    }
-}
-
-fn protocol_name(number: u8) -> String {
-    match number {
-        protocol::TCP => "TCP".to_owned(),
-        protocol::UDP => "UDP".to_owned(),
-        protocol::SCTP => "SCTP".to_owned(),
-        protocol::ICMP => "ICMP".to_owned(),
-        protocol::ICMPV6 => "ICMPv6".to_owned(),
-        other => other.to_string(),
     }
 }

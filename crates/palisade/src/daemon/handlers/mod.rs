@@ -4,6 +4,7 @@
 mod agent;
 mod capture;
 mod changes;
+mod conntrack;
 mod control;
 mod explain;
 mod intercept;
@@ -133,7 +134,8 @@ impl Handler for Handlers {
             Request::IdentityList => json(Ok(self.identities())),
             Request::IdentityGet { identity } => json(self.identity(identity)),
             Request::BpfPolicyGet { endpoint } => json(self.policy_table(endpoint)),
-            Request::BpfCtList => json(self.connections()),
+            Request::BpfCtList(filter) => return self.list_connections(&filter, sink),
+            Request::BpfCtFlush(filter) => json(self.flush_connections(&filter)),
             Request::BpfIpcacheList => json(self.ipcache()),
             Request::FqdnCacheList { endpoint } => json(self.learned_names(endpoint)),
             Request::FqdnCacheClean {
