@@ -94,6 +94,32 @@ impl From<Outcome> for Effect {
     }
 }
 
+impl From<Happened> for Effect {
+    fn from(happened: Happened) -> Self {
+        match happened {
+            Happened::Forwarded | Happened::Passed | Happened::Unknown => Self::Allowed,
+            Happened::Audited => Self::Audited,
+            Happened::Inspected => Self::Inspected,
+            Happened::Dropped => Self::Denied,
+        }
+    }
+}
+
+/// Returns whether policies decide about a flow otherwise than recorded. Packets of an inspected flow are recorded as
+/// forwarded as well, and its requests have records of their own; so a flow that passed and one that is inspected do not
+/// differ. A trace ([`Happened::Passed`]) does not show whether the flow passed because of audit mode, so only a denial
+/// differs from it.
+#[must_use]
+pub fn differs(recorded: Happened, then: Effect) -> bool {
+    if recorded == Happened::Passed {
+        return then == Effect::Denied;
+    }
+    match (Effect::from(recorded), then) {
+        (Effect::Allowed, Effect::Inspected) | (Effect::Inspected, Effect::Allowed) => false,
+        (now, then) => now != then,
+    }
+}
+
 /// Flows between two ends with one change of the verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Change {
@@ -397,21 +423,7 @@ impl<'e> Replay<'e> {
     fn count(&mut self, group: &Group, flows: u64, side: &trace::Side) {
         self.report.evaluated += flows;
         let then = Effect::from(side.verdict);
-        let now = match group.now {
-            Happened::Forwarded | Happened::Passed | Happened::Unknown => Effect::Allowed,
-            Happened::Audited => Effect::Audited,
-            Happened::Inspected => Effect::Inspected,
-            Happened::Dropped => Effect::Denied,
-        };
-        let same = now == then
-            || (group.now == Happened::Passed && then != Effect::Denied)
-            || match (now, then) {
-                // Packets of an inspected flow are recorded as forwarded as well. Its requests have records of their own.
-                (Effect::Allowed, Effect::Inspected) => true,
-                (Effect::Inspected, Effect::Allowed) => true,
-                _ => false,
-            };
-        if same {
+        if !differs(group.now, then) {
             self.report.unchanged += flows;
             if then == Effect::Inspected {
                 self.report.inspected += flows;
@@ -428,7 +440,7 @@ impl<'e> Replay<'e> {
             group.own.text(),
             peer,
             packet_port(group.protocol, group.port),
-            now,
+            Effect::from(group.now),
             then,
             side.decided_by.clone(),
             Arc::clone(&group.now_by),
@@ -548,4 +560,30 @@ fn selectors_of(compiler: &Compiler, group: &Group) -> Vec<SelectorNumber> {
         .filter(|(_, pattern)| group.names.iter().any(|name| name_matches(pattern, name)))
         .map(|(number, _)| *number)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_differs_unless_it_passes_as_before() {
+        use Effect::{Allowed, Audited, Denied, Inspected};
+        let all = [Allowed, Audited, Inspected, Denied];
+        for (recorded, same) in [
+            (Happened::Forwarded, &[Allowed, Inspected][..]),
+            (Happened::Passed, &[Allowed, Audited, Inspected]),
+            (Happened::Audited, &[Audited]),
+            (Happened::Inspected, &[Allowed, Inspected]),
+            (Happened::Dropped, &[Denied]),
+        ] {
+            for then in all {
+                assert_eq!(
+                    differs(recorded, then),
+                    !same.contains(&then),
+                    "{recorded:?} {then:?}"
+                );
+            }
+        }
+    }
 }

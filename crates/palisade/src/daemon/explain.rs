@@ -5,6 +5,7 @@ use palisade_advice::{
     explain::explain,
     query::{inventory_of, question},
     record::{Happened, Recorded},
+    replay::differs,
 };
 use palisade_inspect::Inspectors;
 use palisade_model::{inventory::Options, request::HttpOptions};
@@ -123,12 +124,7 @@ fn of_question(
     let mut explanation = explain(compiler, question, &inspectors)?;
     let passes = explanation.trace.verdict != Outcome::Denied;
     if let Some((mut said, happened)) = recorded {
-        let differs = match happened {
-            Happened::Dropped => passes,
-            Happened::Forwarded | Happened::Passed | Happened::Inspected | Happened::Audited => !passes,
-            Happened::Unknown => false,
-        };
-        if differs {
+        if differs(happened, explanation.trace.verdict.into()) {
             said.push_str("\nthe policies in force now decide otherwise:");
         }
         explanation.recorded = Some(said);

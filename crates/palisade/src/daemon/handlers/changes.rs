@@ -8,7 +8,7 @@ use std::{
 
 use palisade_advice::{
     record::Recorded,
-    replay::{Candidate as ReplayCandidate, Effect, Replay},
+    replay::{Candidate as ReplayCandidate, Replay},
 };
 use palisade_datapath::monotonic_coarse;
 use palisade_flowlog::{Next, Timestamp};
@@ -138,10 +138,8 @@ impl Handlers {
         let report = replay.finish().map_err(problems)?;
         plan.flows_evaluated = report.evaluated;
         plan.flows_since = Some(oldest.unwrap_or(an_hour_ago).to_string());
-        let differs = |now: Effect, then: Effect| (now == Effect::Denied) != (then == Effect::Denied);
         let changes = report.changes.into_iter();
         plan.flows = changes
-            .filter(|change| differs(change.now, change.then))
             .take(MAX_ROWS)
             .map(|change| FlowChange {
                 direction: change.direction.to_owned(),
