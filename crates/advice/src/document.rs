@@ -42,6 +42,30 @@ impl Subject {
         }
     }
 
+    /// Returns the endpoints in words.
+    pub(crate) fn text(&self) -> String {
+        let labels: Vec<String> = self
+            .selector
+            .labels()
+            .iter()
+            .filter(|label| label.key != NAMESPACE)
+            .map(|label| match label.source.as_str() {
+                "k8s" => format!("{}={}", label.key, label.value),
+                "reserved" => label.key.clone(),
+                _ => label.to_string(),
+            })
+            .collect();
+        let endpoints = match (self.node, labels.is_empty()) {
+            (true, _) => "the node".to_owned(),
+            (false, true) => "all endpoints".to_owned(),
+            (false, false) => labels.join(","),
+        };
+        match &self.namespace {
+            Some(namespace) => format!("{endpoints} in namespace {namespace}"),
+            None => endpoints,
+        }
+    }
+
     /// Returns the policy with the rules of both directions. Without rules of a direction its section is missing.
     pub(crate) fn policy(&self, name: &str, ingress: Vec<Item>, egress: Vec<Item>) -> Yaml {
         let kind = match self.namespace {

@@ -5,6 +5,10 @@
 //! protocols on one port), the caller replays the flows against it ([`Suggestion::replay`]) and returns those that it
 //! denies ([`Suggestion::widen`]), until none is denied.
 //!
+//! For a direction of a subject of which policies have denied every flow there is no rule, since a proposal must not allow
+//! what was denied without being asked. A comment says so, with the rules that would allow the flows
+//! ([`Suggestion::denied`]).
+//!
 //! Every collection is bounded. A collection that is full is generalised: paths to shorter patterns, names to patterns of
 //! their domain, addresses to the world, ports to every port.
 
@@ -45,15 +49,34 @@ const MAX_RULES: usize = 32;
 const MAX_SEGMENT: usize = 64;
 /// Labels whose value names a workload, the most usual first.
 const NAMING: [&str; 5] = ["app.kubernetes.io/name", "app", "k8s-app", "name", "component"];
+/// Largest number of rules in a comment about denied flows.
+const MAX_DENIED_RULES: usize = 16;
 /// Name of the file of the policies, in messages.
 const FILE: &str = "suggested.yaml";
 /// Collects recorded flows, and makes the policies that allow them.
 #[derive(Debug, Default)]
 pub struct Suggestion {
     with_dropped: bool,
-    subjects: BTreeMap<Subject, [Direct; 2]>,
+    subjects: Subjects,
+    /// Flows that policies have dropped, unless they count as well.
+    denied: Subjects,
     counts: Counts,
     secrets: Secrets,
+}
+
+type Subjects = BTreeMap<Subject, [Direct; 2]>;
+
+/// A direction of which policies have denied every flow, so that no rule is proposed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DeniedDirection {
+    /// The endpoints, by namespace and labels.
+    pub endpoints: String,
+    /// `ingress` or `egress`.
+    pub direction: &'static str,
+    /// Number of flows.
+    pub flows: u64,
+    /// The section of a policy that would allow the flows, as YAML. It is not checked by a replay.
+    pub yaml: String,
 }
 
 /// Numbers of flows.
@@ -141,53 +164,80 @@ impl Suggestion {
     /// # Errors
     /// The reason why it does not.
     fn counts_flow(&self, flow: &Recorded) -> Result<(Direction, Subject), &'static str> {
-        if let Some(reason) = flow.unusable {
-            return Err(reason);
-        }
-        if flow.verdict == Happened::Dropped && !self.with_dropped {
+        if self.is_denied(flow) {
             return Err("dropped flows");
         }
-        let (direction, own, _) = flow.ends().ok_or("records without a traffic direction")?;
-        let is_node = own.labels.has_reserved("host");
-        if is_world(&own.labels) || (namespace(&own.labels).is_none() && !is_node) {
-            return Err("flows whose endpoint has no labels of a workload");
-        }
-        let can_select =
-            |end: &RecordedEnd| is_world(&end.labels) || stable(&end.labels).iter().all(is_expressible);
-        if !can_select(&flow.source) || !can_select(&flow.destination) {
-            return Err("flows with labels that no policy can select");
-        }
-        Ok((direction, Subject::stable(&own.labels)))
+        subject_of(flow)
+    }
+
+    fn is_denied(&self, flow: &Recorded) -> bool {
+        flow.unusable.is_none() && flow.verdict == Happened::Dropped && !self.with_dropped
     }
 
     fn add(&mut self, flow: &Recorded) -> Result<(), &'static str> {
-        let (direction, subject) = self.counts_flow(flow)?;
-        if self.subjects.len() >= MAX_SUBJECTS && !self.subjects.contains_key(&subject) {
-            return Err("flows of further workloads than can be handled at once");
+        if self.is_denied(flow) {
+            // Whether it could be added makes no difference: there is no rule for it.
+            let _ = note(&mut self.denied, &self.secrets, flow);
         }
-        let direct = &mut self.subjects.entry(subject).or_default()[direction as usize];
-        let peer = direct.peer(direction, flow)?;
-        let traffic = direct.peers.entry(peer).or_default();
-        traffic.flows += 1;
-        let port = PortForm {
-            protocol: flow.protocol,
-            port: flow.port,
-        };
-        if port.yaml().is_none() || (traffic.ports.len() >= MAX_PORTS && !traffic.ports.contains_key(&port)) {
-            traffic.any_port = true;
-            return Ok(());
-        }
-        traffic
-            .ports
-            .entry(port)
-            .or_default()
-            .add(direction, &flow.request, || self.secrets.of_port(flow.port));
-        Ok(())
+        self.counts_flow(flow)?;
+        note(&mut self.subjects, &self.secrets, flow)
     }
 
-    /// Returns the policies as YAML documents; empty without flows.
+    /// Returns the directions of which policies have denied every flow.
+    #[must_use]
+    pub fn denied(&self) -> Vec<DeniedDirection> {
+        let mut found = Vec::new();
+        for (subject, denied) in &self.denied {
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let direct = &denied[direction as usize];
+                let passed = self.subjects.get(subject);
+                if direct.peers.is_empty()
+                    || passed.is_some_and(|passed| !passed[direction as usize].peers.is_empty())
+                {
+                    continue;
+                }
+                let mut rules = direct.rules(direction, subject.namespace.as_deref());
+                let more = rules.len().saturating_sub(MAX_DENIED_RULES);
+                rules.truncate(MAX_DENIED_RULES);
+                let section = match direction {
+                    Direction::Ingress => "ingress",
+                    Direction::Egress => "egress",
+                };
+                let mut yaml = map([(section, Yaml::List(rules))]).emit();
+                if more > 0 {
+                    yaml.push_str(&comment(&format!("and {}", count(more as u64, "more rule"))));
+                }
+                found.push(DeniedDirection {
+                    endpoints: subject.text(),
+                    direction: section,
+                    flows: direct.peers.values().map(|traffic| traffic.flows).sum(),
+                    yaml,
+                });
+            }
+        }
+        found
+    }
+
+    /// Returns the policies as YAML documents, after comments about what was denied only; empty without flows.
     #[must_use]
     pub fn policies(&self) -> String {
+        let mut comments = String::new();
+        for denied in self.denied() {
+            let what = format!(
+                "{} of {}: {} denied, and no rule allows them. --include-dropped adds rules such as:",
+                denied.direction,
+                denied.endpoints,
+                match denied.flows {
+                    1 => "the only recorded flow was".to_owned(),
+                    flows => format!("all {flows} recorded flows were"),
+                }
+            );
+            comments.push_str(&comment(&what));
+            // Each line of the emitter is one line, whatever a peer has put into a name.
+            for line in denied.yaml.lines() {
+                comments.push_str(&format!("#   {line}\n"));
+            }
+        }
         let mut out = String::new();
         let mut names: BTreeSet<(Option<String>, String)> = BTreeSet::new();
         for (subject, directions) in &self.subjects {
@@ -219,7 +269,7 @@ impl Suggestion {
                 .unwrap_or(name);
             out.push_str(&subject.policy(&name, ingress, egress).emit());
         }
-        out
+        comments + &out
     }
 
     /// Returns a replay of flows against the policies. Add the same flows, and pass the replay to [`Self::widen`].
@@ -309,6 +359,56 @@ impl Suggestion {
             }
         }
     }
+}
+
+/// Returns the subject whose policy decides about a flow, and the direction.
+///
+/// # Errors
+/// The reason why no policy can select the ends.
+fn subject_of(flow: &Recorded) -> Result<(Direction, Subject), &'static str> {
+    if let Some(reason) = flow.unusable {
+        return Err(reason);
+    }
+    let (direction, own, _) = flow.ends().ok_or("records without a traffic direction")?;
+    let is_node = own.labels.has_reserved("host");
+    if is_world(&own.labels) || (namespace(&own.labels).is_none() && !is_node) {
+        return Err("flows whose endpoint has no labels of a workload");
+    }
+    let can_select =
+        |end: &RecordedEnd| is_world(&end.labels) || stable(&end.labels).iter().all(is_expressible);
+    if !can_select(&flow.source) || !can_select(&flow.destination) {
+        return Err("flows with labels that no policy can select");
+    }
+    Ok((direction, Subject::stable(&own.labels)))
+}
+
+/// Adds a flow to the traffic of its subject.
+///
+/// # Errors
+/// The reason why there can be no rule for it.
+fn note(subjects: &mut Subjects, secrets: &Secrets, flow: &Recorded) -> Result<(), &'static str> {
+    let (direction, subject) = subject_of(flow)?;
+    if subjects.len() >= MAX_SUBJECTS && !subjects.contains_key(&subject) {
+        return Err("flows of further workloads than can be handled at once");
+    }
+    let direct = &mut subjects.entry(subject).or_default()[direction as usize];
+    let peer = direct.peer(direction, flow)?;
+    let traffic = direct.peers.entry(peer).or_default();
+    traffic.flows += 1;
+    let port = PortForm {
+        protocol: flow.protocol,
+        port: flow.port,
+    };
+    if port.yaml().is_none() || (traffic.ports.len() >= MAX_PORTS && !traffic.ports.contains_key(&port)) {
+        traffic.any_port = true;
+        return Ok(());
+    }
+    traffic
+        .ports
+        .entry(port)
+        .or_default()
+        .add(direction, &flow.request, || secrets.of_port(flow.port));
+    Ok(())
 }
 
 /// A replay of the flows against the suggested policies.

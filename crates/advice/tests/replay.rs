@@ -569,6 +569,56 @@ fn only_what_passed_counts() {
 }
 
 #[test]
+fn a_direction_that_was_only_denied_is_named_and_not_allowed() {
+    let dropped = |egress, from: &str, to: &str, port| Line {
+        verdict: "DROPPED",
+        ..line(egress, from, to, port)
+    };
+    let evil = dropped(false, "db", "back", 80).http("GET", "http://a/x'\"}]: #\\u{0}\n- kind: Evil");
+    let flows = [
+        dropped(false, "db", "back", 80),
+        evil,
+        dropped(true, "front", "back", 80),
+        line(false, "front", "shop", 81),
+        dropped(false, "db", "shop", 81),
+    ];
+    let yaml = suggest(&flows);
+    let (head, policies) = yaml.split_at(yaml.find("# 1 recorded flow\n").expect("a policy"));
+    assert!(head.lines().all(|line| line.starts_with('#')), "{head}");
+    assert!(
+        head.contains("# ingress of app=back in namespace shop: all 2 recorded flows were denied"),
+        "{head}"
+    );
+    assert!(
+        head.contains("# egress of app=front in namespace shop: the only recorded flow was denied"),
+        "{head}"
+    );
+    assert!(
+        head.contains("#   - fromEndpoints:\n#     - matchLabels:\n#         app: db\n"),
+        "{head}"
+    );
+    // Of a direction with allowed flows the rules say what was needed.
+    assert!(!head.contains("app=shop") && !policies.contains("db"), "{yaml}");
+    // Without any rule there are only comments, which are no policy.
+    let yaml = suggest(&flows[..3]);
+    assert!(
+        yaml.lines().all(|line| line.starts_with('#')) && !yaml.is_empty(),
+        "{yaml}"
+    );
+    assert_eq!(Suggestion::new(true).denied(), []);
+    assert!(!suggest_with(&flows, true).contains("denied"));
+    // A denied direction without any allowed flow has a bounded comment.
+    let many: Vec<Line> = (0..2_000)
+        .map(|n| dropped(false, &format!("peer-{n}"), "back", 80))
+        .collect();
+    let yaml = suggest(&many);
+    assert!(
+        yaml.contains("more rules") && yaml.lines().count() < 300,
+        "{yaml}"
+    );
+}
+
+#[test]
 fn text_of_a_peer_cannot_break_out() {
     let evil = line(false, "front", "back", 80).http("GET", "http://a/x'\"}]: #\\u{0}\n- kind: Evil");
     let yaml = suggest(&[evil]);

@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail};
 use palisade_advice::{
     record::Recorded,
     replay::{Candidate, Problems, Replay, Report},
-    suggest::Suggestion,
+    suggest::{DeniedDirection, Suggestion},
 };
 use palisade_flowlog::{Filters, input};
 use palisade_inspect::Inspectors;
@@ -153,6 +153,8 @@ struct Suggested<'a> {
     counts: &'a palisade_advice::suggest::Counts,
     /// Number of groups of flows that the policies do not allow.
     denied: usize,
+    /// Directions of which policies have denied every flow.
+    denied_only: &'a [DeniedDirection],
 }
 
 /// Runs `palisade policy suggest`.
@@ -192,6 +194,7 @@ pub(super) fn suggest(
     }
     let yaml = suggestion.policies();
     let counts = suggestion.counts();
+    let denied_only = suggestion.denied();
     if denied > 0 {
         eprintln!(
             "palisade: no policy was found that allows all flows: {denied} groups of them are denied; nothing is printed"
@@ -205,9 +208,23 @@ pub(super) fn suggest(
                 yaml: &yaml,
                 counts,
                 denied,
+                denied_only: &denied_only,
             };
             show(&answer, Output::Json, |_, _| Ok(()))?;
         }
+    }
+    for DeniedDirection {
+        endpoints,
+        direction,
+        flows,
+        ..
+    } in &denied_only
+    {
+        let flows = count(usize::try_from(*flows).unwrap_or(usize::MAX), "flow", "flows");
+        eprintln!(
+            "palisade: {direction} of {endpoints}: policies have denied all of it ({flows}), and nothing is proposed for it; \
+             --include-dropped proposes what would allow it"
+        );
     }
     for (reason, number) in &counts.skipped {
         eprintln!("palisade: without a rule: {number} {reason}");
