@@ -733,6 +733,53 @@ fn a_policy_that_denies_the_session_it_is_applied_from_is_refused() {
 }
 
 #[test]
+fn a_cancellation_that_denies_the_session_it_is_ordered_from_is_refused() {
+    let bed = Bed::new();
+    bed.daemon.write("host.yaml", HOST).expect("write");
+    bed.daemon.settle().expect("settle");
+    let allowing = bed.candidate("host.yaml", &HOST.replace("'8080'", "'22'"));
+    for family in FAMILIES {
+        bed.apply(&[&allowing, "--yes", "--confirm", "1h"]);
+        let node = bed.world.at("node", family, 22);
+        let mut session =
+            palisade_testbed::probe::open(bed.world.ns("far"), None, node, OPEN).expect("session");
+        assert!(echoes(&mut session));
+        let peer = session.local_addr().expect("address");
+        let cancel = |args: &[&str], port: u16| {
+            let connection = format!("{} {port} {} {}", peer.ip(), node.ip(), node.port());
+            let mut command = bed.daemon.command(&[&["policy", "cancel"], args].concat());
+            output(command.env("SSH_CONNECTION", connection), LONG).expect("command")
+        };
+        let refused = cancel(&[], peer.port());
+        let said = text(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("deny your own session") && said.contains(&peer.to_string()),
+            "{said}"
+        );
+        assert!(echoes(&mut session), "{family:?}");
+        match family {
+            // The variable is that of a connection that has ended, as in tmux; the rollback is made.
+            Family::V4 => {
+                drop(session);
+                let is_made = || cancel(&[], peer.port()).status.success();
+                wait_until("the rollback is made", LONG, is_made).expect("cancel");
+            }
+            Family::V6 => {
+                let made = cancel(&["--force"], peer.port());
+                assert!(made.status.success(), "{}", text(&made));
+            }
+        }
+        bed.rolled_back();
+        assert_eq!(bed.folder("host.yaml"), HOST);
+    }
+    // Nobody can be asked at the deadline: the rollback is made although it denies the session.
+    bed.apply(&[&allowing, "--yes", "--confirm", "3s"]);
+    bed.rolled_back();
+    assert_eq!(bed.folder("host.yaml"), HOST);
+}
+
+#[test]
 fn a_configuration_that_denies_the_session_it_is_reloaded_from_is_refused() {
     let world = world();
     let audit = Settings {

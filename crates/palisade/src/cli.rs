@@ -345,10 +345,16 @@ Exits 1 if no change waits, for example because it was rolled back, or if anothe
   palisade policy cancel
   palisade policy cancel 12
 
-Exits 1 if no change waits, or if another one waits.")]
+A rollback to policies that deny the ssh session in which the command runs is refused without --force. The rollback at the
+deadline is not.
+
+Exits 1 if no change waits, if another one waits, or if it is refused.")]
     Cancel {
         /// Number of the change; without it, the one that waits.
         number: Option<u64>,
+        /// Roll back also if that denies the session in which the command runs.
+        #[arg(long)]
+        force: bool,
     },
     /// Show which verdicts differ between two sets of policies.
     #[command(after_help = change::DIFF_HELP)]

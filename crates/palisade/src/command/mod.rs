@@ -140,7 +140,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             }
             PolicyCommand::Apply(args) => policy_change::apply(&socket()?, &args.path, &args.change),
             PolicyCommand::Confirm { number } => policy_change::confirm(&socket()?, *number),
-            PolicyCommand::Cancel { number } => policy_change::cancel(&socket()?, *number),
+            PolicyCommand::Cancel { number, force } => policy_change::cancel(&socket()?, *number, *force),
             PolicyCommand::Diff(args) => policy_change::diff(&cli.config, socket, args),
             PolicyCommand::History { output } => policy_change::history(&socket()?, output.output),
             PolicyCommand::Rollback(args) => policy_change::rollback(&socket()?, args.number, &args.change),

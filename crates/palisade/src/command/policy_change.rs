@@ -162,11 +162,16 @@ pub(super) fn confirm(socket: &Path, number: Option<u64>) -> anyhow::Result<u8> 
 }
 
 /// Runs `palisade policy cancel`.
-pub(super) fn cancel(socket: &Path, number: Option<u64>) -> anyhow::Result<u8> {
+pub(super) fn cancel(socket: &Path, number: Option<u64>, force: bool) -> anyhow::Result<u8> {
     let author = author();
+    let sessions = if force { Vec::new() } else { sessions() };
     end(
         socket,
-        &Request::PolicyCancel { author, number },
+        &Request::PolicyCancel {
+            author,
+            number,
+            sessions,
+        },
         "is rolled back: the policies from before it are in force",
     )
 }

@@ -1,7 +1,8 @@
 //! The user of a command, and the ssh session in which the command runs.
 //!
 //! sshd sets SSH_CONNECTION (ssh(1)), but sudo removes it from the environment. The parent processes are searched too:
-//! the user's shell has it. The variable can be forged by its process, so it only adds sessions to the check; the
+//! the user's shell has it. The variable can be forged by its process, so it only adds sessions to the check; and it can be
+//! older than the session (a shell in tmux that is attached anew), so a connection that no longer exists does not count. The
 //! connections of parent processes, of which sshd is one, are added as well. One that a parent process has opened itself
 //! can be the user's way to the node, too (a reverse tunnel, an agent), so it is added as what it is: an outgoing one.
 
@@ -62,10 +63,35 @@ pub(super) fn sessions() -> Vec<Session> {
             _ => break,
         }
     }
-    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
-        .map(|table| fs::read_to_string(table).unwrap_or_default());
+    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"].map(fs::read_to_string);
+    // Without the table it is not known which connections exist, so all count. That of IPv6 is missing if IPv6 is off.
+    if tables[0].is_ok() {
+        let tables = tables
+            .each_ref()
+            .map(|table| table.as_deref().unwrap_or_default());
+        retain_existing(&mut found, &tables);
+    }
+    let tables = tables.map(Result::unwrap_or_default);
     of_tables(&mut found, &tables, &sockets);
     found.into_iter().collect()
+}
+
+/// Removes the sessions whose connection is not established.
+fn retain_existing(found: &mut BTreeSet<Session>, tables: &[&str]) {
+    let lines = tables.iter().flat_map(|table| table.lines().skip(1));
+    let existing: BTreeSet<[SocketAddr; 2]> = lines
+        .filter_map(|line| ends_in_state(line, ESTABLISHED))
+        .filter(|ends| found.iter().any(|session| session.local == ends[0]))
+        .collect();
+    found.retain(|session| existing.contains(&[session.local, session.peer]));
+}
+
+/// Returns the local and the remote end of a line of /proc/net/tcp or tcp6, if its socket is in a state.
+fn ends_in_state(line: &str, state: &str) -> Option<[SocketAddr; 2]> {
+    let mut words = line.split_ascii_whitespace().skip(1);
+    let (local, peer) = (words.next()?, words.next()?);
+    (words.next()? == state).then_some(())?;
+    Some([end(local)?, end(peer)?])
 }
 
 /// Adds the established connections of some sockets. Those of `found` are known to be incoming.
@@ -139,14 +165,14 @@ fn sockets_of(dir: &Path) -> BTreeSet<u64> {
 
 /// Returns the session in a line of /proc/net/tcp or tcp6, if it is an established connection of one of the sockets.
 fn established(line: &str, sockets: &BTreeSet<u64>) -> Option<Session> {
-    let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    let is_wanted = *words.get(3)? == ESTABLISHED && sockets.contains(&words.get(9)?.parse().ok()?);
-    let session = Session {
-        local: end(words.get(1)?)?,
-        peer: end(words.get(2)?)?,
+    let inode = line.split_ascii_whitespace().nth(9)?.parse().ok()?;
+    let [local, peer] = ends_in_state(line, ESTABLISHED)?;
+    let is_wanted = sockets.contains(&inode) && !peer.ip().is_loopback();
+    is_wanted.then_some(Session {
+        local,
+        peer,
         outgoing: false,
-    };
-    (is_wanted && !session.peer.ip().is_loopback()).then_some(session)
+    })
 }
 
 /// Returns the address in a line of /proc/net/tcp or tcp6, if it is that of a listening socket.
@@ -306,6 +332,16 @@ mod tests {
             let (_server, _) = listener.accept().unwrap();
             let table =
                 ["/proc/self/net/tcp", "/proc/self/net/tcp6"].map(|path| fs::read_to_string(path).unwrap());
+            // The variable of a shell that is older than the connection names one that has ended.
+            let of = |peer: SocketAddr| Session {
+                peer,
+                local,
+                outgoing: false,
+            };
+            let present = of(client.local_addr().unwrap());
+            let mut found = BTreeSet::from([present, of(SocketAddr::new(local.ip(), 1))]);
+            retain_existing(&mut found, &table.each_ref().map(String::as_str));
+            assert_eq!(found, [present].into());
             let mut ends = table.iter().flat_map(|table| table.lines()).filter_map(|line| {
                 let words: Vec<&str> = line.split_ascii_whitespace().collect();
                 Some((end(words.get(1)?)?, end(words.get(2)?)?))

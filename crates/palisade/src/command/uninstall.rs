@@ -276,6 +276,8 @@ fn cancel_change(socket: &Path) -> Result<(), ClientError> {
     let request = Request::PolicyCancel {
         author: author(),
         number: None,
+        // What is enforced ends right after, so no session is lost for long.
+        sessions: Vec::new(),
     };
     match ask::<u64>(socket, &request) {
         Ok(number) => {

@@ -118,6 +118,9 @@ pub(crate) enum Request {
         /// Number of the change; `None`: the one that waits.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         number: Option<u64>,
+        /// TCP sessions of the client's user. A rollback that would deny one is refused.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        sessions: Vec<Session>,
     },
     /// Returns the [`HistoryRow`]s.
     PolicyHistory,

@@ -100,7 +100,7 @@ pub(super) enum ClientRequest {
     /// Keeps the change that waits for its confirmation.
     PolicyConfirm(Option<u64>, Reply<u64>),
     /// Rolls back the change that waits for its confirmation.
-    PolicyCancel(Author, Option<u64>, Reply<u64>),
+    PolicyCancel(Author, Option<u64>, Vec<Session>, Reply<u64>),
     /// All endpoints.
     Endpoints(Reply<Vec<Endpoint>>),
     /// One endpoint, by number, name or address.

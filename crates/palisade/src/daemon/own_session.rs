@@ -1,5 +1,5 @@
-//! Commands that would deny the session in which they run: a reload, and the end of an endpoint's audit mode. Those of
-//! policies are in [`super::handlers`].
+//! Commands that would deny the session in which they run: a reload, and the end of an endpoint's audit mode. Those that put
+//! a set of policies in force are in [`super::handlers`], and the one that cancels a change in [`changes`].
 //!
 //! Depends on [`carriers`] for the interfaces of a session. Start at [`Control::sessions_denied_by_reload`].
 
@@ -65,7 +65,7 @@ impl Control {
 
     /// Returns in words the sessions that `compiler` denies. One that the policies in force deny goes by an interface
     /// without programs, and will as before unless it `is_affected`.
-    fn newly_denied(
+    pub(super) fn newly_denied(
         &self,
         compiler: &Compiler,
         sessions: &[Session],

@@ -1,6 +1,7 @@
 //! The part of a change on the control thread, which owns the timer. Start at [`Control::begin_change`].
 
 use std::{
+    collections::BTreeMap,
     sync::mpsc::Receiver,
     time::{Duration, Instant},
 };
@@ -11,13 +12,13 @@ use super::{
     PolicyBase, Texts,
     deadline::Now,
     journal::Change,
-    plan::changed_files,
+    plan::{changed_files, compile_texts},
     queue::Enforced,
     store::{StoreEvent, Switch},
     switch::Current,
 };
 use crate::{
-    control::api::{Author, ChangeKind, ChangeState, PolicyApplied},
+    control::api::{Author, ChangeKind, ChangeState, PolicyApplied, Session},
     daemon::{
         control::Control,
         message::{Message, Reply},
@@ -256,15 +257,23 @@ impl Control {
     }
 
     /// Rolls back the change that waits for its confirmation. `number`: the change that the client means; `None`: any.
+    /// `sessions`: those of the client's user; a rollback that denies one is refused.
     pub(in crate::daemon) fn cancel_change(
         &mut self,
         author: Author,
         number: Option<u64>,
+        sessions: &[Session],
         reply: Reply<u64>,
     ) {
         self.check_deadline();
         if let Some(problem) = self.policy_changes.other_than(number) {
             return reply.send(Err(problem));
+        }
+        if let Some(denied) = self.sessions_denied_by_rollback(sessions) {
+            return reply.send(Err(format!(
+                "the policies from before the change deny your own session {denied}; nothing was rolled back. Wait until the \
+                 deadline, or use --force"
+            )));
         }
         let why = "it was cancelled";
         match self.policy_changes.current.take() {
@@ -331,6 +340,17 @@ impl Control {
                 self.store_event(event);
             }
         }
+    }
+
+    /// Returns in words the sessions that the policies from before the change that waits deny, and those in force do not.
+    fn sessions_denied_by_rollback(&self, sessions: &[Session]) -> Option<String> {
+        if sessions.is_empty() {
+            return None;
+        }
+        let from = self.policy_changes.current.as_ref()?.before()?;
+        // The rollback itself reports such errors.
+        let candidate = compile_texts(&self.policy_base(), from, &BTreeMap::new()).ok()?;
+        self.newly_denied(&candidate, sessions, |_| false)
     }
 
     fn nothing_waits(&mut self, current: Option<Current>) -> String {

@@ -91,12 +91,29 @@ pub(in crate::daemon) fn compile(
             texts
         }
     };
+    let compiler = compile_texts(base, &texts, &paths)?;
+    Ok(Candidate {
+        texts,
+        modes,
+        compiler,
+    })
+}
+
+/// Compiles the texts of files. `paths`: names of files in errors.
+///
+/// # Errors
+/// Errors of the files, `FILE:LINE:COL: MESSAGE`.
+pub(in crate::daemon) fn compile_texts(
+    base: &PolicyBase,
+    texts: &Texts,
+    paths: &BTreeMap<String, String>,
+) -> Result<Compiler, Vec<String>> {
     let mut errors = Vec::new();
     let mut files: BTreeMap<String, Option<FileContent>> = BTreeMap::new();
     for name in base.texts.keys().filter(|name| !texts.contains_key(*name)) {
         files.insert(name.clone(), None);
     }
-    for (name, text) in &texts {
+    for (name, text) in texts {
         if base.texts.get(name) == Some(text) {
             continue;
         }
@@ -141,11 +158,7 @@ pub(in crate::daemon) fn compile(
         }
     }
     if errors.is_empty() {
-        Ok(Candidate {
-            texts,
-            modes,
-            compiler,
-        })
+        Ok(compiler)
     } else {
         errors.truncate(MAX_ERRORS);
         Err(errors)

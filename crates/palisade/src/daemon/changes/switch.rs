@@ -58,6 +58,15 @@ impl Current {
             | Self::Undoing { change, .. } => change,
         }
     }
+
+    /// Returns the policies from before a change that can be cancelled.
+    pub(super) const fn before(&self) -> Option<&Texts> {
+        match self {
+            Self::Waiting { from, .. } => Some(from),
+            Self::Writing { change, from, .. } if change.deadline.is_some() => Some(from),
+            _ => None,
+        }
+    }
 }
 
 impl Changes {

@@ -58,7 +58,9 @@ impl Control {
             ClientRequest::PolicyBase(reply) => reply.send(Ok(Box::new(self.policy_base()))),
             ClientRequest::PolicySwitch(switch, reply) => self.begin_change(*switch, reply),
             ClientRequest::PolicyConfirm(number, reply) => self.confirm_change(number, reply),
-            ClientRequest::PolicyCancel(author, number, reply) => self.cancel_change(author, number, reply),
+            ClientRequest::PolicyCancel(author, number, sessions, reply) => {
+                self.cancel_change(author, number, &sessions, reply);
+            }
             ClientRequest::Endpoints(reply) => reply.send(Ok(self.endpoints())),
             ClientRequest::Endpoint { endpoint, reply } => reply.send(
                 self.find_endpoint(&endpoint)

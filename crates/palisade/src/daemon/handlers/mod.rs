@@ -114,9 +114,11 @@ impl Handler for Handlers {
             Request::PolicyConfirm { number } => {
                 json(self.change(|reply| ClientRequest::PolicyConfirm(number, reply)))
             }
-            Request::PolicyCancel { author, number } => {
-                json(self.change(|reply| ClientRequest::PolicyCancel(author, number, reply)))
-            }
+            Request::PolicyCancel {
+                author,
+                number,
+                sessions,
+            } => json(self.change(|reply| ClientRequest::PolicyCancel(author, number, sessions, reply))),
             Request::PolicyHistory => json(Ok(rows(&self.policy_store.history()))),
             Request::EndpointList => json(self.look_up(ClientRequest::Endpoints)),
             Request::EndpointGet { endpoint } => json(self.endpoint(endpoint)),
