@@ -6,9 +6,10 @@ use palisade_testbed::{
     attached,
     daemon::{Hooks, Settings},
     process::output,
-    topology::WorkloadSpec,
+    topology::{FAMILIES, WorkloadSpec},
 };
 use palisade_tests::{
+    OPEN,
     fixtures::back::{FROM_FRONT, ONLY_DB, ONLY_FRONT, from_db},
     with_peers, world,
 };
@@ -367,6 +368,82 @@ fn identities_and_endpoint_numbers_are_the_same_after_a_restart() {
         daemon.json(&["identity", "list"]).expect("identities"),
         identities
     );
+}
+
+/// Rules of policies that are renamed again and again have the numbers of removed ones, with counters that begin at zero. A
+/// number that a flow record has is not among them.
+#[test]
+fn numbers_of_removed_rules_are_used_again_and_explain_no_recorded_flow() {
+    const LIMIT: u64 = 64;
+    let settings = Settings {
+        tables: format!("[limits]\nrules = {LIMIT}\n[timeouts]\nsweep = \"1s\"\n"),
+        ..Settings::default()
+    };
+    let world = world();
+    let mut daemon = world
+        .daemon(settings, &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    let rename = |daemon: &palisade_testbed::Daemon, name: &str| -> u64 {
+        daemon
+            .write("front.yaml", &FROM_FRONT.replace("from-front", name))
+            .expect("write");
+        daemon.settle().expect("settle");
+        let policy = daemon
+            .json(&["policy", "get", &format!("default/{name}")])
+            .expect("policy");
+        policy[0]["rules"][0]["id"].as_u64().expect("a number")
+    };
+    // Recorded flows, by a rule that is removed afterwards.
+    world.expect(&daemon, ONLY_FRONT);
+    let recorded = daemon
+        .flows(&[
+            "--verdict",
+            "forwarded",
+            "--to-pod",
+            "default/back",
+            "--traffic-direction",
+            "ingress",
+        ])
+        .expect("flows");
+    let rule = |flow: &Value| flow["palisade"]["rule"].clone();
+    let old = rule(recorded.first().expect("a flow"));
+    assert!(old["text"].to_string().contains("from-front"), "{old}");
+
+    let mut highest = 0;
+    for n in 0..40 {
+        highest = highest.max(rename(&daemon, &format!("p{n}")));
+    }
+    assert!(highest >= LIMIT, "{highest}: the numbers are not scarce");
+    daemon
+        .wait_log("numbers of removed rules can be used for new ones")
+        .expect("log");
+    for family in FAMILIES {
+        let _ = palisade_testbed::probe::connect(world.ns("front"), world.at("back", family, 80), OPEN);
+    }
+    let mut used = Vec::new();
+    for n in 0..8 {
+        let number = rename(&daemon, &format!("q{n}"));
+        assert!(number < LIMIT && old["id"] != number, "{number}");
+        used.push(number);
+    }
+    let policy = |daemon: &palisade_testbed::Daemon| {
+        daemon.json(&["policy", "get", "default/q7"]).expect("policy")[0].clone()
+    };
+    assert_eq!(policy(&daemon)["rules"][0]["packets"], 0, "{}", daemon.report());
+    world.expect(&daemon, ONLY_FRONT);
+    let packets = policy(&daemon)["rules"][0]["packets"].as_u64();
+    assert!(packets > Some(0), "{}", daemon.report());
+    // The old records have the text of the old rule.
+    let uuid = recorded[0]["uuid"].as_str().expect("uuid");
+    let again = daemon.flows(&["--uuid", uuid]).expect("flows");
+    assert_eq!(rule(&again[0]), old);
+
+    // After a restart each rule has its number, and its counter.
+    daemon.terminate().expect("SIGTERM");
+    daemon.restart().expect("restart");
+    let rules = policy(&daemon)["rules"][0].clone();
+    assert_eq!(rules["id"].as_u64(), used.last().copied(), "{rules}");
+    assert!(rules["packets"].as_u64() >= packets, "{rules}");
 }
 
 #[test]

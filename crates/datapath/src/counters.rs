@@ -1,6 +1,6 @@
 //! Counters of the programs, summed over the CPUs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use palisade_abi::{Counter, DIRECTIONS, Direction, EventKind, RateBudget, Reason, budget_of};
 
@@ -81,6 +81,18 @@ impl Counters<'_> {
             }
         })?;
         Ok(found)
+    }
+
+    /// Sets the counters of rules to zero. No program may count at them meanwhile. Numbers beyond the capacity of the map are
+    /// left out.
+    ///
+    /// # Errors
+    /// [`MapError`] if the map cannot be written.
+    pub fn clear_rules(&self, rules: &BTreeSet<u32>) -> Result<(), MapError> {
+        let rules = rules.iter().filter(|rule| **rule < self.rules.len());
+        rules
+            .into_iter()
+            .try_for_each(|rule| self.rules.set(*rule, &Counter::default()))
     }
 
     /// Returns how many events were suppressed or lost, by kind and reason. Pairs without such an event are omitted.

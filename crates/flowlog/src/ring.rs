@@ -10,6 +10,7 @@
 //! texts only when a reader needs it ([`Ring::push_record`]).
 
 use std::{
+    collections::HashSet,
     hash::{BuildHasher as _, RandomState},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -276,6 +277,17 @@ impl Ring {
                 slot.entry = Some(Entry::Flow(flow));
             }
         }
+    }
+
+    /// Returns the numbers of the rules that the flows in the ring name.
+    #[must_use]
+    pub fn rules(&self) -> HashSet<u32> {
+        let rule = |slot: &Mutex<Slot>| match &lock(slot).entry {
+            Some(Entry::Flow(flow)) => flow.palisade.rule.as_ref().map(|rule| rule.id),
+            Some(Entry::Record(deferred)) => Some(deferred.record.rule),
+            Some(Entry::Lost(..)) | None => None,
+        };
+        self.slots.iter().filter_map(rule).collect()
     }
 
     fn put(&self, make: impl FnOnce(Uuid) -> Entry) -> u64 {

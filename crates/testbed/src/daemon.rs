@@ -437,6 +437,12 @@ impl Daemon {
         text
     }
 
+    /// Waits until the log has a text.
+    pub fn wait_log(&self, text: &str) -> Result<()> {
+        let found = wait_until(text, 2 * REQUEST_TIMEOUT, || self.log().contains(text));
+        found.with_context(|| self.log())
+    }
+
     /// Waits until `wanted` returns true for the flows of `observe`, and returns these flows.
     pub fn wait_flows(
         &self,

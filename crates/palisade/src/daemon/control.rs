@@ -39,6 +39,7 @@ use super::{
     network::{self, Network},
     policies::{Event, PolicyFiles},
     proxy_link::{self, ProxyLink},
+    rule_numbers::RuleNumbers,
     state::{NODE, StateFile},
     sweeper::Interval,
     view::{Shared, View},
@@ -80,6 +81,7 @@ pub(super) struct Control {
     pub(super) prefetch: Option<Prefetch>,
     pub(super) shared: Arc<Shared>,
     pub(super) sweep: Interval,
+    pub(super) rule_numbers: RuleNumbers,
     pub(super) workers: Workers,
     pub(super) proxy_link: ProxyLink,
     pub(super) inspectors: InspectorRules,
@@ -189,6 +191,7 @@ impl Control {
                 }
                 Message::Fqdn(ControlRequest::Prune) => {
                     self.names.rearm(ControlRequest::Prune);
+                    self.reuse_rule_numbers();
                     if self.enforcer.prune(&self.names) {
                         self.enforce(Instant::now());
                     }
@@ -513,12 +516,28 @@ impl Control {
         }
         self.forget_connections(&gone);
         self.workers.forget_endpoints(&gone);
+        if !self.enforcer.is_behind() {
+            self.rule_numbers.policies_changed(&self.enforcer.compiler);
+        }
         self.check_secrets();
         self.publish();
         self.interception.recheck();
         self.prefetch();
         self.changed();
         self.netfilter_due = true;
+    }
+
+    /// Lets new rules have the numbers of removed rules that nothing has any more.
+    fn reuse_rule_numbers(&mut self) {
+        // A state that is put back would use its numbers again.
+        if self.enforcer.is_behind() {
+            return;
+        }
+        let counters = self.datapath.counters();
+        if self.rule_numbers.swept(&mut self.enforcer.compiler, &counters) {
+            self.publish();
+            self.changed();
+        }
     }
 
     /// Finds the secrets that the policies in force name and that cannot be used.

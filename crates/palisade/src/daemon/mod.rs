@@ -47,6 +47,7 @@ mod proxy_link;
 mod record_queue;
 mod reload;
 mod replay;
+mod rule_numbers;
 mod selector_text;
 mod startup;
 mod state;

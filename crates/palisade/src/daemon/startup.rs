@@ -54,6 +54,7 @@ use super::{
     private_dirs,
     proxy_link::ProxyLink,
     record_queue,
+    rule_numbers::RuleNumbers,
     state::StateFile,
     sweeper::{self, Interval},
     view::Shared,
@@ -128,7 +129,9 @@ fn open(config: &Config, state_problem: Option<&str>) -> anyhow::Result<Opened> 
     if !datapath.resized().is_empty() {
         info!(maps = datapath.resized().join(", "), "maps are resized");
     }
-    let enforcer = Enforcer::new(Compiler::new(&state.state.compiler), &datapath)?;
+    let mut compiler = Compiler::new(&state.state.compiler);
+    compiler.limit_rules(config.limits.rules);
+    let enforcer = Enforcer::new(compiler, &datapath)?;
     if let Some(version) = datapath.earlier_version() {
         info!(
             from = version,
@@ -284,6 +287,7 @@ fn fill(
         prefetch: None,
         shared,
         sweep: Interval::new(config.timeouts.sweep),
+        rule_numbers: RuleNumbers::new(config.limits.rules),
         workers,
         proxy_link,
         inspectors: InspectorRules::default(),
@@ -369,6 +373,7 @@ fn serve(
         Arc::clone(&ring),
         Arc::clone(&shared),
         Arc::clone(&names),
+        Arc::clone(control.rule_numbers.recorded()),
     )?;
     let hubble = Arc::new(Hubble::start(&control.config, &ring, &shared, agent_queue));
     let api = Arc::clone(&hubble);

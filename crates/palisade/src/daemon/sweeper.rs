@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use palisade_abi::{Event, ct_flags};
@@ -21,6 +21,7 @@ use tracing::error;
 use super::{
     events,
     fqdn::FqdnManager,
+    rule_numbers::RecordedRules,
     view::{EventNames, Shared},
 };
 
@@ -56,14 +57,27 @@ pub(super) fn run(
     ring: Arc<Ring>,
     shared: Arc<Shared>,
     learned: Arc<FqdnManager>,
+    recorded: Arc<RecordedRules>,
 ) -> io::Result<()> {
     thread::Builder::new().name("sweeper".into()).spawn(move || {
         loop {
             thread::sleep(interval.get());
             // While an attachment fails in an upgrade, programs of the earlier version refresh flows only in their table.
             let copied = datapath.take_over_flows();
-            match copied.and_then(|_| sweep(&datapath, &ring, &shared, &learned)) {
-                Ok(in_use) => learned.sweep(&in_use),
+            let begun = Instant::now();
+            let swept = copied.and_then(|copied| {
+                // Flows in the table of an earlier version can have rule numbers, too.
+                let wants_rules = copied.is_none() && recorded.is_wanted();
+                sweep(&datapath, &ring, &shared, &learned, wants_rules)
+            });
+            match swept {
+                Ok(Swept { in_use, rules }) => {
+                    if let Some(mut rules) = rules {
+                        rules.extend(ring.rules());
+                        recorded.report(begun, rules);
+                    }
+                    learned.sweep(&in_use);
+                }
                 // While the addresses in use are unknown, all learned names are kept.
                 Err(error) => error!(
                     %error,
@@ -75,18 +89,28 @@ pub(super) fn run(
     Ok(())
 }
 
-/// Removes expired flows. Returns the learned addresses of live egress connections, by endpoint.
+/// What the remaining flows use.
+struct Swept {
+    /// Learned addresses of live egress connections, by endpoint.
+    in_use: HashMap<u16, HashSet<IpAddr>>,
+    /// Rule numbers, if they are wanted.
+    rules: Option<HashSet<u32>>,
+}
+
+/// Removes expired flows.
 fn sweep(
     datapath: &Datapath,
     ring: &Ring,
     shared: &Shared,
     learned: &FqdnManager,
-) -> Result<HashMap<u16, HashSet<IpAddr>>, MapError> {
+    wants_rules: bool,
+) -> Result<Swept, MapError> {
     let now = monotonic_coarse();
     let names = EventNames::new(shared.get());
     let offset = events::clock_offset();
     let mut reported = 0;
     let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
+    let mut rules = wants_rules.then(HashSet::new);
     datapath.conntrack().remove_if(
         |_, entry| entry.expires <= now,
         |fate, key, entry| match fate {
@@ -98,6 +122,9 @@ fn sweep(
             }
             Fate::Removed => {}
             Fate::Stays => {
+                if let Some(rules) = &mut rules {
+                    rules.insert(entry.rule);
+                }
                 let remote = key.remote.into();
                 let is_outgoing = entry.flags & (ct_flags::INGRESS | ct_flags::CLOSED) == 0;
                 if is_outgoing && learned.has_learned(key.endpoint, remote) {
@@ -106,5 +133,5 @@ fn sweep(
             }
         },
     )?;
-    Ok(in_use)
+    Ok(Swept { in_use, rules })
 }

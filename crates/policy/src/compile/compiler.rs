@@ -12,7 +12,7 @@ use palisade_model::{
     inventory::{Enforcement, Inventory},
     labels::Labels,
     rule::{Location, Peer, Policy, PolicyKind},
-    snapshot::{Snapshot, inspector_name},
+    snapshot::{RuleKey, Snapshot, inspector_name},
 };
 use serde::{Deserialize, Serialize};
 
@@ -114,9 +114,59 @@ impl Compiler {
         }
     }
 
-    /// Makes the compiler avoid the policy ids, identities and revisions that the maps hold after a restart of the
-    /// daemon.
+    /// Tells the compiler from which rule number on the programs have no counters.
+    pub const fn limit_rules(&mut self, limit: u32) {
+        self.rule_ids.limit = limit;
+    }
+
+    /// Returns the highest rule number that was given to a rule.
+    #[must_use]
+    pub const fn last_rule(&self) -> u32 {
+        self.rule_ids.last
+    }
+
+    /// Returns the rule numbers that no present rule has, without those of [`Self::reuse_rules`]. Records, conntrack entries
+    /// and counters can still have them.
+    #[must_use]
+    pub fn unused_rules(&self) -> BTreeSet<u32> {
+        let tables = self.snapshot.tables.values();
+        let of_tables = tables.flat_map(|table| table.entries.values().map(|entry| entry.rule));
+        let specs = self.specs.values();
+        let of_specs = specs.flat_map(|spec| spec.sections.iter().flatten().map(|rule| rule.id));
+        let verdicts = self.subjects.iter().flat_map(|subject| &subject.default_verdict);
+        let of_verdicts = verdicts.flatten().map(|verdict| verdict.rule);
+        // The others are few, and the same whatever the policies are.
+        let of_policies = |key: &RuleKey| {
+            matches!(
+                key,
+                RuleKey::Rule(_) | RuleKey::DefaultDeny { .. } | RuleKey::DefaultAllow { .. }
+            )
+        };
+        let infos = self.rule_ids.infos.iter();
+        let fixed = infos
+            .filter(|(_, info)| !of_policies(&info.key))
+            .map(|(id, _)| *id);
+        let used = of_tables
+            .chain(of_specs)
+            .chain(of_verdicts)
+            .chain(fixed)
+            .collect();
+        self.rule_ids.others(&used)
+    }
+
+    /// Lets new rules have these numbers of [`Self::unused_rules`], and forgets the rules that had them. The caller warrants
+    /// that no record, conntrack entry or counter has them.
+    pub fn reuse_rules(&mut self, numbers: &BTreeSet<u32>) {
+        self.rule_ids.release(numbers);
+        self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
+    }
+
+    /// Makes the compiler avoid the policy ids, identities, rule numbers and revisions that the maps hold after a restart of
+    /// the daemon.
     pub fn avoid(&mut self, found: &Snapshot) {
+        let tables = found.tables.values();
+        let rules = tables.flat_map(|table| table.entries.values().map(|entry| entry.rule));
+        self.rule_ids.last = rules.max().unwrap_or(0).max(self.rule_ids.last);
         let policies = found.tables.keys().copied();
         let in_use = found.endpoints.values().map(|state| state.policy);
         self.next_policy = policies

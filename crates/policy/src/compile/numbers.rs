@@ -1,32 +1,68 @@
 //! Numbers for rules and rule sets.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     hash::{Hash as _, Hasher},
     sync::Arc,
 };
 
 use palisade_model::snapshot::{RuleInfo, RuleKey, RuleSet};
 
+/// Numbers of rules. A removed rule keeps its number, because its number is still in records, conntrack entries and
+/// counters, until [`Self::release`] says that it is not.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RuleIds {
     pub(super) numbers: HashMap<String, u32>,
     pub(super) last: u32,
     pub(super) infos: Arc<BTreeMap<u32, Arc<RuleInfo>>>,
+    /// Number from which on the programs have no counters; 0 if there is none.
+    pub(super) limit: u32,
+    /// Released numbers that have counters.
+    pub(super) free: BTreeSet<u32>,
 }
 
 impl RuleIds {
     pub(super) fn number(&mut self, file: &str, info: RuleInfo) -> u32 {
         let key = format!("{file}\u{1f}{:?}", info.key);
-        let id = *self.numbers.entry(key).or_insert_with(|| {
-            self.last += 1;
-            self.last
-        });
+        let known = self.numbers.get(&key).copied();
+        let id = match known {
+            // A rule without a counter gets a number with one as soon as there is one.
+            Some(id) if !self.is_beyond(id) || self.free.is_empty() => id,
+            _ => {
+                let id = self.free.pop_first().unwrap_or_else(|| {
+                    self.last += 1;
+                    self.last
+                });
+                self.numbers.insert(key, id);
+                id
+            }
+        };
         let info = RuleInfo { id, ..info };
         if self.infos.get(&id).is_none_or(|known| **known != info) {
             Arc::make_mut(&mut self.infos).insert(id, Arc::new(info));
         }
         id
+    }
+
+    const fn is_beyond(&self, id: u32) -> bool {
+        self.limit != 0 && id >= self.limit
+    }
+
+    /// Returns the numbers up to the last one that are neither in `used` nor free.
+    pub(super) fn others(&self, used: &HashSet<u32>) -> BTreeSet<u32> {
+        let all = 1..=self.last;
+        all.filter(|id| !used.contains(id) && !self.free.contains(id))
+            .collect()
+    }
+
+    /// Forgets the rules of these numbers. New rules can get the numbers.
+    pub(super) fn release(&mut self, ids: &BTreeSet<u32>) {
+        self.numbers.retain(|_, id| !ids.contains(id));
+        let infos = Arc::make_mut(&mut self.infos);
+        infos.retain(|id, _| !ids.contains(id));
+        let limit = self.limit;
+        self.free
+            .extend(ids.iter().filter(|id| limit == 0 || **id < limit));
     }
 }
 
