@@ -81,6 +81,8 @@ pub struct RecordedEnd {
     pub labels: Labels,
     /// Address.
     pub address: Option<IpAddr>,
+    /// systemd unit of the node's socket; empty if it is not known.
+    pub unit: String,
 }
 
 impl RecordedEnd {
@@ -170,6 +172,14 @@ struct JsonEnd<'a> {
     namespace: Text<'a>,
     labels: Vec<Text<'a>>,
     pod_name: Text<'a>,
+    workloads: Vec<JsonWorkload<'a>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct JsonWorkload<'a> {
+    name: Text<'a>,
+    kind: Text<'a>,
 }
 
 #[derive(Deserialize, Default)]
@@ -403,6 +413,12 @@ fn end(json: &JsonEnd<'_>, address: Option<IpAddr>) -> RecordedEnd {
                 .map(|text| parse_label(&clean(text))),
         ),
         address,
+        unit: json
+            .workloads
+            .iter()
+            .find(|workload| workload.kind == "SystemdUnit")
+            .map(|workload| clean(&workload.name))
+            .unwrap_or_default(),
     }
 }
 

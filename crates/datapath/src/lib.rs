@@ -32,6 +32,7 @@ mod error;
 mod events;
 mod hook;
 mod learned;
+mod local_sockets;
 mod maps;
 mod netfilter;
 mod object;
@@ -62,6 +63,7 @@ pub use dump::{Dump, Fill};
 pub use error::OpenError;
 pub use events::EventReader;
 pub use hook::{AttachError, Attached, Attachment, Hook, HookKind, Role, TcMode, XdpMode};
+pub use local_sockets::LocalSockets;
 pub use maps::MapError;
 pub use netfilter::{NamePattern, Netfilter, NetfilterError, Rules, nftables};
 #[cfg(feature = "bench-object")]

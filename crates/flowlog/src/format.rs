@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, net::IpAddr};
 
 use jiff::tz::TimeZone;
-use palisade_abi::Reason;
+use palisade_abi::{Reason, identity};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -439,9 +439,15 @@ impl Printer {
     }
 
     fn identity(&self, end: &Endpoint) -> String {
-        let text = match reserved_name(end.identity) {
-            Some(name) => format!("({name})"),
-            None => format!("(ID:{})", end.identity),
+        // Only the node's own sockets have a unit, and the node has no other workloads.
+        let unit = end
+            .workloads
+            .first()
+            .filter(|_| end.identity == identity::HOST && !self.numeric);
+        let text = match (reserved_name(end.identity), unit) {
+            (Some(name), Some(unit)) => format!("({name}: {})", clean(&unit.name)),
+            (Some(name), None) => format!("({name})"),
+            (None, _) => format!("(ID:{})", end.identity),
         };
         self.paint(Paint::Identity, &text)
     }

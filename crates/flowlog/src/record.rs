@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt::Write as _, net::IpAddr};
 
-use palisade_abi::{Reason, protocol};
+use palisade_abi::{Reason, identity, protocol};
 use palisade_inspect::record::{Record, Text, Verdict as Seen, What, Word};
 use palisade_protocols::{dns::rtype, kafka};
 
@@ -35,6 +35,7 @@ impl Flow {
         // The connection is ingress of the endpoint if a request arrives at the endpoint or a response leaves it.
         let ingress = record.ingress != record.reply;
         let own = names.endpoint(record.endpoint);
+        let own_is_host = own.as_ref().is_some_and(|own| own.identity == identity::HOST);
         let (own_source, own_destination) = if record.ingress { (None, own) } else { (own, None) };
         let (source_identity, destination_identity) = if record.ingress {
             (record.remote_identity, 0)
@@ -122,6 +123,9 @@ impl Flow {
             flow.decided_by(info.policies, verdict != Verdict::Forwarded);
         }
         flow.name_remote_end(names, record.endpoint, !record.ingress);
+        if own_is_host {
+            flow.name_unit(names, !record.ingress);
+        }
         flow
     }
 }

@@ -1,6 +1,9 @@
 //! Conversion of events of the BPF programs to flow records: numbers are resolved to names.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use palisade_abi::{Event, EventKind, Reason, TracePoint as AbiTracePoint, event_flags, identity, protocol};
 
@@ -63,6 +66,10 @@ pub trait FlowResolver {
     fn interface(&self, ifindex: u32) -> Option<Arc<str>>;
     /// Returns the names that an endpoint of this node has resolved to an address.
     fn dns_names(&self, _endpoint: u16, _address: IpAddr) -> Arc<[Arc<str>]> {
+        Arc::default()
+    }
+    /// Returns the systemd unit of the node's socket with these ends, as a workload; empty if it is not known.
+    fn unit(&self, _protocol: u8, _local: SocketAddr, _remote: SocketAddr) -> Arc<[Workload]> {
         Arc::default()
     }
 }
@@ -184,6 +191,9 @@ impl Flow {
         if is_ip && event.endpoint != 0 {
             flow.name_remote_end(names, event.endpoint, egress);
         }
+        if own_is_host {
+            flow.name_unit(names, egress);
+        }
         flow.summary = summary(&flow);
         flow
     }
@@ -215,6 +225,24 @@ impl Flow {
             (ip.source, &mut self.source_names)
         };
         *list = names.dns_names(endpoint, address);
+    }
+}
+
+impl Flow {
+    /// Adds the systemd unit of the node's own socket. `from_node`: whether the node sent the packet.
+    pub(crate) fn name_unit(&mut self, names: &(impl FlowResolver + ?Sized), from_node: bool) {
+        let (Some(ip), Some((source_port, destination_port))) = (self.ip, self.l4.and_then(Layer4::ports))
+        else {
+            return;
+        };
+        let source = SocketAddr::new(ip.source, source_port);
+        let destination = SocketAddr::new(ip.destination, destination_port);
+        let protocol = self.protocol();
+        if from_node {
+            self.source.workloads = names.unit(protocol, source, destination);
+        } else {
+            self.destination.workloads = names.unit(protocol, destination, source);
+        }
     }
 }
 

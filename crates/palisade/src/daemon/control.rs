@@ -42,6 +42,7 @@ use super::{
     rule_numbers::RuleNumbers,
     state::{NODE, StateFile},
     sweeper::Interval,
+    units::Units,
     view::{Shared, View},
     watchdog::ControlActivity,
     watcher::Changes,
@@ -80,6 +81,8 @@ pub(super) struct Control {
     pub(super) names: Arc<FqdnManager>,
     pub(super) prefetch: Option<Prefetch>,
     pub(super) shared: Arc<Shared>,
+    /// Units of the node's sockets.
+    pub(super) units: Arc<Units>,
     pub(super) sweep: Interval,
     pub(super) rule_numbers: RuleNumbers,
     pub(super) workers: Workers,
@@ -605,7 +608,7 @@ impl Control {
             self.enforcer.compiler.snapshot().clone(),
             self.enforcer.compiler.inventory(),
             &self.network.links,
-            Some(Arc::clone(&self.names)),
+            (Some(Arc::clone(&self.names)), Some(Arc::clone(&self.units))),
             self.changes,
         ));
         self.agent_events.view_published();

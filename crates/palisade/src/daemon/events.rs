@@ -42,7 +42,7 @@ pub(super) fn read(
     let count = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&count);
     thread::Builder::new().name("events".into()).spawn(move || {
-        let mut names = EventNames::new(shared.get());
+        let mut names = EventNames::with_units(shared.get());
         let mut clock = (clock_offset(), Instant::now());
         loop {
             let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
@@ -55,7 +55,7 @@ pub(super) fn read(
             loop {
                 let view = shared.get();
                 if !names.is_of(&view) {
-                    names = EventNames::new(view);
+                    names = EventNames::with_units(view);
                 }
                 if clock.1.elapsed() > MAX_CLOCK_AGE {
                     clock = (clock_offset(), Instant::now());
@@ -112,7 +112,7 @@ impl RecordQueue for record_queue::Receiver<TimedRecord> {
 pub(super) fn records(records: impl RecordQueue, ring: Arc<Ring>, shared: Arc<Shared>) -> io::Result<()> {
     thread::Builder::new().name("records".into()).spawn(move || {
         let mut view = shared.get();
-        let mut names: Resolver = Arc::new(EventNames::new(Arc::clone(&view)));
+        let mut names: Resolver = Arc::new(EventNames::with_units(Arc::clone(&view)));
         // Time since which the ring has records that are not converted yet.
         let mut unsettled: Option<Instant> = None;
         loop {
@@ -140,7 +140,7 @@ pub(super) fn records(records: impl RecordQueue, ring: Arc<Ring>, shared: Arc<Sh
             }
             if changed {
                 view = now_view;
-                names = Arc::new(EventNames::new(Arc::clone(&view)));
+                names = Arc::new(EventNames::with_units(Arc::clone(&view)));
             }
             let others = std::iter::from_fn(|| records.try_next()).take(MAX_BATCH);
             for (time, record) in first.into_iter().chain(others) {

@@ -108,6 +108,12 @@ fn of_record(
         recorded.source.text(),
         recorded.destination.text(),
     );
+    for unit in [&recorded.source.unit, &recorded.destination.unit] {
+        if !unit.is_empty() {
+            said.push_str(", socket of ");
+            said.push_str(unit);
+        }
+    }
     if !recorded.decided_by.is_empty() {
         said.push_str(", decided by ");
         said.push_str(&recorded.decided_by);

@@ -54,6 +54,7 @@ mod state;
 mod status;
 mod sweeper;
 mod trace;
+mod units;
 mod view;
 mod watchdog;
 mod watcher;

@@ -72,7 +72,7 @@ impl Offline {
             snapshot.clone(),
             &inventory,
             &links,
-            None,
+            (None, None),
             1,
         )));
         let (secrets, _) = Store::load(&config.tls.secrets_dir, None);
@@ -94,7 +94,14 @@ impl Offline {
         let now = replay.snapshot();
         if !Arc::ptr_eq(&now.identities, &self.snapshot.identities) {
             self.snapshot = now.clone();
-            let view = View::new(&self.node, now.clone(), &self.inventory, &self.links, None, 1);
+            let view = View::new(
+                &self.node,
+                now.clone(),
+                &self.inventory,
+                &self.links,
+                (None, None),
+                1,
+            );
             self.names = EventNames::new(Arc::new(view));
         }
         ReplayNames {

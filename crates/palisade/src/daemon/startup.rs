@@ -286,6 +286,7 @@ fn fill(
         names,
         prefetch: None,
         shared,
+        units: Arc::default(),
         sweep: Interval::new(config.timeouts.sweep),
         rule_numbers: RuleNumbers::new(config.limits.rules),
         workers,

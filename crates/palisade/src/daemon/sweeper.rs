@@ -106,7 +106,7 @@ fn sweep(
     wants_rules: bool,
 ) -> Result<Swept, MapError> {
     let now = monotonic_coarse();
-    let names = EventNames::new(shared.get());
+    let names = EventNames::with_units(shared.get());
     let offset = events::clock_offset();
     let mut reported = 0;
     let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
@@ -15,7 +15,7 @@ use palisade_model::{
     snapshot::{RuleInfo, RuleKey, Snapshot},
 };
 
-use super::fqdn::FqdnManager;
+use super::{fqdn::FqdnManager, units::Units};
 
 /// The state in force.
 #[derive(Debug, Default)]
@@ -28,6 +28,8 @@ pub(super) struct View {
     pub interfaces: BTreeMap<u32, Arc<str>>,
     /// Learned names of endpoints.
     pub learned: Option<Arc<FqdnManager>>,
+    /// Units of the node's sockets.
+    units: Option<Arc<Units>>,
     /// Number of changes that were put in force: the revision in flow records.
     revision: u64,
     /// Labels of the node, `key=value`.
@@ -45,7 +47,7 @@ impl View {
         snapshot: Snapshot,
         inventory: &Inventory,
         links: &BTreeMap<String, u32>,
-        learned: Option<Arc<FqdnManager>>,
+        (learned, units): (Option<Arc<FqdnManager>>, Option<Arc<Units>>),
         revision: u64,
     ) -> Self {
         let mut owners = HashMap::new();
@@ -104,6 +106,7 @@ impl View {
                 .map(|(name, index)| (*index, name.as_str().into()))
                 .collect(),
             learned,
+            units,
             revision,
             node_labels: node_labels(inventory),
             kinds: OnceLock::new(),
@@ -171,6 +174,8 @@ impl Shared {
 /// Names for the numbers in events, cached for one view.
 pub(super) struct EventNames {
     view: Arc<View>,
+    /// Whether the units of sockets are looked up.
+    has_units: bool,
     labels: Mutex<HashMap<Identity, Arc<[Arc<str>]>>>,
     rules: Mutex<HashMap<u32, FlowRule>>,
 }
@@ -181,11 +186,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl EventNames {
+    /// Returns the names of a view, without the units of the node's sockets.
     pub(super) fn new(view: Arc<View>) -> Self {
         Self {
             view,
+            has_units: false,
             labels: Mutex::default(),
             rules: Mutex::default(),
+        }
+    }
+
+    /// Returns the names of a view for flows of the ring, with the units of the node's sockets. Each flow of the node costs a
+    /// lookup.
+    pub(super) fn with_units(view: Arc<View>) -> Self {
+        Self {
+            has_units: true,
+            ..Self::new(view)
         }
     }
 
@@ -235,6 +251,13 @@ impl FlowResolver for EventNames {
         let learned = self.view.learned.as_ref();
         learned
             .map(|names| names.names_of(endpoint, address))
+            .unwrap_or_default()
+    }
+
+    fn unit(&self, protocol: u8, local: SocketAddr, remote: SocketAddr) -> Arc<[Workload]> {
+        let units = self.view.units.as_ref().filter(|_| self.has_units);
+        units
+            .map(|units| units.of(protocol, local, remote))
             .unwrap_or_default()
     }
 

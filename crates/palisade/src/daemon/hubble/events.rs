@@ -275,7 +275,7 @@ mod tests {
         snapshot.prefixes = Arc::new(prefixes.collect());
         snapshot.identities = Arc::new(identities);
         snapshot.addresses = Arc::new(addresses);
-        View::new("node1", snapshot, &inventory, &BTreeMap::new(), None, 1)
+        View::new("node1", snapshot, &inventory, &BTreeMap::new(), (None, None), 1)
     }
 
     fn reported(before: &View, now: &View) -> Vec<AgentEvent> {
