@@ -261,10 +261,9 @@ fn interfaces(config: Option<&Config>, own: &str, links: &BTreeMap<u32, Link>) -
         .filter(|link| !link.loopback && !own.contains(&link.name))
     {
         let (role, attachment) = configured(config, &link.name);
-        let with_master = |kind: &str| {
-            link.master
-                .and_then(|master| links.get(&master))
-                .is_some_and(|master| master.kind == kind)
+        let master = |kind: &str| {
+            let master = link.master.and_then(|master| links.get(&master));
+            master.filter(|master| master.kind == kind)
         };
         found.push(Interface {
             name: link.name.clone(),
@@ -272,7 +271,8 @@ fn interfaces(config: Option<&Config>, own: &str, links: &BTreeMap<u32, Link>) -
             kind: link.kind.clone(),
             up: link.up,
             has_addresses: link.has_addresses(),
-            is_bond_port: with_master("bond"),
+            is_bond_port: master("bond").is_some(),
+            vrf: master("vrf").map(|vrf| vrf.name.clone()),
             has_vlans: links.values().any(|upper| {
                 upper.kind == "vlan" && upper.lower == Some(link.index) && !upper.lower_elsewhere
             }),

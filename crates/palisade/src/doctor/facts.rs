@@ -137,6 +137,8 @@ pub(crate) struct Interface {
     pub has_addresses: bool,
     /// Whether it is a port of a bond.
     pub is_bond_port: bool,
+    /// Name of the VRF of which it is a port.
+    pub vrf: Option<String>,
     /// Whether VLAN interfaces stand on it.
     pub has_vlans: bool,
     /// MTU, bytes.
@@ -164,6 +166,7 @@ impl Interface {
             up: true,
             has_addresses: true,
             is_bond_port: false,
+            vrf: None,
             has_vlans: false,
             mtu: 1_500,
             xdp: XdpSupport::Native,

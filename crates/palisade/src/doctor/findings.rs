@@ -521,6 +521,14 @@ fn wants_xdp(interface: &Interface) -> bool {
 
 fn check_interface(facts: &Facts, interface: &Interface, found: &mut Findings) {
     let check = format!("interface {}", interface.name);
+    if interface.kind == "vrf" && interface.role != Role::None {
+        found.add(
+            Level::Warning,
+            check.clone(),
+            "is a VRF: its packets get their verdict at its ports, and a second one here",
+            "configure its ports, the NICs and veths, in its place",
+        );
+    }
     if interface.role == Role::None {
         let is_way_in = interface.kind.is_empty() && interface.has_addresses && !interface.is_bond_port;
         if is_way_in && facts.configuration.exists {
@@ -565,6 +573,17 @@ fn check_interface(facts: &Facts, interface: &Interface, found: &mut Findings) {
                 "nothing; `ethtool -K {} rxvlan off` leaves the tags in captured frames",
                 interface.name
             ),
+        );
+    }
+    if let Some(vrf) = &interface.vrf {
+        found.add(
+            Level::Note,
+            check.clone(),
+            format!(
+                "is a port of the VRF {vrf}: its packets get their verdict here, and {vrf} has no programs of its own; no kernel \
+                 with VRFs was tested"
+            ),
+            format!("nothing; do not configure {vrf} too, see docs/INTERFACES.md"),
         );
     }
     if facts.policies.inspect && interface.mtu + ETHERNET > MAX_FRAME {

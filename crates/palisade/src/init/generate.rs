@@ -89,6 +89,7 @@ fn usage(link: &Link, links: &[Link]) -> Use {
             Use::None("its frames pass the interface below, where they get their verdict")
         }
         "bridge" => Use::None("its frames pass its ports, where they get their verdict"),
+        "vrf" => Use::None("a VRF: its packets pass its ports, where they get their verdict"),
         _ => Use::None("without an address, or of a kind that is not guarded by itself"),
     }
 }

@@ -424,6 +424,28 @@ fn a_nic_that_the_configuration_does_not_name_is_a_warning() {
 }
 
 #[test]
+fn a_vrf_and_its_ports_are_named() {
+    let port = with(|facts| facts.interfaces[0].vrf = Some("blue".to_owned()));
+    one(
+        &port,
+        Level::Note,
+        "interface eth0",
+        &["port of the VRF blue", "do not configure blue"],
+    );
+    let vrf = with(|facts| {
+        let mut vrf = Interface::nic("blue");
+        vrf.kind = "vrf".to_owned();
+        facts.interfaces.push(vrf);
+    });
+    one(
+        &vrf,
+        Level::Warning,
+        "interface blue",
+        &["is a VRF", "configure its ports"],
+    );
+}
+
+#[test]
 fn translation_and_missing_forwarding_are_reported() {
     let nat = with(|facts| facts.translations = vec!["nftables: nat chains with rules (2)".to_owned()]);
     one(&nat, Level::Note, "nat", &["nat chains", "on the wire"]);
