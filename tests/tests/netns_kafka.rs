@@ -121,7 +121,7 @@ fn a_consumer_group_reads_the_allowed_topic_only() {
     let daemon = client_only(&apps, &[PORT], RULES);
     for at in places {
         let asks = |action: &str, topic: &str| {
-            mock.client(apps.ns("client"), Some(at), action, topic)
+            mock.client(apps.ns("client"), Some(at), "confluent", action, topic)
                 .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()))
         };
         assert_eq!(asks("produce", "orders"), "ok", "{at}\n{}", daemon.report());
@@ -133,6 +133,89 @@ fn a_consumer_group_reads_the_allowed_topic_only() {
             "{at}\n{}",
             daemon.report()
         );
+    }
+}
+
+/// Rules for groups of both protocols, and for transactions, with one topic. All topics may be learned of, so that clients ask
+/// for the denied one.
+const GROUP_RULES: &str = "      rules:
+        kafka:
+        - {apiKey: metadata}
+        - {role: produce, topic: orders}
+        - {role: consume, topic: orders}
+        - {apiKey: consumergroupheartbeat, topic: orders}
+        - {apiKey: initproducerid}
+        - {apiKey: addpartitionstotxn, topic: orders}
+        - {apiKey: endtxn}
+        - {apiKey: gettelemetrysubscriptions}
+        - {apiKey: pushtelemetry}
+";
+
+/// The members of a group join, and one of them leaves, so that its partitions go to the other one, which commits an offset.
+/// Nothing of another topic is read or written, and without a rule for the requests of groups there is no member.
+#[test]
+fn groups_and_transactions_of_real_clients_use_the_allowed_topic_only() {
+    packages().expect("the packages");
+    let apps = apps();
+    let (internet, client) = (apps.ns("internet"), apps.ns("client"));
+    let places = FAMILIES.map(|family| apps.at("internet", family, PORT));
+    let mock = Mock::newest(internet, &places).expect("broker");
+    let daemon = client_only(&apps, &[PORT], GROUP_RULES);
+    let own = |action: &str, topic: &str| mock.client(internet, None, "confluent", action, topic);
+    for topic in ["orders", "secret"] {
+        assert_eq!(own("produce", topic).expect("produce"), "ok");
+    }
+    let asks = |daemon: &Daemon, at: SocketAddr, library: &str, action: &str, topic: &str| {
+        mock.client(client, Some(at), library, action, topic)
+            .unwrap_or_else(|error| panic!("{library} {action} {topic}: {error:#}\n{}", daemon.report()))
+    };
+    let confluent = "confluent";
+    for at in places {
+        for (library, action, expected) in [
+            (confluent, "members", "2+2 4 hello 1"),
+            (confluent, "next", "2+2 4 hello 1"),
+            (LIBRARIES[1].0, "members", "2+2 4 hello 1"),
+            (confluent, "transaction", "ok"),
+            (LIBRARIES[1].0, "transaction", "ok"),
+        ] {
+            let got = asks(&daemon, at, library, action, "orders");
+            // Each transaction adds a message, so the offset that is committed is that of the last one.
+            let (got, _) = got.rsplit_once(' ').unwrap_or((&got, ""));
+            let (expected, _) = expected.rsplit_once(' ').unwrap_or((expected, ""));
+            assert_eq!(got, expected, "{library} {action} {at}\n{}", daemon.report());
+            let got = asks(&daemon, at, library, action, "secret");
+            assert!(
+                !got.contains("hello") && got != "ok",
+                "{library} {action} {at}: {got}\n{}",
+                daemon.report()
+            );
+        }
+    }
+    // The message of the broker's own client is the only one.
+    assert_eq!(own("end", "secret").expect("the offset"), "1");
+    let without_groups = GROUP_RULES.replace(
+        "{role: consume, topic: orders}",
+        "{apiKey: fetch, topic: orders}\n        - {apiKey: offsets, topic: orders}",
+    );
+    let text = policy("client", "egress", &[PORT], &without_groups);
+    daemon.apply(&[("client.yaml", &text)]).expect("policy");
+    for at in places {
+        for library in [confluent, LIBRARIES[1].0] {
+            let got = asks(&daemon, at, library, "members", "orders");
+            assert!(!got.contains("2+2"), "{library} {at}: {got}\n{}", daemon.report());
+        }
+    }
+    for key in [
+        "consumergroupheartbeat",
+        "addpartitionstotxn",
+        "findcoordinator",
+        "offsetfetch",
+    ] {
+        let filters = ["--protocol", "kafka", "--verdict", "dropped"];
+        let is_key = |flow: &serde_json::Value| flow["l7"]["kafka"]["api_key"] == key;
+        daemon
+            .wait_flows(&filters, "a denied request", |flows| flows.iter().any(is_key))
+            .unwrap_or_else(|error| panic!("{key}: {error:#}\n{}", daemon.report()));
     }
 }
 
