@@ -65,7 +65,7 @@ pub use selectors::{SelectorId, Selectors};
 pub use sni_index::SniAddressIndex;
 pub use special::{ListedPrefixes, Special, is_special, is_special_prefix};
 pub use stats::{Memory, Stats};
-pub use track::{Flow, OpenQuestion, TrackLimits, Tracker, Unsolicited};
+pub use track::{Flow, HandedOverQuestion, OpenQuestion, QuestionKey, TrackLimits, Tracker, Unsolicited};
 
 /// A time or a duration on the caller's monotonic clock, ms.
 pub type Millis = u64;

@@ -6,9 +6,12 @@
 //! (`expiry_queue.rs`) links values by age only, so it is not used here.
 
 use std::{
-    collections::{HashMap, hash_map::RandomState},
+    collections::{
+        HashMap,
+        hash_map::{DefaultHasher, RandomState},
+    },
     fmt,
-    hash::BuildHasher,
+    hash::{BuildHasher, Hasher as _},
     net::SocketAddr,
 };
 
@@ -103,6 +106,43 @@ struct Key {
     id: u16,
 }
 
+/// A hash with a random key, which can be handed over to another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuestionKey(pub [u64; 2]);
+
+impl QuestionKey {
+    /// Returns a random key.
+    fn random() -> Self {
+        // The standard library has no other source of random numbers.
+        let random = RandomState::new();
+        Self([random.hash_one(0_u8), random.hash_one(1_u8)])
+    }
+}
+
+impl BuildHasher for QuestionKey {
+    type Hasher = DefaultHasher;
+
+    fn build_hasher(&self) -> DefaultHasher {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.0[0]);
+        hasher.write_u64(self.0[1]);
+        hasher
+    }
+}
+
+/// An open question, as it is handed over to another process. Its name is hashed with the [`QuestionKey`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandedOverQuestion<T> {
+    /// Client and resolver.
+    pub flow: Flow,
+    /// Message id.
+    pub id: u16,
+    /// Hash of the question.
+    pub question: u64,
+    /// Time and data of the question.
+    pub asked: OpenQuestion<T>,
+}
+
 const NONE: u32 = u32::MAX;
 
 #[derive(Debug)]
@@ -124,7 +164,7 @@ struct Slot<T> {
 #[derive(Debug)]
 pub struct Tracker<T> {
     limits: TrackLimits,
-    hasher: RandomState,
+    hasher: QuestionKey,
     /// The first slot of each key.
     keys: HashMap<Key, u32>,
     open: usize,
@@ -149,7 +189,7 @@ impl<T: Copy> Tracker<T> {
     pub fn new(limits: TrackLimits) -> Self {
         Self {
             limits,
-            hasher: RandomState::new(),
+            hasher: QuestionKey::random(),
             keys: HashMap::new(),
             open: 0,
             endpoints: HashMap::new(),
@@ -176,15 +216,18 @@ impl<T: Copy> Tracker<T> {
         now: Millis,
     ) -> Result<(), Unsolicited> {
         self.expire(now);
-        let key = Key { flow, id };
         let question = self.hash(question);
+        self.insert(Key { flow, id }, question, OpenQuestion { at: now, note })
+    }
+
+    fn insert(&mut self, key: Key, question: u64, asked: OpenQuestion<T>) -> Result<(), Unsolicited> {
         if let Some(slot) = self.find(key, question) {
             self.remove(slot);
         }
         if self.open >= self.limits.total || self.chain(key).count() >= SAME_ID {
             return Err(Unsolicited::Full);
         }
-        let open = self.endpoints.entry(flow.endpoint).or_default();
+        let open = self.endpoints.entry(key.flow.endpoint).or_default();
         if *open >= self.limits.per_endpoint {
             return Err(Unsolicited::EndpointFull);
         }
@@ -192,7 +235,7 @@ impl<T: Copy> Tracker<T> {
         let slot = Slot {
             key,
             question,
-            asked: OpenQuestion { at: now, note },
+            asked,
             same: self.keys.get(&key).copied().unwrap_or(NONE),
             older: self.newest,
             newer: NONE,
@@ -273,6 +316,42 @@ impl<T: Copy> Tracker<T> {
     #[must_use]
     pub fn open(&self) -> usize {
         self.open
+    }
+
+    /// Returns the key of the hashes, and the open questions, the oldest first.
+    pub fn hand_over(&self) -> (QuestionKey, impl Iterator<Item = HandedOverQuestion<T>> + '_) {
+        let next = |at: &u32| self.slots.get(*at as usize).map(|slot| slot.newer);
+        let ages = std::iter::successors(Some(self.oldest), next);
+        let slots = ages.map_while(|at| self.slots.get(at as usize));
+        let questions = slots.map(|slot| HandedOverQuestion {
+            flow: slot.key.flow,
+            id: slot.key.id,
+            question: slot.question,
+            asked: slot.asked,
+        });
+        (self.hasher, questions)
+    }
+
+    /// Uses the key of another tracker, whose questions [`Tracker::take_over`] adds. Must be called before the first
+    /// question.
+    pub fn use_key(&mut self, key: QuestionKey) {
+        if self.open == 0 {
+            self.hasher = key;
+        }
+    }
+
+    /// Adds an open question of another tracker. Questions must be added by age, the oldest first.
+    ///
+    /// # Errors
+    /// As [`Tracker::asked`].
+    pub fn take_over(&mut self, question: &HandedOverQuestion<T>) -> Result<(), Unsolicited> {
+        let HandedOverQuestion {
+            flow,
+            id,
+            question,
+            asked,
+        } = *question;
+        self.insert(Key { flow, id }, question, asked)
     }
 
     /// Returns the number of questions that have timed out so far.

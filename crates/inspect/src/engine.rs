@@ -16,6 +16,7 @@ use crate::{
     dns::{Dns, stream::Streams},
     fragments::Reassembler,
     frames::{Frames, Spare},
+    handover::{self, Account, Entries, HandedOver, Kind},
     http::Http,
     kafka::Kafka,
     record::{Record, Verdict, What},
@@ -210,6 +211,73 @@ impl<F> Engine<F> {
     /// Drops all held packets, because the worker ends.
     pub fn drain(&mut self, sink: &mut impl Sink<F>) {
         self.forget(None, sink);
+    }
+
+    /// Writes what a planned restart hands over, and drops all held packets, whose senders repeat them. The engine must
+    /// get no packet afterwards.
+    pub fn hand_over(&mut self, sink: &mut impl Sink<F>) -> HandedOver {
+        let mut into = Entries::default();
+        // No timer starts here, so the time does not matter.
+        let (mut cx, inspectors) = self.parts(0, sink);
+        let cx = &mut cx;
+        inspectors.http.hand_over(&mut into, cx);
+        inspectors.kafka.hand_over(&mut into, cx);
+        inspectors.tls.hand_over(&mut into, cx);
+        inspectors.streams.hand_over(&mut into, cx);
+        inspectors.dns.hand_over(&mut into);
+        self.drain(sink);
+        into.finish()
+    }
+
+    /// Takes over what an engine has handed over. Must be called before the first packet, and only in the same boot and
+    /// with the same maps. `now`: time of the call, ms, on the clock of that engine. Returns how many connections were
+    /// taken over, and how many not: those that exceed the limits, and bytes that are no connection.
+    pub fn take_over(&mut self, now: Millis, state: &[u8]) -> Account {
+        const fn is_open(kind: u8) -> bool {
+            kind & 1 == 0
+        }
+        let mut account = Account::default();
+        let InspectorSet {
+            http,
+            tls,
+            kafka,
+            streams,
+            dns,
+            ..
+        } = &mut self.inspectors;
+        handover::for_each(state, |kind, bytes| {
+            let is_taken = match kind {
+                _ if kind == Kind::HTTP.open => http.take_over(bytes, now),
+                _ if kind == Kind::HTTP.offloaded => http.take_over_offloaded(bytes),
+                _ if kind == Kind::TLS.open => tls.take_over(bytes, now),
+                _ if kind == Kind::TLS.offloaded => tls.take_over_offloaded(bytes),
+                _ if kind == Kind::KAFKA.open => kafka.take_over(bytes, now),
+                _ if kind == Kind::KAFKA.offloaded => kafka.take_over_offloaded(bytes),
+                _ if kind == Kind::DNS.open => streams.take_over(bytes, now),
+                _ if kind == Kind::DNS.offloaded => streams.take_over_offloaded(bytes),
+                Kind::QUESTIONS => dns.take_over(bytes, now),
+                _ => false,
+            };
+            match (is_open(kind), is_taken) {
+                (true, true) => account.connections += 1,
+                (true, false) => account.cut += 1,
+                (false, _) => {}
+            }
+        });
+        account
+    }
+
+    /// Returns the engine of the process after a planned restart, with the same rules. All connections must have been
+    /// handed over.
+    #[cfg(test)]
+    pub(crate) fn restarted(&mut self, now: Millis, sink: &mut impl Sink<F>) -> Self {
+        let HandedOver { state, account } = self.hand_over(sink);
+        let mut engine = Self::new(&Limits::default());
+        engine.set_rules(Arc::clone(&self.rules));
+        let taken = engine.take_over(now, &state);
+        assert_eq!((taken.connections, taken.cut), (account.connections, account.cut));
+        assert_eq!(taken.cut, 0);
+        engine
     }
 
     fn forget(&mut self, endpoint: Option<u16>, sink: &mut impl Sink<F>) {

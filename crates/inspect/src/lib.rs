@@ -24,6 +24,7 @@ mod evaluator;
 mod expiry_queue;
 mod fragments;
 mod frames;
+pub mod handover;
 mod http;
 pub mod http2;
 mod kafka;

@@ -8,7 +8,10 @@ use std::{
 use palisade_abi::{Addr, PuntRequest, Reason, protocol, punt_flags};
 use palisade_protocols::dns::Name;
 
-use crate::packet::PacketView;
+use crate::{
+    handover::wire::{Reader, Wire, wire},
+    packet::PacketView,
+};
 
 /// Maximum length of a text in a record, bytes. Longer texts are truncated.
 pub const TEXT: usize = 256;
@@ -114,6 +117,28 @@ impl fmt::Debug for Word {
     }
 }
 
+impl Wire for Text {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.bytes().to_vec().write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        let bytes = Vec::<u8>::read(from)?;
+        (bytes.len() <= TEXT).then(|| Self::from(&bytes[..]))
+    }
+}
+
+impl Wire for Word {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.bytes().to_vec().write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        let word = Self::from(&Vec::<u8>::read(from)?[..]);
+        Some(word)
+    }
+}
+
 /// Verdict of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
@@ -171,6 +196,18 @@ pub(crate) struct About {
     ingress: bool,
     reply: bool,
 }
+
+wire!(About {
+    source,
+    destination,
+    remote_identity,
+    ifindex,
+    rule,
+    endpoint,
+    protocol,
+    ingress,
+    reply,
+});
 
 impl About {
     pub(crate) fn of(view: &PacketView<'_>) -> Self {

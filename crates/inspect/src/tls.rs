@@ -1,6 +1,8 @@
 //! TLS: a connection is forwarded if a rule allows its server name. It is offloaded once the response of the server
 //! rules out a second ClientHello (RFC 8446, 4.1.4).
 
+mod handover;
+
 use std::sync::Arc;
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};
@@ -12,6 +14,7 @@ use palisade_protocols::tls::{
 use crate::{
     Millis, PacketView, Rules, Sink,
     context::Cx,
+    handover::{Entries, Kind},
     record::{About, Record, Text, Verdict, What},
     rules::TlsRules,
     tcp::{
@@ -188,6 +191,21 @@ impl<F> Tls<F> {
         cx: &mut Cx<'_, F, S>,
     ) {
         self.connections.error(view, quoted, frame, cx);
+    }
+
+    /// Writes the connections that can be handed over.
+    pub(crate) fn hand_over<S: Sink<F>>(&mut self, into: &mut Entries, cx: &mut Cx<'_, F, S>) {
+        self.connections.hand_over(Kind::TLS, into, cx);
+    }
+
+    /// Takes a connection over. Returns whether it was taken over.
+    pub(crate) fn take_over(&mut self, bytes: &[u8], now: Millis) -> bool {
+        self.connections.take_over(bytes, now, |_| {})
+    }
+
+    /// Takes an offloaded connection over. Returns whether the bytes are one.
+    pub(crate) fn take_over_offloaded(&mut self, bytes: &[u8]) -> bool {
+        self.connections.take_over_offloaded(bytes)
     }
 
     pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {

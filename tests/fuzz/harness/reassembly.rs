@@ -245,10 +245,11 @@ impl Session {
             ruleset: self.ruleset,
             endpoint: 1,
             inspector: inspector(self.ruleset),
-            flags: if segment.client {
-                0
-            } else {
-                punt_flags::REPLY | punt_flags::INGRESS
+            // The first packet makes the conntrack entry.
+            flags: match (segment.client, self.frames.is_empty()) {
+                (true, true) => punt_flags::NEW,
+                (true, false) => 0,
+                (false, _) => punt_flags::REPLY | punt_flags::INGRESS,
             },
             ..PuntRequest::default()
         };
@@ -303,6 +304,17 @@ impl Session {
     fn tick(&mut self, ms: u64) {
         self.now += ms;
         self.engine.tick(self.now, &mut self.done);
+        self.deliver();
+    }
+
+    /// Restarts the daemon: another engine takes the connection over, if it can be handed over.
+    fn hand_over(&mut self) {
+        let handed_over = self.engine.hand_over(&mut self.done);
+        self.engine = Engine::new(&Limits::default());
+        prepare(&mut self.engine);
+        let taken = self.engine.take_over(self.now, &handed_over.state);
+        assert_eq!(taken.connections, handed_over.account.connections);
+        assert_eq!(taken.cut, 0);
         self.deliver();
     }
 
@@ -478,6 +490,7 @@ pub fn run(input: &[u8]) {
                 segment.data = b"";
                 session.send(&segment);
             }
+            _ if what >> 5 == 7 => session.hand_over(),
             _ => session.tick(if more & 1 == 0 { 15 } else { u64::from(more) * 100 }),
         }
     }

@@ -13,6 +13,7 @@ use palisade_protocols::dns::Answer;
 mod answer;
 mod committed;
 mod config;
+mod handover;
 mod query;
 mod records;
 pub(crate) mod stream;

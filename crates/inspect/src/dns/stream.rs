@@ -6,6 +6,8 @@
 //! ID of the query and repeats no other question. A transfer is a copy for a secondary server, not a lookup, so its
 //! addresses are not learned.
 
+mod handover;
+
 use std::collections::VecDeque;
 
 use palisade_abi::{CtKey, Reason, punt_flags};

@@ -1,5 +1,7 @@
 //! One HTTP connection: the position of both sides in their messages, and the requests that wait for a response.
 
+mod handover;
+
 use std::{collections::VecDeque, mem};
 
 use palisade_abi::{PuntRequest, Reason, punt_flags};

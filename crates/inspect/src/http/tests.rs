@@ -16,6 +16,8 @@ use crate::{
     tcp::tests::{ACK, FIN, Out, RST, SYN, Seg},
 };
 
+mod handover;
+
 const RULESET: u32 = 4;
 const OTHER: u32 = 5;
 
@@ -36,6 +38,22 @@ fn set(matchers: Vec<Matcher>) -> Arc<RuleSet> {
             .collect(),
         ..RuleSet::default()
     })
+}
+
+/// Returns an engine with the rule sets [`RULESET`] and [`OTHER`].
+fn engine(limits: &Limits) -> Engine<Vec<u8>> {
+    let allowed = set(vec![
+        rule("GET|HEAD|POST|CONNECT", "/public/.*"),
+        // The request has no path that a rule could match.
+        Matcher::Http(HttpRule {
+            method: Some("CONNECT".into()),
+            ..HttpRule::default()
+        }),
+    ]);
+    let sets = BTreeMap::from([(RULESET, allowed), (OTHER, set(vec![rule("GET", "/other")]))]);
+    let mut engine = Engine::new(limits);
+    engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
+    engine
 }
 
 /// A client, a server, and the engine between them. Each side acknowledges the bytes that reach it.
@@ -60,19 +78,8 @@ impl Talk {
     }
 
     fn with(limits: &Limits) -> Self {
-        let allowed = set(vec![
-            rule("GET|HEAD|POST|CONNECT", "/public/.*"),
-            // The request has no path that a rule could match.
-            Matcher::Http(HttpRule {
-                method: Some("CONNECT".into()),
-                ..HttpRule::default()
-            }),
-        ]);
-        let sets = BTreeMap::from([(RULESET, allowed), (OTHER, set(vec![rule("GET", "/other")]))]);
-        let mut engine = Engine::new(limits);
-        engine.set_rules(Arc::new(Rules::prepare(&sets, None)));
         let mut talk = Self {
-            engine,
+            engine: engine(limits),
             out: Out::default(),
             now: 0,
             ruleset: RULESET,

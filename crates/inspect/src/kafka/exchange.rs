@@ -1,5 +1,7 @@
 //! One Kafka connection: the requests that wait for a response, the fetch session, and the verdicts.
 
+mod handover;
+
 use std::{collections::VecDeque, fmt::Write as _, net::SocketAddr};
 
 use palisade_abi::{PuntRequest, Reason, identity, punt_flags};

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::{
     Millis, PacketView, Sink,
     context::Cx,
+    handover::{Entries, Kind},
     record::About,
     tcp::{Connections, Side, quote::QuotedSegment},
 };
@@ -89,6 +90,21 @@ impl<F> Kafka<F> {
         cx: &mut Cx<'_, F, S>,
     ) {
         self.connections.error(view, quoted, frame, cx);
+    }
+
+    /// Writes the connections that can be handed over.
+    pub(crate) fn hand_over<S: Sink<F>>(&mut self, into: &mut Entries, cx: &mut Cx<'_, F, S>) {
+        self.connections.hand_over(Kind::KAFKA, into, cx);
+    }
+
+    /// Takes a connection over. Returns whether it was taken over.
+    pub(crate) fn take_over(&mut self, bytes: &[u8], now: Millis) -> bool {
+        self.connections.take_over(bytes, now, |_| {})
+    }
+
+    /// Takes an offloaded connection over. Returns whether the bytes are one.
+    pub(crate) fn take_over_offloaded(&mut self, bytes: &[u8]) -> bool {
+        self.connections.take_over_offloaded(bytes)
     }
 
     pub(crate) fn tick<S: Sink<F>>(&mut self, cx: &mut Cx<'_, F, S>) {

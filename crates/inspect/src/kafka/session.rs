@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use palisade_protocols::kafka::Header;
 
-use crate::rules::KafkaRules;
+use crate::{
+    handover::wire::{Reader, Wire},
+    rules::KafkaRules,
+};
 
 /// Maximum cost of a fetch session, bytes.
 const MAX_COST: usize = 128 << 10;
@@ -106,6 +109,40 @@ impl Session {
             self.topics.add(name);
         }
         topics.is_complete() && self.topics.is_complete()
+    }
+}
+
+impl Wire for SessionTopics {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.is_complete().write(out);
+        (self.names.len() as u32).write(out);
+        for name in &self.names {
+            name.write(out);
+        }
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        let is_complete = bool::read(from)?;
+        let mut topics = Self::default();
+        for _ in 0..u32::read(from)? {
+            topics.add(&Box::<[u8]>::read(from)?);
+        }
+        if !is_complete {
+            topics.cost = MAX_COST + 1;
+        }
+        Some(topics)
+    }
+}
+
+/// The last verdict on the topics is not handed over: the next request gets one by the rules in force then.
+impl Wire for Session {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.id.write(out);
+        self.topics.write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self::new(Wire::read(from)?, Wire::read(from)?))
     }
 }
 

@@ -1172,3 +1172,43 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_connection_goes_on_after_a_restart() {
+    let mut talk = Talk::new();
+    let restart = |talk: &mut Talk| {
+        talk.engine = talk.engine.restarted(0, &mut talk.out);
+    };
+    // A request without a response, and a fetch session.
+    talk.client(&fetch(1, (0, 0), &["b"]));
+    restart(&mut talk);
+    talk.server(&fetched(1, 9));
+    restart(&mut talk);
+    talk.client(&fetch(2, (9, 1), &[]));
+    talk.server(&fetched(2, 9));
+    // A request whose last byte has not arrived. All others are forwarded.
+    let whole = produce(3, 1, &["a", "b"], 10);
+    let (first, last) = whole.split_at(whole.len() - 5);
+    let before = talk.got[0].len();
+    talk.client(first);
+    restart(&mut talk);
+    let (missing, got) = (
+        before + first.len() - talk.got[0].len(),
+        talk.got[0].len() - before,
+    );
+    assert!(missing <= 1, "{missing}");
+    talk.sent[0] -= missing as u32;
+    talk.client(&whole[got..]);
+    assert_eq!(talk.got[0][before..], whole[..]);
+    assert_eq!(last.len(), 5);
+    talk.server(&response(3, 30));
+    assert!(talk.is_open());
+    let denied = produce(4, 1, &["secret"], 10);
+    restart(&mut talk);
+    talk.client(&denied);
+    assert!(!talk.got[0].ends_with(&denied));
+    assert_eq!(
+        talk.records().last().map(|record| record.verdict),
+        Some(Verdict::Dropped)
+    );
+}

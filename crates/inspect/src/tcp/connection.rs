@@ -7,6 +7,7 @@
 //! errors.
 
 mod ack_on_behalf;
+mod handover;
 mod icmp;
 mod inspection;
 mod open;
@@ -31,6 +32,7 @@ use crate::{
     record::{About, Record, Verdict, What},
     steps::{self, Detail},
 };
+pub(super) use handover::Transfer;
 use phase::{Announcement, FIRST_TRY, Phase, TRIES};
 use send_limit::OffloadWindow;
 

@@ -3,6 +3,8 @@
 
 use std::collections::VecDeque;
 
+mod handover;
+
 use super::segment::{Link, Segment};
 use crate::Millis;
 

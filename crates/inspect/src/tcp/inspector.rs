@@ -6,6 +6,7 @@ use super::side::Side;
 use crate::{
     Sink,
     context::Cx,
+    handover::wire::{Reader, Wire},
     record::About,
     steps::{self, Detail},
 };
@@ -45,6 +46,15 @@ pub(crate) trait Offloadable {
     type OffloadVerdict: Default;
     /// Returns the state to keep, and removes it from `self`.
     fn remember(&mut self) -> Self::OffloadVerdict;
+}
+
+/// State of an inspector that a planned restart hands over.
+pub(crate) trait Transferable: Offloadable<OffloadVerdict: Wire> + Sized {
+    /// Appends the state. Returns false if the state cannot be handed over. The bytes without a verdict that are held
+    /// are not handed over; the sender repeats them, and they are shown to the inspector again.
+    fn write(&self, out: &mut Vec<u8>) -> bool;
+    /// Reads a state that [`Transferable::write`] has written; `None` if the bytes are no such state.
+    fn read(from: &mut Reader<'_>) -> Option<Self>;
 }
 
 /// Inspects the streams of both sides of a connection.

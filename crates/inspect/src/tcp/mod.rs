@@ -31,6 +31,6 @@ pub(crate) mod tests;
 
 pub use config::{TcpLimits, TcpStats};
 pub(crate) use flow::key;
-pub(crate) use inspector::{Action, Offloadable, StreamInspector, log_action};
+pub(crate) use inspector::{Action, Offloadable, StreamInspector, Transferable, log_action};
 pub use side::Side;
 pub(crate) use table::Connections;

@@ -6,6 +6,7 @@ use palisade_packet::flags;
 use super::{options, side::Side};
 use crate::{
     PacketView, Route,
+    handover::wire::{Reader, Wire},
     packet_builder::{Sum, network_header},
 };
 
@@ -147,6 +148,8 @@ pub(super) struct OutSegment<'a> {
 impl Link {
     /// Maximum length of the link header, bytes: Ethernet with two VLAN tags.
     const LONGEST: usize = 22;
+    /// Minimum length of the link header, bytes: Ethernet.
+    const SHORTEST: usize = 14;
 
     /// Returns the `Link` for the direction of a packet; `None` if the link header of the packet is too short or too
     /// long.
@@ -154,7 +157,7 @@ impl Link {
         let from = view.frame.get(..view.network)?;
         let mut header = [0; Self::LONGEST];
         header.get_mut(..from.len())?.copy_from_slice(from);
-        if from.len() < 14 {
+        if from.len() < Self::SHORTEST {
             return None;
         }
         let packet = view.packet;
@@ -180,6 +183,11 @@ impl Link {
         (reversed.source, reversed.destination) = (self.destination, self.source);
         reversed.route.back = !self.route.back;
         reversed
+    }
+
+    /// Returns whether the packets go from one of these ends to the other.
+    pub(super) fn is_between(&self, a: (Addr, u16), b: (Addr, u16)) -> bool {
+        (self.source, self.destination) == (a, b) || (self.source, self.destination) == (b, a)
     }
 
     pub(super) const fn is_ipv6(&self) -> bool {
@@ -237,5 +245,40 @@ impl Link {
         out.extend_from_slice(&header);
         out.extend_from_slice(timestamp);
         out.extend_from_slice(segment.payload);
+    }
+}
+
+impl Wire for Link {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.header
+            .get(..usize::from(self.length))
+            .unwrap_or_default()
+            .to_vec()
+            .write(out);
+        self.ipv6.write(out);
+        self.source.write(out);
+        self.destination.write(out);
+        self.route.ifindex.write(out);
+        self.route.hook.write(out);
+        self.route.back.write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        let bytes = Vec::<u8>::read(from)?;
+        let mut header = [0; Self::LONGEST];
+        header.get_mut(..bytes.len())?.copy_from_slice(&bytes);
+        (bytes.len() >= Self::SHORTEST).then_some(())?;
+        Some(Self {
+            header,
+            length: bytes.len() as u8,
+            ipv6: Wire::read(from)?,
+            source: Wire::read(from)?,
+            destination: Wire::read(from)?,
+            route: Route {
+                ifindex: Wire::read(from)?,
+                hook: Wire::read(from)?,
+                back: Wire::read(from)?,
+            },
+        })
     }
 }

@@ -4,6 +4,8 @@ use std::ops::{Index, IndexMut};
 
 use palisade_abi::{PuntRequest, punt_flags};
 
+use crate::handover::wire::{Reader, Wire};
+
 /// End of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Side {
@@ -83,5 +85,16 @@ impl<T> IndexMut<Side> for PerSide<T> {
             Side::Client => &mut self.client,
             Side::Server => &mut self.server,
         }
+    }
+}
+
+impl<T: Wire> Wire for PerSide<T> {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.client.write(out);
+        self.server.write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self::new(Wire::read(from)?, Wire::read(from)?))
     }
 }

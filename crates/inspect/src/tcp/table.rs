@@ -3,6 +3,8 @@
 //!
 //! Start at `Connections::packet`.
 
+mod handover;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::{HashMap, HashMapExt as _};

@@ -345,3 +345,52 @@ proptest! {
         prop_assert_eq!((released, resets), if fine { (bytes.len(), 0) } else { (0, 2) });
     }
 }
+
+impl Talk {
+    fn restart(&mut self) {
+        self.engine = self.engine.restarted(0, &mut self.out);
+        self.take();
+    }
+}
+
+#[test]
+fn a_handshake_goes_on_after_a_restart() {
+    for (name, is_allowed) in [("a.test", true), ("x.test", false)] {
+        // Before a hello, within one, after one, and between two.
+        for at in [0, 1, 5, 20] {
+            let mut talk = Talk::new(false);
+            let hello = hello(Some(name), 10_000);
+            if at > 0 {
+                assert_eq!(talk.client(&hello[..at]).released.len(), 0);
+            }
+            talk.restart();
+            // The client repeats what nobody has acknowledged.
+            talk.sent[0] -= at as u32;
+            let out = talk.client(&hello);
+            assert_eq!(
+                (out.released.len() == 1, is_cut(&out)),
+                (is_allowed, !is_allowed),
+                "{at}"
+            );
+        }
+        let mut talk = Talk::new(false);
+        talk.client(&hello(Some("c.b.test"), 10_000));
+        talk.restart();
+        assert_eq!(talk.server(&server_hello(true)).released.len(), 1);
+        talk.restart();
+        let out = talk.client(&hello(Some(name), 10_000));
+        assert_eq!((out.released.len() == 1, is_cut(&out)), (is_allowed, !is_allowed));
+    }
+}
+
+#[test]
+fn an_offloaded_connection_is_evaluated_by_its_name_after_a_restart() {
+    let mut talk = Talk::new(false);
+    talk.client(&hello(Some("a.test"), 10_000));
+    talk.server(&server_hello(false));
+    talk.client(b"");
+    talk.restart();
+    assert_eq!(talk.engine.stats().tls.tcp.offloaded_flows, 1);
+    let out = talk.client(b"data");
+    assert_eq!((out.released.len(), out.commands.len()), (1, 1));
+}

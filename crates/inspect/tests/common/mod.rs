@@ -162,6 +162,19 @@ impl World {
         handle
     }
 
+    /// Restarts the daemon: another engine takes over what this one hands over. Returns how many connections.
+    pub fn hand_over(&mut self) -> u64 {
+        let handed_over = self.engine.hand_over(&mut self.sink);
+        self.engine = Engine::new(&Limits::default());
+        self.engine.set_rules(Arc::new(rules()));
+        let taken = self.engine.take_over(self.now, &handed_over.state);
+        assert_eq!(
+            (taken.connections, taken.cut),
+            (handed_over.account.connections, 0)
+        );
+        taken.connections
+    }
+
     /// Reports the result of the oldest commit request.
     pub fn committed(&mut self, committed: bool) {
         let learn = self.sink.learns.pop_front().expect("something to learn");

@@ -727,3 +727,44 @@ fn padding_is_not_part_of_the_message() {
     }
     world.end();
 }
+
+#[test]
+fn an_answer_to_a_query_before_a_restart_is_accepted_once() {
+    for is_v6 in [false, true] {
+        let mut world = world();
+        let family = |udp: Udp| if is_v6 { udp.v6() } else { udp };
+        for (id, name) in [(7, "allowed.test"), (8, "x.wild.test")] {
+            let asked = family(to_server(4000, &query(id, name, A)));
+            world.send(&asks(1), &asked.frame());
+        }
+        let answered = |world: &mut World, message: &[u8]| {
+            world.send(&is_told(1), &family(to_client(4000, message)).frame())
+        };
+        let first = answered(&mut world, &answer(7, "allowed.test", A, 3, &[]));
+        assert_eq!(world.fate(first), Some(&Fate::Released));
+        world.hand_over();
+        for (id, name, fate) in [
+            (7, "allowed.test", Fate::Discarded(Reason::DnsUnsolicited)),
+            (9, "x.wild.test", Fate::Discarded(Reason::DnsUnsolicited)),
+            (8, "y.wild.test", Fate::Discarded(Reason::DnsUnsolicited)),
+            (8, "x.wild.test", Fate::Released),
+            (8, "x.wild.test", Fate::Discarded(Reason::DnsUnsolicited)),
+        ] {
+            let handle = answered(&mut world, &answer(id, name, A, 3, &[]));
+            assert_eq!(world.fate(handle), Some(&fate), "{id} {name}");
+        }
+        world.end();
+    }
+}
+
+#[test]
+fn a_query_before_a_restart_still_times_out() {
+    let mut world = world();
+    ask(&mut world, 7, "allowed.test");
+    world.wait(9_000);
+    world.hand_over();
+    world.wait(2_000);
+    let handle = tell(&mut world, &answer(7, "allowed.test", A, 3, &[]));
+    assert_eq!(world.fate(handle), Some(&Fate::Discarded(Reason::DnsUnsolicited)));
+    world.end();
+}

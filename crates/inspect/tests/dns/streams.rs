@@ -1517,3 +1517,21 @@ fn errors_are_compared_with_the_bytes_in_flight() {
         it.world.end();
     }
 }
+
+#[test]
+fn a_connection_goes_on_after_a_restart_with_a_query_under_way() {
+    for v6 in [false, true] {
+        let mut connection = Connection::with(&Limits::default(), v6, [asks(1), is_told(1)]);
+        let query = framed(&[query(7, "allowed.test", A)]);
+        let asked = connection.client(0, ACK, &query);
+        assert_eq!(connection.fate(asked), Some(&Fate::Released));
+        assert_eq!(connection.world.hand_over(), 1);
+        let answer = framed(&[answer(7, "allowed.test", A, 3, &[])]);
+        let told = connection.resolver_acknowledges(0, query.len() as u32, ACK, &answer);
+        assert_eq!(connection.fate(told), Some(&Fate::Released));
+        assert_eq!(connection.world.hand_over(), 1);
+        let denied = framed(&[self::query(8, "denied.test", A)]);
+        let denied = connection.client_acknowledges(query.len() as i64, answer.len() as u32, ACK, &denied);
+        assert_ne!(connection.fate(denied), Some(&Fate::Released));
+    }
+}

@@ -140,6 +140,31 @@ impl Chunks {
         }
     }
 
+    /// Returns the position if it is at the beginning of a size line or directly behind the content of a chunk: whether
+    /// the body is that of a response, and whether the position is behind content. `None` within the framing.
+    #[must_use]
+    pub fn boundary(&self) -> Option<(bool, bool)> {
+        match self.state {
+            State::Size if self.digits == 0 => Some((self.is_answer, false)),
+            State::ContentReturn => Some((self.is_answer, true)),
+            _ => None,
+        }
+    }
+
+    /// Returns the search at a position that [`Chunks::boundary`] has returned.
+    #[must_use]
+    pub fn at_boundary(is_answer: bool, is_behind_content: bool) -> Self {
+        Self {
+            state: if is_behind_content {
+                State::ContentReturn
+            } else {
+                State::Size
+            },
+            is_answer,
+            ..Self::default()
+        }
+    }
+
     /// Removes framing from the front of `input`, up to the next content or the end of the body.
     ///
     /// # Errors

@@ -107,6 +107,11 @@ impl Records {
         }))
     }
 
+    /// Returns whether all bytes so far are of complete records.
+    const fn is_between(&self) -> bool {
+        self.have == 0 && self.left == 0
+    }
+
     /// Marks the complete header as unprocessed, so that the next call processes it again.
     fn restart(&mut self) {
         self.have = RECORD_HEADER;
@@ -190,6 +195,21 @@ impl ClientReader {
         Ok((self.held.len() >= length).then_some(length))
     }
 
+    /// Returns a reader for the records behind a hello.
+    #[must_use]
+    pub fn behind_hello() -> Self {
+        Self {
+            begun: true,
+            ..Self::default()
+        }
+    }
+
+    /// Returns whether the next byte begins a record and no handshake message is incomplete.
+    #[must_use]
+    pub const fn is_between_records(&self) -> bool {
+        self.records.is_between() && self.held.is_empty()
+    }
+
     /// Returns the number of buffered bytes of an incomplete hello.
     #[must_use]
     pub fn held(&self) -> usize {
@@ -243,6 +263,13 @@ impl ServerReader {
                 return Ok(step);
             }
         }
+    }
+
+    /// Returns whether the next byte begins a record and no handshake message is incomplete. A reader in that state is as
+    /// a new one.
+    #[must_use]
+    pub const fn is_between_records(&self) -> bool {
+        self.records.is_between() && self.held.is_empty()
     }
 
     fn take(&mut self, piece: &Piece<'_>) -> Result<Option<ServerStep>, ParseError> {
