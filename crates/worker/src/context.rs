@@ -2,12 +2,15 @@
 //! counters. The supervisor owns this state and lends it to each run of the worker.
 
 use std::{
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::SystemTime,
 };
 
 use mio::{Poll, Token, Waker};
-use palisade_inspect::{commit::CommitQueue, record::Record};
+use palisade_inspect::{commit::CommitQueue, handover::HandedOver, record::Record};
 use palisade_xsk::{Mode, handoff};
 
 use crate::{counters::Counters, queue, watch};
@@ -30,6 +33,35 @@ pub(crate) struct WorkerControl<R> {
 /// A record with the time at which it was made.
 pub type TimedRecord = (SystemTime, Record);
 
+/// Where workers that end put what they hand over.
+#[derive(Debug, Default)]
+pub(crate) struct HandOver {
+    is_wanted: AtomicBool,
+    /// Number of a worker, and what it hands over.
+    states: Mutex<Vec<(usize, HandedOver)>>,
+}
+
+impl HandOver {
+    /// Makes the workers hand over their connections when they end.
+    pub(crate) fn request(&self) {
+        self.is_wanted.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.is_wanted.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn put(&self, number: usize, state: HandedOver) {
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        states.push((number, state));
+    }
+
+    /// Removes and returns what the workers have put here.
+    pub(crate) fn take(&self) -> Vec<(usize, HandedOver)> {
+        std::mem::take(&mut *self.states.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// The state of a worker thread that survives restarts of the worker.
 pub(crate) struct WorkerContext<R> {
     /// Number of the worker and of its queue of the punt link, from 0.
@@ -48,6 +80,8 @@ pub(crate) struct WorkerContext<R> {
     pub counters: Arc<Counters>,
     /// Whether the worker must stop.
     pub stop: Arc<AtomicBool>,
+    /// Where the worker puts what it hands over when it stops.
+    pub hand_over: Arc<HandOver>,
     pub control: watch::Receiver<WorkerControl<R>>,
     /// Hand-off rings to the other workers, by number; `None` at the worker's own number.
     pub handoff_senders: Vec<Option<handoff::Sender<()>>>,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use palisade_inspect::{CommitResult, Engine, Metric, Millis, PacketView, Rules, Sink};
+use palisade_inspect::{CommitResult, Engine, Metric, Millis, PacketView, Rules, Sink, handover::HandedOver};
 
 use crate::held::Handle;
 
@@ -31,6 +31,10 @@ pub trait Inspect {
     fn deadline(&self) -> Option<Millis>;
     /// Drops the state and the held packets of a deleted endpoint.
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>);
+    /// Returns what a planned restart hands over. The engine gets no packet afterwards.
+    fn hand_over(&mut self, _sink: &mut impl Sink<Handle>) -> HandedOver {
+        HandedOver::default()
+    }
     /// Returns the number of tracked connections.
     fn flows(&self) -> u64 {
         0
@@ -72,6 +76,10 @@ impl Inspect for Engine<Handle> {
 
     fn forget_endpoint(&mut self, endpoint: u16, sink: &mut impl Sink<Handle>) {
         Self::forget_endpoint(self, endpoint, sink);
+    }
+
+    fn hand_over(&mut self, sink: &mut impl Sink<Handle>) -> HandedOver {
+        Self::hand_over(self, sink)
     }
 
     fn flows(&self) -> u64 {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use palisade_abi::{FlowCommand, Inspector, PuntHeader, PuntRequest, Reason, flow_op, punt_flags};
 use palisade_inspect::{
     Millis, Sink as _,
+    handover::HandedOver,
     record::{Record, Verdict, What},
 };
 use palisade_packet::Packet;
@@ -287,6 +288,13 @@ impl<'a, P: Port, E: Inspect> Inspection<'a, P, E> {
     pub(crate) fn settle(&mut self, port: &mut P) {
         self.engine.settle(millis(self.now), &mut self.effects);
         self.run_effects(port);
+    }
+
+    /// Returns what the engine hands over at a planned restart, and drops all held packets.
+    pub(crate) fn hand_over(&mut self, port: &mut P) -> HandedOver {
+        let handed_over = self.engine.hand_over(&mut self.effects);
+        self.run_effects(port);
+        handed_over
     }
 
     /// Returns the time until the engine's next deadline, ms.

@@ -12,11 +12,14 @@ use std::{
 };
 
 use mio::{Poll, Waker};
-use palisade_inspect::commit::{self, CommitReceiver};
+use palisade_inspect::{
+    commit::{self, CommitReceiver},
+    handover::HandedOver,
+};
 use palisade_xsk::{Mode, handoff};
 
 use crate::{
-    context::{TimedRecord, WAKER, WorkerContext, WorkerControl},
+    context::{HandOver, TimedRecord, WAKER, WorkerContext, WorkerControl},
     counters::{Counters, State},
     inspect::Inspect,
     port::Port,
@@ -61,6 +64,7 @@ pub struct Setup<P, E: Inspect> {
 pub struct Pool<R> {
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
+    hand_over: Arc<HandOver>,
     wakers: Vec<Arc<Waker>>,
     control: Vec<watch::Sender<WorkerControl<R>>>,
     counters: Vec<Arc<Counters>>,
@@ -110,6 +114,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
         let mut pool = Self {
             threads: Vec::new(),
             stop: Arc::default(),
+            hand_over: Arc::default(),
             wakers,
             control: Vec::new(),
             counters: (0..workers).map(|_| Arc::default()).collect(),
@@ -136,6 +141,7 @@ impl<R: Send + Sync + 'static> Pool<R> {
                 heartbeat: Arc::clone(&setup.heartbeat),
                 counters,
                 stop: Arc::clone(&pool.stop),
+                hand_over: Arc::clone(&pool.hand_over),
                 control,
                 handoff_senders: senders,
                 handoff_receivers: receivers,
@@ -206,6 +212,14 @@ impl<R> Pool<R> {
             // If waking fails, the worker finds the change at its next heartbeat.
             let _ = waker.wake();
         }
+    }
+
+    /// Stops all workers as [`Pool::stop`], and returns what they hand over, with their numbers. A worker that does not
+    /// run hands over nothing. From the call on, the programs punt to no worker.
+    pub fn stop_for_restart(&mut self) -> Vec<(usize, HandedOver)> {
+        self.hand_over.request();
+        self.stop();
+        self.hand_over.take()
     }
 
     /// Stops all workers and waits for their threads.

@@ -18,7 +18,7 @@ use palisade_inspect::commit::Wake;
 use palisade_xsk::Mode;
 
 use crate::{
-    context::WorkerContext,
+    context::{HandOver, WorkerContext},
     counters::Counters,
     effects::Effects,
     idle::{self, Idle, Pending},
@@ -33,6 +33,12 @@ const LINK_CHECK_INTERVAL: u64 = 50_000_000;
 /// Interval at which the losses in the rings and the inspectors' metrics are read, ns.
 const STATISTICS_INTERVAL: u64 = 1_000_000_000;
 
+/// Longest time for which a worker that hands over its connections still inspects packets.
+const LAST_TURNS: Duration = Duration::from_millis(100);
+/// Number of last turns without a packet, 1 ms apart, after which nothing more is expected: packets that the programs had
+/// punted before the heartbeat was withdrawn, packets of other workers, results of commits.
+const QUIET_TURNS: u32 = 5;
+
 /// The mio token of the socket.
 const SOCKET: Token = Token(0);
 
@@ -43,6 +49,9 @@ pub(crate) struct Worker<'a, P: Port, E: Inspect> {
     clock: fn() -> u64,
     heartbeat: &'a (dyn Fn(usize, u64) + Send + Sync),
     stop: &'a AtomicBool,
+    hand_over: &'a HandOver,
+    /// Whether the heartbeat is withdrawn, because the worker ends.
+    is_ending: bool,
     poll: &'a mut Poll,
     events: Events,
     mode: Mode,
@@ -95,6 +104,8 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
             clock: context.clock,
             heartbeat: &*context.heartbeat,
             stop: &context.stop,
+            hand_over: &context.hand_over,
+            is_ending: false,
             poll: &mut context.poll,
             events: Events::with_capacity(8),
             mode: context.mode,
@@ -125,7 +136,9 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
     pub(crate) fn turn(&mut self) -> io::Result<bool> {
         self.now = (self.clock)();
         self.check_link()?;
-        (self.heartbeat)(self.number, self.now);
+        if !self.is_ending {
+            (self.heartbeat)(self.number, self.now);
+        }
         self.inspection.begin_turn(&mut self.port, self.now);
         let mut busy = self.rx.receive(&mut self.port, self.now)?;
         self.inspect_batch();
@@ -211,6 +224,29 @@ impl<'a, P: Port, E: Inspect> Worker<'a, P, E> {
                 idle.wait(self)?;
             }
         }
+        if self.hand_over.is_wanted() {
+            self.end()?;
+        }
+        Ok(())
+    }
+
+    /// Withdraws the heartbeat, inspects what the programs have punted before, and hands over the connections.
+    fn end(&mut self) -> io::Result<()> {
+        self.is_ending = true;
+        (self.heartbeat)(self.number, 0);
+        let until = Instant::now() + LAST_TURNS;
+        let mut quiet = 0;
+        while quiet < QUIET_TURNS && Instant::now() < until {
+            if self.turn()? {
+                quiet = 0;
+            } else {
+                quiet += 1;
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let state = self.inspection.hand_over(&mut self.port);
+        self.port.flush()?;
+        self.hand_over.put(self.number, state);
         Ok(())
     }
 }

@@ -263,6 +263,7 @@ fn context(number: usize, workers: usize) -> (WorkerContext<u32>, Control, queue
         heartbeat: Arc::new(|_, _| {}),
         counters: Arc::default(),
         stop: Arc::default(),
+        hand_over: Arc::default(),
         control,
         handoff_senders: (0..workers).map(|_| None).collect(),
         handoff_receivers: (0..workers).map(|_| None).collect(),
