@@ -127,6 +127,23 @@ file that is saved in [policy] dir is in force at once, without this command and
         #[arg(long)]
         force: bool,
     },
+    /// Restart the daemon, for example after an upgrade. Inspected connections go on.
+    #[command(
+        after_help = "The daemon reads the configuration as with `palisade reload`, then executes its program again in the same process: the new
+one, if it was replaced. The programs go on enforcing the last policy. HTTP/1, Kafka and DNS connections, and TLS handshakes
+under serverNames, are handed over; the command prints how many were, and how many are reset. Intercepted connections are
+always reset. With [worker] on_failure = \"pass\", or if the new program hands connections over in another form, all are.
+
+Changed settings of the systemd unit need `systemctl restart palisade`, which resets inspected connections.
+
+Examples:
+  palisade restart"
+    )]
+    Restart {
+        /// Restart also if the configuration denies the session in which the command runs.
+        #[arg(long)]
+        force: bool,
+    },
     /// End the daemon. Its programs go on enforcing the last policy unless --detach is given.
     #[command(after_help = "Examples:
   palisade stop             the last policy stays enforced

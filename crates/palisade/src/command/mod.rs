@@ -99,6 +99,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Completion { shell } => manual::completion(*shell),
         Command::Manual { dir, date } => manual::write(dir, date),
         Command::Reload { force } => service::reload(&cli.config, &socket()?, *force),
+        Command::Restart { force } => service::restart(&cli.config, &socket()?, *force),
         Command::Stop { detach } => service::stop(&cli.config, &socket()?, *detach),
         Command::Config(ConfigCommand::View { output }) => config::view(&cli.config, output.output),
         Command::Init(args) => init::run(&cli.config, args),

@@ -1,4 +1,4 @@
-//! `palisade run`, `status`, `reload` and `stop`.
+//! `palisade run`, `status`, `reload`, `restart` and `stop`.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,7 @@ use crate::{
     control::{
         api::{
             CaptureStatus, DeniedConnections, HubbleStatus, PolicyFile, PolicyFileState, ReloadAnswer,
-            Request, Status, Workers,
+            Request, Restarting, Status, Workers,
         },
         client::{Client, ClientError, ask, ask_within},
     },
@@ -278,6 +278,80 @@ pub(super) fn reload(config: &Path, socket: &Path, force: bool) -> anyhow::Resul
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Runs `palisade restart`.
+pub(super) fn restart(config: &Path, socket: &Path, force: bool) -> anyhow::Result<u8> {
+    // A restart puts the configuration in force, so it has the checks of a reload.
+    if config.exists() && load_config(config).is_none() {
+        return Ok(EXIT_NO);
+    }
+    let sessions = sessions();
+    let outcome = ask::<ReloadAnswer>(socket, &Request::Reload { sessions, force })
+        .and_then(|_| ask::<Restarting>(socket, &Request::Restart));
+    match outcome {
+        Ok(Restarting { token }) => report_restart(&restarted(socket, &token)?, &token),
+        Err(ClientError::Refused(problem)) => {
+            eprintln!("palisade: not restarted: {problem}");
+            Ok(EXIT_NO)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Waits until the daemon answers again.
+fn restarted(socket: &Path, token: &str) -> anyhow::Result<Status> {
+    let until = Instant::now() + STOP_DEADLINE;
+    let is_again = |status: &Status| {
+        status
+            .restarted
+            .as_ref()
+            .is_some_and(|restart| restart.token == token)
+    };
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let answer = ask_within::<Status>(socket, &Request::Status, left);
+        let late = Instant::now() >= until;
+        match answer {
+            // The daemon before answers until it closes its socket.
+            Ok(status) if is_again(&status) || late => return Ok(status),
+            Err(error) if late => return Err(error).context("the daemon has not begun again; see its log"),
+            Ok(_) | Err(_) => {}
+        }
+        thread::sleep(STATUS_POLL_INTERVAL);
+    }
+}
+
+fn report_restart(status: &Status, token: &str) -> anyhow::Result<u8> {
+    let Some(restart) = status.restarted.as_ref().filter(|restart| restart.token == token) else {
+        eprintln!("palisade: the daemon runs, but was started otherwise: inspected connections are reset");
+        return Ok(EXIT_NO);
+    };
+    let connections = |n| {
+        count(
+            usize::try_from(n).unwrap_or(usize::MAX),
+            "connection",
+            "connections",
+        )
+    };
+    writeln!(
+        io::stdout(),
+        "palisade {} runs: the inspection of {} goes on, {} cut",
+        status.version,
+        connections(restart.connections),
+        connections(restart.cut)
+    )?;
+    if let Some(problem) = &restart.problem {
+        eprintln!("palisade: the inspected connections were not taken over: {problem}");
+    }
+    for missing in &status.missing {
+        eprintln!("palisade: {missing}");
+    }
+    Ok(if restart.problem.is_none() {
+        EXIT_OK
+    } else {
+        EXIT_NO
+    })
 }
 
 /// Runs `palisade stop`.

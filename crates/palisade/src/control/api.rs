@@ -16,6 +16,8 @@ pub(crate) enum Request {
     Status,
     /// Ends the daemon; with `detach` everything that the daemon attached is removed.
     Stop { detach: bool },
+    /// Executes the daemon's program again; inspected connections are handed over. Returns [`Restarting`].
+    Restart,
     /// Reads the configuration and the policies again. Returns a [`ReloadAnswer`].
     Reload {
         /// TCP sessions of the client's user.
@@ -893,6 +895,29 @@ pub(crate) enum FlowAnswer<'a> {
     Flow(&'a Flow),
 }
 
+/// Answer to [`Request::Restart`]: the daemon ends, and its program is executed again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Restarting {
+    /// Name of the restart, which [`RestartStatus::token`] repeats.
+    pub token: String,
+}
+
+/// A planned restart, and the connections that were being inspected.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RestartStatus {
+    /// Name of the restart.
+    pub token: String,
+    /// Version of the program before.
+    pub from: String,
+    /// Connections whose inspection goes on.
+    pub connections: u64,
+    /// Connections that could not be handed over or taken over. They are reset when either end sends.
+    pub cut: u64,
+    /// Why no connection was taken over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
 /// Answer of `palisade status`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Status {
@@ -904,6 +929,9 @@ pub(crate) struct Status {
     pub pid: u32,
     /// Time since the start of the daemon, s.
     pub uptime: u64,
+    /// The planned restart with which the daemon began; `None` if it was started otherwise.
+    #[serde(default)]
+    pub restarted: Option<RestartStatus>,
     /// Whether everything is attached and enforced.
     pub ready: bool,
     /// Descriptions of everything that is not attached or enforced.

@@ -115,6 +115,7 @@ impl Client {
         let changes = matches!(
             request,
             Request::Stop { .. }
+                | Request::Restart
                 | Request::Reload { .. }
                 | Request::EndpointConfig { .. }
                 | Request::BpfCtFlush(_)

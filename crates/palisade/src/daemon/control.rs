@@ -29,6 +29,7 @@ use super::{
     export::Exports,
     failsafe,
     fqdn::{ControlRequest, FqdnManager, Prefetch, Targets, node_servers},
+    handover::Program,
     hubble::AgentEvents,
     interception::{InspectorRules, Interception},
     interfaces::Interfaces,
@@ -48,7 +49,10 @@ use super::{
     watcher::Changes,
     workers::Workers,
 };
-use crate::config::{Config, WithoutPolicies};
+use crate::{
+    config::{Config, WithoutPolicies},
+    control::api::{RestartStatus, Restarting},
+};
 
 /// Time without a message after which the daemon checks that everything is still attached.
 const ATTACH_CHECK_INTERVAL: Duration = Duration::from_secs(15);
@@ -102,6 +106,10 @@ pub(super) struct Control {
     pub(super) closed: bool,
     /// Time of the first and of the last change since the state was last written; `None` without a change.
     pub(super) unsaved: Option<(Instant, Instant)>,
+    /// The program of this process, for a restart.
+    pub(super) program: Program,
+    /// The restart with which this process began; `None` without one.
+    pub(super) restarted: Option<RestartStatus>,
     /// Why the last reload of the configuration failed.
     pub(super) reload_problem: Option<String>,
     /// Problems at the start, for `status`.
@@ -118,6 +126,9 @@ pub(super) enum End {
     Stay,
     /// Everything is detached. The reply goes to the client that has requested this.
     Detach(Reply<()>),
+    /// The process executes its program again and hands over the inspected connections. The reply goes to the client
+    /// that has requested this.
+    Restart(Reply<Restarting>),
 }
 
 impl Control {
@@ -212,6 +223,10 @@ impl Control {
                     reply.send(Ok(()));
                     return End::Stay;
                 }
+                Message::Restart(reply) => match self.program.check() {
+                    Ok(_) => return End::Restart(reply),
+                    Err(problem) => reply.send(Err(problem)),
+                },
                 Message::Client(request) => self.answer(request),
             }
             self.write_netfilter();

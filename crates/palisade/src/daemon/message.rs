@@ -21,8 +21,8 @@ use super::{
 use crate::{
     config,
     control::api::{
-        Author, Endpoint, PolicyApplied, PolicySummary, ReloadAnswer, SelectorRow, Session, Status,
-        TraceAnswer, TraceRequest,
+        Author, Endpoint, PolicyApplied, PolicySummary, ReloadAnswer, Restarting, SelectorRow, Session,
+        Status, TraceAnswer, TraceRequest,
     },
 };
 
@@ -48,6 +48,8 @@ pub(super) enum Message {
     WorkerEnded,
     /// A client requests the end of the daemon; with `detach` everything that the daemon attached is removed first.
     Stop { detach: bool, reply: Reply<()> },
+    /// A client requests a planned restart. The answer is the name of the restart.
+    Restart(Reply<Restarting>),
     /// A request that only the control thread can answer.
     Client(ClientRequest),
 }
@@ -63,7 +65,7 @@ impl Message {
             Self::Signal(SIGHUP) | Self::Client(ClientRequest::Reload { .. }) => {
                 "reading the configuration again"
             }
-            Self::Signal(_) | Self::Stop { .. } => "ending",
+            Self::Signal(_) | Self::Stop { .. } | Self::Restart(_) => "ending",
             Self::Secrets(_) => "replacing the secrets",
             Self::Fqdn(_) => "making identities of learned names",
             Self::WorkerEnded => "repairing the punt link",

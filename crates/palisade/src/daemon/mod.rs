@@ -27,6 +27,7 @@ mod failsafe;
 mod files;
 mod fqdn;
 mod handlers;
+mod handover;
 mod hubble;
 mod interception;
 mod interfaces;

@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use palisade_datapath::{Datapath, Options, detach_all};
+use palisade_datapath::{Datapath, Options, detach_all, monotonic_coarse};
 use palisade_flowlog::Ring;
 use palisade_fqdn::{Cache, SniAddressIndex, Special};
 use palisade_hubble::agent::AgentEvent;
@@ -41,13 +41,14 @@ use super::{
     export::Exports,
     fqdn::FqdnManager,
     handlers::Handlers,
+    handover::{self, Program, Received},
     hubble::{AgentEvents, AgentQueue, Hubble},
     interception::{self, InspectorRules, Interception},
     interfaces::Interfaces,
     log_control::LogControl,
     losses,
     measured::Measured,
-    message::Message,
+    message::{Message, Reply},
     metrics, netfilter,
     network::{self, Network},
     policies::PolicyFiles,
@@ -64,7 +65,10 @@ use super::{
 };
 use crate::{
     config::{Config, with_option},
-    control::server::{self, Socket},
+    control::{
+        api::Restarting,
+        server::{self, Socket},
+    },
     text::{count, milliseconds},
 };
 
@@ -75,6 +79,12 @@ use crate::{
 /// A phase of the start failed, or not everything could be detached at the end.
 pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()> {
     let started = Instant::now();
+    let program = Program::of_this_process();
+    let received = handover::receive();
+    if received.token.is_some() {
+        // The watchdog of the process before is still running.
+        notify(&[NotifyState::Watchdog]);
+    }
     let (sender, messages) = mpsc::channel();
     // The signal handlers are installed first, so that a signal during the start is queued and handled after the start.
     forward_signals(sender.clone())?;
@@ -82,7 +92,14 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let opened = open(&config, dirs.state_problem.as_deref())?;
     let watched = watch(&config, &sender)?;
     let (agent_events, agent_queue) = AgentEvents::new();
-    let (mut control, records) = fill(config, opened, watched, started, &sender, agent_events)?;
+    let (mut control, records) = fill(
+        config,
+        opened,
+        watched,
+        (started, program, received),
+        &sender,
+        agent_events,
+    )?;
     control.reload_problem = replaced;
     attach(&mut control);
     let (socket, hubble) = serve(&mut control, records, dirs.socket, sender, agent_queue)?;
@@ -209,7 +226,7 @@ fn fill(
     config: Config,
     opened: Opened,
     watched: Watched,
-    started: Instant,
+    (started, program, received): (Instant, Program, Received),
     sender: &Sender<Message>,
     agent_events: AgentEvents,
 ) -> anyhow::Result<(Control, RecordQueues)> {
@@ -255,9 +272,11 @@ fn fill(
     let ended = sender.clone();
     let shared = Arc::<Shared>::default();
     let sni_index_of_proxy = sni_index.clone();
-    let (workers, output) = Workers::start(&config, &datapath, sni_index, move || {
+    let (restarted, handover) = received.accept(state.problem.is_some());
+    let (workers, output) = Workers::start(&config, &datapath, sni_index, handover, move || {
         drop(ended.send(Message::WorkerEnded));
     })?;
+    let restarted = restarted.map(|restarted| restarted.finish(workers.taken_over()));
     let proxy_link = ProxyLink::start(&config, &datapath, &watched.network);
     let (interception, intercepted) = Interception::start(
         &config,
@@ -302,6 +321,8 @@ fn fill(
         last_change: Duration::ZERO,
         closed: false,
         unsaved: None,
+        program,
+        restarted,
         reload_problem: None,
         start_notes: notes,
         notes: Vec::new(),
@@ -412,7 +433,10 @@ fn shut_down(
     socket: Socket,
     end: End,
 ) -> anyhow::Result<()> {
-    notify(&[NotifyState::Stopping]);
+    // The service manager would wait for the end of the process after the notification.
+    if !matches!(end, End::Restart(_)) {
+        notify(&[NotifyState::Stopping]);
+    }
     control.end_change(messages);
     if let Err(problem) = control.datapath.end_capture() {
         error!(error = %problem, "the programs of a capture could not be replaced; they enforce the policy");
@@ -426,6 +450,10 @@ fn shut_down(
     }
     control.policy_changes.store.flush();
     control.names.flush();
+    let end = match end {
+        End::Restart(reply) => return restart(control, reply, socket),
+        other => other,
+    };
     control.workers.end();
     control.exports.end();
     if let End::Detach(reply) = end {
@@ -450,6 +478,23 @@ fn shut_down(
     }
     socket.close();
     Ok(())
+}
+
+/// Executes the program again. The workers end last, because what needs inspection is dropped until the new ones run.
+/// Returns only if that fails.
+fn restart(mut control: Control, reply: Reply<Restarting>, socket: Socket) -> anyhow::Result<()> {
+    let token = format!("{}-{}", std::process::id(), monotonic_coarse());
+    reply.send(Ok(Restarting { token: token.clone() }));
+    socket.close();
+    control.exports.end();
+    control.netfilter.close_forwarding();
+    let program = control.program.clone();
+    info!("the daemon ends, and its program is executed again");
+    let handover = control.workers.hand_over(token);
+    let problem = handover::execute(&program, &handover);
+    bail!(
+        "the program cannot be executed again: {problem}; what is attached goes on enforcing the last policy"
+    );
 }
 
 fn forward_signals(sender: mpsc::Sender<Message>) -> anyhow::Result<()> {

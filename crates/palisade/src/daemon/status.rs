@@ -127,6 +127,7 @@ impl Control {
             node: self.config.node.name.clone(),
             pid: std::process::id(),
             uptime: self.started.elapsed().as_secs(),
+            restarted: self.restarted.clone(),
             ready: missing.is_empty(),
             missing,
             warnings,

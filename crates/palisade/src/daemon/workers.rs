@@ -5,8 +5,8 @@ use std::{
     io::{self, Read as _},
     os::fd::AsFd as _,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -17,6 +17,7 @@ use palisade_abi::{Config as DatapathConfig, Inspector, Reason, config_flags};
 use palisade_datapath::{Attached, Datapath, HookKind, PuntLink, monotonic_coarse};
 use palisade_inspect::{
     Denial, Engine, Limits, Millis, Rules, SniAddressIndex, TopicIds, commit::CommitReceiver,
+    handover::Account,
 };
 use palisade_worker::{Counters, Handle, Metric, Mode, Pool, Receiver, Setup, State, TimedRecord};
 use palisade_xsk::{Config as SocketConfig, Socket};
@@ -25,9 +26,10 @@ use tracing::{error, info};
 use crate::{
     config::{Config, DenyAnswer, OnFailure, Worker as Wanted},
     control::api,
+    text::count,
 };
 
-use super::{network::Network, watchdog::WorkerHeartbeats};
+use super::{handover::Handover, network::Network, watchdog::WorkerHeartbeats};
 
 /// Age of a worker's heartbeat at which the programs stop punting to it. A worker writes 20 heartbeats in this time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
@@ -56,6 +58,44 @@ pub(super) struct Workers {
     running: Result<Running, String>,
     /// Why the punt link cannot be repaired.
     punt_link_problem: Option<String>,
+    taken_over: Arc<TakenOver>,
+}
+
+/// Connections of the process before, and how many of them the workers have taken over.
+#[derive(Debug, Default)]
+struct TakenOver {
+    /// State of each worker, by number, until the worker has taken it over.
+    states: Mutex<Vec<Vec<u8>>>,
+    connections: AtomicU64,
+    refused: AtomicU64,
+    /// Why no connection is taken over.
+    problem: Option<String>,
+}
+
+impl TakenOver {
+    fn new(states: Vec<Vec<u8>>, workers: usize) -> Arc<Self> {
+        // A flow belongs to the worker whose number is the remainder of its hash.
+        let problem = (!states.is_empty() && states.len() != workers).then(|| {
+            format!(
+                "there were {}, and there are {workers}",
+                count(states.len(), "worker", "workers")
+            )
+        });
+        Arc::new(Self {
+            states: Mutex::new(if problem.is_none() { states } else { Vec::new() }),
+            problem,
+            ..Self::default()
+        })
+    }
+
+    /// Makes a new engine take over the connections of a worker. A worker that fails later begins without connections.
+    fn give(&self, number: usize, engine: &mut Engine<Handle>) {
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = states.get_mut(number).map(std::mem::take).unwrap_or_default();
+        let Account { connections, cut } = engine.take_over(monotonic_coarse() / 1_000_000, &state);
+        self.connections.fetch_add(connections, Ordering::Relaxed);
+        self.refused.fetch_add(cut, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
@@ -82,16 +122,23 @@ pub(super) struct Output {
 impl Workers {
     /// Makes the punt link and starts the workers. If the workers cannot be started, the daemon runs without them; only
     /// traffic that needs inspection is affected. `known`: index of learned addresses against which server names are
-    /// checked. `failed` is called whenever a worker ends.
+    /// checked. `handover`: connections of the process before, if it was restarted. `failed` is called whenever a worker
+    /// ends.
     pub(super) fn start(
         config: &Config,
         datapath: &Datapath,
         known: Option<Arc<SniAddressIndex>>,
+        handover: Option<Handover>,
         failed: impl Fn() + Send + Sync + 'static,
     ) -> anyhow::Result<(Self, Option<Output>)> {
         let wanted = &config.worker;
-        let (cookie, mark) = secrets().context("/dev/urandom")?;
-        let started = start(wanted, limits(config), known, datapath, cookie, failed);
+        let (states, (cookie, mark)) = match handover {
+            Some(Handover { header, states }) => (states, (header.cookie, header.mark)),
+            None => (Vec::new(), secrets().context("/dev/urandom")?),
+        };
+        let taken_over = TakenOver::new(states, worker_count(wanted));
+        let engines = engine_maker(limits(config), known, &taken_over);
+        let started = start(wanted, engines, datapath, cookie, failed);
         let (running, output, punt_link_problem) = match started {
             Ok((running, output, problem)) => (Ok(running), Some(output), problem),
             Err(problem) => {
@@ -110,6 +157,7 @@ impl Workers {
             mark,
             running,
             punt_link_problem,
+            taken_over,
         };
         Ok((workers, output))
     }
@@ -286,6 +334,42 @@ impl Workers {
         report
     }
 
+    /// Returns how many connections of the process before were taken over, and how many not; or why none.
+    pub(super) fn taken_over(&self) -> Result<Account, String> {
+        if let Some(problem) = &self.taken_over.problem {
+            return Err(problem.clone());
+        }
+        Ok(Account {
+            connections: self.taken_over.connections.load(Ordering::Relaxed),
+            cut: self.taken_over.refused.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Ends the workers for a planned restart. Returns what the process hands over.
+    pub(super) fn hand_over(&mut self, token: String) -> Handover {
+        let secrets = (self.cookie, self.mark);
+        let Ok(running) = &mut self.running else {
+            return Handover::new(token, secrets, Account::default(), Vec::new());
+        };
+        let workers = running.pool.counters().len();
+        let mut account = Account::default();
+        let mut states = vec![Vec::new(); workers];
+        for (number, handed_over) in running.pool.stop_for_restart() {
+            account.connections += handed_over.account.connections;
+            account.cut += handed_over.account.cut;
+            if let Some(state) = states.get_mut(number) {
+                *state = handed_over.state;
+            }
+        }
+        // Until the restart is complete the packets of these connections pass without inspection, so their inspectors
+        // would miss bytes.
+        if self.wanted.on_failure == OnFailure::Pass {
+            account.cut += std::mem::take(&mut account.connections);
+            states = Vec::new();
+        }
+        Handover::new(token, secrets, account, states)
+    }
+
     /// Ends the workers.
     pub(super) fn end(&mut self) {
         if let Ok(running) = &mut self.running {
@@ -322,18 +406,45 @@ pub(super) fn limits(config: &Config) -> Limits {
     limits
 }
 
-fn start(
-    wanted: &Wanted,
+/// Returns the number of workers.
+fn worker_count(wanted: &Wanted) -> usize {
+    match wanted.threads {
+        0 => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DEFAULT_WORKERS)),
+        threads => threads,
+    }
+}
+
+/// Function that makes the engine of the worker with a number.
+type EngineMaker = Arc<dyn Fn(usize) -> Engine<Handle> + Send + Sync>;
+
+/// Returns the function that makes the engine of a worker. Its first engine takes over the connections of the process
+/// before.
+fn engine_maker(
     limits: Limits,
     known: Option<Arc<SniAddressIndex>>,
+    taken_over: &Arc<TakenOver>,
+) -> EngineMaker {
+    let topic_ids = Arc::<TopicIds>::default();
+    let taken_over = Arc::clone(taken_over);
+    Arc::new(move |number| {
+        let mut engine = Engine::new(&limits);
+        engine.share_topic_ids(Arc::clone(&topic_ids));
+        if let Some(known) = &known {
+            engine.verify_server_names(Arc::clone(known));
+        }
+        taken_over.give(number, &mut engine);
+        engine
+    })
+}
+
+fn start(
+    wanted: &Wanted,
+    engines: EngineMaker,
     datapath: &Datapath,
     cookie: u64,
     failed: impl Fn() + Send + Sync + 'static,
 ) -> anyhow::Result<(Running, Output, Option<String>)> {
-    let workers = match wanted.threads {
-        0 => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DEFAULT_WORKERS)),
-        threads => threads,
-    };
+    let workers = worker_count(wanted);
     let found = datapath.punt_link(&wanted.interface, workers as u32);
     let problem = found.as_ref().err().map(ToString::to_string);
     if let Some(problem) = &problem {
@@ -348,7 +459,6 @@ fn start(
     let usable = Arc::new(AtomicBool::new(punt_link.is_some()));
     let socket_map = Arc::new(datapath.socket_map().context("the maps of the workers")?);
     let heartbeats = Arc::new(WorkerHeartbeats::new(workers));
-    let topic_ids = Arc::<TopicIds>::default();
     let (pool, commits, records) = Pool::start(Setup {
         workers,
         mode: wanted.mode,
@@ -356,14 +466,7 @@ fn start(
         clock: monotonic_coarse,
         max_handoff: 4_096,
         port: socket_maker(wanted, &socket_map, &usable),
-        engine: Arc::new(move |_| {
-            let mut engine = Engine::<Handle>::new(&limits);
-            engine.share_topic_ids(Arc::clone(&topic_ids));
-            if let Some(known) = &known {
-                engine.verify_server_names(Arc::clone(known));
-            }
-            engine
-        }),
+        engine: engines,
         heartbeat: {
             let (socket_map, heartbeats) = (Arc::clone(&socket_map), Arc::clone(&heartbeats));
             Arc::new(move |number, now| {

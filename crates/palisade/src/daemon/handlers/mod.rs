@@ -98,6 +98,7 @@ impl Handler for Handlers {
             Request::Stop { detach } => {
                 json(self.send(CHANGE_DEADLINE, |reply| Message::Stop { detach, reply }))
             }
+            Request::Restart => json(self.send(CHANGE_DEADLINE, Message::Restart)),
             Request::Reload { sessions, force } => json(self.change(|reply| ClientRequest::Reload {
                 sessions,
                 force,
