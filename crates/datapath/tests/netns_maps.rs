@@ -597,7 +597,7 @@ fn a_walk_through_a_million_flows() {
                 remote: Addr::from_v4(n.to_be_bytes()),
                 ..ct_key(1)
             };
-            let expires = if n % 4 == 0 { now } else { u64::MAX };
+            let expires = if n.is_multiple_of(4) { now } else { u64::MAX };
             (
                 key,
                 CtEntry {
