@@ -21,7 +21,7 @@ use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, flow_op, punt_flags}
 
 use super::{
     flow::flow_command,
-    half::{Half, Position, START},
+    half::{Half, OffloadWindow, Position, START},
     inspector::StreamInspector,
     segment::{Arrived, Link, OutSegment, Segment},
     shared::{Shared, TcpCx},
@@ -34,7 +34,6 @@ use crate::{
 };
 pub(super) use handover::Transfer;
 use phase::{Announcement, FIRST_TRY, Phase, TRIES};
-use send_limit::OffloadWindow;
 
 /// Interval between two records of one connection about packets dropped for the same reason, ms.
 const REPORT_EVERY: Millis = 1_000;

@@ -167,6 +167,15 @@ pub(super) struct SendLimit {
     pub(super) is_passed: bool,
 }
 
+/// An offload window of one direction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OffloadWindow {
+    pub(super) from: Position,
+    pub(super) end: Position,
+    /// [`palisade_abi::send_limit_code`]; 0: the sender is not limited.
+    pub(super) code: u32,
+}
+
 /// Result of the comparison of a segment with the bytes that have arrived before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Arrival {

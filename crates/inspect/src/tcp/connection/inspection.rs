@@ -4,14 +4,13 @@ use palisade_abi::Reason;
 
 use super::{
     super::{
-        half::START,
+        half::{OffloadWindow, START},
         inspector::{Action, StreamInspector, log_action},
         shared::{Shared, TcpCx},
         side::Side,
     },
     Connection, Phase,
     phase::Response,
-    send_limit::OffloadWindow,
 };
 use crate::Sink;
 

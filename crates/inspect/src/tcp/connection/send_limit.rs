@@ -23,8 +23,7 @@ use palisade_abi::{SEND_LIMIT_DISTANCE, flow_op, punt_hook, send_limit_code};
 
 use super::{
     super::{
-        half::Position,
-        half::SendLimit,
+        half::{OffloadWindow, Position, SendLimit},
         segment::OutSegment,
         shared::{Shared, TcpCx},
         side::Side,
@@ -45,15 +44,6 @@ const HEAD: u64 = 512;
 const CODES: u32 = 15;
 /// Greatest window scale with which the allowance is more than a few units.
 const MAX_SCALE: u8 = 10;
-
-/// An offload window of one direction.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct OffloadWindow {
-    pub(super) from: Position,
-    pub(super) end: Position,
-    /// [`send_limit_code`]; 0: the sender is not limited.
-    pub(super) code: u32,
-}
 
 impl<F> Connection<F> {
     /// Returns the window scale of the windows that `side` offers (RFC 7323, 2.3).
