@@ -1,6 +1,7 @@
 //! Common setup of tests: hooks of the programs, web servers, and a daemon with its policies.
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
@@ -61,6 +62,23 @@ pub fn tables(tables: &str) -> Settings {
         tables: tables.into(),
         ..Settings::default()
     }
+}
+
+/// Removes a workload from the configuration of a running daemon.
+///
+/// # Panics
+/// If the configuration does not have the workload, or the daemon does not use the configuration without it.
+#[track_caller]
+pub fn remove_endpoint(daemon: &Daemon, name: &str) {
+    let config = fs::read_to_string(daemon.config()).expect("configuration");
+    let (before, rest) = config
+        .split_once(&format!("[[endpoint]]\nname = \"{name}\"\n"))
+        .expect("the workload");
+    let (_, after) = rest.split_once("\n\n").expect("further tables");
+    fs::write(daemon.config(), format!("{before}{after}")).expect("written");
+    daemon
+        .cli(&["reload"])
+        .unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 /// Starts the daemon with rules for what the workload `client` sends to these ports.

@@ -24,6 +24,7 @@ use palisade_testbed::{
     load::{TcpLoad, UdpLoad},
     ns::wait_until,
     topology::{INNER, INTERNET_V4, INTERNET_V6},
+    web::curl,
 };
 use palisade_tests::OPEN;
 
@@ -44,6 +45,8 @@ const TCP: u16 = 7001;
 const UDP: u16 = 7002;
 /// Long, so that a receiver that gets little CPU is not behind at the end.
 const PACE: Duration = Duration::from_millis(20);
+/// Address of the metrics, in the node's namespace.
+const METRICS: &str = "127.0.0.1:9965";
 /// A port at which nothing may arrive.
 const DENIED: u16 = 9;
 
@@ -240,6 +243,38 @@ fn process(daemon: &Daemon) -> (u64, usize, usize) {
     (resident, descriptors, count(&daemon.pins().join("links")))
 }
 
+/// Returns the metrics.
+fn metrics(node: &Ns) -> String {
+    let got = curl(node, &[&format!("http://{METRICS}/metrics")], OPEN).expect("curl");
+    got.body
+}
+
+/// Sends packets that are denied until a time series shows the workload.
+fn count_drops(node: &Ns, workload: &Workload) {
+    let name = format!("source=\"default/{}\"", name_of(workload));
+    wait_until("a time series of the endpoint", WAIT, || {
+        workload.ns.enter(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").expect("socket");
+            socket.send_to(b"out", (INTERNET_V4, DENIED)).expect("sent");
+        });
+        metrics(node).contains(&name)
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", metrics(node)));
+}
+
+/// Waits until no time series shows an endpoint that is gone. Returns how many have ended.
+fn ended_series(node: &Ns) -> f64 {
+    const ENDED: &str = "palisade_metrics_ended_series_total{metric=\"hubble_drop_total\"} ";
+    let mut text = String::new();
+    wait_until("the time series of removed endpoints end", WAIT, || {
+        text = metrics(node);
+        text.contains(ENDED) && !text.contains("default/late-")
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{text}"));
+    let ended = text.lines().find_map(|line| line.strip_prefix(ENDED));
+    ended.and_then(|value| value.parse().ok()).expect("a number")
+}
+
 /// Runs for PALISADE_CHURN seconds, 4 without it.
 #[test]
 fn namespaces_that_come_and_go_quickly_pass_nothing_that_is_denied() {
@@ -250,7 +285,8 @@ fn namespaces_that_come_and_go_quickly_pass_nothing_that_is_denied() {
     let topology = Topology::new().unwrap_or_else(|error| panic!("{error:#}"));
     let tables = format!(
         "[[discover]]\nkind = \"netns\"\nnames = [\"pal-{}-*-app-*\"]\nname = \"{{2}}-{{1}}\"\nlabels = {{ app = \"{{2}}\" }}\n\
-         addresses = [\"10.0.0.0/16\", \"fd00::/16\"]\n",
+         addresses = [\"10.0.0.0/16\", \"fd00::/16\"]\n\
+         [metrics]\nlisten = \"{METRICS}\"\nseries_grace = \"1s\"\nhubble = [\"drop:sourceContext=pod\"]\n",
         std::process::id()
     );
     let settings = Settings {
@@ -345,6 +381,7 @@ fn namespaces_that_come_and_go_quickly_pass_nothing_that_is_denied() {
     late.plug(&topology, "veth-late");
     wait_found(&daemon, &name_of(&late), &late);
     let found = begun.elapsed() - took;
+    count_drops(&topology.node, &late);
     drop(late);
     for (socket, ns) in sockets.iter().zip(watched) {
         let arrived = arrived(socket);
@@ -378,11 +415,14 @@ fn namespaces_that_come_and_go_quickly_pass_nothing_that_is_denied() {
             daemon.report()
         )
     });
+    let ended = ended_series(&topology.node);
+    assert!(ended > 0.0, "the time series of the last endpoint has not ended");
     let after = process(&daemon);
     println!(
         "{made} namespaces made and deleted in {:.1} s ({:.0} a second), {} of them seen as endpoints; a further one is \
          found after {:.1} s; {} packets out of them and {} to them, none passed; {blocks} TCP blocks and {datagrams} \
-         datagrams of others, none lost; resident {} KiB before, {} KiB after; descriptors {}, {}; links {}, {}",
+         datagrams of others, none lost; resident {} KiB before, {} KiB after; descriptors {}, {}; links {}, {}; \
+         {ended} time series of endpoints have ended",
         took.as_secs_f64(),
         made as f64 / took.as_secs_f64(),
         seen.len(),

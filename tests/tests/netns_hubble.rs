@@ -33,7 +33,7 @@ use palisade_tests::{
         pki::{Authority, Validity},
         python::{self, Script},
     },
-    setup::{daemon_with, question, request, tables, webs},
+    setup::{daemon_with, question, remove_endpoint, request, tables, webs},
     world,
 };
 use serde_json::{Value, json};
@@ -668,15 +668,7 @@ fn removed_policies_endpoints_and_addresses_and_learned_names_are_agent_events()
     names.resolves(&daemon, "client", resolver(Family::V6), "www.example", address);
     let gone = FAMILIES.map(|family| names.topology.addr("dns", family));
     // The workload first: without its policy the endpoint would change once more.
-    let config = fs::read_to_string(daemon.config()).expect("configuration");
-    let (before, rest) = config
-        .split_once("[[endpoint]]\nname = \"dns\"\n")
-        .expect("the workload");
-    let (_, after) = rest.split_once("\n\n").expect("further tables");
-    fs::write(daemon.config(), format!("{before}{after}")).expect("written");
-    daemon
-        .cli(&["reload"])
-        .unwrap_or_else(|error| panic!("{error:#}"));
+    remove_endpoint(&daemon, "dns");
     fs::remove_file(daemon.policies().join("other.yaml")).expect("removed");
     daemon.settle().expect("the policies in force");
     let ns = names.ns("node");

@@ -31,7 +31,7 @@ use palisade_tests::{
         pki::{Authority, Validity},
     },
     opaque_tls::{self, Secret},
-    setup::{client_only_with, daemon_with, question, tables, webs},
+    setup::{client_only_with, daemon_with, question, remove_endpoint, tables, webs},
 };
 use serde_json::Value;
 
@@ -139,14 +139,19 @@ fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-/// Sends single datagrams, which are never retransmitted.
+/// Sends single datagrams of `client`, which are never retransmitted.
 fn datagrams(apps: &Apps, family: Family, port: u16, count: usize) {
+    datagrams_of("client", apps, family, port, count);
+}
+
+/// Like [`datagrams`], of any workload.
+fn datagrams_of(name: &str, apps: &Apps, family: Family, port: u16, count: usize) {
     let to = apps.at("internet", family, port);
     let any = match family {
         Family::V4 => "0.0.0.0:0",
         Family::V6 => "[::]:0",
     };
-    apps.ns("client").enter(|| {
+    apps.ns(name).enter(|| {
         let socket = UdpSocket::bind(any).expect("socket");
         for _ in 0..count {
             socket.send_to(b"x", to).expect("send");
@@ -956,6 +961,63 @@ fn the_ends_of_flows_are_labels_and_flows_that_were_overwritten_are_counted_as_l
         .filter(|name| name.starts_with("hubble_flows_to_world_total{"))
         .count();
     assert_eq!(series, 3);
+}
+
+#[test]
+fn series_of_a_removed_endpoint_end_after_the_grace_time_and_those_of_others_continue() {
+    const OF_DROPS: &str = "hubble_drop_total{reason=\"POLICY_DENIED\",protocol=\"UDP\",";
+    let apps = apps();
+    let node = apps.ns("node");
+    let settings = tables(
+        "[metrics]\nlisten = \"127.0.0.1:9965\"\nseries_grace = \"4s\"\nhubble = [\n  \
+         \"drop:labelsContext=source_pod,source_app;sourceContext=ip\",\n  \"flow:sourceContext=identity\",\n]\n",
+    );
+    let [client, server] = ["client", "server"].map(|name| policy(name, "egress", &[WEB], RULES));
+    let daemon = daemon_with(
+        &apps.topology,
+        &settings,
+        &[("client.yaml", &client), ("server.yaml", &server)],
+    );
+    let send = |name: &str| {
+        for family in FAMILIES {
+            datagrams_of(name, &apps, family, 4_000, 1);
+        }
+    };
+    // A datagram has an event of its verdict and one of its drop.
+    let series = |name: &str, family: Family| {
+        let address = apps.topology.addr(name, family);
+        format!("{OF_DROPS}source_pod=\"{name}\",source_app=\"{name}\",source=\"{address}\"}}")
+    };
+    let all: Vec<String> = ["client", "server"]
+        .into_iter()
+        .flat_map(|name| FAMILIES.map(|family| series(name, family)))
+        .collect();
+    send("client");
+    send("server");
+    let wanted: Vec<(&str, f64)> = all.iter().map(|name| (name.as_str(), 2.0)).collect();
+    let found = expect(&daemon, node, &wanted);
+    let of = |found: &BTreeMap<String, f64>, text: &str| {
+        found
+            .keys()
+            .filter(|name| name.starts_with("hubble_") && name.contains(text))
+            .count()
+    };
+    let client_series = of(&found, "client");
+    assert!(client_series > 2, "{found:#?}");
+
+    remove_endpoint(&daemon, "client");
+    // The final values remain for the grace time.
+    expect(&daemon, node, &wanted);
+    wait_until("the series end", OPEN, || of(&scrape(node), "client") == 0)
+        .unwrap_or_else(|error| panic!("{error:#}\n{:#?}", scrape(node)));
+    send("server");
+    let [_, _, v4, v6] = &all[..] else {
+        panic!("{all:?}")
+    };
+    let found = expect(&daemon, node, &[(v4, 4.0), (v6, 4.0)]);
+    assert_eq!(of(&found, "client"), 0, "{found:#?}");
+    let ended = sum(&found, "palisade_metrics_ended_series_total{");
+    assert_eq!(ended, client_series as f64);
 }
 
 #[test]

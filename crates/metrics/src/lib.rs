@@ -13,12 +13,13 @@
 mod definition;
 mod family;
 mod hubble;
+mod identifier;
 pub mod own;
 mod table;
 mod text;
 
 pub use definition::{Definition, Kind};
 pub use family::{Family, Histogram, Report, Row, Value};
-pub use hubble::{ALL as HUBBLE, Batch, Hubble, HubbleMetric, Lost, Sample, check, reason_name};
+pub use hubble::{ALL as HUBBLE, Batch, Ends, Hubble, HubbleMetric, Lost, Sample, check, reason_name};
 pub use table::{OVERFLOW, Table};
 pub use text::{Format, encode};

@@ -202,6 +202,8 @@ definitions! {
 
     OVERFLOWS = "palisade_metrics_overflows_total", Counter, NONE, ["metric"],
         "Number of times that a time series beyond the limit was counted under _overflow.";
+    ENDED = "palisade_metrics_ended_series_total", Counter, NONE, ["metric"],
+        "Time series of endpoints, peers and identities that were removed after these.";
     SCRAPE_SECONDS = "palisade_metrics_collect_seconds", Gauge, SECONDS, [],
         "Time to read the values of this scrape.";
     CLIENTS = "palisade_metrics_clients", Gauge, NONE, [],

@@ -7,16 +7,27 @@ use std::{
     borrow::Cow,
     hash::{BuildHasher as _, Hash as _, Hasher as _, RandomState},
     sync::Arc,
+    time::Duration,
 };
 
 use hashbrown::HashTable;
 
-use crate::{Definition, Family, Histogram, Row, Value};
+use crate::{Definition, Family, Histogram, Row, Value, identifier::Identifier};
 
 /// Value of labels in time series beyond the limit.
 pub const OVERFLOW: &str = "_overflow";
 /// Longest value of a label, bytes; longer ones are truncated.
 const MAX_VALUE_BYTES: usize = 256;
+
+/// A time series in a table.
+#[derive(Debug)]
+struct Series {
+    row: Row,
+    /// What the values of the last labels show; the labels before show nothing of an end.
+    shows: Box<[Option<Identifier>]>,
+    /// Time since which a value shows an end that does not exist.
+    gone: Option<Duration>,
+}
 
 /// Time series of one metric, at most `limit`, and those with [`OVERFLOW`].
 #[derive(Debug)]
@@ -27,9 +38,12 @@ pub struct Table {
     fixed: Box<[bool]>,
     limit: usize,
     bounds: &'static [f64],
-    rows: HashTable<Row>,
+    series: HashTable<Series>,
     hasher: RandomState,
+    /// Number of time series beyond the limit, with [`OVERFLOW`].
+    beyond: usize,
     overflowed: u64,
+    ended: u64,
 }
 
 impl Table {
@@ -48,9 +62,11 @@ impl Table {
             fixed: labels.iter().map(|(_, fixed)| *fixed).collect(),
             limit,
             bounds,
-            rows: HashTable::new(),
+            series: HashTable::new(),
             hasher: RandomState::new(),
+            beyond: 0,
             overflowed: 0,
+            ended: 0,
         }
     }
 
@@ -61,14 +77,25 @@ impl Table {
 
     /// Adds to a counter.
     pub fn add(&mut self, labels: &[Cow<'_, str>], more: u64) {
-        if let Value::Count(count) = self.value(labels, more) {
+        self.add_to(labels, &[], more);
+    }
+
+    /// Like [`Self::add`]. `shows`: what the values of the last labels show.
+    pub(crate) fn add_to(&mut self, labels: &[Cow<'_, str>], shows: &[Option<Identifier>], more: u64) {
+        if let Value::Count(count) = self.value(labels, shows, more) {
             *count += more;
         }
     }
 
-    /// Counts a value in a histogram, `times` times.
-    pub fn observe(&mut self, labels: &[Cow<'_, str>], value: f64, times: u64) {
-        if let Value::Histogram(histogram) = self.value(labels, times) {
+    /// Counts a value in a histogram, `times` times. `shows`: as for [`Self::add_to`].
+    pub(crate) fn observe(
+        &mut self,
+        labels: &[Cow<'_, str>],
+        shows: &[Option<Identifier>],
+        value: f64,
+        times: u64,
+    ) {
+        if let Value::Histogram(histogram) = self.value(labels, shows, times) {
             histogram.observe_times(value, times);
         }
     }
@@ -85,10 +112,31 @@ impl Table {
         self.overflowed
     }
 
+    /// Returns how many time series were ended ([`Self::end`]).
+    pub(crate) const fn ended(&self) -> u64 {
+        self.ended
+    }
+
+    /// Removes each time series of which a label shows, for at least `grace`, an end that does not exist. `now`: a clock
+    /// that does not go backwards. `exists` returns whether an end exists of which an identifier shows this value.
+    pub(crate) fn end(&mut self, now: Duration, grace: Duration, exists: impl Fn(Identifier, &str) -> bool) {
+        let before = self.series.len();
+        self.series.retain(|series| {
+            let shown = series.row.labels.iter().rev().zip(series.shows.iter().rev());
+            let mut shown = shown.filter_map(|(value, shows)| Some((shows.as_ref()?, value)));
+            if shown.all(|(shows, value)| exists(*shows, value)) {
+                series.gone = None;
+                return true;
+            }
+            now.saturating_sub(*series.gone.get_or_insert(now)) < grace
+        });
+        self.ended += (before - self.series.len()) as u64;
+    }
+
     /// Returns the time series, sorted by the values of their labels.
     #[must_use]
     pub fn family(&self) -> Family {
-        let mut rows: Vec<Row> = self.rows.iter().cloned().collect();
+        let mut rows: Vec<Row> = self.series.iter().map(|series| series.row.clone()).collect();
         rows.sort_by(|a, b| a.labels.cmp(&b.labels));
         Family {
             definition: self.definition,
@@ -98,11 +146,11 @@ impl Table {
     }
 
     /// Returns the value of a time series. `times`: how many flows are counted in it.
-    fn value(&mut self, labels: &[Cow<'_, str>], times: u64) -> &mut Value {
+    fn value(&mut self, labels: &[Cow<'_, str>], shows: &[Option<Identifier>], times: u64) -> &mut Value {
         let hash = self.hash(labels);
-        let known = self.rows.find(hash, |row| is(row, labels)).is_some();
-        if known || self.rows.len() < self.limit {
-            return self.entry(hash, labels);
+        let known = self.series.find(hash, |series| is(&series.row, labels)).is_some();
+        if known || self.series.len() - self.beyond < self.limit {
+            return self.entry(hash, labels, shows);
         }
         self.overflowed += times;
         let mut other = labels.to_vec();
@@ -112,27 +160,36 @@ impl Table {
             }
         }
         let hash = self.hash(&other);
-        self.entry(hash, &other)
+        let known = self.series.find(hash, |series| is(&series.row, &other));
+        self.beyond += usize::from(known.is_none());
+        self.entry(hash, &other, &[])
     }
 
-    fn entry(&mut self, hash: u64, labels: &[Cow<'_, str>]) -> &mut Value {
+    fn entry(&mut self, hash: u64, labels: &[Cow<'_, str>], shows: &[Option<Identifier>]) -> &mut Value {
         let Self {
-            rows, hasher, bounds, ..
+            series,
+            hasher,
+            bounds,
+            ..
         } = self;
-        let entry = rows.entry(
+        let entry = series.entry(
             hash,
-            |row| is(row, labels),
-            |row| hash_of(hasher, row.labels.iter().map(|value| &**value)),
+            |series| is(&series.row, labels),
+            |series| hash_of(hasher, series.row.labels.iter().map(|value| &**value)),
         );
-        let row = entry.or_insert_with(|| Row {
-            labels: labels.iter().map(|value| Box::from(shortened(value))).collect(),
-            value: if bounds.is_empty() {
-                Value::Count(0)
-            } else {
-                Value::Histogram(Histogram::new(bounds))
+        let series = entry.or_insert_with(|| Series {
+            row: Row {
+                labels: labels.iter().map(|value| Box::from(shortened(value))).collect(),
+                value: if bounds.is_empty() {
+                    Value::Count(0)
+                } else {
+                    Value::Histogram(Histogram::new(bounds))
+                },
             },
+            shows: shows.into(),
+            gone: None,
         });
-        &mut row.into_mut().value
+        &mut series.into_mut().row.value
     }
 
     fn hash(&self, labels: &[Cow<'_, str>]) -> u64 {
@@ -154,7 +211,7 @@ fn hash_of<'a>(hasher: &RandomState, values: impl Iterator<Item = &'a str>) -> u
 }
 
 /// Returns the first [`MAX_VALUE_BYTES`] of a value, at a boundary of characters.
-fn shortened(value: &str) -> &str {
+pub(crate) fn shortened(value: &str) -> &str {
     let mut end = value.len().min(MAX_VALUE_BYTES);
     while !value.is_char_boundary(end) {
         end -= 1;

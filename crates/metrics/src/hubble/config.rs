@@ -1,9 +1,10 @@
 //! Configuration of the metrics in the syntax of Cilium's `hubble-metrics` option: `NAME:OPTION;OPTION=VALUE`.
 
 use super::{
-    context::{Context, Identifier, Label},
+    context::{Context, Label},
     plugin::Plugin,
 };
+use crate::identifier::Identifier;
 
 /// A metric with its options.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -4,45 +4,8 @@ use std::borrow::Cow;
 
 use palisade_flowlog::flow::{Endpoint, Flow, TrafficDirection};
 
-use super::sample::Sample;
-
-/// What a context label shows of an end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Identifier {
-    Identity,
-    Namespace,
-    Pod,
-    PodShort,
-    PodName,
-    Dns,
-    Ip,
-    ReservedIdentity,
-    Workload,
-    WorkloadName,
-    App,
-}
-
-impl Identifier {
-    pub(super) const ALL: [(&str, Self); 11] = [
-        ("identity", Self::Identity),
-        ("namespace", Self::Namespace),
-        ("pod", Self::Pod),
-        ("pod-short", Self::PodShort),
-        ("pod-name", Self::PodName),
-        ("dns", Self::Dns),
-        ("ip", Self::Ip),
-        ("reserved-identity", Self::ReservedIdentity),
-        ("workload", Self::Workload),
-        ("workload-name", Self::WorkloadName),
-        ("app", Self::App),
-    ];
-
-    pub(super) fn from_name(name: &str) -> Option<Self> {
-        let mut all = Self::ALL.iter();
-        all.find(|(known, _)| known.eq_ignore_ascii_case(name))
-            .map(|(_, it)| *it)
-    }
-}
+use super::{Values, sample::Sample};
+use crate::identifier::Identifier;
 
 /// A label of `labelsContext`. The order is that of the labels of a metric.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -91,6 +54,25 @@ impl Label {
             .iter()
             .find(|(_, it)| *it == self)
             .map_or("", |(name, _)| name)
+    }
+
+    /// Returns whether the label describes the source, and what it shows; `None` if its values are from a fixed list.
+    const fn shows(self) -> (bool, Option<Identifier>) {
+        match self {
+            Self::SourceIp => (true, Some(Identifier::Ip)),
+            Self::SourcePod => (true, Some(Identifier::PodName)),
+            Self::SourceNamespace => (true, Some(Identifier::Namespace)),
+            Self::SourceWorkload => (true, Some(Identifier::WorkloadName)),
+            Self::SourceWorkloadKind => (true, None),
+            Self::SourceApp => (true, Some(Identifier::App)),
+            Self::DestinationIp => (false, Some(Identifier::Ip)),
+            Self::DestinationPod => (false, Some(Identifier::PodName)),
+            Self::DestinationNamespace => (false, Some(Identifier::Namespace)),
+            Self::DestinationWorkload => (false, Some(Identifier::WorkloadName)),
+            Self::DestinationWorkloadKind => (false, None),
+            Self::DestinationApp => (false, Some(Identifier::App)),
+            Self::TrafficDirection => (true, None),
+        }
     }
 }
 
@@ -144,6 +126,12 @@ impl Context {
         labels.chain(source).chain(destination)
     }
 
+    /// Returns what the labels can show.
+    pub(super) fn identifiers(&self) -> impl Iterator<Item = Identifier> {
+        let labels = self.labels.iter().filter_map(|label| label.shows().1);
+        labels.chain(self.source.all()).chain(self.destination.all())
+    }
+
     /// Returns whether the labels need names that only a flow record has, not a record of an inspector.
     pub(super) fn needs_names(&self) -> bool {
         let of_address = |label: &Label| {
@@ -162,41 +150,31 @@ impl Context {
 
     /// Appends the values of the labels. `inverted`: the destination is the source, for metrics that describe the
     /// request and are counted at the response.
-    pub(super) fn values<'a>(&self, sample: &Sample<'a>, inverted: bool, values: &mut Vec<Cow<'a, str>>) {
-        let end = |source: bool| End {
-            sample,
-            source: source != inverted,
-        };
+    pub(super) fn values<'a>(&self, sample: &Sample<'a>, inverted: bool, values: &mut Values<'a>) {
         for label in &self.labels {
-            values.push(match label {
-                Label::SourceIp => end(true).value(Identifier::Ip),
-                Label::SourcePod => end(true).value(Identifier::PodName),
-                Label::SourceNamespace => end(true).value(Identifier::Namespace),
-                Label::SourceWorkload => end(true).value(Identifier::WorkloadName),
-                Label::SourceWorkloadKind => end(true).workload_kind(),
-                Label::SourceApp => end(true).value(Identifier::App),
-                Label::DestinationIp => end(false).value(Identifier::Ip),
-                Label::DestinationPod => end(false).value(Identifier::PodName),
-                Label::DestinationNamespace => end(false).value(Identifier::Namespace),
-                Label::DestinationWorkload => end(false).value(Identifier::WorkloadName),
-                Label::DestinationWorkloadKind => end(false).workload_kind(),
-                Label::DestinationApp => end(false).value(Identifier::App),
-                Label::TrafficDirection => match sample.direction {
+            let (source, identifier) = label.shows();
+            let end = End {
+                sample,
+                source: source != inverted,
+            };
+            let value = match (label, identifier) {
+                (_, Some(identifier)) => end.value(identifier),
+                (Label::TrafficDirection, None) => match sample.direction {
                     TrafficDirection::Unknown => "unknown",
                     TrafficDirection::Ingress => "ingress",
                     TrafficDirection::Egress => "egress",
                 }
                 .into(),
-            });
+                (_, None) => end.workload_kind(),
+            };
+            values.push(identifier, value);
         }
         // Cilium determines both values before it swaps them, so each end has the identifiers of its own context.
         let value = |side: &Side, source: bool| {
             let end = End { sample, source };
-            let mut values = side
-                .of(sample.direction)
-                .iter()
-                .map(|identifier| end.value(*identifier));
-            values.find(|value| !value.is_empty()).unwrap_or_default()
+            let identifiers = side.of(sample.direction).iter().copied();
+            let mut values = identifiers.map(|identifier| (Some(identifier), end.value(identifier)));
+            values.find(|(_, value)| !value.is_empty()).unwrap_or_default()
         };
         let source = self.source.is_used().then(|| value(&self.source, true));
         let destination = self
@@ -210,8 +188,9 @@ impl Context {
             (None, Some(_)) if inverted => (None, Some(value(&self.destination, true))),
             as_they_are => as_they_are,
         };
-        values.extend(source);
-        values.extend(destination);
+        for (identifier, value) in source.into_iter().chain(destination) {
+            values.push(identifier, value);
+        }
     }
 }
 
@@ -243,19 +222,27 @@ impl<'a> End<'_, 'a> {
             return Cow::default();
         };
         let (end, names) = ends(flow, self.source);
-        match identifier {
-            Identifier::Identity => joined(&end.labels),
-            Identifier::Namespace => Cow::Borrowed(&end.namespace),
-            Identifier::Pod => qualified(&end.namespace, &end.pod_name),
-            Identifier::PodShort => qualified(&end.namespace, short(&end.pod_name)),
-            Identifier::PodName => Cow::Borrowed(&end.pod_name),
-            Identifier::Dns => joined(names),
-            Identifier::ReservedIdentity => Cow::Borrowed(reserved(end)),
-            Identifier::Workload => qualified(&end.namespace, workload(end)),
-            Identifier::WorkloadName => Cow::Borrowed(workload(end)),
-            Identifier::App => Cow::Borrowed(app(end)),
-            Identifier::Ip => Cow::default(), // answered above
+        if identifier == Identifier::Dns {
+            joined(names)
+        } else {
+            value_of(end, identifier)
         }
+    }
+}
+
+/// Returns what an identifier shows of an end. Addresses and their names are not part of an end: empty for them.
+pub(super) fn value_of(end: &Endpoint, identifier: Identifier) -> Cow<'_, str> {
+    match identifier {
+        Identifier::Identity => joined(&end.labels),
+        Identifier::Namespace => Cow::Borrowed(&end.namespace),
+        Identifier::Pod => qualified(&end.namespace, &end.pod_name),
+        Identifier::PodShort => qualified(&end.namespace, short(&end.pod_name)),
+        Identifier::PodName => Cow::Borrowed(&end.pod_name),
+        Identifier::ReservedIdentity => Cow::Borrowed(reserved(end)),
+        Identifier::Workload => qualified(&end.namespace, workload(end)),
+        Identifier::WorkloadName => Cow::Borrowed(workload(end)),
+        Identifier::App => Cow::Borrowed(app(end)),
+        Identifier::Ip | Identifier::Dns => Cow::default(),
     }
 }
 

@@ -6,10 +6,11 @@
 mod batch;
 mod config;
 mod context;
+mod ends;
 mod plugin;
 mod sample;
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
 use palisade_flowlog::{
     flow::{L7Type, Layer4, TrafficDirection, Verdict, event_type},
@@ -20,11 +21,12 @@ use self::{
     plugin::Plugin,
     sample::{Content, Message},
 };
-use crate::{Definition, Family, Kind, Table};
+use crate::{Definition, Family, Kind, Table, identifier::Identifier};
 
 pub use self::{
     batch::Batch,
     config::{HubbleMetric, check},
+    ends::Ends,
     sample::{Sample, reason_name},
 };
 
@@ -179,6 +181,33 @@ impl Hubble {
         self.tables().map(Table::family).collect()
     }
 
+    /// Returns whether a label shows ends of flows that can cease to exist. Otherwise [`Self::end`] does nothing.
+    #[must_use]
+    pub fn shows_ends(&self) -> bool {
+        let mut metrics = self.counted.iter().map(|counted| &counted.metric);
+        metrics.any(|metric| metric.context.identifiers().any(Identifier::can_end))
+    }
+
+    /// Returns an empty list of ends, for what the labels of these metrics show.
+    #[must_use]
+    pub fn ends(&self) -> Ends {
+        let metrics = self.counted.iter().map(|counted| &counted.metric);
+        Ends::new(metrics.flat_map(|metric| metric.context.identifiers()))
+    }
+
+    /// Removes each time series of which a label shows an end that is not in the list, once this was so for `grace`. `now`:
+    /// a clock that does not go backwards.
+    pub fn end(&mut self, ends: &Ends, now: Duration, grace: Duration) {
+        for table in self.counted.iter_mut().flat_map(|counted| &mut counted.tables) {
+            table.end(now, grace, |identifier, value| ends.has(identifier, value));
+        }
+    }
+
+    /// Returns the name of each metric, and how many of its time series [`Self::end`] has removed.
+    pub fn ended(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.tables().map(|table| (table.name(), table.ended()))
+    }
+
     /// Returns the name of each metric, and how many times a time series beyond its limit was counted.
     pub fn overflows(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.tables().map(|table| (table.name(), table.overflowed()))
@@ -245,7 +274,29 @@ fn tables(metric: &HubbleMetric, limit: usize) -> Vec<Table> {
 }
 
 /// Values of labels.
-type Values<'a> = Vec<Cow<'a, str>>;
+#[derive(Debug)]
+struct Values<'a> {
+    texts: Vec<Cow<'a, str>>,
+    /// What the last texts show.
+    shows: Vec<Option<Identifier>>,
+}
+
+impl<'a> From<Vec<Cow<'a, str>>> for Values<'a> {
+    fn from(texts: Vec<Cow<'a, str>>) -> Self {
+        Self {
+            texts,
+            shows: Vec::new(),
+        }
+    }
+}
+
+impl<'a> Values<'a> {
+    /// Appends the value of a context label.
+    fn push(&mut self, shows: Option<Identifier>, text: Cow<'a, str>) {
+        self.texts.push(text);
+        self.shows.push(shows);
+    }
+}
 
 impl Counted {
     fn count(&mut self, sample: &Sample<'_>) {
@@ -293,11 +344,12 @@ impl Counted {
         table: usize,
         sample: &Sample<'a>,
         inverted: bool,
-        mut values: Values<'a>,
+        values: Vec<Cow<'a, str>>,
     ) {
+        let mut values = Values::from(values);
         self.metric.context.values(sample, inverted, &mut values);
         if let Some(table) = self.tables.get_mut(table) {
-            table.add(&values, sample.times);
+            table.add_to(&values.texts, &values.shows, sample.times);
         }
     }
 
@@ -306,12 +358,13 @@ impl Counted {
         table: usize,
         sample: &Sample<'a>,
         inverted: bool,
-        mut values: Values<'a>,
+        values: Vec<Cow<'a, str>>,
         value: f64,
     ) {
+        let mut values = Values::from(values);
         self.metric.context.values(sample, inverted, &mut values);
         if let Some(table) = self.tables.get_mut(table) {
-            table.observe(&values, value, sample.times);
+            table.observe(&values.texts, &values.shows, value, sample.times);
         }
     }
 

@@ -660,3 +660,113 @@ fn lost_events_are_counted_by_source() {
         ]
     );
 }
+
+/// Returns ends with these names (namespace, name, labels) and addresses.
+fn ends(hubble: &Hubble, names: &[(&str, &str, &[&str])], addresses: &[&str]) -> Ends {
+    let mut ends = hubble.ends();
+    for (namespace, name, labels) in names {
+        ends.add(&palisade_flowlog::flow::Endpoint {
+            namespace: (*namespace).into(),
+            pod_name: (*name).into(),
+            workloads: palisade_flowlog::flow::Workload::of_endpoint(&(*name).into()),
+            labels: labels.iter().map(|label| Arc::from(*label)).collect(),
+            ..Default::default()
+        });
+    }
+    for address in addresses {
+        ends.add_address(address.parse().unwrap());
+    }
+    ends
+}
+
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Returns the time series that remain when the ends of [`event`] are removed, and how many have ended.
+fn after_removal(configured: &str) -> (Vec<String>, u64) {
+    let mut hubble = hubble(&[configured], 100);
+    let web = event(EventKind::Drop, Reason::PolicyDenied, protocol::TCP);
+    hubble.count(&Sample::of_flow(&flow(&web)));
+    let web = [(
+        "shop",
+        "web-5d4f8c7b9-x2x4z",
+        &["k8s:app=web", "k8s:env=prod"][..],
+    )];
+    let existing = ends(&hubble, &web, &["10.0.0.1"]);
+    let mut none = ends(&hubble, &[], &[]);
+    none.follow(existing.clone());
+    let at = Duration::from_secs;
+    hubble.end(&existing, at(5), GRACE);
+    hubble.end(&existing, at(50), GRACE);
+    // Removed, and the final value remains for the grace time, which begins again if the end exists again.
+    hubble.end(&none, at(60), GRACE);
+    hubble.end(&existing, at(69), GRACE);
+    hubble.end(&none, at(70), GRACE);
+    hubble.end(&none, at(79), GRACE);
+    assert_eq!(series(&hubble).len(), 1);
+    hubble.end(&none, at(80), GRACE);
+    (series(&hubble), hubble.ended().map(|(_, ended)| ended).sum())
+}
+
+#[test]
+fn series_end_after_their_endpoint_or_identity() {
+    for context in [
+        "sourceContext=pod",
+        "sourceContext=pod-name",
+        "sourceContext=pod-short",
+        "sourceContext=workload",
+        "sourceContext=workload-name",
+        "sourceContext=namespace",
+        "sourceContext=identity",
+        "sourceContext=app",
+        "sourceContext=ip",
+        "sourceContext=reserved-identity|pod",
+        "sourceContext=ip;destinationContext=dns",
+        "destinationContext=reserved-identity;labelsContext=source_pod",
+        "labelsContext=source_app,traffic_direction",
+        "labelsContext=source_ip",
+    ] {
+        let ended = after_removal(&format!("drop:{context}"));
+        assert_eq!(ended, (Vec::new(), 1), "{context}");
+    }
+}
+
+#[test]
+fn series_of_the_world_and_without_ends_remain() {
+    for context in [
+        "",
+        "destinationContext=ip",
+        "destinationContext=dns",
+        "destinationContext=reserved-identity",
+        "destinationContext=pod|ip",
+        "destinationContext=identity",
+        "labelsContext=destination_ip,destination_pod,destination_workload,source_workload_kind,traffic_direction",
+    ] {
+        let (remaining, ended) = after_removal(&format!("drop:{context}"));
+        assert_eq!((remaining.len(), ended), (1, 0), "{context}");
+    }
+    assert!(!hubble(&["drop:destinationContext=dns|reserved-identity"], 1).shows_ends());
+    assert!(hubble(&["drop", "flow:labelsContext=source_ip"], 1).shows_ends());
+}
+
+#[test]
+fn ended_series_make_room_for_others_and_the_overflow_remains() {
+    let mut hubble = hubble(&["drop:sourceContext=ip"], 2);
+    let count = |hubble: &mut Hubble, from: u8| {
+        let mut packet = event(EventKind::Drop, Reason::PolicyDenied, protocol::TCP);
+        packet.source = address(&format!("10.0.0.{from}"));
+        hubble.count(&Sample::of_flow(&flow(&packet)));
+    };
+    for from in 1..=4 {
+        count(&mut hubble, from);
+    }
+    let existing = ends(&hubble, &[], &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    let mut fewer = ends(&hubble, &[], &["10.0.0.2"]);
+    fewer.follow(existing);
+    hubble.end(&fewer, Duration::ZERO, GRACE);
+    hubble.end(&fewer, GRACE, GRACE);
+    count(&mut hubble, 3);
+    let of =
+        |from: &str, count| format!("drop_total{{reason=POLICY_DENIED,protocol=TCP,source={from}}} {count}");
+    let wanted = [of("10.0.0.2", 1), of("10.0.0.3", 1), of(OVERFLOW, 2)];
+    assert_eq!(series(&hubble), wanted);
+}

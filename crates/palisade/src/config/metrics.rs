@@ -1,6 +1,6 @@
 //! `[metrics]`: the HTTP server of metrics and health.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use palisade_metrics::HubbleMetric;
 
@@ -10,6 +10,11 @@ use super::reader::{At, Section};
 const DEFAULT_HUBBLE: [&str; 6] = ["dns", "drop", "tcp", "flow", "icmp", "http"];
 /// Largest value of `series_per_metric`.
 const MAX_SERIES: u64 = 1_000_000;
+/// Bounds of `series_grace`.
+const MIN_SERIES_GRACE: Duration = Duration::from_secs(1);
+const MAX_SERIES_GRACE: Duration = Duration::from_secs(86_400);
+/// `series_grace` if it is not set: two intervals between scrapes with the default of Prometheus.
+const DEFAULT_SERIES_GRACE: Duration = Duration::from_secs(120);
 
 /// Paths of the certificates of a TCP listener, PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub(crate) struct Metrics {
     pub hubble: Vec<HubbleMetric>,
     /// Largest number of time series of one metric whose labels peers can choose.
     pub series_per_metric: usize,
+    /// Time for which time series of removed ends of flows remain.
+    pub series_grace: Duration,
 }
 
 pub(super) fn read(section: Section<'_, '_>) -> Metrics {
@@ -45,6 +52,9 @@ pub(super) fn read(section: Section<'_, '_>) -> Metrics {
             .integer("series_per_metric", 1..MAX_SERIES + 1)
             .and_then(|limit| usize::try_from(limit).ok())
             .unwrap_or(2_000),
+        series_grace: section
+            .duration("series_grace", MIN_SERIES_GRACE..MAX_SERIES_GRACE)
+            .unwrap_or(DEFAULT_SERIES_GRACE),
     };
     section.finish();
     metrics
@@ -141,6 +151,7 @@ mod tests {
             let metrics = parse(&format!("[metrics]\nlisten = \"{address}\"\n"));
             assert_eq!(metrics.listen, Some(address.parse().unwrap()));
             assert_eq!((metrics.hubble.len(), metrics.series_per_metric), (6, 2_000));
+            assert_eq!(metrics.series_grace.as_secs(), 120);
         }
         assert!(parse("[metrics]\nhubble = []\n").hubble.is_empty());
         let tls = "listen = \"0.0.0.0:1\"\ntls_certificate = \"/c\"\ntls_key = \"/k\"\n";
@@ -177,6 +188,7 @@ mod tests {
                 "series_per_metric = 0",
                 "metrics.series_per_metric must be between 1 and 1000000",
             ),
+            ("series_grace = \"100ms\"", "metrics.series_grace must be"),
             ("colour = 1", "colour"),
             ("tls_key = \"/k\"", "belong together: set both or none"),
             (

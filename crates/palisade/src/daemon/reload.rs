@@ -123,6 +123,7 @@ const RULES: &[(&str, &str, Effect)] = &[
         "series_per_metric",
         restart!(metrics.series_per_metric),
     ),
+    ("metrics", "series_grace", restart!(metrics.series_grace)),
     ("hubble", "socket", restart!(hubble.socket)),
     ("hubble", "group", restart!(hubble.group)),
     ("hubble", "listen", restart!(hubble.listen)),

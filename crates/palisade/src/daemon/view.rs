@@ -125,6 +125,16 @@ impl View {
         self.addresses.get(&address)
     }
 
+    /// Returns the endpoints and the named peers, one for each of their addresses, and endpoints without an address.
+    pub(super) fn owners(&self) -> impl Iterator<Item = (&Owner, Option<IpAddr>)> {
+        let of_addresses = self
+            .addresses
+            .iter()
+            .map(|(address, owner)| (owner, Some(*address)));
+        let endpoints = self.owners.values().map(|owner| (owner, None));
+        of_addresses.chain(endpoints)
+    }
+
     /// Returns the labels of an identity as `source:key=value`.
     pub(super) fn labels(&self, identity: Identity) -> Vec<String> {
         let labels = self.snapshot.identities.get(&identity);

@@ -200,6 +200,9 @@ impl Collector {
             for (metric, count) in counted.hubble.overflows() {
                 report.add(&own::OVERFLOWS, &[metric], count);
             }
+            for (metric, count) in counted.hubble.ended() {
+                report.add(&own::ENDED, &[metric], count);
+            }
         }
         for (metric, count) in &state.overflows {
             report.add(&own::OVERFLOWS, &[metric], *count);

@@ -10,7 +10,10 @@ use std::{
 use palisade_flowlog::{Lost, LostSource, Next, Raw, Ring};
 use palisade_metrics::{Batch, Hubble, Sample};
 
-use super::super::measured::lock;
+use super::{
+    super::{measured::lock, view::Shared},
+    ends::KnownEnds,
+};
 use crate::config::Metrics;
 
 /// Longest wait for a flow.
@@ -38,7 +41,7 @@ impl Counted {
 }
 
 /// Starts the thread that counts.
-pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Counted>>> {
+pub(super) fn run(config: &Metrics, ring: &Arc<Ring>, view: &Arc<Shared>) -> io::Result<Arc<Mutex<Counted>>> {
     let counted = Arc::new(Mutex::new(Counted {
         hubble: Hubble::new(config.hubble.clone(), config.series_per_metric),
         lost: 0,
@@ -48,13 +51,14 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
     }
     let shared = Arc::clone(&counted);
     let mut cursor = ring.oldest();
+    let mut ends = KnownEnds::new(&lock(&counted).hubble, Arc::clone(view), config.series_grace);
     thread::Builder::new()
         .name("metrics-flows".into())
         .spawn(move || {
             let needs_names = lock(&shared).hubble.needs_names();
             let mut batch = Batch::default();
             loop {
-                cursor.wait(IDLE_TIMEOUT);
+                cursor.wait(ends.as_ref().map_or(IDLE_TIMEOUT, KnownEnds::interval));
                 loop {
                     let mut counted = lock(&shared);
                     let mut read = 0;
@@ -81,6 +85,9 @@ pub(super) fn run(config: &Metrics, ring: &Arc<Ring>) -> io::Result<Arc<Mutex<Co
                     if read < MAX_BATCH {
                         break;
                     }
+                }
+                if let Some(ends) = &mut ends {
+                    ends.end_series(&shared);
                 }
                 thread::sleep(READ_INTERVAL);
             }

@@ -4,6 +4,7 @@
 mod clients;
 mod collect;
 mod control_part;
+mod ends;
 mod flows;
 mod health;
 mod process;
@@ -20,7 +21,7 @@ pub(super) fn start(config: &Metrics, handlers: Arc<Handlers>) -> io::Result<()>
     let Some(address) = config.listen else {
         return Ok(());
     };
-    let counted = flows::run(config, &handlers.ring)?;
+    let counted = flows::run(config, &handlers.ring, &handlers.shared)?;
     let clients = Arc::<clients::Clients>::default();
     let collector =
         collect::Collector::new(handlers, counted, Arc::clone(&clients), config.series_per_metric);
