@@ -3,7 +3,7 @@
 //! Checksums, TCP options and payload are prepared by the functions of the workers (`palisade_worker::header`).
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     hash::{BuildHasher as _, Hash as _, Hasher as _},
     sync::Arc,
 };
@@ -33,21 +33,12 @@ pub type RuleSets = BTreeMap<u32, Arc<RuleSet>>;
 /// Prepares the rule sets of a snapshot for the engine. The second argument is the previous result.
 pub type Prepare = Box<dyn Fn(&RuleSets, Option<&Rules>) -> Rules>;
 
-/// Time after which held bytes would be acknowledged on behalf of the receiver, ms: later than any capture. A capture
-/// contains the acknowledgments of the receivers.
-const NEVER: Millis = 1 << 50;
-
 /// A flow without its direction.
 type Ends = ((Addr, u16), (Addr, u16), u8);
-
-/// The direction of a connection: source and destination.
-type Direction = ((Addr, u16), (Addr, u16));
 
 /// A frame that the engine holds.
 #[derive(Debug)]
 struct Held {
-    /// Direction and sequence number of a TCP segment.
-    segment: Option<(Direction, u32)>,
     /// The request of the second policy, and the frame; `None` if only one policy inspects the packet.
     second: Option<(PuntRequest, Vec<u8>)>,
     ifindex: u32,
@@ -253,9 +244,6 @@ pub(crate) struct Inspection {
     rules: Arc<Rules>,
     effects: Effects,
     held: Slab<Held>,
-    /// Numbers in `held` and sequence numbers of the held segments of each direction. A segment that is not held can
-    /// have the sequence number of a held one, as a reset that answers an acknowledgement before it.
-    held_segments: HashMap<Direction, Vec<(usize, u32)>, RandomState>,
     /// Reused memory of a frame with room for a punt header.
     buffer: Vec<u8>,
     /// Connections that are not inspected any more, and their order.
@@ -279,7 +267,7 @@ impl Inspection {
             &mut limits.tls.tcp,
             &mut limits.kafka.tcp,
         ] {
-            tcp.acknowledge = NEVER;
+            tcp.of_capture = true;
         }
         let mut engine = Engine::new(&limits);
         let rules = Arc::new(prepare(rulesets, None));
@@ -293,7 +281,6 @@ impl Inspection {
             rules,
             effects: Effects::default(),
             held: Slab::new(),
-            held_segments: HashMap::default(),
             buffer: Vec::new(),
             undecided: HashSet::default(),
             undecided_order: VecDeque::new(),
@@ -370,11 +357,9 @@ impl Inspection {
             return self.refuse(punted, &prepared.packet, Reason::TcpInvalid, error.text(), around);
         }
         self.counts.packets += 1;
-        let segment = self.limit_acknowledgment(&prepared);
         let [first, second] = slots;
         let frame = self.buffer.get(prepared.start..).unwrap_or_default();
         let handle = self.held.insert(Held {
-            segment,
             second: (second.endpoint != 0).then(|| (second, trimmed(frame, &prepared.packet).to_vec())),
             ifindex: punted.ifindex,
             hook: punted.hook,
@@ -383,66 +368,6 @@ impl Inspection {
         let view = prepared.view(&first, punted.ifindex, punted.hook, frame);
         inspect(&mut self.engine, &mut self.effects, punted.now, &view, handle);
         self.run_effects(punted.now, around);
-        if let Some((direction, seq)) = segment
-            && self.held.contains(handle)
-        {
-            self.held_segments
-                .entry(direction)
-                .or_default()
-                .push((handle, seq));
-        }
-    }
-
-    /// Lowers the acknowledgment number of a segment to the first byte that the engine holds. A capture contains what
-    /// the ends have sent without the inspection, so a receiver acknowledges bytes that it would not have got yet, and
-    /// the engine would drop such a segment. Returns direction and sequence number of the segment.
-    fn limit_acknowledgment(&mut self, prepared: &Prepared) -> Option<(Direction, u32)> {
-        let packet = &prepared.packet;
-        if packet.protocol != protocol::TCP || packet.is(flags::FRAGMENT_FIRST | flags::FRAGMENT_LATER) {
-            return None;
-        }
-        let source = (packet.source, packet.source_port);
-        let destination = (packet.destination, packet.destination_port);
-        let start = prepared.start + usize::from(packet.transport_offset);
-        let header = self.buffer.get_mut(start..)?;
-        let word = |header: &[u8], at: usize| {
-            let bytes: Option<&[u8; 4]> = header.get(at..)?.first_chunk();
-            Some(u32::from_be_bytes(*bytes?))
-        };
-        let (seq, ack) = (word(header, 4)?, word(header, 8)?);
-        let held = self.held_segments.get(&(destination, source));
-        let first = held.and_then(|held| {
-            let (_, reference) = *held.first()?;
-            held.iter()
-                .map(|(_, seq)| *seq)
-                .min_by_key(|seq| seq.wrapping_sub(reference).wrapping_add(1 << 31))
-        });
-        if let Some(first) = first
-            && packet.tcp_flags & tcp_flags::ACK != 0
-            && (1..1 << 31).contains(&ack.wrapping_sub(first))
-        {
-            if let Some(field) = header.get_mut(8..12) {
-                field.copy_from_slice(&first.to_be_bytes());
-            }
-            remove_sack(header);
-        }
-        Some(((source, destination), seq))
-    }
-
-    /// Removes a frame that the engine has returned.
-    fn take_held(&mut self, handle: usize) -> Option<Held> {
-        let held = self.held.try_remove(handle)?;
-        if let Some((direction, _)) = held.segment
-            && let Some(held) = self.held_segments.get_mut(&direction)
-        {
-            if let Some(at) = held.iter().position(|(other, _)| *other == handle) {
-                held.remove(at);
-            }
-            if held.is_empty() {
-                self.held_segments.remove(&direction);
-            }
-        }
-        Some(held)
     }
 
     /// Handles the timeouts that are due.
@@ -536,11 +461,11 @@ impl Inspection {
             match effect {
                 Effect::Release(handle, command) => self.release(now, handle, command, around),
                 Effect::Discard(handle, reason) => {
-                    if self.take_held(handle).is_some() {
+                    if self.held.try_remove(handle).is_some() {
                         self.counts.drop(reason);
                     }
                 }
-                Effect::Absorb(handle) => drop(self.take_held(handle)),
+                Effect::Absorb(handle) => drop(self.held.try_remove(handle)),
                 Effect::Command(command) => around.apply(&command),
                 Effect::Commit(request) => {
                     let result = around.learn(request);
@@ -572,7 +497,7 @@ impl Inspection {
         };
         let (ifindex, hook) = (held.ifindex, held.hook);
         let Some((slot, frame)) = held.second.take() else {
-            self.take_held(handle);
+            self.held.try_remove(handle);
             return;
         };
         match header::decode(&frame) {
@@ -611,35 +536,6 @@ fn slots(requests: &[PuntRequest]) -> [PuntRequest; 2] {
         }
     }
     slots
-}
-
-/// Replaces the selective acknowledgments of a TCP header (RFC 2018) by padding.
-fn remove_sack(header: &mut [u8]) {
-    const SACK: u8 = 5;
-    const NOP: u8 = 1;
-    let Some(length) = header.get(12).map(|offset| usize::from(offset >> 4) * 4) else {
-        return;
-    };
-    let Some(options) = header.get_mut(20..length) else {
-        return;
-    };
-    let mut at = 0;
-    while let Some(kind) = options.get(at).copied() {
-        let length = match kind {
-            0 => return,
-            NOP => 1,
-            _ => options
-                .get(at + 1)
-                .map_or(0, |length| usize::from(*length))
-                .max(2),
-        };
-        if kind == SACK
-            && let Some(option) = options.get_mut(at..at + length)
-        {
-            option.fill(NOP);
-        }
-        at += length;
-    }
 }
 
 fn ends(one: (Addr, u16), other: (Addr, u16), protocol: u8) -> Ends {

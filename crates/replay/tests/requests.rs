@@ -195,6 +195,84 @@ fn a_request_in_pieces_is_acknowledged_before_its_verdict() {
 }
 
 #[test]
+fn a_retransmission_with_undecided_bytes_behind_acknowledged_ones_makes_no_record() {
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let mut connection = Connection::open(&mut world, end(a, 4000), end(server, 80));
+        connection.client(&mut world, GOOD);
+        connection.server(&mut world, OK);
+        // The acknowledgement of the whole request was lost on the way to the client, which sends the request again, and
+        // with it the first bytes of the next one.
+        let (piece, rest) = GOOD.split_at(7);
+        connection.next[0] = connection.next[0].wrapping_sub(GOOD.len() as u32);
+        connection.client(&mut world, &[GOOD, piece].concat());
+        connection.client(&mut world, rest);
+        connection.server(&mut world, OK);
+        // Nothing is retransmitted to an end of a capture.
+        world.wait(600);
+        connection.segment(&mut world, From::Server, "A", b"");
+        connection.client(&mut world, BAD);
+        let reasons: Vec<Reason> = connection.records.iter().map(|record| record.reason).collect();
+        let wanted = [
+            Reason::Allowed,
+            Reason::Allowed,
+            Reason::Allowed,
+            Reason::Allowed,
+            Reason::AppDenied,
+        ];
+        assert_eq!(reasons, wanted, "{:?}", connection.seen());
+        assert_eq!(world.replay.summary().records, [4, 0, 1]);
+    }
+}
+
+#[test]
+fn a_head_of_many_segments_that_are_acknowledged_one_by_one_makes_no_record() {
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let mut connection = Connection::open(&mut world, end(a, 4000), end(server, 80));
+        let long = format!(
+            "GET /public/x HTTP/1.1\r\nHost: a.test\r\nx-filler: {}\r\n\r\n",
+            "y".repeat(600)
+        );
+        for byte in long.as_bytes().chunks(1) {
+            connection.client(&mut world, byte);
+        }
+        connection.server(&mut world, OK);
+        let reasons: Vec<Reason> = connection.records.iter().map(|record| record.reason).collect();
+        assert_eq!(reasons, [Reason::Allowed; 2], "{:?}", connection.seen());
+    }
+}
+
+#[test]
+fn a_head_that_is_longer_than_the_window_of_the_server_makes_no_record() {
+    let mut world = World::new(HTTP);
+    let mut connection = Connection::open(&mut world, end(AS[0], 4000), end(WORLDS[0], 80));
+    // The ends have windows of 60,000 bytes without a scale, and acknowledge what the inspection still holds.
+    let body = "z".repeat(1_400);
+    connection.client(&mut world, b"GET /public/x HTTP/1.1\r\nHost: a.test\r\n");
+    for n in 0..40 {
+        connection.client(&mut world, format!("x-{n}: {body}\r\n").as_bytes());
+    }
+    connection.client(&mut world, b"\r\n");
+    let reasons: Vec<Reason> = connection.records.iter().map(|record| record.reason).collect();
+    assert!(
+        !reasons.contains(&Reason::TcpOutOfWindow),
+        "{:?}",
+        connection.seen()
+    );
+}
+
+#[test]
+fn an_acknowledgement_of_bytes_that_the_capture_does_not_have_is_out_of_window() {
+    let mut world = World::new(HTTP);
+    let mut connection = Connection::open(&mut world, end(AS[0], 4000), end(WORLDS[0], 80));
+    connection.next[0] = connection.next[0].wrapping_add(100);
+    connection.segment(&mut world, From::Server, "A", b"x");
+    let reasons: Vec<Reason> = connection.records.iter().map(|record| record.reason).collect();
+    assert_eq!(reasons, [Reason::TcpOutOfWindow]);
+}
+
+#[test]
 fn a_reset_with_the_number_of_a_held_segment_does_not_hide_it() {
     for (a, server) in AS.into_iter().zip(WORLDS) {
         let mut world = World::new(HTTP);
@@ -286,6 +364,160 @@ fn a_connection_is_not_inspected_from_its_middle_or_beyond_a_truncated_packet() 
     again.next[0] = again.next[0].wrapping_add(0);
     again.client(&mut world, GOOD);
     assert_eq!(again.seen().len(), 1, "{:?}", again.seen());
+}
+
+#[test]
+fn times_that_go_backwards_or_jump_by_years_change_no_verdict() {
+    const YEAR: u64 = 365 * 86_400 * 1_000_000_000;
+    let mut world = World::new(HTTP);
+    let start = world.now;
+    let times = [
+        start,
+        start - 30 * YEAR,
+        0,
+        start + 100 * YEAR,
+        start,
+        u64::MAX - 1_000_000_000,
+        start + YEAR,
+        1,
+    ];
+    for (port, time) in (4_000..).zip(times) {
+        world.now = time;
+        let mut connection = Connection::open(&mut world, end(AS[0], port), end(WORLDS[0], 80));
+        connection.client(&mut world, GOOD);
+        world.now = time / 2;
+        connection.server(&mut world, OK);
+        connection.client(&mut world, BAD);
+        let reasons: Vec<Reason> = connection.records.iter().map(|record| record.reason).collect();
+        assert_eq!(
+            reasons,
+            [Reason::Allowed, Reason::Allowed, Reason::AppDenied],
+            "{time}: {:?}",
+            connection.seen()
+        );
+    }
+    let summary = world.replay.summary();
+    assert!(summary.out_of_order > 0);
+    assert_eq!(summary.records, [16, 0, 8]);
+}
+
+#[test]
+fn a_flood_of_half_open_connections_is_bounded_and_hides_no_request() {
+    let mut world = World::new(HTTP);
+    for n in 0..100_000_u32 {
+        let [_, a, b, c] = n.to_be_bytes();
+        let server = (IpAddr::from([198, 18 | a & 1, b, c]), 80);
+        let flood = Connection {
+            client: end(AS[0], 1_024 + (n % 60_000) as u16),
+            server,
+            next: [n, n],
+            records: Vec::new(),
+        };
+        let bytes = flood.frame(From::Client, "S", b"");
+        assert!(world.send(&bytes).records.is_empty());
+    }
+    let mut connection = Connection::open(&mut world, end(AS[0], 1_000), end(WORLDS[0], 80));
+    connection.client(&mut world, BAD);
+    assert_eq!(connection.seen()[0].1, Reason::AppDenied);
+    let summary = world.replay.summary();
+    assert!(
+        summary.open <= 1_000 && summary.evicted >= 99_000,
+        "{} {}",
+        summary.open,
+        summary.evicted
+    );
+    assert_eq!(summary.held, 0);
+}
+
+#[test]
+fn interleaved_syns_with_the_same_ends_hide_no_request() {
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let ends = |next| Connection {
+            client: end(a, 4_000),
+            server: end(server, 80),
+            next,
+            records: Vec::new(),
+        };
+        let (mut first, mut second) = (ends([1_000, 5_000]), ends([900_000, 7_000_000]));
+        for _ in 0..3 {
+            let (one, other) = (
+                first.frame(From::Client, "S", b""),
+                second.frame(From::Client, "S", b""),
+            );
+            world.send(&one);
+            world.send(&other);
+        }
+        // The server answers the second one.
+        second.segment(&mut world, From::Client, "S", b"");
+        second.segment(&mut world, From::Server, "SA", b"");
+        second.segment(&mut world, From::Client, "A", b"");
+        first.next[0] += 1;
+        first.segment(&mut world, From::Client, "A", GOOD);
+        second.client(&mut world, BAD);
+        let allowed = first.records.iter().chain(&second.records);
+        let denied = allowed
+            .filter(|record| record.reason == Reason::AppDenied)
+            .count();
+        assert_eq!(denied, 1, "{:?} {:?}", first.seen(), second.seen());
+    }
+}
+
+#[test]
+fn packets_of_the_largest_size_are_inspected() {
+    for (a, server) in AS.into_iter().zip(WORLDS) {
+        let mut world = World::new(HTTP);
+        let mut connection = Connection::open(&mut world, end(a, 4_000), end(server, 80));
+        let head = |path: &str, length: usize| {
+            format!("POST {path} HTTP/1.1\r\nHost: a.test\r\nContent-Length: {length}\r\n\r\n").into_bytes()
+        };
+        // With the headers, the longest IP packet that fits the windows of the connection.
+        let room = 59_000;
+        let mut message = head("/secret", room);
+        message.resize(message.len() + room, b'x');
+        connection.client(&mut world, &message);
+        assert_eq!(
+            connection.seen()[0].1,
+            Reason::AppDenied,
+            "{:?}",
+            connection.seen()
+        );
+        let summary = world.replay.summary();
+        assert_eq!(summary.held, 0);
+    }
+}
+
+#[test]
+fn a_request_in_ip_fragments_is_not_allowed() {
+    let mut world = World::new(HTTP);
+    let mut connection = Connection::open(&mut world, end(AS[0], 4_000), end(WORLDS[0], 80));
+    let whole = connection.frame(From::Client, "A", BAD);
+    let (ip, payload) = (14, &whole[34..]);
+    // The first fragment has the TCP header and eight bytes of the request.
+    let cut = 24 + 8 - 8;
+    for (part, offset, more) in [(&payload[..cut], 0, true), (&payload[cut..], cut / 8, false)] {
+        let mut frame = whole[..34].to_vec();
+        frame.extend(part);
+        let length = (frame.len() - ip) as u16;
+        frame[ip + 2..ip + 4].copy_from_slice(&length.to_be_bytes());
+        let flags = (offset as u16) | if more { 0x2000 } else { 0 };
+        frame[ip + 6..ip + 8].copy_from_slice(&flags.to_be_bytes());
+        frame[ip + 10..ip + 12].fill(0);
+        let sum: u32 = frame[ip..ip + 20]
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|word| u32::from(u16::from_be_bytes(*word)))
+            .sum();
+        let sum = !(((sum >> 16) + (sum & 0xffff)) as u16);
+        frame[ip + 10..ip + 12].copy_from_slice(&sum.to_be_bytes());
+        connection.records.extend(world.send(&frame).records);
+    }
+    let seen = connection.seen();
+    assert!(
+        seen.iter().all(|(verdict, ..)| *verdict == Verdict::Dropped),
+        "{seen:?}"
+    );
 }
 
 fn query(id: u16, name: &str, kind: u16) -> Vec<u8> {

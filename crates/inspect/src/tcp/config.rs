@@ -40,6 +40,10 @@ pub struct TcpLimits {
     /// Whether the sender of a long message may send only a few segments behind it, until the message that follows has
     /// a verdict (`connection/send_limit.rs`).
     pub limits_senders: bool,
+    /// Whether the packets are those of a capture, whose ends have exchanged them without the inspection: they acknowledge
+    /// bytes that the inspection has not forwarded, and are not sent what it generates. Nothing is then acknowledged on
+    /// behalf of a receiver after [`Self::acknowledge`], and nothing is retransmitted.
+    pub of_capture: bool,
 }
 
 impl Default for TcpLimits {
@@ -60,6 +64,7 @@ impl Default for TcpLimits {
             idle_closed: 60_000,
             window: u64::MAX,
             limits_senders: false,
+            of_capture: false,
         }
     }
 }

@@ -311,6 +311,12 @@ impl<F> Half<F> {
             .wrapping_add(position.wrapping_sub(START) as u32)
     }
 
+    /// Returns the position after the last byte or the FIN that has arrived or was forwarded.
+    pub(super) fn arrived(&self) -> Position {
+        let fin = self.fin.map_or(0, |fin| fin + 1);
+        self.sent.max(self.highest).max(fin)
+    }
+
     /// Returns the lowest position at which a segment, or an acknowledgement of this direction, is acceptable.
     pub(super) fn oldest(&self) -> Position {
         self.acked - self.widest.clamp(OLD, START / 2)

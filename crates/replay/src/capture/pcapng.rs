@@ -15,6 +15,10 @@ const SHORTEST: usize = 12;
 const MAX_INTERFACES: usize = 65_536;
 /// Longest name of an interface that is kept, bytes.
 const MAX_NAME: usize = 256;
+/// Longest options of a block, bytes. The decoder makes a list of them, with several times the memory of short options.
+const MAX_OPTIONS: usize = 1 << 20;
+/// Length of an interface description block without options, bytes.
+const INTERFACE_BLOCK: usize = 20;
 /// Offset of the packet in an enhanced packet block, bytes.
 const ENHANCED_DATA: usize = 28;
 /// Offset of the packet in a simple packet block, bytes.
@@ -126,9 +130,20 @@ impl Section {
                 return Err(truncated);
             }
             // Blocks without packets or interfaces are skipped without being decoded: their content does not matter.
-            if !matches!(kind, SECTION_HEADER | 1 | 3 | 6) {
-                source.take(length);
-                continue;
+            let before_options = match kind {
+                1 => INTERFACE_BLOCK,
+                3 => length,
+                6 => {
+                    let captured = usize::try_from(word(source.peek(20))).unwrap_or(usize::MAX);
+                    captured.saturating_add(ENHANCED_DATA + 4)
+                }
+                _ => {
+                    source.take(length);
+                    continue;
+                }
+            };
+            if length.saturating_sub(before_options) > MAX_OPTIONS {
+                return Err(malformed("the options of a block are longer than 1 MiB"));
             }
             let parse = if self.big_endian {
                 parse_block_be

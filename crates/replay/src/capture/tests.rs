@@ -307,6 +307,13 @@ fn an_error_names_its_offset_and_keeps_the_packets_before_it() {
         assert_eq!((seen.len(), offset), (1, end), "{text}");
         assert!(found.contains(text), "{found}");
     }
+    // Options of four bytes each, of which a list would need several times the memory of the block.
+    let many = vec![vec![0x99, 0x99, 0, 0]; (1 << 20) / 4 + 1];
+    for bad in [interface(Big, 1, &many), enhanced(Big, 0, 0, 3, b"abc", &many)] {
+        let (seen, error) = read(&[file.clone(), bad].concat());
+        let wanted = format!("at byte {end}: the options of a block are longer than 1 MiB");
+        assert_eq!((seen.len(), error), (1, Some((end, wanted))));
+    }
     // The captured length exceeds the block.
     let mut lying = enhanced(Big, 0, 0, 3, b"abc", &[]);
     lying[20..24].copy_from_slice(&[0, 0, 1, 0]);

@@ -206,15 +206,16 @@ impl<F> Connection<F> {
                 self.recover(side, cx);
             }
             let is_shared = self.is_shared;
+            let of_capture = cx.shared.limits.of_capture;
             let half = &mut self.halves[side];
-            if half.delivered() > half.acked.max(START + 1) {
+            if half.delivered() > half.acked.max(START + 1) && !of_capture {
                 half.again.get_or_insert((cx.now + FIRST_TRY, 0));
             }
             if is_shared || half.held.is_empty() || half.next <= half.proxy_acked {
                 half.ack_at = None;
             } else if half.held.len() > most {
                 self.ack_on_behalf(side, cx);
-            } else if half.ack_at.is_none() {
+            } else if half.ack_at.is_none() && !of_capture {
                 half.ack_at = Some(cx.now + cx.shared.limits.acknowledge);
             }
         }

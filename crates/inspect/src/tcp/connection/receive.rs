@@ -59,7 +59,7 @@ impl<F> Connection<F> {
         if arrived.segment.is_rst() {
             return self.reset(arrived, frame, cx).map(|()| false);
         }
-        let (at, acked) = match self.check(arrived) {
+        let (at, acked) = match self.check(arrived, cx.shared.limits.of_capture) {
             Ok(Checked::Acceptable(at, acked)) => (at, acked),
             Ok(Checked::AcksOtherInspector) => {
                 // The inspector of the other policy has presumably responded in the server's place and needs the
@@ -92,9 +92,9 @@ impl<F> Connection<F> {
 
     /// Checks the sequence number, the acknowledgement and the timestamp of a segment.
     #[inline(always)]
-    fn check(&mut self, arrived: &Arrived<'_, '_>) -> Result<Checked, Reason> {
+    fn check(&mut self, arrived: &Arrived<'_, '_>, of_capture: bool) -> Result<Checked, Reason> {
         let at = self.check_sequence(arrived)?;
-        let Some(acked) = self.check_ack(arrived)? else {
+        let Some(acked) = self.check_ack(arrived, of_capture)? else {
             return Ok(Checked::AcksOtherInspector);
         };
         self.check_timestamp(arrived, at.start)?;
@@ -125,20 +125,24 @@ impl<F> Connection<F> {
     /// position far below earlier acknowledgements (RFC 5961, 5.2). A selective acknowledgement must not cover more
     /// than the other end has sent either.
     ///
+    /// In a capture, bytes that have arrived count as sent, and the acknowledged position is that of the forwarded ones.
+    ///
     /// Returns `None` if the segment acknowledges bytes that another policy's inspector has sent.
     #[inline]
-    fn check_ack(&self, arrived: &Arrived<'_, '_>) -> Result<Option<Position>, Reason> {
+    fn check_ack(&self, arrived: &Arrived<'_, '_>, of_capture: bool) -> Result<Option<Position>, Reason> {
         let other = &self.halves[arrived.side.other()];
         let segment = arrived.segment;
+        let sent = if of_capture { other.arrived() } else { other.sent };
         let acked = other.position(segment.ack);
-        if acked > other.sent && self.is_shared && segment.payload.is_empty() {
+        if acked > sent && self.is_shared && segment.payload.is_empty() {
             return Ok(None);
         }
-        if acked > other.sent || acked < other.oldest() {
+        if acked > sent || acked < other.oldest() {
             return Err(Reason::TcpOutOfWindow);
         }
+        let acked = acked.min(other.sent);
         let mut edges = segment.options.sack.iter().flatten();
-        if edges.any(|edge| other.position(*edge) > other.sent) {
+        if edges.any(|edge| other.position(*edge) > sent) {
             return Err(Reason::TcpInvalid);
         }
         Ok(Some(acked))
@@ -167,7 +171,9 @@ impl<F> Connection<F> {
         let (own, other) = self.halves.pair_mut(arrived.side);
         own.window = arrived.segment.window;
         own.link = Link::of(arrived.view).or(own.link);
-        other.acknowledge(acked, u64::from(arrived.segment.window) << shift);
+        // More than 0 only in a capture: the window begins behind bytes that were not forwarded.
+        let ahead = other.position(arrived.segment.ack).saturating_sub(acked);
+        other.acknowledge(acked, (u64::from(arrived.segment.window) << shift) + ahead);
         self.note_state();
     }
 
