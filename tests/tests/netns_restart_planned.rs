@@ -203,6 +203,29 @@ fn the_rules_in_force_decide_about_the_next_request() {
     }
 }
 
+#[test]
+fn a_restart_that_takes_no_connection_over_says_why() {
+    let apps = apps();
+    let settings = Settings {
+        tables: "[worker]\non_failure = \"pass\"\n".to_owned(),
+        ..Settings::default()
+    };
+    let daemon = apps
+        .daemon(&settings, &[("p.yaml", &rules("/a.*"))])
+        .expect("daemon");
+    let listener = listener(&apps, FAMILIES[0]);
+    let mut pair = Pair::open(&apps, &listener);
+    pair.client_says(GET);
+    pair.server_hears(GET);
+    pair.server_says(OK);
+    let output = daemon.try_cli(&["restart"]).expect("palisade restart");
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("on_failure"), "{said}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("1 connection cut"), "{said}");
+}
+
 /// Answers requests, and notes whether a denied one has arrived.
 fn serve(listener: TcpListener, stop: &AtomicBool, leaked: &Mutex<Vec<String>>) {
     listener.set_nonblocking(true).expect("option");

@@ -73,14 +73,25 @@ struct TakenOver {
 }
 
 impl TakenOver {
-    fn new(states: Vec<Vec<u8>>, workers: usize) -> Arc<Self> {
-        // A flow belongs to the worker whose number is the remainder of its hash.
-        let problem = (!states.is_empty() && states.len() != workers).then(|| {
-            format!(
+    /// Returns what the workers take over; `None`: there was no process before.
+    fn new(states: Option<Vec<Vec<u8>>>, wanted: &Wanted) -> Arc<Self> {
+        let workers = worker_count(wanted);
+        let is_restart = states.is_some();
+        let states = states.unwrap_or_default();
+        let problem = if is_restart && wanted.on_failure == OnFailure::Pass {
+            Some(
+                "[worker] on_failure = \"pass\": what passes during a restart is missing to the inspectors"
+                    .into(),
+            )
+        } else if !states.is_empty() && states.len() != workers {
+            // A flow belongs to the worker whose number is the remainder of its hash.
+            Some(format!(
                 "there were {}, and there are {workers}",
                 count(states.len(), "worker", "workers")
-            )
-        });
+            ))
+        } else {
+            None
+        };
         Arc::new(Self {
             states: Mutex::new(if problem.is_none() { states } else { Vec::new() }),
             problem,
@@ -133,10 +144,10 @@ impl Workers {
     ) -> anyhow::Result<(Self, Option<Output>)> {
         let wanted = &config.worker;
         let (states, (cookie, mark)) = match handover {
-            Some(Handover { header, states }) => (states, (header.cookie, header.mark)),
-            None => (Vec::new(), secrets().context("/dev/urandom")?),
+            Some(Handover { header, states }) => (Some(states), (header.cookie, header.mark)),
+            None => (None, secrets().context("/dev/urandom")?),
         };
-        let taken_over = TakenOver::new(states, worker_count(wanted));
+        let taken_over = TakenOver::new(states, wanted);
         let engines = engine_maker(limits(config), known, &taken_over);
         let started = start(wanted, engines, datapath, cookie, failed);
         let (running, output, punt_link_problem) = match started {
