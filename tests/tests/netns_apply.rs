@@ -132,7 +132,7 @@ fn a_confirmed_change_stays_and_an_unconfirmed_one_goes() {
     // Confirmed in time.
     let applied = bed.apply(&[&file, "--yes", "--confirm", "1h", "-m", "db instead of front"]);
     assert!(
-        applied["applied"]["confirm_within"].as_u64() > Some(3_000),
+        applied["applied"]["confirm_within_seconds"].as_u64() > Some(3_000),
         "{applied:#}"
     );
     world.expect(daemon, ONLY_DB);
@@ -518,7 +518,9 @@ fn a_daemon_that_is_killed_rolls_back_at_its_start_and_a_boot_does_at_once() {
     bed.daemon.kill9().expect("kill -9");
     bed.daemon.restart().expect("restart");
     bed.world.expect(&bed.daemon, ONLY_DB);
-    assert!(bed.daemon.status().expect("status")["pending_change"]["left"].as_u64() > Some(3_000));
+    assert!(
+        bed.daemon.status().expect("status")["pending_change"]["remaining_seconds"].as_u64() > Some(3_000)
+    );
 
     // Booted: an hour is left, but the change is rolled back.
     bed.daemon.kill9().expect("kill -9");

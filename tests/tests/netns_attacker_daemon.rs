@@ -535,7 +535,7 @@ fn no_command_waits_for_a_hung_daemon() {
     })
     .unwrap_or_else(|error| panic!("{error}: {}", follower.log()));
     // The commands that timed out had no effect later.
-    assert!(status["uptime"].as_u64() <= Some(started.elapsed().as_secs() + 30));
+    assert!(status["uptime_seconds"].as_u64() <= Some(started.elapsed().as_secs() + 30));
     let back = daemon
         .json(&["endpoint", "get", "default/back"])
         .expect("endpoint");

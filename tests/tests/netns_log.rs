@@ -120,7 +120,7 @@ fn a_denied_request_of_one_endpoint_is_logged_step_by_step_for_a_limited_time() 
         .expect("log set");
     wait_until("the usual levels", TIMEOUT, || {
         let status = daemon.json(&["log", "get"]).expect("log get");
-        status["seconds_left"].is_null()
+        status["remaining_seconds"].is_null()
     })
     .expect("the end of the setting");
     assert!(

@@ -678,7 +678,7 @@ fn flow_records_name_server_name_verdict_and_rule() {
     }
     // The conntrack entry of a reset connection has a short timeout.
     for entry in tracked(&daemon, HTTPS).expect("ct list") {
-        assert!(entry["expires"].as_u64() < Some(60), "{entry:#}");
+        assert!(entry["expires_in_seconds"].as_u64() < Some(60), "{entry:#}");
     }
     daemon
         .wait_status("denied names are counted", |status| counted(status, 240) >= 2)

@@ -16,6 +16,7 @@ use crate::{
     ns::{Ns, ensure_bpffs, pin_dir, remove_pins, serial, temp_dir, wait_until},
     process::{Process, output},
     topology::{NIC, Topology},
+    units,
 };
 
 /// Timeout of a request to the daemon.
@@ -278,9 +279,14 @@ impl Daemon {
         command
     }
 
-    /// Runs a `palisade` command to its end and returns its output and exit status.
+    /// Runs a `palisade` command to its end and returns its output and exit status. Checks the units of JSON.
     pub fn try_cli(&self, args: &[&str]) -> Result<Output> {
-        output(&mut self.command(args), REQUEST_TIMEOUT)
+        let out = output(&mut self.command(args), REQUEST_TIMEOUT)?;
+        if args.contains(&"json") {
+            let text = String::from_utf8_lossy(&out.stdout);
+            units::check_output(&text).with_context(|| format!("palisade {}: {text}", args.join(" ")))?;
+        }
+        Ok(out)
     }
 
     /// Runs a `palisade` command that must succeed, and returns its standard output.

@@ -30,6 +30,7 @@ pub mod recorder;
 pub mod server;
 pub mod tls;
 pub mod topology;
+pub mod units;
 pub mod web;
 
 pub use daemon::Daemon;

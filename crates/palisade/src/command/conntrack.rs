@@ -135,7 +135,7 @@ impl<W: Write> Listing<W> {
             row.direction,
             row.source,
             row.destination,
-            row.expires,
+            row.expires_in_seconds,
             row.forward_packets,
             row.forward_bytes,
             row.reply_packets,

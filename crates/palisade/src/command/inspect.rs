@@ -144,7 +144,7 @@ pub(super) fn names(socket: &Path, endpoint: Option<&str>, output: Output) -> an
                 row.address.clone(),
                 list_or(&row.selectors, "-"),
                 row.identity.to_string(),
-                row.ttl.to_string(),
+                row.ttl_seconds.to_string(),
                 row.state.clone(),
                 row.source.clone(),
             ]);

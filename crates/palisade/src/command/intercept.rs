@@ -19,6 +19,8 @@ use crate::{
 
 /// Port of a server whose port is not given.
 const HTTPS: u16 = 443;
+/// Number of seconds of a day.
+const SECONDS_PER_DAY: i64 = 86_400;
 
 pub(super) fn config(socket: &Path, output: Output) -> anyhow::Result<u8> {
     let answer: Vec<InterceptRow> = ask(socket, &Request::InterceptConfig)?;
@@ -84,8 +86,8 @@ pub(super) fn clusters(socket: &Path, output: Output) -> anyhow::Result<u8> {
                 row.open.to_string(),
                 row.successes.to_string(),
                 row.failures.to_string(),
-                format!("{:.1} ms", row.connect_ms),
-                format!("{:.1} ms", row.handshake_ms),
+                format!("{:.1} ms", row.connect_seconds * 1e3),
+                format!("{:.1} ms", row.handshake_seconds * 1e3),
                 reasons.join("\n"),
             ]);
         }
@@ -100,7 +102,7 @@ pub(super) fn certs(socket: &Path, output: Output) -> anyhow::Result<u8> {
             "SECRET", "KEY", "SUBJECT", "NAMES", "ISSUER", "CA", "EXPIRES", "FILE",
         ]);
         for row in &answer.certificates {
-            let left = match row.days_left {
+            let left = match row.remaining_seconds.div_euclid(SECONDS_PER_DAY) {
                 days @ ..0 => format!("{} (EXPIRED {} days ago)", row.not_after, -days),
                 days => format!("{} ({days} days)", row.not_after),
             };
@@ -184,7 +186,7 @@ pub(super) fn connections(socket: &Path, limit: usize, output: Output) -> anyhow
                 row.requests.to_string(),
                 row.client_bytes.to_string(),
                 row.server_bytes.to_string(),
-                format!("{} s", row.age),
+                format!("{} s", row.age_seconds),
             ]);
         }
         write!(out, "{table}")

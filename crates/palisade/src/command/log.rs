@@ -52,7 +52,7 @@ fn write_status(status: &LogStatus, out: &mut dyn io::Write) -> io::Result<()> {
         ]);
     }
     write!(out, "{table}")?;
-    let Some(left) = status.seconds_left else {
+    let Some(left) = status.remaining_seconds else {
         return Ok(());
     };
     let endpoint = status

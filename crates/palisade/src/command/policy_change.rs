@@ -134,7 +134,7 @@ fn change(socket: &Path, set: PolicySet, args: &ChangeArgs) -> anyhow::Result<u8
             "change {} is in force (revision {})",
             applied.number, applied.revision
         )?;
-        if let Some(within) = applied.confirm_within {
+        if let Some(within) = applied.confirm_within_seconds {
             writeln!(
                 out,
                 "it is ROLLED BACK in {} unless you run: palisade policy confirm {}",

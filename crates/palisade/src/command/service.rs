@@ -436,7 +436,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
         "Daemon:      palisade {}, process {}, up {}",
         status.version,
         status.pid,
-        duration::format(Duration::from_secs(status.uptime))
+        duration::format(Duration::from_secs(status.uptime_seconds))
     )?;
     let audit = if status.audit {
         ", audit: what would be dropped passes"
@@ -447,7 +447,8 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
     writeln!(
         out,
         "Changes:     {} put in force, the last one in {:.1} ms",
-        status.revision, status.last_change_ms
+        status.revision,
+        status.last_change_seconds * 1e3
     )?;
     if let Some(change) = &status.pending_change {
         let who = change.author.sudo_user.as_ref().unwrap_or(&change.author.user);
@@ -455,7 +456,7 @@ fn write_status(status: &Status, out: &mut dyn Write) -> io::Result<()> {
             out,
             "To confirm:  change {} by {who} is ROLLED BACK in {} unless you run: palisade policy confirm {0}",
             change.number,
-            duration::format(Duration::from_secs(change.left))
+            duration::format(Duration::from_secs(change.remaining_seconds))
         )?;
     }
     for (title, list) in [

@@ -359,7 +359,7 @@ pub(crate) struct PolicyApplied {
     /// Revision of the datapath.
     pub revision: u64,
     /// Time within which it must be confirmed, s; `None`: it need not be.
-    pub confirm_within: Option<u64>,
+    pub confirm_within_seconds: Option<u64>,
     /// Files that differ.
     pub files: FileChanges,
     /// Paths under which files are kept that the daemon had not read, and that the change replaces.
@@ -373,7 +373,7 @@ pub(crate) struct PendingChange {
     /// Number in the history.
     pub number: u64,
     /// Time until it is rolled back, s.
-    pub left: u64,
+    pub remaining_seconds: u64,
     /// Who applied it.
     pub author: Author,
     /// The author's message.
@@ -534,10 +534,10 @@ pub(crate) struct UpstreamRow {
     pub failures_by_reason: BTreeMap<String, u64>,
     /// The last failure, in words.
     pub last_failure: Option<String>,
-    /// Mean time until the TCP connection was established, ms.
-    pub connect_ms: f64,
-    /// Mean time of the TLS handshake with the server, ms.
-    pub handshake_ms: f64,
+    /// Mean time until the TCP connection was established, s.
+    pub connect_seconds: f64,
+    /// Mean time of the TLS handshake with the server, s.
+    pub handshake_seconds: f64,
     /// Open connections.
     pub open: u64,
 }
@@ -561,8 +561,8 @@ pub(crate) struct CertificateRow {
     pub not_before: String,
     /// End of the validity, RFC 3339.
     pub not_after: String,
-    /// Days until the end of the validity; negative if it has passed.
-    pub days_left: i64,
+    /// Time until the end of the validity, s; negative if it has passed.
+    pub remaining_seconds: i64,
     /// SHA-256 of the certificate, hexadecimal.
     pub fingerprint: String,
     /// Whether the certificate belongs to a CA.
@@ -636,7 +636,7 @@ pub(crate) struct InterceptedRow {
     /// HTTP requests.
     pub requests: u64,
     /// Age, s.
-    pub age: u64,
+    pub age_seconds: u64,
 }
 
 /// Parameters of a TLS connection.
@@ -746,7 +746,7 @@ pub(crate) struct LogStatus {
     /// The only address whose connections are logged; `None` for all.
     pub address: Option<std::net::IpAddr>,
     /// Time until the log has its usual levels again, s; `None` if it has them.
-    pub seconds_left: Option<u64>,
+    pub remaining_seconds: Option<u64>,
     /// Number of steps of connections that were logged since the levels were set.
     pub written: u64,
     /// Number of steps that were not logged, because there were too many.
@@ -928,7 +928,7 @@ pub(crate) struct Status {
     /// Process id of the daemon.
     pub pid: u32,
     /// Time since the start of the daemon, s.
-    pub uptime: u64,
+    pub uptime_seconds: u64,
     /// The planned restart with which the daemon began; `None` if it was started otherwise.
     #[serde(default)]
     pub restarted: Option<RestartStatus>,
@@ -947,8 +947,8 @@ pub(crate) struct Status {
     pub audit: bool,
     /// Number of changes that were put in force.
     pub revision: u64,
-    /// Duration of the last change, from its beginning to the write of the last map entry, ms.
-    pub last_change_ms: f64,
+    /// Duration of the last change, from its beginning to the write of the last map entry, s.
+    pub last_change_seconds: f64,
     /// Guarded interfaces.
     pub interfaces: Vec<InterfaceStatus>,
     /// Endpoints of this node.
@@ -1361,7 +1361,7 @@ pub(crate) struct FqdnRow {
     /// address.
     pub identity: u32,
     /// Remaining lifetime, s; 0 if the address has expired.
-    pub ttl: u64,
+    pub ttl_seconds: u64,
     /// `live`, `expired-in-use`, or `expired` (removed by one of the next sweeps).
     pub state: String,
     /// `answer`, `prefetch` or `restored`.
@@ -1547,7 +1547,7 @@ pub(crate) struct ConnectionRow {
     /// Number of the endpoint.
     pub endpoint: u16,
     /// Time to expiry, s; negative if the entry has expired and is not swept yet.
-    pub expires: i64,
+    pub expires_in_seconds: i64,
     /// Packets of the original direction.
     pub forward_packets: u64,
     /// Bytes of the original direction.
@@ -1581,4 +1581,58 @@ pub(crate) struct IpcacheRow {
     pub endpoint: u16,
     /// Labels of the identity.
     pub labels: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    /// Returns the fields of the structs of this file as struct, documentation and name, without those of requests.
+    fn fields() -> Vec<(String, String, String)> {
+        let (mut of, mut docs) = (String::new(), String::new());
+        let mut fields = Vec::new();
+        for line in include_str!("api.rs").lines().map(str::trim) {
+            if let Some(text) = line.strip_prefix("/// ") {
+                docs.push_str(text);
+                docs.push(' ');
+            } else if let Some(rest) = line.strip_prefix("pub(crate) struct ") {
+                of = rest.split([' ', '<', '(']).next().unwrap_or_default().to_owned();
+                docs.clear();
+            } else if let Some((name, _)) = line.strip_prefix("pub ").and_then(|rest| rest.split_once(": ")) {
+                if !of.ends_with("Request") {
+                    fields.push((of.clone(), std::mem::take(&mut docs), name.to_owned()));
+                }
+                docs.clear();
+            } else if !line.starts_with("#[") {
+                docs.clear();
+            }
+        }
+        fields
+    }
+
+    #[test]
+    fn names_of_durations_and_sizes_in_json_end_with_their_unit() {
+        let fields = fields();
+        assert!(fields.len() > 300, "{}", fields.len());
+        let (mut durations, mut sizes) = (0, 0);
+        for (of, docs, name) in &fields {
+            let has = |unit: &str| {
+                [";", ".", ","]
+                    .iter()
+                    .any(|end| docs.contains(&format!(", {unit}{end}")))
+            };
+            assert!(
+                !["ms", "ns", "µs", "min", "h", "d"].into_iter().any(has),
+                "{of}.{name}: durations are in seconds"
+            );
+            if has("s") {
+                assert!(name.ends_with("_seconds"), "{of}.{name}: {docs}");
+                durations += 1;
+            }
+            let is_size = docs.starts_with("Bytes ") || docs.starts_with("Number of bytes") || has("bytes");
+            if is_size {
+                assert!(name.split('_').any(|word| word == "bytes"), "{of}.{name}: {docs}");
+                sizes += 1;
+            }
+        }
+        assert!(durations > 5 && sizes > 10, "{durations} {sizes}");
+    }
 }

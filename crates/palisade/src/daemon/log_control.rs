@@ -186,7 +186,7 @@ fn status(state: &State) -> LogStatus {
         components: components.collect(),
         endpoint: setting.and_then(|setting| setting.endpoint.clone()),
         address: setting.and_then(|setting| setting.address),
-        seconds_left: setting.map(|setting| {
+        remaining_seconds: setting.map(|setting| {
             let left = setting.until.saturating_duration_since(Instant::now());
             left.as_secs_f64().ceil() as u64
         }),
@@ -349,7 +349,7 @@ mod tests {
         let refused = |request: &LogSetRequest, endpoint: Option<(u16, String)>, text: &str| {
             let said = control.set(request, endpoint).unwrap_err();
             assert!(said.contains(text), "{said}");
-            assert!(control.get().seconds_left.is_none());
+            assert!(control.get().remaining_seconds.is_none());
         };
         let web = || Some((7, "default/web".to_owned()));
         refused(&request(&[], 60), None, "write for example inspect=debug");

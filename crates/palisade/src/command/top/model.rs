@@ -271,7 +271,7 @@ impl Model {
             _ => 0.0,
         };
         self.node = printable(&status.node);
-        self.uptime = status.uptime;
+        self.uptime = status.uptime_seconds;
         self.is_ready = status.ready;
         self.problem = None;
         self.flows = rate(counts.verdicts.all, Some(before.flows));
@@ -350,7 +350,7 @@ pub(super) mod tests {
         let mut model = Model::default();
         let mut status = Status {
             node: "node1".into(),
-            uptime: 3_723,
+            uptime_seconds: 3_723,
             ready: true,
             ..Status::default()
         };

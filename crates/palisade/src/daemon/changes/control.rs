@@ -85,14 +85,14 @@ impl Control {
             "a command has changed the policies"
         );
         self.record_change(&change, kind, of, to.clone());
-        let confirm_within = change.deadline.as_ref().map(|deadline| {
+        let confirm_within_seconds = change.deadline.as_ref().map(|deadline| {
             let left = deadline.left(&Now::read()).unwrap_or_default();
             (left + Duration::from_millis(500)).as_secs()
         });
         let applied = PolicyApplied {
             number: change.number,
             revision: self.changes,
-            confirm_within,
+            confirm_within_seconds,
             files: changed_files(&from, &to),
             aside: Vec::new(),
         };

@@ -116,7 +116,7 @@ impl Changes {
             Some(Current::Waiting { change, .. } | Current::Confirming { change, .. }) => {
                 Some(PendingChange {
                     number: change.number,
-                    left: self.left().unwrap_or_default().as_secs(),
+                    remaining_seconds: self.left().unwrap_or_default().as_secs(),
                     author: change.author.clone(),
                     message: change.message.clone(),
                 })

@@ -156,7 +156,7 @@ fn row(key: &CtKey, entry: &CtEntry, now: u64) -> ConnectionRow {
         source,
         destination,
         endpoint: key.endpoint,
-        expires: seconds_until(entry.expires, now),
+        expires_in_seconds: seconds_until(entry.expires, now),
         forward_packets: entry.forward_packets,
         forward_bytes: entry.forward_bytes,
         reply_packets: entry.reply_packets,

@@ -38,8 +38,6 @@ const CHECK_PORTS: RangeInclusive<u16> = 65_500..=65_535;
 const CHECK_LIFETIME: Duration = Duration::from_secs(60);
 /// A port for finding a route, to which nothing is sent.
 const DISCARD: u16 = 9;
-/// Number of seconds of a day.
-const SECONDS_PER_DAY: i64 = 86_400;
 
 impl Handlers {
     pub(super) fn intercept_config(&self) -> Result<Vec<InterceptRow>, String> {
@@ -125,7 +123,7 @@ impl Handlers {
                 .certificates()
                 .into_iter()
                 .map(|certificate| CertificateRow {
-                    days_left: (certificate.not_after - now).div_euclid(SECONDS_PER_DAY),
+                    remaining_seconds: certificate.not_after - now,
                     not_before: time_text(certificate.not_before),
                     not_after: time_text(certificate.not_after),
                     secret: certificate.secret,
@@ -144,11 +142,11 @@ impl Handlers {
     }
 
     pub(super) fn intercept_clusters(&self) -> Result<Vec<UpstreamRow>, String> {
-        let mean = |sum: u64, count: u64| {
+        let mean_seconds = |sum_ms: u64, count: u64| {
             if count == 0 {
                 0.0
             } else {
-                sum as f64 / count as f64
+                sum_ms as f64 / 1e3 / count as f64
             }
         };
         let proxy = self.interception.proxy()?;
@@ -173,8 +171,8 @@ impl Handlers {
                     failures: by_reason.values().sum(),
                     failures_by_reason: by_reason,
                     last_failure: upstream.last_failure,
-                    connect_ms: mean(upstream.connect_ms, upstream.successes),
-                    handshake_ms: mean(upstream.handshake_ms, upstream.handshakes),
+                    connect_seconds: mean_seconds(upstream.connect_ms, upstream.successes),
+                    handshake_seconds: mean_seconds(upstream.handshake_ms, upstream.handshakes),
                     open: open.get(&upstream.address).copied().unwrap_or(0),
                 }
             })
@@ -212,7 +210,7 @@ impl Handlers {
                 client_bytes: connection.bytes_from_client,
                 server_bytes: connection.bytes_from_server,
                 requests: connection.requests,
-                age: connection.age / 1_000,
+                age_seconds: connection.age / 1_000,
             })
             .collect())
     }

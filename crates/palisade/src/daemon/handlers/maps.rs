@@ -146,7 +146,7 @@ impl Handlers {
                     address: address.ip.to_string(),
                     selectors: selectors.clone(),
                     identity: identities.get(&key).copied().unwrap_or_default(),
-                    ttl: address.left.map_or(0, |left| left.div_ceil(1_000)),
+                    ttl_seconds: address.left.map_or(0, |left| left.div_ceil(1_000)),
                     state: match (address.left, address.in_use) {
                         (Some(_), _) => "live",
                         (None, true) => "expired-in-use",

@@ -390,7 +390,7 @@ fn of_control(status: &Status, report: &mut Report) {
         status.refused_workloads.conflicts_total,
     );
     report.add(&own::POLICY_REVISION, &[], status.revision);
-    report.add(&own::POLICY_LAST_CHANGE, &[], status.last_change_ms / 1e3);
+    report.add(&own::POLICY_LAST_CHANGE, &[], status.last_change_seconds);
     let files = |state| {
         status
             .policy_files
