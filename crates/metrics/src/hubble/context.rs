@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use palisade_flowlog::flow::{Endpoint, Flow, TrafficDirection};
 
-use super::{Values, sample::Sample};
+use super::{sample::Sample, values::Values};
 use crate::identifier::Identifier;
 
 /// A label of `labelsContext`. The order is that of the labels of a metric.

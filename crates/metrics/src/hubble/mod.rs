@@ -9,6 +9,7 @@ mod context;
 mod ends;
 mod plugin;
 mod sample;
+mod values;
 
 use std::{borrow::Cow, time::Duration};
 
@@ -20,6 +21,7 @@ use palisade_flowlog::{
 use self::{
     plugin::Plugin,
     sample::{Content, Message},
+    values::Values,
 };
 use crate::{Definition, Family, Kind, Table, identifier::Identifier};
 
@@ -270,31 +272,6 @@ fn tables(metric: &HubbleMetric, limit: usize) -> Vec<Table> {
         Plugin::Policy => vec![table(&POLICY_VERDICTS, &[])],
         Plugin::PortDistribution => vec![table(&PORT_DISTRIBUTION, &[])],
         Plugin::Tcp => vec![table(&TCP_FLAGS, &[])],
-    }
-}
-
-/// Values of labels.
-#[derive(Debug)]
-struct Values<'a> {
-    texts: Vec<Cow<'a, str>>,
-    /// What the last texts show.
-    shows: Vec<Option<Identifier>>,
-}
-
-impl<'a> From<Vec<Cow<'a, str>>> for Values<'a> {
-    fn from(texts: Vec<Cow<'a, str>>) -> Self {
-        Self {
-            texts,
-            shows: Vec::new(),
-        }
-    }
-}
-
-impl<'a> Values<'a> {
-    /// Appends the value of a context label.
-    fn push(&mut self, shows: Option<Identifier>, text: Cow<'a, str>) {
-        self.texts.push(text);
-        self.shows.push(shows);
     }
 }
 

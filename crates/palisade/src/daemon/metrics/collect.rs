@@ -27,7 +27,7 @@ use super::{
     },
     clients::Clients,
     control_part::ControlPart,
-    flows::Counted,
+    counted::Counted,
     health::{self, Health},
     process,
 };

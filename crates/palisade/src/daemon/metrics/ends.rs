@@ -13,7 +13,7 @@ use super::{
         measured::lock,
         view::{Shared, View},
     },
-    flows::Counted,
+    counted::Counted,
 };
 
 /// Longest time between two searches for time series that end.

@@ -7,11 +7,12 @@ use std::{
     time::Duration,
 };
 
-use palisade_flowlog::{Lost, LostSource, Next, Raw, Ring};
+use palisade_flowlog::{Next, Raw, Ring};
 use palisade_metrics::{Batch, Hubble, Sample};
 
 use super::{
     super::{measured::lock, view::Shared},
+    counted::Counted,
     ends::KnownEnds,
 };
 use crate::config::Metrics;
@@ -23,22 +24,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const READ_INTERVAL: Duration = Duration::from_millis(20);
 /// Largest number of flows that are counted before a scrape can read the counters.
 const MAX_BATCH: usize = 512;
-
-/// The counters, and how many flows were overwritten before they were counted.
-#[derive(Debug)]
-pub(super) struct Counted {
-    pub(super) hubble: Hubble,
-    pub(super) lost: u64,
-}
-
-impl Counted {
-    /// Counts flows that were overwritten. Losses before the ring are counted where they happen.
-    const fn lost(&mut self, lost: Lost) {
-        if matches!(lost.source, LostSource::HubbleRingBuffer) {
-            self.lost += lost.count;
-        }
-    }
-}
 
 /// Starts the thread that counts.
 pub(super) fn run(config: &Metrics, ring: &Arc<Ring>, view: &Arc<Shared>) -> io::Result<Arc<Mutex<Counted>>> {

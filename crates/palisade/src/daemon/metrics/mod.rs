@@ -4,6 +4,7 @@
 mod clients;
 mod collect;
 mod control_part;
+mod counted;
 mod ends;
 mod flows;
 mod health;
