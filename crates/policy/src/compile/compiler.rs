@@ -161,12 +161,10 @@ impl Compiler {
         self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
     }
 
-    /// Makes the compiler avoid the policy ids, identities, rule numbers and revisions that the maps hold after a restart of
-    /// the daemon.
+    /// Makes the compiler avoid the policy ids, identities and revisions that the maps hold after a restart of the daemon.
+    /// Rule numbers stay: with other numbers a rule set would be another one, and connections that were inspected under it
+    /// before would need an inspection again.
     pub fn avoid(&mut self, found: &Snapshot) {
-        let tables = found.tables.values();
-        let rules = tables.flat_map(|table| table.entries.values().map(|entry| entry.rule));
-        self.rule_ids.last = rules.max().unwrap_or(0).max(self.rule_ids.last);
         let policies = found.tables.keys().copied();
         let in_use = found.endpoints.values().map(|state| state.policy);
         self.next_policy = policies
