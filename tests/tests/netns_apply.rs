@@ -775,7 +775,7 @@ fn a_cancellation_that_denies_the_session_it_is_ordered_from_is_refused() {
         bed.rolled_back();
         assert_eq!(bed.folder("host.yaml"), HOST);
     }
-    // Nobody can be asked at the deadline: the rollback is made although it denies the session.
+    // No session can answer at the deadline, so the rollback is made although it denies the session.
     bed.apply(&[&allowing, "--yes", "--confirm", "3s"]);
     bed.rolled_back();
     assert_eq!(bed.folder("host.yaml"), HOST);

@@ -143,7 +143,11 @@ mod tests {
                 Some(own),
                 "{address}: connected"
             );
-            assert_eq!(of(protocol::TCP, foreign, local), None, "{address}: nobody's");
+            assert_eq!(
+                of(protocol::TCP, foreign, local),
+                None,
+                "{address}: no such connection"
+            );
             let socket = UdpSocket::bind(address).unwrap();
             let local = socket.local_addr().unwrap();
             assert_eq!(of(protocol::UDP, local, foreign), Some(own), "{address}: UDP");
@@ -157,7 +161,7 @@ mod tests {
             assert_eq!(
                 of(protocol::UDP, foreign, local),
                 None,
-                "{address}: UDP of nobody"
+                "{address}: no such UDP socket"
             );
             assert_eq!(of(protocol::ICMP, local, foreign), None);
         }

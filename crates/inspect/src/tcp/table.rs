@@ -55,6 +55,10 @@ struct Share {
     half_open: BTreeMap<u64, Key>,
 }
 
+/// Maximum number of keys in [`Connections::unsettled`]: a worker that always has packets would otherwise collect those of
+/// removed connections.
+const MOST_UNSETTLED: usize = 1_024;
+
 /// Detail of the record of an ICMP error that is dropped.
 const NOT_IN_FLIGHT: &str = "ICMP error about a TCP segment that is not in flight";
 
@@ -177,6 +181,9 @@ impl<F, T: Offloadable> Connections<F, T> {
         recall: impl FnOnce(&mut T::OffloadVerdict, &mut Cx<'_, F, S>) -> Result<(), Reason>,
         cx: &mut Cx<'_, F, S>,
     ) {
+        if self.unsettled.len() >= MOST_UNSETTLED {
+            self.settle(cx);
+        }
         let key = key(view);
         let slot = match self.place(key, view, cx) {
             Place::Known(slot) => slot,

@@ -364,7 +364,7 @@ fn a_handshake_goes_on_after_a_restart() {
                 assert_eq!(talk.client(&hello[..at]).released.len(), 0);
             }
             talk.restart();
-            // The client repeats what nobody has acknowledged.
+            // The client repeats the bytes that are not acknowledged.
             talk.sent[0] -= at as u32;
             let out = talk.client(&hello);
             assert_eq!(

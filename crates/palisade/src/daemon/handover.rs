@@ -27,7 +27,7 @@ use crate::control::api::RestartStatus;
 const VARIABLE: &str = "PALISADE_HANDOVER";
 /// Name of the memfd.
 const NAME: &str = "palisade-handover";
-/// Seals of a memfd that nobody can change any more.
+/// Seals of a memfd whose content and size are final.
 const SEALS: SealFlags = SealFlags::WRITE
     .union(SealFlags::GROW)
     .union(SealFlags::SHRINK)

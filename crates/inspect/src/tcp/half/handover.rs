@@ -48,7 +48,7 @@ impl Wire for Piece {
 
 impl<F> Half<F> {
     /// Takes the held packets out, and forgets their bytes that neither end has been promised: bytes that were neither
-    /// allowed nor forwarded nor acknowledged. Their sender repeats them, since nobody has acknowledged them; without
+    /// allowed nor forwarded nor acknowledged. Their sender repeats them, since no acknowledgement has reached it; without
     /// this step the repeated bytes would count as known, and their packet would be dropped.
     pub(in crate::tcp) fn take_held(&mut self) -> impl Iterator<Item = F> + use<F> {
         // An allowed byte is kept even if it was not forwarded: with another value it would pass without a verdict.
