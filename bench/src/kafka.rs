@@ -1,4 +1,5 @@
-//! Kafka through policy: produced and fetched bytes and requests, against no firewall.
+//! Kafka through policy: produced and fetched bytes and requests, against no firewall and against a policy without Kafka
+//! rules.
 
 use std::{
     fs,
@@ -36,7 +37,8 @@ const DENIED: i16 = 29;
 /// Longest wait for bytes of the other side.
 const WAIT: Duration = Duration::from_secs(10);
 
-const POLICY: &str = "\
+/// The broker's policy as far as the programs alone enforce it.
+const PORT_POLICY: &str = "\
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
 metadata: {name: broker}
@@ -46,7 +48,9 @@ spec:
   - fromEntities: [world, host]
     toPorts:
     - ports: [{port: \"9092\", protocol: TCP}]
-      rules:
+";
+/// What the broker's policy has besides [`PORT_POLICY`].
+const KAFKA_RULES: &str = "      rules:
         kafka:
         - {role: produce, topic: orders}
         - {role: consume, topic: orders}
@@ -336,15 +340,26 @@ fn drive(mut stream: TcpStream, load: Load, until: Instant) -> Result<u64> {
     Ok(received)
 }
 
+/// What guards the broker.
+#[derive(Clone, Copy, PartialEq)]
+enum Guard {
+    None,
+    /// Palisade, with a policy for the port only: nothing is inspected.
+    Port,
+    /// Palisade, with rules for topics.
+    Kafka,
+}
+
 /// A client behind the NIC, a broker in a workload, and perhaps Palisade on the interface of the workload.
 struct Path {
+    guard: Guard,
     topology: Topology,
     broker: Broker,
     daemon: Option<Daemon>,
 }
 
 impl Path {
-    fn new(guarded: bool) -> Result<Self> {
+    fn new(guard: Guard) -> Result<Self> {
         let topology = Topology::new()?.workload(WorkloadSpec::new("server").label("app", "server"))?;
         topology.meet()?;
         let workload = topology.get("server");
@@ -353,10 +368,19 @@ impl Path {
             nic: false,
             ..Settings::default()
         };
-        let daemon = guarded
-            .then(|| Daemon::start(&topology, &unguarded_nic, &[("broker.yaml", POLICY)]))
+        let rules = match guard {
+            Guard::None => None,
+            Guard::Port => Some(""),
+            Guard::Kafka => Some(KAFKA_RULES),
+        };
+        let daemon = rules
+            .map(|rules| {
+                let policy = format!("{PORT_POLICY}{rules}");
+                Daemon::start(&topology, &unguarded_nic, &[("broker.yaml", &policy)])
+            })
             .transpose()?;
         let path = Self {
+            guard,
             topology,
             broker,
             daemon,
@@ -393,7 +417,7 @@ impl Path {
         // Correlation id, number of topics, name, number of partitions, partition.
         let at = message.len() - (2 + 24 + 4);
         let error = i16::from_be_bytes(number_at(&message, at)?);
-        let expected = if self.daemon.is_some() { DENIED } else { 0 };
+        let expected = if self.guard == Guard::Kafka { DENIED } else { 0 };
         ensure!(error == expected, "a denied topic has error {error}");
         Ok(())
     }
@@ -422,32 +446,46 @@ impl Path {
 pub fn measure(effort: Effort) -> Result<Measure> {
     let (rounds, seconds) = effort.pick((5, 1), (11, 3));
     progress(format_args!(
-        "kafka: {rounds} rounds of {seconds} s, {} loads, 2 variants",
+        "kafka: {rounds} rounds of {seconds} s, {} loads, 3 variants",
         LOADS.len()
     ));
-    let (open, guarded) = (Path::new(false)?, Path::new(true)?);
-    let columns = ["load", "no firewall", "Palisade", "against none", "spread"];
+    let paths = [
+        Path::new(Guard::None)?,
+        Path::new(Guard::Port)?,
+        Path::new(Guard::Kafka)?,
+    ];
+    let columns = [
+        "load",
+        "no firewall",
+        "port only",
+        "Kafka rules",
+        "against none",
+        "spread",
+        "against port only",
+    ];
     let mut bytes = Table::new("MB/s", &columns);
     let mut requests = Table::new("Requests/s", &columns);
     let mut goals = Vec::new();
     for load in LOADS {
-        let [mut none, mut ours] = [const { Samples::new() }; 2];
+        let mut samples = [const { Samples::new() }; 3];
         for round in 0..=rounds {
-            let rates = [open.rate(load, seconds)?, guarded.rate(load, seconds)?];
-            if round > 0 {
-                none.push(rates[0]);
-                ours.push(rates[1]);
+            for (path, samples) in paths.iter().zip(&mut samples) {
+                let rate = path.rate(load, seconds)?;
+                if round > 0 {
+                    samples.push(rate);
+                }
             }
         }
-        let against = ours.against(&none);
+        let [none, port, ours] = &samples;
+        let against = ours.against(none);
         let (ratio, spread) = (against.median(), against.spread());
-        requests.row(load.name, &[none.median(), ours.median(), ratio, spread]);
-        let mb = load.bytes as f64 / 1e6;
+        let row = |unit: f64| {
+            let [none, port, kafka] = [none, port, ours].map(|samples| samples.median() * unit);
+            [none, port, kafka, ratio, spread, ours.against(&samples[1]).median()]
+        };
+        requests.row(load.name, &row(1.0));
         if load.connections == 1 {
-            bytes.row(
-                load.name,
-                &[none.median() * mb, ours.median() * mb, ratio, spread],
-            );
+            bytes.row(load.name, &row(load.bytes as f64 / 1e6));
         }
         goals.push(if load.is_goal {
             let what = format!("Kafka MB/s through policy against none: {}", load.name);
@@ -463,7 +501,7 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         name: "kafka",
         title: "Kafka through policy",
         method: format!(
-            "A client behind the NIC produces to and fetches from a broker in a workload, which keeps nothing: Produce of version 7 with five requests in flight on one connection, Fetch of version 11 with one; of short requests each connection has one in flight. The policy for the broker's interface has a topic for each role, and it is checked that another topic is denied. {rounds} rounds of {seconds} s, in turn with a node without a firewall."
+            "A client behind the NIC produces to and fetches from a broker in a workload, which keeps nothing: Produce of version 7 with five requests in flight on one connection, Fetch of version 11 with one; of short requests each connection has one in flight. The policy for the broker's interface has a topic for each role, and it is checked that another topic is denied. {rounds} rounds of {seconds} s, in turn with a node without a firewall and with a policy that has no Kafka rules, whose packets the programs alone forward."
         ),
         goals,
         tables: vec![bytes, requests],
