@@ -481,7 +481,14 @@ pub fn measure(effort: Effort) -> Result<Measure> {
         let (ratio, spread) = (against.median(), against.spread());
         let row = |unit: f64| {
             let [none, port, kafka] = [none, port, ours].map(|samples| samples.median() * unit);
-            [none, port, kafka, ratio, spread, ours.against(&samples[1]).median()]
+            [
+                none,
+                port,
+                kafka,
+                ratio,
+                spread,
+                ours.against(&samples[1]).median(),
+            ]
         };
         requests.row(load.name, &row(1.0));
         if load.connections == 1 {

@@ -111,7 +111,7 @@ fn run(
     let place = if request.from_node { &Place::Node } else { place };
     enter(place).map_err(|error| CheckStep::failed(format!("namespace of the proxy: {error}")))?;
     let started = Instant::now();
-    let mut socket = connect(place, context.client, context.server)
+    let mut socket = connect(place, context.direction, context.client, context.server)
         .map_err(|error| failed(Failure::of_connect(&error)))?;
     let mut wait = Wait::new(&mut socket).map_err(|error| CheckStep::failed(error.to_string()))?;
     let mut end = End::new(socket);

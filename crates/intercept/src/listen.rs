@@ -10,7 +10,8 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 use palisade_abi::Direction;
-use socket2::{Domain, Protocol, Socket, Type};
+use palisade_inspect::Side;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::settings::{Listeners, Namespace};
 
@@ -135,10 +136,30 @@ pub(crate) fn enter(place: &Place) -> io::Result<()> {
     }
 }
 
+/// Congestion control towards endpoints: Linux's default, which does not pace. BBR, a frequent setting of nodes, paces
+/// with timers, which are slower than the link between proxy and endpoint, and that link has no queue to protect.
+const ENDPOINT_CONGESTION: &[u8] = b"cubic";
+
+/// Sets the options of a connection. `peer`: the end that it leads to. Towards other ends than the endpoint, the
+/// congestion control is that of the node.
+pub(crate) fn set_options(socket: SockRef<'_>, direction: Direction, peer: Side) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    let is_endpoint = matches!(
+        (direction, peer),
+        (Direction::Egress, Side::Client) | (Direction::Ingress, Side::Server)
+    );
+    if is_endpoint {
+        // A kernel without cubic keeps the node's.
+        let _ = socket.set_tcp_congestion(ENDPOINT_CONGESTION);
+    }
+    Ok(())
+}
+
 /// Begins a connection to `server`. In a namespace, the connection comes from the address and port of `client`. The
 /// calling thread must be in the namespace of `place`.
 pub(crate) fn connect(
     place: &Place,
+    direction: Direction,
     client: SocketAddr,
     server: SocketAddr,
 ) -> io::Result<mio::net::TcpStream> {
@@ -153,7 +174,7 @@ pub(crate) fn connect(
         set_transparent(&socket, client)?;
         socket.bind(&client.into())?;
     }
-    socket.set_tcp_nodelay(true)?;
+    set_options(SockRef::from(&socket), direction, Side::Server)?;
     match socket.connect(&server.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(nix::libc::EINPROGRESS) => {}
@@ -173,6 +194,49 @@ impl Place {
             Self::Namespace(_) => accepted.local_addr().ok(),
             Self::Resolver(resolver) => resolver(client),
             Self::Node => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, net::TcpListener};
+
+    use super::*;
+
+    /// Returns the congestion control of a connection to a listener of the test with the options of `direction` and
+    /// `peer`.
+    fn congestion(direction: Direction, peer: Side) -> String {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let stream =
+            std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+        set_options(SockRef::from(&stream), direction, peer).expect("the options");
+        let name = SockRef::from(&stream).tcp_congestion().expect("a name");
+        let text = String::from_utf8_lossy(&name);
+        text.trim_end_matches('\0').to_owned()
+    }
+
+    #[test]
+    fn only_the_end_towards_the_endpoint_has_a_congestion_control_of_its_own() {
+        let setting = |name: &str| {
+            let file = format!("/proc/sys/net/ipv4/tcp_{name}congestion_control");
+            fs::read_to_string(file).expect("a setting of the kernel")
+        };
+        let of_node = setting("").trim().to_owned();
+        let towards_endpoint = if setting("available_")
+            .split_whitespace()
+            .any(|name| name == "cubic")
+        {
+            "cubic"
+        } else {
+            &of_node
+        };
+        for (direction, endpoint, other) in [
+            (Direction::Egress, Side::Client, Side::Server),
+            (Direction::Ingress, Side::Server, Side::Client),
+        ] {
+            assert_eq!(congestion(direction, endpoint), towards_endpoint);
+            assert_eq!(congestion(direction, other), of_node);
         }
     }
 }

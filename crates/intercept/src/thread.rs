@@ -14,7 +14,7 @@ use std::{
 use mio::{Events, Interest, Poll, Token};
 use palisade_abi::{Direction, Reason};
 use palisade_inspect::{
-    Millis,
+    Millis, Side,
     record::{Verdict, What},
     stream::StreamContext,
 };
@@ -23,7 +23,7 @@ use socket2::SockRef;
 
 use crate::{
     connection::{Connection, Cx, Next, of_token},
-    listen::{Listener, Place},
+    listen::{Listener, Place, set_options},
     protocol::Scratch,
     settings::{Flows, Options, Reports, Settings},
     stats::{Counters, count},
@@ -405,7 +405,7 @@ impl<'a> Thread<'a> {
             refuse(&socket);
             return;
         }
-        let _ = socket.set_nodelay(true);
+        let _ = set_options(SockRef::from(&socket), direction, Side::Client);
         self.next_id += 1;
         let id = self.next_id;
         if !self.settings.rules.knows(flow.request.ruleset) {

@@ -77,7 +77,7 @@ impl Connection {
             enter(&self.place).map_err(|_| Stop::Reset)?;
             *cx.entered = Some(direction);
         }
-        match connect(&self.place, self.context.client, self.context.server) {
+        match connect(&self.place, direction, self.context.client, self.context.server) {
             Ok(mut socket) => {
                 let interest = Interest::READABLE | Interest::WRITABLE;
                 cx.registry
