@@ -57,7 +57,7 @@ struct Share {
 
 /// Maximum number of keys in [`Connections::unsettled`]: a worker that always has packets would otherwise collect those of
 /// removed connections.
-const MOST_UNSETTLED: usize = 1_024;
+pub(super) const MOST_UNSETTLED: usize = 1_024;
 
 /// Detail of the record of an ICMP error that is dropped.
 const NOT_IN_FLIGHT: &str = "ICMP error about a TCP segment that is not in flight";
@@ -765,6 +765,12 @@ impl<F, T: Offloadable> Connections<F, T> {
     /// Returns the time at which [`Connections::tick`] must be called, ms.
     pub(crate) fn deadline(&self) -> Option<Millis> {
         self.due.first().map(|(due, _)| *due)
+    }
+
+    /// Returns the number of keys of connections that wait for [`Connections::settle`].
+    #[cfg(test)]
+    pub(super) const fn unsettled(&self) -> usize {
+        self.unsettled.len()
     }
 
     /// Sends what connections have put off until no packet waits in the worker.

@@ -1,6 +1,7 @@
 //! Tests of TCP inspection with an inspector of simple length-prefixed messages.
 
 mod errors;
+mod put_off;
 mod send_limit;
 
 use std::collections::BTreeMap;
