@@ -116,6 +116,17 @@ pub(crate) const NO_TRAILERS: [&[u8]; 11] = [
     b"http2settings",
 ];
 
+/// A position in a chunked body at which [`Chunks`] can continue in another process.
+#[derive(Clone, Debug, Default)]
+pub struct Boundary {
+    /// Whether the body is that of a response, see [`Chunks::of_answer`].
+    pub is_answer: bool,
+    /// Whether the position is directly behind the content of a chunk, not at the beginning of a size line.
+    pub is_behind_content: bool,
+    /// Names that the trailers must not have, see [`Chunks::of_request`].
+    pub guarded: TrailerNames,
+}
+
 impl Chunks {
     /// Creates a parser for the body of a request, whose trailers must not have these names.
     #[must_use]
@@ -140,27 +151,33 @@ impl Chunks {
         }
     }
 
-    /// Returns the position if it is at the beginning of a size line or directly behind the content of a chunk: whether
-    /// the body is that of a response, and whether the position is behind content. `None` within the framing.
+    /// Returns the position if it is at the beginning of a size line or directly behind the content of a chunk. `None`
+    /// within the framing.
     #[must_use]
-    pub fn boundary(&self) -> Option<(bool, bool)> {
-        match self.state {
-            State::Size if self.digits == 0 => Some((self.is_answer, false)),
-            State::ContentReturn => Some((self.is_answer, true)),
-            _ => None,
-        }
+    pub fn boundary(&self) -> Option<Boundary> {
+        let is_behind_content = match self.state {
+            State::Size if self.digits == 0 => false,
+            State::ContentReturn => true,
+            _ => return None,
+        };
+        Some(Boundary {
+            is_answer: self.is_answer,
+            is_behind_content,
+            guarded: self.guarded.clone(),
+        })
     }
 
-    /// Returns the search at a position that [`Chunks::boundary`] has returned.
+    /// Creates a parser that continues at a position that [`Chunks::boundary`] has returned.
     #[must_use]
-    pub fn at_boundary(is_answer: bool, is_behind_content: bool) -> Self {
+    pub fn at_boundary(at: Boundary) -> Self {
         Self {
-            state: if is_behind_content {
+            state: if at.is_behind_content {
                 State::ContentReturn
             } else {
                 State::Size
             },
-            is_answer,
+            is_answer: at.is_answer,
+            guarded: at.guarded,
             ..Self::default()
         }
     }

@@ -172,7 +172,8 @@ impl Folded {
             *place = byte.to_ascii_lowercase();
         }
         self.length += 1;
-        // FNV-1a, with another start. A name that is made to collide with one of `TrailerNames` is only refused.
+        // FNV-1a, with another start. A planned restart hands the hashes over, so with another function the version of its
+        // encoding must be raised. A name that is made to collide with one of `TrailerNames` is only refused.
         self.hash = (self.hash ^ u64::from(byte.to_ascii_lowercase())).wrapping_mul(0x0100_0000_01b3);
     }
 
@@ -196,6 +197,18 @@ impl TrailerNames {
         let mut hashes: Vec<u64> = names.map(|name| Folded::of(name).hash).collect();
         hashes.sort_unstable();
         hashes.dedup();
+        Self::from_hashes(hashes)
+    }
+
+    /// Returns the hashes of the names, in the order of [`TrailerNames::from_hashes`].
+    #[must_use]
+    pub fn hashes(&self) -> &[u64] {
+        self.0.as_deref().unwrap_or_default()
+    }
+
+    /// Returns the set of the names with these hashes.
+    #[must_use]
+    pub fn from_hashes(hashes: Vec<u64>) -> Self {
         Self((!hashes.is_empty()).then(|| hashes.into()))
     }
 

@@ -32,7 +32,7 @@ mod path;
 pub mod re2;
 
 pub(crate) use chunked::NO_TRAILERS;
-pub use chunked::{Chunks, Piece};
+pub use chunked::{Boundary, Chunks, Piece};
 pub(crate) use head::{Folded, is_token};
 pub use head::{Head, Limits, TrailerNames};
 pub use message::{Body, HeaderBuffer, Headers, MAX_HEADERS, Request, Response, Target};

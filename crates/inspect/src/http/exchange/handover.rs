@@ -1,6 +1,8 @@
 //! What a planned restart hands over of an HTTP/1 connection.
 
-use palisade_protocols::http1::Chunks;
+use std::collections::VecDeque;
+
+use palisade_protocols::http1::{Boundary, Chunks, TrailerNames};
 
 use super::{Announced, Exchange, Flow, Left, Place};
 use crate::{
@@ -39,6 +41,26 @@ impl Wire for Announced {
     }
 }
 
+impl Wire for TrailerNames {
+    fn write(&self, out: &mut Vec<u8>) {
+        self.hashes()
+            .iter()
+            .copied()
+            .collect::<VecDeque<u64>>()
+            .write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self::from_hashes(VecDeque::read(from)?.into()))
+    }
+}
+
+wire!(Boundary {
+    is_answer,
+    is_behind_content,
+    guarded
+});
+
 /// Appends a place. Returns false if it is within the framing of a chunk.
 fn write_place(place: &Place, out: &mut Vec<u8>) -> bool {
     let (number, length, chunks) = match place {
@@ -49,18 +71,16 @@ fn write_place(place: &Place, out: &mut Vec<u8>) -> bool {
         Place::Content(chunks, length) => (place::CONTENT, *length, Some(chunks)),
         Place::Rest => (place::REST, 0, None),
     };
-    let at = chunks.map(Chunks::boundary);
+    let at = chunks.and_then(Chunks::boundary);
     number.write(out);
     length.write(out);
-    at.flatten().write(out);
-    at != Some(None)
+    at.write(out);
+    chunks.is_some() == at.is_some()
 }
 
 fn read_place(from: &mut Reader<'_>) -> Option<Place> {
     let (number, length) = (u8::read(from)?, u64::read(from)?);
-    let chunks = Option::<(bool, bool)>::read(from)?;
-    let chunks =
-        chunks.map(|(is_answer, is_behind_content)| Chunks::at_boundary(is_answer, is_behind_content));
+    let chunks = Option::<Boundary>::read(from)?.map(Chunks::at_boundary);
     Some(match (number, chunks) {
         (place::HEAD, None) => Place::default(),
         (place::BODY, None) => Place::Body(length),
