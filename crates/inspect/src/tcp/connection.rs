@@ -16,6 +16,7 @@ mod receive;
 mod reset;
 mod respond;
 mod send_limit;
+mod suspend;
 
 use palisade_abi::{CtKey, FlowCommand, PuntRequest, Reason, flow_op, punt_flags};
 
@@ -33,10 +34,13 @@ use crate::{
     steps::{self, Detail},
 };
 pub(super) use handover::Transfer;
-use phase::{Announcement, FIRST_TRY, Phase, TRIES};
+use phase::{Announcement, FIRST_TRY, Phase, Suspended, TRIES};
 
 /// Interval between two records of one connection about packets dropped for the same reason, ms.
 const REPORT_EVERY: Millis = 1_000;
+
+/// Number of bytes past the end of an offload window after which the window is removed.
+const WINDOW_AGE: u64 = 1 << 28;
 
 /// Difference between the serials of two connections that use the same conntrack entry one after the other.
 const NEXT_SERIAL: u32 = 0x9e37_79b9;
@@ -76,6 +80,8 @@ pub(crate) struct Connection<F> {
     put_off: PerSide<Option<OffloadWindow>>,
     /// Position after which the offload window of each direction is removed, before its sequence numbers wrap around.
     window_ends: PerSide<Option<Position>>,
+    /// Whether the offload windows are out of force.
+    suspended: Suspended,
     /// Whether the next packet that is forwarded carries the flow command for the offload or the windows.
     command: bool,
     /// Number of bytes of each direction that need no inspection and are not marked as allowed yet.
@@ -129,6 +135,7 @@ impl<F> Connection<F> {
             offers: PerSide::default(),
             put_off: PerSide::default(),
             window_ends: PerSide::default(),
+            suspended: Suspended::No,
             command: false,
             rest: PerSide::default(),
             counted: (0, 0),
@@ -190,9 +197,12 @@ impl<F> Connection<F> {
         }
     }
 
-    /// Returns the idle timeout, ms.
+    /// Returns the time without a packet after which the connection is removed, or after which the offload windows are
+    /// suspended, ms.
     fn idle(&self, shared: &Shared) -> Millis {
-        if self.is_done() {
+        if self.has_windows() && !self.is_done() {
+            shared.limits.idle / 2
+        } else if self.is_done() {
             shared.limits.idle_closed
         } else if self.is_opened() {
             shared.limits.idle
@@ -252,6 +262,10 @@ impl<F> Connection<F> {
             self.retransmit(side, cx);
         }
         self.arm(cx);
+        let is_idle = self.seen.saturating_add(self.idle(cx.shared)) <= cx.now;
+        if is_idle && self.has_windows() && !self.is_done() {
+            self.suspend_unseen(cx);
+        }
         let is_late = |half: &&Half<F>| {
             half.waits_since()
                 .is_some_and(|since| since.saturating_add(cx.shared.limits.deadline) <= cx.now)
@@ -511,7 +525,9 @@ impl<F> Connection<F> {
             });
             return self.flow_command(flow_op::OFFLOAD);
         }
-        cx.shared.stats.windows += 1;
+        if self.suspended == Suspended::No {
+            cx.shared.stats.windows += 1;
+        }
         let (op, windows) = self.windows_command();
         let [a, b, c, d] = windows;
         steps::of(&self.about, Detail::Debug, None, || {

@@ -3,6 +3,7 @@
 mod errors;
 mod put_off;
 mod send_limit;
+mod suspend;
 
 use std::collections::BTreeMap;
 

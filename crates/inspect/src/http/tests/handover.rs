@@ -284,6 +284,27 @@ fn a_connection_is_recognised_by_its_serial_only() {
 }
 
 #[test]
+fn a_reset_that_its_receiver_has_refused_does_not_keep_a_connection_from_being_handed_over() {
+    let (head, body, _) = upload(1_000_000);
+    let mut talk = Talk::new();
+    talk.client(head.as_bytes());
+    talk.client(&body[..1000]);
+    talk.put(Side::Client, RST, b"");
+    assert!(std::mem::take(&mut talk.reset), "its receiver decides");
+    let account = talk.hand_over().account;
+    assert_eq!((account.connections, account.cut), (1, 0));
+    // The challenge ACK.
+    talk.put(Side::Server, ACK, b"");
+    for part in body[1000..].chunks(50_000) {
+        talk.client(part);
+        talk.put(Side::Server, ACK, b"");
+    }
+    talk.server(OK.as_bytes());
+    assert_eq!(talk.got[0], [head.as_bytes(), &body].concat());
+    assert_eq!((talk.at_client(), talk.reset), (OK, false));
+}
+
+#[test]
 fn connections_beyond_the_limits_are_not_taken_over() {
     let mut talk = Talk::new();
     talk.client(get("/public/a").as_bytes());
@@ -314,5 +335,5 @@ fn the_encoding_belongs_to_its_version() {
     let sum = state.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     });
-    assert_eq!((VERSION, state.len(), sum), (2, 795, 391_814_617_251_877_897));
+    assert_eq!((VERSION, state.len(), sum), (3, 797, 9_967_736_130_833_331_067));
 }

@@ -32,7 +32,10 @@ impl<F> Connection<F> {
     pub(in crate::tcp) fn transfer(&self) -> Transfer {
         match self.phase {
             Phase::Responded(_) | Phase::Aborted(_) => Transfer::Over,
-            Phase::Open if self.is_done() => Transfer::Over,
+            // A reset has not ended the connection if its receiver has refused it.
+            Phase::Open if self.is_done() && !(self.is_reset && self.closed == Announcement::No) => {
+                Transfer::Over
+            }
             // Only a connection whose conntrack entry is known to have its serial is recognised after the restart.
             Phase::Open if self.is_opened() && self.is_known && self.closed == Announcement::No => {
                 Transfer::Possible
@@ -57,9 +60,16 @@ impl<F> Connection<F> {
         self.serial.write(out);
         (self.opened == Announcement::Sent).write(out);
         self.about.write(out);
-        for flag in [self.is_shared, self.is_audit, self.command, self.is_near] {
+        for flag in [
+            self.is_shared,
+            self.is_audit,
+            self.command,
+            self.is_near,
+            self.is_reset,
+        ] {
             flag.write(out);
         }
+        self.suspended.write(out);
         self.windows.write(out);
         self.codes.write(out);
         self.offers.write(out);
@@ -95,6 +105,8 @@ impl<F> Connection<F> {
             is_audit: Wire::read(from)?,
             command: Wire::read(from)?,
             is_near: Wire::read(from)?,
+            is_reset: Wire::read(from)?,
+            suspended: Wire::read(from)?,
             windows: Wire::read(from)?,
             codes: Wire::read(from)?,
             offers: Wire::read(from)?,
@@ -104,7 +116,6 @@ impl<F> Connection<F> {
             seen: u64::read(from)?.min(now),
             counted: (0, 0),
             began: now,
-            is_reset: false,
             reported: None,
         };
         for half in connection.halves.both_mut() {
@@ -124,7 +135,7 @@ impl<F> Connection<F> {
         let links = self.halves.both().map(|half| half.link);
         self.slot.endpoint == key.endpoint
             && self.is_opened()
-            && !self.is_done()
+            && (self.is_reset || !self.is_done())
             && self.rest.both().into_iter().all(|rest| *rest <= LONGEST)
             && links
                 .into_iter()

@@ -9,7 +9,7 @@ use super::{
         shared::{Shared, TcpCx},
         side::Side,
     },
-    Connection, Phase,
+    Connection, Phase, WINDOW_AGE,
     phase::Response,
 };
 use crate::Sink;
@@ -17,8 +17,6 @@ use crate::Sink;
 /// Maximum length of an offload window, bytes. Sequence numbers have 32 bits, so a comparison is valid only within 2^31
 /// bytes.
 const LONGEST_WINDOW: u64 = 1 << 30;
-/// Number of bytes past the end of an offload window after which the window is removed.
-const WINDOW_AGE: u64 = 1 << 28;
 /// If at most this many bytes of a bypassed range have not arrived, the range is kept and its retransmissions are
 /// compared with it. If more have not arrived, the range is skipped.
 const SMALL: u64 = 4096;

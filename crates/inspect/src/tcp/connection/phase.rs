@@ -3,7 +3,10 @@
 use palisade_abi::Reason;
 
 use super::super::{half::Position, side::Side};
-use crate::Millis;
+use crate::{
+    Millis,
+    handover::wire::{Reader, Wire},
+};
 
 /// Maximum number of retransmissions of a generated packet.
 pub(super) const TRIES: u32 = 6;
@@ -30,6 +33,39 @@ pub(super) enum Announcement {
     /// The notification is sent with the next packet that is forwarded.
     Next,
     Sent,
+}
+
+/// Until when the offload windows are suspended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Suspended {
+    /// They are in force.
+    No,
+    /// Until any segment is accepted.
+    UntilSegment,
+    /// Until a segment of this side is accepted.
+    UntilSegmentOf(Side),
+}
+
+impl Wire for Suspended {
+    fn write(&self, out: &mut Vec<u8>) {
+        let number: u8 = match self {
+            Self::No => 0,
+            Self::UntilSegment => 1,
+            Self::UntilSegmentOf(Side::Client) => 2,
+            Self::UntilSegmentOf(Side::Server) => 3,
+        };
+        number.write(out);
+    }
+
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        Some(match u8::read(from)? {
+            0 => Self::No,
+            1 => Self::UntilSegment,
+            2 => Self::UntilSegmentOf(Side::Client),
+            3 => Self::UntilSegmentOf(Side::Server),
+            _ => return None,
+        })
+    }
 }
 
 /// Response to one end in the other end's place.

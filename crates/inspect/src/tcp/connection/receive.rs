@@ -66,12 +66,22 @@ impl<F> Connection<F> {
                 // acknowledgement. Forwarding the segment is harmless in any case, because the server drops a segment
                 // that acknowledges more than it has sent.
                 self.is_reset = true;
+                self.suspend_windows();
                 self.release(frame, cx);
                 return Ok(false);
             }
-            Err(reason) => return Err((reason, frame)),
+            Err(reason) => {
+                // The segment can be within a window that the worker has not seen.
+                if let Some(end) = self.end_of(arrived) {
+                    self.suspend_for_acks(arrived.side, end, cx);
+                }
+                return Err((reason, frame));
+            }
         };
         self.take_ack(arrived, acked);
+        if !at.is_empty() {
+            self.suspend_for_acks(arrived.side, at.behind, cx);
+        }
         if let Some(window) = self.limited_window(arrived.side, acked) {
             cx.sink.limit_window(&frame, window);
         }
@@ -119,6 +129,13 @@ impl<F> Connection<F> {
             return Err(Reason::TcpOutOfWindow);
         }
         Ok(Extent { start, end, behind })
+    }
+
+    /// Returns the position after the last data byte of a segment that has data.
+    fn end_of(&self, arrived: &Arrived<'_, '_>) -> Option<Position> {
+        let own = &self.halves[arrived.side];
+        let length = arrived.segment.payload.len() as u64;
+        (own.isn.is_some() && length > 0).then(|| own.position(arrived.segment.seq) + length)
     }
 
     /// "Fifth, check the ACK field": the segment must acknowledge neither more than the other end has sent nor a
@@ -175,6 +192,7 @@ impl<F> Connection<F> {
         let ahead = other.position(arrived.segment.ack).saturating_sub(acked);
         other.acknowledge(acked, (u64::from(arrived.segment.window) << shift) + ahead);
         self.note_state();
+        self.resume_windows(arrived.side);
     }
 
     /// "Eighth, check the FIN bit": returns whether the segment has bytes after the known FIN, a FIN at another

@@ -48,6 +48,9 @@ impl<F> Connection<F> {
             // ACK (RFC 5961, 3.2). The connection can then continue, so its end is not reported.
             if own.acked == own.sent && self.closed == Announcement::No {
                 self.closed = Announcement::Next;
+            } else {
+                // The challenge ACK must not stay in the programs.
+                self.suspend_windows();
             }
             self.release(frame, cx);
             return Ok(());

@@ -28,7 +28,7 @@ use super::{
         shared::{Shared, TcpCx},
         side::Side,
     },
-    Connection, Phase,
+    Connection, Phase, Suspended,
 };
 use crate::{Millis, Sink};
 
@@ -212,6 +212,9 @@ impl<F> Connection<F> {
 
     /// Returns the operation and the windows of the command that sets the offload windows.
     pub(super) fn windows_command(&self) -> (u32, [u32; 4]) {
+        if self.suspended != Suspended::No {
+            return (flow_op::WINDOWS, [0; 4]);
+        }
         let ([a, b], [c, d]) = (self.windows.client, self.windows.server);
         if self.codes.client == 0 && self.codes.server == 0 {
             return (flow_op::WINDOWS, [a, b, c, d]);
