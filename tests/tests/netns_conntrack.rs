@@ -119,8 +119,23 @@ fn a_flush_keeps_the_entries_of_connections_that_the_policies_deny() {
         .expect("daemon");
     let mut open = sessions(&world);
     echo(&mut open);
+    for family in FAMILIES {
+        let to = world.topology.addr("back", family).to_string();
+        let ping = world.ns("front").run("ping", &["-c1", "-W5", &to]);
+        ping.expect("ping");
+    }
     daemon.write("back.yaml", &from_db()).expect("write");
     daemon.settle().expect("settle");
+    // No packet of these flows has got a verdict since.
+    for protocol in ["icmp", "icmpv6"] {
+        let filters = ["default/back", "--protocol", protocol, "--direction", "ingress"];
+        let (flushed, kept) = flush(&daemon, &filters);
+        assert!(
+            flushed == 0 && kept >= 1,
+            "{protocol}: {flushed} {kept}\n{}",
+            daemon.report()
+        );
+    }
     // One is idle since, and of the other one a packet has been dropped.
     open[0].write_all(b"more").expect("write");
     let filters = ["default/back", "--port", "80", "--direction", "ingress"];

@@ -94,8 +94,8 @@ pub(super) fn is_unsettled(states: &BTreeMap<u16, EndpointState>, key: &CtKey, e
     entry.revision == 0 || entry.revision != in_force
 }
 
-/// Returns whether the policies of `finder` deny an unsettled flow. Of protocols without ports, those that the programs have
-/// denied.
+/// Returns whether the policies of `finder` deny an unsettled flow. A flow of a protocol without ports counts as denied, since
+/// only the programs evaluate such flows.
 pub(super) fn is_denied(
     finder: &mut CutFinder<'_>,
     names: &FqdnManager,
@@ -103,7 +103,7 @@ pub(super) fn is_denied(
     entry: &CtEntry,
 ) -> bool {
     if !has_ports(key) {
-        return entry.revision == 0;
+        return true;
     }
     let cut = finder.find(0, &with_names(key, entry, names));
     cut.is_some_and(|cut| cut.reason == CutReason::Denied)
