@@ -63,9 +63,21 @@ impl<F> Connection<F> {
                 };
                 cx.sink.release_with(frame, &command);
             }
-            None => self.release(frame, cx),
+            None => {
+                self.repeat_opened();
+                self.release(frame, cx);
+            }
         }
         Ok(())
+    }
+
+    /// Repeats the notification that the handshake is complete, because a segment is repeated: packets are lost, and the one
+    /// that carried the notification can have been lost behind the worker. Without it the conntrack entry keeps the short
+    /// timeout of a half-open connection.
+    pub(super) fn repeat_opened(&mut self) {
+        if self.opened == Announcement::Sent {
+            self.opened = Announcement::Next;
+        }
     }
 
     /// Schedules the notifications that tell the BPF programs about the state of the connection. The programs act on

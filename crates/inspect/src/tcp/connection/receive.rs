@@ -275,6 +275,10 @@ impl<F> Connection<F> {
         if segment.is_fin() {
             own.fin = Some(at.end);
         }
+        if !is_new {
+            self.repeat_opened();
+        }
+        let own = &mut self.halves[side];
         if !waits {
             own.sent = own.sent.max(at.behind);
             if !is_new {
