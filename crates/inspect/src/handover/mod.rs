@@ -12,7 +12,7 @@ pub(crate) mod wire;
 use wire::{Reader, Wire as _, read_bytes};
 
 /// Version of the encoding. To be raised with each change of what is written; a test compares an example.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Maximum size of what one engine hands over, bytes.
 const MAX_SIZE: usize = 256 << 20;
@@ -26,8 +26,8 @@ pub struct HandedOver {
     pub account: Account,
 }
 
-/// Numbers of connections that are inspected. Offloaded connections, and connections without a complete handshake, do
-/// not count: they survive a restart in any case.
+/// Numbers of connections that are inspected. Offloaded connections, and connections whose SYN has no answer, do not count:
+/// they survive a restart in any case.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Account {
     /// Connections that are handed over.

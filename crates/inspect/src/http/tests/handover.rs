@@ -283,6 +283,72 @@ fn a_connection_is_recognised_by_its_serial_only() {
     assert_eq!(talk.out.discarded, [Reason::TcpMidstream]);
 }
 
+impl Talk {
+    /// Returns a connection whose handshake is complete up to this segment.
+    fn half_open(segments: usize) -> Self {
+        let mut talk = Self {
+            engine: engine(&Limits::default()),
+            out: Out::default(),
+            now: 5,
+            ruleset: RULESET,
+            flags: 0,
+            sent: [0, 0],
+            got: [vec![], vec![]],
+            closed: [false; 2],
+            reset: false,
+        };
+        for (side, flags) in [(Side::Client, SYN), (Side::Server, SYN | ACK)]
+            .into_iter()
+            .take(segments)
+        {
+            talk.put(side, flags, b"");
+        }
+        talk
+    }
+}
+
+/// The client has the answer to its SYN, but its acknowledgement arrives while no worker runs.
+#[test]
+fn a_connection_whose_syn_was_answered_goes_on_after_a_hand_over() {
+    for is_repeated in [false, true] {
+        let mut talk = Talk::half_open(2);
+        assert_eq!(talk.hand_over().account.connections, 1);
+        assert_eq!(talk.engine.stats().http.tcp.half_open, 1);
+        if is_repeated {
+            // The server repeats its answer.
+            talk.sent[1] = 0;
+            talk.put(Side::Server, SYN | ACK, b"");
+        }
+        assert_eq!(
+            talk.take().commands.len(),
+            0,
+            "the client has acknowledged nothing"
+        );
+        talk.client(get("/public/a").as_bytes());
+        assert_eq!(talk.engine.stats().http.tcp.half_open, 0);
+        assert_eq!(talk.take().commands.len(), 1);
+        talk.server(OK.as_bytes());
+        talk.client(get("/secret").as_bytes());
+        assert_eq!((talk.at_server(), talk.reset), (&*get("/public/a"), false));
+        assert!(talk.at_client().contains("403"));
+    }
+    let account = Talk::half_open(1).hand_over().account;
+    assert_eq!(
+        (account.connections, account.cut),
+        (0, 0),
+        "the client repeats its SYN"
+    );
+}
+
+#[test]
+fn half_open_connections_beyond_the_limit_are_not_taken_over() {
+    let state = Talk::half_open(2).hand_over().state;
+    let mut limits = Limits::default();
+    limits.http.tcp.half_open = 0;
+    let taken = Engine::<Vec<u8>>::new(&limits).take_over(5, &state);
+    assert_eq!((taken.connections, taken.cut), (0, 1));
+}
+
 #[test]
 fn a_reset_that_its_receiver_has_refused_does_not_keep_a_connection_from_being_handed_over() {
     let (head, body, _) = upload(1_000_000);
@@ -335,5 +401,5 @@ fn the_encoding_belongs_to_its_version() {
     let sum = state.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     });
-    assert_eq!((VERSION, state.len(), sum), (3, 797, 9_967_736_130_833_331_067));
+    assert_eq!((VERSION, state.len(), sum), (4, 805, 585_688_291_686_639_987));
 }

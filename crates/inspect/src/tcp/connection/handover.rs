@@ -1,11 +1,11 @@
-//! What a planned restart hands over of a connection: the state of both directions of an open connection. A connection
-//! that is being opened or closed, or that is answered in an end's place, is not handed over.
+//! What a planned restart hands over of a connection: the state of both directions, once the SYN has been answered. A
+//! connection that is being closed, or that is answered in an end's place, is not handed over.
 
 use palisade_abi::{CtKey, Reason};
 
 use super::{
     super::{
-        half::Half,
+        half::{Half, START},
         shared::{Shared, TcpCx},
         side::PerSide,
     },
@@ -37,11 +37,17 @@ impl<F> Connection<F> {
                 Transfer::Over
             }
             // Only a connection whose conntrack entry is known to have its serial is recognised after the restart.
-            Phase::Open if self.is_opened() && self.is_known && self.closed == Announcement::No => {
+            Phase::Open if self.is_answered() && self.is_known && self.closed == Announcement::No => {
                 Transfer::Possible
             }
             Phase::Open | Phase::Responding(_) | Phase::Offloaded => Transfer::Impossible,
         }
+    }
+
+    /// Returns whether the server has answered the SYN. The client can have the answer and count the connection as open, so
+    /// its next packet would be one of an unknown connection. Before the answer, the client repeats its SYN.
+    fn is_answered(&self) -> bool {
+        self.halves.server.isn.is_some() && self.halves.client.acked > START
     }
 
     /// Drops the held packets, whose senders repeat them ([`Half::take_held`]).
@@ -59,6 +65,7 @@ impl<F> Connection<F> {
         self.slot.write(out);
         self.serial.write(out);
         (self.opened == Announcement::Sent).write(out);
+        self.began.write(out);
         self.about.write(out);
         for flag in [
             self.is_shared,
@@ -85,11 +92,7 @@ impl<F> Connection<F> {
     /// exceeds the limits. `now`: time of the call, ms.
     pub(in crate::tcp) fn read(from: &mut Reader<'_>, now: Millis, shared: &mut Shared) -> Option<Self> {
         let (key, slot, serial) = (CtKey::read(from)?, Wire::read(from)?, Wire::read(from)?);
-        let opened = if bool::read(from)? {
-            Announcement::Sent
-        } else {
-            Announcement::Next
-        };
+        let is_announced = bool::read(from)?;
         let mut connection = Self {
             halves: PerSide::new(Half::new(), Half::new()),
             phase: Phase::Open,
@@ -98,8 +101,9 @@ impl<F> Connection<F> {
             serial,
             before: None,
             is_known: true,
-            opened,
+            opened: Announcement::No,
             closed: Announcement::No,
+            began: u64::read(from)?.min(now),
             about: Wire::read(from)?,
             is_shared: Wire::read(from)?,
             is_audit: Wire::read(from)?,
@@ -115,13 +119,22 @@ impl<F> Connection<F> {
             rest: Wire::read(from)?,
             seen: u64::read(from)?.min(now),
             counted: (0, 0),
-            began: now,
             reported: None,
         };
         for half in connection.halves.both_mut() {
             *half = Half::read(from, now)?;
         }
         connection.is_plausible(shared).then_some(())?;
+        if connection.is_opened() {
+            connection.opened = if is_announced {
+                Announcement::Sent
+            } else {
+                Announcement::Next
+            };
+        } else {
+            // The short timeout of a half-open connection begins again.
+            connection.seen = now;
+        }
         connection.count(shared);
         Some(connection)
     }
@@ -134,7 +147,7 @@ impl<F> Connection<F> {
         let kept = self.halves.both().map(Half::kept);
         let links = self.halves.both().map(|half| half.link);
         self.slot.endpoint == key.endpoint
-            && self.is_opened()
+            && self.is_answered()
             && (self.is_reset || !self.is_done())
             && self.rest.both().into_iter().all(|rest| *rest <= LONGEST)
             && links

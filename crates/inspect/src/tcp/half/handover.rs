@@ -175,7 +175,6 @@ impl<F> Half<F> {
                 .limit
                 .is_none_or(|limit| in_range(limit.end) && limit.allowance < HIGHEST)
             && self.widest <= 1 << 32
-            && self.acked > START
             && self.acked <= self.proxy_acked
             && self.acked <= self.sent
             && self.scale.is_none_or(|scale| scale <= 14)

@@ -30,7 +30,9 @@ impl<F, T: Transferable> Connections<F, T> {
         for entry in self.entries.values_mut() {
             entry.connection.drop_held(&mut self.shared.context(cx));
             let transfer = entry.connection.transfer();
-            if entry.half_open.is_some() || transfer == Transfer::Over {
+            // The client of a connection whose SYN has no answer repeats its SYN.
+            let is_opened_again = entry.half_open.is_some() && transfer == Transfer::Impossible;
+            if is_opened_again || transfer == Transfer::Over {
                 continue;
             }
             let is_written = transfer == Transfer::Possible
@@ -69,23 +71,36 @@ impl<F, T: Transferable> Connections<F, T> {
         };
         let key = connection.key();
         let inspector = T::read(&mut from).filter(|_| from.is_empty());
-        let Some(mut inspector) =
-            inspector.filter(|_| !self.entries.contains_key(&key) && !self.is_full(&key))
-        else {
+        let is_open = connection.is_opened();
+        let has_room = if is_open {
+            !self.is_full(&key)
+        } else {
+            self.half_open < self.shared.limits.half_open
+        };
+        let Some(mut inspector) = inspector.filter(|_| has_room && !self.entries.contains_key(&key)) else {
             // The state no longer counts against the limits.
             connection.account(&mut self.shared);
             return false;
         };
         adopt(&mut inspector);
         self.offloaded_flows.remove(&key);
-        self.shares.entry(key.endpoint).or_default().open += 1;
-        self.open += 1;
+        let share = self.shares.entry(key.endpoint).or_default();
+        let half_open = if is_open {
+            share.open += 1;
+            self.open += 1;
+            None
+        } else {
+            self.number += 1;
+            self.half_open += 1;
+            share.half_open.insert(self.number, Key(key, Slot::Current));
+            Some(self.number)
+        };
         let due = connection.deadline(&self.shared);
         let mut entry = Box::new(Entry {
             connection,
             inspector,
             due: Millis::MAX,
-            half_open: None,
+            half_open,
             is_unsettled: false,
         });
         schedule(&mut self.due, &mut entry.due, due, Key(key, Slot::Current));
