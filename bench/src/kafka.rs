@@ -444,7 +444,7 @@ impl Path {
 
 /// Runs the measure.
 pub fn measure(effort: Effort) -> Result<Measure> {
-    let (rounds, seconds) = effort.pick((5, 1), (11, 3));
+    let (rounds, seconds) = effort.pick((5, 1), (9, 2));
     progress(format_args!(
         "kafka: {rounds} rounds of {seconds} s, {} loads, 3 variants",
         LOADS.len()

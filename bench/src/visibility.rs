@@ -5,14 +5,19 @@ pub mod api;
 pub mod soak;
 
 use std::{
-    net::Ipv4Addr,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
     process::{Child, Stdio},
-    sync::Arc,
-    thread,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::sched::{CloneFlags, setns};
 use palisade_abi::{Addr, Event, EventKind, MatchKind, Reason, protocol};
 use palisade_flowlog::{Flow, FlowResolver, Owner, Resolver, Ring, RuleInfo, Timestamp};
 use palisade_inspect::record::{Record, Text, Verdict, What, Word};
@@ -43,8 +48,12 @@ const ON: &str = "[metrics]\nlisten = \"127.0.0.1:9965\"\nhubble = [\"dns\", \"d
                   \"policy\", \"port-distribution\", \"tcp\"]\n";
 /// The variants, for the report.
 const VARIANTS: &str = "Off: at most one event per second, CPU, kind and reason, no metrics, no reader. On: the default events, the metrics of all kinds, requested each second, and `palisade observe --follow -o json`.";
-/// URL of the metrics.
-const METRICS: &str = "http://127.0.0.1:9965/metrics";
+/// Address of the metrics.
+const METRICS: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 9_965);
+/// Request of a scraper.
+const SCRAPE: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+/// Time between two scrapes.
+const SCRAPE_INTERVAL: Duration = Duration::from_secs(1);
 /// Port of the packets.
 const PORT: u16 = 5_000;
 /// Flows of the traffic with established flows.
@@ -57,34 +66,47 @@ const SMALL_CONNTRACK: &str = "conntrack = 4096\n";
 /// Connections that wrk keeps open.
 const CONNECTIONS: usize = 16;
 
-/// Processes that make use of the visibility of a daemon: a reader that follows all flows, and a client that requests
-/// the metrics each second. Dropping the value ends them.
-struct Readers(Vec<Child>);
+/// What makes use of the visibility of a daemon: a process that follows all flows, and a thread that requests the
+/// metrics each second, as a scraper on another machine does. Dropping the value ends them.
+struct Readers {
+    observe: Child,
+    scraper: Option<JoinHandle<Result<()>>>,
+    ends: Arc<AtomicBool>,
+}
 
 impl Readers {
     fn start(daemon: &Daemon, topology: &Topology) -> Result<Self> {
         let null = || Stdio::null();
         let mut observe = daemon.command(&["observe", "--follow", "-o", "json"]);
-        let script = format!("while :; do curl -sf -o /dev/null {METRICS} || exit 1; sleep 1; done");
-        let mut scrape = topology.node.command("sh");
-        scrape.args(["-c", &script]);
-        let mut readers = Self(Vec::new());
-        for command in [&mut observe, &mut scrape] {
-            let child = command.stdin(null()).stdout(null()).stderr(null()).spawn();
-            readers
-                .0
-                .push(child.with_context(|| format!("starting {command:?}"))?);
-        }
+        let observe = observe.stdin(null()).stdout(null()).stderr(null()).spawn();
+        let observe = observe.context("starting palisade observe")?;
+        let ends = Arc::new(AtomicBool::new(false));
+        let node = topology.node.fd().try_clone_to_owned()?;
+        let scraper = thread::spawn({
+            let ends = Arc::clone(&ends);
+            move || {
+                setns(node, CloneFlags::CLONE_NEWNET)?;
+                scrape(&ends)
+            }
+        });
+        let mut readers = Self {
+            observe,
+            scraper: Some(scraper),
+            ends,
+        };
         thread::sleep(Duration::from_millis(300));
         readers.check()?;
         Ok(readers)
     }
 
-    /// Fails if one of the processes has ended.
+    /// Fails if a reader has ended.
     fn check(&mut self) -> Result<()> {
-        for child in &mut self.0 {
-            let ended = child.try_wait()?;
-            ensure!(ended.is_none(), "a reader has ended: {ended:?}");
+        let ended = self.observe.try_wait()?;
+        ensure!(ended.is_none(), "the following reader has ended: {ended:?}");
+        if let Some(scraper) = self.scraper.take_if(|scraper| scraper.is_finished()) {
+            scraper
+                .join()
+                .map_err(|_| anyhow!("the scraper has panicked"))??;
         }
         Ok(())
     }
@@ -92,11 +114,30 @@ impl Readers {
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
+        self.ends.store(true, Relaxed);
+        let _ = self.observe.kill();
+        let _ = self.observe.wait();
+        if let Some(scraper) = self.scraper.take() {
+            let _ = scraper.join();
         }
     }
+}
+
+/// Requests the metrics, each second, until `ends`.
+fn scrape(ends: &AtomicBool) -> Result<()> {
+    let mut response = Vec::new();
+    while !ends.load(Relaxed) {
+        let mut stream = TcpStream::connect(METRICS)?;
+        stream.write_all(SCRAPE)?;
+        response.clear();
+        stream.read_to_end(&mut response)?;
+        ensure!(response.starts_with(b"HTTP/1.1 200"), "no metrics");
+        let begun = Instant::now();
+        while !ends.load(Relaxed) && begun.elapsed() < SCRAPE_INTERVAL {
+            thread::park_timeout(Duration::from_millis(50));
+        }
+    }
+    Ok(())
 }
 
 /// A node with Palisade between the internet and a workload, and frames from the internet.
