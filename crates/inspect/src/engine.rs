@@ -255,6 +255,7 @@ impl<F> Engine<F> {
                 _ if kind == Kind::KAFKA.offloaded => kafka.take_over_offloaded(bytes),
                 _ if kind == Kind::DNS.open => streams.take_over(bytes, now),
                 _ if kind == Kind::DNS.offloaded => streams.take_over_offloaded(bytes),
+                Kind::TOPIC_IDS => kafka.take_over_topic_ids(bytes),
                 Kind::QUESTIONS => dns.take_over(bytes, now),
                 _ => false,
             };

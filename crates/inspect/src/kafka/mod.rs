@@ -95,6 +95,12 @@ impl<F> Kafka<F> {
     /// Writes the connections that can be handed over.
     pub(crate) fn hand_over<S: Sink<F>>(&mut self, into: &mut Entries, cx: &mut Cx<'_, F, S>) {
         self.connections.hand_over(Kind::KAFKA, into, cx);
+        into.add(Kind::TOPIC_IDS, |out| self.names.hand_over(out));
+    }
+
+    /// Takes the names of topic ids over. Returns whether the bytes are names.
+    pub(crate) fn take_over_topic_ids(&self, bytes: &[u8]) -> bool {
+        self.names.take_over(bytes)
     }
 
     /// Takes a connection over. Returns whether it was taken over.

@@ -1174,6 +1174,34 @@ proptest! {
 }
 
 #[test]
+fn topic_ids_keep_their_names_over_a_restart() {
+    let (known, other) = ([1; 16], [2; 16]);
+    let mut talk = Talk::new();
+    let ask = head(METADATA, 12, 1).i8(0).i8(1).i8(0).i8(0).i8(0).framed();
+    talk.client(&[&ask[..], &ask].concat());
+    talk.server(&metadata_response(1, "b", known));
+    talk.server(&metadata_response(1, "a", other));
+    for correlation in 2..4 {
+        talk.engine = talk.engine.restarted(0, &mut talk.out);
+        talk.client(&fetch_id(correlation, known));
+        assert!(talk.got[0].ends_with(&fetch_id(correlation, known)));
+        talk.server(&response(correlation, 30));
+    }
+    let before = talk.got[1].len();
+    talk.client(&fetch_id(4, other));
+    let denied = talk.got[1][before..].to_vec();
+    assert_eq!(denied[36..43], [2, 0, 0, 0, 0, 0, 29], "denied, not unknown");
+    // Under other rules the name has to be told again.
+    let mut talk = Talk::new();
+    talk.client(&ask);
+    talk.server(&metadata_response(1, "a", known));
+    talk.engine = talk.engine.restarted(0, &mut talk.out);
+    talk.ruleset = OTHER;
+    talk.client(&fetch_id(2, known));
+    assert!(!talk.got[0].ends_with(&fetch_id(2, known)));
+}
+
+#[test]
 fn a_connection_goes_on_after_a_restart() {
     let mut talk = Talk::new();
     let restart = |talk: &mut Talk| {

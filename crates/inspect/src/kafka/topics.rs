@@ -8,13 +8,15 @@
 //! For requests to a server that has told a name itself, only that name counts. Once two servers
 //! have told different names, the id has no name at servers that have told none.
 
+mod handover;
+
 use std::{
     cmp::Reverse,
     collections::VecDeque,
     net::SocketAddr,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -52,6 +54,8 @@ pub struct TopicIds {
     known: RwLock<Known>,
     /// Increases with each change, so that workers drop their copies.
     generation: AtomicU64,
+    /// Whether a worker has handed the names over.
+    is_handed_over: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -117,8 +121,13 @@ impl Names {
     }
 
     fn of(&self, server: SocketAddr) -> Option<&Arc<[u8]>> {
-        let mut words = std::iter::once(&self.first).chain(&self.others);
-        words.find(|word| word.server == server).map(|word| &word.name)
+        self.words()
+            .find(|word| word.server == server)
+            .map(|word| &word.name)
+    }
+
+    fn words(&self) -> impl Iterator<Item = &Word> + Clone {
+        std::iter::once(&self.first).chain(&self.others)
     }
 
     fn effect(&self, server: SocketAddr, name: &[u8]) -> Effect {
@@ -321,6 +330,14 @@ impl TopicNames {
 
     pub(super) fn forget(&self, endpoint: u16) {
         self.shared.forget(endpoint);
+    }
+
+    pub(super) fn hand_over(&self, out: &mut Vec<u8>) -> bool {
+        self.shared.hand_over(out)
+    }
+
+    pub(super) fn take_over(&self, bytes: &[u8]) -> bool {
+        self.shared.take_over(bytes)
     }
 
     /// Returns the name of a topic id in requests to a server.
@@ -539,5 +556,70 @@ mod tests {
         assert!(name(&mut names, owner(1, 1), 1, 0).is_some());
         assert!(name(&mut names, owner(1, 1), 1, 1).is_some());
         assert_eq!(counts(&names), (MAX_OTHERS, MAX_OTHERS));
+    }
+
+    #[test]
+    fn the_names_of_all_workers_are_handed_over_once() {
+        let shared = Arc::new(TopicIds::default());
+        let mut names = TopicNames::default();
+        names.share(Arc::clone(&shared));
+        assert!(!shared.hand_over(&mut Vec::new()), "there are none");
+        learn(&names, owner(1, 2), 1, &[told(1, b"a"), told(2, b"b")]);
+        learn(&names, owner(1, 2), 2, &[told(2, b"c")]);
+        let of_server = Owner {
+            is_server: true,
+            only: Some("[2001:db8::1]:9092".parse().unwrap()),
+            ..owner(3, 4)
+        };
+        learn(&names, of_server, 1, &[told(1, b"d")]);
+        let mut bytes = Vec::new();
+        assert!(shared.hand_over(&mut bytes));
+        assert!(
+            !shared.hand_over(&mut Vec::new()),
+            "another worker has written them"
+        );
+
+        let mut after = TopicNames::default();
+        assert!(after.take_over(&bytes));
+        for _ in 0..2 {
+            assert_eq!(name(&mut after, owner(1, 2), 9, 1).as_deref(), Some("a"));
+            assert_eq!(name(&mut after, owner(1, 2), 1, 2).as_deref(), Some("b"));
+            assert_eq!(name(&mut after, owner(1, 2), 2, 2).as_deref(), Some("c"));
+            assert_eq!(name(&mut after, owner(1, 2), 9, 2), None, "the servers disagree");
+            assert_eq!(name(&mut after, of_server, 1, 1).as_deref(), Some("d"));
+            assert_eq!(name(&mut after, owner(3, 4), 1, 1), None);
+            assert_eq!(after.shared.known.read().unwrap().count, 4);
+            // Twice the same names.
+            assert!(after.take_over(&bytes));
+        }
+        for length in 1..bytes.len() {
+            let cut = TopicNames::default();
+            cut.take_over(&bytes[..length]);
+            let known = cut.shared.known.read().unwrap();
+            assert!(known.count <= 4, "{length}");
+        }
+    }
+
+    #[test]
+    fn names_beyond_the_limits_are_not_taken_over() {
+        let shared = TopicIds::default();
+        for endpoint in 0..20 {
+            let ids: Vec<_> = (0..MAX_PER_OWNER as u32)
+                .map(|number| told(number, b"a"))
+                .collect();
+            let mut known = shared.known.write().unwrap();
+            known.insert(owner(endpoint, 1), server(1), &ids);
+        }
+        let mut bytes = Vec::new();
+        assert!(shared.hand_over(&mut bytes));
+        let after = TopicIds::default();
+        assert!(after.take_over(&bytes) && after.take_over(&bytes));
+        let known = after.known.read().unwrap();
+        let sum: usize = known.owners.values().map(|owned| owned.ids.len()).sum();
+        assert!(
+            known.count <= MAX_IDS && sum == known.count,
+            "{} {sum}",
+            known.count
+        );
     }
 }
