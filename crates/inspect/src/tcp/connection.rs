@@ -530,7 +530,11 @@ impl<F> Connection<F> {
         }
         let (op, windows) = self.windows_command();
         let [a, b, c, d] = windows;
+        let is_suspended = self.suspended != Suspended::No;
         steps::of(&self.about, Detail::Debug, None, || {
+            if is_suspended {
+                return "the programs forward nothing without inspection until a further segment".to_owned();
+            }
             format!(
                 "the programs forward sequence numbers {a} to {b} of the client and {c} to {d} of the server without \
                  inspection"
