@@ -35,9 +35,11 @@ use crate::control::api::{PolicyFileState, Status, Worker};
 
 /// Age up to which a scrape gets the values of an earlier one.
 const MAX_AGE: Duration = Duration::from_secs(1);
-/// The same age as a multiple of the time that the read of the values took. The entries of large maps are counted one by
-/// one, so clients that scrape continuously would otherwise keep a CPU busy.
-const MAX_AGE_OF_READS: u32 = 10;
+/// The same age as a multiple of the time that the read of the values took, so that frequent scrapes use at most a fiftieth
+/// of a CPU: the entries of large maps are counted one by one.
+const MAX_AGE_OF_READS: u32 = 50;
+/// The greatest age, whatever time the read took: a usual interval of scrapes.
+const GREATEST_AGE: Duration = Duration::from_secs(15);
 /// Longest wait for the control thread.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(2);
 /// Number under which the programs count rules whose number exceeds the map.
@@ -75,6 +77,13 @@ struct State {
     overflows: BTreeMap<&'static str, u64>,
 }
 
+/// Returns the age up to which a scrape gets the values of an earlier one. `read_in`: the time that their read took.
+fn age_of_scrape(read_in: Duration) -> Duration {
+    read_in
+        .saturating_mul(MAX_AGE_OF_READS)
+        .clamp(MAX_AGE, GREATEST_AGE)
+}
+
 impl Collector {
     pub(super) fn new(
         handlers: Arc<Handlers>,
@@ -102,11 +111,12 @@ impl Collector {
         *lock(&self.handlers.measured.certificates) = certificates;
     }
 
-    /// Returns the metrics as text, at most [`MAX_AGE`] old, or [`MAX_AGE_OF_READS`] times the duration of a read.
+    /// Returns the metrics as text, at most [`MAX_AGE`] old, or [`MAX_AGE_OF_READS`] times the duration of a read, if that
+    /// is longer, but never older than [`GREATEST_AGE`].
     pub(super) fn scrape(&self, format: Format) -> Bytes {
         let mut state = lock(&self.state);
         if let Some((at, text)) = state.texts.get(&format)
-            && at.elapsed() < state.read_in.saturating_mul(MAX_AGE_OF_READS).max(MAX_AGE)
+            && at.elapsed() < age_of_scrape(state.read_in)
         {
             return text.clone();
         }
@@ -572,6 +582,22 @@ mod tests {
     use palisade_inspect::Stats;
 
     use super::*;
+
+    #[test]
+    fn a_scrape_gets_older_values_if_their_read_takes_longer() {
+        for (read, age) in [
+            (0, 1_000),
+            (20, 1_000),
+            (60, 3_000),
+            (300, 15_000),
+            (60_000, 15_000),
+        ] {
+            assert_eq!(
+                age_of_scrape(Duration::from_millis(read)),
+                Duration::from_millis(age)
+            );
+        }
+    }
 
     #[test]
     fn the_values_that_are_gauges_are_those_of_the_inspectors() {
