@@ -147,8 +147,8 @@ impl FilterBuilder {
             return Err(FilterError::DanglingNot);
         }
         let mut filters = ApiFilters {
-            allowlist: self.allow.finish(),
-            denylist: self.deny.finish(),
+            allowlist: self.allow.finish()?,
+            denylist: self.deny.finish()?,
             since: self.since,
             until: self.until,
         };
@@ -189,19 +189,24 @@ impl Pair {
             FilterError::Field { problem, .. } => bad(problem),
             other => bad(other.to_string().into()),
         })?;
-        if let Some((other, _)) = self
-            .given
-            .iter()
-            .find(|(other, given)| given == property && (*other == Side::Either) != (side == Side::Either))
-        {
-            let prefix = match (*other, side) {
-                (Side::Source, _) | (_, Side::Source) => "from",
-                _ => "to",
+        for (other, given) in &self.given {
+            let is_either = side == Side::Either;
+            let of_names = if is_either {
+                (property, given.as_str())
+            } else {
+                (given.as_str(), property)
             };
-            return Err(FilterError::Conflict(
-                property.into(),
-                format!("{prefix}-{property}"),
-            ));
+            // `--namespace` completes names of both ends, so it cannot stand beside the name of one end; and any
+            // namespace is not a choice of namespaces.
+            let excludes = given == property || matches!(of_names, ("namespace" | "all-namespaces", "pod"));
+            let is_contrary = *other == side
+                && matches!(
+                    of_names,
+                    ("namespace", "all-namespaces") | ("all-namespaces", "namespace")
+                );
+            if is_contrary || excludes && (*other == Side::Either) != is_either {
+                return Err(FilterError::Conflict(flag_name(*other, given), flag.into()));
+            }
         }
         self.given.push((side, property.into()));
         match property {
@@ -230,21 +235,70 @@ impl Pair {
         }
     }
 
-    fn finish(mut self) -> Vec<ApiFilter> {
+    fn finish(mut self) -> std::result::Result<Vec<ApiFilter>, FilterError> {
+        for (side, namespaces, pods) in [
+            (Side::Either, &self.namespaces, &self.left.source_pod),
+            (Side::Either, &self.namespaces, &self.right.destination_pod),
+            (Side::Source, &self.source_namespaces, &self.left.source_pod),
+            (
+                Side::Destination,
+                &self.destination_namespaces,
+                &self.right.destination_pod,
+            ),
+        ] {
+            for pod in pods {
+                refuse_other_namespace(&flag_name(side, "namespace"), namespaces, pod)?;
+            }
+        }
         for filter in [&mut self.left, &mut self.right] {
             add_namespaces(&mut filter.source_pod, &self.source_namespaces);
             add_namespaces(&mut filter.destination_pod, &self.destination_namespaces);
         }
         add_namespaces(&mut self.left.source_pod, &self.namespaces);
         add_namespaces(&mut self.right.destination_pod, &self.namespaces);
-        if self.given.is_empty() {
+        Ok(if self.given.is_empty() {
             Vec::new()
         } else if self.left == self.right {
             vec![self.left]
         } else {
             vec![self.left, self.right]
-        }
+        })
     }
+}
+
+/// Returns the flag of a property of an end.
+fn flag_name(side: Side, property: &str) -> String {
+    match side {
+        Side::Source => format!("from-{property}"),
+        Side::Destination => format!("to-{property}"),
+        Side::Either => property.to_owned(),
+    }
+}
+
+/// # Errors
+/// [`FilterError::OtherNamespace`] if the name of a pod has a namespace that is none of these, so that no flow could
+/// match both.
+fn refuse_other_namespace(
+    flag: &str,
+    namespaces: &[String],
+    pod: &str,
+) -> std::result::Result<(), FilterError> {
+    let Some((namespace, _)) = pod.split_once('/').filter(|(namespace, _)| !namespace.is_empty()) else {
+        return Ok(());
+    };
+    // An empty namespace stands for all.
+    if namespaces.is_empty()
+        || namespaces
+            .iter()
+            .any(|given| given.is_empty() || given == namespace)
+    {
+        return Ok(());
+    }
+    Err(FilterError::OtherNamespace {
+        flag: flag.into(),
+        namespaces: namespaces.join(","),
+        pod: pod.into(),
+    })
 }
 
 /// Adds the namespaces to each name without one; without names, all names of the namespaces match.
@@ -380,6 +434,13 @@ fn put(filter: &mut ApiFilter, side: Side, property: &str, value: &str) -> Resul
                 filter
                     .ip_trace_id
                     .push(text.parse().map_err(|_| "not a number above 0")?);
+            }
+        }
+        "ip-trace-option" => {
+            for text in parse::list(value)? {
+                filter
+                    .ip_trace_option
+                    .push(text.parse().map_err(|_| "not the number of an IP option")?);
             }
         }
         "cel-expression" => filter.experimental.cel_expression.push(value.into()),

@@ -45,6 +45,16 @@ pub enum FilterError {
     /// Two flags about the same property: one for either end, one for one end.
     #[error("--{0} and --{1} cannot be combined: use --{1} alone, or --{0} alone")]
     Conflict(String, String),
+    /// The name of a pod has another namespace than those of a flag.
+    #[error("--{flag} {namespaces} and the name {pod} cannot be combined: {pod} is in another namespace")]
+    OtherNamespace {
+        /// Flag with the namespaces, without dashes.
+        flag: String,
+        /// Its namespaces.
+        namespaces: String,
+        /// Name as given.
+        pod: String,
+    },
     /// `--not` is not followed by a filter.
     #[error("--not must stand before the filter that it reverses; there is none after it")]
     DanglingNot,

@@ -141,7 +141,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "protocol",
         "PROTOCOL",
-        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, kafka, tls, or a number",
+        "Flows of a protocol: tcp, udp, sctp, icmp, icmpv4, icmpv6, igmp, vrrp, dns, http, kafka, tls, or a number",
     ),
     flag(
         "verdict",
@@ -219,6 +219,7 @@ pub const FLAGS: &[Flag] = &[
         "ID",
         "Not supported: Palisade does not record IP options",
     ),
+    flag("ip-trace-option", "NUMBER", "Not supported, as --ip-trace-id"),
     flag(
         "sni",
         "NAME",

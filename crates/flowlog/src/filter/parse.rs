@@ -89,6 +89,9 @@ pub(super) fn port(text: &str) -> Result<PortRange> {
     }
 }
 
+/// IP protocol number of VRRP (RFC 9568).
+const VRRP: u8 = 112;
+
 pub(super) fn protocol(text: &str) -> Result<Vec<ProtocolFilter>> {
     use ProtocolFilter::{Dns, Http, Ip, Kafka, Tls};
     let mut wanted = Vec::new();
@@ -100,12 +103,14 @@ pub(super) fn protocol(text: &str) -> Result<Vec<ProtocolFilter>> {
             "icmp" => wanted.extend([Ip(protocol::ICMP), Ip(protocol::ICMPV6)]),
             "icmpv4" => wanted.push(Ip(protocol::ICMP)),
             "icmpv6" => wanted.push(Ip(protocol::ICMPV6)),
+            "igmp" => wanted.push(Ip(protocol::IGMP)),
+            "vrrp" => wanted.push(Ip(VRRP)),
             "dns" => wanted.push(Dns),
             "http" => wanted.push(Http),
             "kafka" => wanted.push(Kafka),
             "tls" => wanted.push(Tls),
             other => wanted.push(Ip(other.parse().map_err(
-                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, dns, http, kafka, tls, or an IP protocol number",
+                |_| "none of tcp, udp, sctp, icmp, icmpv4, icmpv6, igmp, vrrp, dns, http, kafka, tls, or an IP protocol number",
             )?)),
         }
     }

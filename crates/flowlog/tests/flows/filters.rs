@@ -350,8 +350,8 @@ fn flags_become_filters_of_the_flow_api() {
             r#"{"allowlist":[{"event_type":[{"type":1,"match_sub_type":true,"sub_type":133}],"tcp_flags":[{"SYN":true}],"ip_version":["IPv4"]}]}"#,
         ),
         (
-            &[("namespace", "shop"), ("pod", "web"), ("pod", "other/db")],
-            r#"{"allowlist":[{"source_pod":["shop/web","other/db"]},{"destination_pod":["shop/web","other/db"]}]}"#,
+            &[("namespace", "shop,other"), ("pod", "web"), ("pod", "other/db")],
+            r#"{"allowlist":[{"source_pod":["shop/web","other/web","other/db"]},{"destination_pod":["shop/web","other/web","other/db"]}]}"#,
         ),
         (
             &[("from-namespace", "shop,home"), ("to-pod", "web")],
@@ -420,9 +420,34 @@ fn flags_for_either_end_exclude_those_for_one_end() {
     for flags in [
         [("ip", "10.0.1.20"), ("from-ip", "10.0.1.10")],
         [("to-pod", "shop/web"), ("pod", "shop/web")],
+        // Which namespace would the name have?
+        [("namespace", "shop"), ("from-pod", "web")],
+        [("to-pod", "web"), ("all-namespaces", "")],
+        [("namespace", "shop"), ("all-namespaces", "")],
+        [("to-all-namespaces", ""), ("to-namespace", "shop")],
+        // No flow can match both.
+        [("namespace", "shop"), ("pod", "home/web")],
+        [("from-pod", "home/web"), ("from-namespace", "shop,other")],
+        [("to-namespace", "shop"), ("to-pod", "home/")],
+        [("from-namespace", "shop"), ("pod", "home/web")],
     ] {
         let error = filters(&flags).expect_err("a conflict").to_string();
         assert!(error.contains("cannot be combined"), "{error}");
+        assert!(
+            flags
+                .iter()
+                .all(|(flag, _)| error.contains(flag) || error.contains("home/")),
+            "{error}"
+        );
+    }
+    for flags in [
+        [("namespace", "shop,home"), ("pod", "home/web")],
+        [("all-namespaces", ""), ("pod", "home/web")],
+        [("namespace", "shop"), ("pod", "/web")],
+        [("from-namespace", "shop"), ("to-pod", "home/web")],
+        [("from-namespace", "shop"), ("to-all-namespaces", "")],
+    ] {
+        assert!(filters(&flags).is_ok(), "{flags:?}");
     }
     // With --not, they are in different filters.
     assert_eq!(

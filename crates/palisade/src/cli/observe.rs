@@ -206,7 +206,7 @@ impl FromArgMatches for ObserveArgs {
 
 impl Args for ObserveArgs {
     fn augment_args(command: clap::Command) -> clap::Command {
-        let args = selection().into_iter().chain(formatting());
+        let args = selection().into_iter().chain(formatting()).chain(of_hubble());
         command.args(args).args(filter_args())
     }
 
@@ -331,6 +331,69 @@ fn formatting() -> Vec<Arg> {
     ]
 }
 
+/// Options of Hubble's command line that choose its server, or its way to the server.
+const SERVER_OPTIONS: [&str; 15] = [
+    "server",
+    "tls",
+    "tls-allow-insecure",
+    "tls-ca-cert-files",
+    "tls-client-cert-file",
+    "tls-client-key-file",
+    "tls-server-name",
+    "timeout",
+    "request-timeout",
+    "basic-auth-username",
+    "basic-auth-password",
+    "port-forward",
+    "port-forward-port",
+    "kube-context",
+    "kubeconfig",
+];
+
+/// Returns what Hubble's command line has and `palisade observe` does not need. It is not in `--help`: each part is accepted
+/// without effect, or its error says what to use instead.
+fn of_hubble() -> impl Iterator<Item = Arg> {
+    let server = SERVER_OPTIONS.iter().map(|name| {
+        let arg = Arg::new(*name)
+            .long(*name)
+            .num_args(0..=1)
+            .default_missing_value("");
+        let arg = if *name == "port-forward" {
+            arg.short('P').alias("auto-port-forward")
+        } else {
+            arg
+        };
+        arg.value_parser(refuse_server)
+    });
+    let others = [
+        // Text output does not depend on which fields are requested.
+        switch("use-default-field-masks", "").alias("experimental-use-default-field-masks"),
+        Arg::new("what").index(1).value_parser(parse_what),
+    ];
+    server.chain(others).map(|arg| arg.hide(true))
+}
+
+fn refuse_server(_: &str) -> Result<String, String> {
+    Err(
+        "palisade observe reads the flows of this node from the daemon's control socket; for another node use `hubble observe \
+         --server` with its flow API ([hubble] listen)"
+            .to_owned(),
+    )
+}
+
+/// Parses the name of a subcommand of `hubble observe`.
+fn parse_what(text: &str) -> Result<String, String> {
+    Err(match text {
+        "flows" => return Ok(text.to_owned()),
+        "agent-events" => "`palisade monitor --type agent` shows agent events".to_owned(),
+        "debug-events" => {
+            "the programs have no debug events; `palisade log set` shows the steps of inspection in the log"
+                .to_owned()
+        }
+        _ => "palisade observe has options only; `palisade observe --help` lists them".to_owned(),
+    })
+}
+
 fn parse_count(text: &str) -> Result<usize, String> {
     text.parse().map_err(|_| {
         "not a number of flows, such as 100; for flows of a time use --since, for all use --all".to_owned()
@@ -446,6 +509,37 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_hubble_without_a_meaning_are_accepted_or_refused_with_what_to_use() {
+        let args = observe(&["flows", "--use-default-field-masks", "--last", "3"]).unwrap();
+        assert_eq!(args.last, Some(3));
+        for (args, hint) in [
+            (&["--server", "localhost:4245"][..], "hubble observe --server"),
+            (&["--server=unix:///x"], "[hubble] listen"),
+            (&["--tls"], "control socket"),
+            (&["-P"], "control socket"),
+            (&["--port-forward", "--last", "1"], "control socket"),
+            (&["--tls-ca-cert-files", "ca.crt"], "control socket"),
+            (&["agent-events"], "palisade monitor --type agent"),
+            (&["debug-events"], "palisade log set"),
+            (&["web"], "--help"),
+            (&["--ip-trace-option", "136"], "IP options"),
+            (&["--ip-trace-id", "1"], "IP options"),
+        ] {
+            let error = observe(args).unwrap_err().to_string();
+            assert!(error.contains(hint), "{args:?}: {error}");
+        }
+        let help = <Cli as clap::CommandFactory>::command()
+            .find_subcommand_mut("observe")
+            .unwrap()
+            .render_long_help()
+            .to_string();
+        assert!(
+            !help.contains("--server") && !help.contains("default-field-masks"),
+            "{help}"
+        );
+    }
+
+    #[test]
     fn options_that_exclude_each_other_are_refused() {
         for (args, hint) in [
             (&["--first", "1", "--last", "1"][..], "--first"),
@@ -458,6 +552,8 @@ mod tests {
             (&["--field-mask", "time"], "-o json"),
             (&["--field-mask", "tim", "-o", "json"], "known here: time"),
             (&["--last", "all"], "--all"),
+            (&["-n", "shop", "--from-pod", "web"], "--from-pod"),
+            (&["-n", "shop", "--pod", "home/web"], "another namespace"),
             (&["--verdict", "nonsense"], "DROPPED"),
             (&["--service", "web"], "Kubernetes"),
             (&["--verdict", "dropped", "--not"], "--not"),
