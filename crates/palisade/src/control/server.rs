@@ -1,10 +1,12 @@
 //! Server of the control socket. It accepts only clients that run as root, and at most [`MAX_CLIENTS`] at a time. A
-//! client that does not send or read in time is disconnected.
+//! client that does not send or read in time is disconnected; earlier if another client needs its place.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions},
     io,
     io::{BufRead as _, BufReader, Write as _},
+    net::Shutdown,
     os::fd::AsRawFd as _,
     os::unix::{
         fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
@@ -12,7 +14,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -48,6 +50,9 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 const WRITE_CHUNK_BYTES: usize = 64 * 1024;
 /// Time within which a client must read each chunk.
 const WRITE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Time after which a client that does not read a chunk gives its place to another client.
+const STALL: Duration = Duration::from_millis(100);
 
 /// Deadline for the whole answer; it does not apply to a client that follows flows.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
@@ -92,6 +97,51 @@ pub(crate) struct Counts {
     pub slow: AtomicU64,
     /// Clients that were refused because there were too many.
     pub refused: AtomicU64,
+    /// Clients for which the server waits, in the order in which this began.
+    waits: Mutex<VecDeque<Wait>>,
+}
+
+/// A client for which the server waits.
+#[derive(Debug)]
+struct Wait {
+    client: Weak<UnixStream>,
+    since: Instant,
+    /// Whether the client must read; otherwise it must send its request.
+    is_write: bool,
+}
+
+impl Counts {
+    /// Disconnects the client for which the server has waited for the longest time. Returns whether there was one.
+    fn disconnect_waiting(&self) -> bool {
+        let mut waits = self.waits();
+        let ends = |wait: &Wait| !wait.is_write || wait.since.elapsed() >= STALL;
+        while let Some(at) = waits.iter().position(ends) {
+            let client = waits.remove(at).and_then(|wait| wait.client.upgrade());
+            // The thread of the client finds the stream at its end.
+            if client.is_some_and(|stream| stream.shutdown(Shutdown::Both).is_ok()) {
+                self.slow.fetch_add(1, Ordering::Relaxed);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn begin_wait(&self, stream: &Arc<UnixStream>, is_write: bool) {
+        self.waits().push_back(Wait {
+            client: Arc::downgrade(stream),
+            since: Instant::now(),
+            is_write,
+        });
+    }
+
+    fn end_wait(&self, stream: &Arc<UnixStream>) {
+        self.waits()
+            .retain(|wait| !std::ptr::eq(wait.client.as_ptr(), Arc::as_ptr(stream)));
+    }
+
+    fn waits(&self) -> MutexGuard<'_, VecDeque<Wait>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The exclusive right to listen at a path, until the value is dropped.
@@ -252,12 +302,14 @@ fn accept<H: Handler>(stream: UnixStream, handler: &Arc<H>, counts: &Arc<Counts>
         refuse(stream, "only root may talk to the daemon");
         return;
     }
-    if counts.clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+    if counts.clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS && !counts.disconnect_waiting() {
         counts.clients.fetch_sub(1, Ordering::SeqCst);
         counts.refused.fetch_add(1, Ordering::Relaxed);
         refuse(stream, "too many clients at the same time; try again");
         return;
     }
+    let stream = Arc::new(stream);
+    counts.begin_wait(&stream, false);
     let (handler, counts_of_client) = (Arc::clone(handler), Arc::clone(counts));
     let spawned = thread::Builder::new().name("client".into()).spawn(move || {
         if let Err(error) = serve(stream, handler.as_ref(), &counts_of_client) {
@@ -281,8 +333,10 @@ fn refuse(stream: UnixStream, why: &str) {
     let _ = write_all(&stream, &line, Duration::from_millis(100), None);
 }
 
-fn serve(stream: UnixStream, handler: &impl Handler, counts: &Counts) -> io::Result<()> {
-    let line = read_request(&stream)?;
+fn serve(stream: Arc<UnixStream>, handler: &impl Handler, counts: &Counts) -> io::Result<()> {
+    let line = read_request(&stream);
+    counts.end_wait(&stream);
+    let line = line?;
     let mut sink = StreamSink {
         stream,
         buffer: Vec::new(),
@@ -367,7 +421,7 @@ fn write_all(
 }
 
 struct StreamSink<'a> {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     buffer: Vec<u8>,
     /// Deadline of the whole answer; `None` if the client follows flows.
     until: Option<Instant>,
@@ -413,7 +467,9 @@ impl Sink for StreamSink<'_> {
         if self.buffer.is_empty() {
             return Ok(());
         }
+        self.counts.begin_wait(&self.stream, true);
         let written = write_all(&self.stream, &self.buffer, WRITE_DEADLINE, self.until);
+        self.counts.end_wait(&self.stream);
         self.buffer.clear();
         written
     }
@@ -458,6 +514,10 @@ mod tests {
     impl Handler for Echo {
         fn handle(&self, request: Request, sink: &mut dyn Sink) -> io::Result<()> {
             let flood = matches!(&request, Request::Observe(_));
+            // A long preparation of the answer.
+            while request == Request::PolicySelectors && !sink.closed() {
+                thread::sleep(Duration::from_millis(2));
+            }
             self.0.lock().unwrap().push(request);
             if flood {
                 assert!(sink.follow());
@@ -543,13 +603,20 @@ mod tests {
     #[test]
     fn clients_beyond_the_limit_are_refused() {
         let (_dir, path, _handler, socket) = server();
-        let idle: Vec<UnixStream> = (0..MAX_CLIENTS)
-            .map(|_| UnixStream::connect(&path).unwrap())
+        let busy: Vec<_> = (0..MAX_CLIENTS)
+            .map(|_| Client::send(&path, &Request::PolicySelectors).unwrap())
             .collect();
+        // Their requests are complete.
+        let until = Instant::now() + LONG;
+        while socket.counts.clients.load(Ordering::SeqCst) < MAX_CLIENTS || !socket.counts.waits().is_empty()
+        {
+            assert!(Instant::now() < until, "they are not connected");
+            thread::sleep(Duration::from_millis(5));
+        }
         let error = client::ask::<()>(&path, &Request::Status).unwrap_err();
         assert!(error.to_string().contains("too many clients"), "{error}");
         assert_eq!(socket.counts.refused.load(Ordering::Relaxed), 1);
-        drop(idle);
+        drop(busy);
         let until = Instant::now() + LONG;
         while client::ask::<serde_json::Value>(&path, &Request::Status).is_err() {
             assert!(
@@ -558,6 +625,71 @@ mod tests {
             );
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    #[test]
+    fn clients_without_a_complete_request_give_their_places_to_others() {
+        let (_dir, path, _handler, socket) = server();
+        let begun = Instant::now();
+        let half = || {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(b"{\"command\"").unwrap();
+            stream
+        };
+        let mut silent: Vec<UnixStream> = (0..2 * MAX_CLIENTS).map(|_| half()).collect();
+        for _ in 0..10 {
+            client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
+            silent.push(half());
+        }
+        // Not by the deadline.
+        assert!(begun.elapsed() < REQUEST_DEADLINE, "{:?}", begun.elapsed());
+        let slow = socket.counts.slow.load(Ordering::Relaxed);
+        assert!(slow >= MAX_CLIENTS as u64, "{slow}");
+        assert_eq!(socket.counts.refused.load(Ordering::Relaxed), 0);
+        let mut oldest = String::new();
+        assert_eq!(silent[0].read_to_string(&mut oldest).unwrap(), 0);
+        drop(silent);
+        let until = Instant::now() + LONG;
+        while socket.counts.clients.load(Ordering::SeqCst) > 0 {
+            assert!(Instant::now() < until, "their places are not free");
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(socket.counts.waits().is_empty());
+    }
+
+    #[test]
+    fn clients_that_do_not_read_give_their_places_to_others() {
+        let (_dir, path, _handler, socket) = server();
+        let begun = Instant::now();
+        let deaf: Vec<_> = (0..MAX_FOLLOWERS)
+            .map(|_| Client::send(&path, &Request::Observe(Default::default())).unwrap())
+            .collect();
+        // The other places have clients whose answers are prepared.
+        socket
+            .counts
+            .clients
+            .fetch_add(MAX_CLIENTS - MAX_FOLLOWERS, Ordering::SeqCst);
+        let until = begun + LONG;
+        let waiting = || {
+            socket
+                .counts
+                .waits()
+                .iter()
+                .filter(|wait| wait.since.elapsed() >= STALL)
+                .count()
+        };
+        while waiting() < MAX_FOLLOWERS {
+            assert!(Instant::now() < until, "they are not waited for");
+            thread::sleep(Duration::from_millis(5));
+        }
+        for _ in 0..3 {
+            client::ask::<serde_json::Value>(&path, &Request::Status).unwrap();
+        }
+        assert_eq!(socket.counts.refused.load(Ordering::Relaxed), 0);
+        assert!((1..=3).contains(&socket.counts.slow.load(Ordering::Relaxed)));
+        // Not by the deadline.
+        assert!(begun.elapsed() < WRITE_DEADLINE, "{:?}", begun.elapsed());
+        drop(deaf);
     }
 
     #[test]

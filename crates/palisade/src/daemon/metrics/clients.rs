@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use tokio::task::AbortHandle;
@@ -39,6 +40,8 @@ pub(super) struct Activity {
     pub(super) is_established: AtomicBool,
     /// Whether a request is being answered, until the peer has accepted the whole answer.
     pub(super) is_busy: AtomicBool,
+    /// Since when the peer has not accepted the rest of an answer.
+    pub(super) stalled_since: Mutex<Option<Instant>>,
 }
 
 impl Clients {
@@ -85,8 +88,9 @@ impl Clients {
     }
 
     /// Makes a place for a connection: if there is none, by closing the oldest connection whose TLS handshake is not
-    /// complete, or else the oldest connection that has no request. So peers without a certificate close each other's
-    /// connections first. Returns whether there is a place.
+    /// complete, or else the oldest connection that has no request, or else the one whose peer has not read its answer
+    /// for the longest time. So peers without a certificate close each other's connections first. Returns whether there
+    /// is a place.
     fn make_place(&self) -> bool {
         let mut open = lock(&self.open);
         if open.len() < MAX_CLIENTS {
@@ -94,7 +98,14 @@ impl Clients {
         }
         let first = |matches: fn(&Activity) -> bool| open.iter().position(|client| matches(&client.activity));
         let idle = first(|activity| !activity.is_established.load(Ordering::SeqCst))
-            .or_else(|| first(|activity| !activity.is_busy.load(Ordering::SeqCst)));
+            .or_else(|| first(|activity| !activity.is_busy.load(Ordering::SeqCst)))
+            .or_else(|| {
+                let stalled = open.iter().enumerate();
+                let stalled = stalled.filter_map(|(at, client)| {
+                    Some((lock(&client.activity.stalled_since).as_ref().copied()?, at))
+                });
+                stalled.min().map(|(_, at)| at)
+            });
         match idle.and_then(|index| open.remove(index)) {
             Some(client) => {
                 client.task.abort();
@@ -122,5 +133,63 @@ struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.clients.remove(self.serial);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::pending, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn a_new_connection_takes_the_place_of_a_useless_one() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let _entered = runtime.enter();
+        let clients = Arc::<Clients>::default();
+        let now = Instant::now();
+        // All have a request; the peer of the third one has not read its answer for the longest time.
+        for number in 0..MAX_CLIENTS as u64 {
+            clients.admit(|activity| {
+                activity.is_established.store(true, Ordering::SeqCst);
+                activity.is_busy.store(true, Ordering::SeqCst);
+                let since = [
+                    None,
+                    Some(now),
+                    now.checked_sub(Duration::from_secs(2)),
+                    Some(now),
+                ];
+                *lock(&activity.stalled_since) = since.get(number as usize).copied().flatten();
+                pending()
+            });
+        }
+        let serials = || {
+            lock(&clients.open)
+                .iter()
+                .map(|client| client.serial)
+                .collect::<Vec<_>>()
+        };
+        let admit = || {
+            clients.admit(|activity| {
+                activity.is_established.store(true, Ordering::SeqCst);
+                activity.is_busy.store(true, Ordering::SeqCst);
+                pending()
+            });
+        };
+        for (gone, evicted) in [(2, 1), (1, 2), (3, 3)] {
+            assert!(serials().contains(&gone));
+            admit();
+            assert!(!serials().contains(&gone), "{:?}", serials());
+            assert_eq!(clients.ended(), (evicted, 0));
+        }
+        // The others wait for their answers.
+        admit();
+        assert_eq!((clients.connected(), clients.ended()), (MAX_CLIENTS, (3, 1)));
+        lock(&clients.open)[0]
+            .activity
+            .is_busy
+            .store(false, Ordering::SeqCst);
+        admit();
+        assert_eq!((serials().contains(&0), clients.ended()), (false, (4, 1)));
     }
 }

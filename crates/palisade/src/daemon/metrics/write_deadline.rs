@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-use super::clients::Activity;
+use super::{super::measured::lock, clients::Activity};
 
 /// Fails writes if the peer has not accepted all bytes up to a flush in time. A client that reads its answer slowly or
 /// not at all would otherwise keep the text of its scrape in memory.
@@ -49,7 +49,9 @@ impl<S> WriteDeadline<S> {
         }
         if !self.is_waiting {
             self.is_waiting = true;
-            self.timer.as_mut().reset(Instant::now() + self.limit);
+            let now = Instant::now();
+            self.timer.as_mut().reset(now + self.limit);
+            *lock(&self.activity.stalled_since) = Some(now.into_std());
         }
         match self.timer.as_mut().poll(context) {
             Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
@@ -98,6 +100,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteDeadline<S> {
         if flushed.is_ready() && self.has_written {
             self.has_written = false;
             self.is_waiting = false;
+            *lock(&self.activity.stalled_since) = None;
             self.activity.is_busy.store(false, Ordering::SeqCst);
         }
         self.checked(context, flushed)
@@ -162,8 +165,13 @@ mod tests {
                     activity.is_busy.load(Ordering::SeqCst),
                     "the answer is not flushed"
                 );
+                assert!(
+                    lock(&activity.stalled_since).is_some(),
+                    "the peer has not accepted all at once"
+                );
                 near.flush().await.unwrap();
                 assert!(!activity.is_busy.load(Ordering::SeqCst));
+                assert!(lock(&activity.stalled_since).is_none());
                 near.shutdown().await.unwrap();
             };
             assert_eq!(tokio::join!(reader, writer).0, 1_000);
