@@ -6,6 +6,8 @@
 
 use bytes::{Buf as _, BytesMut};
 
+use crate::budget;
+
 /// Length of a frame header (RFC 9113, section 4.1), bytes.
 const HEADER_BYTES: usize = 9;
 /// Type of a HEADERS frame.
@@ -42,28 +44,31 @@ impl Repair {
         }
     }
 
-    /// Adds received bytes.
-    pub(crate) fn push(&mut self, bytes: &[u8]) {
+    /// Adds received bytes. Returns the cost of the frames whose first bytes are among them.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> u32 {
         self.waiting.extend_from_slice(bytes);
+        let mut cost = 0_u32;
         loop {
             let plain = self.plain.min(self.waiting.len());
             self.plain -= plain;
             self.pass(plain);
             let [a, b, c, kind, flags, ..] = self.waiting[..] else {
-                return;
+                return cost;
             };
             if self.waiting.len() < HEADER_BYTES {
-                return;
+                return cost;
             }
             let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
             if kind != HEADERS || length > MAX_FRAME_BYTES {
+                cost = cost.saturating_add(budget::cost(kind));
                 self.plain = HEADER_BYTES + length;
                 continue;
             }
             let end = HEADER_BYTES + length;
             if self.waiting.len() < end {
-                return;
+                return cost;
             }
+            cost = cost.saturating_add(budget::cost(kind));
             repair_payload(flags, &mut self.waiting[HEADER_BYTES..end]);
             self.pass(end);
         }

@@ -17,7 +17,7 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-use crate::authority::Repair;
+use crate::{authority::Repair, budget::Budget, origin::Origin};
 
 /// Time within which a client must have sent the connection preface. From then on HTTP/2 pings find a dead client.
 const PREFACE_DEADLINE: Duration = Duration::from_secs(10);
@@ -34,15 +34,28 @@ pub struct ConnectionId(Arc<State>);
 
 #[derive(Debug, Default)]
 struct State {
+    origin: Origin,
     closed: AtomicBool,
     waker: Mutex<Option<Waker>>,
     /// Requests in progress, and streams that have not ended.
     streams: AtomicUsize,
-    /// Streams that only wait for changes.
-    watchers: AtomicUsize,
 }
 
 impl ConnectionId {
+    /// Returns the handle of a new connection.
+    #[must_use]
+    pub fn new(origin: Origin) -> Self {
+        Self(Arc::new(State {
+            origin,
+            ..State::default()
+        }))
+    }
+
+    /// Returns where the connection comes from.
+    pub(crate) fn origin(&self) -> Origin {
+        self.0.origin
+    }
+
     /// Closes the connection.
     pub fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
@@ -66,11 +79,6 @@ impl ConnectionId {
     /// Returns whether no stream is open.
     pub(crate) fn is_idle(&self) -> bool {
         self.0.streams.load(Ordering::SeqCst) == 0
-    }
-
-    /// Returns the number of streams of this connection that only wait for changes.
-    pub(crate) fn watchers(&self) -> &AtomicUsize {
-        &self.0.watchers
     }
 
     /// Returns whether both are handles of the same connection.
@@ -116,6 +124,7 @@ pub struct Connection<C> {
     /// Bytes that the preface still lacks.
     preface: usize,
     repair: Repair,
+    budget: Budget,
     read_deadline: Pin<Box<Sleep>>,
     write_deadline: Pin<Box<Sleep>>,
     /// Whether the socket accepted no byte at the last attempt.
@@ -137,6 +146,7 @@ impl<C> Connection<C> {
             id,
             preface: PREFACE_BYTES,
             repair: Repair::new(PREFACE_BYTES),
+            budget: Budget::new(),
             read_deadline: Box::pin(sleep(PREFACE_DEADLINE)),
             write_deadline: Box::pin(sleep(WRITE_DEADLINE)),
             stalled: false,
@@ -180,6 +190,8 @@ impl<C: AsyncRead + Unpin> AsyncRead for Connection<C> {
         let this = &mut *self;
         this.id.check(context)?;
         while this.repair.ready().is_empty() && buffer.remaining() > 0 {
+            // Until then the bytes stay in the socket, and the client cannot send more than its buffer has room for.
+            std::task::ready!(this.budget.poll_rest(context));
             let mut bytes = [0; READ_BYTES];
             let mut read = ReadBuf::new(&mut bytes);
             match Pin::new(&mut this.inner).poll_read(context, &mut read)? {
@@ -193,7 +205,7 @@ impl<C: AsyncRead + Unpin> AsyncRead for Connection<C> {
                 }
                 Poll::Ready(()) => {
                     this.preface = this.preface.saturating_sub(read.filled().len());
-                    this.repair.push(read.filled());
+                    this.budget.spend(this.repair.push(read.filled()));
                 }
             }
         }

@@ -21,6 +21,17 @@ const MAX_FILTERS: usize = schema::MAX_MESSAGES_PER_FIELD;
 /// Maximum number of regular expressions of a request.
 const MAX_PATTERNS: usize = 32;
 
+/// Returns whether a request has regular expressions.
+pub(crate) fn has_patterns(request: &GetFlowsRequest) -> bool {
+    patterns(request) > 0
+}
+
+fn patterns(request: &GetFlowsRequest) -> usize {
+    let all = request.whitelist.iter().chain(&request.blacklist);
+    all.map(|filter| filter.dns_query.len() + filter.http_path.len() + filter.http_url.len())
+        .sum()
+}
+
 /// Returns the filters of a request, without its times.
 ///
 /// # Errors
@@ -32,9 +43,7 @@ pub(crate) fn filters(request: &GetFlowsRequest) -> Result<Filters, Status> {
             "whitelist and blacklist have more than {MAX_FILTERS} filters"
         )));
     }
-    let patterns =
-        all().map(|filter| filter.dns_query.len() + filter.http_path.len() + filter.http_url.len());
-    if patterns.sum::<usize>() > MAX_PATTERNS {
+    if patterns(request) > MAX_PATTERNS {
         return Err(Status::invalid_argument(format!(
             "dns_query, http_path and http_url have more than {MAX_PATTERNS} regular expressions"
         )));

@@ -12,6 +12,7 @@
 
 pub mod agent;
 mod authority;
+mod budget;
 mod connection;
 mod convert;
 mod filter;
@@ -19,6 +20,7 @@ mod health;
 mod mask;
 mod namespaces;
 mod observer;
+mod origin;
 mod peer;
 mod places;
 pub mod proto;
@@ -31,6 +33,7 @@ mod wake;
 pub mod wire;
 
 pub use connection::{Connection, ConnectionId};
+pub use origin::Origin;
 pub use places::{ConnectionPlace, Places};
 pub use readers::Counts;
 pub use server::{Api, Limits, Node, serve};

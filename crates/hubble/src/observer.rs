@@ -43,7 +43,8 @@ impl Observer for Api {
                 "extensions of GetFlowsRequest are not known to this server",
             ));
         }
-        // The place comes first: regular expressions take memory and time while they are compiled.
+        // The place comes first: regular expressions take memory and time while they are compiled, and it bounds how many
+        // requests wait for the thread that compiles them.
         let place = self.readers().enter(connection)?;
         let range = Range::new(
             request.number,
@@ -52,7 +53,20 @@ impl Observer for Api {
             request.since,
             request.until,
         )?;
-        let filters = filter::filters(&request)?;
+        let (request, filters) = if filter::has_patterns(&request) {
+            // Regular expressions take milliseconds to compile. Meanwhile this thread serves other connections.
+            let compiled = tokio::task::spawn_blocking(move || {
+                let filters = filter::filters(&request);
+                (request, filters)
+            });
+            compiled
+                .await
+                .map_err(|_| Status::internal("the filters cannot be compiled"))?
+        } else {
+            let filters = filter::filters(&request);
+            (request, filters)
+        };
+        let filters = filters?;
         let experimental = request.experimental.and_then(|more| more.field_mask);
         let asked = request.field_mask.filter(|mask| !mask.paths.is_empty());
         let paths = asked.or(experimental).unwrap_or_default().paths;

@@ -1,17 +1,20 @@
 //! The streams that are open. Their number is bounded, and a stream that is not read for `STALL_DEADLINE` does not
-//! count any more: it has lost its place.
+//! count any more: it has lost its place. A new stream takes the place of one of the client that has the most.
 
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use tonic::Status;
 
-use crate::connection::{ConnectionId, OpenStream};
+use crate::{
+    connection::{ConnectionId, OpenStream},
+    origin::{Origin, greediest},
+};
 
 /// Time without any progress after which a stream counts as abandoned.
 const STALL_DEADLINE: Duration = Duration::from_secs(60);
@@ -25,19 +28,39 @@ pub struct Counts {
     pub lost: u64,
     /// Readers that were refused because there were too many.
     pub refused: u64,
-    /// Readers that were ended because they did not read.
+    /// Readers that were ended because they did not read, or in favour of other clients.
     pub cut: u64,
 }
+
+/// A stream has its place.
+const PLACED: u8 = 0;
+/// A stream has lost its place since its client did not read.
+const STALLED: u8 = 1;
+/// A stream has lost its place in favour of another client.
+const DISPLACED: u8 = 2;
 
 #[derive(Debug)]
 struct Entry {
     /// Time of the last progress, ms since `Readers::start`.
     progress: AtomicU64,
-    /// Whether the stream has lost its place.
-    cut: AtomicBool,
+    /// Whether the stream has lost its place, and why.
+    lost_place: AtomicU8,
     connection: Option<ConnectionId>,
     /// Held until the stream ends.
     _open: Option<OpenStream>,
+}
+
+impl Entry {
+    fn origin(&self) -> Origin {
+        self.connection
+            .as_ref()
+            .map(ConnectionId::origin)
+            .unwrap_or_default()
+    }
+
+    fn is_of(&self, connection: &ConnectionId) -> bool {
+        self.connection.as_ref().is_some_and(|own| own.is(connection))
+    }
 }
 
 #[derive(Debug, Default)]
@@ -46,6 +69,24 @@ struct Lists {
     /// Streams that have lost their place and are still open, the oldest first. The stream of a peer that grants no
     /// HTTP/2 window cannot be ended alone.
     abandoned: Vec<Arc<Entry>>,
+}
+
+impl Lists {
+    /// Returns the newest stream of the connection with the most streams of an origin; `None` if the connection of the
+    /// newcomer would then have as many.
+    fn greedy_connection(&self, origin: Origin, newcomer: Option<&ConnectionId>) -> Option<usize> {
+        let streams = |connection: &ConnectionId| {
+            let entries = self.active.iter();
+            entries.filter(|entry| entry.is_of(connection)).count()
+        };
+        let own = newcomer.map(streams).unwrap_or_default();
+        let of_origin = self.active.iter().enumerate();
+        let of_origin = of_origin.filter(|(_, entry)| entry.origin() == origin);
+        let counted = of_origin.filter_map(|(at, entry)| Some((streams(entry.connection.as_ref()?), at)));
+        // The last one of those with the most.
+        let (most, at) = counted.max()?;
+        (most > own + 1).then_some(at)
+    }
 }
 
 /// All open streams.
@@ -77,7 +118,7 @@ impl Readers {
     /// `RESOURCE_EXHAUSTED` if there are too many streams.
     pub(crate) fn enter(self: &Arc<Self>, connection: Option<ConnectionId>) -> Result<Place, Status> {
         let mut lists = self.lists();
-        if lists.active.len() >= self.most {
+        if lists.active.len() >= self.most && !self.displace(&mut lists, connection.as_ref()) {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return Err(Status::resource_exhausted(format!(
                 "{} clients read flows or events already ([hubble] max_readers); end one of them",
@@ -86,7 +127,7 @@ impl Readers {
         }
         let entry = Arc::new(Entry {
             progress: AtomicU64::new(self.elapsed(Instant::now())),
-            cut: AtomicBool::new(false),
+            lost_place: AtomicU8::new(PLACED),
             _open: connection.as_ref().map(ConnectionId::open),
             connection,
         });
@@ -96,6 +137,25 @@ impl Readers {
             readers: Arc::clone(self),
             entry,
         })
+    }
+
+    /// Takes the place of the newest stream of the origin with the most streams, or, if that is the origin of
+    /// `newcomer`, of its connection with the most. Returns false if that would leave it fewer streams than the newcomer.
+    fn displace(&self, lists: &mut Lists, newcomer: Option<&ConnectionId>) -> bool {
+        let origin = newcomer.map(ConnectionId::origin).unwrap_or_default();
+        let from = match greediest(lists.active.iter().map(|entry| entry.origin()), origin) {
+            Some(greedy) => lists.active.iter().rposition(|entry| entry.origin() == greedy),
+            None => lists.greedy_connection(origin, newcomer),
+        };
+        let Some(from) = from else {
+            return false;
+        };
+        let entry = lists.active.remove(from);
+        entry.lost_place.store(DISPLACED, Ordering::Relaxed);
+        self.cut.fetch_add(1, Ordering::Relaxed);
+        lists.abandoned.push(entry);
+        self.close_excess(lists);
+        true
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -118,12 +178,17 @@ impl Readers {
             now.saturating_sub(entry.progress.load(Ordering::Relaxed)) > stall
         });
         for entry in stalled {
-            entry.cut.store(true, Ordering::Relaxed);
+            entry.lost_place.store(STALLED, Ordering::Relaxed);
             self.cut.fetch_add(1, Ordering::Relaxed);
             abandoned.push(entry);
         }
-        let excess = abandoned.len().saturating_sub(self.most);
-        for entry in abandoned.drain(..excess) {
+        self.close_excess(&mut lists);
+    }
+
+    /// Closes the connections of the oldest streams without a place that are still open, if there are too many.
+    fn close_excess(&self, lists: &mut Lists) {
+        let excess = lists.abandoned.len().saturating_sub(self.most);
+        for entry in lists.abandoned.drain(..excess) {
             if let Some(connection) = &entry.connection {
                 connection.close();
             }
@@ -152,13 +217,23 @@ impl Place {
     /// Notes that the stream is being read.
     ///
     /// # Errors
-    /// `DEADLINE_EXCEEDED` if the stream has lost its place.
+    /// `DEADLINE_EXCEEDED` or `RESOURCE_EXHAUSTED` if the stream has lost its place.
     pub(crate) fn progress(&self) -> Result<(), Status> {
-        if self.entry.cut.load(Ordering::Relaxed) {
-            return Err(Status::deadline_exceeded(format!(
-                "the client has read nothing for {} s",
-                STALL_DEADLINE.as_secs()
-            )));
+        match self.entry.lost_place.load(Ordering::Relaxed) {
+            PLACED => {}
+            DISPLACED => {
+                return Err(Status::resource_exhausted(format!(
+                    "another client with fewer streams has taken the place of this one: {} are read at a time ([hubble] \
+                     max_readers)",
+                    self.readers.most
+                )));
+            }
+            _ => {
+                return Err(Status::deadline_exceeded(format!(
+                    "the client has read nothing for {} s",
+                    STALL_DEADLINE.as_secs()
+                )));
+            }
         }
         let now = self.readers.elapsed(Instant::now());
         self.entry.progress.store(now, Ordering::Relaxed);
@@ -196,6 +271,37 @@ mod tests {
         let _third = readers.enter(None).unwrap();
         let counts = readers.counts();
         assert_eq!((counts.readers, counts.refused), (2, 1));
+    }
+
+    #[test]
+    fn the_client_with_the_most_streams_makes_room() {
+        let readers = Readers::new(4);
+        let from = |number: i32| ConnectionId::new(Origin::Process(number));
+        let (greedy, other) = (from(1), from(2));
+        let enter = |connection: &ConnectionId| readers.enter(Some(connection.clone()));
+        let held: Vec<_> = (0..4).map(|_| enter(&greedy).unwrap()).collect();
+        assert!(enter(&greedy).is_err());
+        let first = enter(&other).unwrap();
+        let second = enter(&other).unwrap();
+        // The newest streams of the first process have lost their places.
+        let codes: Vec<_> = held
+            .iter()
+            .map(|place| place.progress().map_err(|status| status.code()))
+            .collect();
+        let lost = Err(Code::ResourceExhausted);
+        assert_eq!(codes, [Ok(()), Ok(()), lost, lost]);
+        assert!(first.progress().is_ok() && second.progress().is_ok());
+        assert!(enter(&other).is_err() && enter(&greedy).is_err());
+        assert_eq!(readers.counts().readers, 4);
+        // Within one process, a connection with fewer streams gets a place.
+        let (again, fresh) = (from(1), from(1));
+        drop((first, second, held));
+        let _held: Vec<_> = (0..4).map(|_| enter(&again).unwrap()).collect();
+        let _fresh = enter(&fresh).unwrap();
+        let _fresh = (enter(&fresh).unwrap(), _fresh);
+        assert!(enter(&fresh).is_err());
+        // Streams that are never read again do not gather without end.
+        assert!(readers.lists().abandoned.len() <= 4);
     }
 
     #[test]

@@ -5,10 +5,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::{Duration, Instant, SystemTime},
 };
@@ -27,6 +24,7 @@ use crate::{
     agent::{AgentEvent, AgentRead, AgentRing},
     connection::{ConnectionId, OpenStream},
     namespaces::Namespaces,
+    origin::greediest,
     proto::services::{
         health_server::HealthServer, observer_server::ObserverServer, peer_server::PeerServer,
     },
@@ -87,7 +85,7 @@ struct Shared {
     ring: Arc<Ring>,
     agent: Arc<AgentRing>,
     readers: Arc<Readers>,
-    watchers: Arc<AtomicUsize>,
+    watchers: Arc<Mutex<Vec<Option<ConnectionId>>>>,
     wake: Arc<Wake>,
     namespaces: Arc<Namespaces>,
     responses: Arc<SharedResponses>,
@@ -172,32 +170,53 @@ impl Api {
         u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Returns the place of a stream that only waits for changes.
+    /// Returns the place of a stream that only waits for changes. If there is none, a connection of the origin with the most
+    /// such streams is closed.
     ///
     /// # Errors
     /// `RESOURCE_EXHAUSTED` if there are too many, of the connection or of all.
     pub(crate) fn watcher(&self, connection: Option<ConnectionId>) -> Result<Watcher, Status> {
-        let watcher = Watcher {
-            all: Arc::clone(&self.0.watchers),
-            _open: connection.as_ref().map(ConnectionId::open),
-            connection,
-        };
-        // The value counts itself, so that every early return releases the place.
-        let all = watcher.all.fetch_add(1, Ordering::SeqCst);
-        let of_connection = watcher.connection.as_ref().map_or(0, |connection| {
-            connection.watchers().fetch_add(1, Ordering::SeqCst)
-        });
-        if of_connection >= MAX_WATCHERS_PER_CONNECTION {
+        let mut all = self.0.watchers.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = all
+            .iter()
+            .flatten()
+            .filter(|other| connection.as_ref().is_some_and(|own| own.is(other)));
+        if own.count() >= MAX_WATCHERS_PER_CONNECTION {
             return Err(Status::resource_exhausted(format!(
                 "{MAX_WATCHERS_PER_CONNECTION} streams of this connection watch already; end one of them"
             )));
         }
-        if all >= MAX_WATCHERS {
-            return Err(Status::resource_exhausted(format!(
-                "{MAX_WATCHERS} clients watch already; end one of them"
-            )));
+        if all.len() >= MAX_WATCHERS {
+            let origin = |watcher: &Option<ConnectionId>| {
+                watcher.as_ref().map(ConnectionId::origin).unwrap_or_default()
+            };
+            let greedy = greediest(
+                all.iter().map(origin),
+                connection.as_ref().map(ConnectionId::origin).unwrap_or_default(),
+            );
+            let Some(greedy) = greedy else {
+                return Err(Status::resource_exhausted(format!(
+                    "{MAX_WATCHERS} clients watch already; end one of them"
+                )));
+            };
+            let closed = all
+                .iter()
+                .rfind(|watcher| origin(watcher) == greedy)
+                .cloned()
+                .flatten();
+            if let Some(closed) = closed {
+                closed.close();
+                // Their streams end with the connection.
+                all.retain(|watcher| !watcher.as_ref().is_some_and(|watcher| watcher.is(&closed)));
+            }
         }
-        Ok(watcher)
+        all.push(connection.clone());
+        drop(all);
+        Ok(Watcher {
+            all: Arc::clone(&self.0.watchers),
+            _open: connection.as_ref().map(ConnectionId::open),
+            connection,
+        })
     }
 
     /// Notes the namespaces of all flows in the ring, unless that was done within [`SEARCH_INTERVAL`].
@@ -222,16 +241,22 @@ impl Api {
 
 /// The place of one stream that waits for changes; free again when the value is dropped.
 pub(crate) struct Watcher {
-    all: Arc<AtomicUsize>,
+    all: Arc<Mutex<Vec<Option<ConnectionId>>>>,
     connection: Option<ConnectionId>,
     _open: Option<OpenStream>,
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.all.fetch_sub(1, Ordering::SeqCst);
-        if let Some(connection) = &self.connection {
-            connection.watchers().fetch_sub(1, Ordering::SeqCst);
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = all.iter().position(|watcher| match (watcher, &self.connection) {
+            (Some(watcher), Some(own)) => watcher.is(own),
+            (None, None) => true,
+            _ => false,
+        });
+        // `None` if the connection has been closed in favour of another client.
+        if let Some(own) = own {
+            all.swap_remove(own);
         }
     }
 }
@@ -352,7 +377,10 @@ mod tests {
     use tonic::{Code, codec::EncodeBody};
 
     use super::*;
-    use crate::wire::{Encoded, Encoder};
+    use crate::{
+        origin::Origin,
+        wire::{Encoded, Encoder},
+    };
 
     fn api() -> Api {
         Api::new(Ring::new(16), Node::default(), Limits { readers: 2 }).unwrap()
@@ -401,5 +429,24 @@ mod tests {
         drop(held);
         assert!(connection.is_idle());
         assert!(watch().is_ok());
+        assert!(api.0.watchers.lock().unwrap().is_empty());
+
+        // A client that has all places loses a connection to another client.
+        let from = |number: i32| ConnectionId::new(Origin::Process(number));
+        let greedy: Vec<_> = (0..MAX_WATCHERS / MAX_WATCHERS_PER_CONNECTION)
+            .map(|_| from(1))
+            .collect();
+        let watches = greedy
+            .iter()
+            .flat_map(|connection| vec![connection.clone(); MAX_WATCHERS_PER_CONNECTION]);
+        let held: Vec<_> = watches
+            .map(|connection| api.watcher(Some(connection)).unwrap())
+            .collect();
+        assert!(api.watcher(Some(from(1))).is_err());
+        let _other = api.watcher(Some(from(2))).unwrap();
+        let closed = greedy.iter().filter(|connection| connection.is_closed());
+        assert_eq!(closed.count(), 1);
+        drop(held);
+        assert_eq!(api.0.watchers.lock().unwrap().len(), 1);
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use nix::unistd::geteuid;
-use palisade_hubble::{Api, Connection, ConnectionId, Places, serve};
+use palisade_hubble::{Api, Connection, ConnectionId, Origin, Places, serve};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -63,8 +63,14 @@ impl Admission {
 
     /// Passes a connection to the server, unless all places have clients with requests. `accepted` decides when the
     /// client has its place: from then on a change of the certificates closes the connection.
-    async fn enter(&self, stream: impl Bytes + 'static, chain: Chain, accepted: impl Fn(&Chain) -> bool) {
-        let id = ConnectionId::default();
+    async fn enter(
+        &self,
+        stream: impl Bytes + 'static,
+        origin: Origin,
+        chain: Chain,
+        accepted: impl Fn(&Chain) -> bool,
+    ) {
+        let id = ConnectionId::new(origin);
         let place = self.places.enter(&id, chain.clone());
         let Some(place) = place.filter(|_| accepted(&chain)) else {
             self.reports.get().refused += 1;
@@ -77,20 +83,27 @@ impl Admission {
     }
 }
 
-/// Connections in a TLS handshake. A client that does not end its handshake takes no place of the server, and the oldest
-/// handshake ends when there are too many.
+/// Connections in a TLS handshake. A client that does not end its handshake takes no place of the server. When there are too
+/// many, the oldest handshake of the origin with the most ends, so that clients from other addresses can complete theirs.
 #[derive(Default)]
-struct Handshakes(VecDeque<oneshot::Sender<()>>);
+struct Handshakes(VecDeque<(Origin, oneshot::Sender<()>)>);
 
 impl Handshakes {
     /// Returns a receiver that is ready when the handshake must end. It is dropped when the handshake has ended.
-    fn begin(&mut self) -> oneshot::Receiver<()> {
-        self.0.retain(|handshake| !handshake.is_closed());
+    fn begin(&mut self, origin: Origin) -> oneshot::Receiver<()> {
+        self.0.retain(|(_, handshake)| !handshake.is_closed());
         if self.0.len() >= MAX_HANDSHAKES {
-            self.0.pop_front();
+            let shares = self.0.iter().map(|(origin, _)| {
+                let same = self.0.iter().filter(|(other, _)| other == origin);
+                same.count()
+            });
+            let first = shares.enumerate().rev().max_by_key(|(_, share)| *share);
+            if let Some((first, _)) = first {
+                self.0.remove(first);
+            }
         }
         let (sender, evicted) = oneshot::channel();
-        self.0.push_back(sender);
+        self.0.push_back((origin, sender));
         evicted
     }
 }
@@ -159,7 +172,9 @@ async fn accept_unix(listener: UnixListener, anybody: bool, admission: Admission
                     admission.reports.get().refused += 1;
                     continue;
                 }
-                admission.enter(stream, Chain::new(), |_| true).await;
+                let process = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                let origin = process.map_or(Origin::Unknown, Origin::Process);
+                admission.enter(stream, origin, Chain::new(), |_| true).await;
             }
             Err(problem) => pause("socket", &problem).await,
         }
@@ -185,11 +200,12 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
             Ok((stream, peer)) => {
                 // Flows are sent as they happen.
                 let _ = stream.set_nodelay(true);
+                let origin = Origin::of_address(peer.ip());
                 match &certificates {
-                    None => admission.enter(stream, Chain::new(), |_| true).await,
+                    None => admission.enter(stream, origin, Chain::new(), |_| true).await,
                     Some(certificates) => {
                         let (certificates, admission) = (Arc::clone(certificates), admission.clone());
-                        let evicted = handshakes.begin();
+                        let evicted = handshakes.begin(origin);
                         tokio::spawn(async move {
                             let result = tokio::select! {
                                 result = handshake(stream, &certificates) => result,
@@ -200,7 +216,7 @@ async fn accept_tcp(address: SocketAddr, certificates: Option<Arc<Certificates>>
                                     let chain = stream.get_ref().1.peer_certificates();
                                     let chain = chain.map(<[_]>::to_vec).unwrap_or_default();
                                     admission
-                                        .enter(stream, chain, |chain| certificates.accepts(chain))
+                                        .enter(stream, origin, chain, |chain| certificates.accepts(chain))
                                         .await;
                                 }
                                 Err(problem) => {
@@ -258,13 +274,20 @@ mod tests {
     #[test]
     fn the_oldest_of_too_many_handshakes_ends() {
         let mut handshakes = Handshakes::default();
-        let mut first = handshakes.begin();
-        let mut others: Vec<_> = (1..MAX_HANDSHAKES).map(|_| handshakes.begin()).collect();
+        let [here, there] = [Origin::Process(1), Origin::Process(2)];
+        let mut first = handshakes.begin(here);
+        let mut others: Vec<_> = (1..MAX_HANDSHAKES).map(|_| handshakes.begin(here)).collect();
         // One has ended, so there is room.
         others.pop();
-        let _new = handshakes.begin();
+        let mut new = handshakes.begin(there);
         assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Empty));
-        let _newer = handshakes.begin();
+        let _newer = handshakes.begin(there);
         assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        // A flood from one address ends only handshakes from there.
+        for _ in 0..1_000 {
+            others.push(handshakes.begin(here));
+        }
+        assert_eq!(new.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        assert!(handshakes.0.len() <= MAX_HANDSHAKES);
     }
 }
