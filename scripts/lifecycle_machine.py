@@ -49,7 +49,8 @@ ip -n lan link set eth1 up
 ip -n lan route add default via 10.9.0.1
 sysctl -q -w net.ipv4.ip_forward=1
 """
-# A workload: its network namespace, and servers that answer "open" at ports 80 and 81, and what they get at port 82.
+# A workload: its network namespace, and servers that answer "open" at ports 80 and 81, what they get at port 82, and HTTP
+# requests at port 83.
 WORKLOAD = r"""#!/bin/bash
 # lab-workload NAME NUMBER
 set -e
@@ -65,6 +66,25 @@ for port in 80 81; do
     systemd-run -q -u "lab-$1-$port" ip netns exec "$1" socat "TCP-LISTEN:$port,fork,reuseaddr" SYSTEM:'echo open'
 done
 systemd-run -q -u "lab-$1-82" ip netns exec "$1" socat TCP-LISTEN:82,fork,reuseaddr EXEC:cat
+systemd-run -q -u "lab-$1-83" ip netns exec "$1" socat TCP-LISTEN:83,fork,reuseaddr EXEC:/usr/local/sbin/lab-http-server
+"""
+# Answers each HTTP request of a connection.
+HTTP_SERVER = r"""#!/bin/bash
+while IFS= read -r line; do
+    [[ $line != $'\r' ]] || printf 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nopen\n'
+done
+"""
+# Each second, a request and its response on one connection. Ends with the connection.
+HTTP_CLIENT = r"""#!/bin/bash
+exec 3<>/dev/tcp/10.8.0.10/83 || exit
+while sleep 1; do
+    printf 'GET /open HTTP/1.1\r\nHost: web\r\n\r\n' >&3 || exit
+    line=
+    until [[ $line == open ]]; do
+        read -r line <&3 || exit
+    done
+    date +%s
+done
 """
 
 UNITS = {
@@ -98,6 +118,11 @@ UNITS = {
         "[Service]\nExecStart=/bin/bash -c 'while sleep 1; do date +%%s; done | ip netns exec lan socat - TCP:10.8.0.10:82'\n"
         "StandardOutput=file:/run/lab-flow\nStandardError=append:/run/lab-flow.log\n"
     ),
+    # An HTTP connection of the peer with the workload, which is inspected.
+    "lab-http.service": (
+        "[Service]\nExecStart=ip netns exec lan lab-http-client\n"
+        "StandardOutput=file:/run/lab-http\nStandardError=append:/run/lab-http.log\n"
+    ),
     # Tries denied ports all the time and notes each result.
     "lab-probe.service": (
         "[Service]\nExecStart=/bin/bash -c 'while true; do for to in 10.9.0.1:8080 [fd00:9::1]:8080 10.8.0.10:81; do "
@@ -105,7 +130,13 @@ UNITS = {
         "done; sleep 0.1; done'\n"
     ),
 }
-SCRIPTS = {"lab-agent": AGENT, "lab-lan": LAN, "lab-workload": WORKLOAD}
+SCRIPTS = {
+    "lab-agent": AGENT,
+    "lab-lan": LAN,
+    "lab-workload": WORKLOAD,
+    "lab-http-server": HTTP_SERVER,
+    "lab-http-client": HTTP_CLIENT,
+}
 ENABLED = ["lab-agent", "lab-lan", "lab-workload", "lab-8080", "systemd-networkd", "ssh", "podman.socket", "podman-restart"]
 NIC = "[Match]\nName=eth0\n[Network]\nAddress=10.9.0.1/24\nAddress=fd00:9::1/64\n"
 

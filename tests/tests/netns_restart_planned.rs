@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::{fs::MetadataExt as _, net::UnixDatagram},
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -224,6 +225,70 @@ fn a_restart_that_takes_no_connection_over_says_why() {
     assert!(said.contains("on_failure"), "{said}");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains("1 connection cut"), "{said}");
+}
+
+/// The service manager sees one process, whose start it may wait for, and the process executes the program that an upgrade
+/// has installed in place of the running one.
+#[test]
+fn the_new_program_is_executed_and_the_service_manager_is_told() {
+    let apps = apps();
+    let dir = tempfile::tempdir().expect("folder");
+    let socket = UnixDatagram::bind(dir.path().join("notify")).expect("socket");
+    socket.set_read_timeout(Some(SOON)).expect("timeout");
+    let told_until = |last: &str| {
+        let mut told = String::new();
+        while !told.contains(last) {
+            let mut buffer = [0; 512];
+            let length = socket.recv(&mut buffer).expect("notification");
+            told += &String::from_utf8_lossy(&buffer[..length]);
+            told.push('\n');
+        }
+        told
+    };
+    let (installed, upgrade) = (dir.path().join("palisade"), dir.path().join("palisade.new"));
+    let policies = [("p.yaml", rules("/a.*"))];
+    let policies = policies.each_ref().map(|(name, text)| (*name, text.as_str()));
+    let mut daemon = Daemon::prepare(&apps.topology, &Settings::default(), &policies).expect("daemon");
+    let program = daemon.command(&[]).get_program().to_owned();
+    let program = std::path::Path::new(&program);
+    fs::copy(program, &installed).expect("copy");
+    fs::copy(program, &upgrade).expect("copy");
+    // The wrapper executes the copy in place of the program that is appended.
+    daemon.start_through(
+        [
+            "env",
+            &format!("NOTIFY_SOCKET={}", dir.path().join("notify").display()),
+            "WATCHDOG_USEC=60000000",
+            "sh",
+            "-c",
+            "shift; exec \"$0\" \"$@\"",
+            installed.to_str().expect("text"),
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    );
+    daemon.spawn().expect("process");
+    daemon.wait().expect("daemon");
+    told_until("READY=1");
+    told_until("WATCHDOG_USEC=60000000");
+    let executed = || {
+        let pid = daemon.pid().expect("process");
+        fs::metadata(format!("/proc/{pid}/exe")).expect("program").ino()
+    };
+    let new = fs::metadata(&upgrade).expect("program").ino();
+    assert_ne!(executed(), new);
+    fs::rename(&upgrade, &installed).expect("upgrade");
+    restart(&daemon);
+    assert_eq!(executed(), new);
+    let told = told_until("READY=1");
+    assert!(told.contains("WATCHDOG_USEC=300000000"), "{told}");
+    assert!(!told.contains("STOPPING=1"), "{told}");
+    told_until("WATCHDOG_USEC=60000000");
+    // It was executed from the installed path, so a further upgrade is found, too.
+    fs::copy(program, &upgrade).expect("copy");
+    fs::rename(&upgrade, &installed).expect("upgrade");
+    restart(&daemon);
+    assert_ne!(executed(), new);
 }
 
 /// Answers requests, and notes whether a denied one has arrived.

@@ -1,7 +1,12 @@
 //! The Debian package and the tarball, made with the binary of this build, without lintian. `scripts/lifecycle` installs the
 //! package in a machine.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+    process::Command,
+};
 
 const REPO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
@@ -169,7 +174,7 @@ fn bash_completes_commands_and_values_of_options(package: &Package) {
 }
 
 fn the_maintainer_scripts_are_valid(package: &Package) {
-    for name in ["postinst", "prerm", "postrm"] {
+    for name in ["preinst", "postinst", "prerm", "postrm"] {
         let script = package.root().join("DEBIAN").join(name);
         output(Command::new("sh").arg("-n").arg(&script));
         let text = fs::read_to_string(&script).expect("text");
@@ -180,6 +185,154 @@ fn the_maintainer_scripts_are_valid(package: &Package) {
         prerm.contains("ischroot") && prerm.contains("palisade stop --detach"),
         "{prerm}"
     );
+}
+
+/// A machine with systemd as the maintainer scripts see it: commands that note how they are called, and the folders that the
+/// scripts use, below a folder.
+struct Machine {
+    dir: tempfile::TempDir,
+}
+
+impl Machine {
+    /// `active`: whether systemd says that the daemon runs. `restart`: what `palisade restart` does, in shell.
+    fn new(active: bool, restart: &str) -> Self {
+        let machine = Self {
+            dir: tempfile::tempdir().expect("a folder"),
+        };
+        for folder in [
+            "bin",
+            "usr/bin",
+            "usr/sbin",
+            "usr/lib/systemd/system",
+            "run/systemd/system",
+            "run/palisade",
+            "proc/7",
+        ] {
+            fs::create_dir_all(machine.path(folder)).expect("a folder");
+        }
+        machine.write("usr/lib/systemd/system/palisade.service", "before");
+        machine.program("before");
+        let active = if active { "true" } else { "false" };
+        for (name, action) in [
+            (
+                "systemctl",
+                format!("case $1 in is-active) {active} ;; show) echo 7 ;; esac").as_str(),
+            ),
+            ("deb-systemd-helper", ":"),
+            ("deb-systemd-invoke", ":"),
+            ("palisade", restart),
+        ] {
+            machine.command(&format!("bin/{name}"), action);
+        }
+        machine
+    }
+
+    fn path(&self, path: &str) -> std::path::PathBuf {
+        self.dir.path().join(path)
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        fs::write(self.path(path), text).expect("a file");
+    }
+
+    fn command(&self, path: &str, action: &str) {
+        let name = Path::new(path)
+            .file_name()
+            .expect("a name")
+            .to_str()
+            .expect("text");
+        let calls = self.path("calls");
+        let root = self.dir.path().display();
+        self.write(
+            path,
+            &format!(
+                "#!/bin/sh\necho {name} \"$@\" >>{}\ncd {root}\n{action}\n",
+                calls.display()
+            ),
+        );
+        fs::set_permissions(self.path(path), fs::Permissions::from_mode(0o755)).expect("mode");
+    }
+
+    /// The daemon's process, 7, executes this program.
+    fn program(&self, program: &str) {
+        let link = self.path("proc/7/exe");
+        let _ = fs::remove_file(&link);
+        symlink(self.path("usr/bin").join(program), link).expect("a link");
+    }
+
+    fn run(&self, script: &str, arguments: &[&str]) {
+        let mut text = fs::read_to_string(format!("{REPO}/packaging/debian/{script}")).expect("a script");
+        let root = self.dir.path().display();
+        for folder in ["/usr/", "/run/", "/proc/"] {
+            for before in [" ", "=", "\""] {
+                text = text.replace(&format!("{before}{folder}"), &format!("{before}{root}{folder}"));
+            }
+        }
+        self.write(script, &text);
+        let path = format!(
+            "{}:{}",
+            self.path("bin").display(),
+            std::env::var("PATH").expect("PATH")
+        );
+        output(
+            Command::new("sh")
+                .arg(self.path(script))
+                .args(arguments)
+                .env("PATH", path),
+        );
+    }
+
+    /// Upgrades the package, and returns the calls that restart the daemon.
+    fn upgrade(&self, unit: &str) -> Vec<String> {
+        self.run("preinst", &["upgrade", "0.1.0-1", "0.1.0-2"]);
+        self.write("usr/lib/systemd/system/palisade.service", unit);
+        self.run("postinst", &["configure", "0.1.0-1"]);
+        assert!(!self.path("run/palisade/unit-before").exists());
+        let calls = fs::read_to_string(self.path("calls")).expect("calls");
+        calls
+            .lines()
+            .filter(|call| call.starts_with("palisade ") || call.starts_with("deb-systemd-invoke "))
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+const IN_PLACE: &str = "palisade restart --force";
+const SERVICE: &str = "deb-systemd-invoke restart palisade.service";
+/// `palisade restart`: the process executes the new program.
+const EXECUTES: &str = "rm proc/7/exe; ln -s $PWD/usr/bin/palisade proc/7/exe";
+
+#[test]
+fn an_upgrade_has_the_daemon_execute_the_new_program_in_place() {
+    assert_eq!(Machine::new(true, EXECUTES).upgrade("before"), [IN_PLACE]);
+    // It runs, but could not take the connections over.
+    let cut = format!("{EXECUTES}; exit 1");
+    assert_eq!(Machine::new(true, &cut).upgrade("before"), [IN_PLACE]);
+    // A daemon that was stopped stays stopped.
+    assert!(Machine::new(false, EXECUTES).upgrade("before").is_empty());
+}
+
+#[test]
+fn an_upgrade_restarts_the_service_where_the_daemon_cannot_execute_the_new_program() {
+    // It refuses, or executes another program than the installed one.
+    for restart in ["exit 1", "exit 3", "exit 0"] {
+        assert_eq!(Machine::new(true, restart).upgrade("before"), [IN_PLACE, SERVICE]);
+    }
+    // Only systemd can apply what has changed in the unit.
+    assert_eq!(Machine::new(true, EXECUTES).upgrade("after"), [SERVICE]);
+    // The version before had no copy made of its unit.
+    let machine = Machine::new(true, EXECUTES);
+    fs::remove_dir(machine.path("run/palisade")).expect("the folder");
+    assert_eq!(machine.upgrade("before"), [SERVICE]);
+}
+
+#[test]
+fn an_upgrade_asks_the_administrator_s_policy_of_services() {
+    for (code, calls) in [(0, [IN_PLACE]), (104, [IN_PLACE]), (101, [SERVICE])] {
+        let machine = Machine::new(true, EXECUTES);
+        machine.command("usr/sbin/policy-rc.d", &format!("exit {code}"));
+        assert_eq!(machine.upgrade("before"), calls, "{code}");
+    }
 }
 
 #[test]

@@ -202,7 +202,9 @@ impl Program {
     /// Must be called at the start: after an upgrade the path of the running program is that of a deleted file.
     pub(super) fn of_this_process() -> Self {
         Self {
-            path: std::env::current_exe().map_err(|error| error.to_string()),
+            path: std::env::current_exe()
+                .map(installed)
+                .map_err(|error| error.to_string()),
             arguments: std::env::args_os().skip(1).collect(),
         }
     }
@@ -216,6 +218,15 @@ impl Program {
         nix::unistd::access(path, nix::unistd::AccessFlags::X_OK)
             .map_err(|error| format!("{} cannot be executed: {error}", path.display()))?;
         Ok(path)
+    }
+}
+
+/// Returns where the program of a process is installed, from the path of its executable file, to which the kernel adds a
+/// suffix once the file is replaced. That can happen between the start and the call.
+fn installed(path: PathBuf) -> PathBuf {
+    match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
+        Some(replaced) if !path.exists() => PathBuf::from(replaced),
+        _ => path,
     }
 }
 
@@ -387,6 +398,17 @@ mod tests {
         assert_eq!(received.handover, Some(Ok(example())));
         assert_eq!((received.account.connections, received.account.cut), (3, 1));
         assert!(take_memfd(number).is_err(), "the inherited descriptor is closed");
+    }
+
+    #[test]
+    fn a_replaced_program_is_executed_from_its_installed_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("palisade");
+        let deleted = dir.path().join("palisade (deleted)");
+        assert_eq!(installed(program.clone()), program);
+        assert_eq!(installed(deleted.clone()), program);
+        std::fs::write(&deleted, "a file of this name").unwrap();
+        assert_eq!(installed(deleted.clone()), deleted);
     }
 
     #[test]

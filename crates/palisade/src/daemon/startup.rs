@@ -59,7 +59,7 @@ use super::{
     state::StateFile,
     sweeper::{self, Interval},
     view::Shared,
-    watchdog::{ControlActivity, feed_watchdog},
+    watchdog::{self, ControlActivity, feed_watchdog, notify},
     watcher,
     workers::Workers,
 };
@@ -81,10 +81,6 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let started = Instant::now();
     let program = Program::of_this_process();
     let received = handover::receive();
-    if received.token.is_some() {
-        // The watchdog of the process before is still running.
-        notify(&[NotifyState::Watchdog]);
-    }
     let (sender, messages) = mpsc::channel();
     // The signal handlers are installed first, so that a signal during the start is queued and handled after the start.
     forward_signals(sender.clone())?;
@@ -491,6 +487,7 @@ fn restart(mut control: Control, reply: Reply<Restarting>, socket: Socket) -> an
     let program = control.program.clone();
     info!("the daemon ends, and its program is executed again");
     let handover = control.workers.hand_over(token);
+    watchdog::allow_for_restart();
     let problem = handover::execute(&program, &handover);
     bail!(
         "the program cannot be executed again: {problem}; what is attached goes on enforcing the last policy"
@@ -567,13 +564,6 @@ pub(super) fn fqdn_config(config: &Config) -> palisade_fqdn::Config {
         } else {
             Special::Learn
         },
-    }
-}
-
-/// Notifies systemd, if it started the daemon.
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(problem) = sd_notify::notify(states) {
-        warn!(error = %problem, "the service manager cannot be notified");
     }
 }
 

@@ -19,6 +19,8 @@ use tracing::{error, info, warn};
 const WORKER_HANG_TIMEOUT: Duration = Duration::from_secs(10);
 /// Notifications in each watchdog interval. With four, one late notification does not cause a restart.
 const NOTIFICATIONS_PER_INTERVAL: u32 = 4;
+/// Interval of the watchdog during a planned restart, in which the new program starts: `TimeoutStartSec=` of the unit.
+const RESTART_INTERVAL: Duration = Duration::from_mins(5);
 
 /// Task of the control thread and its start; `None` while the thread waits for a message.
 #[derive(Debug, Default)]
@@ -98,6 +100,27 @@ pub(super) fn hanging(
     (!text.is_empty()).then_some(text)
 }
 
+/// Lengthens the interval of the service manager's watchdog for a planned restart. Without that, a start that takes longer
+/// than `WatchdogSec=`, as the unit permits, would be killed.
+pub(super) fn allow_for_restart() {
+    if sd_notify::watchdog_enabled().is_some() {
+        set_interval(RESTART_INTERVAL);
+    }
+}
+
+fn set_interval(interval: Duration) {
+    // More than 71 minutes do not fit.
+    let micros = u32::try_from(interval.as_micros()).unwrap_or(u32::MAX);
+    notify(&[NotifyState::WatchdogUsec(micros), NotifyState::Watchdog]);
+}
+
+/// Notifies systemd, if it started the daemon.
+pub(super) fn notify(states: &[NotifyState<'_>]) {
+    if let Err(problem) = sd_notify::notify(states) {
+        warn!(error = %problem, "the service manager cannot be notified");
+    }
+}
+
 /// Starts the thread that notifies the service manager's watchdog (`WatchdogSec=`) while no thread hangs. The service
 /// manager restarts a daemon that stops notifying.
 pub(super) fn feed_watchdog(
@@ -107,6 +130,8 @@ pub(super) fn feed_watchdog(
     let Some(interval) = sd_notify::watchdog_enabled() else {
         return Ok(());
     };
+    // The program before has lengthened it if this is a planned restart.
+    set_interval(interval);
     thread::Builder::new().name("watchdog".into()).spawn(move || {
         let mut told = None;
         loop {
@@ -116,9 +141,7 @@ pub(super) fn feed_watchdog(
                     if told.is_some() {
                         info!("no thread hangs any more");
                     }
-                    if let Err(problem) = sd_notify::notify(&[NotifyState::Watchdog]) {
-                        warn!(error = %problem, "the service manager cannot be notified");
-                    }
+                    notify(&[NotifyState::Watchdog]);
                 }
                 Some(hangs) if told.is_none() => {
                     error!(
