@@ -40,7 +40,7 @@ use super::{
     network::{self, Network},
     policies::{Event, PolicyFiles},
     proxy_link::{self, ProxyLink},
-    rule_numbers::RuleNumbers,
+    rule_numbers::{Freed, RuleNumbers},
     state::{NODE, StateFile},
     sweeper::Interval,
     units::Units,
@@ -545,14 +545,20 @@ impl Control {
         self.netfilter_due = true;
     }
 
-    /// Lets new rules have the numbers of removed rules that nothing has any more.
+    /// Lets new rules have the numbers of removed rules that nothing has any more, and forgets unused rule sets.
     fn reuse_rule_numbers(&mut self) {
         // A state that is put back would use its numbers again.
         if self.enforcer.is_behind() {
             return;
         }
         let counters = self.datapath.counters();
-        if self.rule_numbers.swept(&mut self.enforcer.compiler, &counters) {
+        let freed = self.rule_numbers.swept(&mut self.enforcer.compiler, &counters);
+        if freed.rule_sets {
+            let sets = Arc::clone(&self.enforcer.compiler.snapshot().rulesets);
+            self.inspectors
+                .set_rules(&sets, &self.workers, &mut self.interception);
+        }
+        if freed != Freed::default() {
             self.publish();
             self.changed();
         }

@@ -21,7 +21,7 @@ use tracing::error;
 use super::{
     events,
     fqdn::FqdnManager,
-    rule_numbers::RecordedRules,
+    rule_numbers::{Numbers, RecordedRules},
     view::{EventNames, Shared},
 };
 
@@ -66,15 +66,15 @@ pub(super) fn run(
             let copied = datapath.take_over_flows();
             let begun = Instant::now();
             let swept = copied.and_then(|copied| {
-                // Flows in the table of an earlier version can have rule numbers, too.
-                let wants_rules = copied.is_none() && recorded.is_wanted();
-                sweep(&datapath, &ring, &shared, &learned, wants_rules)
+                // Flows in the table of an earlier version can have numbers, too.
+                let wants_numbers = copied.is_none() && recorded.is_wanted();
+                sweep(&datapath, &ring, &shared, &learned, wants_numbers)
             });
             match swept {
-                Ok(Swept { in_use, rules }) => {
-                    if let Some(mut rules) = rules {
-                        rules.extend(ring.rules());
-                        recorded.report(begun, rules);
+                Ok(Swept { in_use, numbers }) => {
+                    if let Some(mut numbers) = numbers {
+                        numbers.rules.extend(ring.rules());
+                        recorded.report(begun, numbers);
                     }
                     learned.sweep(&in_use);
                 }
@@ -93,8 +93,8 @@ pub(super) fn run(
 struct Swept {
     /// Learned addresses of live egress connections, by endpoint.
     in_use: HashMap<u16, HashSet<IpAddr>>,
-    /// Rule numbers, if they are wanted.
-    rules: Option<HashSet<u32>>,
+    /// Numbers of rules and rule sets, if they are wanted.
+    numbers: Option<Numbers>,
 }
 
 /// Removes expired flows.
@@ -103,14 +103,14 @@ fn sweep(
     ring: &Ring,
     shared: &Shared,
     learned: &FqdnManager,
-    wants_rules: bool,
+    wants_numbers: bool,
 ) -> Result<Swept, MapError> {
     let now = monotonic_coarse();
     let names = EventNames::with_units(shared.get());
     let offset = events::clock_offset();
     let mut reported = 0;
     let mut in_use: HashMap<u16, HashSet<IpAddr>> = HashMap::new();
-    let mut rules = wants_rules.then(HashSet::new);
+    let mut numbers = wants_numbers.then(Numbers::default);
     datapath.conntrack().remove_if(
         |_, entry| entry.expires <= now,
         |fate, key, entry| match fate {
@@ -122,8 +122,9 @@ fn sweep(
             }
             Fate::Removed => {}
             Fate::Stays => {
-                if let Some(rules) = &mut rules {
-                    rules.insert(entry.rule);
+                if let Some(numbers) = &mut numbers {
+                    numbers.rules.insert(entry.rule);
+                    numbers.rule_sets.insert(entry.ruleset);
                 }
                 let remote = key.remote.into();
                 let is_outgoing = entry.flags & (ct_flags::INGRESS | ct_flags::CLOSED) == 0;
@@ -133,5 +134,5 @@ fn sweep(
             }
         },
     )?;
-    Ok(Swept { in_use, rules })
+    Ok(Swept { in_use, numbers })
 }

@@ -161,6 +161,23 @@ impl Compiler {
         self.snapshot.rules = Arc::clone(&self.rule_ids.infos);
     }
 
+    /// Returns the numbers of the rule sets that no policy table has any more. Conntrack entries can still have them.
+    #[must_use]
+    pub fn unused_rule_sets(&self) -> BTreeSet<u32> {
+        let tables = self.snapshot.tables.values();
+        let used: BTreeSet<u32> = tables
+            .flat_map(|table| table.entries.values().map(|entry| entry.ruleset))
+            .collect();
+        let known = self.rulesets.sets.keys();
+        known.filter(|id| !used.contains(id)).copied().collect()
+    }
+
+    /// Forgets rule sets of [`Self::unused_rule_sets`] that nothing refers to any more. An inspector drops what still does.
+    pub fn forget_rule_sets(&mut self, numbers: &BTreeSet<u32>) {
+        self.rulesets.forget(numbers);
+        self.snapshot.rulesets = Arc::clone(&self.rulesets.sets);
+    }
+
     /// Makes the compiler avoid the policy ids, identities and revisions that the maps hold after a restart of the daemon.
     /// Rule numbers stay: with other numbers a rule set would be another one, and connections that were inspected under it
     /// before would need an inspection again.

@@ -85,6 +85,12 @@ impl RuleSetIds {
         id
     }
 
+    /// Forgets rule sets. A set that is used again gets the number that it had, unless another set has it by then.
+    pub(super) fn forget(&mut self, ids: &BTreeSet<u32>) {
+        self.numbers.retain(|_, id| !ids.contains(id));
+        Arc::make_mut(&mut self.sets).retain(|id, _| !ids.contains(id));
+    }
+
     /// Returns the hash of a set or, if that number is 0 or taken, the next free number.
     fn free_id(&self, set: &RuleSet) -> u32 {
         let mut hasher = Fnv::default();
