@@ -257,6 +257,74 @@ fn detach_works_when_the_daemon_is_dead() {
 }
 
 #[test]
+fn the_maps_are_listed_from_the_pins_while_no_daemon_runs() {
+    let world = world();
+    let mut daemon = world
+        .daemon(Settings::default(), &[("front.yaml", FROM_FRONT)])
+        .expect("daemon");
+    world.expect(&daemon, ONLY_FRONT);
+    // Connections are listed in any order, and time and counters go on.
+    let connections = |rows: &Value| -> std::collections::BTreeSet<String> {
+        let rows = rows.as_array().expect("rows").iter();
+        rows.map(|row| format!("{} {} {}", row["source"], row["destination"], row["identity"]))
+            .collect()
+    };
+    let lists = [
+        &["bpf", "ipcache", "list"][..],
+        &["bpf", "policy", "get", "default/back"],
+        &["bpf", "policy", "get", "back"],
+        &["bpf", "policy", "get", "--all"],
+        &["bpf", "ct", "list", "default/back"],
+    ];
+    let read = |daemon: &palisade_testbed::Daemon, args: &[&str]| daemon.json(args).expect("a list");
+    let before = lists.map(|args| read(&daemon, args));
+    daemon.kill9().expect("kill -9");
+    for (args, before) in lists.into_iter().zip(before) {
+        let after = read(&daemon, args);
+        if args[1] == "ct" {
+            assert!(
+                connections(&before).is_superset(&connections(&after)),
+                "{before:#} {after:#}"
+            );
+            assert!(!connections(&after).is_empty());
+            continue;
+        }
+        // Texts of rules are in the policies, and labels of the node in the configuration, which only the daemon reads.
+        let without_texts = |list: &Value| {
+            let text = serde_json::to_string_pretty(list).expect("JSON");
+            let other = [
+                "\"decided_by\"",
+                "\"bytes\"",
+                "\"packets\"",
+                "node-role.kubernetes.io/worker",
+            ];
+            let lines = text
+                .lines()
+                .filter(|line| !other.iter().any(|key| line.contains(key)));
+            lines.map(|line| format!("{line}\n")).collect::<String>()
+        };
+        let name_of_node = before[0]["name"].as_str().unwrap_or_default();
+        let before =
+            without_texts(&before).replace(&format!("\"name\": \"{name_of_node}\""), "\"name\": \"host\"");
+        assert_eq!(without_texts(&after), before, "{args:?}");
+    }
+    let out = daemon.try_cli(&["bpf", "ipcache", "list"]).expect("palisade");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        said.contains("the daemon does not run") && said.contains(&*daemon.pins().to_string_lossy()),
+        "{said}"
+    );
+    let out = daemon
+        .try_cli(&["bpf", "policy", "get", "nope"])
+        .expect("palisade");
+    assert!(!out.status.success());
+    // Without pins there is nothing to list.
+    daemon.try_cli(&["stop", "--detach"]).expect("detach");
+    let out = daemon.try_cli(&["bpf", "ipcache", "list"]).expect("palisade");
+    assert_eq!(out.status.code(), Some(3));
+}
+
+#[test]
 fn status_names_hook_and_mode_of_each_attachment() {
     let world = world();
     for (hooks, endpoint, host) in [

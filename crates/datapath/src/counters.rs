@@ -73,14 +73,7 @@ impl Counters<'_> {
     /// # Errors
     /// [`MapError`] if the map cannot be read.
     pub fn rules(&self) -> Result<BTreeMap<u32, Counter>, MapError> {
-        let mut found = BTreeMap::new();
-        self.rules.for_each(|rule, values| {
-            let total = sum(values);
-            if total.packets != 0 {
-                found.insert(rule, total);
-            }
-        })?;
-        Ok(found)
+        by_rule(self.rules)
     }
 
     /// Sets the counters of rules to zero. No program may count at them meanwhile. Numbers beyond the capacity of the map are
@@ -118,6 +111,17 @@ impl Counters<'_> {
         })?;
         Ok(found)
     }
+}
+
+pub(crate) fn by_rule(rules: &PerCpuArray<Counter>) -> Result<BTreeMap<u32, Counter>, MapError> {
+    let mut found = BTreeMap::new();
+    rules.for_each(|rule, values| {
+        let total = sum(values);
+        if total.packets != 0 {
+            found.insert(rule, total);
+        }
+    })?;
+    Ok(found)
 }
 
 pub(crate) fn sum(values: &mut dyn Iterator<Item = Counter>) -> Counter {

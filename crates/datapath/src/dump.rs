@@ -106,11 +106,7 @@ impl Datapath {
     /// Returns the states of endpoints, without those that are all zero.
     #[must_use]
     pub fn endpoint_states(&self) -> BTreeMap<u16, EndpointState> {
-        (0..=u16::MAX)
-            .take(self.endpoints.len() as usize)
-            .map(|id| (id, self.endpoints.get(id)))
-            .filter(|(_, state)| *state != EndpointState::default())
-            .collect()
+        self.endpoints.states()
     }
 
     /// Returns the entries of the interface table, for interfaces with and without programs, ordered by slot.

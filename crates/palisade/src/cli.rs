@@ -328,7 +328,7 @@ also allow flows that should not have passed.")]
     /// policy files.
     #[command(after_help = "Examples:
   palisade policy trace --from default/frontend --to default/backend --port 8080
-  palisade policy trace --from world-ipv4 --to host --port 22
+  palisade policy trace --from world --to host --port 22
   palisade policy trace --from 192.0.2.7 --to default/web --port 443/tcp
   palisade policy trace --from default/a --to 10.0.9.5 --protocol icmp --port 8
   palisade policy trace --from default/a --to 192.0.2.53 --dns api.example.com
@@ -340,7 +340,8 @@ also allow flows that should not have passed.")]
   palisade policy trace --config palisade.toml --policies policies.d --from default/a --to default/b --port 53/udp
 
 An end is an endpoint or a peer by name, an endpoint's number, an address, or a reserved identity that is in use
-(host, world-ipv4, world-ipv6, remote-node, ...).
+(host, world-ipv4, world-ipv6, remote-node, ...). world stands for the world of both address families, unless the other
+end or the protocol has one; then two verdicts are printed, with -o json as an array.
 Exits 0 if the packet would pass (also by audit mode, or once it was inspected), 1 if it would be dropped.")]
     Trace(Box<TraceArgs>),
     /// Put policy files in force, after showing what changes; with --confirm they are rolled back unless confirmed.

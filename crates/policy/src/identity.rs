@@ -162,6 +162,20 @@ fn range(labels: &Labels) -> (Identity, Identity) {
     }
 }
 
+/// Names and numbers of the reserved identities.
+const RESERVED: [(&str, Identity); 10] = [
+    ("host", identity::HOST),
+    ("world", identity::WORLD),
+    ("unmanaged", identity::UNMANAGED),
+    ("health", identity::HEALTH),
+    ("init", identity::INIT),
+    ("remote-node", identity::REMOTE_NODE),
+    ("kube-apiserver", identity::KUBE_APISERVER),
+    ("ingress", identity::INGRESS),
+    ("world-ipv4", identity::WORLD_IPV4),
+    ("world-ipv6", identity::WORLD_IPV6),
+];
+
 /// Returns the fixed number of a set that consists of one reserved label; `None` for other sets.
 fn fixed(labels: &Labels) -> Option<Identity> {
     let mut all = labels.iter();
@@ -169,19 +183,17 @@ fn fixed(labels: &Labels) -> Option<Identity> {
     if all.next().is_some() || label.source != "reserved" {
         return None;
     }
-    Some(match label.key.as_str() {
-        "host" => identity::HOST,
-        "world" => identity::WORLD,
-        "unmanaged" => identity::UNMANAGED,
-        "health" => identity::HEALTH,
-        "init" => identity::INIT,
-        "remote-node" => identity::REMOTE_NODE,
-        "kube-apiserver" => identity::KUBE_APISERVER,
-        "ingress" => identity::INGRESS,
-        "world-ipv4" => identity::WORLD_IPV4,
-        "world-ipv6" => identity::WORLD_IPV6,
-        _ => return None,
-    })
+    RESERVED
+        .iter()
+        .find(|(name, _)| *name == label.key)
+        .map(|(_, number)| *number)
+}
+
+/// Returns the label set of a reserved identity; `None` for other identities.
+#[must_use]
+pub fn reserved(number: Identity) -> Option<Labels> {
+    let found = RESERVED.iter().find(|(_, fixed)| *fixed == number);
+    found.map(|(name, _)| Labels::reserved(name))
 }
 
 #[cfg(test)]
@@ -192,6 +204,15 @@ mod tests {
 
     fn labels(texts: &[&str]) -> Labels {
         Labels::new(texts.iter().map(|text| parse_label(text)))
+    }
+
+    #[test]
+    fn reserved_identities_have_one_label() {
+        assert_eq!(reserved(identity::HOST), Some(labels(&["reserved:host"])));
+        assert_eq!(reserved(identity::FIRST_LABELS), None);
+        for (name, number) in RESERVED {
+            assert_eq!(reserved(number).as_ref().and_then(fixed), Some(number), "{name}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Memory-mapped arrays: read and written without system calls.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::fd::AsRawFd as _,
     ptr::NonNull,
@@ -119,6 +119,15 @@ pub(crate) struct Endpoints {
 }
 
 impl Endpoints {
+    /// Returns the states of endpoints, without those that are all zero.
+    pub(crate) fn states(&self) -> BTreeMap<u16, EndpointState> {
+        (0..=u16::MAX)
+            .take(self.len() as usize)
+            .map(|id| (id, self.get(id)))
+            .filter(|(_, state)| *state != EndpointState::default())
+            .collect()
+    }
+
     pub(crate) fn new(raw: RawMap) -> Result<Self> {
         check_layout(&raw, size_of::<u32>(), size_of::<EndpointState>())?;
         Ok(Self {

@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::bail;
 
-use super::output::{EXIT_NO, EXIT_OK, confirmed, show};
+use super::{
+    output::{EXIT_NO, EXIT_OK, confirmed, show},
+    pinned::or_pinned,
+};
 use crate::{
     cli::{ConnectionArgs, Output},
     control::{
@@ -22,27 +25,29 @@ use crate::{
 const MAX_SORTED: usize = 10_000;
 
 /// Runs `palisade bpf ct list`.
-pub(super) fn list(socket: &Path, args: &ConnectionArgs, output: Output) -> anyhow::Result<u8> {
-    let mut client = Client::send(socket, &Request::BpfCtList(filter(args)?))?;
+pub(super) fn list(
+    socket: &Path,
+    config: &Path,
+    args: &ConnectionArgs,
+    output: Output,
+) -> anyhow::Result<u8> {
+    let filter = filter(args)?;
     let mut rows: Vec<ConnectionRow> = Vec::new();
     // Values of a JSON path refer to the whole list.
     let is_whole = matches!(output, Output::JsonPath(_));
     let mut listing = Listing::new(io::stdout().lock(), output == Output::Json);
-    loop {
-        match client.next()? {
-            Some(Answer::Connections(more)) => {
-                rows.extend(more);
-                if !is_whole && rows.len() > MAX_SORTED {
-                    rows.drain(..).try_for_each(|row| listing.row(&row))?;
-                }
-            }
-            Some(Answer::Ok(_)) => break,
-            Some(Answer::Error(message)) => bail!(message),
-            Some(
-                Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Capture(_) | Answer::Alive,
-            ) => {}
-            None => bail!("the daemon closed the connection before the end of the answer"),
+    let mut take = |more: Vec<ConnectionRow>| {
+        rows.extend(more);
+        if !is_whole && rows.len() > MAX_SORTED {
+            rows.drain(..).try_for_each(|row| listing.row(&row))?;
         }
+        Ok(())
+    };
+    match Client::send(socket, &Request::BpfCtList(filter.clone())) {
+        Ok(client) => receive(client, &mut take)?,
+        Err(error) => or_pinned(config, Err(error), |pinned| {
+            pinned.connections(&filter, &mut take)
+        })?,
     }
     if is_whole {
         drop(listing);
@@ -55,6 +60,24 @@ pub(super) fn list(socket: &Path, args: &ConnectionArgs, output: Output) -> anyh
     rows.iter().try_for_each(|row| listing.row(row))?;
     listing.finish()?;
     Ok(EXIT_OK)
+}
+
+/// Passes the connections that the daemon sends to `take`.
+fn receive(
+    mut client: Client,
+    mut take: impl FnMut(Vec<ConnectionRow>) -> io::Result<()>,
+) -> anyhow::Result<()> {
+    loop {
+        match client.next()? {
+            Some(Answer::Connections(more)) => take(more)?,
+            Some(Answer::Ok(_)) => return Ok(()),
+            Some(Answer::Error(message)) => bail!(message),
+            Some(
+                Answer::Flow(_) | Answer::Lost(_) | Answer::Agent(_) | Answer::Capture(_) | Answer::Alive,
+            ) => {}
+            None => bail!("the daemon closed the connection before the end of the answer"),
+        }
+    }
 }
 
 /// Runs `palisade bpf ct flush`.

@@ -10,8 +10,9 @@ use palisade_advice::record::Recorded;
 
 use super::{
     output::{EXIT_NO, EXIT_OK, load_config, show},
-    policy::{policy_files, trace_request},
+    policy::policy_files,
     recorded::Lines,
+    trace::trace_request,
 };
 use crate::{
     cli::{ExplainArgs, Output},

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::{
     output::{EXIT_OK, show},
+    pinned::or_pinned,
     session::sessions,
 };
 use crate::{
@@ -20,8 +21,9 @@ use crate::{
             Endpoint, FqdnRow, IdentityRow, IpcacheRow, PolicyRow, PolicySummary, Request, SelectorRow,
             Status,
         },
-        client::ask,
+        client::{ClientError, ask},
     },
+    daemon::Pinned,
     table::Table,
 };
 
@@ -378,30 +380,44 @@ fn identity_table(rows: &[IdentityRow]) -> Table {
 /// labels.
 pub(super) fn policy_table(
     socket: &Path,
+    config: &Path,
     endpoint: Option<&str>,
     numeric: bool,
     output: Output,
 ) -> anyhow::Result<u8> {
-    let table = |endpoint: &str| -> anyhow::Result<Vec<PolicyRow>> {
+    let asked = |endpoint: &str| {
         let request = Request::BpfPolicyGet {
             endpoint: endpoint.to_owned(),
         };
-        Ok(ask(socket, &request)?)
+        ask::<Vec<PolicyRow>>(socket, &request)
     };
     if let Some(endpoint) = endpoint {
-        return show(&table(endpoint)?, output, |rows, out| {
+        let rows = or_pinned(config, asked(endpoint), |pinned| pinned.policy_table(endpoint))?;
+        return show(&rows, output, |rows, out| {
             write!(out, "{}", policy_rows(rows, numeric))
         });
     }
-    let endpoints: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
-    let mut answer = Vec::new();
-    for endpoint in endpoints {
-        answer.push(EndpointTable {
-            endpoint: endpoint.id,
-            entries: table(&endpoint.id.to_string())?,
-            name: endpoint.name,
+    let all = || {
+        let endpoints: Vec<Endpoint> = ask(socket, &Request::EndpointList)?;
+        let tables = endpoints.into_iter().map(|endpoint| {
+            Ok(EndpointTable {
+                endpoint: endpoint.id,
+                entries: asked(&endpoint.id.to_string())?,
+                name: endpoint.name,
+            })
         });
-    }
+        tables.collect::<Result<Vec<_>, ClientError>>()
+    };
+    let answer = or_pinned(config, all(), |pinned| {
+        let tables = pinned.endpoints().into_iter().map(|(endpoint, name)| {
+            Ok(EndpointTable {
+                endpoint,
+                entries: pinned.policy_table(&endpoint.to_string())?,
+                name,
+            })
+        });
+        tables.collect()
+    })?;
     show(&answer, output, |tables, out| {
         for (place, table) in tables.iter().enumerate() {
             let before = if place == 0 { "" } else { "\n" };
@@ -461,8 +477,10 @@ fn policy_rows(rows: &[PolicyRow], numeric: bool) -> Table {
     table
 }
 
-pub(super) fn ipcache(socket: &Path, output: Output) -> anyhow::Result<u8> {
-    let answer: Vec<IpcacheRow> = ask(socket, &Request::BpfIpcacheList)?;
+/// Runs `palisade bpf ipcache list`.
+pub(super) fn ipcache(socket: &Path, config: &Path, output: Output) -> anyhow::Result<u8> {
+    let asked = ask::<Vec<IpcacheRow>>(socket, &Request::BpfIpcacheList);
+    let answer = or_pinned(config, asked, Pinned::ipcache)?;
     show(&answer, output, |rows, out| {
         let mut table = Table::new(&["IP PREFIX/ADDRESS", "IDENTITY", "ENDPOINT", "LABELS"]);
         for row in rows {

@@ -14,6 +14,7 @@ mod log;
 mod manual;
 mod monitor;
 mod output;
+mod pinned;
 mod policy;
 mod policy_change;
 mod recorded;
@@ -22,6 +23,7 @@ mod replay;
 mod service;
 mod session;
 mod top;
+mod trace;
 mod uninstall;
 
 use std::{
@@ -130,11 +132,11 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
             PolicyCommand::Test { paths, .. } => policy::test(paths),
             PolicyCommand::Suggest(args) => recorded_policies::suggest(socket, args),
             PolicyCommand::Trace(args) => {
-                let request = policy::trace_request(&args.from, args.to.as_deref(), &args.packet)?;
-                policy::trace(
+                let requests = trace::trace_requests(&args.from, args.to.as_deref(), &args.packet)?;
+                trace::trace(
                     &cli.config,
                     &socket()?,
-                    request,
+                    requests,
                     &args.policies,
                     args.output.output,
                 )
@@ -198,9 +200,15 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 all: _,
                 numeric,
                 output,
-            }) => inspect::policy_table(&socket()?, endpoint.as_deref(), *numeric, output.output),
+            }) => inspect::policy_table(
+                &socket()?,
+                &cli.config,
+                endpoint.as_deref(),
+                *numeric,
+                output.output,
+            ),
             BpfCommand::Ct(BpfCtCommand::List { connections, output }) => {
-                conntrack::list(&socket()?, connections, output.output)
+                conntrack::list(&socket()?, &cli.config, connections, output.output)
             }
             BpfCommand::Ct(BpfCtCommand::Flush {
                 connections,
@@ -208,7 +216,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
                 output,
             }) => conntrack::flush(&socket()?, connections, *yes, output.output),
             BpfCommand::Ipcache(BpfIpcacheCommand::List { output }) => {
-                inspect::ipcache(&socket()?, output.output)
+                inspect::ipcache(&socket()?, &cli.config, output.output)
             }
         },
         Command::Explain(args) => explain::explain((&cli.config, cli.names_config()), socket, args),

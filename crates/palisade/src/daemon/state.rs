@@ -111,6 +111,18 @@ where
     }
 }
 
+/// Returns the state in a state directory, which stays as it is.
+///
+/// # Errors
+/// The file cannot be read or parsed.
+pub(super) fn read<C: for<'de> Deserialize<'de>>(dir: &Path) -> Result<State<C>, String> {
+    let path = dir.join(STATE);
+    fs::read(&path)
+        .map_err(|error| error.to_string())
+        .and_then(|bytes| understand(&bytes))
+        .map_err(|problem| format!("{}: {problem}", path.display()))
+}
+
 fn understand<C: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<State<C>, String> {
     // Older versions wrote the JSON without the first line.
     let text = if checked_file::is_sealed(bytes) {

@@ -164,6 +164,25 @@ impl View {
     }
 }
 
+/// Names of the numbers in the maps.
+pub(super) trait MapNames {
+    /// Returns the labels of an identity; empty if they are not known.
+    fn labels(&self, identity: Identity) -> Vec<String>;
+
+    /// Returns the text of a rule.
+    fn rule(&self, rule: u32) -> String;
+}
+
+impl MapNames for View {
+    fn labels(&self, identity: Identity) -> Vec<String> {
+        self.labels(identity)
+    }
+
+    fn rule(&self, rule: u32) -> String {
+        self.rule(rule)
+    }
+}
+
 /// The current view. Readers take a reference and never wait for a compilation.
 #[derive(Debug, Default)]
 pub(super) struct Shared(RwLock<Arc<View>>);

@@ -1,9 +1,8 @@
 //! The conntrack table: `palisade bpf ct list` and `palisade bpf ct flush`.
 
-use std::{cell::RefCell, io, net::IpAddr, ops::ControlFlow};
+use std::{cell::RefCell, io, ops::ControlFlow};
 
-use ipnet::IpNet;
-use palisade_abi::{CtEntry, CtKey, ct_flags, protocol};
+use palisade_abi::{CtEntry, CtKey};
 use palisade_datapath::{Fate, monotonic_coarse};
 use palisade_policy::cuts::CutFinder;
 
@@ -13,45 +12,15 @@ use crate::{
         api::{Answer, ConnectionFilter, ConnectionRow, Flushed},
         server::Sink,
     },
-    daemon::{cuts, message::ClientRequest},
+    daemon::{
+        cuts,
+        map_rows::{Selected, connection_row},
+        message::ClientRequest,
+    },
 };
 
 /// Largest number of connections in one line of an answer.
 const ROWS_PER_LINE: usize = 512;
-
-/// A [`ConnectionFilter`] with the number of its endpoint.
-struct Selected<'f> {
-    filter: &'f ConnectionFilter,
-    endpoint: Option<u16>,
-}
-
-impl Selected<'_> {
-    fn has(&self, key: &CtKey, entry: &CtEntry) -> bool {
-        let filter = self.filter;
-        let any = |list_is_empty: bool, found: bool| list_is_empty || found;
-        let ends = [key.local, key.remote].map(|address| IpNet::from(IpAddr::from(address)));
-        let ports = [key.local_port, key.remote_port];
-        self.endpoint.is_none_or(|endpoint| endpoint == key.endpoint)
-            && filter.protocol.is_none_or(|number| number == key.protocol)
-            && filter
-                .ingress
-                .is_none_or(|ingress| ingress == (entry.flags & ct_flags::INGRESS != 0))
-            && filter
-                .identity
-                .is_none_or(|identity| identity == entry.remote_identity)
-            && any(
-                filter.addresses.is_empty(),
-                filter
-                    .addresses
-                    .iter()
-                    .any(|prefix| ends.iter().any(|end| prefix.contains(end))),
-            )
-            && any(
-                filter.ports.is_empty(),
-                cuts::has_ports(key) && filter.ports.iter().any(|port| ports.contains(port)),
-            )
-    }
-}
 
 impl Handlers {
     fn selected<'f>(&self, filter: &'f ConnectionFilter) -> Result<Selected<'f>, String> {
@@ -71,7 +40,9 @@ impl Handlers {
         let mut sent = Ok(());
         let walk = self.datapath.conntrack().for_each_chunk(|chunk| {
             let found = chunk.iter().filter(|(key, entry)| selected.has(key, entry));
-            let rows: Vec<ConnectionRow> = found.map(|(key, entry)| row(key, entry, now)).collect();
+            let rows: Vec<ConnectionRow> = found
+                .map(|(key, entry)| connection_row(key, entry, now))
+                .collect();
             for rows in rows.chunks(ROWS_PER_LINE) {
                 sent = sink.queue(&Answer::Connections(rows.to_vec()));
                 if sent.is_err() {
@@ -131,61 +102,5 @@ impl Handlers {
             flushed: outcome.removed,
             kept,
         })
-    }
-}
-
-fn row(key: &CtKey, entry: &CtEntry, now: u64) -> ConnectionRow {
-    let end = |address, port: u16| match IpAddr::from(address) {
-        address if matches!(key.protocol, protocol::ICMP | protocol::ICMPV6) => address.to_string(),
-        IpAddr::V4(address) => format!("{address}:{port}"),
-        IpAddr::V6(address) => format!("[{address}]:{port}"),
-    };
-    let ingress = entry.flags & ct_flags::INGRESS != 0;
-    let (local, remote) = (end(key.local, key.local_port), end(key.remote, key.remote_port));
-    let (source, destination) = if ingress { (remote, local) } else { (local, remote) };
-    let flags = [
-        (ct_flags::AUDIT, "Audit"),
-        (ct_flags::REPLIED, "Replied"),
-        (ct_flags::SEEDED, "Seeded"),
-        (ct_flags::MIDSTREAM, "Midstream"),
-        (ct_flags::CLOSED, "Closed"),
-    ];
-    ConnectionRow {
-        protocol: protocol_name(key.protocol),
-        direction: if ingress { "IN" } else { "OUT" }.to_owned(),
-        source,
-        destination,
-        endpoint: key.endpoint,
-        expires_in_seconds: seconds_until(entry.expires, now),
-        forward_packets: entry.forward_packets,
-        forward_bytes: entry.forward_bytes,
-        reply_packets: entry.reply_packets,
-        reply_bytes: entry.reply_bytes,
-        forward_tcp: entry.forward_tcp,
-        reply_tcp: entry.reply_tcp,
-        identity: entry.remote_identity,
-        revision: entry.revision,
-        rule: entry.rule,
-        flags: flags
-            .into_iter()
-            .filter(|(bit, _)| entry.flags & bit != 0)
-            .map(|(_, name)| name.to_owned())
-            .collect(),
-    }
-}
-
-fn seconds_until(time: u64, now: u64) -> i64 {
-    let difference = i128::from(time) - i128::from(now);
-    i64::try_from(difference / 1_000_000_000).unwrap_or(i64::MAX)
-}
-
-fn protocol_name(number: u8) -> String {
-    match number {
-        protocol::TCP => "TCP".to_owned(),
-        protocol::UDP => "UDP".to_owned(),
-        protocol::SCTP => "SCTP".to_owned(),
-        protocol::ICMP => "ICMP".to_owned(),
-        protocol::ICMPV6 => "ICMPv6".to_owned(),
-        other => other.to_string(),
     }
 }

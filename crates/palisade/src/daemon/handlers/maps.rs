@@ -1,16 +1,14 @@
 //! Requests that are answered from the published view and the maps.
 
-use std::net::IpAddr;
-
-use palisade_abi::{Counter, Decision, Direction, INSIDE, Identity, LearnedKey, entry_flags, identity};
+use palisade_abi::{Counter, Identity, LearnedKey};
 use palisade_fqdn::{SelectorId, Selectors};
-use palisade_model::{rule::FqdnPattern, snapshot::inspector_name};
+use palisade_model::rule::FqdnPattern;
 use palisade_protocols::dns::Name;
 
 use super::{
     super::{
+        map_rows::{ipcache_rows, policy_rows},
         message::ClientRequest,
-        view::{View, class_names, prefix_text},
     },
     Handlers, map_error,
 };
@@ -56,50 +54,10 @@ impl Handlers {
         let Some(state) = states.get(&endpoint.id) else {
             return Err(format!("endpoint {} has no policy table yet", endpoint.id));
         };
-        let mut entries = self.datapath.policy_entries().map_err(map_error)?;
-        entries.retain(|(key, _)| key.policy == state.policy);
-        entries.sort_by_key(|(key, _)| (key.direction, key.identity, key.class));
+        let entries = self.datapath.policy_entries().map_err(map_error)?;
         let counters = self.datapath.counters().rules().map_err(map_error)?;
-        let classes = class_names(&view.snapshot.classes);
-        let rows = entries
-            .into_iter()
-            .map(|(key, entry)| {
-                let decision = Decision::from_u8(entry.decision);
-                let count = counters.get(&entry.rule).copied().unwrap_or_default();
-                PolicyRow {
-                    policy: decision_name(decision).to_owned(),
-                    direction: match (
-                        key.direction & !INSIDE == Direction::Ingress as u8,
-                        key.direction & INSIDE != 0,
-                    ) {
-                        (true, false) => "Ingress",
-                        (false, false) => "Egress",
-                        (true, true) => "Ingress (inside)",
-                        (false, true) => "Egress (inside)",
-                    }
-                    .to_owned(),
-                    identity: key.identity,
-                    labels: if key.identity == identity::ANY {
-                        vec!["ANY".to_owned()]
-                    } else {
-                        known_or_number(&view, key.identity)
-                    },
-                    ports: classes
-                        .get(&key.class)
-                        .cloned()
-                        .unwrap_or_else(|| vec![format!("class {}", key.class)]),
-                    inspector: (decision == Decision::Inspect)
-                        .then(|| inspector_name(entry.inspector).to_owned()),
-                    auth: decision == Decision::AuthRequired,
-                    audit: entry.flags & entry_flags::AUDIT != 0 && !matches!(decision, Decision::Allow),
-                    rule: entry.rule,
-                    decided_by: view.rule(entry.rule),
-                    bytes: count.bytes,
-                    packets: count.packets,
-                }
-            })
-            .collect();
-        Ok(rows)
+        let classes = &view.snapshot.classes;
+        Ok(policy_rows(entries, state.policy, &counters, classes, &*view))
     }
 
     /// Returns an endpoint that is given by number, name or address.
@@ -189,44 +147,8 @@ impl Handlers {
 
     pub(super) fn ipcache(&self) -> Result<Vec<IpcacheRow>, String> {
         let view = self.shared.get();
-        let mut rows = Vec::new();
-        let mut addresses = self.datapath.addresses().map_err(map_error)?;
-        addresses.sort_by_key(|(address, _)| IpAddr::from(*address));
-        for (address, entry) in addresses {
-            let address = IpAddr::from(address);
-            let length = if address.is_ipv4() { 32 } else { 128 };
-            rows.push((format!("{address}/{length}"), entry));
-        }
-        let mut prefixes = self.datapath.prefixes().map_err(map_error)?;
-        prefixes.sort_by_key(|(key, _)| (IpAddr::from(key.addr), key.length));
-        rows.extend(prefixes.into_iter().map(|(key, entry)| (prefix_text(key), entry)));
-        let rows = rows
-            .into_iter()
-            .map(|(prefix, entry)| IpcacheRow {
-                prefix,
-                identity: entry.identity,
-                endpoint: entry.endpoint,
-                labels: view.labels(entry.identity),
-            })
-            .collect();
-        Ok(rows)
-    }
-}
-
-fn known_or_number(view: &View, identity: Identity) -> Vec<String> {
-    let labels = view.labels(identity);
-    if labels.is_empty() {
-        vec![format!("identity {identity}")]
-    } else {
-        labels
-    }
-}
-
-const fn decision_name(decision: Decision) -> &'static str {
-    match decision {
-        Decision::Allow => "Allow",
-        Decision::Inspect => "Inspect",
-        Decision::AuthRequired => "Auth",
-        Decision::Deny | Decision::DenyExplicit | Decision::DenyQuic => "Deny",
+        let addresses = self.datapath.addresses().map_err(map_error)?;
+        let prefixes = self.datapath.prefixes().map_err(map_error)?;
+        Ok(ipcache_rows(addresses, prefixes, &*view))
     }
 }
