@@ -21,6 +21,7 @@ use nix::{
     fcntl::{Flock, FlockArg, OFlag},
     unistd::geteuid,
 };
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 
 /// Longest wait for a lock that a daemon holds while it ends.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
@@ -176,6 +177,38 @@ pub(crate) struct Found {
     pub there: PathBuf,
     /// The missing rest.
     pub missing: PathBuf,
+}
+
+impl Found {
+    /// Returns why this process could not make the missing part and write there; `None` if nothing speaks against it.
+    /// Makes nothing.
+    pub(crate) fn cannot_be_made(&self) -> Option<String> {
+        let problem = match fs::symlink_metadata(&self.there) {
+            Ok(metadata) if metadata.is_dir() => match accessat(
+                CWD,
+                &self.there,
+                Access::WRITE_OK | Access::EXEC_OK,
+                AtFlags::EACCESS,
+            ) {
+                Ok(()) if self.missing.as_os_str().is_empty() => return None,
+                Ok(()) => kernel_file_system(&self.there)?,
+                Err(error) => return Some(failed(&self.there, &error.into()).to_string()),
+            },
+            Ok(_) => "is not a directory".to_owned(),
+            Err(error) => return Some(failed(&self.there, &error).to_string()),
+        };
+        Some(format!("{}: {problem}", self.there.display()))
+    }
+}
+
+/// Returns a text if the files below a directory are the kernel's. There, a directory that is missing cannot be made,
+/// whatever its mode says.
+fn kernel_file_system(dir: &Path) -> Option<String> {
+    const SYSFS_MAGIC: u64 = 0x6265_6572;
+    const PROC_MAGIC: u64 = 0x9fa0;
+    let kind = rustix::fs::statfs(dir).ok()?.f_type;
+    let is_kernel = matches!(u64::try_from(kind), Ok(PROC_MAGIC | SYSFS_MAGIC));
+    is_kernel.then(|| "the kernel lets no directory be made there".to_owned())
 }
 
 /// Resolves the symbolic links and `..` of a path like the kernel. Fails if another user could replace a component of
@@ -407,6 +440,29 @@ mod tests {
             std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
             assert!(refused(&link.join("state")).contains("a link of user 4711"));
             assert!(refused(&link).contains("a link of user 4711"));
+        }
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_is_known_without_making_it() {
+        let root = tempfile::tempdir().unwrap();
+        let problem = |path: &Path| walk(path).unwrap().cannot_be_made();
+        let missing = root.path().join("a/b");
+        assert_eq!(problem(root.path()), None);
+        assert_eq!(problem(&missing), None);
+        assert!(!root.path().join("a").exists());
+        let file = root.path().join("file");
+        fs::write(&file, "x").unwrap();
+        assert!(problem(&file).unwrap().ends_with("file: is not a directory"));
+        let below_a_file = walk(&file.join("b")).unwrap_err().to_string();
+        assert!(below_a_file.contains("Not a directory"), "{below_a_file}");
+        for kernel in ["/proc/no-such/state", "/sys/no-such/state"] {
+            let text = problem(Path::new(kernel)).unwrap();
+            assert!(
+                // Without root, the mode of the directory says it, too.
+                text.contains("lets no directory be made") || text.contains("Permission denied"),
+                "{text}"
+            );
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use nix::{errno::Errno, fcntl::Flock};
+use nix::{errno::Errno, fcntl::Flock, unistd::geteuid};
 use palisade_datapath::check_pin_dir;
 
 use crate::{
@@ -14,6 +14,9 @@ use crate::{
     control::server,
     trusted_path::{UnsafePath, is_own, lock_dir, private_dir, walk},
 };
+
+/// Option of the state directory, without which a daemon runs.
+const STATE_DIR: &str = "[node] state_dir";
 
 /// The locks of the directories and the claim to the socket. They are released when this value is dropped.
 #[derive(Debug)]
@@ -33,7 +36,7 @@ pub(crate) struct PrivateDirs {
 /// Fails if another daemon uses one of the directories or the socket, if a user other than root and the user of this
 /// process could change them, or if the pin directory or the socket cannot be used for another reason.
 pub(super) fn take(node: &Node) -> anyhow::Result<PrivateDirs> {
-    let (state, state_problem) = match private_dir(&node.state_dir, "[node] state_dir") {
+    let (state, state_problem) = match private_dir(&node.state_dir, STATE_DIR) {
         Ok(dir) => (Some(lock_dir(&dir, "state_dir")?), None),
         Err(UnsafePath::Failed(problem)) => (None, Some(problem)),
         Err(refusal) => return Err(refusal.into()),
@@ -101,12 +104,12 @@ pub(super) fn writable_by_others(config: &Config) -> Vec<String> {
 /// Returns the reasons for which a daemon would refuse this configuration on this machine, and warnings, for example
 /// about missing files and interfaces. Changes nothing.
 pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
-    let (mut refused, mut missing) = (Vec::new(), Vec::new());
+    let (mut refused, mut missing, mut unusable) = (Vec::new(), Vec::new(), Vec::new());
     let node = &config.node;
     let socket_dir = node.socket.parent().unwrap_or(Path::new("/"));
     for (setting, path) in [
         ("[node] pin_dir", node.pin_dir.as_path()),
-        ("[node] state_dir", &node.state_dir),
+        (STATE_DIR, &node.state_dir),
         ("[node] socket", socket_dir),
     ] {
         match walk(path) {
@@ -121,9 +124,19 @@ pub(crate) fn check(config: &Config) -> (Vec<String>, Vec<String>) {
                     path.display(),
                     metadata.uid()
                 )),
-                _ => {}
+                _ => unusable.extend(found.cannot_be_made().map(|problem| (setting, problem))),
             },
-            Ok(_) => {}
+            Ok(found) => unusable.extend(found.cannot_be_made().map(|problem| (setting, problem))),
+        }
+    }
+    // The daemon runs as root, so what another user cannot do says nothing.
+    unusable.retain(|_| geteuid().is_root());
+    for (setting, problem) in unusable {
+        match setting {
+            STATE_DIR => missing.push(format!(
+                "{setting}: {problem}: the daemon would run without it, and forget numbers and settings when it ends"
+            )),
+            _ => refused.push(format!("{setting}: {problem}")),
         }
     }
     missing.extend(writable_by_others(config));
@@ -154,6 +167,36 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    #[test]
+    fn directories_that_cannot_be_made_are_named_before_a_start() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let checked = |state: &str, socket: &str| {
+            let text = format!("[node]\nname = \"n\"\nstate_dir = {state:?}\nsocket = {socket:?}\n");
+            check(&Config::parse(&root.path().join("palisade.toml"), &text).unwrap())
+        };
+        let good = |name: &str| root.path().join(name).display().to_string();
+        let names = |texts: &[String], start: &str| {
+            texts
+                .iter()
+                .any(|text| text.starts_with(start) && text.contains("/proc"))
+        };
+        let (refused, warnings) = checked(&good("state"), &good("run/socket"));
+        assert!(refused.is_empty(), "{refused:?}");
+        assert!(
+            !warnings.iter().any(|text| text.contains("state_dir")),
+            "{warnings:?}"
+        );
+        assert!(!root.path().join("state").exists());
+        // Without its state a daemon enforces; without its socket it does not start.
+        let (refused, warnings) = checked("/proc/no-such/state", &good("run/socket"));
+        assert!(refused.is_empty() && names(&warnings, STATE_DIR), "{warnings:?}");
+        let (refused, _) = checked(&good("state"), "/proc/no-such/socket");
+        assert!(names(&refused, "[node] socket"), "{refused:?}");
+    }
 
     #[test]
     fn a_directory_above_configuration_or_policies_that_others_can_write_is_a_warning() {
