@@ -3,14 +3,17 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
     time::{Duration, Instant},
 };
 
-use palisade_testbed::{Daemon, daemon::Settings, ns::wait_until, web::curl};
+use palisade_testbed::{Daemon, daemon::Settings, ns::wait_until, topology::FAMILIES, web::curl};
 use palisade_tests::{
     World,
     fixtures::{
-        hubble::{call, calls, replies, socket, start},
+        hubble::{call, calls, credentials, replies, socket, start},
+        pki::{Authority, Validity},
         python::{self, Script},
     },
     setup::tables,
@@ -216,4 +219,50 @@ fn attackers_of_the_metrics_server_and_the_control_socket_keep_no_other_client_w
         &["half-line", "deaf-observe", "long-line", "nested"],
         &[],
     );
+}
+
+#[test]
+fn floods_of_handshakes_keep_no_client_of_another_address_out() {
+    let world = world();
+    let dir = tempfile::tempdir().expect("a folder");
+    let ca = Authority::root(dir.path(), "ca").expect("an authority");
+    let made = |name: &str| {
+        ca.server(name, &[name], Validity::Now, true)
+            .expect("a certificate")
+    };
+    let (own, client) = (made("node1"), made("client"));
+    fs::set_permissions(&own.key, fs::Permissions::from_mode(0o600)).expect("private");
+    let section = format!(
+        "[hubble]\nlisten = \"[::]:4244\"\ntls_certificate = {:?}\ntls_key = {:?}\nclient_ca = {:?}\n",
+        own.cert, own.key, ca.cert
+    );
+    let daemon = world
+        .daemon(tables(&section), &[("p.yaml", POLICIES)])
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let mine = credentials("node1", &ca.cert, Some((&client.cert, &client.key)));
+    for family in FAMILIES {
+        let at = world.at("node", family, 4244).to_string();
+        let ask = || {
+            let list = [call("s", "ServerStatus", json!({}))];
+            calls(world.ns("node"), &at, Some(&mine), &list).is_ok_and(|said| said["s"].code == "OK")
+        };
+        wait_until("the listener", LONG, ask)
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.report()));
+        // The begins of handshakes, held or as many as possible; no TLS at all; no certificate.
+        for attack in ["tls-half", "tls-flood", "tls-plain", "tls-full"] {
+            let files = [Path::new("node1"), &ca.cert];
+            let script = python::attack(world.ns("far"), attack, &at, 4, 80, &files).expect("an attack");
+            std::thread::sleep(Duration::from_millis(500));
+            for _ in 0..3 {
+                let begun = Instant::now();
+                assert!(
+                    ask() && begun.elapsed() < ANSWER,
+                    "{attack} at {at}\n{}",
+                    daemon.report()
+                );
+            }
+            script.line("sent").expect("the end of the attack");
+            world.expect(&daemon, TRAFFIC);
+        }
+    }
 }
