@@ -1,8 +1,10 @@
 //! Compiles the definitions in `proto` to message types, service traits, and a table of all messages and fields
-//! (`schema.rs`), by which requests are checked for unknown fields and field masks are applied.
+//! (`schema.rs`), by which requests are checked for unknown fields and field masks are applied. The definitions themselves
+//! (`definitions.bin`) describe the messages of a client, which are read and written as JSON.
 
 use std::{collections::BTreeMap, env, error::Error, fmt::Write as _, fs, path::PathBuf};
 
+use prost::Message as _;
 use prost_types::{
     DescriptorProto, FileDescriptorSet,
     field_descriptor_proto::{Label, Type},
@@ -22,6 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let files = protox::compile(FILES, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("schema.rs"), schema(&files))?;
+    fs::write(out.join("definitions.bin"), files.encode_to_vec())?;
     let mut config = prost_build::Config::new();
     config
         .out_dir(&out)

@@ -17,6 +17,7 @@ mod connection;
 mod convert;
 mod filter;
 mod health;
+pub mod json;
 mod mask;
 mod namespaces;
 mod observer;

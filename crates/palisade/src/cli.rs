@@ -9,6 +9,7 @@ mod node;
 mod observe;
 mod output;
 mod replay;
+mod server;
 pub(crate) mod top;
 
 use std::{path::PathBuf, time::Duration};
@@ -25,6 +26,7 @@ pub(crate) use self::node::{InitArgs, UninstallArgs};
 use self::observe::OBSERVE_HELP;
 pub(crate) use self::observe::{FilterArgs, ObserveArgs};
 pub(crate) use self::replay::{FlowOutput, ReplayArgs};
+pub(crate) use self::server::ServerArgs;
 pub(crate) use output::{Output, OutputArgs};
 
 use crate::config;
@@ -186,6 +188,9 @@ Examples:
     /// Content of the BPF maps.
     #[command(subcommand)]
     Bpf(BpfCommand),
+    /// Nodes and namespaces that a server of the flow API reports about.
+    #[command(subcommand)]
+    List(ListCommand),
     /// Show flows per second, verdicts, talkers, rules, drops and workers, as they change.
     #[command(after_help = "Examples:
   palisade top
@@ -722,6 +727,35 @@ pub(crate) struct CheckArgs {
     /// Address of the client of a connection to an endpoint.
     #[arg(long, value_name = "ADDRESS", requires = "to")]
     pub client: Option<std::net::IpAddr>,
+}
+
+/// `palisade list`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ListCommand {
+    /// List the nodes: their state, and how full their flow rings are.
+    #[command(after_help = "Examples:
+  palisade list nodes
+  palisade list nodes --server tls://relay:4245 --tls-ca-cert-files ca.crt
+
+Without --server, the daemon of this node is asked at the socket of its flow API.")]
+    Nodes {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// List the namespaces of the flows of the last hour.
+    #[command(after_help = "Examples:
+  palisade list namespaces
+  palisade list namespaces --server node1:4245
+
+Without --server, the daemon of this node is asked at the socket of its flow API.")]
+    Namespaces {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
 }
 
 /// `palisade bpf`.

@@ -3,6 +3,7 @@
 
 use std::{io::IsTerminal as _, path::PathBuf, time::SystemTime};
 
+use super::server::ServerArgs;
 use clap::{
     Arg, ArgAction, ArgMatches, Args, ColorChoice, FromArgMatches, builder::BoolishValueParser, value_parser,
 };
@@ -26,6 +27,7 @@ Examples:
   palisade observe --all -o json > flows.json               save flows;
   palisade observe --input-file flows.json --verdict audit  read them later, without a daemon
   palisade observe --last 100 -o json --field-mask time,source.pod_name,verdict
+  palisade observe --server tls://node2:4244 --tls-ca-cert-files ca.crt --follow     flows of another node
   palisade observe --uuid 8a3c5e10-7f2b-8c41-9000-00000000002a -o dict --rules
 
 Values of one option are alternatives; different options must all match. An option for either end, such as --pod or
@@ -33,6 +35,8 @@ Values of one option are alternatives; different options must all match. An opti
 --not together hide the flows that match all of them. Lists have commas: --to-port 80,443.
 
 Times are in local time; --utc prints and reads them in UTC. In JSON they are always in UTC.
+--server asks a server of the flow API: a node of Palisade or Cilium, or a relay (docs/HUBBLE.md). It knows the filters of
+that API, and its flows have no rules and files of Palisade. Agent events: `palisade monitor --type agent`.
 --input-file reads what `palisade observe -o json`, `hubble observe -o jsonpb` and the exporters write, one flow per line,
 in the order of the file.";
 
@@ -53,6 +57,8 @@ pub(crate) struct ObserveArgs {
     pub all: bool,
     /// File with flows, in place of the daemon; `-` for the standard input.
     pub input_file: Option<PathBuf>,
+    /// Server of the flow API, in place of the daemon.
+    pub server: ServerArgs,
     /// Whether to print the filters only.
     pub print_raw_filters: bool,
     /// Whether to print no warnings.
@@ -157,6 +163,10 @@ impl FromArgMatches for ObserveArgs {
         if !mask.is_empty() && format != Format::Json {
             return refuse("--field-mask applies to JSON only: add -o json");
         }
+        let server = ServerArgs::from_arg_matches(matches)?;
+        if server.server.is_some() && matches.contains_id("input-file") {
+            return refuse("--server and --input-file cannot be combined: flows come from one of them");
+        }
         let follow = matches.get_flag("follow");
         if follow && format == Format::Table {
             return refuse(
@@ -182,6 +192,7 @@ impl FromArgMatches for ObserveArgs {
             first: matches.get_one("first").copied(),
             all: matches.get_flag("all"),
             input_file: matches.get_one("input-file").cloned(),
+            server,
             print_raw_filters: matches.get_flag("print-raw-filters"),
             silent: matches.get_flag("silent-errors"),
             printer: Printer {
@@ -207,7 +218,7 @@ impl FromArgMatches for ObserveArgs {
 impl Args for ObserveArgs {
     fn augment_args(command: clap::Command) -> clap::Command {
         let args = selection().into_iter().chain(formatting()).chain(of_hubble());
-        command.args(args).args(filter_args())
+        ServerArgs::augment_args(command.args(args)).args(filter_args())
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
@@ -331,15 +342,9 @@ fn formatting() -> Vec<Arg> {
     ]
 }
 
-/// Options of Hubble's command line that choose its server, or its way to the server.
-const SERVER_OPTIONS: [&str; 15] = [
-    "server",
-    "tls",
+/// Options of Hubble's command line for its way to a server that [`ServerArgs`] does not have.
+const SERVER_OPTIONS: [&str; 9] = [
     "tls-allow-insecure",
-    "tls-ca-cert-files",
-    "tls-client-cert-file",
-    "tls-client-key-file",
-    "tls-server-name",
     "timeout",
     "request-timeout",
     "basic-auth-username",
@@ -375,8 +380,8 @@ fn of_hubble() -> impl Iterator<Item = Arg> {
 
 fn refuse_server(_: &str) -> Result<String, String> {
     Err(
-        "palisade observe reads the flows of this node from the daemon's control socket; for another node use `hubble observe \
-         --server` with its flow API ([hubble] listen)"
+        "palisade observe has no such way to a server: `--server HOST:PORT` names one, and `--tls-ca-cert-files` the CA of its \
+         certificate (docs/HUBBLE.md)"
             .to_owned(),
     )
 }
@@ -512,13 +517,17 @@ mod tests {
     fn parts_of_hubble_without_a_meaning_are_accepted_or_refused_with_what_to_use() {
         let args = observe(&["flows", "--use-default-field-masks", "--last", "3"]).unwrap();
         assert_eq!(args.last, Some(3));
+        let args = observe(&["--server", "a:1", "--tls", "--tls-ca-cert-files", "a,b"]).unwrap();
+        assert!(args.server.tls && args.server.tls_ca_cert_files.len() == 2);
         for (args, hint) in [
-            (&["--server", "localhost:4245"][..], "hubble observe --server"),
-            (&["--server=unix:///x"], "[hubble] listen"),
-            (&["--tls"], "control socket"),
-            (&["-P"], "control socket"),
-            (&["--port-forward", "--last", "1"], "control socket"),
-            (&["--tls-ca-cert-files", "ca.crt"], "control socket"),
+            (&["-P"][..], "--server HOST:PORT"),
+            (&["--port-forward", "--last", "1"], "--server HOST:PORT"),
+            (
+                &["--server", "a:1", "--tls-allow-insecure"],
+                "--tls-ca-cert-files",
+            ),
+            (&["--tls"], "--server"),
+            (&["--server", "a:1", "--input-file", "-"], "--input-file"),
             (&["agent-events"], "palisade monitor --type agent"),
             (&["debug-events"], "palisade log set"),
             (&["web"], "--help"),
@@ -534,7 +543,7 @@ mod tests {
             .render_long_help()
             .to_string();
         assert!(
-            !help.contains("--server") && !help.contains("default-field-masks"),
+            !help.contains("--port-forward") && !help.contains("default-field-masks"),
             "{help}"
         );
     }

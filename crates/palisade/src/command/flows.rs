@@ -16,6 +16,7 @@ use palisade_flowlog::{
 };
 
 use super::{
+    flow_api::FlowApi,
     follow::{FollowOutput, Recent, buffered, follow},
     output::{EXIT_NO, EXIT_OK},
 };
@@ -57,13 +58,10 @@ pub(super) fn observe<S: AsRef<Path>>(
         }
         return read_file(path, args, &Filters::compile(&query)?, output);
     }
-    let in_time = query.since.is_some() || query.until.is_some();
-    let last = match args.last {
-        Some(last) => Some(last),
-        None if args.all || in_time || args.first.is_some() => None,
-        None if args.follow => Some(0),
-        None => Some(DEFAULT_COUNT),
-    };
+    if args.server.server.is_some() {
+        return ask_server(args, output);
+    }
+    let last = last(args);
     let request = ObserveRequest {
         query,
         follow: args.follow,
@@ -93,6 +91,69 @@ pub(super) fn observe<S: AsRef<Path>>(
     }
     output.finish()?;
     Ok(EXIT_OK)
+}
+
+/// Returns the number of the most recent flows to show; `None` for all.
+fn last(args: &ObserveArgs) -> Option<usize> {
+    let in_time = args.query.since.is_some() || args.query.until.is_some();
+    match args.last {
+        Some(last) => Some(last),
+        None if args.all || in_time || args.first.is_some() => None,
+        None if args.follow => Some(0),
+        None => Some(DEFAULT_COUNT),
+    }
+}
+
+/// Prints the flows of a server of the flow API.
+fn ask_server(args: &ObserveArgs, mut output: Printed) -> anyhow::Result<u8> {
+    if args.last == Some(0) && !args.follow {
+        output.finish()?;
+        return Ok(EXIT_OK);
+    }
+    let request = server_request(args)?;
+    let mut server = FlowApi::connect(&args.server)?;
+    server.stream("GetFlows", &request, args.follow, |response| {
+        match input::line(&response.to_string()) {
+            Ok(Line::Flow { flow, json }) => output.flow(&flow, Some(&json))?,
+            Ok(Line::Lost { source, count }) => output.lost(&source, count)?,
+            Ok(Line::Other) => {
+                if let Some(status) = response.get("node_status") {
+                    output.warn(&format!("state of nodes: {status}"))?;
+                }
+            }
+            Err(error) => output.warn(&format!("not a flow: {error}"))?,
+        }
+        if args.follow {
+            output.flush()?;
+        }
+        Ok(())
+    })?;
+    output.finish()?;
+    Ok(EXIT_OK)
+}
+
+/// Returns the request of the flow API, as JSON.
+fn server_request(args: &ObserveArgs) -> anyhow::Result<serde_json::Value> {
+    let mut request = serde_json::to_value(&args.query)?;
+    let Some(fields) = request.as_object_mut() else {
+        bail!("the filters are no object");
+    };
+    let own = fields.values().filter_map(serde_json::Value::as_array).flatten();
+    let mut own = own.filter_map(|filter| filter["palisade"].as_object()).flatten();
+    if let Some((name, _)) = own.next() {
+        bail!("the flow API has no filter {name}: --server takes the filters of Hubble only");
+    }
+    // The API kept the earlier names of these fields.
+    for (name, of_api) in [("allowlist", "whitelist"), ("denylist", "blacklist")] {
+        if let Some(list) = fields.remove(name) {
+            fields.insert(of_api.to_owned(), list);
+        }
+    }
+    let number = args.first.or(last(args)).unwrap_or(0);
+    fields.insert("number".to_owned(), number.into());
+    fields.insert("first".to_owned(), args.first.is_some().into());
+    fields.insert("follow".to_owned(), args.follow.into());
+    Ok(request)
 }
 
 /// The output of `palisade observe`.
@@ -268,6 +329,45 @@ mod tests {
     use palisade_flowlog::{FilterBuilder, Timestamp};
 
     use super::*;
+
+    #[test]
+    fn a_request_to_a_server_is_one_of_the_flow_api() {
+        let mut builder = FilterBuilder::new(Timestamp(0));
+        builder.flag("from-label", "app=a").unwrap();
+        builder.flag("not", "").unwrap();
+        builder.flag("verdict", "dropped").unwrap();
+        builder.flag("since", "1970-01-01T00:00:01Z").unwrap();
+        let mut args = ObserveArgs {
+            query: builder.finish_api().unwrap(),
+            ..ObserveArgs::default()
+        };
+        let request = server_request(&args).unwrap();
+        assert_eq!(
+            request,
+            serde_json::json!({
+                "whitelist": [{"source_label": ["app=a"]}],
+                "blacklist": [{"verdict": ["DROPPED"]}],
+                "since": "1970-01-01T00:00:01Z",
+                "number": 0, "first": false, "follow": false,
+            })
+        );
+        palisade_hubble::json::encode("observer.GetFlowsRequest", &request).unwrap();
+        let mut builder = FilterBuilder::new(Timestamp(0));
+        builder.flag("sni", "a.example").unwrap();
+        args.query = builder.finish_api().unwrap();
+        let refused = server_request(&args).unwrap_err().to_string();
+        assert!(
+            refused.contains("sni") && refused.contains("--server"),
+            "{refused}"
+        );
+        args.query = ApiFilters::default();
+        assert_eq!(server_request(&args).unwrap()["number"], DEFAULT_COUNT);
+        args.follow = true;
+        assert_eq!(server_request(&args).unwrap()["number"], 0);
+        (args.follow, args.first) = (false, Some(3));
+        let request = server_request(&args).unwrap();
+        assert_eq!((&request["number"], &request["first"]), (&3.into(), &true.into()));
+    }
 
     #[test]
     fn raw_filters_are_yaml_with_json() {

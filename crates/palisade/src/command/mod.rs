@@ -5,11 +5,13 @@ mod config;
 mod conntrack;
 mod doctor;
 mod explain;
+mod flow_api;
 mod flows;
 mod follow;
 mod init;
 mod inspect;
 mod intercept;
+mod list;
 mod log;
 mod manual;
 mod monitor;
@@ -38,7 +40,8 @@ use anyhow::bail;
 use crate::{
     cli::{
         BpfCommand, BpfCtCommand, BpfIpcacheCommand, BpfPolicyCommand, Cli, Command, ConfigCommand,
-        EndpointCommand, FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, PolicyCommand,
+        EndpointCommand, FqdnCacheCommand, FqdnCommand, IdentityCommand, InterceptCommand, ListCommand,
+        PolicyCommand,
     },
     config::{Config, DEFAULT_PATH, DEFAULT_SOCKET},
     control::client::ClientError,
@@ -87,6 +90,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         | Command::Init(_)
         | Command::Doctor { .. }
         | Command::Uninstall(_)
+        | Command::List(_)
         | Command::Observe(_) => None,
         _ => Some(socket(cli)?),
     };
@@ -224,6 +228,12 @@ fn dispatch(cli: &Cli) -> anyhow::Result<u8> {
         Command::Replay(args) => replay::replay(&cli.config, args),
         Command::Capture(args) => capture::capture(&socket()?, args),
         Command::Observe(args) => flows::observe(socket, args),
+        Command::List(ListCommand::Nodes { server, output }) => {
+            list::nodes(&cli.config, server, output.output)
+        }
+        Command::List(ListCommand::Namespaces { server, output }) => {
+            list::namespaces(&cli.config, server, output.output)
+        }
         Command::Top(args) => top::run(&socket()?, args),
         Command::Monitor(args) => monitor::monitor(&socket()?, args),
     }
