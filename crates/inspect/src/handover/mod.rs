@@ -5,7 +5,7 @@
 //! belongs to a flow by its serial, so a connection whose flow is gone or was replaced meanwhile is not inspected by it.
 //! Verdicts are not handed over: the next request of a connection is evaluated by the rules in force then.
 //!
-//! Start at [`Entries`].
+//! Start at `Entries`.
 
 pub(crate) mod wire;
 
