@@ -6,6 +6,7 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::{fs::MetadataExt as _, net::UnixDatagram},
+    process::Stdio,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -14,9 +15,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use palisade_testbed::{
     Daemon,
     daemon::Settings,
+    ns::wait_until,
     topology::{FAMILIES, Family},
 };
 use palisade_tests::fixtures::apps::{Apps, OK, answers_requests, apps, policy};
@@ -289,6 +295,39 @@ fn the_new_program_is_executed_and_the_service_manager_is_told() {
     fs::rename(&upgrade, &installed).expect("upgrade");
     restart(&daemon);
     assert_ne!(executed(), new);
+}
+
+/// A service manager that stops the unit at this moment must not wait for its own deadline.
+#[test]
+fn a_signal_while_the_process_changes_programs_ends_it() {
+    let apps = apps();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let daemon = start(&apps);
+        let pid = Pid::from_raw(daemon.pid().expect("process").cast_signed());
+        let mut command = daemon.command(&["restart"]);
+        let mut command = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("palisade restart");
+        wait_until("the end of the first program", SOON, || {
+            daemon.log().contains("its program is executed again")
+        })
+        .expect("the log");
+        kill(pid, signal).expect("signal");
+        wait_until("the end of the process", SOON, || {
+            let state = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process");
+            state.contains(") Z ")
+        })
+        .unwrap_or_else(|error| panic!("{error}: {}", daemon.log()));
+        let _ = command.kill();
+        command.wait().expect("palisade restart");
+        let denied = apps.at("internet", FAMILIES[0], PORT + 1);
+        let reached = apps
+            .ns("client")
+            .enter(|| TcpStream::connect_timeout(&denied, SETTLED));
+        assert_eq!(reached.expect_err("denied").kind(), ErrorKind::TimedOut);
+    }
 }
 
 /// Answers requests, and notes whether a denied one has arrived.

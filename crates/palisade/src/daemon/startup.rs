@@ -11,6 +11,7 @@ use std::{
     path::Path,
     sync::{
         Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Sender},
     },
     thread,
@@ -27,6 +28,7 @@ use palisade_worker::{Receiver, TimedRecord};
 use sd_notify::NotifyState;
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
+    flag,
     iterator::Signals,
 };
 use tracing::{error, info, warn};
@@ -83,6 +85,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     let received = handover::receive();
     let (sender, messages) = mpsc::channel();
     // The signal handlers are installed first, so that a signal during the start is queued and handled after the start.
+    let end_signals = EndSignals::register().context("signals")?;
     forward_signals(sender.clone())?;
     let dirs = private_dirs::take(&config.node)?;
     let opened = open(&config, dirs.state_problem.as_deref())?;
@@ -112,7 +115,7 @@ pub(super) fn run(config: Config, replaced: Option<String>) -> anyhow::Result<()
     control.keep_config();
     let end = control.serve(&messages);
     hubble.close();
-    shut_down(control, &messages, socket, end)
+    shut_down(control, &messages, socket, end, &end_signals)
 }
 
 /// State file and pinned maps of the previous process.
@@ -428,6 +431,7 @@ fn shut_down(
     messages: &mpsc::Receiver<Message>,
     socket: Socket,
     end: End,
+    end_signals: &EndSignals,
 ) -> anyhow::Result<()> {
     // The service manager would wait for the end of the process after the notification.
     if !matches!(end, End::Restart(_)) {
@@ -447,6 +451,11 @@ fn shut_down(
     control.policy_changes.store.flush();
     control.names.flush();
     let end = match end {
+        End::Restart(reply) if end_signals.act_at_once() => {
+            reply.send(Err("the daemon ends, because of a signal".to_owned()));
+            notify(&[NotifyState::Stopping]);
+            End::Stay
+        }
         End::Restart(reply) => return restart(control, reply, socket),
         other => other,
     };
@@ -492,6 +501,36 @@ fn restart(mut control: Control, reply: Reply<Restarting>, socket: Socket) -> an
     bail!(
         "the program cannot be executed again: {problem}; what is attached goes on enforcing the last policy"
     );
+}
+
+/// The signals that end the daemon, beside their messages to the control thread: no message is handled during a planned
+/// restart, and the program that is executed does not get the signals of the one before.
+struct EndSignals {
+    /// Whether a signal has its default action.
+    at_once: Arc<AtomicBool>,
+    /// Whether a signal has arrived.
+    arrived: Arc<AtomicBool>,
+}
+
+impl EndSignals {
+    fn register() -> std::io::Result<Self> {
+        let signals = Self {
+            at_once: Arc::default(),
+            arrived: Arc::default(),
+        };
+        for signal in [SIGTERM, SIGINT] {
+            flag::register_conditional_default(signal, Arc::clone(&signals.at_once))?;
+            flag::register(signal, Arc::clone(&signals.arrived))?;
+        }
+        Ok(signals)
+    }
+
+    /// Lets a further signal end the process at once, as if it were killed: what is attached goes on enforcing the last
+    /// policy. Returns whether a signal has arrived before.
+    fn act_at_once(&self) -> bool {
+        self.at_once.store(true, Ordering::SeqCst);
+        self.arrived.load(Ordering::SeqCst)
+    }
 }
 
 fn forward_signals(sender: mpsc::Sender<Message>) -> anyhow::Result<()> {
