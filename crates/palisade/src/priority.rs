@@ -17,8 +17,11 @@ use tracing::warn;
 const NICE: i32 = 19;
 /// EEVDF slice. A thread of normal priority that becomes runnable may have to wait for the end of the slice.
 const SLICE: Duration = Duration::from_micros(100);
-/// Time over which [`Pace`] measures.
+/// Time over which [`Pace`] measures, and of which it leaves [`BUSY_WORK`] to the thread.
 const PERIOD: Duration = Duration::from_millis(100);
+/// Time over which [`Pace`] measures while the CPUs are busy. A thread that works 1 ms of [`PERIOD`] often does not have to
+/// wait in it, so a measure as short would lift the limit several times a second.
+const BUSY_MEASURE: Duration = Duration::from_secs(2);
 /// Time per [`PERIOD`] for which a thread works while the CPUs are busy.
 const BUSY_WORK: Duration = Duration::from_millis(1);
 /// The kernel's counters of the calling thread: time running and time waiting for a CPU, ns, and number of time slices.
@@ -43,8 +46,9 @@ pub(crate) fn lower() {
 pub(crate) struct Pace {
     /// `None` if the kernel does not count the times: then the thread is never limited.
     times: Option<File>,
-    /// Time running and waiting at the begin of the period, ns.
+    /// Time running and waiting at the begin of the measure, ns.
     before: [u64; 2],
+    measure: Instant,
     period: Instant,
     /// Since when the thread works without a rest.
     work: Instant,
@@ -59,6 +63,7 @@ impl Pace {
         Self {
             before: times.as_ref().and_then(read).unwrap_or_default(),
             times,
+            measure: now,
             period: now,
             work: now,
             is_busy: false,
@@ -75,11 +80,15 @@ impl Pace {
         if self.is_busy {
             thread::sleep(PERIOD.saturating_sub(self.period.elapsed()));
         }
-        if self.period.elapsed() >= PERIOD
+        let over = if self.is_busy { BUSY_MEASURE } else { PERIOD };
+        if self.measure.elapsed() >= over
             && let Some(now) = self.times.as_ref().and_then(read)
         {
             self.is_busy = is_busy(self.is_busy, self.before, now);
             self.before = now;
+            self.measure = Instant::now();
+        }
+        if self.period.elapsed() >= PERIOD {
             self.period = Instant::now();
         }
         self.work = Instant::now();
@@ -133,11 +142,14 @@ mod tests {
         pace.is_busy = true;
         pace.work = Instant::now() - BUSY_WORK;
         assert!(pace.is_over());
-        // The time until the end of the period, in which the thread runs but hardly waits.
+        // The time until the end of the period, in which the thread runs but hardly waits. That does not lift the limit yet.
         let begun = pace.period;
-        pace.rest();
+        assert!(pace.rest());
         assert!(begun.elapsed() >= PERIOD);
-        pace.is_busy = false;
+        // Over the longer time it does.
+        pace.measure = Instant::now() - BUSY_MEASURE;
+        pace.before = [u64::MAX; 2];
+        assert!(!pace.rest());
         pace.work = Instant::now() - 2 * PERIOD;
         assert!(!pace.is_over());
         // A kernel that does not count the times.
