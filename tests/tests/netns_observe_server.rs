@@ -157,11 +157,11 @@ fn flows_of_another_node_are_those_that_it_shows_itself() {
         assert!(!plain.status.success() && plain.stdout.is_empty());
     }
     let closed = world.at("node", Family::V4, 4243).to_string();
-    let nobody = run(&daemon, far, &["observe", "--server", &closed]);
+    let refused = run(&daemon, far, &["observe", "--server", &closed]);
     assert!(
-        !nobody.status.success() && said(&nobody).contains(&closed),
+        !refused.status.success() && said(&refused).contains(&closed),
         "{}",
-        said(&nobody)
+        said(&refused)
     );
 }
 
