@@ -11,6 +11,7 @@ mod config;
 mod control;
 mod daemon;
 mod doctor;
+mod grpc;
 mod init;
 mod installation;
 mod log;

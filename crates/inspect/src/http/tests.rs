@@ -77,8 +77,8 @@ impl Talk {
         Self::with(&Limits::default())
     }
 
-    fn with(limits: &Limits) -> Self {
-        let mut talk = Self {
+    fn before_handshake(limits: &Limits) -> Self {
+        Self {
             engine: engine(limits),
             out: Out::default(),
             now: 0,
@@ -88,7 +88,11 @@ impl Talk {
             got: [vec![], vec![]],
             closed: [false; 2],
             reset: false,
-        };
+        }
+    }
+
+    fn with(limits: &Limits) -> Self {
+        let mut talk = Self::before_handshake(limits);
         talk.put(Side::Client, SYN, b"");
         talk.put(Side::Server, SYN | ACK, b"");
         talk.put(Side::Client, ACK, b"");

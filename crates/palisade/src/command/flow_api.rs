@@ -2,21 +2,13 @@
 
 use std::{
     fs,
-    future::Future,
     path::{Path, PathBuf},
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
-use hyper::{
-    Request, Response, Uri,
-    body::Incoming,
-    client::conn::http2::{Builder, SendRequest},
-    http::uri::PathAndQuery,
-};
+use hyper::{Uri, client::conn::http2::Builder, http::uri::PathAndQuery};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use palisade_hubble::{
     json,
@@ -34,9 +26,9 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
-use tonic::{Streaming, body::Body, client::Grpc, codegen::Service};
+use tonic::{Streaming, client::Grpc};
 
-use crate::cli::ServerArgs;
+use crate::{cli::ServerArgs, grpc::Connection};
 
 /// Longest time for a connection and its handshakes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -291,24 +283,6 @@ fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     fs::read(path).with_context(|| path.display().to_string())
-}
-
-/// A connection to the server, as `tonic` uses one.
-#[derive(Clone, Debug)]
-struct Connection(SendRequest<Body>);
-
-impl Service<Request<Body>> for Connection {
-    type Response = Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = Pin<Box<dyn Future<Output = hyper::Result<Self::Response>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<hyper::Result<()>> {
-        self.0.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
-    }
 }
 
 #[cfg(test)]

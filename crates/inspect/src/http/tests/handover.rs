@@ -286,17 +286,8 @@ fn a_connection_is_recognised_by_its_serial_only() {
 impl Talk {
     /// Returns a connection whose handshake is complete up to this segment.
     fn half_open(segments: usize) -> Self {
-        let mut talk = Self {
-            engine: engine(&Limits::default()),
-            out: Out::default(),
-            now: 5,
-            ruleset: RULESET,
-            flags: 0,
-            sent: [0, 0],
-            got: [vec![], vec![]],
-            closed: [false; 2],
-            reset: false,
-        };
+        let mut talk = Self::before_handshake(&Limits::default());
+        talk.now = 5;
         for (side, flags) in [(Side::Client, SYN), (Side::Server, SYN | ACK)]
             .into_iter()
             .take(segments)

@@ -3,20 +3,12 @@
 
 use std::{
     collections::BTreeMap,
-    future::Future,
     io,
     path::Path,
-    pin::Pin,
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use hyper::{
-    Request, Response, Uri,
-    body::Incoming,
-    client::conn::http2::{SendRequest, handshake},
-    http::uri::PathAndQuery,
-};
+use hyper::{Uri, client::conn::http2::handshake, http::uri::PathAndQuery};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use palisade_discover::{
     Workload,
@@ -29,12 +21,13 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tonic::{body::Body, client::Grpc, codegen::Service};
+use tonic::client::Grpc;
 
 use super::{
     engine::{DEADLINE, Engine, LIST_INTERVAL},
     place::{Described, Namespace},
 };
+use crate::grpc::Connection;
 
 /// Longest list of containers or tasks, bytes: containerd sends no longer message.
 const MAX_LIST: usize = 16 << 20;
@@ -251,24 +244,6 @@ fn current(
         Some(Task::Unknown) | None => known
             .filter(|known| exists(&known.namespace).unwrap_or(task.is_some()))
             .cloned(),
-    }
-}
-
-/// A connection to the engine, as `tonic` uses one.
-#[derive(Clone, Debug)]
-struct Connection(SendRequest<Body>);
-
-impl Service<Request<Body>> for Connection {
-    type Response = Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = Pin<Box<dyn Future<Output = hyper::Result<Self::Response>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<hyper::Result<()>> {
-        self.0.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
     }
 }
 
